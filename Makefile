@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench loaders clean
+
+demo: $(VENV)/.run
+	$(BIN)/python -m ablate_shards.data.demo
+
+test: $(VENV)/.dev
+	$(BIN)/pytest -m "not gpu and not loaders" -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/command.py
+
+loaders: $(VENV)/.loaders
+	$(BIN)/pytest -m loaders
+
+# Each set of packages is installed once per change of what it is made from. torch comes first and pinned:
+# an unpinned torch brings several GB of CUDA libraries that nothing here needs.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $$(grep '^torch==' constraints.txt)
+	touch $@
+
+$(VENV)/.run: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install -q -c constraints.txt -e '.[lora]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/.run
+
+$(VENV)/.loaders: $(VENV)/.dev
+	$(BIN)/pip install -q -c constraints.txt -e '.[loaders]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist

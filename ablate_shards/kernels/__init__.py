@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: the arithmetic, which knows no file and no name."""

@@ -1,0 +1,398 @@
+"""What a person sees: progress on stderr, tables on stdout."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from ablate_shards.surgery.architecture import Anatomy
+from ablate_shards.surgery.checkpoint import RECEIPT_NAME, Checkpoint, TensorInfo
+from ablate_shards.surgery.directions import Directions, score_table
+from ablate_shards.surgery.plan import Plan, TensorEdit
+from ablate_shards.surgery.receipt import TensorResult
+from ablate_shards.surgery.verify import Verification
+
+__all__ = [
+    "inspection",
+    "print_inspection",
+    "print_plan",
+    "print_results",
+    "print_scores",
+    "print_verification",
+    "progress",
+    "scores",
+]
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_MOST_NAMES = 12
+
+
+class ScreenProgress(Protocol):
+    """Shows how far a command has come, on stderr."""
+
+    def __enter__(self) -> Self:
+        """Starts showing."""
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves the screen as it should stay."""
+
+    def begin(self, total: int) -> None:
+        """Starts counting towards so many bytes."""
+
+    def advance(self, count: int) -> None:
+        """Counts so many bytes more."""
+
+    def count(self, done: int, total: int) -> None:
+        """Shows that some of so many layers are done."""
+
+    def note(self, text: str) -> None:
+        """Shows one line."""
+
+
+def progress(*, quiet: bool) -> ScreenProgress:
+    """Returns a bar for a terminal, plain lines for anything else, silence where quiet."""
+    console = Console(stderr=True)
+    if quiet:
+        return _Silence()
+    return _Bar(console) if console.is_terminal else _Lines(console)
+
+
+class _Silence:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def begin(self, total: int) -> None:
+        pass
+
+    def advance(self, count: int) -> None:
+        pass
+
+    def count(self, done: int, total: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+class _Lines(_Silence):
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._total, self._done, self._told = 0, 0, 0
+
+    def begin(self, total: int) -> None:
+        self._total, self._done, self._told = total, 0, 0
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        quarter = 4 * self._done // self._total if self._total else 0
+        if quarter > self._told:
+            self._told = quarter
+            self.note(f"{25 * quarter} % of {_size(self._total)}")
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Bar(_Silence):
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def begin(self, total: int) -> None:
+        self._show(
+            "bytes", total, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+        )
+
+    def advance(self, count: int) -> None:
+        if self._progress is not None:
+            self._progress.advance(self._task, count)
+
+    def count(self, done: int, total: int) -> None:
+        if self._progress is None:
+            self._show("layers", total, BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done)
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _show(self, what: str, total: int, *columns: Any) -> None:
+        self._progress = Progress(TextColumn(what), *columns, console=self._console, transient=True)
+        self._task = self._progress.add_task(what, total=total)
+        self._progress.start()
+
+
+def print_plan(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Prints what a run would edit, a line per layer and component, and what it would leave."""
+    console = _console()
+    table = _table(
+        "layer",
+        "component",
+        "tensors",
+        "axis",
+        "source layer",
+        "α",
+        "preserve",
+        "bytes",
+        right=(0, 2, 4, 5, 7),
+    )
+    for edits in _by_layer(plan.edits):
+        first = edits[0]
+        table.add_row(
+            _layer_name(first),
+            first.component,
+            _short_names([edit.name for edit in edits]),
+            "out" if first.axis == -2 else "in",
+            str(first.basis.source_layer),
+            f"{first.coefficient:g}",
+            first.preserve,
+            _size(sum(edit.end - edit.start for edit in edits)),
+        )
+    console.print(table)
+    edited = sum(edit.end - edit.start for edit in plan.edits)
+    whole = sum(shard.size for shard in checkpoint.shards)
+    console.print(
+        f"{plan.family}: {len(plan.edits)} of {len(checkpoint.tensors)} tensors would be edited, "
+        f"{_size(edited)} of {_size(whole)}"
+    )
+    _print_left_out(console, plan, checkpoint)
+
+
+def print_results(checkpoint: Checkpoint, plan: Plan, results: Mapping[str, TensorResult], out: Path) -> None:
+    """Prints what was measured of the edited tensors, as re-read from the written files."""
+    console = _console()
+    table = _table(
+        "layer",
+        "component",
+        "tensors",
+        "component before",
+        "after",
+        "norm drift",
+        "degenerate",
+        right=(0, 3, 4, 5, 6),
+    )
+    for edits in _by_layer(plan.edits):
+        measured = [results[edit.name] for edit in edits]
+        drifts = [result.norm_drift for result in measured if result.norm_drift is not None]
+        table.add_row(
+            _layer_name(edits[0]),
+            edits[0].component,
+            _short_names([edit.name for edit in edits]),
+            f"{max(result.before for result in measured):.2e}",
+            f"{max(result.after for result in measured):.2e}",
+            f"{max(drifts):.1e}" if drifts else "–",
+            str(sum(result.degenerate for result in measured)),
+        )
+    console.print(table)
+    edited = sum(edit.end - edit.start for edit in plan.edits)
+    whole = sum(shard.size for shard in checkpoint.shards)
+    console.print(
+        f"{plan.family}: {len(plan.edits)} of {len(checkpoint.tensors)} tensors edited, {_size(edited)} of "
+        f"{_size(whole)}; every other byte is the source's"
+    )
+    _print_left_out(console, plan, checkpoint)
+    console.print(f"written to {out}, receipt in {out / RECEIPT_NAME}")
+    console.print(f"check it with: ablate-shards verify {checkpoint.path} {out}")
+
+
+def print_inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> None:
+    """Prints layers and the writers found in each, what is left out and why, sizes and dtypes."""
+    console = _console()
+    if anatomy is not None:
+        table = _table("layer", "attention", "mlp", "bytes", right=(0, 3))
+        cells: dict[tuple[str, str], list[str]] = defaultdict(list)
+        sizes: Counter[str] = Counter()
+        for writer in anatomy.writers:
+            row = "–" if writer.layer is None else f"mtp {writer.layer}" if writer.mtp else str(writer.layer)
+            cells[row, writer.component].append(writer.name)
+            tensor = checkpoint.tensors[writer.name]
+            sizes[row] += tensor.end - tensor.start
+        for row in dict.fromkeys(row for row, component in cells if component != "embedding"):
+            table.add_row(
+                row,
+                _short_names(cells[row, "attention"]) or "none",
+                _short_names(cells[row, "mlp"]) or "none",
+                _size(sizes[row]),
+            )
+        console.print(table)
+        gains = sorted({_pattern(writer.gain) for writer in anatomy.writers if writer.gain})
+        if gains:
+            console.print(f"post-norm gains taken into account: {', '.join(gains)}")
+        console.print(f"embedding: {_short_names(cells['–', 'embedding']) or 'none'}")
+        for note in anatomy.notes:
+            console.print(note)
+        _print_reasons(console, ((item.name, item.reason) for item in anatomy.left_out))
+    summary = inspection(checkpoint, anatomy)
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in summary["dtypes"].items())
+    console.print(
+        f"{summary['family'] or 'unknown architecture'}: {_count(len(checkpoint.shards), 'shard')}, "
+        f"{_count(len(checkpoint.tensors), 'tensor')} ({dtypes}), {_size(summary['bytes'])}"
+    )
+    for name, reason in checkpoint.left_out:
+        console.print(f"not carried over: {name} ({reason})")
+
+
+def inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> dict[str, Any]:
+    """Returns what ``inspect`` shows, as JSON types."""
+
+    def describe(tensor: TensorInfo) -> dict[str, Any]:
+        return {"dtype": tensor.dtype, "shape": list(tensor.shape), "bytes": tensor.end - tensor.start}
+
+    found = anatomy.writers if anatomy else ()
+    left_out = anatomy.left_out if anatomy else ()
+    return {
+        "family": anatomy.family if anatomy else None,
+        "hidden_size": anatomy.hidden_size if anatomy else None,
+        "layers": list(anatomy.layers) if anatomy else [],
+        "shards": [{"name": shard.name, "bytes": shard.size} for shard in checkpoint.shards],
+        "tensors": len(checkpoint.tensors),
+        "bytes": sum(shard.size for shard in checkpoint.shards),
+        "dtypes": dict(Counter(tensor.dtype for tensor in checkpoint.tensors.values()).most_common()),
+        "writers": [
+            {
+                "name": writer.name,
+                "layer": writer.layer,
+                "component": writer.component,
+                "axis": writer.axis,
+                "kind": writer.kind,
+                "gain": writer.gain,
+                "mtp": writer.mtp,
+                **describe(checkpoint.tensors[writer.name]),
+            }
+            for writer in found
+        ],
+        "left_out": [{"name": item.name, "reason": item.reason} for item in left_out],
+        "sidecars": list(checkpoint.sidecars),
+        "files_left_out": [{"name": name, "reason": reason} for name, reason in checkpoint.left_out],
+    }
+
+
+def print_scores(directions: Directions, file: Path) -> None:
+    """Prints the score table of directions that were just written."""
+    console = _console()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    rows = score_table(directions)
+    for column in rows[0] if rows else ():
+        table.add_column(column.replace("_", " "), justify="right")
+    best = directions.best_layer()
+    for row in rows:
+        cells = (
+            "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+            for value in row.values()
+        )
+        table.add_row(*cells, style="bold" if row["layer"] == best else None)
+    console.print(table)
+    console.print(f"best layer: {best}; written to {file}")
+
+
+def scores(directions: Directions) -> dict[str, Any]:
+    """Returns what ``directions`` shows, as JSON types."""
+    return {
+        "sha256": directions.sha256(),
+        "rank": directions.rank,
+        "best_layer": directions.best_layer(),
+        "layers": [dict(row) for row in score_table(directions)],
+    }
+
+
+def print_verification(verification: Verification, source: Path, out: Path) -> None:
+    """Prints every difference, or that there is none."""
+    console = _console()
+    for difference in verification.differences:
+        console.print(f"{difference.where}: {difference.what}")
+    for note in verification.notes:
+        console.print(note)
+    if verification.differences:
+        console.print(
+            f"{out} is not what its receipt says: {_count(len(verification.differences), 'difference')}"
+        )
+        return
+    rounded = verification.edited - verification.identical
+    console.print(
+        f"{out} is what its receipt says: {_size(verification.untouched_bytes)} equal {source}, "
+        f"{_count(verification.edited, 'edited tensor')} recomputed, {verification.identical} to the bit"
+        + (f" and {rounded} to rounding" if rounded else "")
+    )
+
+
+def _print_left_out(console: Console, plan: Plan, checkpoint: Checkpoint) -> None:
+    _print_reasons(console, ((skip.name, skip.reason) for skip in plan.skipped))
+    for name, reason in checkpoint.left_out:
+        console.print(f"not carried over: {name} ({reason})")
+
+
+def _print_reasons(console: Console, reasons: Iterable[tuple[str, str]]) -> None:
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, reason in reasons:
+        names[reason].append(name)
+    for reason, members in names.items():
+        console.print(f"left as they are, {reason}: {_short_names(members)}")
+
+
+def _by_layer(edits: Sequence[TensorEdit]) -> list[list[TensorEdit]]:
+    groups: dict[tuple[bool, int, str], list[TensorEdit]] = defaultdict(list)
+    for edit in edits:
+        key = (edit.mtp, -1 if edit.layer is None else edit.layer, edit.component)
+        groups[key].append(edit)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _layer_name(edit: TensorEdit) -> str:
+    return "–" if edit.layer is None else f"mtp {edit.layer}" if edit.mtp else str(edit.layer)
+
+
+def _short_names(names: Sequence[str]) -> str:
+    """Returns names with numbers folded to ``*`` and counted, such as ``128 x mlp.experts.*.down_proj``."""
+    counts = Counter(_pattern(name) for name in names)
+    shown = [name if count == 1 else f"{count} x {name}" for name, count in counts.items()]
+    rest = len(shown) - _MOST_NAMES
+    return ", ".join(shown[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _pattern(name: str) -> str:
+    tail = re.sub(r"^.*?(?:layers|blocks|h)\.\d+\.", "", name)
+    return _NUMBER.sub("*", tail).removesuffix(".weight")
+
+
+def _size(count: int) -> str:
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count} bytes"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _table(*columns: str, right: Sequence[int]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number in right else "left", overflow="fold")
+    return table
+
+
+def _console() -> Console:
+    return Console(markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""The stations of the data flow, from checkpoint headers to the verified output."""

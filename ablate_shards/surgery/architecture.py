@@ -1,0 +1,627 @@
+"""Tells which tensors of a checkpoint write to the residual stream, along which axis, through which gain."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from ablate_shards.errors import ArchitectureError
+from ablate_shards.surgery.checkpoint import TensorInfo
+from ablate_shards.surgery.families import FAMILIES, Axis, Family, Layout, Module
+
+__all__ = ["Anatomy", "Axis", "Component", "LeftOut", "Target", "Writer", "dissect", "family_names"]
+
+Component = Literal["attention", "mlp", "embedding"]
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """A tensor whose output is added to the residual stream.
+
+    Attributes:
+        name: The tensor.
+        layer: Its decoder layer (for multi-token prediction, that layer's own index); None for embeddings.
+        component: The part of the layer it belongs to.
+        axis: The residual axis, negative: -2 or -1 of a matrix or a stack of them, -1 of a bias.
+        kind: A weight, or the bias added to its output.
+        gain: The norm weight that the output is multiplied by before it is added to the stream.
+        gain_offset: 1.0 where that norm multiplies by one plus its weight, else 0.0.
+        mtp: Whether it belongs to a multi-token-prediction layer.
+    """
+
+    name: str
+    layer: int | None
+    component: Component
+    axis: int
+    kind: Literal["weight", "bias"]
+    gain: str | None
+    gain_offset: float
+    mtp: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A tensor that is, or looks like, a writer and is not among the writers.
+
+    Attributes:
+        name: The tensor.
+        layer: Its decoder layer, if it lies in one.
+        component: What it would belong to, if that is known.
+        reason: Why it is left out, and the way out if there is one.
+        blocked: It writes to the stream, or may, and cannot be edited: selecting it must be refused.
+        mtp: Whether it belongs to a multi-token-prediction layer.
+    """
+
+    name: str
+    layer: int | None
+    component: Component | None
+    reason: str
+    blocked: bool = False
+    mtp: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One kind of writer of an architecture that the table does not know.
+
+    Attributes:
+        pattern: Regular expression that must match the whole tensor name; its group ``layer`` is the layer.
+        component: The part of the layer it belongs to.
+        axis: ``out`` for ``[..., d, n]`` as in nn.Linear, ``in`` for ``[..., n, d]`` as in Conv1D.
+        gain: Name of the post-norm gain, with the pattern's groups in braces, such as
+            ``model.layers.{layer}.post_feedforward_layernorm.weight``; preceded by ``1 +`` where the norm
+            multiplies by one plus its weight.
+    """
+
+    pattern: str
+    component: Component
+    axis: Axis
+    gain: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """What writes to the residual stream of a checkpoint.
+
+    Attributes:
+        family: The row of the table that applied.
+        hidden_size: Length of the residual axis.
+        layers: The decoder layers, ascending.
+        writers: Every tensor that can be edited, embeddings first, then by layer.
+        left_out: Every tensor that looks like a writer and is not among them.
+        notes: Facts a user should hear, a line each.
+    """
+
+    family: str
+    hidden_size: int
+    layers: tuple[int, ...]
+    writers: tuple[Writer, ...]
+    left_out: tuple[LeftOut, ...]
+    notes: tuple[str, ...]
+
+
+_EDITABLE = frozenset({"BF16", "F16", "F32"})
+_HIDDEN_KEYS = ("hidden_size", "n_embd", "n_embed", "d_model")
+_DEPTH_KEYS = ("num_hidden_layers", "n_layer")
+_MTP_ROOT = "mtp."
+_MTP_CHILDREN = frozenset({"eh_proj", "enorm", "hnorm", "shared_head", "embed_tokens"})
+_MTP_MARK = re.compile(r"(?:eh_proj|enorm|hnorm|shared_head)\.")
+_EMBEDDINGS = r"(?:embed_tokens|embed_in|embed_positions|word_embeddings|wte|wpe|project_in)"
+#: What modules that write are called, in the table and elsewhere.
+_WRITER_LIKE = re.compile(
+    r"(?:^|\.)(?P<leaf>(?:o|out|down|c|eh)_proj|per_layer_projection|output_linear|dense|dense_4h_to_h|proj|w2|wo"
+    rf"|fc|fc2|linear_fc2|linear_2|{_EMBEDDINGS})(?=\.|$|_bias$|_blocks$|_scales$)"
+)
+_DESCRIBE = "describe every writer with [[ablate.target]] in a recipe"
+_TOWER = re.compile(r"(?:^|[._])(?:visual|vision|image|video|audio|encoder)(?:$|[._])")
+_PROJECTOR = re.compile(r"projector|merger|embed_vision|embed_audio|adapter")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_IN_LAYER = re.compile(r"(?P<head>.*?(?:^|\.)(?:layers?|h|blocks?))\.(?P<layer>\d+)\.(?P<inner>.+)")
+
+
+class _Rule(NamedTuple):
+    pattern: re.Pattern[str]
+    component: Component
+    axis: Axis
+    gain: str = ""
+    gain_offset: float = 0.0
+    fused: bool | None = None
+    unless: str = ""
+
+
+class _Hit(NamedTuple):
+    """A tensor that a rule describes; its rest is what follows the module's name."""
+
+    name: str
+    stem: str
+    rest: str
+    rule: _Rule
+    groups: Mapping[str, str]
+    layer: int | None
+    mtp: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """What config.json says of the decoder, the text_config before the rest."""
+
+    given: bool
+    values: tuple[Mapping[str, Any], ...]
+
+    @property
+    def model_type(self) -> str | None:
+        found = self.get("model_type")
+        return found if isinstance(found, str) else None
+
+    @property
+    def hidden_size(self) -> int | None:
+        return self._count(_HIDDEN_KEYS)
+
+    @property
+    def depth(self) -> int | None:
+        return self._count(_DEPTH_KEYS)
+
+    def get(self, key: str) -> Any:
+        return next((values[key] for values in self.values if values.get(key) is not None), None)
+
+    def _count(self, keys: Iterable[str]) -> int | None:
+        for key in keys:
+            found = self.get(key)
+            if found is None:
+                continue
+            if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+                raise ArchitectureError(
+                    f"config.json: expected a positive integer for {key}, found {found!r}"
+                )
+            return found
+        return None
+
+
+def family_names() -> tuple[str, ...]:
+    """Returns the names of the architectures in the table."""
+    return tuple(family.name for family in FAMILIES)
+
+
+def dissect(
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None, targets: Sequence[Target] = ()
+) -> Anatomy:
+    """Finds every tensor that writes to the residual stream, by name.
+
+    Shapes are checked against the hidden size; no axis is ever told from a shape.
+
+    Args:
+        tensors: What the checkpoint holds.
+        config: Its config.json, if it has one.
+        targets: Descriptions that replace the table.
+
+    Returns:
+        The writers, and what looks like one and is not.
+
+    Raises:
+        ArchitectureError: The table does not know the architecture, the names do not decide, a target cannot
+            be used, or a writer does not have the expected shape.
+    """
+    settings = _read_settings(config)
+    if targets:
+        return _dissect_by_targets(tensors, settings, targets)
+    family = _family_of(tensors, settings)
+    for key, value, why in family.layout.refused:
+        if settings.get(key) == value:
+            raise ArchitectureError(
+                f"{family.name} with {key} = {str(value).lower()} cannot be ablated by editing weights: {why}"
+            )
+    return _dissect_by_family(tensors, settings, family)
+
+
+def _read_settings(config: Mapping[str, Any] | None) -> _Settings:
+    if config is None:
+        return _Settings(given=False, values=())
+    text = config.get("text_config")
+    return _Settings(given=True, values=(text, config) if isinstance(text, Mapping) else (config,))
+
+
+# ---------------------------------------------------------------------------------------- by family
+
+
+def _family_of(tensors: Mapping[str, TensorInfo], settings: _Settings) -> Family:
+    kind = settings.model_type
+    if kind is not None:
+        for family in FAMILIES:
+            if kind in family.model_types:
+                return family
+        raise _unknown(tensors, f"config.json: the table does not know model_type {kind!r}")
+    names = {_NUMBER.sub("#", name) for name in tensors}
+    fitting = [(family, found) for family in FAMILIES if (found := _told_by_names(family.layout, names))]
+    what = "config.json has no model_type" if settings.given else "there is no config.json"
+    if not fitting:
+        raise _unknown(tensors, f"{what}, and the tensor names are not those of an architecture in the table")
+    if len({found for _, found in fitting}) > 1:
+        candidates = " and ".join(family.name for family, _ in fitting)
+        raise ArchitectureError(
+            f"{what}, and the tensor names fit {candidates}, which store or normalise their outputs differently; "
+            "put the model's config.json beside the shards"
+        )
+    return fitting[0][0]
+
+
+def _told_by_names(layout: Layout, names: Set[str]) -> frozenset[Module] | None:
+    """Returns the modules that would be edited if the names (numbers as ``#``) fit this layout, else None."""
+    own = (*layout.attention, *layout.mlp)
+    parents = {module.path.split(".")[0] for module in own}
+    flat = {module.path for module in layout.embedding} | {
+        *layout.beside,
+        layout.final,
+        "lm_head",
+        "embed_out",
+    }
+    for root in layout.roots:
+        prefix = f"{root}{layout.layers}.#."
+        inner = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        inner = {name for name in inner if name.split(".")[0] not in _MTP_CHILDREN}
+        if not inner or f"{root}{layout.final}.weight" not in names:
+            continue
+        around = {name.split(".")[0] for name in inner} - parents
+        if around not in [set(variant.split()) for variant in layout.around]:
+            continue
+        outer = {name.removeprefix(root).rpartition(".")[0] for name in names if name.startswith(root)}
+        if {name for name in outer if name and "." not in name} - flat:
+            continue
+        found = [_module_of(name, own) for name in inner if _WRITER_LIKE.search(name)]
+        modules = frozenset(module for module in found if module is not None)
+        if None not in found and modules & {*layout.attention} and modules & {*layout.mlp}:
+            return modules
+    return None
+
+
+def _module_of(inner: str, modules: Iterable[Module]) -> Module | None:
+    return next((module for module in modules if re.fullmatch(_path_pattern(module), inner)), None)
+
+
+def _path_pattern(module: Module) -> str:
+    path = r"\.".join(r"[\d#]+" if part == "#" else re.escape(part) for part in module.path.split("."))
+    return path + (r"(?P<rest>(?:[._].+)?)" if module.fused else r"(?P<rest>\..+)")
+
+
+def _rules_of(layout: Layout) -> list[_Rule]:
+    root = rf"(?P<root>{'|'.join(map(re.escape, layout.roots))})"
+    layer = (
+        rf"(?P<root>{'|'.join(map(re.escape, (*layout.roots, _MTP_ROOT)))}){layout.layers}\.(?P<layer>\d+)\."
+    )
+    parts: tuple[tuple[Component, str, tuple[Module, ...]], ...] = (
+        ("attention", layer, layout.attention),
+        ("mlp", layer, layout.mlp),
+        ("embedding", root, layout.embedding),
+        # A multi-token-prediction layer starts its own stream with a projection of the last state and a token.
+        ("embedding", rf"(?P<root>{re.escape(_MTP_ROOT)})", (Module("fc"),)),
+        ("embedding", layer, (Module("eh_proj"),)),
+    )
+    rules = []
+    for component, place, modules in parts:
+        for module in modules:
+            gain, offset = _read_gain(module.gain)
+            if gain:
+                gain = f"{{root}}{layout.layers}.{{layer}}.{gain}.weight"
+            pattern = re.compile(place + _path_pattern(module))
+            rules.append(_Rule(pattern, component, module.axis, gain, offset, module.fused, module.unless))
+    return rules
+
+
+def _read_gain(gain: str) -> tuple[str, float]:
+    name = gain.removeprefix("1 +").strip()
+    return name, 1.0 if name != gain.strip() else 0.0
+
+
+def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, family: Family) -> Anatomy:
+    layout = family.layout
+    rules = _rules_of(layout)
+    roots = "|".join(map(re.escape, layout.roots))
+    in_layer = re.compile(rf"(?:{roots}){layout.layers}\.(?P<layer>\d+)\.(?P<inner>.+)")
+    places = ((name, in_layer.fullmatch(name)) for name in tensors)
+    extra = {int(place["layer"]) for _, place in places if place and _MTP_MARK.match(place["inner"])}
+    depth = settings.depth
+    hits: list[_Hit] = []
+    strays: list[LeftOut] = []
+    for name in tensors:
+        if _WRITER_LIKE.search(name) is None:
+            continue
+        hit = _hit(name, rules, extra)
+        if hit is None:
+            strays.append(_stray(name, family, in_layer.fullmatch(name), extra))
+        elif hit.layer is not None and not hit.mtp and depth is not None and hit.layer >= depth:
+            why = f"config.json counts {depth} layers, so this one is never run"
+            strays.append(LeftOut(name, hit.layer, hit.rule.component, why))
+        else:
+            hits.append(hit)
+    homes = {hit.groups["root"]: hit.name for hit in hits if hit.layer is not None and not hit.mtp}
+    if not homes:
+        raise _unknown(tensors, f"no tensor is named as a writer of {family.name} is")
+    if len(homes) > 1:
+        first, second = list(homes.values())[:2]
+        raise ArchitectureError(
+            f"{first} and {second} lie in two decoders, expected one; describe the one to edit with "
+            "[[ablate.target]] in a recipe"
+        )
+    root = next(iter(homes))
+    hidden = settings.hidden_size or _length_of(f"{root}{layout.final}.weight", tensors)
+    writers, left_out = _sort_out(hits, tensors, hidden)
+    found = {hit.layer for hit in hits if hit.layer is not None and not hit.mtp}
+    return Anatomy(
+        family=family.name,
+        hidden_size=hidden,
+        layers=tuple(range(depth)) if depth is not None else tuple(sorted(found)),
+        writers=writers,
+        left_out=(*left_out, *strays),
+        notes=_notes(tensors, settings, (*writers, *left_out, *strays)),
+    )
+
+
+def _hit(name: str, rules: Iterable[_Rule], extra: Set[int]) -> _Hit | None:
+    for rule in rules:
+        if match := rule.pattern.fullmatch(name):
+            groups = {key: value for key, value in match.groupdict().items() if value is not None}
+            layer = int(groups["layer"]) if "layer" in groups else None
+            mtp = groups["root"] == _MTP_ROOT or layer in extra
+            rest = groups["rest"]
+            return _Hit(name, name.removesuffix(rest), rest, rule, groups, layer, mtp)
+    return None
+
+
+def _stray(name: str, family: Family, place: re.Match[str] | None, extra: Set[int]) -> LeftOut:
+    layer = int(place["layer"]) if place else None
+    mtp = layer in extra or name.startswith(_MTP_ROOT)
+    if mtp and ".embed_" in name:
+        why = "read through a norm and a projection, not added to the stream"
+        return LeftOut(name, layer, "embedding", why, mtp=True)
+    if place or mtp:
+        component: Component = "attention" if "attn" in name or "attention" in name else "mlp"
+        why = f"looks like a writer, but {family.name} has none of this name; {_DESCRIBE}"
+        return LeftOut(name, layer, component, why, blocked=True, mtp=mtp)
+    if any(
+        re.fullmatch(re.escape(root) + _EMBEDDINGS + r"\.(?:weight|bias)", name)
+        for root in family.layout.roots
+    ):
+        why = f"looks like an embedding, but {family.name} has none of this name; {_DESCRIBE}"
+        return LeftOut(name, None, "embedding", why, blocked=True)
+    if _PROJECTOR.search(name):
+        return LeftOut(
+            name, None, None, "writes image or sound features in place of token embeddings, which stay"
+        )
+    return LeftOut(name, None, None, "lies outside the decoder")
+
+
+# ---------------------------------------------------------------------------------------- by target
+
+
+def _dissect_by_targets(
+    tensors: Mapping[str, TensorInfo], settings: _Settings, targets: Sequence[Target]
+) -> Anatomy:
+    depth = settings.depth
+    hits: dict[str, _Hit] = {}
+    for target in targets:
+        rule = _rule_of(target)
+        found = [(name, match) for name in tensors if (match := rule.pattern.fullmatch(name))]
+        if not found:
+            raise ArchitectureError(
+                f"target {target.pattern!r} matches no tensor; it must match whole names, such as "
+                f"{next(iter(tensors), 'model.layers.0.mlp.down_proj.weight')}"
+            )
+        for name, match in found:
+            groups = {key: value for key, value in match.groupdict().items() if value is not None}
+            layer = _layer_of(target, name, groups)
+            mtp = name.startswith(_MTP_ROOT) or (depth is not None and layer is not None and layer >= depth)
+            rest = ".bias" if name.endswith("bias") else ".weight"
+            hit = _Hit(name, name, rest, rule, groups, layer, mtp)
+            before = hits.setdefault(name, hit)
+            if (before.rule.component, before.rule.axis, before.rule.gain) != (
+                rule.component,
+                rule.axis,
+                rule.gain,
+            ):
+                raise ArchitectureError(
+                    f"{name}: expected one description, found those of targets "
+                    f"{before.rule.pattern.pattern!r} and {target.pattern!r}"
+                )
+    hidden = settings.hidden_size or _residual_length(hits.values(), tensors)
+    writers, left_out = _sort_out(hits.values(), tensors, hidden)
+    for name in tensors:
+        if name in hits or _WRITER_LIKE.search(name) is None:
+            continue
+        place = _IN_LAYER.fullmatch(name)
+        layer = int(place["layer"]) if place else None
+        owner = hits.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
+        if owner is not None:
+            why = "is added to what a target writes, but no target describes it; end its pattern in (?:weight|bias)"
+            left_out.append(
+                LeftOut(name, owner.layer, owner.rule.component, why, blocked=True, mtp=owner.mtp)
+            )
+        else:
+            left_out.append(LeftOut(name, layer, None, "no target describes it"))
+    layers = {hit.layer for hit in hits.values() if hit.layer is not None and not hit.mtp}
+    return Anatomy(
+        family="recipe",
+        hidden_size=hidden,
+        layers=tuple(range(depth)) if depth is not None else tuple(sorted(layers)),
+        writers=writers,
+        left_out=tuple(left_out),
+        notes=_notes(tensors, settings, (*writers, *left_out)),
+    )
+
+
+def _rule_of(target: Target) -> _Rule:
+    try:
+        pattern = re.compile(target.pattern)
+    except re.error as error:
+        raise ArchitectureError(f"target {target.pattern!r} is not a regular expression: {error}") from error
+    if target.component != "embedding" and "layer" not in pattern.groupindex:
+        raise ArchitectureError(
+            f"target {target.pattern!r} has no group for the layer; write its number as (?P<layer>\\d+)"
+        )
+    gain, offset = _read_gain(target.gain or "")
+    return _Rule(pattern, target.component, target.axis, gain, offset)
+
+
+def _layer_of(target: Target, name: str, groups: Mapping[str, str]) -> int | None:
+    if "layer" not in groups:
+        return None
+    if not groups["layer"].isdecimal():
+        raise ArchitectureError(
+            f"target {target.pattern!r}: expected a number as layer, found {groups['layer']!r} in {name}"
+        )
+    return int(groups["layer"])
+
+
+def _residual_length(hits: Iterable[_Hit], tensors: Mapping[str, TensorInfo]) -> int:
+    for hit in hits:
+        shape = tensors[hit.name].shape
+        if hit.rest == ".weight" and len(shape) > 1:
+            return shape[-2 if hit.rule.axis == "out" else -1]
+    raise ArchitectureError(
+        "the targets match no matrix, and there is no config.json to tell the hidden size"
+    )
+
+
+# ---------------------------------------------------------------------------------------- by tensor
+
+
+def _sort_out(
+    hits: Iterable[_Hit], tensors: Mapping[str, TensorInfo], hidden: int
+) -> tuple[tuple[Writer, ...], list[LeftOut]]:
+    modules: dict[str, list[_Hit]] = {}
+    for hit in hits:
+        modules.setdefault(hit.stem, []).append(hit)
+    writers: list[Writer] = []
+    left_out: list[LeftOut] = []
+    for parts in modules.values():
+        rule = parts[0].rule
+        if rule.unless and f"{parts[0].groups['root']}{rule.unless}" in modules:
+            why = f"read by {rule.unless}, not added to the stream"
+            left_out += [LeftOut(hit.name, hit.layer, rule.component, why) for hit in parts]
+            continue
+        biases = [hit for hit in parts if hit.rest in (".bias", "_bias")]
+        others = [hit for hit in parts if hit not in biases]
+        if blocked := _why_blocked(others, tensors):
+            chief = max(others, key=lambda hit: tensors[hit.name].end - tensors[hit.name].start)
+            left_out.append(
+                LeftOut(chief.name, chief.layer, rule.component, blocked, blocked=True, mtp=chief.mtp)
+            )
+            others = []
+        writers += [_writer(hit, tensors, hidden) for hit in (*others, *biases)]
+    writers.sort(key=lambda writer: (writer.mtp, -1 if writer.layer is None else writer.layer))
+    return tuple(writers), left_out
+
+
+def _why_blocked(parts: Sequence[_Hit], tensors: Mapping[str, TensorInfo]) -> str | None:
+    for hit in parts:
+        if (dtype := tensors[hit.name].dtype) not in _EDITABLE:
+            return f"expected BF16, F16 or F32, found {dtype}; dequantise the checkpoint to one of them first"
+    for hit in parts:
+        if hit.rest not in (".weight", ""):
+            what = hit.name.removeprefix(hit.stem).lstrip("._")
+            return (
+                f"expected a plain weight, found {what}; merge the adapter or dequantise the checkpoint first"
+            )
+    return None
+
+
+def _writer(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> Writer:
+    tensor, rule = tensors[hit.name], hit.rule
+    bias = hit.rest in (".bias", "_bias")
+    axis = -2 if rule.axis == "out" and not bias else -1
+    stacked = (2, 3) if rule.fused is None else (3,) if rule.fused else (2,)
+    ranks = tuple(rank - 1 if bias else rank for rank in stacked)
+    if len(tensor.shape) not in ranks:
+        wanted = " or ".join(str(rank) for rank in ranks)
+        raise ArchitectureError(
+            f"{hit.name}: expected {wanted} {'dimension' if ranks == (1,) else 'dimensions'}, found "
+            f"{list(tensor.shape)}; the checkpoint is not what its names and config.json say"
+        )
+    if tensor.shape[axis] != hidden:
+        raise ArchitectureError(
+            f"{hit.name}: expected the hidden size {hidden} on axis {axis}, found {list(tensor.shape)}; "
+            "the checkpoint is not what its names and config.json say"
+        )
+    gain = _gain_of(hit, tensors, hidden) if rule.gain else None
+    kind: Literal["weight", "bias"] = "bias" if bias else "weight"
+    return Writer(hit.name, hit.layer, rule.component, axis, kind, gain, rule.gain_offset, hit.mtp)
+
+
+def _gain_of(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> str:
+    try:
+        gain = hit.rule.gain.format_map(hit.groups)
+    except (KeyError, ValueError, IndexError) as error:
+        known = ", ".join(f"{{{group}}}" for group in hit.groups) or "none"
+        raise ArchitectureError(
+            f"gain {hit.rule.gain!r} of {hit.name} cannot be filled in; the groups of its pattern are {known}"
+        ) from error
+    if gain not in tensors:
+        raise ArchitectureError(
+            f"{hit.name}: its output passes through {gain}, which the checkpoint does not hold"
+        )
+    if tensors[gain].shape != (hidden,):
+        raise ArchitectureError(
+            f"{gain}: expected [{hidden}], the gain of {hit.name}, found {list(tensors[gain].shape)}"
+        )
+    return gain
+
+
+def _length_of(name: str, tensors: Mapping[str, TensorInfo]) -> int:
+    if name in tensors and len(tensors[name].shape) == 1:
+        return tensors[name].shape[0]
+    raise ArchitectureError(
+        f"the hidden size cannot be told: there is no config.json with hidden_size, and no {name}; "
+        "put the model's config.json beside the shards"
+    )
+
+
+def _notes(
+    tensors: Mapping[str, TensorInfo], settings: _Settings, items: Sequence[Writer | LeftOut]
+) -> tuple[str, ...]:
+    notes = []
+    heads = [name for name in tensors if re.search(r"(?:^|\.)(?:lm_head|embed_out)\.weight$", name)]
+    if settings.get("tie_word_embeddings") or not heads:
+        notes.append("the output head is tied to the token embedding: editing one edits both")
+    if count := sum(item.mtp for item in items):
+        notes.append(f"{count} tensors of multi-token prediction write to a stream of their own")
+    if any(isinstance(item, LeftOut) and _PROJECTOR.search(item.name) for item in items):
+        notes.append("image or sound features enter the stream unedited")
+    return tuple(notes)
+
+
+def _unknown(tensors: Mapping[str, TensorInfo], why: str) -> ArchitectureError:
+    """Returns the error that shows the recipe lines describing the checkpoint's own names."""
+    lines = "\n\n".join(_target_lines(tensors))
+    return ArchitectureError(
+        f"{why}; describe each tensor that writes to the residual stream in a recipe, as in these lines made "
+        'from its names (axis "out" is [hidden, inputs] as in nn.Linear, "in" is [inputs, hidden] as in '
+        "Conv1D; where a norm stands between the output and the residual addition, add its gain):\n\n" + lines
+    )
+
+
+def _target_lines(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    patterns: dict[str, Component] = {}
+    for name in tensors:
+        place = _IN_LAYER.fullmatch(name)
+        if _WRITER_LIKE.search(name) is None or _TOWER.search(name) or _PROJECTOR.search(name):
+            continue
+        stem, dot, last = name.rpartition(".")
+        tail = r"\.(?:weight|bias)" if last in ("weight", "bias") else re.escape(dot + last)
+        if place is None:
+            if re.search(rf"(?:^|\.){_EMBEDDINGS}$", stem):
+                patterns[re.escape(stem) + tail] = "embedding"
+            continue
+        stem = stem.removeprefix(f"{place['head']}.{place['layer']}.")
+        inner = _NUMBER.sub("#", f".{stem}.")[1:-1]
+        pattern = (
+            re.escape(f"{place['head']}.")
+            + r"(?P<layer>\d+)\."
+            + re.escape(inner).replace(r"\#", r"\d+")
+            + tail
+        )
+        patterns[pattern] = "attention" if re.search("attn|attention", stem) else "mlp"
+    if not patterns:
+        patterns = {r"model\.layers\.(?P<layer>\d+)\.mlp\.down_proj\.(?:weight|bias)": "mlp"}
+    return [
+        f"[[ablate.target]]\npattern = '{pattern}'\ncomponent = \"{component}\"\n"
+        f'axis = "{"in" if component == "embedding" and "project_in" not in pattern else "out"}"'
+        for pattern, component in patterns.items()
+    ]

@@ -1,0 +1,294 @@
+"""Edits one tensor at a time, in blocks that fit a memory budget, and measures what was written."""
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ablate_shards.errors import ExecuteError, UsageError
+from ablate_shards.surgery.plan import TensorEdit
+from ablate_shards.surgery.receipt import TensorResult
+
+if TYPE_CHECKING:
+    import torch
+
+    from ablate_shards.kernels.project import Form, Measure
+
+__all__ = ["Channels", "Editor", "Stopped", "cores", "pread_into", "pwrite_all", "raw_buffer", "torch_dtype"]
+
+_CPU_BLOCK = 16 << 20
+_LEAST_MEMORY_PER_JOB = 8 << 20
+_SCRATCH = 3 << 20
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: it ends a worker whose run has ended elsewhere
+    """Ends a worker whose run has failed or been interrupted elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """Where an editor's bytes come from and go to; offsets are those of the shard.
+
+    Attributes:
+        read: Fills a buffer from the source.
+        write: Takes the edited bytes.
+        reread: Fills a buffer from what was written.
+    """
+
+    read: Callable[[memoryview, int], None]
+    write: Callable[[memoryview, int], None]
+    reread: Callable[[memoryview, int], None]
+
+
+class Editor:
+    """Edits tensors on one device.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
+        memory: Bytes for all buffers of all jobs together.
+        jobs: Tensors edited at a time, one per available core if None.
+        stop: Set when the run should end early.
+
+    Attributes:
+        jobs: Tensors to edit at a time, fewer than asked for where memory is short.
+        reason: One line that says what does the arithmetic, and why.
+
+    Raises:
+        UsageError: There is no such device.
+    """
+
+    def __init__(self, device: str, memory: int, jobs: int | None, stop: threading.Event) -> None:
+        from ablate_shards.kernels.project import choose_form
+
+        self._device = _resolve_device(device)
+        self._form: Form
+        self._form, why = choose_form(self._device)
+        self.reason = f"arithmetic: {self._form} on {self._device} ({why})"
+        on_cpu = self._device.type == "cpu"
+        self.jobs = max(1, min(jobs or (cores() if on_cpu else 1), memory // _LEAST_MEMORY_PER_JOB))
+        room = max(memory // self.jobs - _SCRATCH, 1 << 20)
+        # On a CPU larger blocks gain nothing: they only leave the cache.
+        self._room = min(room, _CPU_BLOCK) if on_cpu else room
+        self._stop = stop
+
+    def identity(self) -> dict[str, str]:
+        """Returns what decides the last bit of a result, for the receipt and for resuming."""
+        import torch
+
+        return {
+            "device": self._device.type,
+            "form": self._form,
+            "version of torch": torch.__version__.split("+")[0],
+        }
+
+    @contextlib.contextmanager
+    def one_thread_each(self) -> Iterator[None]:
+        """Keeps torch to one thread per job: no oversubscription, and sums in one order."""
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def edit(self, edit: TensorEdit, basis: np.ndarray, channels: Channels) -> TensorResult:
+        """Edits one tensor and measures it again from what was written.
+
+        Args:
+            edit: What to do.
+            basis: The basis to remove, ``[k, d]`` float64, orthonormal rows.
+            channels: Where the bytes come from and go to.
+
+        Returns:
+            What was measured.
+
+        Raises:
+            ExecuteError: The tensor holds NaN or infinite values.
+        """
+        import torch
+
+        from ablate_shards.kernels.project import merge, norm_drift
+
+        rows_basis = torch.from_numpy(basis)
+        if edit.kind == "bias":
+            return self._edit_bias(edit, rows_basis, channels)
+        batch, rows, cols = (1,) * (3 - len(edit.shape)) + edit.shape
+        matrix_bytes = (edit.end - edit.start) // max(batch, 1)
+        group = max(1, min(batch, self._room // max(matrix_bytes, 1)))
+        digest = hashlib.sha256()
+        before, after, degenerate = [], [], 0
+        for first in range(0, batch, group):
+            shape = (min(group, batch - first), rows, cols)
+            measures = self._edit_group(
+                edit, rows_basis, shape, edit.start + first * matrix_bytes, channels, digest
+            )
+            before.append(measures[0])
+            after.append(measures[1])
+            degenerate += measures[2]
+        whole_before, whole_after = merge(before), merge(after)
+        return TensorResult(
+            before=whole_before.component,
+            after=whole_after.component,
+            norm_drift=None if edit.preserve == "none" else norm_drift(whole_before, whole_after),
+            degenerate=degenerate,
+            sha256=digest.hexdigest(),
+        )
+
+    def _edit_group(
+        self,
+        edit: TensorEdit,
+        basis: "torch.Tensor",
+        shape: tuple[int, int, int],
+        base: int,
+        channels: Channels,
+        digest: "hashlib._Hash",
+    ) -> "tuple[Measure, Measure, int]":
+        """Edits one matrix block by block, or several whole ones at once."""
+        from ablate_shards.kernels.project import Meter, ProjectOptions, Projector
+
+        options = ProjectOptions(coefficient=edit.coefficient, preserve=edit.preserve, axis=edit.axis)
+        dtype = torch_dtype(edit.dtype)
+        count, rows, cols = shape
+        row_bytes = cols * dtype.itemsize
+        projector = Projector(basis, shape, dtype, options, device=self._device, form=self._form)
+        chunk = projector.chunk_rows
+        resident = count * rows * row_bytes <= self._room
+        block_rows = rows if resident else max(chunk, self._room // row_bytes // chunk * chunk)
+        blocks = [(start, min(block_rows, rows - start)) for start in range(0, rows, block_rows)]
+        buffer = raw_buffer(count * min(block_rows, rows) * row_bytes)
+
+        def raw(size: int) -> "torch.Tensor":
+            return buffer[: count * size * row_bytes]
+
+        def typed(size: int) -> "torch.Tensor":
+            return raw(size).view(dtype).view(count, size, cols)
+
+        def load(start: int, size: int, fill: Callable[[memoryview, int], None]) -> "torch.Tensor":
+            if self._stop.is_set():
+                raise Stopped
+            fill(raw(size).numpy().data, base + start * row_bytes)
+            return typed(size).to(self._device)
+
+        kept = load(0, rows, channels.read) if resident else None
+        step = 0
+        while step < projector.passes:
+            for start, size in blocks:
+                projector.gather(step, load(start, size, channels.read) if kept is None else kept, start)
+            step += 1
+        for start, size in blocks:
+            block = load(start, size, channels.read) if kept is None else kept
+            projector.apply(block, start)
+            if projector.nonfinite:
+                raise ExecuteError(
+                    f"{edit.name}: holds NaN or infinite values, which no projection can edit; "
+                    "fetch its shard again, or leave it out with --layers or --components"
+                )
+            typed(size).copy_(block)
+            channels.write(raw(size).numpy().data, base + start * row_bytes)
+        meter = Meter(basis, shape, dtype, options, device=self._device, form=self._form)
+        for start, size in blocks:
+            block = load(start, size, channels.reread)
+            digest.update(raw(size).numpy().data)
+            meter.add(block, start)
+        return projector.before(), meter.result(), projector.degenerate
+
+    def _edit_bias(self, edit: TensorEdit, basis: "torch.Tensor", channels: Channels) -> TensorResult:
+        import torch
+
+        from ablate_shards.kernels.project import project_vector
+
+        buffer = raw_buffer(edit.end - edit.start)
+        data = buffer.numpy().data
+        bias = buffer.view(torch_dtype(edit.dtype)).view(edit.shape)
+
+        def component() -> float:
+            vectors = bias.double()
+            norm = float(vectors.norm())
+            return float((vectors @ basis.T).norm()) / norm if norm else 0.0
+
+        channels.read(data, edit.start)
+        if not torch.isfinite(bias).all():
+            raise ExecuteError(f"{edit.name}: holds NaN or infinite values; fetch its shard again")
+        before = component()
+        bias.copy_(project_vector(bias, basis, edit.coefficient))
+        channels.write(data, edit.start)
+        channels.reread(data, edit.start)
+        return TensorResult(
+            before=before,
+            after=component(),
+            norm_drift=None,
+            degenerate=0,
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
+
+
+def pread_into(descriptor: int, data: memoryview, offset: int) -> None:
+    """Fills a buffer from an offset of a file.
+
+    Raises:
+        ExecuteError: The file ends before the buffer is full.
+    """
+    while data:
+        count = os.preadv(descriptor, [data], offset)
+        if count == 0:
+            raise ExecuteError(
+                f"a shard ended {len(data)} bytes early while it was read; it was changed meanwhile"
+            )
+        data, offset = data[count:], offset + count
+
+
+def pwrite_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """Writes a whole buffer at an offset of a file."""
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def raw_buffer(count: int) -> "torch.Tensor":
+    """Returns count bytes of uninitialised memory, ``[count]`` uint8."""
+    import torch
+
+    return torch.empty(count, dtype=torch.uint8)
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """Returns the torch dtype of an editable safetensors dtype."""
+    import torch
+
+    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[name]
+
+
+def cores() -> int:
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _resolve_device(name: str) -> "torch.device":
+    import torch
+
+    if name != "auto":
+        kind, _, number = name.partition(":")
+        available = {
+            "cpu": True,
+            "cuda": torch.cuda.is_available() and int(number or 0) < torch.cuda.device_count(),
+            "mps": torch.backends.mps.is_available(),
+            "xpu": torch.xpu.is_available(),
+        }
+        if not available.get(kind, False):
+            usable = ", ".join(kind for kind, usable in available.items() if usable)
+            raise UsageError(
+                f"--device {name}: torch {torch.__version__} finds no such device, only {usable}"
+            )
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.xpu.is_available():
+        return torch.device("xpu")
+    return torch.device("cpu")

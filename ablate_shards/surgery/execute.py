@@ -1,0 +1,345 @@
+"""Carries out a plan: copies byte ranges, edits tensors into theirs, publishes the folder when complete."""
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import itertools
+import os
+import shutil
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+
+from ablate_shards import __version__
+from ablate_shards.errors import AblateError, ExecuteError, Interrupted
+from ablate_shards.surgery.checkpoint import RECEIPT_NAME, Checkpoint, Shard, fingerprint
+from ablate_shards.surgery.directions import Directions
+from ablate_shards.surgery.editor import Channels, Editor, Stopped, cores, pread_into, pwrite_all
+from ablate_shards.surgery.plan import BasisKey, Plan, TensorEdit, resolve_bases
+from ablate_shards.surgery.receipt import TensorResult, receipt_text
+from ablate_shards.surgery.recipe import AblateOptions
+from ablate_shards.surgery.staging import Staging, check_out, fsync_folder, locked
+
+__all__ = ["ExecuteOptions", "Progress", "execute", "untouched"]
+
+_COPY_CHUNK = 32 << 20
+_FALLBACK_CHUNK = 1 << 20
+_SHARDS_IN_FLIGHT = 3
+_NOT_HERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+
+
+@dataclass(frozen=True, slots=True)
+class ExecuteOptions:
+    """How to run, none of which changes a byte of the output on one device.
+
+    Attributes:
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
+        memory: Bytes that all working buffers may take together.
+        jobs: Tensors edited at a time, one per available core if None.
+        resume: Go on with an interrupted run.
+        overwrite: Replace a folder that an earlier run made.
+    """
+
+    device: str = "auto"
+    memory: int = 256_000_000
+    jobs: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+
+class Progress(Protocol):
+    """Hears how far a run has come."""
+
+    def begin(self, total: int) -> None:
+        """Says how many bytes will be read or written."""
+
+    def advance(self, count: int) -> None:
+        """Says that so many more bytes are done; called from several threads."""
+
+    def note(self, text: str) -> None:
+        """Says something in one line."""
+
+
+def execute(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    directions: Directions,
+    options: AblateOptions,
+    out: Path,
+    run: ExecuteOptions,
+    progress: Progress,
+) -> dict[str, TensorResult]:
+    """Writes the edited checkpoint; OUT appears complete or not at all.
+
+    Args:
+        checkpoint: The source, never opened for writing.
+        plan: What to do.
+        directions: What to remove.
+        options: The options the plan was made with, for the receipt.
+        out: The folder to make.
+        run: How to run.
+        progress: Hears how far the run has come.
+
+    Returns:
+        What was measured of each edited tensor, as re-read from the written files.
+
+    Raises:
+        ExecuteError: OUT is in the way, the disk is too small, or a tensor cannot be edited.
+        Interrupted: Ctrl-C or SIGTERM; the staged state can be resumed.
+    """
+    check_out(checkpoint.path, out, overwrite=run.overwrite)
+    bases = resolve_bases(plan.edits, checkpoint, directions)
+    with _sigterm_as_interrupt(), locked(out):
+        identity = {
+            "the plan": plan.sha256(),
+            "the source": checkpoint.fingerprint,
+            "the version of ablate-shards": __version__,
+        }
+        staging = Staging.open(out, identity, resume=run.resume, overwrite=run.overwrite)
+        kept = f"what is complete is kept in {staging.folder}, and the same command with --resume goes on"
+        try:
+            _check_disk(checkpoint, staging)
+            progress.begin(_bytes_to_write(checkpoint, staging))
+            with _Surgeon(checkpoint, plan, bases, staging, progress) as surgeon:
+                results, identity = surgeon.operate(run)
+            if fingerprint(checkpoint) != checkpoint.fingerprint:
+                raise ExecuteError(
+                    f"{checkpoint.path}: changed while it was read; run again when it is at rest"
+                )
+            text = receipt_text(checkpoint, plan, options, directions, results, identity)
+            with (staging.folder / RECEIPT_NAME).open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            staging.publish()
+        except (KeyboardInterrupt, Interrupted) as error:
+            raise Interrupted(f"{out}: interrupted; {kept}") from error
+        except AblateError:
+            if not run.resume:
+                staging.discard()
+            raise
+        except OSError as error:
+            raise ExecuteError(f"{error.filename or out}: {error.strerror or error}; {kept}") from error
+        return results
+
+
+@dataclass(slots=True)
+class _Work:
+    """One shard under way."""
+
+    shard: Shard
+    source: int
+    target: int
+    copies: list[Future[None]]
+    edits: list[Future[tuple[str, TensorResult]]] = field(default_factory=list)
+
+
+class _Surgeon:
+    """Copies and edits shard after shard, a few at a time, in threads of its own."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        bases: Mapping[BasisKey, np.ndarray],
+        staging: Staging,
+        progress: Progress,
+    ) -> None:
+        self._checkpoint, self._plan, self._bases = checkpoint, plan, bases
+        self._staging, self._progress = staging, progress
+        self._stop = threading.Event()
+        self._pools: list[ThreadPoolExecutor] = []
+        self._open: list[int] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for pool in self._pools:
+            pool.shutdown(wait=True, cancel_futures=True)
+        for descriptor in self._open:
+            os.close(descriptor)
+
+    def operate(self, run: ExecuteOptions) -> tuple[dict[str, TensorResult], dict[str, str]]:
+        """Writes every file but the receipt; returns what was measured, and by what."""
+        results = {
+            name: TensorResult(**values)
+            for content in self._staging.done.values()
+            for name, values in content.items()
+        }
+        copiers = self._pool(min(2, cores()))
+        sidecars = [copiers.submit(self._copy_sidecar, name) for name in self._checkpoint.sidecars]
+        todo = (
+            self._start_copy(shard, copiers)
+            for shard in self._checkpoint.shards
+            if shard.name not in self._staging.done
+        )
+        under_way = deque(itertools.islice(todo, _SHARDS_IN_FLIGHT))
+        # Only now is torch imported: the copying above needs neither it nor the interpreter lock.
+        editor = Editor(run.device, run.memory, run.jobs, self._stop)
+        self._progress.note(editor.reason)
+        identity = editor.identity()
+        self._staging.agree({f"the {what}": value for what, value in identity.items()})
+        editors = self._pool(editor.jobs)
+        with editor.one_thread_each():
+            for work in under_way:
+                self._start_edits(work, editor, editors)
+            while under_way:
+                results |= self._complete(under_way.popleft())
+                for work in itertools.islice(todo, 1):
+                    self._start_edits(work, editor, editors)
+                    under_way.append(work)
+        for future in sidecars:
+            future.result()
+        return results, identity
+
+    def _pool(self, workers: int) -> ThreadPoolExecutor:
+        self._pools.append(ThreadPoolExecutor(workers))
+        return self._pools[-1]
+
+    def _start_copy(self, shard: Shard, copiers: ThreadPoolExecutor) -> _Work:
+        source = self._hold(os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC))
+        path = self._staging.folder / shard.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        target = self._hold(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666))
+        _allocate(target, shard.size)
+        copies = [
+            copiers.submit(self._copy, source, target, start, min(start + _COPY_CHUNK, end))
+            for first, end in untouched(shard, self._plan.edits)
+            for start in range(first, end, _COPY_CHUNK)
+        ]
+        return _Work(shard, source, target, copies)
+
+    def _start_edits(self, work: _Work, editor: Editor, editors: ThreadPoolExecutor) -> None:
+        for edit in self._plan.edits:
+            if edit.shard == work.shard.name:
+                work.edits.append(editors.submit(self._edit, edit, work, editor))
+
+    def _complete(self, work: _Work) -> dict[str, TensorResult]:
+        for future in work.copies:
+            future.result()
+        results = dict(future.result() for future in work.edits)
+        os.fsync(work.target)
+        fsync_folder((self._staging.folder / work.shard.name).parent)
+        for descriptor in (work.source, work.target):
+            self._open.remove(descriptor)
+            os.close(descriptor)
+        self._staging.record(
+            work.shard.name, {name: dataclasses.asdict(result) for name, result in results.items()}
+        )
+        return results
+
+    def _edit(self, edit: TensorEdit, work: _Work, editor: Editor) -> tuple[str, TensorResult]:
+        def write(data: memoryview, offset: int) -> None:
+            pwrite_all(work.target, data, offset)
+            self._progress.advance(len(data))
+
+        channels = Channels(
+            read=functools.partial(pread_into, work.source),
+            write=write,
+            reread=functools.partial(pread_into, work.target),
+        )
+        result = editor.edit(edit, self._bases[edit.basis], channels)
+        return edit.name, result
+
+    def _copy(self, source: int, target: int, start: int, end: int) -> None:
+        if self._stop.is_set():
+            raise Stopped
+        _copy_range(source, target, start, end)
+        self._progress.advance(end - start)
+
+    def _copy_sidecar(self, name: str) -> None:
+        path = self._staging.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (self._checkpoint.root / name).open("rb") as source, path.open("wb") as target:
+            size = os.fstat(source.fileno()).st_size
+            _copy_range(source.fileno(), target.fileno(), 0, size)
+            os.fsync(target.fileno())
+        self._progress.advance(size)
+
+    def _hold(self, descriptor: int) -> int:
+        self._open.append(descriptor)
+        return descriptor
+
+
+def untouched(shard: Shard, edits: Iterable[TensorEdit]) -> Iterator[tuple[int, int]]:
+    """Yields the byte ranges of a shard that lie outside every edited tensor, the header among them."""
+    position = 0
+    for edit in sorted((edit for edit in edits if edit.shard == shard.name), key=lambda edit: edit.start):
+        if position < edit.start:
+            yield position, edit.start
+        position = edit.end
+    if position < shard.size:
+        yield position, shard.size
+
+
+def _bytes_to_write(checkpoint: Checkpoint, staging: Staging) -> int:
+    shards = sum(shard.size for shard in checkpoint.shards if shard.name not in staging.done)
+    return shards + sum((checkpoint.root / name).stat().st_size for name in checkpoint.sidecars)
+
+
+def _check_disk(checkpoint: Checkpoint, staging: Staging) -> None:
+    reused = sum(path.stat().st_size for path in staging.folder.rglob("*") if path.is_file())
+    complete = sum(shard.size for shard in checkpoint.shards if shard.name in staging.done)
+    needed = _bytes_to_write(checkpoint, staging) - (reused - complete)
+    free = shutil.disk_usage(staging.folder).free
+    if free < needed:
+        raise ExecuteError(
+            f"{staging.out}: needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; "
+            "free some or name a folder on another disk"
+        )
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+        else:
+            return
+    os.ftruncate(descriptor, size)
+
+
+def _copy_range(source: int, target: int, start: int, end: int) -> None:
+    if hasattr(os, "copy_file_range"):
+        try:
+            while start < end:
+                count = os.copy_file_range(source, target, end - start, start, start)
+                if count == 0:
+                    break
+                start += count
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+    buffer = memoryview(bytearray(min(_FALLBACK_CHUNK, end - start)))
+    while start < end:
+        data = buffer[: end - start]
+        pread_into(source, data, start)
+        pwrite_all(target, data, start)
+        start += len(data)
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    def interrupt(_signal: int, _frame: object) -> None:
+        raise Interrupted
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

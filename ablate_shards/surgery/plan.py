@@ -1,0 +1,352 @@
+"""Decides what to edit, before any byte is written: one TensorEdit per weight, as pure data."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from ablate_shards.errors import DirectionsError, PlanError
+from ablate_shards.surgery.architecture import Component, LeftOut, Writer, dissect
+from ablate_shards.surgery.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo
+from ablate_shards.surgery.directions import Directions, apply_gain, biproject
+from ablate_shards.surgery.recipe import AblateOptions, Preserve, SourceLayer
+
+__all__ = ["BasisKey", "Plan", "Skip", "TensorEdit", "make_plan", "read_vector", "resolve_bases"]
+
+
+@dataclass(frozen=True, slots=True)
+class BasisKey:
+    """What tells one ablated basis from another.
+
+    Attributes:
+        source_layer: The layer the direction was measured at.
+        references: The layers whose reference means it is made orthogonal to.
+        gain: The post-norm gain tensor that the writer's output passes through.
+        gain_offset: What is added to that tensor's values.
+    """
+
+    source_layer: int
+    references: tuple[int, ...]
+    gain: str | None
+    gain_offset: float
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEdit:
+    """One tensor to edit, and how.
+
+    Attributes:
+        name: The tensor.
+        shard: The shard that holds it.
+        dtype: Its safetensors dtype.
+        shape: Its shape as stored.
+        start: Offset of its first byte in the shard.
+        end: Offset one past its last byte.
+        axis: The residual axis, negative.
+        kind: A weight, or the bias of a writer.
+        layer: Its decoder layer (for MTP, the MTP layer); None for embeddings.
+        component: The part of the layer it belongs to.
+        mtp: Whether it belongs to a multi-token-prediction layer.
+        coefficient: The α of the projection.
+        preserve: Which norms stay; ``none`` for a bias.
+        basis: The basis to remove.
+    """
+
+    name: str
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+    axis: int
+    kind: Literal["weight", "bias"]
+    layer: int | None
+    component: Component
+    mtp: bool
+    coefficient: float
+    preserve: Preserve
+    basis: BasisKey
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A tensor that could have been edited and is not, with the reason."""
+
+    name: str
+    layer: int | None
+    component: Component | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        family: The architecture the table recognised.
+        hidden_size: Length of the residual axis.
+        edits: The edits, in the order of shards and bytes.
+        skipped: What could have been edited and is not.
+        notes: What the user should know before the run, a line each.
+        directions_sha256: Digest of the directions.
+    """
+
+    family: str
+    hidden_size: int
+    edits: tuple[TensorEdit, ...]
+    skipped: tuple[Skip, ...]
+    notes: tuple[str, ...]
+    directions_sha256: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the plan as JSON types."""
+        return dataclasses.asdict(self)
+
+    def sha256(self) -> str:
+        """Returns the digest of the plan's canonical JSON form."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOptions) -> Plan:
+    """Decides what to edit.
+
+    Args:
+        checkpoint: The source.
+        directions: What to remove.
+        options: How.
+
+    Returns:
+        The plan; nothing has been read but headers.
+
+    Raises:
+        ArchitectureError: The architecture is not known, or a writer does not have the expected shape.
+        DirectionsError: The directions do not fit the checkpoint.
+        PlanError: A selected layer has no writer, or a writer cannot be edited.
+    """
+    anatomy = dissect(checkpoint.tensors, checkpoint.config, options.targets)
+    if directions.hidden_size != anatomy.hidden_size:
+        raise DirectionsError(
+            f"{checkpoint.path}: hidden size {anatomy.hidden_size}, but the directions have "
+            f"{directions.hidden_size}; use directions captured from this model"
+        )
+    layers = _select_layers(anatomy.layers, directions, options)
+    decoder_last = max(anatomy.layers, default=0)
+    edits: list[TensorEdit] = []
+    skipped = [Skip(item.name, item.layer, item.component, item.reason) for item in anatomy.left_out]
+    for item in anatomy.left_out:
+        if item.blocked and _why_skipped(item, layers, options) is None:
+            raise PlanError(f"{item.name}: {item.reason}")
+    for writer in anatomy.writers:
+        if (reason := _why_skipped(writer, layers, options)) is not None:
+            skipped.append(Skip(writer.name, writer.layer, writer.component, reason))
+        else:
+            tensor = checkpoint.tensors[writer.name]
+            edits.append(_edit(writer, tensor, directions, options, decoder_last))
+    _check_coverage(checkpoint, anatomy.writers, layers, options)
+    order = {shard.name: number for number, shard in enumerate(checkpoint.shards)}
+    edits.sort(key=lambda edit: (order[edit.shard], edit.start))
+    return Plan(
+        family=anatomy.family,
+        hidden_size=anatomy.hidden_size,
+        edits=tuple(edits),
+        skipped=tuple(skipped),
+        notes=(*anatomy.notes, *_warnings(edits)),
+        directions_sha256=directions.sha256(),
+    )
+
+
+def resolve_bases(
+    edits: Iterable[TensorEdit], checkpoint: Checkpoint, directions: Directions
+) -> Mapping[BasisKey, np.ndarray]:
+    """Computes the basis of every edit.
+
+    Returns:
+        For each key the basis to remove, ``[k, d]`` float64 with orthonormal rows: biprojected, then
+        carried through the post-norm gain.
+
+    Raises:
+        DirectionsError: Nothing is left of a direction, or a reference mean is missing.
+    """
+    bases: dict[BasisKey, np.ndarray] = {}
+    for key in dict.fromkeys(edit.basis for edit in edits):
+        basis = directions.basis[key.source_layer].astype(np.float64)
+        if key.references:
+            missing = [layer for layer in key.references if layer not in directions.reference]
+            if missing:
+                raise DirectionsError(
+                    f"the directions hold no reference mean of layer {missing[0]}; biprojection needs one "
+                    "for both layers, so add it or use --no-biproject"
+                )
+            try:
+                basis, _ = biproject(basis, [directions.reference[layer] for layer in key.references])
+            except DirectionsError as error:
+                where = " and ".join(str(layer) for layer in key.references)
+                raise DirectionsError(
+                    f"direction of layer {key.source_layer}, made orthogonal to the reference means of "
+                    f"layers {where}: {error}"
+                ) from error
+        if key.gain is not None:
+            gain = read_vector(checkpoint, checkpoint.tensors[key.gain]) + key.gain_offset
+            basis = apply_gain(basis, gain)
+        bases[key] = basis
+    return bases
+
+
+def read_vector(checkpoint: Checkpoint, tensor: TensorInfo) -> np.ndarray:
+    """Reads one small tensor of any float dtype as float64, in its own shape.
+
+    Raises:
+        PlanError: The dtype is not BF16, F16 or F32, or a value is not finite.
+    """
+    if tensor.dtype not in ITEM_BYTES:
+        raise PlanError(f"{tensor.name}: expected BF16, F16 or F32, found {tensor.dtype}")
+    path = next(shard.path for shard in checkpoint.shards if shard.name == tensor.shard)
+    with path.open("rb") as file:
+        file.seek(tensor.start)
+        raw = file.read(tensor.end - tensor.start)
+    if tensor.dtype == "BF16":
+        values = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = np.frombuffer(raw, "<f2" if tensor.dtype == "F16" else "<f4")
+    if not np.isfinite(values).all():
+        raise PlanError(f"{tensor.name}: holds NaN or infinite values; the checkpoint is damaged")
+    return values.astype(np.float64).reshape(tensor.shape)
+
+
+def _select_layers(existing: Sequence[int], directions: Directions, options: AblateOptions) -> frozenset[int]:
+    wanted = frozenset(directions.layers) if options.layers is None else options.layers
+    if missing := sorted(wanted - set(existing)):
+        what = "the directions have" if options.layers is None else "--layers names"
+        way_out = "select them with --layers" if options.layers is None else "leave it out"
+        raise PlanError(
+            f"{what} layer {missing[0]}, but the checkpoint has layers {_ranges(existing)}; {way_out}"
+        )
+    return wanted
+
+
+def _why_skipped(writer: Writer | LeftOut, layers: frozenset[int], options: AblateOptions) -> str | None:
+    if writer.component not in options.components:
+        return f"{writer.component} is not among --components"
+    if writer.mtp:
+        return None if options.mtp == "edit" else "multi-token prediction is kept (--mtp edit includes it)"
+    if writer.layer is not None and writer.layer not in layers:
+        return "the layer is not selected"
+    return None
+
+
+def _edit(
+    writer: Writer, tensor: TensorInfo, directions: Directions, options: AblateOptions, decoder_last: int
+) -> TensorEdit:
+    coefficient, preserve = options.coefficient, options.preserve
+    project, source = options.biproject, options.source_layer
+    for override in options.overrides:
+        if override.layers is not None and (writer.mtp or writer.layer not in override.layers):
+            continue
+        if override.components is not None and writer.component not in override.components:
+            continue
+        coefficient = coefficient if override.coefficient is None else override.coefficient
+        preserve = override.preserve or preserve
+        project = project if override.biproject is None else override.biproject
+        source = source if override.source_layer is None else override.source_layer
+    if tensor.dtype not in ITEM_BYTES:
+        raise PlanError(
+            f"{tensor.name}: expected BF16, F16 or F32, found {tensor.dtype}; convert the checkpoint to one of them"
+        )
+    if writer.mtp:
+        own = decoder_last
+    elif writer.layer is None:
+        own = min(directions.layers)
+    else:
+        own = writer.layer
+    measured = _source_layer(source, own, directions, tensor.name)
+    at = () if writer.layer is None or writer.mtp else (writer.layer,)
+    return TensorEdit(
+        name=tensor.name,
+        shard=tensor.shard,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        start=tensor.start,
+        end=tensor.end,
+        axis=writer.axis,
+        kind=writer.kind,
+        layer=writer.layer,
+        component=writer.component,
+        mtp=writer.mtp,
+        coefficient=coefficient,
+        preserve=preserve if writer.kind == "weight" else "none",
+        basis=BasisKey(
+            source_layer=measured,
+            references=tuple(dict.fromkeys((measured, *at))) if project else (),
+            gain=writer.gain,
+            gain_offset=writer.gain_offset,
+        ),
+    )
+
+
+def _source_layer(source: SourceLayer, own: int, directions: Directions, name: str) -> int:
+    if source == "best":
+        return directions.best_layer()
+    layer = own if source == "own" else source
+    if layer not in directions.basis:
+        raise DirectionsError(
+            f"{name}: needs the direction of layer {layer}, but the directions have layers "
+            f"{_ranges(directions.layers)}; use --source-layer best or another --layers"
+        )
+    return layer
+
+
+def _check_coverage(
+    checkpoint: Checkpoint, writers: Iterable[Writer], layers: frozenset[int], options: AblateOptions
+) -> None:
+    found = {(writer.layer, writer.component) for writer in writers if not writer.mtp}
+    needed: list[tuple[int | None, Component]] = [
+        (layer, component)
+        for layer in sorted(layers)
+        for component in options.components
+        if component != "embedding"
+    ]
+    if options.targets:
+        described = {target.component for target in options.targets}
+        needed = [(layer, component) for layer, component in needed if component in described]
+    if "embedding" in options.components:
+        needed.append((None, "embedding"))
+    for layer, component in needed:
+        if (layer, component) not in found:
+            what = "no token embedding" if layer is None else f"layer {layer}: no {component} writer"
+            raise PlanError(
+                f"{checkpoint.path}: {what} was found among {_names_of(checkpoint, layer)}; describe it with "
+                "[[ablate.target]] in a recipe, or leave it out with --layers or --components"
+            )
+
+
+def _names_of(checkpoint: Checkpoint, layer: int | None) -> str:
+    if layer is None:
+        names = [name for name in checkpoint.tensors if "layers." not in name and "blocks." not in name]
+    else:
+        names = [name for name in checkpoint.tensors if f".{layer}." in name]
+    return ", ".join(sorted(names)) or "its tensors"
+
+
+def _warnings(edits: Sequence[TensorEdit]) -> list[str]:
+    warnings = []
+    above = max((edit.coefficient for edit in edits), default=0.0)
+    if above > 1:
+        warnings.append(
+            f"coefficient {above:g} is above 1: it turns the component into {1 - above:+g} times itself "
+            "(1 removes, 2 reflects)"
+        )
+    return warnings
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in runs) or "none"

@@ -1,0 +1,217 @@
+"""Builds an output folder out of sight: locked, journalled, and given its name only when complete."""
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ablate_shards.errors import ExecuteError, UsageError
+from ablate_shards.surgery.checkpoint import RECEIPT_NAME
+
+__all__ = ["Staging", "check_out", "fsync_folder", "locked"]
+
+_JOURNAL = ".journal.jsonl"
+
+
+def check_out(source: Path, out: Path, *, overwrite: bool) -> None:
+    """Refuses an output folder that would lose something.
+
+    Args:
+        source: The checkpoint's file or folder.
+        out: The folder to make.
+        overwrite: Whether a folder that an earlier run made may be replaced.
+
+    Raises:
+        UsageError: OUT is SOURCE, lies inside it or holds it, or is not a folder name.
+        ExecuteError: OUT exists and may not be replaced, or its parent does not exist.
+    """
+    if out.suffix == ".safetensors":
+        raise UsageError(f"{out}: OUT is a folder; name it without .safetensors")
+    here, there = source.resolve(), out.resolve()
+    folder = here.parent if source.is_file() else here
+    if there == here or there in here.parents or (folder in there.parents and not source.is_file()):
+        raise UsageError(
+            f"{out}: OUT and SOURCE may not be the same or lie inside each other; name another folder"
+        )
+    if there == folder:
+        raise UsageError(f"{out}: OUT is the folder that SOURCE lies in; name another folder")
+    if not there.parent.is_dir():
+        raise ExecuteError(f"{there.parent}: the folder that OUT would lie in does not exist; make it first")
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir() or not (out / RECEIPT_NAME).is_file():
+        raise ExecuteError(
+            f"{out}: already exists and holds no {RECEIPT_NAME}, so it is not replaced; name another folder"
+        )
+    if not overwrite:
+        raise ExecuteError(f"{out}: already exists; --overwrite replaces it, or name another folder")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Holds the lock on one output folder; the kernel drops it when the process ends, however it ends.
+
+    Raises:
+        ExecuteError: Another run holds it.
+    """
+    path = _beside(out, "lock")
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise ExecuteError(f"{out}: another run is writing it; wait for that run to end") from error
+        # The holder before us may have removed the file between our open and our lock.
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        with suppress(FileNotFoundError):
+            path.unlink()
+        os.close(descriptor)
+
+
+@dataclass(slots=True)
+class Staging:
+    """A half-made output folder and the journal of what in it is complete.
+
+    Attributes:
+        out: The final name.
+        folder: Where the files are until then, on the same filesystem.
+        identity: What the journal says must be equal for a resumed run, by what to call it.
+        done: What the journal says of each complete shard.
+    """
+
+    out: Path
+    folder: Path
+    identity: dict[str, str] = field(default_factory=dict)
+    done: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, out: Path, identity: Mapping[str, str], *, resume: bool, overwrite: bool) -> "Staging":
+        """Makes the folder, or takes up the one an interrupted run left.
+
+        Args:
+            out: The final name.
+            identity: What must be equal for a resumed run to give the same bytes, by what to call it.
+            resume: Go on with an interrupted run, if there is one.
+            overwrite: Throw an interrupted run away.
+
+        Raises:
+            ExecuteError: An interrupted run is in the way, or is not of this plan and source.
+        """
+        staging = cls(out, _beside(out, "staging"))
+        journal = staging.folder / _JOURNAL
+        if journal.is_file():
+            if resume:
+                staging._read(journal)
+                staging.agree(identity)
+                return staging
+            if not overwrite:
+                raise ExecuteError(
+                    f"{out}: an interrupted run is staged in {staging.folder}; --resume goes on with it, "
+                    "--overwrite starts again"
+                )
+        if staging.folder.exists():
+            shutil.rmtree(staging.folder)
+        staging.folder.mkdir()
+        staging.agree(identity)
+        return staging
+
+    def agree(self, identity: Mapping[str, str]) -> None:
+        """Checks what must be equal for a resumed run against what the journal says, or writes it down.
+
+        Raises:
+            ExecuteError: Something changed since the interrupted run.
+        """
+        changed = [what for what in identity if self.identity.get(what, identity[what]) != identity[what]]
+        if changed:
+            raise ExecuteError(
+                f"{self.out}: cannot be resumed, because {' and '.join(changed)} changed since the interrupted "
+                "run; --overwrite starts again"
+            )
+        if new := {what: value for what, value in identity.items() if what not in self.identity}:
+            self._append({"identity": new})
+            self.identity |= new
+
+    def record(self, shard: str, content: Any) -> None:
+        """Writes down, durably, that a shard is complete."""
+        self._append({"shard": shard, "content": content})
+        self.done[shard] = content
+
+    def publish(self) -> None:
+        """Gives the folder its final name, in one step, with everything in it on disk."""
+        (self.folder / _JOURNAL).unlink()
+        for folder, _, _ in os.walk(self.folder):
+            fsync_folder(Path(folder))
+        if self.out.is_dir() and any(self.out.iterdir()):
+            _exchange(self.folder, self.out)
+            shutil.rmtree(self.folder)
+        else:
+            self.folder.replace(self.out)
+        fsync_folder(self.out.resolve().parent)
+
+    def discard(self) -> None:
+        """Removes the folder and all in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _read(self, journal: Path) -> None:
+        for line in journal.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # a kill can tear the last line; what it told of is done again
+                entry = json.loads(line)
+                self.identity |= entry.get("identity", {})
+                if "shard" in entry:
+                    self.done[entry["shard"]] = entry["content"]
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        with (self.folder / _JOURNAL).open("a", encoding="utf-8") as file:
+            # The leading line break ends a line that a kill has torn.
+            file.write("\n" + json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _beside(out: Path, what: str) -> Path:
+    out = out.resolve()
+    return out.with_name(f".{out.name}.ablate-{what}")
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swaps two folders, atomically where the system can (renameat2, Linux 3.15)."""
+    swap = 2  # RENAME_EXCHANGE
+    at_cwd = -100
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        if libc.renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), swap) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(code, os.strerror(code), str(old))
+    aside = _beside(old, "replaced")
+    if aside.exists():
+        shutil.rmtree(aside)
+    old.replace(aside)
+    new.replace(old)
+    aside.replace(new)
