@@ -20,14 +20,16 @@ _DEVICE = re.compile(r"auto|cpu|mps|xpu|cuda(:\d{1,3})?")
 
 
 class _Failure(click.ClickException):
-    """One sentence on stderr and an exit code."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    """One sentence on stderr, and exit code 1."""
 
     def show(self, file: Any = None) -> None:
         click.echo(f"error: {self.message}", err=True)
+
+
+class _WrongUsage(_Failure):
+    """One sentence on stderr, and exit code 2."""
+
+    exit_code = 2
 
 
 class _Commands(click.Group):
@@ -48,61 +50,59 @@ class _Commands(click.Group):
             if ctx.meta.get("debug"):
                 traceback.print_exc()
             if isinstance(error, AblateError):
-                raise _Failure(str(error), error.exit_code) from error
+                raise (_WrongUsage if isinstance(error, UsageError) else _Failure)(str(error)) from error
             if isinstance(error, OSError):
                 where = f"{error.filename}: " if error.filename else ""
-                raise _Failure(f"{where}{error.strerror or error}", 1) from error
+                raise _Failure(f"{where}{error.strerror or error}") from error
             raise _Failure(
-                f"internal error, please report it with what --debug adds: {type(error).__name__}: {error}", 1
+                f"internal error, please report it with what --debug adds: {type(error).__name__}: {error}"
             ) from error
 
 
-class _Parsed(click.ParamType):
-    """A click type made of a function that raises ValueError."""
+def _parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """Makes an option's callback of a function that raises ValueError."""
 
-    def __init__(self, name: str, parse: Callable[[Any], Any]) -> None:
-        self.name = name
-        self._parse = parse
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str | int):
-            return value
+    def callback(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
+        if value is None:
+            return None
         try:
-            return self._parse(value)
+            return parse(value)
         except ValueError as error:
-            self.fail(str(error), param, ctx)
+            raise click.BadParameter(str(error)) from error
+
+    return callback
 
 
-def _parse_layers(text: str | int) -> Any:
+def _parse_layers(text: str) -> Any:
     from ablate_shards.surgery.recipe import parse_layers
 
-    return parse_layers(str(text))
+    return parse_layers(text)
 
 
-def _parse_components(text: str | int) -> Any:
+def _parse_components(text: str) -> Any:
     from ablate_shards.surgery.recipe import parse_components
 
-    return parse_components(str(text))
+    return parse_components(text)
 
 
-def _parse_source_layer(text: str | int) -> Any:
+def _parse_source_layer(text: str) -> Any:
     from ablate_shards.surgery.recipe import parse_source_layer
 
     return parse_source_layer(text)
 
 
-def _parse_memory(text: str | int) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?b|)", str(text).strip().lower())
+def _parse_memory(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?b|)", text.strip().lower())
     memory = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if memory < 8_000_000:
         raise ValueError(f"expected at least 8MB, such as 256MB or 1GiB, found {text!r}")
     return memory
 
 
-def _parse_device(text: str | int) -> str:
-    if not _DEVICE.fullmatch(str(text)):
+def _parse_device(text: str) -> str:
+    if not _DEVICE.fullmatch(text):
         raise ValueError(f"expected auto, cpu, cuda, cuda:N, mps or xpu, found {text!r}")
-    return str(text)
+    return text
 
 
 def _load_recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> Any:
@@ -149,14 +149,16 @@ _recipe = click.option(
 _resources = _options(
     click.option(
         "--device",
-        type=_Parsed("device", _parse_device),
+        metavar="DEVICE",
+        callback=_parsed(_parse_device),
         default="auto",
         show_default=True,
         help="auto, cpu, cuda[:N], mps or xpu.",
     ),
     click.option(
         "--memory",
-        type=_Parsed("size", _parse_memory),
+        metavar="SIZE",
+        callback=_parsed(_parse_memory),
         default="256MB",
         show_default=True,
         help="Most that all working buffers take together; at least 8MB.",
@@ -217,12 +219,14 @@ def cli() -> None:
 @_estimation
 @click.option(
     "--layers",
-    type=_Parsed("layers", _parse_layers),
+    metavar="LAYERS",
+    callback=_parsed(_parse_layers),
     help="Decoder layers to edit, such as 1-23,30.  [default: every layer with a direction]",
 )
 @click.option(
     "--components",
-    type=_Parsed("names", _parse_components),
+    metavar="NAMES",
+    callback=_parsed(_parse_components),
     default="attention,mlp",
     show_default=True,
     help="What to edit: attention, mlp, embedding.",
@@ -249,7 +253,8 @@ def cli() -> None:
 )
 @click.option(
     "--source-layer",
-    type=_Parsed("layer", _parse_source_layer),
+    metavar="LAYER",
+    callback=_parsed(_parse_source_layer),
     default="best",
     show_default=True,
     help="Layer whose direction is removed: best, own (each layer's) or a number.",

@@ -33,13 +33,9 @@ __all__ = [
 class AblateError(Exception):
     """What every error of this package derives from; its text is one sentence for the user."""
 
-    exit_code = 1
-
 
 class UsageError(AblateError):
     """The command was given wrong arguments or options."""
-
-    exit_code = 2
 
 
 class RecipeError(UsageError):

@@ -1,6 +1,5 @@
 """Tiny random-weight transformers models, one per architecture of the table and per form on disk."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,7 @@ class TinyModel:
         model: The transformers class, saved and loaded.
         config: The configuration class.
         settings: What the configuration is made of.
-        native: Whether experts are saved one tensor each (what checkpoints on the Hub look like) or fused.
+        native: Whether it is saved as on the Hub, one tensor per expert, or as transformers holds it, fused.
         extra: Tensors that no transformers class loads, name to shape.
     """
 
@@ -112,15 +111,16 @@ class TinyModel:
 
 
 def _tiny(family: str, stem: str, *, head: str = "ForCausalLM", **settings: Any) -> TinyModel:
-    known = {"native", "extra", "config"}
+    own = {key: settings.pop(key) for key in {"native", "extra"} & settings.keys()}
     config = settings.pop("config", f"{stem}Config")
-    own = {key: settings.pop(key) for key in known & settings.keys()}
     return TinyModel(family, stem + head, config, {**_BASE, **settings}, **own)
 
 
-def _multimodal(family: str, model: str, config: str, text: dict[str, Any], vision: dict[str, Any], **more: Any) -> TinyModel:
-    extra = more.pop("extra", {})
-    return TinyModel(family, model, config, {"text_config": text, "vision_config": vision, **more}, extra=extra)
+def _multimodal(
+    family: str, model: str, config: str, text: dict[str, Any], vision: dict[str, Any], **more: Any
+) -> TinyModel:
+    own = {key: more.pop(key) for key in {"native", "extra"} & more.keys()}
+    return TinyModel(family, model, config, {"text_config": text, "vision_config": vision, **more}, **own)
 
 
 def _mtp(prefix: str, start: str, width: int) -> dict[str, tuple[int, ...]]:
@@ -143,6 +143,22 @@ _DEEPSEEK_MTP = {
 _QWEN_TEXT = {**_BASE, **_MROPE}
 _QWEN35_VISION = {**_QWEN_VISION, "num_position_embeddings": 16}
 _GEMMA_TEXT = {**_BASE, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}
+_GEMMA4: dict[str, Any] = {
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "vocab_size_per_layer_input": VOCAB,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+_GEMMA4_VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "position_embedding_size": 16,
+}
 _FALCON = {"alibi": False, "bias": True}
 _LLAMA_BIAS = {"attention_bias": True, "mlp_bias": True}
 
@@ -219,6 +235,14 @@ TINY_MODELS: dict[str, TinyModel] = {
         {**_QWEN_TEXT, **_HYBRID, **_MOE, **_GATED_SHARED},
         _QWEN35_VISION,
     ),
+    "qwen3.5-moe-fused": _multimodal(
+        "Qwen3.5-MoE",
+        "Qwen3_5MoeForConditionalGeneration",
+        "Qwen3_5MoeConfig",
+        {**_QWEN_TEXT, **_HYBRID, **_MOE, **_GATED_SHARED},
+        _QWEN35_VISION,
+        native=False,
+    ),
     "phi": _tiny("Phi", "Phi", partial_rotary_factor=0.5),
     "phi3": _tiny("Phi-3", "Phi3"),
     "gemma": _tiny("Gemma", "Gemma", head_dim=8),
@@ -232,24 +256,35 @@ TINY_MODELS: dict[str, TinyModel] = {
         _SIGLIP,
         mm_tokens_per_image=4,
     ),
+    "gemma3-vision-renamed": _multimodal(
+        "Gemma 3",
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        _GEMMA_TEXT,
+        _SIGLIP,
+        mm_tokens_per_image=4,
+        native=False,
+    ),
     "gemma4": _tiny(
         "Gemma 4",
         "Gemma4",
         config="Gemma4TextConfig",
-        head_dim=8,
-        global_head_dim=8,
         hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=VOCAB,
-        sliding_window=8,
+        **_GEMMA4,
+    ),
+    "gemma4-vision": _multimodal(
+        "Gemma 4",
+        "Gemma4ForConditionalGeneration",
+        "Gemma4Config",
+        {**_BASE, **_GEMMA4, "hidden_size_per_layer_input": 8},
+        _GEMMA4_VISION,
     ),
     "gemma4-plain": _tiny(
         "Gemma 4",
         "Gemma4",
         config="Gemma4TextConfig",
-        head_dim=8,
-        global_head_dim=8,
         hidden_size_per_layer_input=0,
-        sliding_window=8,
+        **_GEMMA4,
     ),
     "olmo": _tiny("OLMo", "Olmo"),
     "olmo2": _tiny("OLMo 2", "Olmo2"),
@@ -315,7 +350,7 @@ def save_tiny_model(tiny: TinyModel, folder: Path, *, seed: int = 0) -> Path:
 
 
 def capture_stream(model: torch.nn.Module, *, tokens: int = 48) -> list[torch.Tensor]:
-    """Runs every token of the vocabulary and returns the stream before the first and after every layer, ``[n, d]``."""
+    """Runs distinct tokens and returns the stream before the first and after every layer, ``[tokens, d]``."""
     layers = _decoder_layers(model)
     stream: list[torch.Tensor] = []
 
@@ -323,7 +358,10 @@ def capture_stream(model: torch.nn.Module, *, tokens: int = 48) -> list[torch.Te
         state = state[0] if isinstance(state, tuple) else state
         stream.append(state.detach().reshape(-1, state.shape[-1]).clone())
 
-    handles = [layers[0].register_forward_pre_hook(lambda _, args, kwargs: keep(args or kwargs["hidden_states"]), with_kwargs=True)]
+    def keep_input(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(args or kwargs["hidden_states"])
+
+    handles = [layers[0].register_forward_pre_hook(keep_input, with_kwargs=True)]
     handles += [layer.register_forward_hook(lambda _, __, output: keep(output)) for layer in layers]
     with torch.no_grad():
         model(input_ids=torch.arange(3, 3 + tokens)[None])

@@ -14,7 +14,7 @@ cannot carry (strong cancellation, squares out of range) is done again in float6
 
 import importlib.util
 import math
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ablate_shards.errors import DirectionsError, PlanError
 from ablate_shards.kernels import reference
-from ablate_shards.kernels.project_torch import TorchForm
+from ablate_shards.kernels.project_torch import GROUP_ROWS, HIGH, LOW, TorchForm, in_range
 from ablate_shards.kernels.reference import DEGENERATE, Preserve
 
 __all__ = [
@@ -44,16 +44,13 @@ __all__ = [
 
 Form = Literal["reference", "torch", "triton"]
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-CHUNK_ROWS = 64
+CHUNK_ROWS = 256
 CHUNK_ELEMENTS = 64 * 3584
 """With float32 and, when needed, float64 scratch, a chunk of this size takes 2.6 MiB."""
 BLOCK_ELEMENTS = 1 << 22
 ORTHONORMAL = 1e-9
-CANCELLED = 0.25
-"""Squared residual, relative to the squared norm, below which float32 loses too many digits."""
-LOW, HIGH = 1e-30, 1e30
-"""Squared norms between which float32 sums of squares neither underflow nor overflow."""
+AMPLIFICATION = {torch.bfloat16: 8.0, torch.float16: 2.5, torch.float32: 4.0}
+"""How much cancellation may amplify the rounding of float32 before float64 takes over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,26 +158,36 @@ def choose_form(device: torch.device, *, form: Form | Literal["auto"] = "auto") 
     return "triton", f"Triton runs on {device.type}"
 
 
-class Arithmetic(Protocol):
+class _Arithmetic(Protocol):
     """The sums and the update in one precision; :class:`TorchForm` documents the methods."""
 
-    whole_blocks: bool
     precision: torch.dtype
-    device: torch.device
 
-    def load(self, block: Tensor) -> Tensor: ...
-    def rows(self, tile: Tensor, weights: Tensor | None, *, squares: bool) -> Tensor: ...
-    def columns(self, tile: Tensor, weights: Tensor | None, *, squares: bool) -> Tensor: ...
-    def accumulate(self, partial: Tensor, into: Tensor) -> None: ...
+    def rows(self, block: Tensor, weights: Tensor | None, *, squares: bool) -> Tensor: ...
+    def add_columns(
+        self,
+        block: Tensor,
+        weights: Tensor | None,
+        into: Tensor,
+        *,
+        squares: bool,
+        unsafe: Container[tuple[int, int]] | None,
+        repair: Callable[[int, int], Tensor],
+    ) -> None: ...
     def update(
-        self, tile: Tensor, block: Tensor, scale: Tensor | None, row_factor: Tensor, column_factor: Tensor
+        self,
+        block: Tensor,
+        source: Tensor,
+        scale: Tensor | None,
+        row_factor: Tensor,
+        column_factor: Tensor,
     ) -> None: ...
 
 
 class _Piece(NamedTuple):
-    """A part of a block that is computed at once: some matrices of the batch, whole chunks of rows."""
+    """Rows ``span`` of the matrices ``entries`` of a batch, and what computes them."""
 
-    form: Arithmetic
+    form: _Arithmetic
     entries: slice
     span: slice
     view: Tensor
@@ -192,7 +199,7 @@ class _Pair(NamedTuple):
     single: Tensor
     double: Tensor
 
-    def of(self, form: Arithmetic) -> Tensor:
+    def of(self, form: _Arithmetic) -> Tensor:
         return self.double if form.precision == torch.float64 else self.single
 
     def part(self, span: slice) -> "_Pair":
@@ -200,6 +207,24 @@ class _Pair(NamedTuple):
 
     def entries(self, entries: slice) -> "_Pair":
         return self if len(self.double) == 1 else _Pair(self.single[entries], self.double[entries])
+
+
+class _Factors(NamedTuple):
+    """What the update of preserved vectors needs.
+
+    Attributes:
+        scale: ``[matrices, vectors]``.
+        factor: What the directions, or ``Q``, are multiplied by: ``[matrices, k, vectors]``.
+        doubtful: Vectors that float32 cannot carry.
+        parallel: Vectors too close to the directions to be rescaled.
+        still: Vectors without a component, whose bytes must not change.
+    """
+
+    scale: Tensor
+    factor: Tensor
+    doubtful: Tensor
+    parallel: Tensor
+    still: Tensor
 
 
 class _Stream:
@@ -215,7 +240,7 @@ class _Stream:
         device: torch.device,
         form: Form,
     ) -> None:
-        if dtype not in DTYPES:
+        if dtype not in AMPLIFICATION:
             raise PlanError(f"dtype: expected bfloat16, float16 or float32, found {dtype}")
         self._batch, self._rows, self._cols = shape
         residual = self._rows if options.axis == -2 else self._cols
@@ -235,15 +260,12 @@ class _Stream:
         self._dtype = dtype
         self._dots_in_rows = options.axis == -1
         self._norms_in_rows = (options.preserve == "rows") == (options.axis == -2)
-        # Only sums over a column depend on how many rows a chunk has.
-        cap = 4 * CHUNK_ROWS if self._dots_in_rows and self._norms_in_rows else CHUNK_ROWS
-        chunk = max(1, min(cap, CHUNK_ELEMENTS // max(1, self._cols)))
-        self._chunk = chunk - chunk % 8 if chunk >= 8 else chunk
+        self._chunk = _chunk_rows(self._cols)
 
         # MPS has no float64.
         exact_device = torch.device("cpu") if device.type == "mps" else device
-        self._double: Arithmetic = TorchForm(self._chunk, self._cols, torch.float64, exact_device)
-        self._single: Arithmetic = _single_form(form, self._chunk, self._cols, device)
+        self._double: _Arithmetic = TorchForm(torch.float64, self._chunk, self._cols, exact_device)
+        self._single: _Arithmetic = _single_form(form, self._chunk, self._cols, device)
         self._state = exact_device
         self._device = device
         self._basis = self._pair(basis[None].to(exact_device))
@@ -282,114 +304,95 @@ class _Stream:
             total=tuple(_sum(matrix) for matrix in squares),
         )
 
-    def _measure(self, piece: _Piece, tile: Tensor) -> None:
-        """Take the squared norms and the components of a piece; column squares use up the tile."""
+    def _measure(self, piece: _Piece) -> None:
+        """Take the squared norms and the components of a piece."""
         entries, span = piece.entries, piece.span
-        if self._norms_in_rows:
-            weights = self._basis if self._dots_in_rows else None
-            sums = self._row_sums(piece, tile, weights, squares=True)
-            self._squares[entries, span] = sums[:, -1]
-            if weights is not None:
-                self._dots[entries, :, span] = sums[:, :-1]
+        if self._dots_in_rows:
+            sums = self._row_sums(piece, self._basis, squares=self._norms_in_rows)
+            self._dots[entries, :, span] = sums[:, : self._dots.shape[1]]
+            if self._norms_in_rows:
+                self._squares[entries, span] = sums[:, -1]
             else:
-                self._add_columns(piece, tile, self._basis.part(span), self._column_sums, squares=False)
+                self._add_columns(piece, None, self._column_sums, squares=True)
         else:
-            if self._dots_in_rows:
-                self._dots[entries, :, span] = self._row_sums(piece, tile, self._basis, squares=False)
-                weights = None
-            else:
-                weights = self._basis.part(span)
-            self._add_columns(piece, tile, weights, self._column_sums, squares=True)
+            if self._norms_in_rows:
+                self._squares[entries, span] = self._row_sums(piece, None, squares=True)[:, 0]
+            self._add_columns(
+                piece, self._basis.part(span), self._column_sums, squares=not self._norms_in_rows
+            )
 
-    def _row_sums(
-        self, piece: _Piece, tile: Tensor, weights: _Pair | None, *, squares: bool
-    ) -> Tensor:
+    def _row_sums(self, piece: _Piece, weights: _Pair | None, *, squares: bool) -> Tensor:
         """Row sums of a piece ``[matrices, k (+ 1), rows]``, float64, with unsafe chunks done exactly."""
-        sums = piece.form.rows(tile, weights and weights.of(piece.form), squares=squares).to(self._state)
-        if piece.form is self._double:
+        sums = piece.form.rows(piece.view, weights and weights.of(piece.form), squares=squares).to(
+            self._state
+        )
+        if piece.form is self._double or self._dtype == torch.float16:
             return sums
         if squares:
-            unsafe = self._unsafe(sums[:, -1])
+            guarded = sums[:, -1]
         elif self._norms_in_rows:
-            unsafe = self._unsafe(self._squares[piece.entries, piece.span])
+            guarded = self._squares[piece.entries, piece.span]
         else:
-            unsafe = self._unsafe(sums.abs().amax(dim=1) + 1)
-        for part, entry, span in self._chunks(piece, unsafe):
-            tile = self._double.load(part.view)
+            guarded = 1 + sums.abs().amax(dim=1)
+        for entry, chunk in self._unsafe(guarded):
+            part = self._chunk_of(piece, entry, chunk)
             chosen = weights and weights.entries(slice(entry, entry + 1)).double
-            sums[entry, :, span] = self._double.rows(tile, chosen, squares=squares)[0]
+            low = part.span.start - piece.span.start
+            sums[entry, :, low : low + self._chunk] = part.form.rows(part.view, chosen, squares=squares)[0]
         return sums
 
-    def _add_columns(
-        self, piece: _Piece, tile: Tensor, weights: _Pair | None, into: Tensor, *, squares: bool
-    ) -> None:
+    def _add_columns(self, piece: _Piece, weights: _Pair | None, into: Tensor, *, squares: bool) -> None:
         """Add the column sums of a piece to ``into``, float64, with unsafe chunks done exactly."""
+
+        def repair(entry: int, chunk: int) -> Tensor:
+            part = self._chunk_of(piece, entry, chunk)
+            low = part.span.start - piece.span.start
+            chosen = weights and weights.entries(slice(entry, entry + 1)).part(slice(low, low + self._chunk))
+            sums = into.new_zeros(1, *into.shape[1:])
+            part.form.add_columns(
+                part.view, chosen and chosen.double, sums, squares=squares, unsafe=(), repair=repair
+            )
+            return sums[0]
+
+        unsafe: list[tuple[int, int]] | None = []
+        if piece.form is self._single and self._dtype != torch.float16:
+            if squares:
+                unsafe = None
+            elif self._norms_in_rows:
+                unsafe = self._unsafe(self._squares[piece.entries, piece.span])
+        chosen = weights and weights.of(piece.form)
         into = into[piece.entries]
-        partial = piece.form.columns(tile, weights and weights.of(piece.form), squares=squares)
-        unsafe: list[tuple[int, int]] = []
-        if piece.form is self._single and squares:
-            unsafe = self._unsafe(partial[:, :, -1])
-        elif piece.form is self._single and self._norms_in_rows:
-            unsafe = self._unsafe(self._squares[piece.entries, piece.span])
-        if not unsafe:
-            piece.form.accumulate(partial, into)
-            return
-        exact = partial.to(self._state, torch.float64)
-        for part, entry, span in self._chunks(piece, unsafe):
-            tile = self._double.load(part.view)
-            chosen = weights and weights.part(span).entries(slice(entry, entry + 1)).double
-            exact[entry, span.start // self._chunk] = self._double.columns(tile, chosen, squares=squares)[0, 0]
-        self._double.accumulate(exact, into)
+        piece.form.add_columns(piece.view, chosen, into, squares=squares, unsafe=unsafe, repair=repair)
 
     def _unsafe(self, squares: Tensor) -> list[tuple[int, int]]:
-        """Matrix and chunk where float32 squares overflow, underflow or meet a non-finite weight.
+        """Matrix and chunk of the rows ``[matrices, rows]`` whose squares float32 cannot carry."""
+        return [] if in_range(squares) else self._chunks_with(~((squares > LOW) & (squares < HIGH)))
 
-        Args:
-            squares: ``[matrices, rows]``, or ``[matrices, chunks, cols]``.
-        """
-        if self._dtype == torch.float16 or squares.numel() == 0:
-            return []
-        least, most = torch.aminmax(squares)
-        if least.item() > LOW and most.item() < HIGH:
-            return []
-        return self._grouped(~((squares > LOW) & (squares < HIGH)))
-
-    def _grouped(self, mask: Tensor) -> list[tuple[int, int]]:
-        """Matrix and chunk of what a mask ``[matrices, rows]`` or ``[matrices, chunks, cols]`` marks."""
-        if mask.ndim == 3:
-            return [(entry, chunk) for entry, chunk in mask.any(dim=2).nonzero().tolist()]
+    def _chunks_with(self, mask: Tensor) -> list[tuple[int, int]]:
+        """Matrix and chunk of the rows that a mask ``[matrices, rows]`` marks."""
         return sorted({(entry, row // self._chunk) for entry, row in mask.nonzero().tolist()})
 
-    def _chunks(
-        self, piece: _Piece, chosen: list[tuple[int, int]]
-    ) -> Iterator[tuple[_Piece, int, slice]]:
-        """The chosen chunks of a piece, as pieces of their own for float64, with their place in it."""
-        for entry, chunk in chosen:
-            low = chunk * self._chunk
-            high = min(low + self._chunk, piece.view.shape[1])
-            matrix = slice(piece.entries.start + entry, piece.entries.start + entry + 1)
-            rows = slice(piece.span.start + low, piece.span.start + high)
-            part = _Piece(self._double, matrix, rows, piece.view[entry : entry + 1, low:high])
-            yield part, entry, slice(low, high)
+    def _chunk_of(self, piece: _Piece, entry: int, chunk: int) -> _Piece:
+        """One chunk of a piece, for float64."""
+        low = chunk * self._chunk
+        view = piece.view[entry : entry + 1, low : low + self._chunk]
+        first, start = piece.entries.start + entry, piece.span.start + low
+        return _Piece(self._double, slice(first, first + 1), slice(start, start + view.shape[1]), view)
 
     def _pieces(
-        self, block: Tensor, start: int, entries: Iterable[int], exact: Container[int] = ()
+        self, block: Tensor, start: int, entries: Sequence[int], exact: Container[int] = ()
     ) -> Iterator[_Piece]:
-        rows = block.shape[1]
-        chosen = list(entries)
-        if self._single.whole_blocks:
-            single = [entry for entry in chosen if entry not in exact]
-            chosen = [entry for entry in chosen if entry in exact]
-            everything = len(single) == self._batch
-            spans = [slice(0, self._batch)] if everything else [slice(b, b + 1) for b in single]
-            for span in spans:
-                yield _Piece(self._single, span, slice(start, start + rows), block[span])
-        for entry in chosen:
+        """Split a block into what each precision computes at once."""
+        if block.numel() == 0:
+            return
+        span = slice(start, start + block.shape[1])
+        single = [entry for entry in entries if entry not in exact]
+        if len(single) == self._batch:
+            yield _Piece(self._single, slice(0, self._batch), span, block)
+            return
+        for entry in entries:
             form = self._double if entry in exact else self._single
-            for low in range(0, rows, self._chunk):
-                high = min(rows, low + self._chunk)
-                view = block[entry : entry + 1, low:high]
-                yield _Piece(form, slice(entry, entry + 1), slice(start + low, start + high), view)
+            yield _Piece(form, slice(entry, entry + 1), span, block[entry : entry + 1])
 
 
 class Meter(_Stream):
@@ -411,7 +414,7 @@ class Meter(_Stream):
     def add(self, block: Tensor, start: int) -> None:
         """Take the rows from ``start``: ``[matrices, rows, cols]`` in the storage dtype, in order."""
         for piece in self._pieces(block, start, range(self._batch)):
-            self._measure(piece, piece.form.load(piece.view))
+            self._measure(piece)
 
     def result(self) -> Measure:
         """Return the measure of all that was added."""
@@ -450,18 +453,19 @@ class Projector(_Stream):
         super().__init__(basis, shape, dtype, options, device=device, form=form)
         self._degenerate = 0
         self._exact: set[int] = set()
-        everything = tuple(range(self._batch))
+        self._doubtful = torch.zeros(self._batch, 1, dtype=torch.bool, device=self._state)
+        # Rows of a matrix stored [n, d] need their norms first: Q comes from a pass of its own.
+        self._mixes_apart = options.preserve == "rows" and self._dots_in_rows
         self._plan: list[tuple[str, tuple[int, ...]]] = []
         if 0 not in shape and not (self._dots_in_rows and self._norms_in_rows):
-            self._plan.append(("measure", everything))
+            kinds = ("measure", "mix") if self._mixes_apart else ("measure",)
+            self._plan = [(kind, tuple(range(self._batch))) for kind in kinds]
         if options.preserve == "rows":
-            count = basis.shape[0]
-            self._mixed = self._zeros(count, self._rows if self._dots_in_rows else self._cols)
-            if self._dots_in_rows and self._plan:
-                self._cross = self._zeros(count, self._cols)
-                self._plan.append(("mix", everything))
-        ceiling = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-        self._largest_norm = ceiling / (2 * (1 + abs(options.coefficient)))
+            self._mixed = self._zeros(len(basis), self._rows if self._dots_in_rows else self._cols)
+        if self._mixes_apart:
+            self._cross = self._zeros(len(basis), self._cols)
+        self._amplification = AMPLIFICATION[dtype]
+        self._largest_norm = torch.finfo(dtype).max / (2 * (1 + abs(options.coefficient)))
 
     @property
     def passes(self) -> int:
@@ -483,15 +487,21 @@ class Projector(_Stream):
         """
         kind, entries = self._plan[step]
         for piece in self._pieces(block, start, entries, self._exact):
-            tile = piece.form.load(piece.view)
+            if kind == "probe":
+                dots = self._row_sums(piece, self._mixed_pair.entries(piece.entries), squares=False)
+                doubtful = self._factors(piece.entries, piece.span, dots).doubtful
+                self._doubtful[piece.entries] |= doubtful.any(dim=1, keepdim=True)
+                continue
             if kind == "mix":
-                self._mix_rows(piece, tile)
-            elif self._options.preserve == "rows" and not self._dots_in_rows:
-                self._measure(piece, tile)
-                weights = self._pair(self._basis.double[..., piece.span] * self._inverse(piece)[:, None])
-                self._add_columns(piece, tile, weights, self._mixed, squares=False)
-            else:
-                self._measure(piece, tile)
+                mixed = self._row_sums(piece, self._unit_basis.entries(piece.entries), squares=False)
+                self._mixed[piece.entries, :, piece.span] = mixed
+                self._add_columns(piece, self._pair(mixed), self._cross, squares=False)
+                continue
+            self._measure(piece)
+            if self._options.preserve == "rows" and not self._mixes_apart:
+                inverse = _inverse(self._squares[piece.entries, piece.span])
+                weights = self._pair(self._basis.double[..., piece.span] * inverse[:, None])
+                self._add_columns(piece, weights, self._mixed, squares=False)
         if start + block.shape[1] == self._rows:
             self._settle(step)
 
@@ -500,40 +510,267 @@ class Projector(_Stream):
         everything = range(self._batch)
         if self._norms_in_rows:
             for piece in self._pieces(block, start, everything):
-                self._apply_rows(piece, piece.view)
+                self._apply_to_rows(piece, piece.view)
         elif self._options.coefficient != 0:
             for piece in self._pieces(block, start, everything, self._exact):
-                self._apply_columns(piece)
+                self._apply_to_columns(piece)
 
     def before(self) -> Measure:
         """Return the measure of the matrices before the ablation; after the apply pass."""
         return self._measured()
 
-    def _mix_rows(self, piece: _Piece, tile: Tensor) -> None:
-        """Second gather pass for rows of a matrix stored ``[n, d]``: ``Q`` per stored row, and ``Q Wᵀ``."""
-        entries = piece.entries
-        sums = self._row_sums(piece, tile, self._unit_basis.entries(entries), squares=False)
-        self._mixed[entries, :, piece.span] = sums
-        self._add_columns(piece, tile, self._pair(sums), self._cross, squares=False)
-
-    def _inverse(self, piece: _Piece) -> Tensor:
-        return _inverse_norms(self._squares[piece.entries, piece.span])
-
     def _settle(self, step: int) -> None:
-        """Close a gather pass: derive the factors, or plan to gather again what float32 cannot carry."""
+        """Close a gather pass: derive what follows from it, and plan again what float32 cannot carry."""
         kind, entries = self._plan[step]
-        again: set[int] = set()
-        following = step + 1 == len(self._plan)
-        if self._options.preserve == "rows" and self._dots_in_rows:
-            if kind == "measure":
-                if self._dtype != torch.float16:
-                    odd = (self._squares != 0) & ~((self._squares > LOW) & (self._squares < HIGH))
-                    again = set(odd.any(dim=1).nonzero().flatten().tolist()) - self._exact
-                    self._exact |= again
-                if again:
-                    self._plan.insert(step + 1, ("measure", tuple(sorted(again))))
-                    self._clear(again, self._column_sums)
-                self._unit_basis = self._pair(self._basis.double * _inverse_norms(self._squares)[:, None])
-                return
-        if not following:
+        repeat = [kind]
+        if kind == "probe":
+            doubtful, repeat = self._doubtful, ["measure"]
+        elif kind == "measure" and self._mixes_apart:
+            self._unit_basis = self._pair(self._basis.double * _inverse(self._squares)[:, None])
+            safe = ((self._squares > LOW) & (self._squares < HIGH)) | (self._squares == 0)
+            doubtful = ~safe if self._dtype != torch.float16 else torch.zeros_like(safe)
+        elif self._norms_in_rows:
+            self._gram = _gram(self._mixed)
+            self._mixed_pair = self._pair(self._mixed)
+            # |U_i| is at least |1 - a|R_iᵀQ||; where that is no help, a probe tells before the apply pass.
+            moved = abs(self._options.coefficient) * self._heights(slice(None), slice(None)).sqrt()
+            near = (1 + moved > self._amplification * (1 - moved).abs()).any(dim=1)
+            probed = [entry for entry in entries if near[entry] and entry not in self._exact]
+            if probed:
+                self._plan.append(("probe", tuple(probed)))
             return
+        else:
+            if kind == "mix":
+                self._gram = _gram(self._mixed)
+                repeat = ["measure", "mix"]
+            self._by_column = self._factors(
+                slice(None), slice(None), self._cross if kind == "mix" else self._dots
+            )
+            self._scale = self._pair(self._by_column.scale[:, None])
+            self._column_factor = self._pair(self._by_column.factor)
+            self._degenerate = int(self._by_column.parallel.sum())
+            self._any_still = bool(self._by_column.still.any())
+            doubtful = self._by_column.doubtful
+        fresh = sorted(set(doubtful.any(dim=1).nonzero().flatten().tolist()) - self._exact)
+        if fresh:
+            self._exact.update(fresh)
+            self._plan[step + 1 : step + 1] = [(again, tuple(fresh)) for again in repeat]
+            self._column_sums[fresh] = 0
+            if not self._mixes_apart and self._options.preserve == "rows":
+                self._mixed[fresh] = 0
+            if kind == "mix":
+                self._cross[fresh] = 0
+
+    def _heights(self, entries: slice, lines: slice) -> Tensor:
+        """Return ``R_iᵀ Q Qᵀ R_i`` for residual indices ``lines``: ``[matrices, lines]``."""
+        basis = self._basis.double[..., lines]
+        return (self._gram[entries] @ basis * basis).sum(dim=1).clamp_(min=0)
+
+    def _factors(self, entries: slice, lines: slice, dots: Tensor) -> _Factors:
+        """What the update of the preserved vectors ``lines`` needs.
+
+        Args:
+            entries: The matrices.
+            lines: The preserved vectors.
+            dots: ``R w`` of each vector, or ``Q w`` where rows are preserved: ``[matrices, k, lines]``.
+        """
+        alpha = self._options.coefficient
+        squares = self._squares[entries, lines]
+        present = squares > 0
+        if self._options.preserve == "rows":
+            basis = self._basis.double[..., lines]
+            along = self._heights(entries, lines)
+            cross = (basis * dots).sum(dim=1) * _inverse(squares)
+            ratio = 1 - 2 * alpha * cross + alpha**2 * along
+            moved = abs(alpha) * along.sqrt()
+            factor = alpha * basis * squares.sqrt()[:, None]
+        else:
+            along = dots.square().sum(dim=1)
+            ratio = 1 - (2 * alpha - alpha**2) * (along / squares)
+            moved = abs(alpha) * (along / squares).sqrt()
+            factor = alpha * dots
+        ratio = torch.where(present, ratio, 1.0)
+        parallel = ratio < DEGENERATE
+        scale = torch.where(parallel, 1.0, ratio.rsqrt())
+        if self._options.preserve == "none":
+            parallel, scale = torch.zeros_like(parallel), torch.ones_like(scale)
+        doubtful = present & ((1 + moved).square() > self._amplification**2 * ratio)
+        doubtful |= squares > self._largest_norm**2
+        return _Factors(scale, factor * scale[:, None], doubtful, parallel, (along == 0) | ~present)
+
+    def _apply_to_columns(self, piece: _Piece) -> None:
+        """Update a piece of matrices whose preserved vectors are stored columns."""
+        entries, span, form = piece.entries, piece.span, piece.form
+        rows = self._pair(self._mixed[entries, :, span]) if self._mixes_apart else self._basis.part(span)
+        scale = None if self._options.preserve == "none" else self._scale.entries(entries).of(form)
+        factor = self._column_factor.entries(entries).of(form)
+        original = piece.view.clone() if self._any_still else None
+        form.update(piece.view, piece.view, scale, rows.of(form), factor)
+        if original is not None:
+            _keep(piece.view, original, self._by_column.still[entries, None])
+
+    def _apply_to_rows(self, piece: _Piece, source: Tensor) -> None:
+        """Update a piece of matrices whose preserved vectors are stored rows.
+
+        Args:
+            piece: What to write.
+            source: What to read: the view of the piece, or a copy of it.
+        """
+        entries, span, form = piece.entries, piece.span, piece.form
+        given = piece._replace(view=source)
+        if self._options.preserve == "rows":
+            columns = self._mixed_pair.entries(entries)
+            dots = self._row_sums(given, columns, squares=False)
+        else:
+            columns = self._basis
+            self._measure(given)
+            dots = self._dots[entries, :, span]
+        if self._options.coefficient == 0:
+            return
+        factors = self._factors(entries, span, dots)
+        copies: list[tuple[_Piece, Tensor]] = []
+        if form is self._double:
+            self._degenerate += int(factors.parallel.sum())
+        elif factors.doubtful.any():
+            parts = [self._chunk_of(piece, *place) for place in self._chunks_with(factors.doubtful)]
+            copies = [(part, part.view.clone()) for part in parts]
+        original = source.clone() if factors.still.any() else None
+        scale = None if self._options.preserve == "none" else self._pair(factors.scale[..., None]).of(form)
+        form.update(piece.view, source, scale, self._pair(factors.factor).of(form), columns.of(form))
+        if original is not None:
+            _keep(piece.view, original, factors.still[..., None])
+        for part, copy in copies:
+            self._apply_to_rows(part, copy)
+
+
+def project(
+    weight: Tensor,
+    basis: Tensor,
+    options: ProjectOptions,
+    *,
+    form: Form | Literal["auto"] = "auto",
+    block_rows: int | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, ProjectReport]:
+    """Ablate a weight that is in memory.
+
+    Args:
+        weight: ``[..., rows, cols]``, bfloat16, float16 or float32, any strides; left as it is.
+        basis: ``[k, d]`` float64, orthonormal rows, ``d`` the length of the residual axis.
+        options: The coefficient, the norms to preserve, the residual axis.
+        form: Which implementation; ``auto`` takes the one that suits the device.
+        block_rows: Rows that one step covers, rounded up to whole chunks; the result does not depend on it.
+        out: Where to write, of the same shape and dtype; may be ``weight`` itself.
+
+    Returns:
+        The new weight and what was measured.
+
+    Raises:
+        DirectionsError: The basis does not fit the weight, or is not orthonormal.
+        PlanError: The dtype is not one of the three.
+    """
+    chosen, _ = choose_form(weight.device, form=form)
+    out = torch.empty_like(weight) if out is None else out
+    shape = (math.prod(weight.shape[:-2]), weight.shape[-2], weight.shape[-1])
+    if chosen == "reference":
+        return _project_by_definition(weight, basis, options, out)
+    device = weight.device
+    projector = Projector(basis, shape, weight.dtype, options, device=device, form=chosen)
+    meter = Meter(basis, shape, weight.dtype, options, device=device, form=chosen)
+    rows, chunk = shape[1], projector.chunk_rows
+    wanted = max(1, BLOCK_ELEMENTS // max(1, shape[0] * shape[2])) if block_rows is None else block_rows
+    step_rows = -(-wanted // chunk) * chunk
+    source = weight.reshape(shape)
+    result = source.clone(memory_format=torch.contiguous_format)
+    step = 0
+    while step < projector.passes:
+        for start in range(0, rows, step_rows):
+            projector.gather(step, result[:, start : start + step_rows], start)
+        step += 1
+    for start in range(0, rows, step_rows):
+        block = result[:, start : start + step_rows]
+        projector.apply(block, start)
+        meter.add(block, start)
+    out.copy_(result.view(weight.shape))
+    before, after = projector.before(), meter.result()
+    return out, ProjectReport(before, after, norm_drift(before, after), projector.degenerate)
+
+
+def project_vector(bias: Tensor, basis: Tensor, coefficient: float) -> Tensor:
+    """Remove the directions from what a bias writes: ``b - a RᵀRb``, float64 inside, rounded once.
+
+    Args:
+        bias: ``[..., d]``, any float dtype.
+        basis: ``[k, d]`` float64, orthonormal rows.
+        coefficient: 1 removes the component, 2 reflects it.
+    """
+    if coefficient == 0:
+        return bias.clone()
+    vector = bias.to("cpu", torch.float64)
+    directions = basis.to("cpu", torch.float64)
+    moved = vector - coefficient * (vector @ directions.mT @ directions)
+    return reference.round_to(moved, bias.dtype).to(bias.device)
+
+
+def _project_by_definition(
+    weight: Tensor, basis: Tensor, options: ProjectOptions, out: Tensor
+) -> tuple[Tensor, ProjectReport]:
+    exact, degenerate = reference.ablate(
+        weight, basis, coefficient=options.coefficient, preserve=options.preserve, axis=options.axis
+    )
+    before = _measure_by_definition(weight, basis, options)
+    out.copy_(reference.round_to(exact, weight.dtype))
+    after = _measure_by_definition(out, basis, options)
+    return out, ProjectReport(before, after, norm_drift(before, after), int(degenerate.sum()))
+
+
+def _measure_by_definition(weight: Tensor, basis: Tensor, options: ProjectOptions) -> Measure:
+    matrix = weight.to("cpu", torch.float64)
+    matrix = (matrix if options.axis == -2 else matrix.mT).reshape(
+        -1, basis.shape[1], _other(weight, options)
+    )
+    dots = basis.to("cpu", torch.float64) @ matrix
+    norms = torch.linalg.vector_norm(matrix, dim=-1 if options.preserve == "rows" else -2)
+    return Measure(norms, tuple(map(_sum, dots.square())), tuple(map(_sum, matrix.square())))
+
+
+def _other(weight: Tensor, options: ProjectOptions) -> int:
+    return weight.shape[-1 if options.axis == -2 else -2]
+
+
+def _inverse(squares: Tensor) -> Tensor:
+    """Return one over the norms, 0 for a norm of 0."""
+    return torch.where(squares > 0, squares.rsqrt(), 0.0)
+
+
+def _gram(mixed: Tensor) -> Tensor:
+    """Return ``Q Qᵀ`` per matrix, ``[matrices, k, k]``, in an order that no thread count changes."""
+    sums = [[[_sum(first * second) for second in matrix] for first in matrix] for matrix in mixed.cpu()]
+    return torch.tensor(sums, dtype=torch.float64, device=mixed.device)
+
+
+def _sum(values: Tensor) -> float:
+    # NumPy adds pairwise on one thread.
+    return float(np.sum(values.numpy()))
+
+
+def _chunk_rows(cols: int) -> int:
+    """Return how many stored rows make a chunk: equal groups that float32 can sum, in little memory."""
+    rows = max(1, min(CHUNK_ROWS, CHUNK_ELEMENTS // max(1, cols)))
+    groups = math.ceil(rows / GROUP_ROWS)
+    group = rows // groups
+    return groups * (group - group % 8 if group >= 8 else group)
+
+
+def _keep(block: Tensor, original: Tensor, still: Tensor) -> None:
+    """Put back what must not change by a bit, such as the sign of a zero."""
+    block.copy_(torch.where(still.to(block.device), original, block))
+
+
+def _single_form(form: Form, chunk_rows: int, cols: int, device: torch.device) -> _Arithmetic:
+    if form != "triton":
+        return TorchForm(torch.float32, chunk_rows, cols, device)
+    # Triton is imported only where it runs.
+    from ablate_shards.kernels.project_triton import TritonForm
+
+    return TritonForm(chunk_rows)

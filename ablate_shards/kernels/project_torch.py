@@ -1,108 +1,192 @@
-"""The sums and the update of an ablation in PyTorch, one chunk of one matrix at a time, on any device."""
+"""The sums and the update of an ablation in PyTorch, chunk by chunk, on any device."""
+
+import math
+from collections.abc import Callable, Container, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["TorchForm"]
+__all__ = ["HIGH", "LOW", "TorchForm", "in_range"]
+
+LOW, HIGH = 1e-30, 1e30
+"""Squared norms between which float32 sums of squares neither underflow nor overflow."""
 
 SEGMENT = 8192
-"""Columns that one reduction along a row covers; the segments of a row are added in float64."""
+"""Columns that one float32 reduction along a row covers; the segments of a row are added in float64."""
+
+
+GROUP_ROWS = 64
+"""Rows that one float32 reduction down a column covers at most."""
+
+ALIGNED = 16
+"""Elements in a cache line; what a product reads starts on one, wherever its block starts."""
 
 
 class TorchForm:
     """Chunk arithmetic in one precision, over scratch memory that is allocated once.
 
-    Every method takes tensors with a leading batch dimension of one. A tile is the chunk in the precision of
-    this form, and lives in the scratch memory until the next :meth:`load`.
+    Blocks are ``[matrices, rows, cols]`` in the storage dtype and start at a chunk.
+
+    Args:
+        precision: float32 or float64.
+        chunk_rows: Rows that are loaded at once; a multiple of the number of groups they make up.
+        cols: Columns of the stored matrices.
+        device: Where to compute; blocks are brought here chunk by chunk.
     """
 
-    whole_blocks = False
-
-    def __init__(self, chunk_rows: int, cols: int, precision: torch.dtype, device: torch.device) -> None:
+    def __init__(self, precision: torch.dtype, chunk_rows: int, cols: int, device: torch.device) -> None:
         self.precision = precision
-        self.device = device
+        self._device = device
         self._chunk_rows = chunk_rows
         self._cols = cols
+        self._group_rows = chunk_rows // math.ceil(chunk_rows / GROUP_ROWS)
         self._scratch: Tensor | None = None
-        self._ones = torch.ones(1, chunk_rows, dtype=precision, device=device)
 
-    def load(self, block: Tensor) -> Tensor:
-        """Convert a chunk ``[1, rows, cols]`` into a tile."""
-        if self._scratch is None:
-            self._scratch = torch.empty(self._chunk_rows, self._cols, dtype=self.precision, device=self.device)
-        tile = self._scratch[: block.shape[1]]
-        tile.copy_(block[0].to(self.device))
-        return tile
-
-    def rows(self, tile: Tensor, weights: Tensor | None, *, squares: bool) -> Tensor:
-        """Reduce along each row: ``[1, k (+ 1), rows]`` float64, products with the weights, then squares.
+    def rows(self, block: Tensor, weights: Tensor | None, *, squares: bool) -> Tensor:
+        """Reduce along each row.
 
         Args:
-            tile: From :meth:`load`.
-            weights: ``[1, k, cols]`` in this form's precision.
-            squares: Whether the last line holds the squared norms.
-        """
-        rows, cols = tile.shape
-        count = 0 if weights is None else weights.shape[1]
-        total: Tensor | None = None
-        for start in range(0, cols, SEGMENT):
-            part = tile[:, start : start + SEGMENT]
-            sums = torch.empty(count + squares, rows, dtype=self.precision, device=self.device)
-            for k in range(count):
-                torch.mv(part, weights[0, k, start : start + SEGMENT], out=sums[k])  # type: ignore[index]
-            if squares:
-                torch.linalg.vector_norm(part, dim=1, out=sums[count])
-                sums[count].square_()
-            total = self._double(sums) if total is None else total.add_(self._double(sums))
-        if total is None:
-            total = torch.zeros(count + squares, rows, dtype=torch.float64)
-        return total[None]
+            block: ``[matrices, rows, cols]``.
+            weights: ``[1 or matrices, k, cols]`` in this form's precision.
+            squares: Whether the squared norms of the rows are wanted.
 
-    def columns(self, tile: Tensor, weights: Tensor | None, *, squares: bool) -> Tensor:
-        """Reduce along each column: ``[1, 1, k (+ 1), cols]``, laid out as :meth:`rows` does.
-
-        Args:
-            tile: From :meth:`load`; squares use it up.
-            weights: ``[1, k, rows]`` in this form's precision.
-            squares: Whether the last line holds the squared norms.
+        Returns:
+            ``[matrices, k (+ 1), rows]`` float64: products with the weights, then the squares.
         """
-        rows, cols = tile.shape
         count = 0 if weights is None else weights.shape[1]
-        sums = torch.empty(count + squares, cols, dtype=self.precision, device=self.device)
-        for k in range(count):
-            # One product per direction: a thin matrix product is slower than its rows one by one.
-            torch.mm(weights[0, k : k + 1], tile, out=sums[k : k + 1])  # type: ignore[index]
+        batch, rows, cols = block.shape
+        segments = [slice(low, low + SEGMENT) for low in range(0, cols, SEGMENT)]
+        sums = self._empty(batch, len(segments), count + squares, rows)
+        for entry, matrix in enumerate(block):
+            lines = () if weights is None else weights[min(entry, len(weights) - 1)]
+            parts = torch.split(sums[entry], self._chunk_rows, dim=-1)
+            for chunk, part in zip(torch.split(matrix, self._chunk_rows), parts, strict=True):
+                tile = self._load(chunk)
+                for segment, outs in zip(segments, part, strict=True):
+                    for line, out in zip(lines, outs, strict=False):
+                        torch.mv(tile[:, segment], line[segment], out=out)
+                    if squares:
+                        torch.linalg.vector_norm(tile[:, segment], dim=1, out=outs[count])
+        double = sums.double()
         if squares:
-            torch.mul(tile, tile, out=tile)
-            torch.mm(self._ones[:, :rows], tile, out=sums[count:])
-        return sums[None, None]
+            double[:, :, count].square_()
+        return double.sum(dim=1) if len(segments) > 1 else double[:, 0]
 
-    def accumulate(self, partial: Tensor, into: Tensor) -> None:
-        """Add what :meth:`columns` returned to ``into``, ``[1, k (+ 1), cols]`` float64, chunk after chunk."""
-        for chunk in range(partial.shape[1]):
-            into.add_(partial[:, chunk].to(into.device))
+    def add_columns(
+        self,
+        block: Tensor,
+        weights: Tensor | None,
+        into: Tensor,
+        *,
+        squares: bool,
+        unsafe: Container[tuple[int, int]] | None,
+        repair: Callable[[int, int], Tensor],
+    ) -> None:
+        """Reduce along each column of each chunk, and add the chunks in order.
+
+        Args:
+            block: ``[matrices, rows, cols]``.
+            weights: ``[1 or matrices, k, rows]`` in this form's precision.
+            into: ``[matrices, k (+ 1), cols]`` float64, what to add to, laid out as :meth:`rows` does.
+            squares: Whether the squared norms of the columns are wanted.
+            unsafe: Matrix and chunk where this precision fails; None to judge by the squares.
+            repair: Returns the sums of such a chunk, ``[k (+ 1), cols]`` float64.
+        """
+        size, group = self._chunk_rows, self._group_rows
+        most = size // group
+        count = 0 if weights is None else weights.shape[1]
+        sums = self._empty(count + squares, most, 1, self._cols)
+        ones = torch.ones(most, 1, group, dtype=self.precision, device=self._device)
+        for entry, matrix in enumerate(block):
+            chunks = torch.split(matrix, size)
+            lines = None if weights is None else weights[min(entry, len(weights) - 1)]
+            factors = self._factors_by_chunk(lines, len(chunks), matrix.shape[0])
+            for chunk, (part, factor) in enumerate(zip(chunks, factors, strict=True)):
+                rows = len(part)
+                groups = math.ceil(rows / group)
+                tile = self._load(part, groups * group)
+                grouped = tile.view(groups, group, self._cols)
+                outs = sums[:, :groups]
+                # One thin product per direction is faster than one product for all of them.
+                for k in range(count):
+                    torch.bmm(factor[k, :groups], grouped, out=outs[k])
+                if squares:
+                    torch.mul(tile, tile, out=tile)
+                    torch.bmm(ones[:groups], grouped, out=outs[count])
+                failed = not in_range(outs[count]) if unsafe is None else (entry, chunk) in unsafe
+                if failed:
+                    into[entry] += repair(entry, chunk)
+                elif groups == 1:
+                    into[entry] += outs[:, 0, 0].to(into.device)
+                else:
+                    into[entry] += outs.to(into.device).sum(dim=(1, 2), dtype=torch.float64)
 
     def update(
-        self, tile: Tensor, block: Tensor, scale: Tensor | None, row_factor: Tensor, column_factor: Tensor
+        self,
+        block: Tensor,
+        source: Tensor,
+        scale: Tensor | None,
+        row_factor: Tensor,
+        column_factor: Tensor,
     ) -> None:
-        """Write ``scale * tile - sum_k row_factor[k] ⊗ column_factor[k]`` into the chunk, rounded once.
+        """Write ``scale * source - sum_k row_factor[k] ⊗ column_factor[k]``, rounded once.
 
         Args:
-            tile: From :meth:`load`; used up.
-            block: The chunk ``[1, rows, cols]`` in the storage dtype.
-            scale: ``[1, rows, 1]`` or ``[1, 1, cols]``, or None for 1.
-            row_factor: ``[1, k, rows]``.
-            column_factor: ``[1, k, cols]``.
+            block: Where to write, ``[matrices, rows, cols]``.
+            source: What to read, of the same shape; may be the block.
+            scale: ``[matrices, rows, 1]`` or ``[matrices, 1, cols]``, or None for 1.
+            row_factor: ``[1 or matrices, k, rows]``.
+            column_factor: ``[1 or matrices, k, cols]``.
         """
-        if scale is not None:
-            tile.mul_(scale[0])
-        for k in range(row_factor.shape[1]):
-            tile.addcmul_(row_factor[0, k, :, None], column_factor[0, k], value=-1)
-        if self.precision == torch.float64:
-            limit = torch.finfo(block.dtype).max
-            tile.clamp_(-limit, limit)
-        block[0].copy_(tile if self.device == block.device else tile.to(block.dtype))
+        size, limit = self._chunk_rows, torch.finfo(block.dtype).max
+        for entry, (target, matrix) in enumerate(zip(block, source, strict=True)):
+            columns = column_factor[min(entry, len(column_factor) - 1)].unbind()
+            rows = torch.split(row_factor[min(entry, len(row_factor) - 1), :, :, None], size, dim=1)
+            sources, targets = torch.split(matrix, size), torch.split(target, size)
+            scales: Sequence[Tensor | None] = [None] * len(sources)
+            if scale is not None:
+                by_column = scale.shape[1] == 1 and len(matrix) != 1
+                scales = [scale[entry]] * len(sources) if by_column else torch.split(scale[entry], size)
+            for given, wanted, factor, row in zip(sources, targets, scales, rows, strict=True):
+                tile = self._load(given)
+                if factor is not None:
+                    tile.mul_(factor)
+                for k, column in enumerate(columns):
+                    tile.addcmul_(row[k], column, value=-1)
+                if self.precision == torch.float64:
+                    tile.clamp_(-limit, limit)
+                wanted.copy_(tile if self._device == block.device else tile.to(wanted.dtype))
 
-    def _double(self, sums: Tensor) -> Tensor:
-        # MPS has no float64.
-        return (sums.cpu() if sums.device.type == "mps" else sums).double()
+    def _load(self, part: Tensor, padded_rows: int = 0) -> Tensor:
+        """Bring rows to the scratch memory, and zeros below them up to ``padded_rows``."""
+        if self._scratch is None:
+            self._scratch = self._empty(self._chunk_rows, self._cols)
+        rows = len(part)
+        tile = self._scratch[: max(rows, padded_rows)]
+        tile[:rows].copy_(part if part.device == self._device else part.to(self._device))
+        tile[rows:].zero_()
+        return tile
+
+    def _factors_by_chunk(self, lines: Tensor | None, chunks: int, rows: int) -> Sequence[Tensor]:
+        """Lay out ``[k, rows]`` as ``[k, groups, 1, rows of a group]`` per chunk, aligned, zeros beyond."""
+        group, groups = self._group_rows, self._chunk_rows // self._group_rows
+        count = 0 if lines is None else len(lines)
+        length = math.ceil(group / ALIGNED) * ALIGNED
+        laid = self._empty(count, chunks, groups, 1, length).zero_()
+        if lines is not None:
+            flat, whole = laid.view(count, chunks * groups, length), rows // group
+            flat[:, :whole, :group] = lines[:, : whole * group].reshape(count, whole, group)
+            if rows % group:
+                flat[:, whole, : rows % group] = lines[:, whole * group :]
+        return laid[..., :group].unbind(1)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.precision, device=self._device)
+
+
+def in_range(squares: Tensor) -> bool:
+    """Whether float32 sums of squares can be trusted: no overflow, underflow, zero or NaN among them."""
+    if squares.numel() == 0:
+        return True
+    least, most = torch.aminmax(squares)
+    return least.item() > LOW and most.item() < HIGH

@@ -103,20 +103,23 @@ class Anatomy:
 _EDITABLE = frozenset({"BF16", "F16", "F32"})
 _HIDDEN_KEYS = ("hidden_size", "n_embd", "n_embed", "d_model")
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer")
+_MOST_LAYERS = 99_999
+_LAYER = r"(?P<layer>[0-9]{1,5})"
 _MTP_ROOT = "mtp."
 _MTP_CHILDREN = frozenset({"eh_proj", "enorm", "hnorm", "shared_head", "embed_tokens"})
 _MTP_MARK = re.compile(r"(?:eh_proj|enorm|hnorm|shared_head)\.")
 _EMBEDDINGS = r"(?:embed_tokens|embed_in|embed_positions|word_embeddings|wte|wpe|project_in)"
 #: What modules that write are called, in the table and elsewhere.
 _WRITER_LIKE = re.compile(
-    r"(?:^|\.)(?P<leaf>(?:o|out|down|c|eh)_proj|per_layer_projection|output_linear|dense|dense_4h_to_h|proj|w2|wo"
+    r"(?:^|\.)(?:(?:o|out|down|c|eh)_proj|per_layer_projection|output_linear|dense|dense_4h_to_h|proj|w2|wo"
     rf"|fc|fc2|linear_fc2|linear_2|{_EMBEDDINGS})(?=\.|$|_bias$|_blocks$|_scales$)"
 )
 _DESCRIBE = "describe every writer with [[ablate.target]] in a recipe"
 _TOWER = re.compile(r"(?:^|[._])(?:visual|vision|image|video|audio|encoder)(?:$|[._])")
-_PROJECTOR = re.compile(r"projector|merger|embed_vision|embed_audio|adapter")
+_PROJECTOR = re.compile(r"projector|merger|embed_vision|embed_audio")
+_ATTENTION = re.compile(r"attn|attention")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-_IN_LAYER = re.compile(r"(?P<head>.*?(?:^|\.)(?:layers?|h|blocks?))\.(?P<layer>\d+)\.(?P<inner>.+)")
+_IN_LAYER = re.compile(rf"(?P<head>.*?(?:^|\.)(?:layers?|h|blocks?))\.{_LAYER}\.(?P<inner>.+)")
 
 
 class _Rule(NamedTuple):
@@ -155,24 +158,22 @@ class _Settings:
 
     @property
     def hidden_size(self) -> int | None:
-        return self._count(_HIDDEN_KEYS)
+        return self._count(_HIDDEN_KEYS, 2**31)
 
     @property
     def depth(self) -> int | None:
-        return self._count(_DEPTH_KEYS)
+        return self._count(_DEPTH_KEYS, _MOST_LAYERS)
 
     def get(self, key: str) -> Any:
         return next((values[key] for values in self.values if values.get(key) is not None), None)
 
-    def _count(self, keys: Iterable[str]) -> int | None:
+    def _count(self, keys: Iterable[str], most: int) -> int | None:
         for key in keys:
             found = self.get(key)
             if found is None:
                 continue
-            if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-                raise ArchitectureError(
-                    f"config.json: expected a positive integer for {key}, found {found!r}"
-                )
+            if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= most:
+                raise ArchitectureError(f"config.json: expected {key} from 1 to {most}, found {found!r}")
             return found
         return None
 
@@ -207,9 +208,7 @@ def dissect(
     family = _family_of(tensors, settings)
     for key, value, why in family.layout.refused:
         if settings.get(key) == value:
-            raise ArchitectureError(
-                f"{family.name} with {key} = {str(value).lower()} cannot be ablated by editing weights: {why}"
-            )
+            raise ArchitectureError(f"{family.name} with {key} = {str(value).lower()} is refused: {why}")
     return _dissect_by_family(tensors, settings, family)
 
 
@@ -232,16 +231,19 @@ def _family_of(tensors: Mapping[str, TensorInfo], settings: _Settings) -> Family
         raise _unknown(tensors, f"config.json: the table does not know model_type {kind!r}")
     names = {_NUMBER.sub("#", name) for name in tensors}
     fitting = [(family, found) for family in FAMILIES if (found := _told_by_names(family.layout, names))]
+    marked = [(family, found) for family, found in fitting if family.layout.marks]
+    fitting = marked or fitting
     what = "config.json has no model_type" if settings.given else "there is no config.json"
     if not fitting:
         raise _unknown(tensors, f"{what}, and the tensor names are not those of an architecture in the table")
     if len({found for _, found in fitting}) > 1:
         candidates = " and ".join(family.name for family, _ in fitting)
         raise ArchitectureError(
-            f"{what}, and the tensor names fit {candidates}, which store or normalise their outputs differently; "
-            "put the model's config.json beside the shards"
+            f"{what}, and the tensor names fit {candidates}, which store or normalise their outputs "
+            "differently; put the model's config.json beside the shards"
         )
-    return fitting[0][0]
+    first = fitting[0][0]
+    return first if len(fitting) == 1 else first._replace(name=f"{first.name}-like")
 
 
 def _told_by_names(layout: Layout, names: Set[str]) -> frozenset[Module] | None:
@@ -258,7 +260,7 @@ def _told_by_names(layout: Layout, names: Set[str]) -> frozenset[Module] | None:
         prefix = f"{root}{layout.layers}.#."
         inner = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
         inner = {name for name in inner if name.split(".")[0] not in _MTP_CHILDREN}
-        if not inner or f"{root}{layout.final}.weight" not in names:
+        if not inner or f"{root}{layout.final}.weight" not in names or not inner.issuperset(layout.marks):
             continue
         around = {name.split(".")[0] for name in inner} - parents
         if around not in [set(variant.split()) for variant in layout.around]:
@@ -284,14 +286,13 @@ def _path_pattern(module: Module) -> str:
 
 def _rules_of(layout: Layout) -> list[_Rule]:
     root = rf"(?P<root>{'|'.join(map(re.escape, layout.roots))})"
-    layer = (
-        rf"(?P<root>{'|'.join(map(re.escape, (*layout.roots, _MTP_ROOT)))}){layout.layers}\.(?P<layer>\d+)\."
-    )
+    roots = "|".join(map(re.escape, (*layout.roots, _MTP_ROOT)))
+    layer = rf"(?P<root>{roots}){layout.layers}\.{_LAYER}\."
     parts: tuple[tuple[Component, str, tuple[Module, ...]], ...] = (
         ("attention", layer, layout.attention),
         ("mlp", layer, layout.mlp),
         ("embedding", root, layout.embedding),
-        # A multi-token-prediction layer starts its own stream with a projection of the last state and a token.
+        # Multi-token prediction starts a stream of its own, from the last state and the next token.
         ("embedding", rf"(?P<root>{re.escape(_MTP_ROOT)})", (Module("fc"),)),
         ("embedding", layer, (Module("eh_proj"),)),
     )
@@ -315,7 +316,7 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
     layout = family.layout
     rules = _rules_of(layout)
     roots = "|".join(map(re.escape, layout.roots))
-    in_layer = re.compile(rf"(?:{roots}){layout.layers}\.(?P<layer>\d+)\.(?P<inner>.+)")
+    in_layer = re.compile(rf"(?:{roots}){layout.layers}\.{_LAYER}\.(?P<inner>.+)")
     places = ((name, in_layer.fullmatch(name)) for name in tensors)
     extra = {int(place["layer"]) for _, place in places if place and _MTP_MARK.match(place["inner"])}
     depth = settings.depth
@@ -373,7 +374,7 @@ def _stray(name: str, family: Family, place: re.Match[str] | None, extra: Set[in
         why = "read through a norm and a projection, not added to the stream"
         return LeftOut(name, layer, "embedding", why, mtp=True)
     if place or mtp:
-        component: Component = "attention" if "attn" in name or "attention" in name else "mlp"
+        component: Component = "attention" if _ATTENTION.search(name) else "mlp"
         why = f"looks like a writer, but {family.name} has none of this name; {_DESCRIBE}"
         return LeftOut(name, layer, component, why, blocked=True, mtp=mtp)
     if any(
@@ -412,11 +413,7 @@ def _dissect_by_targets(
             rest = ".bias" if name.endswith("bias") else ".weight"
             hit = _Hit(name, name, rest, rule, groups, layer, mtp)
             before = hits.setdefault(name, hit)
-            if (before.rule.component, before.rule.axis, before.rule.gain) != (
-                rule.component,
-                rule.axis,
-                rule.gain,
-            ):
+            if before.rule._replace(pattern=rule.pattern) != rule:
                 raise ArchitectureError(
                     f"{name}: expected one description, found those of targets "
                     f"{before.rule.pattern.pattern!r} and {target.pattern!r}"
@@ -430,7 +427,7 @@ def _dissect_by_targets(
         layer = int(place["layer"]) if place else None
         owner = hits.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
         if owner is not None:
-            why = "is added to what a target writes, but no target describes it; end its pattern in (?:weight|bias)"
+            why = "is added to what a target writes, but no target describes it; let a pattern match it too"
             left_out.append(
                 LeftOut(name, owner.layer, owner.rule.component, why, blocked=True, mtp=owner.mtp)
             )
@@ -463,7 +460,7 @@ def _rule_of(target: Target) -> _Rule:
 def _layer_of(target: Target, name: str, groups: Mapping[str, str]) -> int | None:
     if "layer" not in groups:
         return None
-    if not groups["layer"].isdecimal():
+    if re.fullmatch(_LAYER, groups["layer"]) is None:
         raise ArchitectureError(
             f"target {target.pattern!r}: expected a number as layer, found {groups['layer']!r} in {name}"
         )
@@ -499,28 +496,28 @@ def _sort_out(
             continue
         biases = [hit for hit in parts if hit.rest in (".bias", "_bias")]
         others = [hit for hit in parts if hit not in biases]
-        if blocked := _why_blocked(others, tensors):
-            chief = max(others, key=lambda hit: tensors[hit.name].end - tensors[hit.name].start)
-            left_out.append(
-                LeftOut(chief.name, chief.layer, rule.component, blocked, blocked=True, mtp=chief.mtp)
-            )
+        if (blocked := _blocked(others, tensors)) is not None:
+            left_out.append(blocked)
             others = []
         writers += [_writer(hit, tensors, hidden) for hit in (*others, *biases)]
     writers.sort(key=lambda writer: (writer.mtp, -1 if writer.layer is None else writer.layer))
     return tuple(writers), left_out
 
 
-def _why_blocked(parts: Sequence[_Hit], tensors: Mapping[str, TensorInfo]) -> str | None:
-    for hit in parts:
-        if (dtype := tensors[hit.name].dtype) not in _EDITABLE:
-            return f"expected BF16, F16 or F32, found {dtype}; dequantise the checkpoint to one of them first"
-    for hit in parts:
-        if hit.rest not in (".weight", ""):
-            what = hit.name.removeprefix(hit.stem).lstrip("._")
-            return (
-                f"expected a plain weight, found {what}; merge the adapter or dequantise the checkpoint first"
-            )
-    return None
+def _blocked(parts: Sequence[_Hit], tensors: Mapping[str, TensorInfo]) -> LeftOut | None:
+    """Returns why a module's parts are no plain weight, named by the largest; None if they are one."""
+    if not parts:
+        return None
+    chief = max(parts, key=lambda hit: tensors[hit.name].end - tensors[hit.name].start)
+    odd = next((hit for hit in (chief, *parts) if hit.rest not in (".weight", "")), None)
+    if (dtype := tensors[chief.name].dtype) not in _EDITABLE:
+        why = f"expected BF16, F16 or F32, found {dtype}; dequantise the checkpoint to one of them first"
+    elif odd is not None:
+        what = odd.rest.lstrip("._")
+        why = f"expected a plain weight, found {what}; merge the adapter or dequantise the checkpoint first"
+    else:
+        return None
+    return LeftOut(chief.name, chief.layer, chief.rule.component, why, blocked=True, mtp=chief.mtp)
 
 
 def _writer(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> Writer:
@@ -546,13 +543,13 @@ def _writer(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> Writer
 
 
 def _gain_of(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> str:
-    try:
-        gain = hit.rule.gain.format_map(hit.groups)
-    except (KeyError, ValueError, IndexError) as error:
+    if strange := set(re.findall(r"\{(.*?)\}", hit.rule.gain)) - set(hit.groups):
         known = ", ".join(f"{{{group}}}" for group in hit.groups) or "none"
         raise ArchitectureError(
-            f"gain {hit.rule.gain!r} of {hit.name} cannot be filled in; the groups of its pattern are {known}"
-        ) from error
+            f"gain {hit.rule.gain!r} of {hit.name}: expected groups of its pattern ({known}), "
+            f"found {{{min(strange)}}}"
+        )
+    gain = re.sub(r"\{(.*?)\}", lambda brace: hit.groups[brace[1]], hit.rule.gain)
     if gain not in tensors:
         raise ArchitectureError(
             f"{hit.name}: its output passes through {gain}, which the checkpoint does not hold"
@@ -578,11 +575,13 @@ def _notes(
 ) -> tuple[str, ...]:
     notes = []
     heads = [name for name in tensors if re.search(r"(?:^|\.)(?:lm_head|embed_out)\.weight$", name)]
-    if settings.get("tie_word_embeddings") or not heads:
+    # The outer configuration ties; without one, a missing head is a tied head.
+    said = [values.get("tie_word_embeddings") for values in reversed(settings.values)]
+    if next((tied for tied in said if tied is not None), not heads):
         notes.append("the output head is tied to the token embedding: editing one edits both")
     if count := sum(item.mtp for item in items):
         notes.append(f"{count} tensors of multi-token prediction write to a stream of their own")
-    if any(isinstance(item, LeftOut) and _PROJECTOR.search(item.name) for item in items):
+    if any(_PROJECTOR.search(name) for name in tensors):
         notes.append("image or sound features enter the stream unedited")
     return tuple(notes)
 
@@ -598,30 +597,23 @@ def _unknown(tensors: Mapping[str, TensorInfo], why: str) -> ArchitectureError:
 
 
 def _target_lines(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    patterns: dict[str, Component] = {}
+    lines: dict[str, tuple[Component, Axis]] = {}
     for name in tensors:
-        place = _IN_LAYER.fullmatch(name)
         if _WRITER_LIKE.search(name) is None or _TOWER.search(name) or _PROJECTOR.search(name):
             continue
         stem, dot, last = name.rpartition(".")
         tail = r"\.(?:weight|bias)" if last in ("weight", "bias") else re.escape(dot + last)
-        if place is None:
-            if re.search(rf"(?:^|\.){_EMBEDDINGS}$", stem):
-                patterns[re.escape(stem) + tail] = "embedding"
-            continue
-        stem = stem.removeprefix(f"{place['head']}.{place['layer']}.")
-        inner = _NUMBER.sub("#", f".{stem}.")[1:-1]
-        pattern = (
-            re.escape(f"{place['head']}.")
-            + r"(?P<layer>\d+)\."
-            + re.escape(inner).replace(r"\#", r"\d+")
-            + tail
-        )
-        patterns[pattern] = "attention" if re.search("attn|attention", stem) else "mlp"
-    if not patterns:
-        patterns = {r"model\.layers\.(?P<layer>\d+)\.mlp\.down_proj\.(?:weight|bias)": "mlp"}
+        place = _IN_LAYER.fullmatch(name)
+        if place is not None:
+            head = f"{place['head']}.{place['layer']}."
+            inner = re.escape(_NUMBER.sub("#", f".{stem.removeprefix(head)}.")[1:-1]).replace(r"\#", r"\d+")
+            pattern = re.escape(f"{place['head']}.") + r"(?P<layer>\d+)\." + inner + tail
+            lines[pattern] = ("attention" if _ATTENTION.search(stem) else "mlp", "out")
+        elif re.search(rf"(?:^|\.){_EMBEDDINGS}$", stem):
+            lines[re.escape(stem) + tail] = ("embedding", "out" if stem.endswith("project_in") else "in")
+    if not lines:
+        lines[r"model\.layers\.(?P<layer>\d+)\.mlp\.down_proj\.(?:weight|bias)"] = ("mlp", "out")
     return [
-        f"[[ablate.target]]\npattern = '{pattern}'\ncomponent = \"{component}\"\n"
-        f'axis = "{"in" if component == "embedding" and "project_in" not in pattern else "out"}"'
-        for pattern, component in patterns.items()
+        f'[[ablate.target]]\npattern = \'{pattern}\'\ncomponent = "{component}"\naxis = "{axis}"'
+        for pattern, (component, axis) in lines.items()
     ]

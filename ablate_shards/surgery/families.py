@@ -40,8 +40,9 @@ class Layout:
         final: The norm after the last layer.
         around: What a layer holds beside the parents of its writers, a string per variant; what recognises a
             checkpoint without config.json, and empty where the names do not tell the architecture.
+        marks: Tensors of a layer that only this layout has.
         beside: What the decoder holds beside its embeddings, layers and final norm.
-        refused: Settings of config.json (key, value, why) under which editing weights removes no direction.
+        refused: Settings of config.json (key, value, why) under which the writers cannot be edited.
     """
 
     attention: tuple[Module, ...] = (Module("self_attn.o_proj"),)
@@ -57,6 +58,7 @@ class Layout:
     layers: str = "layers"
     final: str = "norm"
     around: tuple[str, ...] = ("input_layernorm post_attention_layernorm",)
+    marks: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     refused: tuple[tuple[str, Any, str], ...] = ()
 
@@ -84,7 +86,21 @@ _MOE_SHARED_GATED = Layout(mlp=(*_EXPERTS, _SHARED_GATED))
 _HYBRID_DENSE = Layout(attention=_HYBRID)
 _HYBRID_MOE = Layout(attention=_HYBRID, mlp=(*_EXPERTS, _SHARED_GATED))
 _MIXTRAL = Layout(mlp=(Module("block_sparse_moe.experts.#.w2"), Module("mlp.experts.down_proj", fused=True)))
-_GPT_OSS = Layout(mlp=(Module("mlp.experts.down_proj", "in", fused=True),))
+_GPT_OSS = Layout(
+    mlp=(Module("mlp.experts.down_proj", "in", fused=True),), marks=("mlp.experts.down_proj_bias",)
+)
+_QWEN3_VL_MOE = Layout(
+    mlp=(Module("mlp.down_proj"), Module("mlp.experts.down_proj", "in", fused=True)),
+    roots=("model.language_model.",),
+    refused=(
+        (
+            "model_type",
+            "qwen3_vl_moe_text",
+            "its experts are stored as [E, d, n] or as [E, n, d] under one name; "
+            "describe every writer with [[ablate.target]] in a recipe",
+        ),
+    ),
+)
 _LLAMA4 = Layout(
     mlp=(
         Module("feed_forward.down_proj"),
@@ -109,7 +125,7 @@ _GEMMA4 = Layout(
         f"{_SANDWICH} layer_scalar per_layer_input_gate post_per_layer_input_norm",
     ),
     beside=("embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm"),
-    refused=(("enable_moe_block", True, "the sum of the MLP and the experts passes through a second norm"),),
+    refused=(("enable_moe_block", True, "the sum of MLP and experts passes through a second norm"),),
 )
 _OLMO2 = Layout(
     attention=(Module("self_attn.o_proj", gain="post_attention_layernorm"),),
@@ -179,7 +195,13 @@ _OPT = Layout(
     final="final_layer_norm",
     around=("self_attn_layer_norm final_layer_norm fc1",),
     beside=("project_out",),
-    refused=(("do_layer_norm_before", False, "the stream itself is normalised after every addition"),),
+    refused=(
+        (
+            "do_layer_norm_before",
+            False,
+            "the stream itself is normalised after every addition, so a direction comes back",
+        ),
+    ),
 )
 
 FAMILIES = (
@@ -191,6 +213,7 @@ FAMILIES = (
     Family("Qwen2-MoE", ("qwen2_moe",), _MOE_SHARED_GATED),
     Family("Qwen3", ("qwen3", "qwen3_vl_text")),
     Family("Qwen3-MoE", ("qwen3_moe",), _MOE),
+    Family("Qwen3-VL-MoE", ("qwen3_vl_moe_text",), _QWEN3_VL_MOE),
     Family("Qwen3-Next", ("qwen3_next",), _HYBRID_MOE),
     Family("Qwen3.5", ("qwen3_5", "qwen3_5_text"), _HYBRID_DENSE),
     Family("Qwen3.5-MoE", ("qwen3_5_moe", "qwen3_5_moe_text"), _HYBRID_MOE),

@@ -173,7 +173,8 @@ def resolve_bases(
     """
     bases: dict[BasisKey, np.ndarray] = {}
     for key in dict.fromkeys(edit.basis for edit in edits):
-        basis = directions.basis[key.source_layer].astype(np.float64)
+        # Stored as float32, the rows are orthonormal to seven digits only.
+        basis = np.linalg.qr(directions.basis[key.source_layer].astype(np.float64).T)[0].T
         if key.references:
             missing = [layer for layer in key.references if layer not in directions.reference]
             if missing:

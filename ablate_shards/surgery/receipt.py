@@ -18,7 +18,7 @@ from ablate_shards.surgery.directions import Directions
 from ablate_shards.surgery.plan import BasisKey, Plan, TensorEdit
 from ablate_shards.surgery.recipe import AblateOptions
 
-__all__ = ["FORMAT", "Receipt", "TensorResult", "read_receipt", "receipt_text"]
+__all__ = ["FORMAT", "Receipt", "TensorResult", "read_receipt", "receipt_text", "seal"]
 
 FORMAT = "ablate-shards.receipt/1"
 
@@ -102,7 +102,7 @@ def receipt_text(
             "left_out": [{"name": name, "reason": reason} for name, reason in checkpoint.left_out],
         },
     }
-    return _seal(content)
+    return seal(content)
 
 
 def read_receipt(folder: Path) -> Receipt:
@@ -142,7 +142,7 @@ def read_receipt(folder: Path) -> Receipt:
             metadata=content["directions"]["metadata"],
         )
         digest = content.pop("sha256")
-        altered = _seal(content).encode() != raw or not isinstance(digest, str)
+        altered = seal(content).encode() != raw or not isinstance(digest, str)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise VerifyError(
             f"{path}: not a complete receipt ({error}); it was changed after it was written"
@@ -150,7 +150,8 @@ def read_receipt(folder: Path) -> Receipt:
     return Receipt(content, edits, results, directions, altered)
 
 
-def _seal(content: Mapping[str, Any]) -> str:
+def seal(content: Mapping[str, Any]) -> str:
+    """Returns a receipt's content as canonical JSON that carries its own digest."""
     body = json.dumps({**content, "sha256": ""}, indent=1, ensure_ascii=False)
     digest = hashlib.sha256(body.encode()).hexdigest()
     return json.dumps({**content, "sha256": digest}, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,617 @@
+"""The torch and Triton forms against the float64 reference, and what must hold of every form."""
+
+import itertools
+import math
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ablate_shards.errors import DirectionsError, PlanError
+from ablate_shards.kernels import reference
+from ablate_shards.kernels.project import (
+    Meter,
+    ProjectOptions,
+    Projector,
+    choose_form,
+    merge,
+    norm_drift,
+    project,
+    project_vector,
+)
+
+CPU = torch.device("cpu")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PRESERVES = ("rows", "columns", "none")
+AXES = (-2, -1)
+
+# One tolerance table: the share of elements that may differ from the correctly rounded value, and the
+# largest error relative to the norm of the vector. No 16-bit element may be off by more than one unit.
+TOLERANCE = {torch.bfloat16: (1e-3, None), torch.float16: (1e-3, None), torch.float32: (None, 1e-6)}
+
+quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def make_basis(count: int, hidden: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.randn(hidden, count, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(columns).Q.mT.contiguous()
+
+
+def make_weight(
+    basis: Tensor,
+    features: int,
+    dtype: torch.dtype,
+    *,
+    axis: int = -2,
+    batch: int = 2,
+    mix: float = 0.3,
+    seed: int = 1,
+) -> Tensor:
+    """Random weights, a share ``mix`` of whose columns' norm lies along the directions."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = basis.shape[1]
+    noise = torch.randn(batch, hidden, features, generator=generator, dtype=torch.float64)
+    along = torch.randn(batch, len(basis), features, generator=generator, dtype=torch.float64)
+    weight = 0.02 * (noise + mix * math.sqrt(hidden) * basis.mT @ along)
+    return (weight if axis == -2 else weight.mT).contiguous().to(dtype)
+
+
+def in_residual_first(weight: Tensor, axis: int) -> Tensor:
+    return weight.double() if axis == -2 else weight.double().mT
+
+
+def component(weight: Tensor, basis: Tensor, axis: int = -2) -> float:
+    matrix = in_residual_first(weight, axis)
+    return float(torch.linalg.norm(basis @ matrix) / torch.linalg.norm(matrix))
+
+
+def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between neighbouring numbers of a dtype around some float64 values."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(values.abs().clamp(min=info.tiny))[1] - 1
+    return info.eps * torch.ldexp(torch.ones_like(values), exponent)
+
+
+def assert_accurate(
+    result: Tensor, weight: Tensor, basis: Tensor, options: ProjectOptions, *, slack: int = 3
+) -> None:
+    """Compare with the reference; ``slack`` elements may differ whatever the size of the tensor."""
+    exact, _ = reference.ablate(
+        weight, basis, coefficient=options.coefficient, preserve=options.preserve, axis=options.axis
+    )
+    result, weight = result.cpu(), weight.cpu()
+    assert result.isfinite().all()
+    share, relative = TOLERANCE[weight.dtype]
+    error = (
+        result.double() - exact.clamp(-torch.finfo(weight.dtype).max, torch.finfo(weight.dtype).max)
+    ).abs()
+    if share is not None:
+        wrong = int((result != reference.round_to(exact, weight.dtype)).sum())
+        assert wrong <= max(slack, share * weight.numel())
+        larger = torch.maximum(weight.double().abs(), exact.abs())
+        assert (error <= 1.0 * spacing(larger, weight.dtype)).all()
+    if relative is not None:
+        rows = (options.preserve == "rows") == (options.axis == -2)
+        norms = torch.linalg.vector_norm(weight.double(), dim=-1 if rows else -2, keepdim=True)
+        assert (error <= relative * norms + spacing(torch.zeros(1).double(), weight.dtype)).all()
+
+
+def run(
+    weight: Tensor, basis: Tensor, options: ProjectOptions, *, form: str = "torch", block_rows: int = 1 << 20
+) -> tuple[Tensor, Projector]:
+    """Stream a weight ``[batch, rows, cols]`` through a projector as the executor does."""
+    weight = weight.clone()
+    shape = tuple(weight.shape)
+    projector = Projector(basis, shape, weight.dtype, options, device=weight.device, form=form)
+    step_rows = math.ceil(block_rows / projector.chunk_rows) * projector.chunk_rows
+    step = 0
+    while step < projector.passes:
+        for start in range(0, shape[1], step_rows):
+            projector.gather(step, weight[:, start : start + step_rows], start)
+        step += 1
+    for start in range(0, shape[1], step_rows):
+        projector.apply(weight[:, start : start + step_rows], start)
+    return weight, projector
+
+
+modes = pytest.mark.parametrize(("preserve", "axis"), list(itertools.product(PRESERVES, AXES)))
+
+
+class TestAgainstReference:
+    @modes
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("coefficient", [1.0, 2.5])
+    @pytest.mark.parametrize("mix", [0.05, 1.0])
+    def test_meets_the_tolerance(self, preserve, axis, dtype, coefficient, mix):
+        basis = make_basis(1, 192)
+        weight = make_weight(basis, 333, dtype, axis=axis, mix=mix)
+        options = ProjectOptions(coefficient, preserve, axis)
+        result, report = project(weight, basis, options, form="torch")
+        assert_accurate(result, weight, basis, options, slack=0)
+        assert report.before.component == pytest.approx(component(weight, basis, axis), rel=1e-6)
+        assert report.after.component == pytest.approx(component(result, basis, axis), rel=1e-4, abs=1e-8)
+
+    @quick
+    @given(
+        hidden=st.integers(1, 70),
+        features=st.integers(1, 70),
+        count=st.integers(1, 4),
+        batch=st.integers(1, 2),
+        coefficient=st.floats(-1, 3),
+        preserve=st.sampled_from(PRESERVES),
+        axis=st.sampled_from(AXES),
+        dtype=st.sampled_from(DTYPES),
+        mix=st.sampled_from([0.0, 0.3, 3.0, 30.0]),
+        special=st.sampled_from(["none", "zero", "parallel", "orthogonal"]),
+        seed=st.integers(0, 99),
+    )
+    def test_odd_shapes(
+        self, hidden, features, count, batch, coefficient, preserve, axis, dtype, mix, special, seed
+    ):
+        basis = make_basis(min(count, hidden), hidden, seed)
+        weight = make_weight(basis, features, dtype, axis=axis, batch=batch, mix=mix, seed=seed)
+        first = (weight if axis == -2 else weight.mT)[:, :, 0]
+        if special == "zero":
+            first.zero_()
+        elif special == "parallel":
+            first.copy_(basis[0])
+        elif special == "orthogonal":
+            first.copy_(first.double() - first.double() @ basis.mT @ basis)
+        options = ProjectOptions(coefficient, preserve, axis)
+        result, _ = project(weight, basis, options, form="torch")
+        assert_accurate(result, weight, basis, options)
+
+    @modes
+    def test_reference_form_is_the_rounded_reference(self, preserve, axis):
+        basis = make_basis(2, 40)
+        weight = make_weight(basis, 30, torch.bfloat16, axis=axis)
+        options = ProjectOptions(1.5, preserve, axis)
+        result, report = project(weight, basis, options, form="reference")
+        exact, _ = reference.ablate(weight, basis, coefficient=1.5, preserve=preserve, axis=axis)
+        assert torch.equal(result, reference.round_to(exact, torch.bfloat16))
+        streamed = project(weight, basis, options, form="torch")[1]
+        assert report.before.component == pytest.approx(streamed.before.component, rel=1e-6)
+        assert torch.allclose(report.before.norms, streamed.before.norms, rtol=1e-6, atol=0)
+
+    def test_any_strides_and_leading_dimensions(self):
+        basis = make_basis(1, 24)
+        weight = torch.randn(2, 3, 50, 48, generator=torch.Generator().manual_seed(0))[..., ::2].mT.bfloat16()
+        options = ProjectOptions(1.0, "columns")
+        result, _ = project(weight.mT.contiguous().mT, basis, options, form="torch")
+        same, _ = project(weight.contiguous().view(6, 24, 50), basis, options, form="torch")
+        assert torch.equal(result, same.view(2, 3, 24, 50))
+
+    def test_writes_to_out_and_leaves_the_weight(self):
+        basis = make_basis(1, 24)
+        weight = make_weight(basis, 9, torch.float16)
+        before = weight.clone()
+        out = torch.full_like(weight, float("nan"))
+        result, _ = project(weight, basis, ProjectOptions(), form="torch", out=out)
+        assert result is out
+        assert torch.equal(weight, before)
+        assert out.isfinite().all()
+
+
+class TestTriton:
+    @modes
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_meets_the_tolerance(self, preserve, axis, dtype, triton_device):
+        basis = make_basis(1, 70)
+        weight = make_weight(basis, 300, dtype, axis=axis)
+        options = ProjectOptions(2.5, preserve, axis)
+        result, report = project(weight.to(triton_device), basis, options, form="triton")
+        assert_accurate(result, weight, basis, options, slack=15)
+        assert report.before.component == pytest.approx(component(weight, basis, axis), rel=1e-6)
+
+    @modes
+    @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+    def test_several_directions_and_special_vectors(self, preserve, axis, triton_device):
+        basis = make_basis(3, 33)
+        weight = make_weight(basis, 10, torch.float32, axis=axis)
+        residual_first = weight if axis == -2 else weight.mT
+        residual_first[:, :, 0] = basis[1].float()
+        residual_first[:, :, 1] = 0
+        residual_first[0, :, 2] *= 1e25
+        options = ProjectOptions(1.0, preserve, axis)
+        result, report = project(weight.to(triton_device), basis, options, form="triton")
+        assert_accurate(result, weight, basis, options)
+        assert report.degenerate == project(weight, basis, options, form="torch")[1].degenerate
+
+    @modes
+    def test_blocks_and_batches_do_not_show(self, preserve, axis, triton_device):
+        basis = make_basis(1, 600 if axis == -2 else 40)
+        weight = make_weight(basis, 40 if axis == -2 else 600, torch.float32, axis=axis).to(triton_device)
+        options = ProjectOptions(2.5, preserve, axis)
+        whole, projector = run(weight, basis, options, form="triton")
+        assert projector.chunk_rows < 600
+        assert torch.equal(run(weight, basis, options, form="triton", block_rows=1)[0], whole)
+        assert torch.equal(run(weight[1:], basis, options, form="triton")[0], whole[1:])
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    @modes
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_compiled_kernels_at_size(self, preserve, axis, dtype):
+        basis = make_basis(2, 1024)
+        weight = make_weight(basis, 3584, dtype, axis=axis, batch=3).cuda()
+        options = ProjectOptions(2.5, preserve, axis)
+        result, report = project(weight, basis, options, form="triton")
+        assert_accurate(result, weight, basis, options, slack=0)
+        again, _ = project(weight, basis, options, form="triton", block_rows=1)
+        assert torch.equal(result, again)
+        assert report.before.component == pytest.approx(component(weight.cpu(), basis, axis), rel=1e-6)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    def test_torch_form_on_the_gpu(self):
+        basis = make_basis(1, 256)
+        weight = make_weight(basis, 500, torch.bfloat16)
+        options = ProjectOptions(1.0, "rows")
+        result, _ = project(weight.cuda(), basis, options, form="torch")
+        assert_accurate(result, weight, basis, options)
+
+
+class TestDeterminism:
+    @modes
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    @pytest.mark.parametrize("hidden", [64, 1400])
+    def test_block_size_batching_and_threads_do_not_show(self, preserve, axis, dtype, hidden):
+        basis = make_basis(2, hidden)
+        weight = make_weight(basis, 700, dtype, axis=axis, batch=3)
+        options = ProjectOptions(2.5, preserve, axis)
+        whole, projector = run(weight, basis, options)
+        measure = projector.before()
+        for block_rows in (1, 500):
+            blocked, other = run(weight, basis, options, block_rows=block_rows)
+            assert torch.equal(blocked, whole)
+            assert torch.equal(other.before().norms, measure.norms)
+            assert other.before().component == measure.component
+        parts = [run(weight[entry : entry + 1], basis, options) for entry in range(3)]
+        assert torch.equal(torch.cat([part for part, _ in parts]), whole)
+        joined = merge([single.before() for _, single in parts])
+        assert joined.component == measure.component
+        assert torch.equal(joined.norms, measure.norms)
+        torch.set_num_threads(2)
+        try:
+            assert torch.equal(run(weight, basis, options)[0], whole)
+        finally:
+            torch.set_num_threads(1)
+        assert not torch.equal(whole, weight)
+
+    def test_projectors_in_threads_of_their_own(self):
+        basis = make_basis(1, 300)
+        weights = [make_weight(basis, 400, torch.bfloat16, seed=seed) for seed in range(3)]
+        options = ProjectOptions(1.0, "columns")
+        alone = [run(weight, basis, options)[0] for weight in weights]
+        found: list[Tensor | None] = [None] * 3
+
+        def work(index: int) -> None:
+            found[index] = run(weights[index], basis, options)[0]
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(torch.equal(first, second) for first, second in zip(alone, found, strict=True))
+
+    @modes
+    def test_exact_passes_do_not_depend_on_blocks_either(self, preserve, axis):
+        basis = make_basis(1, 30)
+        weight = make_weight(basis, 600, torch.float32, axis=axis, batch=2, mix=30.0)
+        options = ProjectOptions(1.0, preserve, axis)
+        whole, _ = run(weight, basis, options)
+        assert torch.equal(run(weight, basis, options, block_rows=1)[0], whole)
+        assert torch.equal(run(weight[1:], basis, options)[0], whole[1:])
+
+
+class TestProperties:
+    def test_columns_removes_the_direction_that_was_there(self):
+        basis = make_basis(2, 128)
+        weight = make_weight(basis, 200, torch.float32)
+        result, report = project(weight, basis, ProjectOptions(1.0, "columns"))
+        assert component(weight, basis) > 0.2
+        assert component(result, basis) < 1e-7
+        assert report.before.component > 0.2
+        assert report.after.component < 1e-7
+        assert report.drift < 1e-6
+
+    def test_a_foreign_direction_stays(self):
+        basis, foreign = make_basis(1, 128), make_basis(1, 128, seed=9)
+        weight = make_weight(basis, 200, torch.float32)
+        result, _ = project(weight, foreign, ProjectOptions(1.0, "columns"))
+        assert component(result, basis) > 0.2
+
+    def test_rows_keeps_row_norms_and_lets_some_back_in(self):
+        basis = make_basis(1, 128)
+        weight = make_weight(basis, 200, torch.float32)
+        result, report = project(weight, basis, ProjectOptions(1.0, "rows"))
+        assert torch.allclose(result.norm(dim=-1), weight.norm(dim=-1), rtol=1e-6)
+        assert not torch.allclose(result.norm(dim=-2), weight.norm(dim=-2), rtol=1e-3)
+        assert 1e-4 < report.after.component < report.before.component
+
+    def test_none_changes_the_norms_and_says_so(self):
+        basis = make_basis(1, 128)
+        weight = make_weight(basis, 200, torch.float32)
+        _, report = project(weight, basis, ProjectOptions(1.0, "none"))
+        assert report.drift > 0.01
+
+    @pytest.mark.parametrize("axis", AXES)
+    def test_columns_is_idempotent_at_one(self, axis):
+        basis = make_basis(1, 96)
+        weight = make_weight(basis, 80, torch.float32, axis=axis)
+        options = ProjectOptions(1.0, "columns", axis)
+        once, _ = project(weight, basis, options)
+        twice, _ = project(once, basis, options)
+        assert torch.allclose(once, twice, rtol=0, atol=1e-7 * float(once.norm(dim=axis).max()))
+        assert not torch.allclose(once, weight, rtol=0, atol=1e-3 * float(once.norm(dim=axis).max()))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("axis", AXES)
+    def test_none_equals_columns_where_the_coefficient_reflects(self, dtype, axis):
+        basis = make_basis(1, 96)
+        weight = make_weight(basis, 80, dtype, axis=axis)
+        plain, _ = project(weight, basis, ProjectOptions(2.0, "none", axis))
+        kept, _ = project(weight, basis, ProjectOptions(2.0, "columns", axis))
+        assert torch.equal(plain, kept)
+        assert not torch.equal(kept, project(weight, basis, ProjectOptions(1.9, "columns", axis))[0])
+
+    def test_axes_agree(self):
+        basis = make_basis(2, 96)
+        weight = make_weight(basis, 80, torch.bfloat16)
+        for preserve in PRESERVES:
+            first, _ = project(weight, basis, ProjectOptions(1.0, preserve, -2))
+            second, _ = project(weight.mT, basis, ProjectOptions(1.0, preserve, -1))
+            assert (first != second.mT).sum() <= 3
+
+    @modes
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_zero_coefficient_changes_no_byte(self, preserve, axis, dtype):
+        basis = make_basis(1, 40)
+        weight = make_weight(basis, 30, dtype, axis=axis)
+        weight[0, 0, 0] = -0.0
+        result, report = project(weight, basis, ProjectOptions(0.0, preserve, axis))
+        assert torch.equal(as_bits(result), as_bits(weight))
+        assert report.before.component == report.after.component > 0.1
+        assert not torch.equal(project(weight, basis, ProjectOptions(0.1, preserve, axis))[0], weight)
+
+    @modes
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_vectors_without_a_component_keep_their_bytes(self, preserve, axis, dtype):
+        basis = torch.zeros(1, 8, dtype=torch.float64)
+        basis[0, 0], basis[0, 1] = 0.6, -0.8
+        weight = make_weight(basis, 5, dtype)
+        weight[:, :2] = torch.tensor([0.0, -0.0])[:, None]
+        weight[:, 3, 2] = -0.0
+        weight = weight if axis == -2 else weight.mT.contiguous()
+        result, _ = project(weight, basis, ProjectOptions(1.0, preserve, axis))
+        assert torch.equal(as_bits(result), as_bits(weight))
+
+    @modes
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_zero_stays_zero(self, preserve, axis, dtype):
+        basis = make_basis(1, 8 if axis == -2 else 6)
+        weight = torch.zeros(1, 8, 6, dtype=dtype)
+        weight[0, 3, 2] = -0.0
+        result, report = project(weight, basis, ProjectOptions(1.0, preserve, axis))
+        assert torch.equal(as_bits(result), as_bits(weight))
+        assert (report.before.component, report.drift, report.degenerate) == (0.0, 0.0, 0)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("axis", AXES)
+    def test_parallel_vectors_are_removed_without_rescaling_and_counted(self, dtype, axis):
+        basis = make_basis(1, 64)
+        weight = make_weight(basis, 20, torch.float32, axis=axis)
+        columns = weight if axis == -2 else weight.mT
+        columns[:, :, 3] = 5 * basis[0].float()
+        weight = weight.to(dtype)
+        options = ProjectOptions(1.0, "columns", axis)
+        _, degenerate = reference.ablate(weight, basis, preserve="columns", axis=axis)
+        result, report = project(weight, basis, options)
+        assert report.degenerate == int(degenerate.sum())
+        assert (report.degenerate == 2) == (dtype != torch.bfloat16)
+        assert_accurate(result, weight, basis, options)
+        if dtype != torch.bfloat16:
+            assert (result if axis == -2 else result.mT)[:, :, 3].float().norm() < 5e-3
+        assert project(weight, basis, ProjectOptions(2.5, "columns", axis))[1].degenerate == 0
+        assert project(weight, basis, ProjectOptions(1.0, "none", axis))[1].degenerate == 0
+
+    @pytest.mark.parametrize("axis", AXES)
+    def test_rows_that_vanish_are_counted(self, axis):
+        basis = torch.ones(1, 4, dtype=torch.float64) / 2
+        weight = torch.randn(1, 1, 6, generator=torch.Generator().manual_seed(0)).expand(1, 4, 6).contiguous()
+        weight = weight if axis == -2 else weight.mT.contiguous()
+        result, report = project(weight, basis, ProjectOptions(1.0, "rows", axis))
+        assert report.degenerate == 4
+        assert result.isfinite().all()
+        assert result.abs().max() < 1e-6
+        assert project(weight, basis, ProjectOptions(1.5, "rows", axis))[1].degenerate == 0
+
+
+class TestMagnitudes:
+    @modes
+    @pytest.mark.parametrize(
+        ("dtype", "magnitude"),
+        [
+            (torch.float32, 1e25),
+            (torch.float32, 1e37),
+            (torch.float32, 1e-25),
+            (torch.float32, 1e-36),
+            (torch.bfloat16, 1e30),
+            (torch.bfloat16, 1e38),
+            (torch.bfloat16, 1e-37),
+            (torch.bfloat16, 1e-39),
+            (torch.float16, 3e4),
+            (torch.float16, 1e-6),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("everywhere", [True, False])
+    def test_finite_weights_stay_finite_and_accurate(self, preserve, axis, dtype, magnitude, everywhere):
+        basis = make_basis(1, 40)
+        weight = make_weight(basis, 30, torch.float64, axis=axis)
+        weight = weight / weight.abs().max()
+        first = weight if everywhere else weight[:, 3:5, 2:4]
+        first *= magnitude
+        weight = weight.to(dtype)
+        options = ProjectOptions(2.5, preserve, axis)
+        result, report = project(weight, basis, options)
+        assert_accurate(result, weight, basis, options)
+        assert math.isfinite(report.before.component)
+        assert report.before.component == pytest.approx(component(weight, basis, axis), rel=1e-3)
+
+    def test_what_would_overflow_becomes_the_largest_finite_value(self):
+        basis = torch.tensor([[1.0, 1.0, 1.0, 1.0]], dtype=torch.float64) / 2
+        weight = torch.tensor([[[65504.0], [65504.0], [65504.0], [-65504.0]]], dtype=torch.float16)
+        exact, _ = reference.ablate(weight, basis, coefficient=3.0, preserve="none")
+        assert exact.abs().max() > 65504
+        result, _ = project(weight, basis, ProjectOptions(3.0, "none"))
+        assert result.isfinite().all()
+        assert torch.equal(result, reference.round_to(exact, torch.float16))
+
+    @modes
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_non_finite_weights_are_told_with_their_matrix(self, preserve, axis, dtype, value):
+        basis = make_basis(1, 40)
+        weight = make_weight(basis, 30, dtype, axis=axis, batch=3)
+        options = ProjectOptions(1.0, preserve, axis)
+        assert run(weight, basis, options)[1].nonfinite == 0
+        weight[1, 7, 5] = value
+        _, projector = run(weight, basis, options)
+        assert projector.nonfinite == 1
+        assert projector.nonfinite_entries == (1,)
+
+
+class TestMeasures:
+    @modes
+    def test_meter_agrees_with_before(self, preserve, axis):
+        basis = make_basis(2, 96)
+        weight = make_weight(basis, 80, torch.bfloat16, axis=axis, mix=0.05)
+        options = ProjectOptions(1.0, preserve, axis)
+        _, projector = run(weight, basis, options)
+        meter = Meter(basis, tuple(weight.shape), weight.dtype, options, device=CPU, form="torch")
+        for start in range(0, weight.shape[1], meter.chunk_rows):
+            meter.add(weight[:, start : start + meter.chunk_rows], start)
+        assert meter.result().component == projector.before().component
+        assert torch.equal(meter.result().norms, projector.before().norms)
+        line = (-1 if axis == -2 else -2) if preserve == "rows" else axis
+        norms = torch.linalg.vector_norm(weight.double(), dim=line)
+        assert torch.allclose(meter.result().norms, norms, rtol=1e-6)
+
+    def test_drift_ignores_zero_vectors_and_sees_the_rest(self):
+        basis = make_basis(1, 8)
+        options = ProjectOptions(1.0, "columns")
+        weight = make_weight(basis, 4, torch.float32, batch=1)
+        weight[:, :, 0] = 0
+        changed = weight.clone()
+        changed[:, :, 2] *= 1.5
+
+        def measure(values):
+            meter = Meter(basis, (1, 8, 4), torch.float32, options, device=CPU, form="torch")
+            meter.add(values, 0)
+            return meter.result()
+
+        assert norm_drift(measure(weight), measure(weight)) == 0
+        assert norm_drift(measure(weight), measure(changed)) == pytest.approx(0.5, rel=1e-6)
+
+    def test_passes(self):
+        counts = {}
+        for preserve, axis in itertools.product(PRESERVES, AXES):
+            basis = make_basis(1, 200)
+            weight = make_weight(basis, 200, torch.bfloat16, mix=0.1)
+            counts[preserve, axis] = run(weight, basis, ProjectOptions(1.0, preserve, axis))[1].passes
+        assert counts == {
+            ("rows", -2): 1,
+            ("rows", -1): 2,
+            ("columns", -2): 1,
+            ("columns", -1): 0,
+            ("none", -2): 1,
+            ("none", -1): 0,
+        }
+
+    def test_strong_cancellation_takes_another_pass(self):
+        basis = make_basis(1, 200)
+        weight = make_weight(basis, 20, torch.bfloat16, mix=30.0)
+        assert run(weight, basis, ProjectOptions(1.0, "columns"))[1].passes == 2
+        assert run(weight, basis, ProjectOptions(2.5, "columns"))[1].passes == 1
+
+    def test_rows_that_may_cancel_are_probed_and_those_that_do_gathered_again(self):
+        basis = make_basis(1, 200)
+        harmless = make_weight(basis, 400, torch.bfloat16, mix=0.3)
+        assert run(harmless, basis, ProjectOptions(2.5, "rows"))[1].passes == 2
+        cancelled = make_weight(basis, 400, torch.bfloat16, mix=30.0)
+        assert run(cancelled, basis, ProjectOptions(1.0, "rows"))[1].passes == 3
+
+    @pytest.mark.parametrize("shape", [(0, 8, 4), (1, 8, 0)])
+    def test_empty_tensors(self, shape):
+        result, report = project(torch.zeros(shape), make_basis(1, 8), ProjectOptions())
+        assert result.shape == shape
+        assert report.before.component == 0
+
+
+class TestVector:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_removes_what_was_there(self, dtype):
+        basis = make_basis(2, 50)
+        bias = (torch.randn(3, 50, dtype=torch.float64) + 5 * basis[0]).to(dtype)
+        result = project_vector(bias, basis, 1.0)
+        exact = bias.double() - bias.double() @ basis.mT @ basis
+        assert torch.equal(result, reference.round_to(exact, dtype))
+        assert (bias.double() @ basis.mT).norm() > 5
+        assert (result.double() @ basis.mT).norm() < 1e-1
+        assert torch.equal(project_vector(bias, basis, 0.0), bias)
+
+
+class TestRefusals:
+    def test_a_basis_of_another_size(self):
+        with pytest.raises(DirectionsError, match=r"expected \[k, 8\].*found \[1, 9\]"):
+            Projector(make_basis(1, 9), (1, 8, 4), torch.float32, ProjectOptions(), device=CPU, form="torch")
+
+    def test_a_basis_that_is_not_orthonormal(self):
+        with pytest.raises(DirectionsError, match="orthonormal"):
+            project(torch.zeros(8, 4), 1.001 * make_basis(1, 8), ProjectOptions())
+        with pytest.raises(DirectionsError, match="orthonormal"):
+            project(torch.zeros(8, 4), torch.full((1, 8), math.nan), ProjectOptions())
+
+    def test_a_dtype_that_is_no_weight(self):
+        with pytest.raises(PlanError, match="float64"):
+            project(torch.zeros(8, 4, dtype=torch.float64), make_basis(1, 8), ProjectOptions())
+
+    @pytest.mark.parametrize(
+        "options", [{"coefficient": math.nan}, {"preserve": "all"}, {"axis": 0}], ids=str
+    )
+    def test_options_without_meaning(self, options):
+        with pytest.raises(PlanError, match="expected"):
+            ProjectOptions(**options)
+
+
+class TestForm:
+    def test_choice_says_why(self):
+        assert choose_form(CPU) == ("torch", "Triton does not run on cpu")
+        assert choose_form(CPU, form="reference") == ("reference", "asked for")
+        assert choose_form(torch.device("mps"))[0] == "torch"
+
+    def test_choice_without_triton(self, monkeypatch):
+        assert choose_form(torch.device("cuda"))[0] == "triton"
+        monkeypatch.setitem(sys.modules, "triton", None)
+        assert choose_form(torch.device("cuda")) == ("torch", "triton is not installed")
+
+    def test_triton_is_imported_only_where_it_runs(self):
+        code = (
+            "import sys, torch\n"
+            "from ablate_shards.kernels.project import ProjectOptions, project\n"
+            "project(torch.ones(4, 4), torch.eye(4, dtype=torch.float64)[:1], ProjectOptions())\n"
+            "sys.exit('triton' in sys.modules)"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def as_bits(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.int32 if values.dtype == torch.float32 else torch.int16)
