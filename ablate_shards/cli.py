@@ -418,9 +418,7 @@ def directions(
 @_json
 @_quiet
 @_debug
-def verify(
-    source: Path, out: Path, *, device: str, memory: int, jobs: int | None, as_json: bool, quiet: bool
-) -> None:
+def verify(source: Path, out: Path, *, device: str, memory: int, jobs: int | None, as_json: bool, quiet: bool) -> None:
     """Re-read SOURCE and OUT and compare every byte with what the receipt in OUT says.
 
     The exit code is 1 when anything differs.
@@ -459,9 +457,7 @@ def _find_directions(
         return read_directions(directions), directions
     if activations is not None:
         with progress:
-            return compute_directions(
-                open_activations(activations), estimation, progress=progress.count
-            ), activations
+            return compute_directions(open_activations(activations), estimation, progress=progress.count), activations
     raise UsageError(
         f"no directions given, and neither directions.safetensors nor activations.safetensors is in "
         f"{checkpoint.root}; make them with `ablate-shards directions DUMP directions.safetensors` and add "

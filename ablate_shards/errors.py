@@ -66,7 +66,7 @@ class ExecuteError(AblateError):
     """A run cannot start, go on or be resumed."""
 
 
-class Interrupted(ExecuteError):
+class Interrupted(ExecuteError):  # noqa: N818 - the user asked for it
     """A run was stopped by Ctrl-C or SIGTERM and can be resumed."""
 
 

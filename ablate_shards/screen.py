@@ -38,6 +38,7 @@ __all__ = [
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _MOST_NAMES = 12
+_FILE_WIDTH = 160
 
 
 class ScreenProgress(Protocol):
@@ -121,9 +122,7 @@ class _Bar(_Silence):
             self._progress = None
 
     def begin(self, total: int) -> None:
-        self._show(
-            "bytes", total, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-        )
+        self._show("bytes", total, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
 
     def advance(self, count: int) -> None:
         if self._progress is not None:
@@ -240,7 +239,8 @@ def print_inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> None:
         gains = sorted({_pattern(writer.gain) for writer in anatomy.writers if writer.gain})
         if gains:
             console.print(f"post-norm gains taken into account: {', '.join(gains)}")
-        console.print(f"embedding: {_short_names(cells['–', 'embedding']) or 'none'}")
+        tied = " (tied to the output head)" if anatomy.tied else ""
+        console.print(f"embedding: {_short_names(cells['–', 'embedding']) or 'none'}{tied}")
         for note in anatomy.notes:
             console.print(note)
         _print_reasons(console, ((item.name, item.reason) for item in anatomy.left_out))
@@ -325,9 +325,7 @@ def print_verification(verification: Verification, source: Path, out: Path) -> N
     for note in verification.notes:
         console.print(note)
     if verification.differences:
-        console.print(
-            f"{out} is not what its receipt says: {_count(len(verification.differences), 'difference')}"
-        )
+        console.print(f"{out} is not what its receipt says: {_count(len(verification.differences), 'difference')}")
         return
     rounded = verification.edited - verification.identical
     console.print(
@@ -395,4 +393,5 @@ def _table(*columns: str, right: Sequence[int]) -> Table:
 
 
 def _console() -> Console:
-    return Console(markup=False, highlight=False, soft_wrap=True)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(markup=False, highlight=False, soft_wrap=True, width=_FILE_WIDTH)

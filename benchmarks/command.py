@@ -80,9 +80,7 @@ def write_checkpoint(folder: Path, experts_gib: float) -> int:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for start in range(0, position, len(block)):
             file.write(block[: min(len(block), position - start)])
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": dict.fromkeys(tensors, name)})
-    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, name)}))
     text = {"model_type": "qwen3_5_text", "hidden_size": HIDDEN, "num_hidden_layers": LAYERS}
     if experts_gib:
         text["model_type"] = "qwen3_5_moe_text"
@@ -113,9 +111,7 @@ def run(command: list[str], *, sync: bool = False) -> tuple[float, float]:
 
 def main() -> None:
     """Prints medians, spreads and ratios."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/benchmark"))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--experts-gib", type=float, default=0.0)

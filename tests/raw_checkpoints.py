@@ -111,6 +111,4 @@ def write_dump(path: Path, *, layers=3, hidden=HIDDEN, prompts=12, seed=2) -> Pa
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Returns every file below a folder by relative name."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -34,9 +34,7 @@ def test_the_reference_is_up_to_date():
     specification = importlib.util.spec_from_file_location("generate_cli", DOCS / "generate_cli.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    assert (DOCS / "cli.md").read_text(encoding="utf-8") == module.reference(), (
-        "run: python docs/generate_cli.py"
-    )
+    assert (DOCS / "cli.md").read_text(encoding="utf-8") == module.reference(), "run: python docs/generate_cli.py"
 
 
 def test_every_flag_has_a_recipe_key():

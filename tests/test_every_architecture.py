@@ -108,9 +108,7 @@ def random_direction(hidden: int) -> torch.Tensor:
 
 
 def shares(stream: Iterable[torch.Tensor], direction: torch.Tensor) -> list[float]:
-    return [
-        float(((state.double() @ direction).abs() / state.double().norm(dim=-1)).max()) for state in stream
-    ]
+    return [float(((state.double() @ direction).abs() / state.double().norm(dim=-1)).max()) for state in stream]
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)

@@ -48,8 +48,7 @@ def tensor_bytes(folder):
     checkpoint = open_checkpoint(folder)
     paths = {shard.name: shard.path for shard in checkpoint.shards}
     return {
-        name: paths[tensor.shard].read_bytes()[tensor.start : tensor.end]
-        for name, tensor in checkpoint.tensors.items()
+        name: paths[tensor.shard].read_bytes()[tensor.start : tensor.end] for name, tensor in checkpoint.tensors.items()
     }
 
 
@@ -119,9 +118,7 @@ def test_accuracy_against_float64(tmp_path, dtype, preserve, coefficient, source
         elements += rounded.numel()
         wrong += int((rounded != actual).sum())
         largest = torch.maximum(weight.abs(), exact.abs())
-        ulp = torch.finfo(kind).eps * 2.0 ** torch.floor(
-            torch.log2(largest.clamp(min=torch.finfo(kind).tiny))
-        )
+        ulp = torch.finfo(kind).eps * 2.0 ** torch.floor(torch.log2(largest.clamp(min=torch.finfo(kind).tiny)))
         assert ((actual - exact).abs() <= ulp).all()
     assert wrong <= 1e-3 * elements
 
@@ -174,7 +171,7 @@ def test_receipt_tells_what_was_measured(tmp_path, source, directions):
         assert record["source_layer"] == 1
     assert receipt["directions"]["sha256"] == read_directions(directions).sha256()
     assert {skip["name"] for skip in receipt["skipped"]} == {"model.embed_tokens.weight"}
-    assert ["pytorch_model.bin"] == [entry["name"] for entry in receipt["files"]["left_out"]]
+    assert [entry["name"] for entry in receipt["files"]["left_out"]] == ["pytorch_model.bin"]
 
 
 def test_activations_equal_their_directions(tmp_path, source):
@@ -340,9 +337,7 @@ def test_inspect_shows_writers_and_what_is_left(source):
 
 
 def test_help_needs_no_torch():
-    code = (
-        "import sys; from ablate_shards.cli import main\ntry:\n main(['--help'])\nexcept SystemExit:\n pass\n"
-    )
+    code = "import sys; from ablate_shards.cli import main\ntry:\n main(['--help'])\nexcept SystemExit:\n pass\n"
     code += "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 

@@ -19,9 +19,7 @@ def edited(tmp_path):
     source = write_llama(tmp_path / "source")
     directions = write_directions(tmp_path / "d.safetensors")
     out = tmp_path / "out"
-    result = run(
-        source, out, "-d", directions, "--preserve", "rows", "--coefficient", 2.5, "--source-layer", 1
-    )
+    result = run(source, out, "-d", directions, "--preserve", "rows", "--coefficient", 2.5, "--source-layer", 1)
     assert result.exit_code == 0, result.output
     assert run("verify", source, out).exit_code == 0
     return source, out
@@ -46,9 +44,7 @@ def test_every_tensor_is_watched(edited, bit):
     assert run("verify", source, out).exit_code == 0
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer.json", "model.safetensors.index.json", "extra/notes.txt"]
-)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors.index.json", "extra/notes.txt"])
 def test_every_sidecar_is_watched(edited, name):
     source, out = edited
     flip(out / name, 1)

@@ -290,9 +290,7 @@ TINY_MODELS: dict[str, TinyModel] = {
     "olmo2": _tiny("OLMo 2", "Olmo2"),
     "olmo3": _tiny("OLMo 3", "Olmo3", sliding_window=8),
     "olmoe": _tiny("OLMoE", "Olmoe", num_experts=4, num_experts_per_tok=2),
-    "gpt-oss": _tiny(
-        "gpt-oss", "GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8
-    ),
+    "gpt-oss": _tiny("gpt-oss", "GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
     "deepseek-v2": _tiny("DeepSeek-V2", "DeepseekV2", **_LATENT, topk_method="greedy"),
     "deepseek-v3": _tiny("DeepSeek-V3", "DeepseekV3", **_LATENT, attention_bias=True, extra=_DEEPSEEK_MTP),
     "deepseek-v3-fused": _tiny("DeepSeek-V3", "DeepseekV3", **_LATENT, native=False),

@@ -317,15 +317,11 @@ class _Stream:
         else:
             if self._norms_in_rows:
                 self._squares[entries, span] = self._row_sums(piece, None, squares=True)[:, 0]
-            self._add_columns(
-                piece, self._basis.part(span), self._column_sums, squares=not self._norms_in_rows
-            )
+            self._add_columns(piece, self._basis.part(span), self._column_sums, squares=not self._norms_in_rows)
 
     def _row_sums(self, piece: _Piece, weights: _Pair | None, *, squares: bool) -> Tensor:
         """Row sums of a piece ``[matrices, k (+ 1), rows]``, float64, with unsafe chunks done exactly."""
-        sums = piece.form.rows(piece.view, weights and weights.of(piece.form), squares=squares).to(
-            self._state
-        )
+        sums = piece.form.rows(piece.view, weights and weights.of(piece.form), squares=squares).to(self._state)
         if piece.form is self._double or self._dtype == torch.float16:
             return sums
         if squares:
@@ -349,9 +345,7 @@ class _Stream:
             low = part.span.start - piece.span.start
             chosen = weights and weights.entries(slice(entry, entry + 1)).part(slice(low, low + self._chunk))
             sums = into.new_zeros(1, *into.shape[1:])
-            part.form.add_columns(
-                part.view, chosen and chosen.double, sums, squares=squares, unsafe=(), repair=repair
-            )
+            part.form.add_columns(part.view, chosen and chosen.double, sums, squares=squares, unsafe=(), repair=repair)
             return sums[0]
 
         unsafe: list[tuple[int, int]] | None = []
@@ -543,9 +537,7 @@ class Projector(_Stream):
             if kind == "mix":
                 self._gram = _gram(self._mixed)
                 repeat = ["measure", "mix"]
-            self._by_column = self._factors(
-                slice(None), slice(None), self._cross if kind == "mix" else self._dots
-            )
+            self._by_column = self._factors(slice(None), slice(None), self._cross if kind == "mix" else self._dots)
             self._scale = self._pair(self._by_column.scale[:, None])
             self._column_factor = self._pair(self._by_column.factor)
             self._degenerate = int(self._by_column.parallel.sum())
@@ -726,9 +718,7 @@ def _project_by_definition(
 
 def _measure_by_definition(weight: Tensor, basis: Tensor, options: ProjectOptions) -> Measure:
     matrix = weight.to("cpu", torch.float64)
-    matrix = (matrix if options.axis == -2 else matrix.mT).reshape(
-        -1, basis.shape[1], _other(weight, options)
-    )
+    matrix = (matrix if options.axis == -2 else matrix.mT).reshape(-1, basis.shape[1], _other(weight, options))
     dots = basis.to("cpu", torch.float64) @ matrix
     norms = torch.linalg.vector_norm(matrix, dim=-1 if options.preserve == "rows" else -2)
     return Measure(norms, tuple(map(_sum, dots.square())), tuple(map(_sum, matrix.square())))

@@ -93,33 +93,33 @@ class TorchForm:
             repair: Returns the sums of such a chunk, ``[k (+ 1), cols]`` float64.
         """
         size, group = self._chunk_rows, self._group_rows
-        most = size // group
         count = 0 if weights is None else weights.shape[1]
-        sums = self._empty(count + squares, most, 1, self._cols)
-        ones = torch.ones(most, 1, group, dtype=self.precision, device=self._device)
-        for entry, matrix in enumerate(block):
+        sums = self._empty(count + squares, size // group, 1, self._cols)
+        ones = torch.ones(size // group, 1, group, dtype=self.precision, device=self._device)
+        for entry, (matrix, total) in enumerate(zip(block, into, strict=True)):
             chunks = torch.split(matrix, size)
             lines = None if weights is None else weights[min(entry, len(weights) - 1)]
-            factors = self._factors_by_chunk(lines, len(chunks), matrix.shape[0])
+            factors = self._factors_by_chunk(lines, len(chunks), len(matrix))
             for chunk, (part, factor) in enumerate(zip(chunks, factors, strict=True)):
-                rows = len(part)
-                groups = math.ceil(rows / group)
+                if chunk == 0 or chunk == len(chunks) - 1:
+                    groups = math.ceil(len(part) / group)
+                    outs = sums[:, :groups]
+                    each = outs.unbind()
                 tile = self._load(part, groups * group)
                 grouped = tile.view(groups, group, self._cols)
-                outs = sums[:, :groups]
                 # One thin product per direction is faster than one product for all of them.
-                for k in range(count):
-                    torch.bmm(factor[k, :groups], grouped, out=outs[k])
+                for line, out in zip(factor, each, strict=False):
+                    torch.bmm(line[:groups], grouped, out=out)
                 if squares:
                     torch.mul(tile, tile, out=tile)
-                    torch.bmm(ones[:groups], grouped, out=outs[count])
-                failed = not in_range(outs[count]) if unsafe is None else (entry, chunk) in unsafe
+                    torch.bmm(ones[:groups], grouped, out=each[count])
+                failed = not in_range(each[count]) if unsafe is None else (entry, chunk) in unsafe
                 if failed:
-                    into[entry] += repair(entry, chunk)
+                    total += repair(entry, chunk)
                 elif groups == 1:
-                    into[entry] += outs[:, 0, 0].to(into.device)
+                    total += outs.view(total.shape).to(into.device)
                 else:
-                    into[entry] += outs.to(into.device).sum(dim=(1, 2), dtype=torch.float64)
+                    total += outs.to(into.device).sum(dim=(1, 2), dtype=torch.float64)
 
     def update(
         self,
@@ -162,9 +162,11 @@ class TorchForm:
         if self._scratch is None:
             self._scratch = self._empty(self._chunk_rows, self._cols)
         rows = len(part)
-        tile = self._scratch[: max(rows, padded_rows)]
-        tile[:rows].copy_(part if part.device == self._device else part.to(self._device))
-        tile[rows:].zero_()
+        length = max(rows, padded_rows)
+        tile = self._scratch if length == self._chunk_rows else self._scratch[:length]
+        (tile if rows == length else tile[:rows]).copy_(part.to(self._device))
+        if rows < length:
+            tile[rows:].zero_()
         return tile
 
     def _factors_by_chunk(self, lines: Tensor | None, chunks: int, rows: int) -> Sequence[Tensor]:

@@ -146,9 +146,7 @@ def combine_kernel(partial_ptr, into_ptr, chunks, length, into_stride_b, blocks,
     tl.store(into, b_sum, mask=m_l)
 
 
-@triton.autotune(
-    configs=UPDATE_CONFIGS, key=["cols", "K", "SCALE"], restore_value=["out_ptr"], cache_results=True
-)
+@triton.autotune(configs=UPDATE_CONFIGS, key=["cols", "K", "SCALE"], restore_value=["out_ptr"], cache_results=True)
 @triton.jit
 def update_kernel(
     x_ptr,

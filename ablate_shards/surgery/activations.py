@@ -15,6 +15,7 @@ from ablate_shards.surgery.checkpoint import read_header
 
 __all__ = [
     "ACTIVATIONS_FORMAT",
+    "LABELS",
     "ActivationDump",
     "Label",
     "open_activations",
@@ -25,6 +26,8 @@ __all__ = [
 ACTIVATIONS_FORMAT = "ablate-shards.activations/1"
 
 Label = Literal["positive", "negative"]
+
+LABELS: tuple[Label, Label] = ("positive", "negative")
 
 _NAME = re.compile(r"(?P<label>positive|negative)\.layers\.(?P<layer>\d{1,5})")
 _FOREIGN = {"harmful": "positive", "harmless": "negative"}
@@ -65,7 +68,7 @@ class ActivationDump:
 
     def counts(self, layer: int) -> tuple[int, int]:
         """Returns how many positive and negative prompts a layer has."""
-        positive, negative = (sum(part.rows for part in self._parts[label, layer]) for label in _LABELS)
+        positive, negative = (sum(part.rows for part in self._parts[label, layer]) for label in LABELS)
         return positive, negative
 
     def chunks(self, layer: int, label: Label) -> Iterator[np.ndarray]:
@@ -104,9 +107,6 @@ class ActivationDump:
                 else:
                     values = np.frombuffer(raw, _NUMPY[part.dtype])
                 yield values.reshape(count, self.hidden_size).astype(np.float64)
-
-
-_LABELS: tuple[Label, Label] = ("positive", "negative")
 
 
 def open_activations(path: Path) -> ActivationDump:
@@ -152,9 +152,7 @@ def open_activations(path: Path) -> ActivationDump:
                     f"{file}: holds {tensor.name}, expected only positive.layers.N and negative.layers.N"
                 )
             if tensor.dtype not in _ITEM_BYTES:
-                raise ActivationsError(
-                    f"{file}: {tensor.name} is {tensor.dtype}, expected BF16, F16, F32 or F64"
-                )
+                raise ActivationsError(f"{file}: {tensor.name} is {tensor.dtype}, expected BF16, F16, F32 or F64")
             shapes.append((file, tensor.name, tensor.shape))
             rows = tensor.shape[0] if tensor.shape else 0
             part = _Part(file, tensor.dtype, rows, tensor.start, None)
@@ -198,9 +196,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError as error:
         raise ActivationsError(f"{path}: the file does not exist") from error
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise ActivationsError(
-            f"{path}: not an .npz file of plain arrays; save it with numpy.savez"
-        ) from error
+        raise ActivationsError(f"{path}: not an .npz file of plain arrays; save it with numpy.savez") from error
 
 
 def _from_arrays(path: Path, arrays: Mapping[str, np.ndarray], *, means_only: bool) -> ActivationDump:
@@ -245,7 +241,7 @@ def _dump(
             )
     layers = sorted({layer for _, layer in parts})
     for layer in layers:
-        for label in _LABELS:
+        for label in LABELS:
             if not sum(part.rows for part in parts.get((label, layer), [])):
                 raise ActivationsError(
                     f"{path}: layer {layer} has no {label} activations; a direction needs both labels"

@@ -89,6 +89,7 @@ class Anatomy:
         layers: The decoder layers, ascending.
         writers: Every tensor that can be edited, embeddings first, then by layer.
         left_out: Every tensor that looks like a writer and is not among them.
+        tied: Whether the token embedding is the output head as well.
         notes: Facts a user should hear, a line each.
     """
 
@@ -97,6 +98,7 @@ class Anatomy:
     layers: tuple[int, ...]
     writers: tuple[Writer, ...]
     left_out: tuple[LeftOut, ...]
+    tied: bool
     notes: tuple[str, ...]
 
 
@@ -108,11 +110,16 @@ _LAYER = r"(?P<layer>[0-9]{1,5})"
 _MTP_ROOT = "mtp."
 _MTP_CHILDREN = frozenset({"eh_proj", "enorm", "hnorm", "shared_head", "embed_tokens"})
 _MTP_MARK = re.compile(r"(?:eh_proj|enorm|hnorm|shared_head)\.")
-_EMBEDDINGS = r"(?:embed_tokens|embed_in|embed_positions|word_embeddings|wte|wpe|project_in)"
-#: What modules that write are called, in the table and elsewhere.
+_ALL_MODULES = [
+    (module.path.rpartition(".")[2], module in layout.embedding)
+    for layout in {family.layout for family in FAMILIES}
+    for module in (*layout.attention, *layout.mlp, *layout.embedding)
+]
+_EMBEDDINGS = rf"(?:{'|'.join(sorted({leaf for leaf, embeds in _ALL_MODULES if embeds}))})"
+#: What modules that write are called: the table's, and those of decoders and towers that it does not know.
 _WRITER_LIKE = re.compile(
-    r"(?:^|\.)(?:(?:o|out|down|c|eh)_proj|per_layer_projection|output_linear|dense|dense_4h_to_h|proj|w2|wo"
-    rf"|fc|fc2|linear_fc2|linear_2|{_EMBEDDINGS})(?=\.|$|_bias$|_blocks$|_scales$)"
+    rf"(?:^|\.)(?:{'|'.join(sorted({leaf for leaf, _ in _ALL_MODULES}))}"
+    r"|eh_proj|fc|linear_2|linear_fc2|output_linear|proj|wo)(?=\.|$|_bias$|_blocks$|_scales$)"
 )
 _DESCRIBE = "describe every writer with [[ablate.target]] in a recipe"
 _TOWER = re.compile(r"(?:^|[._])(?:visual|vision|image|video|audio|encoder)(?:$|[._])")
@@ -352,7 +359,8 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
         layers=tuple(range(depth)) if depth is not None else tuple(sorted(found)),
         writers=writers,
         left_out=(*left_out, *strays),
-        notes=_notes(tensors, settings, (*writers, *left_out, *strays)),
+        tied=_is_tied(tensors, settings),
+        notes=_notes(tensors, (*writers, *left_out, *strays)),
     )
 
 
@@ -377,25 +385,18 @@ def _stray(name: str, family: Family, place: re.Match[str] | None, extra: Set[in
         component: Component = "attention" if _ATTENTION.search(name) else "mlp"
         why = f"looks like a writer, but {family.name} has none of this name; {_DESCRIBE}"
         return LeftOut(name, layer, component, why, blocked=True, mtp=mtp)
-    if any(
-        re.fullmatch(re.escape(root) + _EMBEDDINGS + r"\.(?:weight|bias)", name)
-        for root in family.layout.roots
-    ):
+    if any(re.fullmatch(re.escape(root) + _EMBEDDINGS + r"\.(?:weight|bias)", name) for root in family.layout.roots):
         why = f"looks like an embedding, but {family.name} has none of this name; {_DESCRIBE}"
         return LeftOut(name, None, "embedding", why, blocked=True)
     if _PROJECTOR.search(name):
-        return LeftOut(
-            name, None, None, "writes image or sound features in place of token embeddings, which stay"
-        )
+        return LeftOut(name, None, None, "writes image or sound features in place of token embeddings, which stay")
     return LeftOut(name, None, None, "lies outside the decoder")
 
 
 # ---------------------------------------------------------------------------------------- by target
 
 
-def _dissect_by_targets(
-    tensors: Mapping[str, TensorInfo], settings: _Settings, targets: Sequence[Target]
-) -> Anatomy:
+def _dissect_by_targets(tensors: Mapping[str, TensorInfo], settings: _Settings, targets: Sequence[Target]) -> Anatomy:
     depth = settings.depth
     hits: dict[str, _Hit] = {}
     for target in targets:
@@ -428,9 +429,7 @@ def _dissect_by_targets(
         owner = hits.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
         if owner is not None:
             why = "is added to what a target writes, but no target describes it; let a pattern match it too"
-            left_out.append(
-                LeftOut(name, owner.layer, owner.rule.component, why, blocked=True, mtp=owner.mtp)
-            )
+            left_out.append(LeftOut(name, owner.layer, owner.rule.component, why, blocked=True, mtp=owner.mtp))
         else:
             left_out.append(LeftOut(name, layer, None, "no target describes it"))
     layers = {hit.layer for hit in hits.values() if hit.layer is not None and not hit.mtp}
@@ -440,7 +439,8 @@ def _dissect_by_targets(
         layers=tuple(range(depth)) if depth is not None else tuple(sorted(layers)),
         writers=writers,
         left_out=tuple(left_out),
-        notes=_notes(tensors, settings, (*writers, *left_out)),
+        tied=_is_tied(tensors, settings),
+        notes=_notes(tensors, (*writers, *left_out)),
     )
 
 
@@ -472,9 +472,7 @@ def _residual_length(hits: Iterable[_Hit], tensors: Mapping[str, TensorInfo]) ->
         shape = tensors[hit.name].shape
         if hit.rest == ".weight" and len(shape) > 1:
             return shape[-2 if hit.rule.axis == "out" else -1]
-    raise ArchitectureError(
-        "the targets match no matrix, and there is no config.json to tell the hidden size"
-    )
+    raise ArchitectureError("the targets match no matrix, and there is no config.json to tell the hidden size")
 
 
 # ---------------------------------------------------------------------------------------- by tensor
@@ -546,14 +544,11 @@ def _gain_of(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> str:
     if strange := set(re.findall(r"\{(.*?)\}", hit.rule.gain)) - set(hit.groups):
         known = ", ".join(f"{{{group}}}" for group in hit.groups) or "none"
         raise ArchitectureError(
-            f"gain {hit.rule.gain!r} of {hit.name}: expected groups of its pattern ({known}), "
-            f"found {{{min(strange)}}}"
+            f"gain {hit.rule.gain!r} of {hit.name}: expected groups of its pattern ({known}), found {{{min(strange)}}}"
         )
     gain = re.sub(r"\{(.*?)\}", lambda brace: hit.groups[brace[1]], hit.rule.gain)
     if gain not in tensors:
-        raise ArchitectureError(
-            f"{hit.name}: its output passes through {gain}, which the checkpoint does not hold"
-        )
+        raise ArchitectureError(f"{hit.name}: its output passes through {gain}, which the checkpoint does not hold")
     if tensors[gain].shape != (hidden,):
         raise ArchitectureError(
             f"{gain}: expected [{hidden}], the gain of {hit.name}, found {list(tensors[gain].shape)}"
@@ -570,15 +565,15 @@ def _length_of(name: str, tensors: Mapping[str, TensorInfo]) -> int:
     )
 
 
-def _notes(
-    tensors: Mapping[str, TensorInfo], settings: _Settings, items: Sequence[Writer | LeftOut]
-) -> tuple[str, ...]:
-    notes = []
-    heads = [name for name in tensors if re.search(r"(?:^|\.)(?:lm_head|embed_out)\.weight$", name)]
+def _is_tied(tensors: Mapping[str, TensorInfo], settings: _Settings) -> bool:
     # The outer configuration ties; without one, a missing head is a tied head.
     said = [values.get("tie_word_embeddings") for values in reversed(settings.values)]
-    if next((tied for tied in said if tied is not None), not heads):
-        notes.append("the output head is tied to the token embedding: editing one edits both")
+    head = any(re.search(r"(?:^|\.)(?:lm_head|embed_out)\.weight$", name) for name in tensors)
+    return bool(next((tied for tied in said if tied is not None), not head))
+
+
+def _notes(tensors: Mapping[str, TensorInfo], items: Sequence[Writer | LeftOut]) -> tuple[str, ...]:
+    notes = []
     if count := sum(item.mtp for item in items):
         notes.append(f"{count} tensors of multi-token prediction write to a stream of their own")
     if any(_PROJECTOR.search(name) for name in tensors):

@@ -221,9 +221,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         shards = [_indexed_shard(path, name, index) for name in sorted(named)]
         _check_index(index, weight_map, shards)
     elif not shards:
-        raise CheckpointError(
-            f"{path}: no safetensors weights here; convert the checkpoint to safetensors first"
-        )
+        raise CheckpointError(f"{path}: no safetensors weights here; convert the checkpoint to safetensors first")
     else:
         _check_numbering(path, [shard.name for shard in shards])
     return _checkpoint(path, path, shards, sidecars=sidecars, left_out=left_out)
@@ -330,8 +328,7 @@ def _read_index(index: Path) -> dict[str, str]:
         shard = PurePosixPath(name)
         if shard.is_absolute() or ".." in shard.parts or "\0" in name or "\\" in name or not shard.name:
             raise CheckpointError(
-                f"{index}: {tensor} points to {name!r}, which leaves the folder; only shards beside the "
-                "index are read"
+                f"{index}: {tensor} points to {name!r}, which leaves the folder; only shards beside the index are read"
             )
     return weight_map
 

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from ablate_shards.errors import ActivationsError, CheckpointError, DirectionsError
-from ablate_shards.surgery.activations import ActivationDump, Label, read_npz, read_pickled_tensors
+from ablate_shards.surgery.activations import LABELS, ActivationDump, Label, read_npz, read_pickled_tensors
 from ablate_shards.surgery.checkpoint import read_header
 
 __all__ = [
@@ -66,13 +66,9 @@ class EstimatorOptions:
     def __post_init__(self) -> None:
         """Refuses what has no meaning."""
         if self.rank > 1 and self.estimator != "svd":
-            raise DirectionsError(
-                f"rank {self.rank} needs the svd estimator; {self.estimator} gives one direction"
-            )
+            raise DirectionsError(f"rank {self.rank} needs the svd estimator; {self.estimator} gives one direction")
         if self.winsorize is not None and not 0.5 < self.winsorize <= 1:
-            raise DirectionsError(
-                f"winsorize: expected a quantile above 0.5, at most 1, found {self.winsorize}"
-            )
+            raise DirectionsError(f"winsorize: expected a quantile above 0.5, at most 1, found {self.winsorize}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +154,7 @@ class Directions:
 
         def quality(layer: int) -> tuple[float, int]:
             score = self.scores[layer]
-            signal = (
-                score.signal_to_noise if known and score.signal_to_noise is not None else 1 - score.cosine
-            )
+            signal = score.signal_to_noise if known and score.signal_to_noise is not None else 1 - score.cosine
             return signal * score.purity, layer
 
         return max(middle, key=quality)
@@ -196,7 +190,7 @@ class _Layer:
     def __init__(self, dump: ActivationDump, layer: int, options: EstimatorOptions) -> None:
         self._dump, self._layer, self._options = dump, layer, options
         self._where = f"{dump.path}: layer {layer}"
-        self._counts = dict(zip(("positive", "negative"), dump.counts(layer), strict=True))
+        self._counts = dict(zip(LABELS, dump.counts(layer), strict=True))
         fewest = min(self._counts.values())
         if options.estimator == "svd":
             if len(set(self._counts.values())) > 1:
@@ -214,8 +208,9 @@ class _Layer:
         self._groups = 2 * self._folds if self._folds > 1 else 1
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, LayerScore]:
-        sums, sizes = {}, {}
-        for label in ("positive", "negative"):
+        sums: dict[Label, np.ndarray] = {}
+        sizes: dict[Label, np.ndarray] = {}
+        for label in LABELS:
             sums[label], sizes[label] = self._group_sums(label)
         means = {label: sums[label].sum(0) / self._counts[label] for label in sums}
         gap = means["positive"] - means["negative"]
@@ -244,9 +239,7 @@ class _Layer:
             sizes += member.sum(1)
         return sums, sizes
 
-    def _chunks(
-        self, label: Label, keep: Iterable[int] | None = None
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _chunks(self, label: Label, keep: Iterable[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields the groups and the (winsorised) activations of the prompts in the groups to keep."""
         done = 0
         kept = None if keep is None else np.isin(np.arange(self._groups), list(keep))
@@ -261,7 +254,7 @@ class _Layer:
             yield groups, values
 
     def _basis(
-        self, groups: Iterable[int], sums: Mapping[str, np.ndarray], sizes: Mapping[str, np.ndarray]
+        self, groups: Iterable[int], sums: Mapping[Label, np.ndarray], sizes: Mapping[Label, np.ndarray]
     ) -> np.ndarray:
         """Returns ``[k, d]`` from the prompts of some groups."""
         chosen = list(groups)
@@ -270,7 +263,7 @@ class _Layer:
         if self._options.estimator == "mean-difference":
             return _unit(gap)[None]
         if self._options.estimator == "geometric-median":
-            medians = [self._median(label, chosen, means[label]) for label in ("positive", "negative")]
+            medians = [self._median(label, chosen, means[label]) for label in LABELS]
             return _unit(medians[0] - medians[1])[None]
         return self._singular(chosen, gap)
 
@@ -314,7 +307,7 @@ class _Layer:
         return basis * np.where(basis @ gap < 0, -1.0, 1.0)[:, None]
 
     def _held_out(
-        self, sums: Mapping[str, np.ndarray], sizes: Mapping[str, np.ndarray]
+        self, sums: Mapping[Label, np.ndarray], sizes: Mapping[Label, np.ndarray]
     ) -> tuple[float | None, float, float]:
         """Returns signal-to-noise and AUC of prompts along directions that did not see them, and split-half."""
         everything = range(self._groups)
@@ -326,12 +319,12 @@ class _Layer:
             vectors.append(vector)
             middles.append(float(vector @ (means[0] + means[1])) / 2)
         directions, offsets = np.array(vectors), np.array(middles)
-        along: dict[str, np.ndarray] = {}
+        along: dict[Label, np.ndarray] = {}
         for label in sums:
             parts = []
-            for groups, values in self._chunks("positive" if label == "positive" else "negative"):
-                fold = groups % self._folds
-                parts.append((values @ directions.T)[np.arange(len(values)), fold] - offsets[fold])
+            for groups, values in self._chunks(label):
+                own = groups % self._folds
+                parts.append((values @ directions.T)[np.arange(len(values)), own] - offsets[own])
             along[label] = np.concatenate(parts)
         positive, negative = along["positive"], along["negative"]
         spread = math.sqrt((float(positive.var(ddof=1)) + float(negative.var(ddof=1))) / 2)
@@ -380,9 +373,7 @@ def apply_gain(basis: np.ndarray, gain: np.ndarray) -> np.ndarray:
         DirectionsError: The gain is zero along a direction.
     """
     carried = basis * gain
-    if float(np.linalg.svd(carried, compute_uv=False)[-1]) < _NOTHING_LEFT * float(
-        np.abs(gain).max(initial=0)
-    ):
+    if float(np.linalg.svd(carried, compute_uv=False)[-1]) < _NOTHING_LEFT * float(np.abs(gain).max(initial=0)):
         raise DirectionsError("the post-norm gain is zero along a direction, so its output never carries it")
     return _orthonormal(carried)
 
@@ -455,16 +446,12 @@ def _read_own(path: Path) -> Directions:
         rows = json.loads(metadata.get("scores", "[]"))
         scores = {row["layer"]: LayerScore(**row) for row in rows}
     except (ValueError, TypeError, KeyError) as error:
-        raise DirectionsError(
-            f"{path}: the scores in its metadata cannot be read; compute it again"
-        ) from error
+        raise DirectionsError(f"{path}: the scores in its metadata cannot be read; compute it again") from error
     kept = {key: value for key, value in metadata.items() if key not in ("format", "scores")}
     basis, reference = _by_name(arrays, _NAME, ("direction", "reference"))
     for layer, array in basis.items():
         if array.ndim != 2:
-            raise DirectionsError(
-                f"{path}: direction.layers.{layer} has shape {list(array.shape)}, expected [k, d]"
-            )
+            raise DirectionsError(f"{path}: direction.layers.{layer} has shape {list(array.shape)}, expected [k, d]")
     return _checked(path, basis, reference, scores, kept)
 
 
@@ -472,9 +459,7 @@ def _read_gguf(path: Path) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]
     try:
         import gguf
     except ImportError as error:
-        raise DirectionsError(
-            f"{path}: GGUF files need the gguf package: pip install 'ablate-shards[gguf]'"
-        ) from error
+        raise DirectionsError(f"{path}: GGUF files need the gguf package: pip install 'ablate-shards[gguf]'") from error
     try:
         tensors = gguf.GGUFReader(path).tensors
         found = {tensor.name: np.array(tensor.data, np.float32) for tensor in tensors}
@@ -520,19 +505,13 @@ def _checked(
                 f"{path}: layer {layer} has shape {list(rows.shape)}, layer {min(basis)} {list(first)}"
             )
         if not np.isfinite(rows).all() or not np.linalg.norm(rows, axis=1).all():
-            raise DirectionsError(
-                f"{path}: the direction of layer {layer} is zero, NaN or infinite; compute it again"
-            )
+            raise DirectionsError(f"{path}: the direction of layer {layer} is zero, NaN or infinite; compute it again")
         if own and np.abs(rows @ rows.T - np.eye(len(rows))).max() > _ORTHONORMAL:
-            raise DirectionsError(
-                f"{path}: the directions of layer {layer} are not orthonormal; compute them again"
-            )
+            raise DirectionsError(f"{path}: the directions of layer {layer} are not orthonormal; compute them again")
         checked[layer] = (rows if own else _orthonormal(rows)).astype(np.float32)
     for layer, array in reference.items():
         if array.shape != (first[1],) or not np.isfinite(array).all():
-            raise DirectionsError(
-                f"{path}: the reference of layer {layer} is not a finite vector of {first[1]}"
-            )
+            raise DirectionsError(f"{path}: the reference of layer {layer} is not a finite vector of {first[1]}")
     references = {layer: array.astype(np.float32) for layer, array in sorted(reference.items())}
     return Directions(checked, references, scores or {}, metadata or {})
 

@@ -126,9 +126,7 @@ class Editor:
         before, after, degenerate = [], [], 0
         for first in range(0, batch, group):
             shape = (min(group, batch - first), rows, cols)
-            measures = self._edit_group(
-                edit, rows_basis, shape, edit.start + first * matrix_bytes, channels, digest
-            )
+            measures = self._edit_group(edit, rows_basis, shape, edit.start + first * matrix_bytes, channels, digest)
             before.append(measures[0])
             after.append(measures[1])
             degenerate += measures[2]
@@ -238,9 +236,7 @@ def pread_into(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
         count = os.preadv(descriptor, [data], offset)
         if count == 0:
-            raise ExecuteError(
-                f"a shard ended {len(data)} bytes early while it was read; it was changed meanwhile"
-            )
+            raise ExecuteError(f"a shard ended {len(data)} bytes early while it was read; it was changed meanwhile")
         data, offset = data[count:], offset + count
 
 
@@ -283,9 +279,7 @@ def _resolve_device(name: str) -> "torch.device":
         }
         if not available.get(kind, False):
             usable = ", ".join(kind for kind, usable in available.items() if usable)
-            raise UsageError(
-                f"--device {name}: torch {torch.__version__} finds no such device, only {usable}"
-            )
+            raise UsageError(f"--device {name}: torch {torch.__version__} finds no such device, only {usable}")
         return torch.device(name)
     if torch.cuda.is_available():
         return torch.device("cuda")

@@ -111,9 +111,7 @@ def execute(
             with _Surgeon(checkpoint, plan, bases, staging, progress) as surgeon:
                 results, identity = surgeon.operate(run)
             if fingerprint(checkpoint) != checkpoint.fingerprint:
-                raise ExecuteError(
-                    f"{checkpoint.path}: changed while it was read; run again when it is at rest"
-                )
+                raise ExecuteError(f"{checkpoint.path}: changed while it was read; run again when it is at rest")
             text = receipt_text(checkpoint, plan, options, directions, results, identity)
             with (staging.folder / RECEIPT_NAME).open("w", encoding="utf-8") as file:
                 file.write(text)
@@ -172,9 +170,7 @@ class _Surgeon:
     def operate(self, run: ExecuteOptions) -> tuple[dict[str, TensorResult], dict[str, str]]:
         """Writes every file but the receipt; returns what was measured, and by what."""
         results = {
-            name: TensorResult(**values)
-            for content in self._staging.done.values()
-            for name, values in content.items()
+            name: TensorResult(**values) for content in self._staging.done.values() for name, values in content.items()
         }
         copiers = self._pool(min(2, cores()))
         sidecars = [copiers.submit(self._copy_sidecar, name) for name in self._checkpoint.sidecars]
@@ -233,9 +229,7 @@ class _Surgeon:
         for descriptor in (work.source, work.target):
             self._open.remove(descriptor)
             os.close(descriptor)
-        self._staging.record(
-            work.shard.name, {name: dataclasses.asdict(result) for name, result in results.items()}
-        )
+        self._staging.record(work.shard.name, {name: dataclasses.asdict(result) for name, result in results.items()})
         return results
 
     def _edit(self, edit: TensorEdit, work: _Work, editor: Editor) -> tuple[str, TensorResult]:

@@ -86,9 +86,7 @@ _MOE_SHARED_GATED = Layout(mlp=(*_EXPERTS, _SHARED_GATED))
 _HYBRID_DENSE = Layout(attention=_HYBRID)
 _HYBRID_MOE = Layout(attention=_HYBRID, mlp=(*_EXPERTS, _SHARED_GATED))
 _MIXTRAL = Layout(mlp=(Module("block_sparse_moe.experts.#.w2"), Module("mlp.experts.down_proj", fused=True)))
-_GPT_OSS = Layout(
-    mlp=(Module("mlp.experts.down_proj", "in", fused=True),), marks=("mlp.experts.down_proj_bias",)
-)
+_GPT_OSS = Layout(mlp=(Module("mlp.experts.down_proj", "in", fused=True),), marks=("mlp.experts.down_proj_bias",))
 _QWEN3_VL_MOE = Layout(
     mlp=(Module("mlp.down_proj"), Module("mlp.experts.down_proj", "in", fused=True)),
     roots=("model.language_model.",),

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -127,6 +128,9 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
         DirectionsError: The directions do not fit the checkpoint.
         PlanError: A selected layer has no writer, or a writer cannot be edited.
     """
+    for coefficient in (options.coefficient, *(override.coefficient for override in options.overrides)):
+        if coefficient is not None and not math.isfinite(coefficient):
+            raise PlanError(f"coefficient: expected a finite number, found {coefficient}")
     anatomy = dissect(checkpoint.tensors, checkpoint.config, options.targets)
     if directions.hidden_size != anatomy.hidden_size:
         raise DirectionsError(
@@ -154,7 +158,7 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
         hidden_size=anatomy.hidden_size,
         edits=tuple(edits),
         skipped=tuple(skipped),
-        notes=(*anatomy.notes, *_warnings(edits)),
+        notes=(*anatomy.notes, *_warnings(edits, tied=anatomy.tied)),
         directions_sha256=directions.sha256(),
     )
 
@@ -223,9 +227,7 @@ def _select_layers(existing: Sequence[int], directions: Directions, options: Abl
     if missing := sorted(wanted - set(existing)):
         what = "the directions have" if options.layers is None else "--layers names"
         way_out = "select them with --layers" if options.layers is None else "leave it out"
-        raise PlanError(
-            f"{what} layer {missing[0]}, but the checkpoint has layers {_ranges(existing)}; {way_out}"
-        )
+        raise PlanError(f"{what} layer {missing[0]}, but the checkpoint has layers {_ranges(existing)}; {way_out}")
     return wanted
 
 
@@ -305,10 +307,7 @@ def _check_coverage(
 ) -> None:
     found = {(writer.layer, writer.component) for writer in writers if not writer.mtp}
     needed: list[tuple[int | None, Component]] = [
-        (layer, component)
-        for layer in sorted(layers)
-        for component in options.components
-        if component != "embedding"
+        (layer, component) for layer in sorted(layers) for component in options.components if component != "embedding"
     ]
     if options.targets:
         described = {target.component for target in options.targets}
@@ -332,8 +331,10 @@ def _names_of(checkpoint: Checkpoint, layer: int | None) -> str:
     return ", ".join(sorted(names)) or "its tensors"
 
 
-def _warnings(edits: Sequence[TensorEdit]) -> list[str]:
+def _warnings(edits: Sequence[TensorEdit], *, tied: bool) -> list[str]:
     warnings = []
+    if tied and any(edit.component == "embedding" for edit in edits):
+        warnings.append("the output head is tied to the token embedding, so both are edited")
     above = max((edit.coefficient for edit in edits), default=0.0)
     if above > 1:
         warnings.append(

@@ -115,9 +115,7 @@ def read_receipt(folder: Path) -> Receipt:
     try:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise VerifyError(
-            f"{folder}: holds no {RECEIPT_NAME}; only folders made by ablate-shards have one"
-        ) from error
+        raise VerifyError(f"{folder}: holds no {RECEIPT_NAME}; only folders made by ablate-shards have one") from error
     try:
         content = json.loads(raw)
         found = content["format"]
@@ -135,18 +133,14 @@ def read_receipt(folder: Path) -> Receipt:
         }
         directions = Directions(
             basis=_decode(content["directions"]["basis"]),
-            reference={
-                layer: array[0] for layer, array in _decode(content["directions"]["reference"]).items()
-            },
+            reference={layer: array[0] for layer, array in _decode(content["directions"]["reference"]).items()},
             scores={},
             metadata=content["directions"]["metadata"],
         )
         digest = content.pop("sha256")
         altered = seal(content).encode() != raw or not isinstance(digest, str)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise VerifyError(
-            f"{path}: not a complete receipt ({error}); it was changed after it was written"
-        ) from error
+        raise VerifyError(f"{path}: not a complete receipt ({error}); it was changed after it was written") from error
     return Receipt(content, edits, results, directions, altered)
 
 
@@ -236,8 +230,6 @@ def _encode(arrays: Mapping[int, np.ndarray], layers: set[int]) -> dict[str, Any
 
 def _decode(entries: Mapping[str, Any]) -> dict[int, np.ndarray]:
     return {
-        int(layer): np.frombuffer(base64.b64decode(entry["float32"], validate=True), "<f4").reshape(
-            entry["shape"]
-        )
+        int(layer): np.frombuffer(base64.b64decode(entry["float32"], validate=True), "<f4").reshape(entry["shape"])
         for layer, entry in entries.items()
     }

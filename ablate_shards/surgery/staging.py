@@ -37,9 +37,7 @@ def check_out(source: Path, out: Path, *, overwrite: bool) -> None:
     here, there = source.resolve(), out.resolve()
     folder = here.parent if source.is_file() else here
     if there == here or there in here.parents or (folder in there.parents and not source.is_file()):
-        raise UsageError(
-            f"{out}: OUT and SOURCE may not be the same or lie inside each other; name another folder"
-        )
+        raise UsageError(f"{out}: OUT and SOURCE may not be the same or lie inside each other; name another folder")
     if there == folder:
         raise UsageError(f"{out}: OUT is the folder that SOURCE lies in; name another folder")
     if not there.parent.is_dir():

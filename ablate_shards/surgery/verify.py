@@ -87,9 +87,7 @@ def verify(checkpoint: Checkpoint, out: Path, run: ExecuteOptions, progress: Pro
         )
     differences = []
     if receipt.altered:
-        differences.append(
-            Difference(RECEIPT_NAME, "changed after it was written (its digest does not hold)")
-        )
+        differences.append(Difference(RECEIPT_NAME, "changed after it was written (its digest does not hold)"))
     unknown, notes = _compare_names(checkpoint, out, receipt.content["files"]["copied"])
     with _Examiner(checkpoint, out, receipt, run, progress) as examiner:
         differences += unknown + examiner.examine()
@@ -165,15 +163,9 @@ class _Examiner:
         self._progress.advance(end - start)
         if ours == theirs:
             return []
-        first = start + int(
-            np.flatnonzero(np.frombuffer(ours, np.uint8) != np.frombuffer(theirs, np.uint8))[0]
-        )
-        name = next(
-            (tensor.name for tensor in shard.tensors if tensor.start <= first < tensor.end), "the header"
-        )
-        return [
-            Difference(name, f"differs from the source at byte {first} of {shard.name}, but was not edited")
-        ]
+        first = start + int(np.flatnonzero(np.frombuffer(ours, np.uint8) != np.frombuffer(theirs, np.uint8))[0])
+        name = next((tensor.name for tensor in shard.tensors if tensor.start <= first < tensor.end), "the header")
+        return [Difference(name, f"differs from the source at byte {first} of {shard.name}, but was not edited")]
 
     def _compare_edit(self, edit: TensorEdit, files: tuple[int, int]) -> list[Difference]:
         recorded = self._receipt.results[edit.name]
@@ -242,8 +234,7 @@ class _Comparison:
             element = (offset - self._edit.start) // dtype.itemsize + row * width + column
             where = ", ".join(str(int(index)) for index in np.unravel_index(element, self._edit.shape))
             self._wrong = (
-                f"element [{where}] is {found[row, column]:.6g}, "
-                f"but the edit gives {expected[row, column]:.6g}"
+                f"element [{where}] is {found[row, column]:.6g}, but the edit gives {expected[row, column]:.6g}"
             )
 
     def problem(self) -> str | None:
@@ -259,17 +250,14 @@ def _measures_differ(recorded: TensorResult, found: TensorResult) -> str | None:
     for what in ("before", "after", "norm_drift", "degenerate"):
         ours, theirs = getattr(found, what), getattr(recorded, what)
         same = ours == theirs or (
-            None not in (ours, theirs)
-            and math.isclose(ours, theirs, rel_tol=1e-4, abs_tol=_MEASURE_TOLERANCE)
+            None not in (ours, theirs) and math.isclose(ours, theirs, rel_tol=1e-4, abs_tol=_MEASURE_TOLERANCE)
         )
         if not same:
             return f"the receipt records {what} {theirs}, re-reading gives {ours}"
     return None
 
 
-def _compare_names(
-    checkpoint: Checkpoint, out: Path, copied: Iterable[str]
-) -> tuple[list[Difference], list[str]]:
+def _compare_names(checkpoint: Checkpoint, out: Path, copied: Iterable[str]) -> tuple[list[Difference], list[str]]:
     known = {RECEIPT_NAME, *(shard.name for shard in checkpoint.shards), *copied}
     differences, notes = [], []
     for path in sorted(out.rglob("*")):

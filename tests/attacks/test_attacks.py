@@ -105,9 +105,7 @@ def shape_against_bytes(folder):
 
 
 def integer_writer(folder):
-    rewrite(
-        folder / FIRST, lambda header, _: header["model.layers.0.mlp.down_proj.weight"].update(dtype="I16")
-    )
+    rewrite(folder / FIRST, lambda header, _: header["model.layers.0.mlp.down_proj.weight"].update(dtype="I16"))
 
 
 def writer_of_another_width(folder):
@@ -117,9 +115,7 @@ def writer_of_another_width(folder):
 
 def vector_writer(folder):
     name = "model.layers.0.mlp.down_proj.weight"
-    rewrite(
-        folder / FIRST, lambda header, _: header[name].update(shape=[int(np.prod(header[name]["shape"]))])
-    )
+    rewrite(folder / FIRST, lambda header, _: header[name].update(shape=[int(np.prod(header[name]["shape"]))]))
 
 
 def nan_weights(folder):
@@ -315,9 +311,7 @@ def other_layers(path):
 
 
 def newer_format(path):
-    save_file(
-        {"direction.layers.0": np.ones((1, 32), np.float32)}, path, {"format": "ablate-shards.directions/7"}
-    )
+    save_file({"direction.layers.0": np.ones((1, 32), np.float32)}, path, {"format": "ablate-shards.directions/7"})
 
 
 def nan_direction(path):

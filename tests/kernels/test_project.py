@@ -78,9 +78,7 @@ def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
     return info.eps * torch.ldexp(torch.ones_like(values), exponent)
 
 
-def assert_accurate(
-    result: Tensor, weight: Tensor, basis: Tensor, options: ProjectOptions, *, slack: int = 3
-) -> None:
+def assert_accurate(result: Tensor, weight: Tensor, basis: Tensor, options: ProjectOptions, *, slack: int = 3) -> None:
     """Compare with the reference; ``slack`` elements may differ whatever the size of the tensor."""
     exact, _ = reference.ablate(
         weight, basis, coefficient=options.coefficient, preserve=options.preserve, axis=options.axis
@@ -88,9 +86,7 @@ def assert_accurate(
     result, weight = result.cpu(), weight.cpu()
     assert result.isfinite().all()
     share, relative = TOLERANCE[weight.dtype]
-    error = (
-        result.double() - exact.clamp(-torch.finfo(weight.dtype).max, torch.finfo(weight.dtype).max)
-    ).abs()
+    error = (result.double() - exact.clamp(-torch.finfo(weight.dtype).max, torch.finfo(weight.dtype).max)).abs()
     if share is not None:
         wrong = int((result != reference.round_to(exact, weight.dtype)).sum())
         assert wrong <= max(slack, share * weight.numel())
@@ -151,9 +147,7 @@ class TestAgainstReference:
         special=st.sampled_from(["none", "zero", "parallel", "orthogonal"]),
         seed=st.integers(0, 99),
     )
-    def test_odd_shapes(
-        self, hidden, features, count, batch, coefficient, preserve, axis, dtype, mix, special, seed
-    ):
+    def test_odd_shapes(self, hidden, features, count, batch, coefficient, preserve, axis, dtype, mix, special, seed):
         basis = make_basis(min(count, hidden), hidden, seed)
         weight = make_weight(basis, features, dtype, axis=axis, batch=batch, mix=mix, seed=seed)
         first = (weight if axis == -2 else weight.mT)[:, :, 0]
@@ -584,9 +578,7 @@ class TestRefusals:
         with pytest.raises(PlanError, match="float64"):
             project(torch.zeros(8, 4, dtype=torch.float64), make_basis(1, 8), ProjectOptions())
 
-    @pytest.mark.parametrize(
-        "options", [{"coefficient": math.nan}, {"preserve": "all"}, {"axis": 0}], ids=str
-    )
+    @pytest.mark.parametrize("options", [{"coefficient": math.nan}, {"preserve": "all"}, {"axis": 0}], ids=str)
     def test_options_without_meaning(self, options):
         with pytest.raises(PlanError, match="expected"):
             ProjectOptions(**options)
