@@ -268,6 +268,7 @@ def cli() -> None:
 )
 @_resources
 @_recipe
+@click.option("--link", is_flag=True, help="Hard-link shards without an edit; they share their bytes with SOURCE.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that an earlier run made.")
@@ -287,6 +288,7 @@ def ablate(
     device: str,
     memory: int,
     jobs: int | None,
+    link: bool,
     dry_run: bool,
     resume: bool,
     overwrite: bool,
@@ -314,7 +316,7 @@ def ablate(
         overrides=recipe.overrides if recipe else (),
         targets=recipe.targets if recipe else (),
     )
-    run = ExecuteOptions(device=device, memory=memory, jobs=jobs, resume=resume, overwrite=overwrite)
+    run = ExecuteOptions(device=device, memory=memory, jobs=jobs, resume=resume, overwrite=overwrite, link=link)
     checkpoint = open_checkpoint(source)
     if not dry_run:
         check_out(checkpoint.path, out, overwrite=overwrite)

@@ -18,9 +18,9 @@ def reference() -> str:
         usage = " ".join(command.collect_usage_pieces(context))
         lines += [f"## {name}", "", f"    ablate-shards {name} {usage}", ""]
         lines += [" ".join((command.help or "").split()), "", "| option | meaning |", "| --- | --- |"]
-        for parameter in command.get_params(context):
+        for parameter in command.params:
             record = parameter.get_help_record(context)
-            if record is not None and parameter.param_type_name == "option" and parameter.name != "help":
+            if record is not None and parameter.param_type_name == "option":
                 option, meaning = (" ".join(part.split()).replace("|", "\\|") for part in record)
                 lines.append(f"| `{option}` | {meaning} |")
         lines.append("")

@@ -316,6 +316,17 @@ def test_copying_without_copy_file_range(tmp_path, source, directions, monkeypat
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
 
 
+def test_link_shares_only_what_is_not_edited(tmp_path, source, directions):
+    arguments = ("-d", directions, "--source-layer", 1, "--layers", "2")
+    run(source, tmp_path / "copied", *arguments)
+    run(source, tmp_path / "linked", *arguments, "--link")
+    assert snapshot(tmp_path / "linked") == snapshot(tmp_path / "copied")
+    shared = {path.name: path.samefile(source / path.name) for path in (tmp_path / "linked").glob("*.safetensors")}
+    assert shared == {"model-00001-of-00002.safetensors": True, "model-00002-of-00002.safetensors": False}
+    assert not any(path.samefile(source / path.name) for path in (tmp_path / "copied").glob("*.safetensors"))
+    run("verify", source, tmp_path / "linked")
+
+
 def test_linked_shards_as_in_a_download_cache(tmp_path, source, directions):
     blobs = tmp_path / "blobs"
     blobs.mkdir()

@@ -12,7 +12,7 @@ from the shape alone, hence the result does not depend on block sizes, batching 
 cannot carry (strong cancellation, squares out of range) is done again in float64.
 """
 
-import importlib.util
+import importlib
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -153,7 +153,9 @@ def choose_form(device: torch.device, *, form: Form | Literal["auto"] = "auto") 
         return form, "asked for"
     if device.type not in ("cuda", "xpu"):
         return "torch", f"Triton does not run on {device.type}"
-    if importlib.util.find_spec("triton") is None:
+    try:
+        importlib.import_module("triton")
+    except ImportError:
         return "torch", "triton is not installed"
     return "triton", f"Triton runs on {device.type}"
 
@@ -262,10 +264,10 @@ class _Stream:
         self._norms_in_rows = (options.preserve == "rows") == (options.axis == -2)
         self._chunk = _chunk_rows(self._cols)
 
-        # MPS has no float64.
-        exact_device = torch.device("cpu") if device.type == "mps" else device
-        self._double: _Arithmetic = TorchForm(torch.float64, self._chunk, self._cols, exact_device)
-        self._single: _Arithmetic = _single_form(form, self._chunk, self._cols, device)
+        # MPS has no float64, and not every XPU has it.
+        exact_device = device if device.type in ("cpu", "cuda") else torch.device("cpu")
+        self._double: _Arithmetic = TorchForm(torch.float64, self._chunk, self._cols, exact_device, exact_device)
+        self._single: _Arithmetic = _single_form(form, self._chunk, self._cols, device, exact_device)
         self._state = exact_device
         self._device = device
         self._basis = self._pair(basis[None].to(exact_device))
@@ -757,10 +759,10 @@ def _keep(block: Tensor, original: Tensor, still: Tensor) -> None:
     block.copy_(torch.where(still.to(block.device), original, block))
 
 
-def _single_form(form: Form, chunk_rows: int, cols: int, device: torch.device) -> _Arithmetic:
+def _single_form(form: Form, chunk_rows: int, cols: int, device: torch.device, state: torch.device) -> _Arithmetic:
     if form != "triton":
-        return TorchForm(torch.float32, chunk_rows, cols, device)
+        return TorchForm(torch.float32, chunk_rows, cols, device, state)
     # Triton is imported only where it runs.
     from ablate_shards.kernels.project_triton import TritonForm
 
-    return TritonForm(chunk_rows)
+    return TritonForm(chunk_rows, state)

@@ -32,11 +32,15 @@ class TorchForm:
         chunk_rows: Rows that are loaded at once; a multiple of the number of groups they make up.
         cols: Columns of the stored matrices.
         device: Where to compute; blocks are brought here chunk by chunk.
+        state: Where float64 sums are kept.
     """
 
-    def __init__(self, precision: torch.dtype, chunk_rows: int, cols: int, device: torch.device) -> None:
+    def __init__(
+        self, precision: torch.dtype, chunk_rows: int, cols: int, device: torch.device, state: torch.device
+    ) -> None:
         self.precision = precision
         self._device = device
+        self._state = state
         self._chunk_rows = chunk_rows
         self._cols = cols
         self._group_rows = chunk_rows // math.ceil(chunk_rows / GROUP_ROWS)
@@ -67,7 +71,7 @@ class TorchForm:
                         torch.mv(tile[:, segment], line[segment], out=out)
                     if squares:
                         torch.linalg.vector_norm(tile[:, segment], dim=1, out=outs[count])
-        double = sums.double()
+        double = sums.to(self._state).double()
         if squares:
             double[:, :, count].square_()
         return double.sum(dim=1) if len(segments) > 1 else double[:, 0]
@@ -117,9 +121,9 @@ class TorchForm:
                 if failed:
                     total += repair(entry, chunk)
                 elif groups == 1:
-                    total += outs.view(total.shape).to(into.device)
+                    total += outs.view(total.shape).to(self._state)
                 else:
-                    total += outs.to(into.device).sum(dim=(1, 2), dtype=torch.float64)
+                    total += outs.to(self._state).sum(dim=(1, 2), dtype=torch.float64)
 
     def update(
         self,

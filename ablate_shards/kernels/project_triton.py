@@ -206,8 +206,9 @@ class TritonForm:
 
     precision = torch.float32
 
-    def __init__(self, chunk_rows: int) -> None:
+    def __init__(self, chunk_rows: int, state: torch.device) -> None:
         self._chunk_rows = chunk_rows
+        self._state = state
 
     def rows(self, block: Tensor, weights: Tensor | None, *, squares: bool) -> Tensor:
         """Reduce along each row: ``[matrices, k (+ 1), rows]`` float64, summed in float32."""
@@ -220,7 +221,7 @@ class TritonForm:
             block, weights, out, rows, cols, *block.stride(), stride, blocks,
             K=count, LINES=lines, SQUARES=squares, BLOCK_M=ROWS_BLOCK_M, BLOCK_N=ROWS_BLOCK_N,
         )  # fmt: skip
-        return out.double()
+        return out.to(self._state).double()
 
     def add_columns(
         self,
@@ -247,7 +248,7 @@ class TritonForm:
             sums = partial[:, :, -1]
             failed = [] if in_range(sums) else (~((sums > LOW) & (sums < HIGH))).any(dim=2).nonzero().tolist()
             unsafe = {(entry, chunk) for entry, chunk in failed}
-        if not unsafe:
+        if not unsafe and into.device == block.device:
             length = lines * cols
             blocks = triton.cdiv(length, COMBINE_BLOCK)
             combine_kernel[(batch * blocks,)](
@@ -257,7 +258,7 @@ class TritonForm:
         for entry in range(batch):
             for chunk in range(chunks):
                 bad = (entry, chunk) in unsafe
-                into[entry].add_(repair(entry, chunk) if bad else partial[entry, chunk])
+                into[entry].add_(repair(entry, chunk) if bad else partial[entry, chunk].to(self._state))
 
     def update(
         self,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Channels", "Editor", "Stopped", "cores", "pread_into", "pwrite_all", "raw_buffer", "torch_dtype"]
 
-_CPU_BLOCK = 16 << 20
+_CPU_BLOCK = 8 << 20
 _LEAST_MEMORY_PER_JOB = 8 << 20
 _SCRATCH = 3 << 20
 

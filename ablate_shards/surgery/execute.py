@@ -46,6 +46,7 @@ class ExecuteOptions:
         jobs: Tensors edited at a time, one per available core if None.
         resume: Go on with an interrupted run.
         overwrite: Replace a folder that an earlier run made.
+        link: Make shards without an edit hard links to the source's, which share their bytes for good.
     """
 
     device: str = "auto"
@@ -53,6 +54,7 @@ class ExecuteOptions:
     jobs: int | None = None
     resume: bool = False
     overwrite: bool = False
+    link: bool = False
 
 
 class Progress(Protocol):
@@ -108,7 +110,7 @@ def execute(
         try:
             _check_disk(checkpoint, staging)
             progress.begin(_bytes_to_write(checkpoint, staging))
-            with _Surgeon(checkpoint, plan, bases, staging, progress) as surgeon:
+            with _Surgeon(checkpoint, plan, bases, staging, progress, link=run.link) as surgeon:
                 results, identity = surgeon.operate(run)
             if fingerprint(checkpoint) != checkpoint.fingerprint:
                 raise ExecuteError(f"{checkpoint.path}: changed while it was read; run again when it is at rest")
@@ -150,9 +152,11 @@ class _Surgeon:
         bases: Mapping[BasisKey, np.ndarray],
         staging: Staging,
         progress: Progress,
+        *,
+        link: bool,
     ) -> None:
         self._checkpoint, self._plan, self._bases = checkpoint, plan, bases
-        self._staging, self._progress = staging, progress
+        self._staging, self._progress, self._link = staging, progress, link
         self._stop = threading.Event()
         self._pools: list[ThreadPoolExecutor] = []
         self._open: list[int] = []
@@ -203,16 +207,24 @@ class _Surgeon:
         return self._pools[-1]
 
     def _start_copy(self, shard: Shard, copiers: ThreadPoolExecutor) -> _Work:
-        source = self._hold(os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC))
         path = self._staging.folder / shard.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        target = self._hold(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666))
-        _allocate(target, shard.size)
+        path.unlink(missing_ok=True)
+        edited = any(edit.shard == shard.name for edit in self._plan.edits)
+        linked = not edited and self._link and _link(shard.path, path)
+        source = self._hold(os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC))
+        if linked:
+            self._progress.advance(shard.size)
+            return _Work(shard, source, self._hold(os.open(path, os.O_RDONLY | os.O_CLOEXEC)), [])
+        target = self._hold(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        _allocate(target, shard.size, shared=not edited)
         copies = [
             copiers.submit(self._copy, source, target, start, min(start + _COPY_CHUNK, end))
             for first, end in untouched(shard, self._plan.edits)
             for start in range(first, end, _COPY_CHUNK)
         ]
+        # What is copied goes to the disk while the edits are computed.
+        copies.append(copiers.submit(os.fsync, target))
         return _Work(shard, source, target, copies)
 
     def _start_edits(self, work: _Work, editor: Editor, editors: ThreadPoolExecutor) -> None:
@@ -293,8 +305,20 @@ def _check_disk(checkpoint: Checkpoint, staging: Staging) -> None:
         )
 
 
-def _allocate(descriptor: int, size: int) -> None:
-    if size and hasattr(os, "posix_fallocate"):
+def _link(source: Path, target: Path) -> bool:
+    """Makes a hard link; returns False where the two do not share a filesystem."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError as error:
+        if error.errno not in _NOT_HERE:
+            raise
+        return False
+    return True
+
+
+def _allocate(descriptor: int, size: int, *, shared: bool) -> None:
+    """Gives a file its size, and its blocks unless the filesystem may share the source's instead."""
+    if size and not shared and hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(descriptor, 0, size)
         except OSError as error:

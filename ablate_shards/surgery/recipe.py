@@ -48,6 +48,7 @@ TABLES: Mapping[str, frozenset[str]] = {
             "device",
             "memory",
             "jobs",
+            "link",
             "dry-run",
             "resume",
             "overwrite",

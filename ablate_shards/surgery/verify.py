@@ -21,7 +21,7 @@ from ablate_shards.surgery.receipt import Receipt, TensorResult, read_receipt
 
 __all__ = ["Difference", "Verification", "verify"]
 
-_CHUNK = 4 << 20
+_CHUNK = 1 << 20
 #: Elements that may be rounded the other way when another device or library version recomputes an edit.
 _ROUNDING_SHARE = 1e-3
 _ROUNDING_LEAST = 2
