@@ -167,7 +167,7 @@ _resources = _options(
         "--jobs",
         type=click.IntRange(min=1),
         default=None,
-        help="Tensors edited at a time.  [default: one per core]",
+        help="Tensors edited at a time.  [default: one per core; 2 on a GPU]",
     ),
 )
 _estimation = _options(
@@ -323,6 +323,8 @@ def ablate(
     estimation = EstimatorOptions(estimator=estimator, rank=rank, winsorize=winsorize)
     found, used = _find_directions(checkpoint, directions, activations, estimation, progress)
     progress.note(f"directions: {used}")
+    if options.source_layer == "best":
+        progress.note(f"source layer: {found.best_layer()}, the best by its scores")
     plan = make_plan(checkpoint, found, options)
     for note in plan.notes:
         progress.note(note)

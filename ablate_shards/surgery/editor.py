@@ -24,6 +24,7 @@ __all__ = ["Channels", "Editor", "Stopped", "cores", "pread_into", "pwrite_all",
 _CPU_BLOCK = 8 << 20
 _LEAST_MEMORY_PER_JOB = 8 << 20
 _SCRATCH = 3 << 20
+_DEVICE_JOBS = 2
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: it ends a worker whose run has ended elsewhere
@@ -70,10 +71,11 @@ class Editor:
         self._form, why = choose_form(self._device)
         self.reason = f"arithmetic: {self._form} on {self._device} ({why})"
         on_cpu = self._device.type == "cpu"
-        self.jobs = max(1, min(jobs or (cores() if on_cpu else 1), memory // _LEAST_MEMORY_PER_JOB))
+        wanted = jobs or (cores() if on_cpu else _DEVICE_JOBS)
+        self.jobs = max(1, min(wanted, memory // _LEAST_MEMORY_PER_JOB))
         room = max(memory // self.jobs - _SCRATCH, 1 << 20)
-        # On a CPU larger blocks gain nothing: they only leave the cache.
-        self._room = min(room, _CPU_BLOCK) if on_cpu else room
+        # On a CPU larger blocks gain nothing: they only leave the cache. A device holds a block of its own.
+        self._room = min(room, _CPU_BLOCK) if on_cpu else room // 2
         self._stop = stop
 
     def identity(self) -> dict[str, str]:
@@ -114,9 +116,12 @@ class Editor:
         """
         import torch
 
+        with self._stream():
+            return self._edit(edit, torch.from_numpy(basis), channels)
+
+    def _edit(self, edit: TensorEdit, rows_basis: "torch.Tensor", channels: Channels) -> TensorResult:
         from ablate_shards.kernels.project import merge, norm_drift
 
-        rows_basis = torch.from_numpy(basis)
         if edit.kind == "bias":
             return self._edit_bias(edit, rows_basis, channels)
         batch, rows, cols = (1,) * (3 - len(edit.shape)) + edit.shape
@@ -139,6 +144,14 @@ class Editor:
             sha256=digest.hexdigest(),
         )
 
+    def _stream(self) -> contextlib.AbstractContextManager[object]:
+        """Gives each job a stream of its own, so that one computes while another reads or writes."""
+        import torch
+
+        if self._device.type in ("cuda", "xpu"):
+            return torch.Stream(self._device)
+        return contextlib.nullcontext()
+
     def _edit_group(
         self,
         edit: TensorEdit,
@@ -160,7 +173,9 @@ class Editor:
         resident = count * rows * row_bytes <= self._room
         block_rows = rows if resident else max(chunk, self._room // row_bytes // chunk * chunk)
         blocks = [(start, min(block_rows, rows - start)) for start in range(0, rows, block_rows)]
-        buffer = raw_buffer(count * min(block_rows, rows) * row_bytes)
+        # Pinned memory is what a device copies from and to at full speed.
+        pinned = self._device.type == "cuda"
+        buffer = raw_buffer(count * min(block_rows, rows) * row_bytes, pinned=pinned)
 
         def raw(size: int) -> "torch.Tensor":
             return buffer[: count * size * row_bytes]
@@ -247,11 +262,11 @@ def pwrite_all(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
-def raw_buffer(count: int) -> "torch.Tensor":
+def raw_buffer(count: int, *, pinned: bool = False) -> "torch.Tensor":
     """Returns count bytes of uninitialised memory, ``[count]`` uint8."""
     import torch
 
-    return torch.empty(count, dtype=torch.uint8)
+    return torch.empty(count, dtype=torch.uint8, pin_memory=pinned)
 
 
 def torch_dtype(name: str) -> "torch.dtype":

@@ -88,16 +88,19 @@ def assert_accurate(
     result, weight = result.cpu(), weight.cpu()
     assert result.isfinite().all()
     share, relative = TOLERANCE[weight.dtype]
-    error = (result.double() - exact.clamp(-torch.finfo(weight.dtype).max, torch.finfo(weight.dtype).max)).abs()
+    limit = torch.finfo(weight.dtype).max
+    error = (result.double() - exact.clamp(-limit, limit)).abs()
+    in_rows = (options.preserve == "rows") == (options.axis == -2)
+    norms = torch.linalg.vector_norm(weight.double(), dim=-1 if in_rows else -2, keepdim=True)
+    # Where a vector vanishes altogether, what the reference has left is float64 rounding.
+    noise = 1e-13 * norms
     if share is not None:
-        wrong = int((result != reference.round_to(exact, weight.dtype)).sum())
+        wrong = int(((result != reference.round_to(exact, weight.dtype)) & (error > noise)).sum())
         expected = share * weight.numel()
         assert wrong <= (expected if strict else expected + 4 * math.sqrt(expected + 1))
         larger = torch.maximum(weight.double().abs(), exact.abs())
-        assert (error <= 1.0 * spacing(larger, weight.dtype)).all()
+        assert (error <= spacing(larger, weight.dtype) + noise).all()
     if relative is not None:
-        rows = (options.preserve == "rows") == (options.axis == -2)
-        norms = torch.linalg.vector_norm(weight.double(), dim=-1 if rows else -2, keepdim=True)
         assert (error <= relative * norms + spacing(torch.zeros(1).double(), weight.dtype)).all()
 
 
