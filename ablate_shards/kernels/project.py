@@ -246,7 +246,7 @@ class _Stream:
             raise PlanError(f"dtype: expected bfloat16, float16 or float32, found {dtype}")
         self._batch, self._rows, self._cols = shape
         residual = self._rows if options.axis == -2 else self._cols
-        if basis.ndim != 2 or basis.shape[1] != residual:
+        if basis.ndim != 2 or len(basis) == 0 or basis.shape[1] != residual:
             raise DirectionsError(
                 f"directions: expected [k, {residual}] for a weight of shape {list(shape)} "
                 f"with the residual axis {options.axis}, found {list(basis.shape)}"
@@ -331,6 +331,7 @@ class _Stream:
         elif self._norms_in_rows:
             guarded = self._squares[piece.entries, piece.span]
         else:
+            # Products alone: only their overflow shows, and only it matters.
             guarded = 1 + sums.abs().amax(dim=1)
         for entry, chunk in self._unsafe(guarded):
             part = self._chunk_of(piece, entry, chunk)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ablate_shards.errors import DirectionsError, PlanError
+from ablate_shards.errors import DirectionsError, PlanError, UsageError
 from ablate_shards.surgery.architecture import Component, LeftOut, Writer, dissect
 from ablate_shards.surgery.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo
 from ablate_shards.surgery.directions import Directions, apply_gain, biproject
@@ -127,10 +127,11 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
         ArchitectureError: The architecture is not known, or a writer does not have the expected shape.
         DirectionsError: The directions do not fit the checkpoint.
         PlanError: A selected layer has no writer, or a writer cannot be edited.
+        UsageError: A coefficient is not a number.
     """
     for coefficient in (options.coefficient, *(override.coefficient for override in options.overrides)):
         if coefficient is not None and not math.isfinite(coefficient):
-            raise PlanError(f"coefficient: expected a finite number, found {coefficient}")
+            raise UsageError(f"coefficient: expected a finite number, found {coefficient}")
     anatomy = dissect(checkpoint.tensors, checkpoint.config, options.targets)
     if directions.hidden_size != anatomy.hidden_size:
         raise DirectionsError(

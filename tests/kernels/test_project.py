@@ -78,6 +78,18 @@ def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
     return info.eps * torch.ldexp(torch.ones_like(values), exponent)
 
 
+def largest_term(weight: Tensor, basis: Tensor, options: ProjectOptions) -> Tensor:
+    """The largest of the products that several directions subtract from each element."""
+    matrix = weight.double() if options.axis == -2 else weight.double().mT
+    rows = torch.ones_like(matrix[..., :1])
+    if options.preserve == "rows":
+        rows = matrix.norm(dim=-1, keepdim=True)
+        matrix = matrix / torch.where(rows > 0, rows, 1.0)
+    products = basis.mT[..., None].abs() * (basis @ matrix).abs()[..., None, :, :]
+    terms = abs(options.coefficient) * rows * products.amax(dim=-2)
+    return terms if options.axis == -2 else terms.mT
+
+
 def assert_accurate(
     result: Tensor, weight: Tensor, basis: Tensor, options: ProjectOptions, *, strict: bool = False
 ) -> None:
@@ -99,6 +111,8 @@ def assert_accurate(
         expected = share * weight.numel()
         assert wrong <= (expected if strict else expected + 4 * math.sqrt(expected + 1))
         larger = torch.maximum(weight.double().abs(), exact.abs())
+        if len(basis) > 1:
+            larger = torch.maximum(larger, largest_term(weight, basis, options))
         assert (error <= spacing(larger, weight.dtype) + noise).all()
     if relative is not None:
         assert (error <= relative * norms + spacing(torch.zeros(1).double(), weight.dtype)).all()
@@ -163,7 +177,7 @@ class TestAgainstReference:
         seed=st.integers(0, 99),
     )
     def test_odd_shapes(self, hidden, features, count, batch, coefficient, preserve, axis, dtype, mix, special, seed):
-        basis = make_basis(min(count, hidden), hidden, seed)
+        basis = make_basis(min(count, (hidden + 1) // 2), hidden, seed)
         weight = make_weight(basis, features, dtype, axis=axis, batch=batch, mix=mix, seed=seed)
         first = (weight if axis == -2 else weight.mT)[:, :, 0]
         if special == "zero":
@@ -592,6 +606,10 @@ class TestRefusals:
     def test_a_basis_of_another_size(self):
         with pytest.raises(DirectionsError, match=r"expected \[k, 8\].*found \[1, 9\]"):
             Projector(make_basis(1, 9), (1, 8, 4), torch.float32, ProjectOptions(), device=CPU, form="torch")
+
+    def test_a_basis_without_directions(self):
+        with pytest.raises(DirectionsError, match=r"found \[0, 8\]"):
+            project(torch.zeros(8, 4), torch.zeros(0, 8, dtype=torch.float64), ProjectOptions())
 
     def test_a_basis_that_is_not_orthonormal(self):
         with pytest.raises(DirectionsError, match="orthonormal"):

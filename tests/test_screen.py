@@ -1,0 +1,100 @@
+"""What a person sees: a bar on a terminal, plain lines elsewhere, nothing when asked for nothing."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from raw_checkpoints import write_directions, write_dump, write_llama
+
+from ablate_shards.cli import cli
+
+
+@pytest.fixture
+def case(tmp_path):
+    source = write_llama(tmp_path / "source")
+    directions = write_directions(tmp_path / "d.safetensors")
+    return [str(source), str(tmp_path / "out"), "-d", str(directions), "--source-layer", "1"]
+
+
+def test_a_terminal_gets_a_bar_that_leaves_nothing_behind(case):
+    main_end, terminal = os.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ablate_shards", *case],
+        stdout=subprocess.DEVNULL,
+        stderr=terminal,
+        env=environment,
+    )
+    os.close(terminal)
+    seen = b""
+    while True:
+        try:
+            seen += os.read(main_end, 4096)
+        except OSError:  # the terminal is closed when the process ends
+            break
+    os.close(main_end)
+    assert process.wait() == 0
+    assert b"bytes" in seen
+    assert b"\x1b[" in seen
+    assert b"% of" not in seen
+
+
+def test_a_file_gets_plain_lines(case):
+    result = CliRunner().invoke(cli, case)
+    assert "\x1b" not in result.output
+    assert "100 % of" in result.stderr
+    assert "100 % of" not in result.stdout
+    assert "component before" in result.stdout
+
+
+def test_quiet_says_nothing_unless_it_fails(case):
+    assert CliRunner().invoke(cli, [*case, "--quiet"]).output == ""
+    again = CliRunner().invoke(cli, [*case, "--quiet"])
+    assert again.exit_code == 1
+    assert again.stderr.startswith("error: ")
+    assert again.stdout == ""
+
+
+def test_json_is_all_there_is_on_stdout(case, tmp_path):
+    result = CliRunner().invoke(cli, [*case, "--json"])
+    assert set(json.loads(result.stdout)["tensors"]) == {
+        f"model.layers.{layer}.{part}.weight" for layer in range(3) for part in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    dump = write_dump(tmp_path / "a.safetensors")
+    found = CliRunner().invoke(cli, ["directions", str(dump), str(tmp_path / "new.safetensors"), "--json"])
+    content = json.loads(found.stdout)
+    assert content["best_layer"] in [row["layer"] for row in content["layers"]]
+
+
+def test_scores_are_shown(tmp_path):
+    dump = write_dump(tmp_path / "a.safetensors")
+    result = CliRunner().invoke(cli, ["directions", str(dump), str(tmp_path / "new.safetensors")])
+    for heading in ("layer", "cosine", "signal to noise", "purity", "auc", "split half", "best layer"):
+        assert heading in result.stdout
+    again = CliRunner().invoke(cli, ["directions", str(dump), str(tmp_path / "new.safetensors")])
+    assert again.exit_code == 2
+    assert "--overwrite" in again.stderr
+
+
+def test_inspect_shows_what_it_can_of_an_unknown_architecture(tmp_path):
+    source = write_llama(tmp_path / "source")
+    (source / "config.json").write_text('{"model_type": "novel"}')
+    result = CliRunner().invoke(cli, ["inspect", str(source)])
+    assert result.exit_code == 1
+    assert "30 tensors (30 BF16)" in result.stdout
+    assert "[[ablate.target]]" in result.stderr
+
+
+def test_debug_adds_the_traceback(case, tmp_path):
+    arguments = [str(tmp_path / "nothing"), *case[1:]]
+    assert "Traceback" not in CliRunner().invoke(cli, arguments).output
+    assert "Traceback" in CliRunner().invoke(cli, [*arguments, "--debug"]).output
+
+
+def test_usage_errors_exit_with_2(case):
+    for extra in (["--layers", "x"], ["--memory", "1KB"], ["--device", "tpu"], ["--jobs", "0"], ["--nonsense"], ["--coefficient", "nan"]):
+        assert CliRunner().invoke(cli, [*case, *extra]).exit_code == 2, extra
+    assert CliRunner().invoke(cli, [*case, "--device", "cuda:99"]).exit_code == 2
