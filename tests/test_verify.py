@@ -152,3 +152,19 @@ def test_json(edited):
     flip(out / "config.json", 1)
     content = json.loads(run("verify", source, out, "--json").stdout)
     assert [difference["where"] for difference in content["differences"]] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("shape", [1, 1]), ("bytes", [0, 10**9]), ("axis", -7), ("source_layer", 9), ("dtype", "I8"), ("gain", "none")],
+)
+def test_a_record_that_cannot_be_is_refused(edited, key, value):
+    from ablate_shards.surgery.receipt import read_receipt, seal
+
+    source, out = edited
+    content = dict(read_receipt(out).content)
+    content["tensors"][0][key] = value
+    (out / "ablation.json").write_text(seal(content))
+    result = run("verify", source, out)
+    assert result.exit_code == 1
+    assert "does not fit the source" in result.stderr

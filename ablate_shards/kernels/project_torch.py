@@ -29,7 +29,7 @@ class TorchForm:
 
     Args:
         precision: float32 or float64.
-        chunk_rows: Rows that are loaded at once; a multiple of the number of groups they make up.
+        chunk_rows: Rows that are loaded at once; a multiple of 64, or fewer than that.
         cols: Columns of the stored matrices.
         device: Where to compute; blocks are brought here chunk by chunk.
         state: Where float64 sums are kept.
@@ -43,7 +43,7 @@ class TorchForm:
         self._state = state
         self._chunk_rows = chunk_rows
         self._cols = cols
-        self._group_rows = chunk_rows // math.ceil(chunk_rows / GROUP_ROWS)
+        self._group_rows = min(chunk_rows, GROUP_ROWS)
         self._scratch: Tensor | None = None
 
     def rows(self, block: Tensor, weights: Tensor | None, *, squares: bool) -> Tensor:

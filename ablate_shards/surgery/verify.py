@@ -13,7 +13,8 @@ from typing import Self
 import numpy as np
 
 from ablate_shards.errors import AblateError, VerifyError
-from ablate_shards.surgery.checkpoint import RECEIPT_NAME, Checkpoint, Shard
+from ablate_shards.surgery.checkpoint import ITEM_BYTES, RECEIPT_NAME, Checkpoint, Shard
+from ablate_shards.surgery.directions import Directions
 from ablate_shards.surgery.editor import Channels, Editor, pread_into, raw_buffer, torch_dtype
 from ablate_shards.surgery.execute import ExecuteOptions, Progress, untouched
 from ablate_shards.surgery.plan import TensorEdit, resolve_bases
@@ -85,6 +86,12 @@ def verify(checkpoint: Checkpoint, out: Path, run: ExecuteOptions, progress: Pro
             f"{checkpoint.path}: is not the source that {out / RECEIPT_NAME} names; expected the shards "
             f"{', '.join(recorded)} with the headers it records"
         )
+    for edit in receipt.edits:
+        if not _describes(edit, checkpoint, receipt.directions):
+            raise VerifyError(
+                f"{out / RECEIPT_NAME}: what it records of {edit.name} does not fit the source; "
+                "it was changed after it was written"
+            )
     differences = []
     if receipt.altered:
         differences.append(Difference(RECEIPT_NAME, "changed after it was written (its digest does not hold)"))
@@ -244,6 +251,21 @@ class _Comparison:
             if self.differing > allowed:
                 return f"{self.differing} of {self._total} elements are rounded otherwise than the edit rounds them"
         return self._wrong
+
+
+def _describes(edit: TensorEdit, checkpoint: Checkpoint, directions: Directions) -> bool:
+    tensor = checkpoint.tensors.get(edit.name)
+    if tensor is None or edit.dtype not in ITEM_BYTES or not -len(edit.shape) <= edit.axis < 0:
+        return False
+    key = edit.basis
+    return (
+        (tensor.shard, tensor.dtype, tensor.shape, tensor.start, tensor.end)
+        == (edit.shard, edit.dtype, edit.shape, edit.start, edit.end)
+        and key.source_layer in directions.basis
+        and all(layer in directions.reference for layer in key.references)
+        and directions.basis[key.source_layer].shape[-1:] == edit.shape[edit.axis :][:1]
+        and (key.gain is None or key.gain in checkpoint.tensors)
+    )
 
 
 def _measures_differ(recorded: TensorResult, found: TensorResult) -> str | None:
