@@ -49,7 +49,7 @@ CHUNK_ELEMENTS = 128 * 3584
 """Of a chunk: 1.8 MiB of float32 scratch, and twice that where float64 is needed."""
 BLOCK_ELEMENTS = 1 << 22
 ORTHONORMAL = 1e-9
-AMPLIFICATION = {torch.bfloat16: 8.0, torch.float16: 2.5, torch.float32: 4.0}
+AMPLIFICATION = {torch.bfloat16: 8.0, torch.float16: 2.0, torch.float32: 4.0}
 """How much cancellation may amplify the rounding of float32 before float64 takes over."""
 
 
@@ -457,10 +457,13 @@ class Projector(_Stream):
         if 0 not in shape and not (self._dots_in_rows and self._norms_in_rows):
             kinds = ("measure", "mix") if self._mixes_apart else ("measure",)
             self._plan = [(kind, tuple(range(self._batch))) for kind in kinds]
-        if options.preserve == "rows":
-            self._mixed = self._zeros(len(basis), self._rows if self._dots_in_rows else self._cols)
+        count = len(basis)
         if self._mixes_apart:
-            self._cross = self._zeros(len(basis), self._cols)
+            self._mixed = self._zeros(count, self._rows)
+            self._cross = self._zeros(count, self._cols)
+        elif options.preserve == "rows":
+            self._column_sums = self._zeros(2 * count, self._cols)
+            self._dots, self._mixed = self._column_sums[:, :count], self._column_sums[:, count:]
         self._amplification = AMPLIFICATION[dtype]
         self._largest_norm = torch.finfo(dtype).max / (2 * (1 + abs(options.coefficient)))
 
@@ -494,11 +497,10 @@ class Projector(_Stream):
                 self._mixed[piece.entries, :, piece.span] = mixed
                 self._add_columns(piece, self._pair(mixed), self._cross, squares=False)
                 continue
-            self._measure(piece)
-            if self._options.preserve == "rows" and not self._mixes_apart:
-                inverse = _inverse(self._squares[piece.entries, piece.span])
-                weights = self._pair(self._basis.double[..., piece.span] * inverse[:, None])
-                self._add_columns(piece, weights, self._mixed, squares=False)
+            if self._norms_in_rows:
+                self._mix_and_measure(piece)
+            else:
+                self._measure(piece)
         if start + block.shape[1] == self._rows:
             self._settle(step)
 
@@ -515,6 +517,14 @@ class Projector(_Stream):
     def before(self) -> Measure:
         """Return the measure of the matrices before the ablation; after the apply pass."""
         return self._measured()
+
+    def _mix_and_measure(self, piece: _Piece) -> None:
+        """Take row norms, then ``RW`` and ``Q`` at once."""
+        squares = self._row_sums(piece, None, squares=True)[:, 0]
+        self._squares[piece.entries, piece.span] = squares
+        basis = self._basis.double[..., piece.span].expand(len(squares), -1, -1)
+        weights = self._pair(torch.cat([basis, basis * _inverse(squares)[:, None]], dim=1))
+        self._add_columns(piece, weights, self._column_sums, squares=False)
 
     def _settle(self, step: int) -> None:
         """Close a gather pass: derive what follows from it, and plan again what float32 cannot carry."""
@@ -551,8 +561,6 @@ class Projector(_Stream):
             self._exact.update(fresh)
             self._plan[step + 1 : step + 1] = [(again, tuple(fresh)) for again in repeat]
             self._column_sums[fresh] = 0
-            if not self._mixes_apart and self._options.preserve == "rows":
-                self._mixed[fresh] = 0
             if kind == "mix":
                 self._cross[fresh] = 0
 

@@ -1,12 +1,14 @@
 """Reads activation dumps in bounded memory: which layers, which prompts, chunk by chunk as float64."""
 
-import os
+import io
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from ablate_shards.surgery.checkpoint import read_header
 __all__ = [
     "ACTIVATIONS_FORMAT",
     "LABELS",
+    "MEASUREMENT_SUFFIXES",
     "ActivationDump",
     "Label",
     "open_activations",
@@ -27,24 +30,40 @@ ACTIVATIONS_FORMAT = "ablate-shards.activations/1"
 
 Label = Literal["positive", "negative"]
 
+_Stream: TypeAlias = io.RawIOBase | io.BufferedIOBase
+
 LABELS: tuple[Label, Label] = ("positive", "negative")
 
-_NAME = re.compile(r"(?P<label>positive|negative)\.layers\.(?P<layer>\d{1,5})")
-_FOREIGN = {"harmful": "positive", "harmless": "negative"}
-_FOREIGN_NAME = re.compile(r"(?P<label>harmful|harmless)_(?P<layer>\d{1,5})")
-_CHUNK_BYTES = 16 << 20
-_ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
-_NUMPY = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+#: Files of llm-abliteration; their tensors are pickled.
+MEASUREMENT_SUFFIXES = frozenset({".pt", ".pth", ".refuse"})
+
+_FAMILY = ACTIVATIONS_FORMAT.rpartition("/")[0]
+_EXPECTED = "expected positive.layers.N and negative.layers.N"
+_NAME = re.compile(r"(?P<label>positive|negative)\.layers\.(?P<layer>0|[1-9]\d{0,4})")
+_MEASURED = {"positive": "harmful", "negative": "harmless"}
+_MEASURED_NAME = re.compile(r"(?:harmful|harmless)_(?P<index>0|[1-9]\d{0,4})")
+#: What two files of one dump may not contradict each other in.
+_SAME = ("model", "position", "positive_label", "negative_label")
+#: A chunk as stored and as float64 stays in the processor's cache between the steps over it.
+_CHUNK_BYTES = 2 << 20
+_DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
+_NPZ_DTYPES = {np.dtype(stored): name for name, stored in _DTYPES.items() if name != "BF16"}
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_NOT_AN_NPZ = (ValueError, KeyError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
-class _Part(NamedTuple):
-    """The activations of one label and layer in one file."""
+class _Array(NamedTuple):
+    """An array in a file, not read yet.
+
+    ``dtype`` is a key of ``_DTYPES`` or the name of one that cannot be used; ``open`` gives a stream that
+    begins with the array's first byte.
+    """
 
     path: Path
+    name: str
     dtype: str
-    rows: int
-    start: int
-    array: np.ndarray | None
+    shape: tuple[int, ...]
+    open: Callable[[], _Stream]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +74,7 @@ class ActivationDump:
         path: The file or folder.
         layers: The layers it holds, ascending; layer i is the residual stream after decoder layer i.
         hidden_size: Length of an activation.
-        metadata: The metadata of its (first) file.
+        metadata: What its files say of themselves.
         means_only: Whether it holds class means instead of prompts.
     """
 
@@ -64,49 +83,60 @@ class ActivationDump:
     hidden_size: int
     metadata: Mapping[str, str]
     means_only: bool
-    _parts: Mapping[tuple[Label, int], tuple[_Part, ...]]
+    _arrays: Mapping[tuple[Label, int], tuple[_Array, ...]] = field(repr=False)
 
     def counts(self, layer: int) -> tuple[int, int]:
         """Returns how many positive and negative prompts a layer has."""
-        positive, negative = (sum(part.rows for part in self._parts[label, layer]) for label in LABELS)
+        positive, negative = (sum(array.shape[0] for array in self._arrays[label, layer]) for label in LABELS)
         return positive, negative
 
-    def chunks(self, layer: int, label: Label) -> Iterator[np.ndarray]:
-        """Yields a layer's activations of one label, ``[prompts, d]`` float64, in bounded memory.
+    def origin(self, layer: int, label: Label, prompt: int) -> str:
+        """Returns the file, the tensor and the row that hold a prompt's activations, for an error."""
+        arrays = iter(self._arrays[label, layer])
+        array = next(arrays)
+        while prompt >= array.shape[0]:
+            prompt -= array.shape[0]
+            array = next(arrays)
+        return f"{array.path}: {array.name}, prompt {prompt}"
+
+    def chunks(self, layer: int, label: Label, *, multiple: int = 1) -> Iterator[np.ndarray]:
+        """Yields a layer's activations of one label in bounded memory, whatever files they lie in.
+
+        Args:
+            layer: The layer.
+            label: The label.
+            multiple: What the number of prompts in every chunk but the last is a multiple of.
+
+        Yields:
+            ``[prompts, d]`` float64, not checked for NaN; the next chunk overwrites it.
 
         Raises:
-            ActivationsError: A value is NaN or infinite.
+            ActivationsError: A file was changed since its header was read.
         """
-        done = 0
-        for part in self._parts[label, layer]:
-            for values in self._read(part):
-                if not np.isfinite(values).all():
-                    prompt = done + int(np.argmax(~np.isfinite(values).all(axis=1)))
-                    raise ActivationsError(
-                        f"{part.path}: {label}.layers.{layer} holds NaN or infinite values at prompt {prompt}; "
-                        "capture it again without that prompt"
-                    )
-                done += len(values)
-                yield values
-
-    def _read(self, part: _Part) -> Iterator[np.ndarray]:
-        step = max(1, _CHUNK_BYTES // (8 * self.hidden_size))
-        if part.array is not None:
-            for first in range(0, part.rows, step):
-                yield part.array[first : first + step].astype(np.float64)
-            return
-        row_bytes = self.hidden_size * _ITEM_BYTES[part.dtype]
-        with part.path.open("rb") as file:
-            for first in range(0, part.rows, step):
-                count = min(step, part.rows - first)
-                raw = os.pread(file.fileno(), count * row_bytes, part.start + first * row_bytes)
-                if len(raw) < count * row_bytes:
-                    raise ActivationsError(f"{part.path}: ended while it was read; it was changed meanwhile")
-                if part.dtype == "BF16":
-                    values = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
-                else:
-                    values = np.frombuffer(raw, _NUMPY[part.dtype])
-                yield values.reshape(count, self.hidden_size).astype(np.float64)
+        size = self.hidden_size
+        rows = max(1, _CHUNK_BYTES // (8 * size * multiple)) * multiple
+        chunk = np.empty((min(rows, sum(array.shape[0] for array in self._arrays[label, layer])), size))
+        filled = 0
+        for array in self._arrays[label, layer]:
+            left = array.shape[0]
+            raw = np.empty((min(len(chunk), left), size), _DTYPES[array.dtype])
+            wide = np.empty(raw.shape, np.uint32) if array.dtype == "BF16" else None
+            with array.open() as stream:
+                while left:
+                    count = min(left, len(chunk) - filled)
+                    values = raw[:count]
+                    _read_into(stream, values, array)
+                    if wide is not None:
+                        values = _widen(values, wide[:count])
+                    with np.errstate(invalid="ignore"):
+                        chunk[filled : filled + count] = values
+                    filled += count
+                    left -= count
+                    if filled == len(chunk):
+                        yield chunk
+                        filled = 0
+        if filled:
+            yield chunk[:filled]
 
 
 def open_activations(path: Path) -> ActivationDump:
@@ -123,55 +153,65 @@ def open_activations(path: Path) -> ActivationDump:
     Raises:
         ActivationsError: The file is missing, malformed, or holds no usable activations.
     """
+    if path.suffix in MEASUREMENT_SUFFIXES:
+        return _dump(path, {}, _measured_arrays(path), means_only=True)
     if path.suffix == ".npz":
-        return _from_arrays(path, read_npz(path), means_only=False)
-    if path.suffix in (".pt", ".pth", ".refuse"):
-        arrays = {}
-        for name, array in read_pickled_tensors(path).items():
-            if match := _FOREIGN_NAME.fullmatch(name):
-                arrays[f"{_FOREIGN[match['label']]}.layers.{match['layer']}"] = array.reshape(1, -1)
-        return _from_arrays(path, arrays, means_only=True)
+        arrays = _npz_arrays(path)
+        _refuse_other_names(path, [array.name for array in arrays])
+        return _dump(path, {}, [(_key(array.name), array) for array in arrays], means_only=False)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
-        raise ActivationsError(f"{path}: a folder without safetensors files; expected an activation dump")
-    parts: dict[tuple[Label, int], list[_Part]] = {}
-    shapes: list[tuple[Path, str, tuple[int, ...]]] = []
-    first: Mapping[str, str] | None = None
+        raise ActivationsError(f"{path}: a folder without safetensors files; name an activation dump")
+    found: list[tuple[tuple[Label, int], _Array]] = []
+    metadata: dict[str, str] = {}
+    used = 0
     for file in files:
         try:
-            shard, metadata = read_header(file)
+            shard, said = read_header(file)
         except CheckpointError as error:
             raise ActivationsError(str(error)) from error
-        if not _is_dump(file, metadata, [tensor.name for tensor in shard.tensors], alone=len(files) == 1):
+        names = [tensor.name for tensor in shard.tensors]
+        if len(files) > 1 and not _is_dump(said, names):
             continue
-        first = metadata if first is None else first
-        for tensor in shard.tensors:
-            match = _NAME.fullmatch(tensor.name)
-            if match is None:
+        _refuse_other_format(file, said, names)
+        for key in _SAME:
+            if key in said and said[key] != metadata.get(key, said[key]):
                 raise ActivationsError(
-                    f"{file}: holds {tensor.name}, expected only positive.layers.N and negative.layers.N"
+                    f"{file}: its metadata say {key} {said[key]!r}, but those of a file before it {metadata[key]!r}; "
+                    "keep only files that were captured alike"
                 )
-            if tensor.dtype not in _ITEM_BYTES:
-                raise ActivationsError(f"{file}: {tensor.name} is {tensor.dtype}, expected BF16, F16, F32 or F64")
-            shapes.append((file, tensor.name, tensor.shape))
-            rows = tensor.shape[0] if tensor.shape else 0
-            part = _Part(file, tensor.dtype, rows, tensor.start, None)
-            parts.setdefault((_label(match["label"]), int(match["layer"])), []).append(part)
-    if first is None:
-        raise ActivationsError(f"{path}: holds no activation dump; expected tensors positive.layers.N")
-    return _dump(path, first, parts, shapes, means_only=False)
+        metadata |= said
+        used += 1
+        size = said.get("hidden_size")
+        for tensor in shard.tensors:
+            if size is not None and tensor.shape and str(tensor.shape[-1]) != size:
+                raise ActivationsError(
+                    f"{file}: {tensor.name} has hidden size {tensor.shape[-1]}, but its metadata say hidden_size "
+                    f"{size!r}; capture it again"
+                )
+            opened = partial(_open_at, file, tensor.start)
+            found.append((_key(tensor.name), _Array(file, tensor.name, tensor.dtype, tensor.shape, opened)))
+    if not used:
+        raise ActivationsError(f"{path}: none of its {len(files)} safetensors files is an activation dump; {_EXPECTED}")
+    return _dump(path, metadata, found, means_only=False)
 
 
 def read_pickled_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Reads the tensors of a ``.pt`` file as float64, by name; nothing is unpickled but tensors and plain types.
+    """Reads the tensors of a ``.pt`` file by name, floating-point ones as float64; no code it carries is run.
 
     Raises:
-        ActivationsError: The file is missing, or holds anything else.
+        ActivationsError: The file is missing, or holds anything but tensors and plain types.
     """
     import torch
 
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 - safe mode
+        if isinstance(content, dict):
+            return {
+                str(name): (value.detach().double() if value.is_floating_point() else value).numpy()
+                for name, value in content.items()
+                if isinstance(value, torch.Tensor)
+            }
     except FileNotFoundError as error:
         raise ActivationsError(f"{path}: the file does not exist") from error
     except Exception as error:
@@ -179,97 +219,187 @@ def read_pickled_tensors(path: Path) -> dict[str, np.ndarray]:
             f"{path}: cannot be read without running code it carries, or is no PyTorch file; expected plain "
             "tensors by name"
         ) from error
-    if not isinstance(content, dict):
-        raise ActivationsError(f"{path}: expected tensors by name, found {type(content).__name__}")
-    return {
-        str(name): value.detach().double().numpy()
-        for name, value in content.items()
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
-    }
+    raise ActivationsError(f"{path}: expected plain tensors by name, found {type(content).__name__}")
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Reads an ``.npz`` file of plain arrays, by name."""
-    try:
-        with np.load(path, allow_pickle=False) as opened:
-            return {name: opened[name] for name in opened.files}
-    except FileNotFoundError as error:
-        raise ActivationsError(f"{path}: the file does not exist") from error
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise ActivationsError(f"{path}: not an .npz file of plain arrays; save it with numpy.savez") from error
+    """Reads the arrays of a small ``.npz`` file by name, as float64.
 
-
-def _from_arrays(path: Path, arrays: Mapping[str, np.ndarray], *, means_only: bool) -> ActivationDump:
-    parts: dict[tuple[Label, int], list[_Part]] = {}
-    shapes = []
-    for name, array in arrays.items():
-        if (match := _NAME.fullmatch(name)) is None:
-            continue
-        if not np.issubdtype(array.dtype, np.floating):
-            raise ActivationsError(f"{path}: {name} is {array.dtype}, expected a floating-point type")
-        shapes.append((path, name, array.shape))
-        part = _Part(path, "", array.shape[0] if array.ndim else 0, 0, array)
-        parts.setdefault((_label(match["label"]), int(match["layer"])), []).append(part)
-    if not parts:
-        raise ActivationsError(
-            f"{path}: holds {', '.join(sorted(arrays)[:4]) or 'no tensors'}, expected positive.layers.N and "
-            "negative.layers.N (or harmful_N and harmless_N)"
-        )
-    return _dump(path, {}, parts, shapes, means_only=means_only)
+    Raises:
+        ActivationsError: The file is missing, or holds anything but plain floating-point arrays.
+    """
+    found = {}
+    for array in _npz_arrays(path):
+        _refuse_dtype(array)
+        values = np.empty(array.shape, _DTYPES[array.dtype])
+        with array.open() as stream:
+            _read_into(stream, values, array)
+        found[array.name] = values.astype(np.float64)
+    return found
 
 
 def _dump(
     path: Path,
     metadata: Mapping[str, str],
-    parts: Mapping[tuple[Label, int], list[_Part]],
-    shapes: list[tuple[Path, str, tuple[int, ...]]],
+    found: Iterable[tuple[tuple[Label, int], _Array]],
     *,
     means_only: bool,
 ) -> ActivationDump:
-    hidden = None
-    if (said := metadata.get("hidden_size")) is not None:
-        if not said.isdigit():
-            raise ActivationsError(f"{path}: hidden_size in the metadata is {said!r}, expected a number")
-        hidden = int(said)
-    for file, name, shape in shapes:
-        if len(shape) != 2:
-            raise ActivationsError(f"{file}: {name} has shape {list(shape)}, expected [prompts, hidden size]")
-        hidden = shape[1] if hidden is None else hidden
-        if shape[1] != hidden:
+    arrays: dict[tuple[Label, int], list[_Array]] = {}
+    first: _Array | None = None
+    for key, array in found:
+        _refuse_dtype(array)
+        if len(array.shape) != 2 or not array.shape[1]:
             raise ActivationsError(
-                f"{file}: {name} has hidden size {shape[1]}, expected {hidden} as elsewhere in the dump"
+                f"{array.path}: {array.name} has shape {list(array.shape)}, expected [prompts, hidden size]"
             )
-    layers = sorted({layer for _, layer in parts})
-    for layer in layers:
-        for label in LABELS:
-            if not sum(part.rows for part in parts.get((label, layer), [])):
+        first = array if first is None else first
+        if array.shape[1] != first.shape[1]:
+            raise ActivationsError(
+                f"{array.path}: {array.name} has hidden size {array.shape[1]}, but {first.name} in "
+                f"{first.path.name} has {first.shape[1]}; capture all layers from one model"
+            )
+        arrays.setdefault(key, []).append(array)
+    if first is None:
+        raise ActivationsError(f"{path}: holds no activations; {_EXPECTED}")
+    layers = tuple(sorted({layer for _, layer in arrays}))
+    for label in LABELS:
+        counts = [sum(array.shape[0] for array in arrays.get((label, layer), [])) for layer in layers]
+        for layer, count in zip(layers, counts, strict=True):
+            if not count:
                 raise ActivationsError(
                     f"{path}: layer {layer} has no {label} activations; a direction needs both labels"
                 )
+            if count != counts[0]:
+                raise ActivationsError(
+                    f"{path}: layer {layer} has {count} {label} prompts, but layer {layers[0]} has {counts[0]}; "
+                    "every layer needs the same prompts, so capture what is missing or remove what is incomplete"
+                )
     return ActivationDump(
         path=path,
-        layers=tuple(layers),
-        hidden_size=hidden or 0,
+        layers=layers,
+        hidden_size=first.shape[1],
         metadata=metadata,
         means_only=means_only,
-        _parts={key: tuple(value) for key, value in parts.items()},
+        _arrays={key: tuple(value) for key, value in arrays.items()},
     )
 
 
-def _is_dump(path: Path, metadata: Mapping[str, str], names: list[str], *, alone: bool) -> bool:
-    found = metadata.get("format")
-    if found == ACTIVATIONS_FORMAT or (names and all(_NAME.fullmatch(name) for name in names)):
-        if found not in (None, ACTIVATIONS_FORMAT, "pt", "np"):
-            raise ActivationsError(f"{path}: expected {ACTIVATIONS_FORMAT}, found {found}")
-        return True
-    if alone:
-        shown = ", ".join(sorted(names)[:3]) or "no tensors"
+def _measured_arrays(path: Path) -> list[tuple[tuple[Label, int], _Array]]:
+    tensors = read_pickled_tensors(path)
+    indices = {int(match["index"]) for name in tensors if (match := _MEASURED_NAME.fullmatch(name))}
+    if not indices:
+        names = ", ".join(sorted(tensors)[:3]) or "no tensors"
+        raise ActivationsError(f"{path}: holds {names}; expected harmful_N and harmless_N, as llm-abliteration writes")
+    found: list[tuple[tuple[Label, int], _Array]] = []
+    # N counts hidden_states, so harmful_0 is the embedding and belongs to no decoder layer.
+    for index in sorted(indices - {0}):
+        for label in LABELS:
+            name = f"{_MEASURED[label]}_{index}"
+            if (values := tensors.get(name)) is None:
+                raise ActivationsError(f"{path}: {name} is missing; a direction needs harmful_{index} and it")
+            if values.ndim != 1:
+                raise ActivationsError(f"{path}: {name} has shape {list(values.shape)}, expected [hidden size]")
+            dtype = "F64" if values.dtype == np.float64 else str(values.dtype)
+            opened = partial(io.BytesIO, values.tobytes())
+            found.append(((label, index - 1), _Array(path, name, dtype, (1, len(values)), opened)))
+    return found
+
+
+def _npz_arrays(path: Path) -> list[_Array]:
+    found = []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                with archive.open(member) as stream:
+                    shape, fortran_order, dtype = _NPY_HEADERS[np.lib.format.read_magic(stream)](stream)
+                    start = stream.tell()
+                if fortran_order and len(shape) > 1:
+                    raise ActivationsError(
+                        f"{path}: {name} is stored column by column; save it with numpy.ascontiguousarray"
+                    )
+                stored = _NPZ_DTYPES.get(dtype)
+                if (
+                    stored is not None
+                    and start + int(np.prod(shape, dtype=object)) * dtype.itemsize != member.file_size
+                ):
+                    raise ActivationsError(f"{path}: {name} is truncated; save the file again")
+                opened = partial(_open_member, path, member.filename, start)
+                found.append(_Array(path, name, stored or str(dtype), shape, opened))
+    except FileNotFoundError as error:
+        raise ActivationsError(f"{path}: the file does not exist") from error
+    except _NOT_AN_NPZ as error:
+        raise ActivationsError(f"{path}: not an .npz file of plain arrays; save it with numpy.savez") from error
+    return found
+
+
+def _is_dump(metadata: Mapping[str, str], names: list[str]) -> bool:
+    """Whether a file among others claims to be, or looks like, part of a dump."""
+    return metadata.get("format", "").startswith(_FAMILY) or bool(names and all(map(_NAME.fullmatch, names)))
+
+
+def _refuse_other_format(path: Path, metadata: Mapping[str, str], names: list[str]) -> None:
+    found = metadata.get("format", "")
+    if found.startswith("ablate-shards.") and found != ACTIVATIONS_FORMAT:
         raise ActivationsError(
-            f"{path}: is not an activation dump (format {found or 'not given'}; holds {shown}); expected "
-            "positive.layers.N and negative.layers.N"
+            f"{path}: its format is {found}, expected {ACTIVATIONS_FORMAT}; name a dump, or update ablate-shards"
         )
-    return False
+    _refuse_other_names(path, names)
 
 
-def _label(text: str) -> Label:
-    return "positive" if text == "positive" else "negative"
+def _refuse_other_names(path: Path, names: list[str]) -> None:
+    others = [name for name in names if not _NAME.fullmatch(name)]
+    if len(others) == len(names):
+        shown = ", ".join(others[:3]) or "no tensors"
+        raise ActivationsError(f"{path}: not an activation dump, it holds {shown}; {_EXPECTED}")
+    if others:
+        raise ActivationsError(f"{path}: holds {others[0]} beside activations; remove it, {_EXPECTED} only")
+
+
+def _refuse_dtype(array: _Array) -> None:
+    if array.dtype not in _DTYPES:
+        raise ActivationsError(
+            f"{array.path}: {array.name} is {array.dtype}, expected BF16, F16, F32 or F64; convert it first"
+        )
+
+
+def _key(name: str) -> tuple[Label, int]:
+    label, _, layer = name.split(".")
+    return "positive" if label == "positive" else "negative", int(layer)
+
+
+def _open_at(path: Path, start: int) -> _Stream:
+    stream = path.open("rb", buffering=0)
+    stream.seek(start)
+    return stream
+
+
+def _open_member(path: Path, name: str, start: int) -> _Stream:
+    # The stream keeps the file open after its archive is closed.
+    with zipfile.ZipFile(path) as archive:
+        stream = cast(io.BufferedIOBase, archive.open(name))
+    stream.read(start)
+    return stream
+
+
+def _read_into(stream: _Stream, values: np.ndarray, array: _Array) -> None:
+    """Fills a C-contiguous array with the next bytes of its file."""
+    view = values.reshape(-1).view(np.uint8).data
+    while view:
+        try:
+            count = stream.readinto(view)
+        except (EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ActivationsError(f"{array.path}: {array.name} is damaged ({error}); save the file again") from error
+        if not count:
+            raise ActivationsError(
+                f"{array.path}: ended inside {array.name}; it was changed while it was read, so start again"
+            )
+        view = view[count:]
+
+
+def _widen(values: np.ndarray, wide: np.ndarray) -> np.ndarray:
+    """Returns bfloat16 bits as float32: they are its upper half."""
+    np.copyto(wide, values)
+    np.left_shift(wide, 16, out=wide)
+    return wide.view(np.float32)

@@ -1,21 +1,28 @@
 """Computes directions from activations, scores them honestly, reads and writes them."""
 
 import hashlib
-import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from safetensors.numpy import save
 
 from ablate_shards.errors import ActivationsError, CheckpointError, DirectionsError
-from ablate_shards.surgery.activations import LABELS, ActivationDump, Label, read_npz, read_pickled_tensors
+from ablate_shards.surgery.activations import (
+    LABELS,
+    MEASUREMENT_SUFFIXES,
+    ActivationDump,
+    Label,
+    read_npz,
+    read_pickled_tensors,
+)
 from ablate_shards.surgery.checkpoint import read_header
 
 __all__ = [
@@ -36,14 +43,21 @@ DIRECTIONS_FORMAT = "ablate-shards.directions/1"
 
 Estimator = Literal["mean-difference", "geometric-median", "svd"]
 
-FOLDS = 5
+_FOLDS = 5
+_WORKERS = 4
+#: Where in the stack the best layer is looked for, as a share of the last layer's index.
+_MIDDLE = (0.4, 0.9)
 _NOTHING_LEFT = 1e-6
+_SAME_MEAN = 1e-12
 _ORTHONORMAL = 1e-4
+_LARGEST = float(np.finfo(np.float32).max)
+_TINY = float(np.finfo(np.float64).tiny)
 _WEISZFELD_STEPS = 200
-_WEISZFELD_TOLERANCE = 1e-9
-_NAME = re.compile(r"(?P<kind>direction|reference)\.layers\.(?P<layer>\d{1,5})")
-_GGUF_NAME = re.compile(r"direction\.(?P<layer>\d{1,5})")
-_REFUSE_NAME = re.compile(r"(?P<kind>refuse|harmless)_(?P<layer>\d{1,5})")
+_WEISZFELD_TOLERANCE = 1e-7
+_WEISZFELD_SMOOTHING = 1e-6
+_NAME = re.compile(r"(?P<kind>direction|reference)\.layers\.(?P<layer>0|[1-9]\d{0,4})")
+_GGUF_NAME = re.compile(r"direction\.(?P<layer>0|[1-9]\d{0,4})")
+_MEASURED_NAME = re.compile(r"(?P<kind>refuse|harmful|harmless)_(?P<index>0|[1-9]\d{0,4})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +79,10 @@ class EstimatorOptions:
 
     def __post_init__(self) -> None:
         """Refuses what has no meaning."""
+        if self.estimator not in get_args(Estimator):
+            raise DirectionsError(f"estimator: expected {', '.join(get_args(Estimator))}, found {self.estimator!r}")
+        if self.rank < 1:
+            raise DirectionsError(f"rank: expected at least 1, found {self.rank}")
         if self.rank > 1 and self.estimator != "svd":
             raise DirectionsError(f"rank {self.rank} needs the svd estimator; {self.estimator} gives one direction")
         if self.winsorize is not None and not 0.5 < self.winsorize <= 1:
@@ -73,23 +91,25 @@ class EstimatorOptions:
 
 @dataclass(frozen=True, slots=True)
 class LayerScore:
-    """How good a layer's direction is; None where the prompts are too few or unknown.
+    """How good a layer's (first) direction is; None where the prompts are too few or unknown.
 
     Attributes:
         layer: The layer.
         cosine: Between the two class means.
+        contrast: Norm of the difference of the class means, relative to the larger of their norms.
+        purity: Norm left of the unit direction after the reference mean is projected out.
         signal_to_noise: Gap of the class means along held-out directions, over the pooled deviation.
-        purity: Norm left after the reference mean is projected out.
         auc: Area under the curve of held-out prompts, along directions that did not see them.
         split_half: Cosine of the directions of two halves of the prompts.
     """
 
     layer: int
     cosine: float
-    signal_to_noise: float | None
+    contrast: float
     purity: float
-    auc: float | None
-    split_half: float | None
+    signal_to_noise: float | None = None
+    auc: float | None = None
+    split_half: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,11 +153,11 @@ class Directions:
         return digest.hexdigest()
 
     def best_layer(self) -> int:
-        """Returns the middle layer whose direction separates best and is purest.
+        """Returns the layer past the middle whose direction separates best and is purest.
 
-        The criterion is signal-to-noise times purity; where the prompts are unknown, one minus the cosine of
-        the means, times purity. The first fifth and the last tenth of the layers are left out (if any other
-        remain): their directions separate tokens rather than concepts.
+        That is the highest signal-to-noise times purity. Where a signal-to-noise is unknown, it is llm-abliteration's
+        estimate from the class means for all: contrast times one minus cosine, times purity. Only layers between
+        0.4 and 0.9 of the last are looked at, if there are any. ``docs/directions.md`` says why.
 
         Raises:
             DirectionsError: There are no scores.
@@ -148,16 +168,18 @@ class Directions:
             raise DirectionsError(
                 "the directions carry no scores, so the best layer is not known; choose with --source-layer N or own"
             )
-        known = all(score.signal_to_noise is not None for score in self.scores.values())
-        top = max(self.layers) + 1
-        middle = [layer for layer in self.scores if 0.2 * top <= layer < 0.9 * top] or list(self.scores)
+        last = max(self.layers)
+        middle = [layer for layer in self.scores if _MIDDLE[0] * last <= layer <= _MIDDLE[1] * last]
+        candidates = [self.scores[layer] for layer in middle or self.scores]
+        measured = all(score.signal_to_noise is not None for score in candidates)
 
-        def quality(layer: int) -> tuple[float, int]:
-            score = self.scores[layer]
-            signal = score.signal_to_noise if known and score.signal_to_noise is not None else 1 - score.cosine
-            return signal * score.purity, layer
+        def quality(score: LayerScore) -> tuple[float, int]:
+            signal = score.signal_to_noise if measured else None
+            if signal is None:
+                signal = score.contrast * (1 - score.cosine)
+            return signal * score.purity, score.layer
 
-        return max(middle, key=quality)
+        return max(candidates, key=quality).layer
 
 
 def compute_directions(
@@ -170,22 +192,39 @@ def compute_directions(
         options: The estimator.
         progress: Called with the layers done and their number.
 
+    Returns:
+        The directions; the reference means are those of the activations as winsorised.
+
     Raises:
         ActivationsError: A value is not finite, or the labels do not pair up where they must.
         DirectionsError: Positives equal negatives, or the rank is too high.
     """
+    if dump.means_only and options != EstimatorOptions():
+        raise ActivationsError(
+            f"{dump.path}: holds class means, of which only mean-difference can be taken; capture an activation dump "
+            "for another estimator or to winsorize"
+        )
     basis, reference, scores = {}, {}, {}
-    for number, layer in enumerate(dump.layers):
-        basis[layer], reference[layer], scores[layer] = _Layer(dump, layer, options).solve()
-        if progress is not None:
-            progress(number + 1, len(dump.layers))
+    # The svd estimator spends its time in LAPACK, which has threads of its own, and needs a Gram matrix in each.
+    workers = 1 if options.estimator == "svd" else min(_WORKERS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        solved = pool.map(lambda layer: _Layer(dump, layer, options).solve(), dump.layers)
+        for done, layer in enumerate(dump.layers, 1):
+            basis[layer], reference[layer], scores[layer] = next(solved)
+            if progress is not None:
+                progress(done, len(dump.layers))
     metadata = {key: value for key, value in dump.metadata.items() if key not in ("format", "hidden_size")}
     metadata["estimator"] = json.dumps(asdict(options))
     return Directions(basis, reference, scores, metadata)
 
 
 class _Layer:
-    """The passes over one layer's activations."""
+    """The passes over one layer's activations.
+
+    Prompt p is in group p mod the number of groups, whatever its label, so that pairs stay together; folds and
+    halves are sets of groups. Every estimator works on several subsets of the prompts at once, in the same passes:
+    all of them; all but each fold; each half.
+    """
 
     def __init__(self, dump: ActivationDump, layer: int, options: EstimatorOptions) -> None:
         self._dump, self._layer, self._options = dump, layer, options
@@ -203,142 +242,187 @@ class _Layer:
                     f"{self._where}: rank {options.rank} is more than {fewest} pairs of size "
                     f"{dump.hidden_size} can give; lower --rank"
                 )
-        #: Prompt p is in fold p mod folds and in half p mod 2, so that pairs stay together.
-        self._folds = min(FOLDS, fewest)
-        self._groups = 2 * self._folds if self._folds > 1 else 1
+        #: How a prompt's activations are clipped, chunk by chunk, once known.
+        self._limits: dict[Label, list[np.ndarray]] = {label: [] for label in LABELS}
+        self._folds = min(_FOLDS, fewest) if fewest > 1 else 0
+        group = np.arange(math.lcm(self._folds, 2) if self._folds else 1)
+        subsets = [group >= 0]
+        if self._folds:
+            subsets += [group % self._folds != fold for fold in range(self._folds)]
+            subsets += [group % 2 == half for half in (0, 1)]
+        #: ``[subsets, groups]``: which groups belong to a subset.
+        self._subsets = np.array(subsets)
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, LayerScore]:
-        sums: dict[Label, np.ndarray] = {}
-        sizes: dict[Label, np.ndarray] = {}
-        for label in LABELS:
-            sums[label], sizes[label] = self._group_sums(label)
-        means = {label: sums[label].sum(0) / self._counts[label] for label in sums}
-        gap = means["positive"] - means["negative"]
-        scale = max(np.linalg.norm(means["positive"]), np.linalg.norm(means["negative"]))
-        if not np.linalg.norm(gap) > 1e-12 * scale:
+        """Returns the basis ``[k, d]`` and the reference mean ``[d]``, both float32, and the score."""
+        positive, negative = (self._means(label) for label in LABELS)
+        gaps = positive - negative
+        scale = max(np.linalg.norm(positive[0]), np.linalg.norm(negative[0]))
+        if not np.linalg.norm(gaps[0]) > _SAME_MEAN * scale:
             raise DirectionsError(
                 f"{self._where}: positive and negative activations have the same mean, so there is no direction; "
                 "check that the dump was captured from different prompts"
             )
-        basis = self._basis(range(self._groups), sums, sizes)
-        cosine = float(means["positive"] @ means["negative"]) / max(
-            float(np.linalg.norm(means["positive"]) * np.linalg.norm(means["negative"])), 1e-300
-        )
-        unit = _unit(means["negative"])
-        purity = math.sqrt(max(0.0, 1 - float(basis[0] @ unit) ** 2))
-        signal, auc, half = (None, None, None) if self._folds < 2 else self._held_out(sums, sizes)
-        score = LayerScore(self._layer, cosine, signal, purity, auc, half)
-        return basis.astype(np.float32), means["negative"].astype(np.float32), score
-
-    def _group_sums(self, label: Label) -> tuple[np.ndarray, np.ndarray]:
-        sums = np.zeros((self._groups, self._dump.hidden_size))
-        sizes = np.zeros(self._groups)
-        for groups, values in self._chunks(label):
-            member = (groups == np.arange(self._groups)[:, None]).astype(np.float64)
-            sums += member @ values
-            sizes += member.sum(1)
-        return sums, sizes
-
-    def _chunks(self, label: Label, keep: Iterable[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields the groups and the (winsorised) activations of the prompts in the groups to keep."""
-        done = 0
-        kept = None if keep is None else np.isin(np.arange(self._groups), list(keep))
-        for values in self._dump.chunks(self._layer, label):
-            groups = np.arange(done, done + len(values)) % self._groups
-            done += len(values)
-            if kept is not None:
-                values, groups = values[kept[groups]], groups[kept[groups]]
-            if (quantile := self._options.winsorize) is not None:
-                limit = np.quantile(np.abs(values), quantile, axis=1, keepdims=True)
-                values = np.clip(values, -limit, limit)
-            yield groups, values
-
-    def _basis(
-        self, groups: Iterable[int], sums: Mapping[Label, np.ndarray], sizes: Mapping[Label, np.ndarray]
-    ) -> np.ndarray:
-        """Returns ``[k, d]`` from the prompts of some groups."""
-        chosen = list(groups)
-        means = {label: sums[label][chosen].sum(0) / sizes[label][chosen].sum() for label in sums}
-        gap = means["positive"] - means["negative"]
         if self._options.estimator == "mean-difference":
-            return _unit(gap)[None]
-        if self._options.estimator == "geometric-median":
-            medians = [self._median(label, chosen, means[label]) for label in LABELS]
-            return _unit(medians[0] - medians[1])[None]
-        return self._singular(chosen, gap)
-
-    def _median(self, label: Label, groups: Sequence[int], start: np.ndarray) -> np.ndarray:
-        """Geometric median by Weiszfeld's iteration, from the mean."""
-        point = start
-        for _ in range(_WEISZFELD_STEPS):
-            total, weight = np.zeros_like(point), 0.0
-            for _, values in self._chunks(label, groups):
-                inverse = 1 / np.maximum(np.linalg.norm(values - point, axis=1), 1e-12)
-                total += inverse @ values
-                weight += float(inverse.sum())
-            moved = total / weight
-            if np.linalg.norm(moved - point) <= _WEISZFELD_TOLERANCE * np.linalg.norm(moved):
-                return moved
-            point = moved
-        return point
-
-    def _singular(self, groups: Sequence[int], gap: np.ndarray) -> np.ndarray:
-        """Top right singular vectors of the uncentred paired differences, through the smaller Gram matrix."""
-        size = self._dump.hidden_size
-        rows: list[np.ndarray] = []
-        gram: np.ndarray | None = None
-        pairs = zip(
-            _rows(values for _, values in self._chunks("positive", groups)),
-            _rows(values for _, values in self._chunks("negative", groups)),
-            strict=True,
-        )
-        while batch := list(itertools.islice(pairs, size)):
-            rows.append(np.array([positive - negative for positive, negative in batch]))
-            if len(rows) > 1 or gram is not None:
-                part = sum((block.T @ block for block in rows), np.zeros((size, size)))
-                gram = part if gram is None else gram + part
-                rows = []
-        if gram is None:
-            vectors = np.linalg.svd(np.concatenate(rows), full_matrices=False)[2]
+            bases = _unit(gaps)[:, None]
+        elif self._options.estimator == "geometric-median":
+            bases = _unit(self._medians("positive", positive) - self._medians("negative", negative))[:, None]
         else:
-            gram = gram + sum((block.T @ block for block in rows), np.zeros((size, size)))
-            vectors = np.linalg.eigh(gram)[1].T[::-1]
-        basis = vectors[: self._options.rank]
-        return basis * np.where(basis @ gap < 0, -1.0, 1.0)[:, None]
+            bases = self._singular(gaps)
+        measured = self._held_out(bases[:, 0], (positive + negative) / 2) if self._folds else (None, None, None)
+        score = _score(self._layer, positive[0], negative[0], gaps[0], bases[0, 0])
+        score = LayerScore(score.layer, score.cosine, score.contrast, score.purity, *measured)
+        return bases[0].astype(np.float32), negative[0].astype(np.float32), score
 
-    def _held_out(
-        self, sums: Mapping[Label, np.ndarray], sizes: Mapping[Label, np.ndarray]
-    ) -> tuple[float | None, float, float]:
-        """Returns signal-to-noise and AUC of prompts along directions that did not see them, and split-half."""
-        everything = range(self._groups)
-        vectors, middles = [], []
-        for fold in range(self._folds):
-            rest = [group for group in everything if group % self._folds != fold]
-            vector = self._basis(rest, sums, sizes)[0]
-            means = [sums[label][rest].sum(0) / sizes[label][rest].sum() for label in sums]
-            vectors.append(vector)
-            middles.append(float(vector @ (means[0] + means[1])) / 2)
-        directions, offsets = np.array(vectors), np.array(middles)
-        along: dict[Label, np.ndarray] = {}
-        for label in sums:
-            parts = []
-            for groups, values in self._chunks(label):
-                own = groups % self._folds
-                parts.append((values @ directions.T)[np.arange(len(values)), own] - offsets[own])
-            along[label] = np.concatenate(parts)
-        positive, negative = along["positive"], along["negative"]
+    def _rounds(self, label: Label) -> Iterator[np.ndarray]:
+        """Yields the (winsorised) activations as ``[rounds, groups, d]``, the last perhaps of fewer groups.
+
+        The next array overwrites the one before it.
+        """
+        groups = self._subsets.shape[1]
+        limits = self._limits[label]
+        done = 0
+        for number, values in enumerate(self._dump.chunks(self._layer, label, multiple=groups)):
+            if self._options.winsorize is not None:
+                if number == len(limits):
+                    self._check(label, values, done)
+                    limits.append(np.quantile(np.abs(values), self._options.winsorize, axis=1, keepdims=True))
+                np.clip(values, -limits[number], limits[number], out=values)
+            done += len(values)
+            whole = len(values) // groups * groups
+            if whole:
+                yield values[:whole].reshape(-1, groups, values.shape[1])
+            if whole < len(values):
+                yield values[None, whole:]
+
+    def _means(self, label: Label) -> np.ndarray:
+        """Returns the mean of each subset, ``[subsets, d]``."""
+        groups = self._subsets.shape[1]
+        sums = np.zeros((groups, self._dump.hidden_size))
+        done = 0
+        for block in self._rounds(label):
+            with np.errstate(invalid="ignore", over="ignore"):
+                added = block.sum(0)
+                # A value that is not finite makes a sum that is not, so sums are all that need a look.
+                if not np.abs(added).max() <= _LARGEST:
+                    self._check(label, block.reshape(-1, block.shape[2]), done)
+            sums[: block.shape[1]] += added
+            done += block.shape[0] * block.shape[1]
+        sizes = (self._counts[label] + groups - 1 - np.arange(groups)) // groups
+        means: np.ndarray = (self._subsets @ sums) / (self._subsets @ sizes)[:, None]
+        return means
+
+    def _check(self, label: Label, values: np.ndarray, done: int) -> None:
+        """Refuses prompts with values that are not finite, or whose sums would not be as float32."""
+        largest = np.abs(values).max(axis=1)
+        if not (usable := largest <= _LARGEST / len(values)).all():
+            prompt = int(np.argmin(usable))
+            raise ActivationsError(
+                f"{self._dump.origin(self._layer, label, done + prompt)}: holds {largest[prompt]:.3g}, expected finite "
+                "values within the range of float32; capture it again without that prompt"
+            )
+
+    def _held_out(self, vectors: np.ndarray, middles: np.ndarray) -> tuple[float | None, float, float]:
+        """Returns signal-to-noise and AUC of prompts along directions that did not see them, and split-half.
+
+        Args:
+            vectors: ``[subsets, d]``, the direction of each.
+            middles: ``[subsets, d]``, halfway between the class means of each.
+        """
+        unseen = 1 + np.arange(self._subsets.shape[1]) % self._folds
+        offsets = np.vecdot(vectors, middles)[unseen]
+        directions = vectors[unseen]
+        positive, negative = (
+            np.concatenate(
+                [
+                    (np.vecdot(block, directions[: block.shape[1]]) - offsets[: block.shape[1]]).ravel()
+                    for block in self._rounds(label)
+                ]
+            )
+            for label in LABELS
+        )
         spread = math.sqrt((float(positive.var(ddof=1)) + float(negative.var(ddof=1))) / 2)
         gap = float(positive.mean() - negative.mean())
-        halves = [self._basis([g for g in everything if g % 2 == half], sums, sizes)[0] for half in (0, 1)]
-        signal = gap / spread if spread > 0 else None
-        return signal, _auc(positive, negative), float(halves[0] @ halves[1])
+        return gap / spread if spread > 0 else None, _auc(positive, negative), float(vectors[-2] @ vectors[-1])
+
+    def _medians(self, label: Label, means: np.ndarray) -> np.ndarray:
+        """Returns the geometric median of each subset, ``[subsets, d]``, from their means.
+
+        Weiszfeld's iteration (1937), with distances kept from vanishing as in Pillutla, Kakade and Harchaoui,
+        "Robust Aggregation for Federated Learning" (2022).
+        """
+        points = means
+        start = [np.where(member, distance, np.nan) for _, member, distance in self._distances(label, points)]
+        scale = np.maximum(np.nanmedian(np.concatenate(start), axis=0), _TINY)
+        for _ in range(_WEISZFELD_STEPS):
+            total, weight = np.zeros_like(points), np.zeros(len(points))
+            for rows, member, distance in self._distances(label, points):
+                inverse = member / np.maximum(distance, _WEISZFELD_SMOOTHING * scale)
+                total += inverse.T @ rows
+                weight += inverse.sum(0)
+            moved = points[0] + total / weight[:, None]
+            step = np.linalg.norm(moved - points, axis=1)
+            points = moved
+            if (step <= _WEISZFELD_TOLERANCE * scale).all():
+                break
+        return points
+
+    def _distances(self, label: Label, points: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yields prompts relative to the first point, their subsets, and their distances to each subset's point.
+
+        Shapes ``[prompts, d]``, ``[prompts, subsets]`` bool and ``[prompts, subsets]``.
+        """
+        # Seen from a point amid the prompts, the expanded square loses no digits that matter.
+        near = points - points[0]
+        squares = np.vecdot(near, near)
+        for block in self._rounds(label):
+            rows = block.reshape(-1, block.shape[2]) - points[0]
+            member = np.tile(self._subsets.T[: block.shape[1]], (block.shape[0], 1))
+            squared = np.vecdot(rows, rows)[:, None] - 2 * (rows @ near.T) + squares
+            yield rows, member, np.sqrt(np.maximum(squared, 0))
+
+    def _singular(self, gaps: np.ndarray) -> np.ndarray:
+        """Returns the top right singular vectors of each subset's uncentred paired differences.
+
+        They come from the smaller Gram matrix, in float64: of pairs where these are few, else ``[d, d]``.
+
+        Args:
+            gaps: ``[subsets, d]``, the difference of the means, on whose side the vectors are put.
+
+        Returns:
+            ``[subsets, k, d]``.
+        """
+        size, pairs = self._dump.hidden_size, self._counts["positive"]
+        few = np.concatenate(list(self._differences(self._subsets[0]))) if pairs <= size else None
+        bases = np.zeros((len(gaps), self._options.rank, size))
+        for number, (subset, gap) in enumerate(zip(self._subsets, gaps, strict=True)):
+            if few is not None:
+                rows = few[np.resize(subset, pairs)]
+                values, vectors = np.linalg.eigh(rows @ rows.T)
+                found = vectors.T[::-1][: self._options.rank] @ rows
+            else:
+                values, vectors = np.linalg.eigh(sum(rows.T @ rows for rows in self._differences(subset)))
+                found = vectors.T[::-1][: self._options.rank]
+            if not number and values[-self._options.rank] <= _NOTHING_LEFT**2 * values[-1]:
+                raise DirectionsError(
+                    f"{self._where}: the paired differences span fewer than {self._options.rank} dimensions; "
+                    "lower --rank"
+                )
+            found = _orthonormal(found)
+            bases[number, : len(found)] = found * np.where(found @ gap < 0, -1.0, 1.0)[:, None]
+        return bases
+
+    def _differences(self, subset: np.ndarray) -> Iterator[np.ndarray]:
+        """Yields the paired differences of the prompts in some groups, ``[pairs, d]``."""
+        for positive, negative in zip(self._rounds("positive"), self._rounds("negative"), strict=True):
+            yield (positive - negative)[:, subset[: positive.shape[1]]].reshape(-1, positive.shape[2])
 
 
 def biproject(basis: np.ndarray, references: Sequence[np.ndarray]) -> tuple[np.ndarray, float]:
     """Makes directions orthogonal to reference means, by Gram-Schmidt in two passes, and orthonormal again.
 
     Args:
-        basis: ``[k, d]``.
+        basis: ``[k, d]``, orthonormal rows.
         references: Vectors ``[d]``; zero and repeated ones do not count.
 
     Returns:
@@ -347,16 +431,16 @@ def biproject(basis: np.ndarray, references: Sequence[np.ndarray]) -> tuple[np.n
     Raises:
         DirectionsError: Less than 1e-6 is left of a direction.
     """
-    axes: list[np.ndarray] = []
+    axes = np.empty((0, basis.shape[1]))
     for reference in references:
-        axis = _remove(_unit(reference.astype(np.float64)), axes)
-        if (norm := float(np.linalg.norm(axis))) > _NOTHING_LEFT:
-            axes.append(axis / norm)
-    rest = np.array([_remove(row, axes) for row in basis.astype(np.float64)])
-    left = float(np.linalg.svd(rest, compute_uv=False)[-1])
+        rest = _project_out(_unit(reference.astype(np.float64)), axes)
+        if np.linalg.norm(rest) > _NOTHING_LEFT:
+            axes = np.vstack([axes, _unit(_project_out(_unit(rest), axes))])
+    rest = _project_out(basis.astype(np.float64), axes)
+    left = _smallest(rest)
     if left < _NOTHING_LEFT:
         raise DirectionsError(f"only {left:.1e} of it is left; use --no-biproject or another --source-layer")
-    return _orthonormal(rest), left
+    return _orthonormal(_project_out(_orthonormal(rest), axes)), left
 
 
 def apply_gain(basis: np.ndarray, gain: np.ndarray) -> np.ndarray:
@@ -373,8 +457,10 @@ def apply_gain(basis: np.ndarray, gain: np.ndarray) -> np.ndarray:
         DirectionsError: The gain is zero along a direction.
     """
     carried = basis * gain
-    if float(np.linalg.svd(carried, compute_uv=False)[-1]) < _NOTHING_LEFT * float(np.abs(gain).max(initial=0)):
-        raise DirectionsError("the post-norm gain is zero along a direction, so its output never carries it")
+    if _smallest(carried) <= _NOTHING_LEFT * float(np.abs(gain).max(initial=0)):
+        raise DirectionsError(
+            "the post-norm gain is zero along a direction, so its output never carries it; leave it out with --layers"
+        )
     return _orthonormal(carried)
 
 
@@ -413,16 +499,19 @@ def write_directions(directions: Directions, path: Path) -> None:
 def read_directions(path: Path) -> Directions:
     """Reads directions: our own file, ``.npz`` with its names, GGUF control vectors, llm-abliteration's ``.pt``.
 
+    Foreign directions of any length are made orthonormal. ``docs/directions.md`` says how layers are counted.
+
     Raises:
         DirectionsError: The file is missing, malformed, or holds no usable directions.
     """
     try:
+        if path.suffix in MEASUREMENT_SUFFIXES:
+            return _read_measurements(path)
         if path.suffix == ".gguf":
-            return _checked(path, *_read_gguf(path))
+            return _checked(path, _orthonormal_each(path, _read_gguf(path)), {})
         if path.suffix == ".npz":
-            return _checked(path, *_by_name(read_npz(path), _NAME, ("direction", "reference")))
-        if path.suffix in (".pt", ".pth", ".refuse"):
-            return _checked(path, *_by_name(read_pickled_tensors(path), _REFUSE_NAME, ("refuse", "harmless")))
+            basis, reference = _by_name(path, read_npz(path))
+            return _checked(path, _orthonormal_each(path, basis), reference)
         return _read_own(path)
     except (ActivationsError, CheckpointError) as error:
         raise DirectionsError(str(error)) from error
@@ -430,59 +519,105 @@ def read_directions(path: Path) -> Directions:
 
 def _read_own(path: Path) -> Directions:
     shard, metadata = read_header(path)
-    if metadata.get("format") != DIRECTIONS_FORMAT:
-        found = metadata.get("format", "none")
-        names = ", ".join(tensor.name for tensor in shard.tensors[:2])
-        raise DirectionsError(f"{path}: expected format {DIRECTIONS_FORMAT}, found {found} (holds {names})")
+    if (found := metadata.get("format", "not given")) != DIRECTIONS_FORMAT:
+        names = ", ".join(tensor.name for tensor in shard.tensors[:2]) or "no tensors"
+        raise DirectionsError(
+            f"{path}: its format is {found} (holds {names}), expected {DIRECTIONS_FORMAT}; "
+            "make it with `ablate-shards directions`, or update ablate-shards"
+        )
     arrays = {}
     with path.open("rb") as file:
         for tensor in shard.tensors:
             if tensor.dtype != "F32":
-                raise DirectionsError(f"{path}: {tensor.name} is {tensor.dtype}, expected F32")
+                raise DirectionsError(f"{path}: {tensor.name} is {tensor.dtype}, expected F32; compute it again")
             file.seek(tensor.start)
-            raw = file.read(tensor.end - tensor.start)
-            arrays[tensor.name] = np.frombuffer(raw, "<f4").reshape(tensor.shape)
-    try:
-        rows = json.loads(metadata.get("scores", "[]"))
-        scores = {row["layer"]: LayerScore(**row) for row in rows}
-    except (ValueError, TypeError, KeyError) as error:
-        raise DirectionsError(f"{path}: the scores in its metadata cannot be read; compute it again") from error
+            arrays[tensor.name] = np.frombuffer(file.read(tensor.end - tensor.start), "<f4").reshape(tensor.shape)
+    basis, reference = _by_name(path, arrays)
     kept = {key: value for key, value in metadata.items() if key not in ("format", "scores")}
-    basis, reference = _by_name(arrays, _NAME, ("direction", "reference"))
-    for layer, array in basis.items():
-        if array.ndim != 2:
-            raise DirectionsError(f"{path}: direction.layers.{layer} has shape {list(array.shape)}, expected [k, d]")
-    return _checked(path, basis, reference, scores, kept)
+    return _checked(path, basis, reference, _read_scores(path, metadata.get("scores", "[]"), basis), kept)
 
 
-def _read_gguf(path: Path) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+def _read_scores(path: Path, text: str, layers: Mapping[int, Any]) -> dict[int, LayerScore]:
+    try:
+        scores = [LayerScore(**row) for row in json.loads(text)]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DirectionsError(f"{path}: the scores in its metadata cannot be read; compute it again") from error
+    for score in scores:
+        numbers = [getattr(score, item.name) for item in fields(score) if item.name != "layer"]
+        if score.layer not in layers or not all(
+            value is None or (isinstance(value, int | float) and math.isfinite(value)) for value in numbers
+        ):
+            raise DirectionsError(f"{path}: its scores do not fit its layers or are no numbers; compute it again")
+    return {score.layer: score for score in scores}
+
+
+def _read_measurements(path: Path) -> Directions:
+    """Reads llm-abliteration's measurements, whose index N counts hidden_states: after decoder layer N - 1."""
+    found: dict[str, dict[int, np.ndarray]] = {"refuse": {}, "harmful": {}, "harmless": {}}
+    for name, values in read_pickled_tensors(path).items():
+        if (match := _MEASURED_NAME.fullmatch(name)) and int(match["index"]):
+            if values.dtype != np.float64 or values.ndim != 1:
+                raise DirectionsError(
+                    f"{path}: {name} is {values.dtype} {list(values.shape)}, expected floating-point [hidden size]"
+                )
+            found[match["kind"]][int(match["index"]) - 1] = values
+    refuse, harmful, harmless = found.values()
+    basis = _orthonormal_each(path, refuse)
+    directions = _checked(path, basis, harmless)
+    scores = {
+        layer: _score(layer, harmful[layer], harmless[layer], gap, basis[layer][0])
+        for layer, gap in refuse.items()
+        if layer in harmful and layer in harmless
+    }
+    return Directions(directions.basis, directions.reference, scores)
+
+
+def _read_gguf(path: Path) -> dict[int, np.ndarray]:
+    """Reads a control vector: llama.cpp and repeng add ``direction.N`` to the output of decoder layer N."""
     try:
         import gguf
     except ImportError as error:
         raise DirectionsError(f"{path}: GGUF files need the gguf package: pip install 'ablate-shards[gguf]'") from error
     try:
         tensors = gguf.GGUFReader(path).tensors
-        found = {tensor.name: np.array(tensor.data, np.float32) for tensor in tensors}
     except FileNotFoundError as error:
         raise DirectionsError(f"{path}: the file does not exist") from error
     except Exception as error:
-        raise DirectionsError(f"{path}: not a GGUF control vector ({error})") from error
-    basis = {
-        int(match["layer"]): array.reshape(1, -1)
-        for name, array in found.items()
-        if (match := _GGUF_NAME.fullmatch(name))
-    }
-    return basis, {}
+        raise DirectionsError(f"{path}: not a GGUF control vector ({error}); fetch it again") from error
+    basis = {}
+    for tensor in tensors:
+        if match := _GGUF_NAME.fullmatch(tensor.name):
+            if tensor.data.dtype.kind != "f":
+                kind = tensor.tensor_type.name
+                raise DirectionsError(f"{path}: {tensor.name} is {kind}, expected F32 or F16; export it unquantised")
+            basis[int(match["layer"])] = np.array(tensor.data, np.float64)
+    return basis
 
 
-def _by_name(
-    arrays: Mapping[str, np.ndarray], pattern: re.Pattern[str], kinds: tuple[str, str]
-) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
-    found: dict[str, dict[int, np.ndarray]] = {kind: {} for kind in kinds}
+def _by_name(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+    found: dict[str, dict[int, np.ndarray]] = {"direction": {}, "reference": {}}
     for name, array in arrays.items():
-        if match := pattern.fullmatch(name):
-            found[match["kind"]][int(match["layer"])] = array
-    return found[kinds[0]], {layer: array.reshape(-1) for layer, array in found[kinds[1]].items()}
+        if (match := _NAME.fullmatch(name)) is None:
+            raise DirectionsError(
+                f"{path}: holds {name}, expected direction.layers.N and reference.layers.N only; remove it"
+            )
+        found[match["kind"]][int(match["layer"])] = array
+    return found["direction"], found["reference"]
+
+
+def _orthonormal_each(path: Path, basis: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+    found = {}
+    for layer, array in basis.items():
+        rows = np.atleast_2d(array).astype(np.float64)
+        if rows.ndim == 2 and np.isfinite(rows).all():
+            rows = _unit(rows)
+            if len(rows) > rows.shape[1] or _smallest(rows) < _NOTHING_LEFT:
+                raise DirectionsError(
+                    f"{path}: the {len(rows)} rows of layer {layer} span fewer dimensions; compute them again"
+                )
+            rows = _orthonormal(rows)
+        found[layer] = rows
+    return found
 
 
 def _checked(
@@ -492,28 +627,52 @@ def _checked(
     scores: Mapping[int, LayerScore] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Directions:
-    """Refuses what is no basis; foreign directions of any length are made unit vectors."""
+    """Refuses what is no basis."""
     if not basis:
-        raise DirectionsError(f"{path}: holds no directions; expected tensors direction.layers.N")
-    own = metadata is not None
-    checked: dict[int, np.ndarray] = {}
-    first = np.atleast_2d(basis[min(basis)]).shape
-    for layer, array in sorted(basis.items()):
-        rows = np.atleast_2d(array).astype(np.float64)
-        if rows.shape != first:
+        raise DirectionsError(f"{path}: holds no directions of decoder layers; expected direction.layers.N")
+    first = min(basis)
+    shape = basis[first].shape
+    for layer, rows in sorted(basis.items()):
+        if rows.ndim != 2 or not rows.size:
             raise DirectionsError(
-                f"{path}: layer {layer} has shape {list(rows.shape)}, layer {min(basis)} {list(first)}"
+                f"{path}: the direction of layer {layer} has shape {list(rows.shape)}, expected [k, d]"
             )
-        if not np.isfinite(rows).all() or not np.linalg.norm(rows, axis=1).all():
-            raise DirectionsError(f"{path}: the direction of layer {layer} is zero, NaN or infinite; compute it again")
-        if own and np.abs(rows @ rows.T - np.eye(len(rows))).max() > _ORTHONORMAL:
-            raise DirectionsError(f"{path}: the directions of layer {layer} are not orthonormal; compute them again")
-        checked[layer] = (rows if own else _orthonormal(rows)).astype(np.float32)
+        if rows.shape != shape:
+            raise DirectionsError(
+                f"{path}: the direction of layer {layer} has shape {list(rows.shape)}, that of layer {first} "
+                f"{list(shape)}; compute all layers from one model"
+            )
+        if not np.isfinite(rows).all():
+            raise DirectionsError(
+                f"{path}: the direction of layer {layer} holds NaN or infinite values; compute it again"
+            )
+        exact = rows.astype(np.float64)
+        if not (error := np.abs(exact @ exact.T - np.eye(len(rows))).max()) <= _ORTHONORMAL:
+            raise DirectionsError(
+                f"{path}: the rows of layer {layer} are {error:.1e} from orthonormal; compute them again"
+            )
     for layer, array in reference.items():
-        if array.shape != (first[1],) or not np.isfinite(array).all():
-            raise DirectionsError(f"{path}: the reference of layer {layer} is not a finite vector of {first[1]}")
-    references = {layer: array.astype(np.float32) for layer, array in sorted(reference.items())}
-    return Directions(checked, references, scores or {}, metadata or {})
+        if array.shape != shape[1:] or not np.abs(array).max() <= _LARGEST:
+            raise DirectionsError(f"{path}: the reference of layer {layer} is not a finite vector of {shape[1]}")
+    return Directions(
+        {layer: basis[layer].astype(np.float32) for layer in sorted(basis)},
+        {layer: reference[layer].astype(np.float32) for layer in sorted(reference)},
+        scores or {},
+        metadata or {},
+    )
+
+
+def _score(
+    layer: int, positive: np.ndarray, negative: np.ndarray, gap: np.ndarray, direction: np.ndarray
+) -> LayerScore:
+    """Scores a unit direction by the class means alone; ``gap`` is their difference, or what is taken for it."""
+    norms = float(np.linalg.norm(positive)), float(np.linalg.norm(negative))
+    return LayerScore(
+        layer=layer,
+        cosine=float(_unit(positive) @ _unit(negative)),
+        contrast=float(np.linalg.norm(gap)) / max(*norms, _TINY),
+        purity=float(np.linalg.norm(_project_out(direction, _unit(negative)[None]))),
+    )
 
 
 def _auc(positive: np.ndarray, negative: np.ndarray) -> float:
@@ -524,23 +683,24 @@ def _auc(positive: np.ndarray, negative: np.ndarray) -> float:
     return float((below + upto).sum() / (2 * len(positive) * len(negative)))
 
 
-def _rows(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    return (row for chunk in chunks for row in chunk)
-
-
-def _remove(vector: np.ndarray, axes: Sequence[np.ndarray]) -> np.ndarray:
-    for _ in range(2):
-        for axis in axes:
-            vector = vector - (vector @ axis) * axis
-    return vector
+def _project_out(vectors: np.ndarray, axes: np.ndarray) -> np.ndarray:
+    """Removes orthonormal axes ``[m, d]`` from vectors ``[..., d]``."""
+    rest: np.ndarray = vectors - (vectors @ axes.T) @ axes
+    return rest
 
 
 def _orthonormal(rows: np.ndarray) -> np.ndarray:
-    """Returns an orthonormal basis of the rows' span; the first row keeps its side."""
+    """Returns an orthonormal basis of the rows' span; the first row keeps its direction."""
     q, r = np.linalg.qr(rows.T)
     return np.ascontiguousarray((q * np.where(np.diag(r) < 0, -1.0, 1.0)).T)
 
 
-def _unit(vector: np.ndarray) -> np.ndarray:
-    norm = np.linalg.norm(vector)
-    return vector / norm if norm > 0 else vector
+def _smallest(rows: np.ndarray) -> float:
+    """Returns the smallest singular value."""
+    return float(np.linalg.svd(rows, compute_uv=False)[-1])
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Scales vectors ``[..., d]`` to norm 1; zero stays zero."""
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.where(norms > 0, norms, 1)

@@ -23,7 +23,7 @@ __all__ = ["Channels", "Editor", "Stopped", "cores", "pread_into", "pwrite_all",
 
 _CPU_BLOCK = 8 << 20
 _LEAST_MEMORY_PER_JOB = 8 << 20
-_SCRATCH = 3 << 20
+_SCRATCH = 6 << 20
 _DEVICE_JOBS = 2
 
 
