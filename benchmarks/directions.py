@@ -42,7 +42,7 @@ def write_dump(path: Path, dtype: str, layers: int, prompts: int, hidden: int) -
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
     rng = np.random.default_rng(0)
-    concept = rng.standard_normal(hidden, np.float32) / np.sqrt(hidden)
+    concept = (rng.standard_normal(hidden) / np.sqrt(hidden)).astype(np.float32)
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for name in names:

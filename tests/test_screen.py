@@ -95,6 +95,13 @@ def test_debug_adds_the_traceback(case, tmp_path):
 
 
 def test_usage_errors_exit_with_2(case):
-    for extra in (["--layers", "x"], ["--memory", "1KB"], ["--device", "tpu"], ["--jobs", "0"], ["--nonsense"], ["--coefficient", "nan"]):
+    for extra in (
+        ["--layers", "x"],
+        ["--memory", "1KB"],
+        ["--device", "tpu"],
+        ["--jobs", "0"],
+        ["--nonsense"],
+        ["--coefficient", "nan"],
+    ):
         assert CliRunner().invoke(cli, [*case, *extra]).exit_code == 2, extra
     assert CliRunner().invoke(cli, [*case, "--device", "cuda:99"]).exit_code == 2
