@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_IN_LAYER = re.compile(r"^.*?(?:layers|h)\.\d+\.")
 _MOST_NAMES = 12
 _FILE_WIDTH = 160
 
@@ -236,7 +237,7 @@ def print_inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> None:
                 _size(sizes[row]),
             )
         console.print(table)
-        gains = sorted({_pattern(writer.gain) for writer in anatomy.writers if writer.gain})
+        gains = sorted({_short_names([writer.gain]) for writer in anatomy.writers if writer.gain})
         if gains:
             console.print(f"post-norm gains taken into account: {', '.join(gains)}")
         tied = " (tied to the output head)" if anatomy.tied else ""
@@ -346,7 +347,7 @@ def _print_reasons(console: Console, reasons: Iterable[tuple[str, str]]) -> None
     for name, reason in reasons:
         names[reason].append(name)
     for reason, members in names.items():
-        console.print(f"left as they are, {reason}: {_short_names(members)}")
+        console.print(f"not edited: {_fold(map(_numbers_folded, members))} ({reason})")
 
 
 def _by_layer(edits: Sequence[TensorEdit]) -> list[list[TensorEdit]]:
@@ -361,17 +362,21 @@ def _layer_name(edit: TensorEdit) -> str:
     return "–" if edit.layer is None else f"mtp {edit.layer}" if edit.mtp else str(edit.layer)
 
 
-def _short_names(names: Sequence[str]) -> str:
-    """Returns names with numbers folded to ``*`` and counted, such as ``128 x mlp.experts.*.down_proj``."""
-    counts = Counter(_pattern(name) for name in names)
+def _short_names(names: Iterable[str]) -> str:
+    """Returns names within their layer, such as ``128 x mlp.experts.*.down_proj``."""
+    return _fold(_numbers_folded(_IN_LAYER.sub("", name)) for name in names)
+
+
+def _fold(names: Iterable[str]) -> str:
+    """Returns each name once, with its count, and no more of them than fit."""
+    counts = Counter(names)
     shown = [name if count == 1 else f"{count} x {name}" for name, count in counts.items()]
     rest = len(shown) - _MOST_NAMES
     return ", ".join(shown[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _pattern(name: str) -> str:
-    tail = re.sub(r"^.*?(?:layers|blocks|h)\.\d+\.", "", name)
-    return _NUMBER.sub("*", tail).removesuffix(".weight")
+def _numbers_folded(name: str) -> str:
+    return _NUMBER.sub("*", name).removesuffix(".weight")
 
 
 def _size(count: int) -> str:
