@@ -18,7 +18,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ablate_shards.surgery.architecture import Anatomy
+from ablate_shards.errors import DirectionsError
+from ablate_shards.surgery.architecture import Anatomy, Writer
 from ablate_shards.surgery.checkpoint import RECEIPT_NAME, Checkpoint, TensorInfo
 from ablate_shards.surgery.directions import Directions, score_table
 from ablate_shards.surgery.plan import Plan, TensorEdit
@@ -40,6 +41,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _IN_LAYER = re.compile(r"^.*?(?:layers|h)\.\d+\.")
 _MOST_NAMES = 12
 _FILE_WIDTH = 160
+_NO_LAYER = "–"
 
 
 class ScreenProgress(Protocol):
@@ -200,19 +202,24 @@ def print_results(checkpoint: Checkpoint, plan: Plan, results: Mapping[str, Tens
             _layer_name(edits[0]),
             edits[0].component,
             _short_names([edit.name for edit in edits]),
-            f"{max(result.before for result in measured):.2e}",
-            f"{max(result.after for result in measured):.2e}",
-            f"{max(drifts):.1e}" if drifts else "–",
+            f"{max(result.before for result in measured):.3%}",
+            f"{max(result.after for result in measured):.3%}",
+            f"{max(drifts):.3%}" if drifts else "–",
             str(sum(result.degenerate for result in measured)),
         )
     console.print(table)
+    console.print(
+        "component: share of a weight's norm along the direction; norm drift: largest change of a kept norm; "
+        "degenerate: vectors too parallel to the direction to keep their norm"
+    )
     edited = sum(edit.end - edit.start for edit in plan.edits)
     whole = sum(shard.size for shard in checkpoint.shards)
     console.print(
         f"{plan.family}: {len(plan.edits)} of {len(checkpoint.tensors)} tensors edited, {_size(edited)} of "
         f"{_size(whole)}; every other byte is the source's"
     )
-    _print_left_out(console, plan, checkpoint)
+    if plan.skipped:
+        console.print(f"{_count(len(plan.skipped), 'other writer')} left as they are; the receipt says why")
     console.print(f"written to {out}, receipt in {out / RECEIPT_NAME}")
     console.print(f"check it with: ablate-shards verify {checkpoint.path} {out}")
 
@@ -225,7 +232,7 @@ def print_inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> None:
         cells: dict[tuple[str, str], list[str]] = defaultdict(list)
         sizes: Counter[str] = Counter()
         for writer in anatomy.writers:
-            row = "–" if writer.layer is None else f"mtp {writer.layer}" if writer.mtp else str(writer.layer)
+            row = _layer_name(writer)
             cells[row, writer.component].append(writer.name)
             tensor = checkpoint.tensors[writer.name]
             sizes[row] += tensor.end - tensor.start
@@ -241,7 +248,7 @@ def print_inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> None:
         if gains:
             console.print(f"post-norm gains taken into account: {', '.join(gains)}")
         tied = " (tied to the output head)" if anatomy.tied else ""
-        console.print(f"embedding: {_short_names(cells['–', 'embedding']) or 'none'}{tied}")
+        console.print(f"embedding: {_short_names(cells[_NO_LAYER, 'embedding']) or 'none'}{tied}")
         for note in anatomy.notes:
             console.print(note)
         _print_reasons(console, ((item.name, item.reason) for item in anatomy.left_out))
@@ -297,15 +304,26 @@ def print_scores(directions: Directions, file: Path) -> None:
     rows = score_table(directions)
     for column in rows[0] if rows else ():
         table.add_column(column.replace("_", " "), justify="right")
-    best = directions.best_layer()
+    table.add_column("")
+    best = _best_layer(directions)
     for row in rows:
         cells = (
             "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
             for value in row.values()
         )
-        table.add_row(*cells, style="bold" if row["layer"] == best else None)
+        is_best = row["layer"] == best
+        table.add_row(*cells, "best" if is_best else "", style="bold" if is_best else None)
     console.print(table)
-    console.print(f"best layer: {best}; written to {file}")
+    console.print("higher is better, except for the cosine, which is that of the two means")
+    known = f"best layer: {best}" if best is not None else "the best layer is not known, choose it with --source-layer"
+    console.print(f"{known}; written to {file}")
+
+
+def _best_layer(directions: Directions) -> int | None:
+    try:
+        return directions.best_layer()
+    except DirectionsError:
+        return None
 
 
 def scores(directions: Directions) -> dict[str, Any]:
@@ -313,7 +331,7 @@ def scores(directions: Directions) -> dict[str, Any]:
     return {
         "sha256": directions.sha256(),
         "rank": directions.rank,
-        "best_layer": directions.best_layer(),
+        "best_layer": _best_layer(directions),
         "layers": [dict(row) for row in score_table(directions)],
     }
 
@@ -358,8 +376,9 @@ def _by_layer(edits: Sequence[TensorEdit]) -> list[list[TensorEdit]]:
     return [groups[key] for key in sorted(groups)]
 
 
-def _layer_name(edit: TensorEdit) -> str:
-    return "–" if edit.layer is None else f"mtp {edit.layer}" if edit.mtp else str(edit.layer)
+def _layer_name(item: TensorEdit | Writer) -> str:
+    layer = _NO_LAYER if item.layer is None else str(item.layer)
+    return f"mtp {layer}" if item.mtp else layer
 
 
 def _short_names(names: Iterable[str]) -> str:

@@ -1,10 +1,9 @@
-"""Makes the shared builders importable as plain modules, and keeps transformers quiet and offline."""
+"""Keeps transformers quiet and offline, and torch to one thread per test process."""
 
 import os
-import sys
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TQDM_DISABLE", "1")
-sys.path.insert(0, str(Path(__file__).parent))
+# Test processes run side by side; threads of theirs would only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -259,7 +259,7 @@ def test_a_file_that_shrinks_meanwhile_is_refused(tmp_path):
     path = write(tmp_path / "dump.safetensors", arrays())
     dump = open_activations(path)
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ActivationsError, match="ended inside positive.layers.1"):
+    with pytest.raises(ActivationsError, match=r"ended inside positive\.layers\.1"):
         read(dump, 1, "positive")
 
 

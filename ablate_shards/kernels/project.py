@@ -348,7 +348,10 @@ class _Stream:
             low = part.span.start - piece.span.start
             chosen = weights and weights.entries(slice(entry, entry + 1)).part(slice(low, low + self._chunk))
             sums = into.new_zeros(1, *into.shape[1:])
-            part.form.add_columns(part.view, chosen and chosen.double, sums, squares=squares, unsafe=(), repair=repair)
+            # Not "repair" itself: a function that refers to itself keeps the scratch until a collection.
+            part.form.add_columns(
+                part.view, chosen and chosen.double, sums, squares=squares, unsafe=(), repair=_needless
+            )
             return sums[0]
 
         unsafe: list[tuple[int, int]] | None = []
@@ -390,6 +393,10 @@ class _Stream:
         for entry in entries:
             form = self._double if entry in exact else self._single
             yield _Piece(form, slice(entry, entry + 1), span, block[entry : entry + 1])
+
+
+def _needless(entry: int, chunk: int) -> Tensor:
+    raise AssertionError(f"float64 sums of chunk {chunk} of matrix {entry} cannot need repair")
 
 
 class Meter(_Stream):

@@ -575,9 +575,13 @@ def _is_tied(tensors: Mapping[str, TensorInfo], settings: _Settings) -> bool:
 def _notes(tensors: Mapping[str, TensorInfo], items: Sequence[Writer | LeftOut]) -> tuple[str, ...]:
     notes = []
     if count := sum(item.mtp for item in items):
-        notes.append(f"{count} tensors of multi-token prediction write to a stream of their own")
+        notes.append(
+            f"{count} tensors belong to multi-token prediction, which reads the stream and writes to one of its own"
+        )
     if any(_PROJECTOR.search(name) for name in tensors):
-        notes.append("image or sound features enter the stream unedited")
+        notes.append(
+            "image or sound features, where they are used, enter the stream through a projector that is not edited"
+        )
     return tuple(notes)
 
 

@@ -49,12 +49,14 @@ _WORKERS = 4
 _MIDDLE = (0.4, 0.9)
 _NOTHING_LEFT = 1e-6
 _SAME_MEAN = 1e-12
+_NO_SPREAD = 1e-12
 _ORTHONORMAL = 1e-4
 _LARGEST = float(np.finfo(np.float32).max)
 _TINY = float(np.finfo(np.float64).tiny)
 _WEISZFELD_STEPS = 200
 _WEISZFELD_TOLERANCE = 1e-7
-_WEISZFELD_SMOOTHING = 1e-6
+_WEISZFELD_SMOOTHING = 1e-4
+_NO_DISTANCE = 1e-100
 _NAME = re.compile(r"(?P<kind>direction|reference)\.layers\.(?P<layer>0|[1-9]\d{0,4})")
 _GGUF_NAME = re.compile(r"direction\.(?P<layer>0|[1-9]\d{0,4})")
 _MEASURED_NAME = re.compile(r"(?P<kind>refuse|harmful|harmless)_(?P<index>0|[1-9]\d{0,4})")
@@ -343,7 +345,8 @@ class _Layer:
         )
         spread = math.sqrt((float(positive.var(ddof=1)) + float(negative.var(ddof=1))) / 2)
         gap = float(positive.mean() - negative.mean())
-        return gap / spread if spread > 0 else None, _auc(positive, negative), float(vectors[-2] @ vectors[-1])
+        signal = gap / spread if spread > _NO_SPREAD * abs(gap) else None
+        return signal, _auc(positive, negative), float(vectors[-2] @ vectors[-1])
 
     def _medians(self, label: Label, means: np.ndarray) -> np.ndarray:
         """Returns the geometric median of each subset, ``[subsets, d]``, from their means.
@@ -353,7 +356,7 @@ class _Layer:
         """
         points = means
         start = [np.where(member, distance, np.nan) for _, member, distance in self._distances(label, points)]
-        scale = np.maximum(np.nanmedian(np.concatenate(start), axis=0), _TINY)
+        scale = np.maximum(np.nanmedian(np.concatenate(start), axis=0), _NO_DISTANCE)
         for _ in range(_WEISZFELD_STEPS):
             total, weight = np.zeros_like(points), np.zeros(len(points))
             for rows, member, distance in self._distances(label, points):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ablate_shards.kernels.project import Form, Measure
 
-__all__ = ["Channels", "Editor", "Stopped", "cores", "pread_into", "pwrite_all", "raw_buffer", "torch_dtype"]
+__all__ = ["Channels", "Editor", "Stopped", "cores", "pread_into", "pwrite_all", "torch_dtype"]
 
 _CPU_BLOCK = 8 << 20
 _LEAST_MEMORY_PER_JOB = 8 << 20
@@ -77,6 +77,7 @@ class Editor:
         # On a CPU larger blocks gain nothing: they only leave the cache. A device holds a block of its own.
         self._room = min(room, _CPU_BLOCK) if on_cpu else room // 2
         self._stop = stop
+        self._kept = threading.local()
 
     def identity(self) -> dict[str, str]:
         """Returns what decides the last bit of a result, for the receipt and for resuming."""
@@ -144,6 +145,17 @@ class Editor:
             sha256=digest.hexdigest(),
         )
 
+    def _buffer(self, count: int) -> "torch.Tensor":
+        """Returns this thread's buffer, ``[count]`` uint8; one that is kept fragments no memory."""
+        import torch
+
+        kept: torch.Tensor | None = getattr(self._kept, "buffer", None)
+        if kept is None or len(kept) < count:
+            # Pinned memory is what a device copies from and to at full speed.
+            pinned = self._device.type == "cuda"
+            kept = self._kept.buffer = torch.empty(count, dtype=torch.uint8, pin_memory=pinned)
+        return kept[:count]
+
     def _stream(self) -> contextlib.AbstractContextManager[object]:
         """Gives each job a stream of its own, so that one computes while another reads or writes."""
         import torch
@@ -173,9 +185,7 @@ class Editor:
         resident = count * rows * row_bytes <= self._room
         block_rows = rows if resident else max(chunk, self._room // row_bytes // chunk * chunk)
         blocks = [(start, min(block_rows, rows - start)) for start in range(0, rows, block_rows)]
-        # Pinned memory is what a device copies from and to at full speed.
-        pinned = self._device.type == "cuda"
-        buffer = raw_buffer(count * min(block_rows, rows) * row_bytes, pinned=pinned)
+        buffer = self._buffer(count * min(block_rows, rows) * row_bytes)
 
         def raw(size: int) -> "torch.Tensor":
             return buffer[: count * size * row_bytes]
@@ -217,7 +227,7 @@ class Editor:
 
         from ablate_shards.kernels.project import project_vector
 
-        buffer = raw_buffer(edit.end - edit.start)
+        buffer = self._buffer(edit.end - edit.start)
         data = buffer.numpy().data
         bias = buffer.view(torch_dtype(edit.dtype)).view(edit.shape)
 
@@ -260,13 +270,6 @@ def pwrite_all(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
         count = os.pwrite(descriptor, data, offset)
         data, offset = data[count:], offset + count
-
-
-def raw_buffer(count: int, *, pinned: bool = False) -> "torch.Tensor":
-    """Returns count bytes of uninitialised memory, ``[count]`` uint8."""
-    import torch
-
-    return torch.empty(count, dtype=torch.uint8, pin_memory=pinned)
 
 
 def torch_dtype(name: str) -> "torch.dtype":

@@ -159,7 +159,7 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
         hidden_size=anatomy.hidden_size,
         edits=tuple(edits),
         skipped=tuple(skipped),
-        notes=(*anatomy.notes, *_warnings(edits, tied=anatomy.tied)),
+        notes=tuple(_warnings(edits, tied=anatomy.tied)),
         directions_sha256=directions.sha256(),
     )
 
@@ -233,10 +233,12 @@ def _select_layers(existing: Sequence[int], directions: Directions, options: Abl
 
 
 def _why_skipped(writer: Writer | LeftOut, layers: frozenset[int], options: AblateOptions) -> str | None:
+    if writer.mtp and options.mtp == "keep":
+        return "multi-token prediction is kept; --mtp edit includes it"
     if writer.component not in options.components:
         return f"{writer.component} is not among --components"
     if writer.mtp:
-        return None if options.mtp == "edit" else "multi-token prediction is kept (--mtp edit includes it)"
+        return None
     if writer.layer is not None and writer.layer not in layers:
         return "the layer is not selected"
     return None

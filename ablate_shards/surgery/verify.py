@@ -8,17 +8,20 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from ablate_shards.errors import AblateError, VerifyError
 from ablate_shards.surgery.checkpoint import ITEM_BYTES, RECEIPT_NAME, Checkpoint, Shard
 from ablate_shards.surgery.directions import Directions
-from ablate_shards.surgery.editor import Channels, Editor, pread_into, raw_buffer, torch_dtype
+from ablate_shards.surgery.editor import Channels, Editor, pread_into, torch_dtype
 from ablate_shards.surgery.execute import ExecuteOptions, Progress, untouched
 from ablate_shards.surgery.plan import TensorEdit, resolve_bases
 from ablate_shards.surgery.receipt import Receipt, TensorResult, read_receipt
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Difference", "Verification", "verify"]
 
@@ -223,15 +226,24 @@ class _Comparison:
         import torch
 
         dtype = torch_dtype(self._edit.dtype)
-        written, recomputed = raw_buffer(len(data)), torch.frombuffer(data, dtype=torch.uint8)
-        pread_into(self._target, written.numpy().data, offset)
         width = self._edit.shape[-1]
-        self._total += len(data) // dtype.itemsize
-        if torch.equal(written, recomputed):
-            return
+        step = max(1, _CHUNK // (width * dtype.itemsize)) * width * dtype.itemsize
+        for first in range(0, len(data), step):
+            piece = data[first : first + step]
+            written = bytearray(len(piece))
+            pread_into(self._target, memoryview(written), offset + first)
+            self._total += len(piece) // dtype.itemsize
+            if written != piece:
+                found, expected = (torch.frombuffer(raw, dtype=dtype).view(-1, width) for raw in (written, piece))
+                self._compare(found, expected, offset + first)
+
+    def _compare(self, found: "torch.Tensor", expected: "torch.Tensor", offset: int) -> None:
+        import torch
+
+        dtype, width = found.dtype, found.shape[1]
         bits = torch.int16 if dtype.itemsize == 2 else torch.int32
-        self.differing += int((written.view(bits) != recomputed.view(bits)).sum())
-        found, expected = (raw.view(dtype).view(-1, width).float() for raw in (written, recomputed))
+        self.differing += int((found.view(bits) != expected.view(bits)).sum())
+        found, expected = found.float(), expected.float()
         allowed = expected.norm(dim=1, keepdim=True).mul(_ROW_TOLERANCE)
         if dtype.itemsize == 2:
             allowed = allowed + torch.finfo(dtype).eps * torch.maximum(found.abs(), expected.abs())

@@ -1,0 +1,1 @@
+"""What ships with ablate-shards beside its code."""
