@@ -18,6 +18,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/directions.py
 	$(BIN)/python benchmarks/command.py
 
 loaders: $(VENV)/.loaders

@@ -747,3 +747,25 @@ def test_class_means_have_no_other_estimate(tmp_path, options):
     compute(tmp_path / "m.pt")
     with pytest.raises(ActivationsError, match="holds class means, of which only mean-difference can be taken"):
         compute(tmp_path / "m.pt", options)
+
+
+def test_the_same_directions_are_the_same_bytes(tmp_path):
+    found = compute_directions(open_activations(write_dump(tmp_path / "a.safetensors")), EstimatorOptions())
+    found = dataclasses.replace(found, metadata={**found.metadata, "model": "m", "position": "last", "label": "x"})
+    for number in range(6):
+        write_directions(found, tmp_path / f"{number}.safetensors")
+    assert len({(tmp_path / f"{number}.safetensors").read_bytes() for number in range(6)}) == 1
+    assert read_directions(tmp_path / "0.safetensors").sha256() == found.sha256()
+
+
+def test_a_measurement_file_gives_the_same_directions_either_way(tmp_path):
+    rng = np.random.default_rng(0)
+    content = {}
+    for index in range(1, 4):
+        for name in ("harmful", "harmless", "refuse"):
+            content[f"{name}_{index}"] = torch.from_numpy(rng.standard_normal(16))
+    torch.save(content, tmp_path / "m.refuse")
+    computed = compute_directions(open_activations(tmp_path / "m.refuse"), EstimatorOptions())
+    assert computed.sha256() == read_directions(tmp_path / "m.refuse").sha256()
+    unit = content["refuse_1"].numpy() / np.linalg.norm(content["refuse_1"].numpy())
+    assert abs(float(computed.basis[0][0] @ unit)) == pytest.approx(1, abs=1e-6)

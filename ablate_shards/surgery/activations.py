@@ -45,7 +45,7 @@ _MEASURED_NAME = re.compile(r"(?:harmful|harmless)_(?P<index>0|[1-9]\d{0,4})")
 #: What two files of one dump may not contradict each other in.
 _SAME = ("model", "position", "positive_label", "negative_label")
 #: A chunk as stored and as float64 stays in the processor's cache between the steps over it.
-_CHUNK_BYTES = 2 << 20
+_CHUNK_BYTES = 4 << 20
 _DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 _NPZ_DTYPES = {np.dtype(stored): name for name, stored in _DTYPES.items() if name != "BF16"}
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

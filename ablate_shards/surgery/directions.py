@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from safetensors.numpy import save
 
 from ablate_shards.errors import ActivationsError, CheckpointError, DirectionsError
 from ablate_shards.surgery.activations import (
@@ -201,11 +200,13 @@ def compute_directions(
         ActivationsError: A value is not finite, or the labels do not pair up where they must.
         DirectionsError: Positives equal negatives, or the rank is too high.
     """
-    if dump.means_only and options != EstimatorOptions():
-        raise ActivationsError(
-            f"{dump.path}: holds class means, of which only mean-difference can be taken; capture an activation dump "
-            "for another estimator or to winsorize"
-        )
+    if dump.means_only:
+        if options != EstimatorOptions():
+            raise ActivationsError(
+                f"{dump.path}: holds class means, of which only mean-difference can be taken; capture an activation "
+                "dump for another estimator or to winsorize"
+            )
+        return read_directions(dump.path)
     basis, reference, scores = {}, {}, {}
     # The svd estimator spends its time in LAPACK, which has threads of its own, and needs a Gram matrix in each.
     workers = 1 if options.estimator == "svd" else min(_WORKERS, os.cpu_count() or 1)
@@ -473,25 +474,29 @@ def score_table(directions: Directions) -> list[dict[str, int | float | None]]:
 
 
 def write_directions(directions: Directions, path: Path) -> None:
-    """Writes directions as safetensors; the file appears complete or not at all.
+    """Writes directions as safetensors; the file appears complete or not at all, the same bytes every time.
 
     Raises:
         OSError: It cannot be written.
     """
     tensors = {
-        f"{kind}.layers.{layer}": np.ascontiguousarray(arrays[layer], np.float32)
+        f"{kind}.layers.{layer}": np.ascontiguousarray(arrays[layer], "<f4")
         for kind, arrays in (("direction", directions.basis), ("reference", directions.reference))
         for layer in sorted(arrays)
     }
-    metadata = {
-        **directions.metadata,
-        "format": DIRECTIONS_FORMAT,
-        "scores": json.dumps(score_table(directions)),
-    }
+    scores = json.dumps(score_table(directions))
+    # By hand, since the library writes metadata in an order that changes from call to call.
+    header: dict[str, object] = {"__metadata__": {**directions.metadata, "format": DIRECTIONS_FORMAT, "scores": scores}}
+    end = 0
+    for name, array in tensors.items():
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [end, end := end + array.nbytes]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     staged = path.with_name(f".{path.name}.partial")
     try:
         with staged.open("wb") as file:
-            file.write(save(tensors, metadata))
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.writelines(array.data for array in tensors.values())
             file.flush()
             os.fsync(file.fileno())
         staged.replace(path)
