@@ -1,6 +1,7 @@
 """Runs the main job on the demo model: ``python -m ablate_shards.data.demo [--work DIR]``."""
 
 import argparse
+import json
 import logging
 import shlex
 import shutil
@@ -26,6 +27,7 @@ from ablate_shards.data.demo.behaviour import (
     measure,
 )
 from ablate_shards.errors import UsageError
+from ablate_shards.surgery.checkpoint import RECEIPT_NAME
 
 __all__ = ["main", "prepare"]
 
@@ -100,6 +102,9 @@ def _run(work: Path) -> None:
     _command(console, "directions", dump, directions)
     _command(console, source, edited, "-d", directions, "--dry-run")
     _command(console, source, edited, "-d", directions)
+    receipt = json.loads((edited / RECEIPT_NAME).read_text(encoding="utf-8"))
+    console.print(f"\n[bold]What {escape(str(edited / RECEIPT_NAME))} records of the first of these tensors[/]")
+    console.print(json.dumps(receipt["tensors"][0], indent=2), markup=False)
     _command(console, "verify", source, edited)
 
     model, tokenizer = load(edited)
