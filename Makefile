@@ -22,10 +22,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/command.py
 
 loaders: $(VENV)/.loaders
+	$(BIN)/python -c 'import mlx_lm'
 	$(BIN)/pytest -m loaders
 
-# Each set of packages is installed once per change of what it is made from. torch comes first and pinned:
-# an unpinned torch brings several GB of CUDA libraries that nothing here needs.
+# Each set of packages is installed once per change of what it is made from. torch comes first, so that the
+# build chosen here (or installed before, such as one for the CPU alone) is the one the rest is resolved around.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $$(grep '^torch==' constraints.txt)

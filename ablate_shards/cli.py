@@ -303,7 +303,7 @@ def ablate(
     is used.
     """
     from ablate_shards import screen
-    from ablate_shards.surgery.checkpoint import open_checkpoint
+    from ablate_shards.surgery.checkpoint import files_of, open_checkpoint
     from ablate_shards.surgery.directions import EstimatorOptions
     from ablate_shards.surgery.execute import ExecuteOptions, execute
     from ablate_shards.surgery.plan import make_plan, resolve_bases
@@ -311,6 +311,7 @@ def ablate(
     from ablate_shards.surgery.staging import check_out
 
     progress = screen.progress(quiet=quiet or as_json)
+    directions, activations = _one_source(directions, activations)
     options = AblateOptions(
         **settings,
         overrides=recipe.overrides if recipe else (),
@@ -319,7 +320,7 @@ def ablate(
     run = ExecuteOptions(device=device, memory=memory, jobs=jobs, resume=resume, overwrite=overwrite, link=link)
     checkpoint = open_checkpoint(source)
     if not dry_run:
-        check_out(checkpoint.path, out, overwrite=overwrite)
+        check_out(checkpoint.path, files_of(checkpoint), out, overwrite=overwrite)
     estimation = EstimatorOptions(estimator=estimator, rank=rank, winsorize=winsorize)
     found, used = _find_directions(checkpoint, directions, activations, estimation, progress)
     progress.note(f"directions: {used}")
@@ -399,8 +400,13 @@ def directions(
     from ablate_shards.surgery.activations import open_activations
     from ablate_shards.surgery.directions import EstimatorOptions, compute_directions, write_directions
 
-    if file.exists() and not overwrite:
-        raise UsageError(f"{file}: already exists; --overwrite replaces it")
+    if file.suffix != ".safetensors":
+        raise UsageError(f"{file}: directions are written as safetensors; name a file ending in .safetensors")
+    if not file.absolute().parent.is_dir() or file.is_dir():
+        raise UsageError(f"{file}: expected a file in a folder that exists; make the folder first, or name another")
+    if file.exists() and (not overwrite or file.resolve() in (dump.resolve(), *dump.resolve().glob("*.safetensors"))):
+        way_out = "name another file" if overwrite else "--overwrite replaces it"
+        raise UsageError(f"{file}: already exists{' and belongs to the dump' if overwrite else ''}; {way_out}")
     progress = screen.progress(quiet=quiet or as_json)
     with progress:
         found = compute_directions(
@@ -445,14 +451,29 @@ def verify(source: Path, out: Path, *, device: str, memory: int, jobs: int | Non
         raise click.exceptions.Exit(1)
 
 
+def _one_source(directions: Path | None, activations: Path | None) -> tuple[Path | None, Path | None]:
+    """Lets a flag win over the recipe's key of the other kind, and refuses what would be ignored."""
+    context = click.get_current_context()
+
+    def typed(name: str) -> bool:
+        return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+    if directions is not None and activations is not None:
+        if typed("directions") == typed("activations"):
+            raise UsageError("--directions and --activations say the same thing twice; give one of them")
+        directions, activations = (directions, None) if typed("directions") else (None, activations)
+    ignored = [name for name in ("estimator", "rank", "winsorize") if typed(name)]
+    if directions is not None and ignored:
+        raise UsageError(f"--{ignored[0]} is about activations, but {directions} holds directions already; use -a DUMP")
+    return directions, activations
+
+
 def _find_directions(
     checkpoint: Any, directions: Path | None, activations: Path | None, estimation: Any, progress: Any
 ) -> tuple[Any, Path]:
     from ablate_shards.surgery.activations import open_activations
     from ablate_shards.surgery.directions import compute_directions, read_directions
 
-    if directions is not None and activations is not None:
-        raise UsageError("--directions and --activations say the same thing twice; give one of them")
     if directions is None and activations is None:
         beside = [checkpoint.root / f"{name}.safetensors" for name in ("directions", "activations")]
         directions = beside[0] if beside[0].is_file() else None

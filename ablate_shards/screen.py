@@ -236,7 +236,8 @@ def print_inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> None:
             cells[row, writer.component].append(writer.name)
             tensor = checkpoint.tensors[writer.name]
             sizes[row] += tensor.end - tensor.start
-        for row in dict.fromkeys(row for row, component in cells if component != "embedding"):
+        rows = [*map(str, anatomy.layers), *(row for row, component in cells if component != "embedding")]
+        for row in dict.fromkeys(rows):
             table.add_row(
                 row,
                 _short_names(cells[row, "attention"]) or "none",

@@ -211,3 +211,57 @@ def test_killed_at_any_moment(case):
             assert resumed.exit_code == 0, resumed.output
             assert snapshot(folder / "out") == whole
         assert snapshot(folder / "source") == before
+
+
+def test_a_staged_shard_that_is_gone_is_made_again(case, monkeypatch):
+    folder, arguments = case
+    stop_after(monkeypatch, 2, KeyboardInterrupt())
+    run(*arguments)
+    monkeypatch.undo()
+    staged = folder / ".out.ablate-staging"
+    sorted(staged.glob("*.safetensors"))[0].unlink()
+    shard = sorted(staged.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert run(*arguments, "--resume").exit_code == 0
+    assert snapshot(folder / "out") == snapshot(folder / "whole")
+
+
+def test_what_appears_at_out_meanwhile_is_not_lost(case, monkeypatch):
+    folder, arguments = case
+    publish = execute_module.Staging.publish
+
+    def late(self):
+        (folder / "out").mkdir()
+        (folder / "out" / "precious.txt").write_text("years of work")
+        publish(self)
+
+    monkeypatch.setattr(execute_module.Staging, "publish", late)
+    taken = run(*arguments)
+    assert taken.exit_code == 1
+    assert "appeared during the run" in taken.stderr
+    assert snapshot(folder / "out") == {"precious.txt": b"years of work"}
+    monkeypatch.undo()
+    (folder / "out" / "precious.txt").unlink()
+    assert run(*arguments, "--resume").exit_code == 0
+    assert snapshot(folder / "out") == snapshot(folder / "whole")
+
+
+def test_resume_and_overwrite_start_again_where_resuming_cannot_be(case, monkeypatch):
+    folder, arguments = case
+    stop_after(monkeypatch, 2, KeyboardInterrupt())
+    run(*arguments)
+    monkeypatch.undo()
+    assert run(*arguments, "--coefficient", "2", "--resume", "--overwrite").exit_code == 0
+    assert snapshot(folder / "out") != snapshot(folder / "whole")
+
+
+def test_any_failure_leaves_nothing_behind(case, monkeypatch):
+    folder, arguments = case
+
+    def failing(*_):
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr("ablate_shards.surgery.editor.Editor.edit", failing)
+    assert run(*arguments).exit_code == 1
+    assert hidden_files(folder) == []
+    assert not (folder / "out").exists()

@@ -372,3 +372,90 @@ def test_rank_two_directions(tmp_path, source):
     old, new = (decode(tensor_bytes(side)[name], "BF16", shape) for side in (source, tmp_path / "out"))
     assert np.linalg.norm(basis @ old) > 0.1
     assert np.linalg.norm(basis @ new) < 0.02 * np.linalg.norm(basis @ old)
+
+
+def test_weights_beside_the_index_are_refused(tmp_path, source, directions):
+    """Loaders prefer ``model.safetensors`` to the index, so it may not slip through unedited."""
+    write_shard(source / "model.safetensors", llama_tensors())
+    refused = run(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1)
+    assert "model.safetensors" in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_code_and_notes_are_sidecars_whatever_their_name(tmp_path, source, directions):
+    for name in ("activations.py", "directions.md", "activations.json"):
+        (source / name).write_text("kept")
+    run(source, tmp_path / "out", "-d", directions, "--source-layer", 1)
+    assert {"activations.py", "directions.md", "activations.json"} <= set(snapshot(tmp_path / "out"))
+
+
+def test_an_index_spells_each_shard_in_one_way(tmp_path, source, directions):
+    path = source / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace('"model-00001', '"./model-00001'))
+    refused = run(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1)
+    assert "write it as" in refused.stderr
+
+
+def test_links_into_out_are_not_lost(tmp_path, source, directions):
+    arguments = ("-d", directions, "--source-layer", 1)
+    run(source, tmp_path / "a", *arguments)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in (tmp_path / "a").iterdir():
+        (linked / path.name).symlink_to(path)
+    before = snapshot(tmp_path / "a")
+    run(linked, tmp_path / "a", *arguments, "--overwrite", code=2)
+    assert snapshot(tmp_path / "a") == before
+
+
+def test_out_may_be_a_link_to_an_empty_folder(tmp_path, source, directions):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    run(source, tmp_path / "out", "-d", directions, "--source-layer", 1)
+    assert (tmp_path / "real" / "ablation.json").is_file()
+    assert (tmp_path / "out").is_symlink()
+
+
+def test_a_flag_wins_over_the_other_kind_in_a_recipe(tmp_path, source, directions):
+    dump = write_dump(tmp_path / "a.safetensors")
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[directions]\ndirections = "d.safetensors"\n[ablate]\nsource-layer = 1\n')
+    run(source, tmp_path / "out", "--recipe", recipe, "-a", dump)
+    run(source, tmp_path / "plain", "-a", dump, "--source-layer", 1)
+    assert tensor_bytes(tmp_path / "out") == tensor_bytes(tmp_path / "plain")
+    run(source, tmp_path / "both", "-a", dump, "-d", directions, code=2)
+    run(source, tmp_path / "both", "-d", directions, "--source-layer", 1, "--estimator", "svd", code=2)
+
+
+def test_a_missing_expert_is_noticed(tmp_path, directions):
+    source = tmp_path / "moe"
+    source.mkdir()
+    tensors = {name: values for name, values in llama_tensors().items() if "down_proj" not in name}
+    for layer in range(3):
+        for expert in range(4):
+            tensors[f"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"] = np.ones((32, 16))
+    config = {"model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 3}
+    (source / "config.json").write_text(json.dumps(config))
+    write_shard(source / "model.safetensors", tensors)
+    run(source, tmp_path / "whole", "-d", directions, "--source-layer", 1)
+    del tensors["model.layers.1.mlp.experts.2.down_proj.weight"]
+    write_shard(source / "model.safetensors", tensors)
+    refused = run(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1)
+    assert "expert 2 of 4 is missing" in refused.stderr
+
+
+def test_the_coverage_error_lists_the_tensors_of_that_layer_alone(tmp_path, directions):
+    source = tmp_path / "part"
+    source.mkdir()
+    tensors = {
+        name: values for name, values in llama_tensors().items() if name != "model.layers.1.mlp.down_proj.weight"
+    }
+    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 3}
+    (source / "config.json").write_text(json.dumps(config))
+    write_shard(source / "model.safetensors", tensors)
+    refused = run(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1)
+    assert "layer 1: no mlp writer" in refused.stderr
+    assert "model.layers.1.mlp.up_proj.weight" in refused.stderr
+    assert "layers.0" not in refused.stderr
+    assert "layers.2" not in refused.stderr
+    assert "none" in run("inspect", source).stdout

@@ -102,6 +102,17 @@ def test_usage_errors_exit_with_2(case):
         ["--jobs", "0"],
         ["--nonsense"],
         ["--coefficient", "nan"],
+        ["--coefficient", "1e300"],
+        ["--recipe", "."],
     ):
         assert CliRunner().invoke(cli, [*case, *extra]).exit_code == 2, extra
     assert CliRunner().invoke(cli, [*case, "--device", "cuda:99"]).exit_code == 2
+
+
+def test_directions_never_replace_their_dump(tmp_path):
+    dump = write_dump(tmp_path / "a.safetensors")
+    before = dump.read_bytes()
+    for file in (dump, tmp_path / "d.npz", tmp_path / "none" / "d.safetensors", tmp_path):
+        result = CliRunner().invoke(cli, ["directions", str(dump), str(file), "--overwrite"])
+        assert result.exit_code == 2, file
+    assert dump.read_bytes() == before

@@ -533,7 +533,7 @@ def _writer(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> Writer
     if tensor.shape[axis] != hidden:
         raise ArchitectureError(
             f"{hit.name}: expected the hidden size {hidden} on axis {axis}, found {list(tensor.shape)}; "
-            "the checkpoint is not what its names and config.json say"
+            "the checkpoint is not what its names and config.json say, or the axis of a target is wrong"
         )
     gain = _gain_of(hit, tensors, hidden) if rule.gain else None
     kind: Literal["weight", "bias"] = "bias" if bias else "weight"

@@ -19,6 +19,7 @@ __all__ = [
     "Checkpoint",
     "Shard",
     "TensorInfo",
+    "files_of",
     "fingerprint",
     "open_checkpoint",
     "read_header",
@@ -207,13 +208,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 left_out.append((name, "activations or directions, not weights"))
             elif name.startswith("consolidated"):
                 left_out.append((name, "holds the weights in another layout, unedited"))
-            elif index is not None or "/" in name or name == "adapter_model.safetensors":
+            elif "/" in name or name == "adapter_model.safetensors":
                 sidecars.append(name)
+            elif index is not None:
+                raise CheckpointError(
+                    f"{path / name}: {index.name} does not name it, so it would stay unedited, and some loaders would "
+                    "prefer it; move it away, or restore the index that came with the shards"
+                )
             else:
                 shards.append(shard)
         elif PurePosixPath(name).suffix in _OTHER_WEIGHTS or name.endswith(".bin.index.json"):
             left_out.append((name, "holds weights in another format, unedited"))
-        elif name == RECEIPT_NAME or PurePosixPath(name).stem in ("activations", "directions"):
+        elif name in (RECEIPT_NAME, "activations.npz", "directions.npz"):
             left_out.append((name, "belongs to an earlier edit"))
         else:
             sidecars.append(name)
@@ -225,6 +231,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     else:
         _check_numbering(path, [shard.name for shard in shards])
     return _checkpoint(path, path, shards, sidecars=sidecars, left_out=left_out)
+
+
+def files_of(checkpoint: Checkpoint) -> list[Path]:
+    """Returns the paths of every shard and sidecar."""
+    return [shard.path for shard in checkpoint.shards] + [checkpoint.root / name for name in checkpoint.sidecars]
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -330,6 +341,8 @@ def _read_index(index: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{index}: {tensor} points to {name!r}, which leaves the folder; only shards beside the index are read"
             )
+        if name != shard.as_posix():
+            raise CheckpointError(f"{index}: {tensor} points to {name!r}; write it as {shard.as_posix()!r}")
     return weight_map
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ablate_shards.kernels.project import Form, Measure
 
-__all__ = ["Channels", "Editor", "Stopped", "cores", "pread_into", "pwrite_all", "torch_dtype"]
+__all__ = ["Channels", "Editor", "Stopped", "cores", "pread_into", "pwrite_all", "resolve_device", "torch_dtype"]
 
 _CPU_BLOCK = 8 << 20
 _LEAST_MEMORY_PER_JOB = 8 << 20
@@ -66,7 +66,7 @@ class Editor:
     def __init__(self, device: str, memory: int, jobs: int | None, stop: threading.Event) -> None:
         from ablate_shards.kernels.project import choose_form
 
-        self._device = _resolve_device(device)
+        self._device = resolve_device(device)
         self._form: Form
         self._form, why = choose_form(self._device)
         self.reason = f"arithmetic: {self._form} on {self._device} ({why})"
@@ -209,8 +209,10 @@ class Editor:
             block = load(start, size, channels.read) if kept is None else kept
             projector.apply(block, start)
             if projector.nonfinite:
+                matrix = (base - edit.start) // (rows * row_bytes) + projector.nonfinite_entries[0]
+                where = f"{edit.name}, expert {matrix}" if len(edit.shape) > 2 else edit.name
                 raise ExecuteError(
-                    f"{edit.name}: holds NaN or infinite values, which no projection can edit; "
+                    f"{where}: holds NaN or infinite values, which no projection can edit; "
                     "fetch its shard again, or leave it out with --layers or --components"
                 )
             typed(size).copy_(block)
@@ -284,7 +286,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _resolve_device(name: str) -> "torch.device":
+def resolve_device(name: str) -> "torch.device":
+    """Returns the device of a name, the best there is for ``auto``.
+
+    Raises:
+        UsageError: There is no such device.
+    """
     import torch
 
     if name != "auto":

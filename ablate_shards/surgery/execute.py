@@ -19,10 +19,10 @@ from typing import Protocol, Self
 import numpy as np
 
 from ablate_shards import __version__
-from ablate_shards.errors import AblateError, ExecuteError, Interrupted
-from ablate_shards.surgery.checkpoint import RECEIPT_NAME, Checkpoint, Shard, fingerprint
+from ablate_shards.errors import ExecuteError, Interrupted
+from ablate_shards.surgery.checkpoint import RECEIPT_NAME, Checkpoint, Shard, files_of, fingerprint
 from ablate_shards.surgery.directions import Directions
-from ablate_shards.surgery.editor import Channels, Editor, Stopped, cores, pread_into, pwrite_all
+from ablate_shards.surgery.editor import Channels, Editor, Stopped, cores, pread_into, pwrite_all, resolve_device
 from ablate_shards.surgery.plan import BasisKey, Plan, TensorEdit, resolve_bases
 from ablate_shards.surgery.receipt import TensorResult, receipt_text
 from ablate_shards.surgery.recipe import AblateOptions
@@ -97,18 +97,22 @@ def execute(
         ExecuteError: OUT is in the way, the disk is too small, or a tensor cannot be edited.
         Interrupted: Ctrl-C or SIGTERM; the staged state can be resumed.
     """
-    check_out(checkpoint.path, out, overwrite=run.overwrite)
+    check_out(checkpoint.path, files_of(checkpoint), out, overwrite=run.overwrite)
     bases = resolve_bases(plan.edits, checkpoint, directions)
+    out = out.resolve() if out.is_symlink() else out
+    sizes = {shard.name: shard.size for shard in checkpoint.shards}
+    identity = {
+        "the plan": plan.sha256(),
+        "the source": checkpoint.fingerprint,
+        "the version of ablate-shards": __version__,
+    }
+    if run.device not in ("auto", "cpu"):
+        resolve_device(run.device)
+    staging: Staging | None = None
     with _sigterm_as_interrupt(), locked(out):
-        identity = {
-            "the plan": plan.sha256(),
-            "the source": checkpoint.fingerprint,
-            "the version of ablate-shards": __version__,
-        }
-        staging = Staging.open(out, identity, resume=run.resume, overwrite=run.overwrite)
-        kept = f"what is complete is kept in {staging.folder}, and the same command with --resume goes on"
         try:
-            _check_disk(checkpoint, staging)
+            staging = Staging.open(out, identity, sizes, resume=run.resume, overwrite=run.overwrite)
+            _check_disk(checkpoint, plan, staging, link=run.link)
             progress.begin(_bytes_to_write(checkpoint, staging))
             with _Surgeon(checkpoint, plan, bases, staging, progress, link=run.link) as surgeon:
                 results, identity = surgeon.operate(run)
@@ -119,16 +123,25 @@ def execute(
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            staging.publish()
+            with _uninterrupted():
+                staging.publish()
         except (KeyboardInterrupt, Interrupted) as error:
-            raise Interrupted(f"{out}: interrupted; {kept}") from error
-        except AblateError:
-            if not run.resume:
+            raise Interrupted(f"{out}: interrupted; {_what_is_kept(staging)}") from error
+        except OSError as error:
+            raise ExecuteError(
+                f"{error.filename or out}: {error.strerror or error}; {_what_is_kept(staging)}"
+            ) from error
+        except Exception:
+            if staging is not None and not run.resume:
                 staging.discard()
             raise
-        except OSError as error:
-            raise ExecuteError(f"{error.filename or out}: {error.strerror or error}; {kept}") from error
-        return results
+    return results
+
+
+def _what_is_kept(staging: Staging | None) -> str:
+    if staging is None:
+        return "nothing was written"
+    return f"what is complete is kept in {staging.folder}, and the same command with --resume goes on"
 
 
 @dataclass(slots=True)
@@ -293,10 +306,12 @@ def _bytes_to_write(checkpoint: Checkpoint, staging: Staging) -> int:
     return shards + sum((checkpoint.root / name).stat().st_size for name in checkpoint.sidecars)
 
 
-def _check_disk(checkpoint: Checkpoint, staging: Staging) -> None:
+def _check_disk(checkpoint: Checkpoint, plan: Plan, staging: Staging, *, link: bool) -> None:
     reused = sum(path.stat().st_size for path in staging.folder.rglob("*") if path.is_file())
     complete = sum(shard.size for shard in checkpoint.shards if shard.name in staging.done)
-    needed = _bytes_to_write(checkpoint, staging) - (reused - complete)
+    edited = {edit.shard for edit in plan.edits}
+    linked = sum(shard.size for shard in checkpoint.shards if link and shard.name not in edited | staging.done.keys())
+    needed = _bytes_to_write(checkpoint, staging) - (reused - complete) - linked
     free = shutil.disk_usage(staging.folder).free
     if free < needed:
         raise ExecuteError(
@@ -346,6 +361,20 @@ def _copy_range(source: int, target: int, start: int, end: int) -> None:
         pread_into(source, data, start)
         pwrite_all(target, data, start)
         start += len(data)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Lets a step end that is over soon and cannot be taken back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +17,10 @@ from ablate_shards.surgery.directions import Directions, apply_gain, biproject
 from ablate_shards.surgery.recipe import AblateOptions, Preserve, SourceLayer
 
 __all__ = ["BasisKey", "Plan", "Skip", "TensorEdit", "make_plan", "read_vector", "resolve_bases"]
+
+_LARGEST_COEFFICIENT = 1000
+_IN_LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(?P<layer>\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +134,11 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
         UsageError: A coefficient is not a number.
     """
     for coefficient in (options.coefficient, *(override.coefficient for override in options.overrides)):
-        if coefficient is not None and not math.isfinite(coefficient):
-            raise UsageError(f"coefficient: expected a finite number, found {coefficient}")
+        if coefficient is not None and not abs(coefficient) <= _LARGEST_COEFFICIENT:
+            raise UsageError(
+                f"coefficient: expected a number from -{_LARGEST_COEFFICIENT} to {_LARGEST_COEFFICIENT}, "
+                f"found {coefficient}"
+            )
     anatomy = dissect(checkpoint.tensors, checkpoint.config, options.targets)
     if directions.hidden_size != anatomy.hidden_size:
         raise DirectionsError(
@@ -152,6 +159,7 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
             tensor = checkpoint.tensors[writer.name]
             edits.append(_edit(writer, tensor, directions, options, decoder_last))
     _check_coverage(checkpoint, anatomy.writers, layers, options)
+    _check_experts(edit for edit in edits if not edit.mtp)
     order = {shard.name: number for number, shard in enumerate(checkpoint.shards)}
     edits.sort(key=lambda edit: (order[edit.shard], edit.start))
     return Plan(
@@ -327,11 +335,22 @@ def _check_coverage(
 
 
 def _names_of(checkpoint: Checkpoint, layer: int | None) -> str:
-    if layer is None:
-        names = [name for name in checkpoint.tensors if "layers." not in name and "blocks." not in name]
-    else:
-        names = [name for name in checkpoint.tensors if f".{layer}." in name]
-    return ", ".join(sorted(names)) or "its tensors"
+    places = ((name, _IN_LAYER.match(name)) for name in checkpoint.tensors)
+    wanted = None if layer is None else str(layer)
+    names = (name for name, place in places if (place["layer"] if place else None) == wanted)
+    return ", ".join(sorted({_EXPERT.sub(".experts.*.", name) for name in names})) or "its tensors"
+
+
+def _check_experts(edits: Iterable[TensorEdit]) -> None:
+    """Refuses stacks of experts, one tensor each, in which one is missing."""
+    stacks: dict[str, set[int]] = {}
+    for edit in edits:
+        if match := _EXPERT.search(edit.name):
+            stacks.setdefault(_EXPERT.sub(".experts.*.", edit.name), set()).add(int(match[1]))
+    count = max((max(found) + 1 for found in stacks.values()), default=0)
+    for name, found in stacks.items():
+        if missing := sorted(set(range(count)) - found):
+            raise PlanError(f"{name}: expert {missing[0]} of {count} is missing; the checkpoint is incomplete")
 
 
 def _warnings(edits: Sequence[TensorEdit], *, tied: bool) -> list[str]:

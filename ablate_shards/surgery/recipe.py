@@ -1,6 +1,7 @@
 """Reads a recipe: the options of the command line as a TOML file, plus overrides and targets."""
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +57,7 @@ TABLES: Mapping[str, frozenset[str]] = {
     ),
 }
 _PATHS = frozenset({"source", "out", "directions", "activations"})
+_SWITCHES = frozenset({"biproject", "link", "dry-run", "resume", "overwrite"})
 _LISTS = frozenset({"override", "target"})
 
 
@@ -119,13 +121,13 @@ class Recipe:
     targets: tuple[Target, ...]
 
 
-def parse_layers(text: str | Sequence[int]) -> frozenset[int]:
+def parse_layers(text: str | int | Sequence[int]) -> frozenset[int]:
     """Returns the layers that ``1-23,30`` (or a list of numbers) names.
 
     Raises:
         ValueError: The text is not a list of numbers and ranges.
     """
-    parts = text.split(",") if isinstance(text, str) else [str(part) for part in text]
+    parts = str(text).split(",") if isinstance(text, str | int) else [str(part) for part in text]
     layers: set[int] = set()
     for part in parts:
         match = re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part)
@@ -141,7 +143,8 @@ def parse_components(text: str | Sequence[str]) -> tuple[Component, ...]:
     Raises:
         ValueError: A name is not a component.
     """
-    names = [part.strip() for part in (text.split(",") if isinstance(text, str) else text)]
+    names = text.split(",") if isinstance(text, str) else [str(part) for part in text]
+    names = [name.strip() for name in names]
     for name in names:
         if name not in COMPONENTS:
             raise ValueError(f"expected some of {', '.join(COMPONENTS)}, found {name!r}")
@@ -180,6 +183,8 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: the recipe does not exist") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid TOML ({error})") from error
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
     flags: dict[str, Any] = {}
     overrides: list[Override] = []
     targets: list[Target] = []
@@ -199,6 +204,9 @@ def read_recipe(path: Path) -> Recipe:
                         targets.append(_target(path, item))
                 continue
             _known(path, f"key in [{table}]", key, TABLES[table] | (_LISTS if table == "ablate" else set()))
+            if isinstance(value, bool) != (key in _SWITCHES):
+                wanted = "true or false" if key in _SWITCHES else "a value"
+                raise RecipeError(f"{path}: [{table}] {key}: expected {wanted}, found {json.dumps(value)}")
             if isinstance(value, dict):
                 raise RecipeError(f"{path}: [{table}] {key}: expected a value, found a table")
             if key in _PATHS:

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +20,12 @@ __all__ = ["Staging", "check_out", "fsync_folder", "locked"]
 _JOURNAL = ".journal.jsonl"
 
 
-def check_out(source: Path, out: Path, *, overwrite: bool) -> None:
+def check_out(source: Path, files: Iterable[Path], out: Path, *, overwrite: bool) -> None:
     """Refuses an output folder that would lose something.
 
     Args:
         source: The checkpoint's file or folder.
+        files: Its files, which may be links to other places.
         out: The folder to make.
         overwrite: Whether a folder that an earlier run made may be replaced.
 
@@ -40,6 +41,9 @@ def check_out(source: Path, out: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{out}: OUT and SOURCE may not be the same or lie inside each other; name another folder")
     if there == folder:
         raise UsageError(f"{out}: OUT is the folder that SOURCE lies in; name another folder")
+    for file in files:
+        if there in file.resolve().parents:
+            raise UsageError(f"{out}: {file} is a link into OUT, which would be replaced; name another folder")
     if not there.parent.is_dir():
         raise ExecuteError(f"{there.parent}: the folder that OUT would lie in does not exist; make it first")
     if out.is_dir() and not any(out.iterdir()):
@@ -89,36 +93,43 @@ class Staging:
     Attributes:
         out: The final name.
         folder: Where the files are until then, on the same filesystem.
+        overwrite: Whether an earlier output of that name may be replaced.
         identity: What the journal says must be equal for a resumed run, by what to call it.
         done: What the journal says of each complete shard.
     """
 
     out: Path
     folder: Path
+    overwrite: bool
     identity: dict[str, str] = field(default_factory=dict)
     done: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, out: Path, identity: Mapping[str, str], *, resume: bool, overwrite: bool) -> "Staging":
+    def open(
+        cls, out: Path, identity: Mapping[str, str], sizes: Mapping[str, int], *, resume: bool, overwrite: bool
+    ) -> "Staging":
         """Makes the folder, or takes up the one an interrupted run left.
 
         Args:
             out: The final name.
             identity: What must be equal for a resumed run to give the same bytes, by what to call it.
+            sizes: Bytes of each shard; one that is gone or of another size is made again.
             resume: Go on with an interrupted run, if there is one.
-            overwrite: Throw an interrupted run away.
+            overwrite: Throw an interrupted run away (with resume: if it cannot be gone on with).
 
         Raises:
             ExecuteError: An interrupted run is in the way, or is not of this plan and source.
         """
-        staging = cls(out, _beside(out, "staging"))
+        staging = cls(out, _beside(out, "staging"), overwrite)
         journal = staging.folder / _JOURNAL
         if journal.is_file():
             if resume:
-                staging._read(journal)
-                staging.agree(identity)
-                return staging
-            if not overwrite:
+                staging._read(journal, sizes)
+                if not (overwrite and staging._changed(identity)):
+                    staging.agree(identity)
+                    return staging
+                staging = cls(out, staging.folder, overwrite)
+            elif not overwrite:
                 raise ExecuteError(
                     f"{out}: an interrupted run is staged in {staging.folder}; --resume goes on with it, "
                     "--overwrite starts again"
@@ -135,8 +146,7 @@ class Staging:
         Raises:
             ExecuteError: Something changed since the interrupted run.
         """
-        changed = [what for what in identity if self.identity.get(what, identity[what]) != identity[what]]
-        if changed:
+        if changed := self._changed(identity):
             raise ExecuteError(
                 f"{self.out}: cannot be resumed, because {' and '.join(changed)} changed since the interrupted "
                 "run; --overwrite starts again"
@@ -151,28 +161,42 @@ class Staging:
         self.done[shard] = content
 
     def publish(self) -> None:
-        """Gives the folder its final name, in one step, with everything in it on disk."""
-        (self.folder / _JOURNAL).unlink()
+        """Gives the folder its final name, in one step, with everything in it on disk.
+
+        Raises:
+            FileExistsError: The name was taken during the run, by what may not be replaced.
+        """
         for folder, _, _ in os.walk(self.folder):
             fsync_folder(Path(folder))
-        if self.out.is_dir() and any(self.out.iterdir()):
+        taken = self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))
+        if taken and not (self.overwrite and (self.out / RECEIPT_NAME).is_file()):
+            raise FileExistsError(errno.EEXIST, "appeared during the run and is not replaced", str(self.out))
+        (self.folder / _JOURNAL).unlink()
+        if taken:
             _exchange(self.folder, self.out)
             shutil.rmtree(self.folder)
         else:
             self.folder.replace(self.out)
-        fsync_folder(self.out.resolve().parent)
+        fsync_folder(self.out.parent)
 
     def discard(self) -> None:
         """Removes the folder and all in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _read(self, journal: Path) -> None:
+    def _changed(self, identity: Mapping[str, str]) -> list[str]:
+        return [what for what in identity if self.identity.get(what, identity[what]) != identity[what]]
+
+    def _read(self, journal: Path, sizes: Mapping[str, int]) -> None:
         for line in journal.read_text(encoding="utf-8").splitlines():
             with suppress(ValueError):  # a kill can tear the last line; what it told of is done again
                 entry = json.loads(line)
                 self.identity |= entry.get("identity", {})
                 if "shard" in entry:
                     self.done[entry["shard"]] = entry["content"]
+        for name in list(self.done):
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != sizes.get(name):
+                del self.done[name]
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         with (self.folder / _JOURNAL).open("a", encoding="utf-8") as file:

@@ -379,6 +379,9 @@ RECIPES = {
     "[[ablate.target]]\npattern = 'x'\ncomponent = 'mlp'": "axis",
     "[[ablate.override]]\ncoefficient = 'x'": "coefficient",
     "[[ablate.override]]\nlayer = 1": "'layers'",
+    "[[ablate.override]]\ncomponents = [1]": "found '1'",
+    "[ablate]\njobs = true": "jobs",
+    "[ablate]\ndry-run = 'x'": "dry-run",
 }
 
 
@@ -392,6 +395,7 @@ def test_recipe(tmp_path, text):
     result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
     assert result.exit_code in (1, 2)
     assert RECIPES[text] in result.stderr
+    assert "internal error" not in result.stderr
     assert not (tmp_path / "out").exists()
 
 
