@@ -14,7 +14,7 @@ from raw_checkpoints import write_directions as write_random_directions
 from raw_checkpoints import write_dump, write_llama, write_shard
 from safetensors.numpy import load_file, save_file
 
-from ablate_shards.errors import AblateError, ActivationsError, DirectionsError
+from ablate_shards.errors import AblateError, ActivationsError, DirectionsError, UsageError
 from ablate_shards.surgery import activations, directions
 from ablate_shards.surgery.activations import open_activations
 from ablate_shards.surgery.directions import (
@@ -592,11 +592,19 @@ def test_malformed_directions_are_refused(tmp_path, changes, said):
 
 @pytest.mark.parametrize(
     "scores",
-    ["{", "3", '["a"]', '{"a": 1}', row(more=1), row(layer=9), row(layer=None), row(cosine="1"), row(auc=float("nan"))],
+    [
+        *("{", "3", '["a"]', '{"a": 1}', "[" * 100_000, row(more=1)),
+        *(row(layer=layer) for layer in (9, None, "1", 1.0, True, [], {})),
+        *(row(cosine=value) for value in ("1", None, True, [], 10**400, float("inf"))),
+        *(row(contrast=None), row(purity=None), row(purity=float("-inf"))),
+        *(row(auc=value) for value in (float("nan"), 10**400, "1", False, {})),
+    ],
+    ids=lambda text: text[:200],
 )
 def test_malformed_scores_are_refused(tmp_path, scores):
     path = basis_file(tmp_path / "d.safetensors", {"scores": row()})
     assert read_directions(path).scores == {1: ONE}
+    assert read_directions(basis_file(path, {"scores": row(cosine=0, auc=None)})).scores == {1: ONE}
     assert "scores" in unreadable(basis_file(path, {"scores": scores}))
 
 
@@ -654,7 +662,7 @@ def test_malformed_foreign_directions_are_refused(tmp_path):
     ],
 )
 def test_options_without_meaning_are_refused(options, said):
-    with pytest.raises(DirectionsError) as caught:
+    with pytest.raises(UsageError) as caught:
         EstimatorOptions(**options)
     assert said in str(caught.value)
 

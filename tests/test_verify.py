@@ -1,13 +1,18 @@
 """Verification finds a single changed bit anywhere, and names where it is."""
 
+import copy
+import functools
 import json
+import operator
 
 import pytest
 from click.testing import CliRunner
 from raw_checkpoints import write_directions, write_llama
 
 from ablate_shards.cli import cli
+from ablate_shards.errors import VerifyError
 from ablate_shards.surgery.checkpoint import open_checkpoint
+from ablate_shards.surgery.receipt import read_receipt, seal
 
 
 def run(*arguments):
@@ -29,6 +34,17 @@ def flip(path, offset, bit=0):
     raw = bytearray(path.read_bytes())
     raw[offset] ^= 1 << bit
     path.write_bytes(raw)
+
+
+def receipt_of(out):
+    content = json.loads((out / "ablation.json").read_text())
+    del content["sha256"]
+    return content
+
+
+def reseal(out, content):
+    """Does what a forger does: the digest holds again."""
+    (out / "ablation.json").write_text(seal(content))
 
 
 @pytest.mark.parametrize("bit", [0, 6, 7])
@@ -79,12 +95,10 @@ def test_every_byte_of_the_receipt_is_watched(edited):
 
 def test_a_receipt_that_lies_is_found(edited):
     """A forger who restores the digest still cannot claim another measurement."""
-    from ablate_shards.surgery.receipt import read_receipt, seal
-
     source, out = edited
-    content = dict(read_receipt(out).content)
+    content = receipt_of(out)
     content["tensors"][0]["after"] = content["tensors"][0]["after"] / 3
-    (out / "ablation.json").write_text(seal(content))
+    reseal(out, content)
     result = run("verify", source, out)
     assert result.exit_code == 1
     assert content["tensors"][0]["name"] in result.stdout
@@ -92,12 +106,10 @@ def test_a_receipt_that_lies_is_found(edited):
 
 
 def test_an_edit_that_the_receipt_hides_is_found(edited):
-    from ablate_shards.surgery.receipt import read_receipt, seal
-
     source, out = edited
-    content = dict(read_receipt(out).content)
+    content = receipt_of(out)
     hidden = content["tensors"].pop()
-    (out / "ablation.json").write_text(seal(content))
+    reseal(out, content)
     result = run("verify", source, out)
     assert result.exit_code == 1
     assert hidden["name"] in result.stdout
@@ -156,15 +168,146 @@ def test_json(edited):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("shape", [1, 1]), ("bytes", [0, 10**9]), ("axis", -7), ("source_layer", 9), ("dtype", "I8"), ("gain", "none")],
+    [
+        ("shape", [1, 1]),
+        ("bytes", [0, 10**9]),
+        ("axis", -7),
+        ("source_layer", 9),
+        ("dtype", "I8"),
+        ("gain", "none"),
+        ("gain", "lm_head.weight"),
+        ("references", [9]),
+        ("kind", "bias"),
+        ("axis", 0),
+    ],
 )
 def test_a_record_that_cannot_be_is_refused(edited, key, value):
-    from ablate_shards.surgery.receipt import read_receipt, seal
-
     source, out = edited
-    content = dict(read_receipt(out).content)
+    content = receipt_of(out)
     content["tensors"][0][key] = value
-    (out / "ablation.json").write_text(seal(content))
+    reseal(out, content)
     result = run("verify", source, out)
     assert result.exit_code == 1
     assert "does not fit the source" in result.stderr
+
+
+WRONG = [None, -1, "x", [], {}, [None], True, 1.5, 10**400, float("nan")]
+
+
+def places(content, at=()):
+    """Yields the way to every value, the first of each list."""
+    for key in content if isinstance(content, dict) else range(min(len(content), 1)):
+        yield (*at, key)
+        if isinstance(content[key], dict | list):
+            yield from places(content[key], (*at, key))
+
+
+def test_a_receipt_of_wrong_types_is_refused_in_a_sentence(edited):
+    """Whatever stands anywhere in a resealed receipt, it is read, or refused as a receipt."""
+    _, out = edited
+    whole = receipt_of(out)
+    refused, sentences = set(), set()
+    for place in places(whole):
+        for wrong in WRONG:
+            content = copy.deepcopy(whole)
+            holder = functools.reduce(operator.getitem, place[:-1], content)
+            holder[place[-1]] = wrong
+            reseal(out, content)
+            try:
+                read_receipt(out)
+            except VerifyError as error:
+                refused.add(place)
+                sentences.add(str(error))
+    used = ("source", "shards", 0, "name"), ("tensors", 0, "dtype"), ("tensors", 0, "bytes"), ("files", "copied", 0)
+    assert refused.issuperset(used)
+    assert refused.issuperset(places(whole["tensors"][0], ("tensors", 0)))
+    assert all("ablation.json: " in sentence and "\n" not in sentence for sentence in sentences)
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [
+        *((("source",), wrong) for wrong in (None, {}, [])),
+        (("source", "shards", 0, "name"), ["x"]),
+        (("files",), None),
+        (("tensors", 0, "bytes"), []),
+        (("tensors", 0, "dtype"), ["BF16"]),
+        (("tensors", 0, "axis"), None),
+        (("tensors", 0, "source_layer"), []),
+        (("tensors", 0, "references"), [[]]),
+        (("tensors", 0, "coefficient"), True),
+        (("tensors", 0, "kind"), {}),
+        (("directions", "basis", "1", "shape"), None),
+        (("directions", "basis", "1", "shape"), -1),
+        (("directions", "basis", "1", "shape"), [1, -1]),
+        (("directions", "reference", "1", "float32"), "AADAfw=="),
+    ],
+)
+def test_verify_says_that_a_receipt_of_wrong_types_is_none(edited, place, wrong):
+    source, out = edited
+    content = receipt_of(out)
+    functools.reduce(operator.getitem, place[:-1], content)[place[-1]] = wrong
+    reseal(out, content)
+    result = run("verify", source, out)
+    assert result.exit_code == 1
+    assert "ablation.json: not a complete receipt" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_what_is_missing_or_twice_in_a_receipt_is_refused(edited):
+    source, out = edited
+    whole = receipt_of(out)
+    for key in ("source", "tensors", "directions", "files"):
+        reseal(out, {name: value for name, value in whole.items() if name != key})
+        assert f"not a complete receipt ('{key}')" in run("verify", source, out).stderr
+    reseal(out, whole | {"tensors": whole["tensors"] * 2})
+    assert "records a tensor twice" in run("verify", source, out).stderr
+    for deep in ("[" * 100_000, json.dumps(whole)[:-1] + ', "more": ' + "[" * 500 + "]" * 500 + "}"):
+        (out / "ablation.json").write_text(deep)
+        result = run("verify", source, out)
+        assert result.exit_code == 1
+        assert "internal" not in result.output
+    reseal(out, whole)
+    assert run("verify", source, out).exit_code == 0
+
+
+def test_a_changed_file_that_the_receipt_hides_is_found(edited):
+    source, out = edited
+    content = receipt_of(out)
+    assert "config.json" in content["files"]["copied"]
+    content["files"]["copied"].remove("config.json")
+    reseal(out, content)
+    differences = json.loads(run("verify", source, out, "--json").stdout)["differences"]
+    assert [difference["where"] for difference in differences] == ["ablation.json"]
+    flip(out / "config.json", 1)
+    differences = json.loads(run("verify", source, out, "--json").stdout)["differences"]
+    assert [difference["where"] for difference in differences] == ["ablation.json", "config.json"]
+
+
+@pytest.mark.parametrize("name", ["more.txt", "../../more.txt"])
+def test_a_file_that_the_source_does_not_have_is_not_of_the_receipt(edited, name):
+    source, out = edited
+    content = receipt_of(out)
+    content["files"]["copied"].append(name)
+    reseal(out, content)
+    result = run("verify", source, out)
+    assert result.exit_code == 1
+    assert f"says that {name} was copied" in result.stdout
+
+
+def test_a_file_added_to_the_source_later_is_a_note(edited):
+    source, out = edited
+    (source / "later.txt").write_text("later")
+    result = run("verify", source, out)
+    assert result.exit_code == 0
+    assert "later.txt was added to the source" in result.stdout
+
+
+def test_edits_are_counted_whatever_the_threads(edited):
+    source, out = edited
+    flip(
+        out / "model-00001-of-00002.safetensors",
+        open_checkpoint(source).tensors["model.layers.0.self_attn.o_proj.weight"].start,
+    )
+    content = json.loads(run("verify", source, out, "--json", "--jobs", 4).stdout)
+    assert (content["edited"], content["identical"]) == (6, 5)

@@ -7,13 +7,13 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ablate_shards.errors import ActivationsError, CheckpointError, DirectionsError
+from ablate_shards.errors import ActivationsError, CheckpointError, DirectionsError, UsageError
 from ablate_shards.surgery.activations import (
     LABELS,
     MEASUREMENT_SUFFIXES,
@@ -71,7 +71,7 @@ class EstimatorOptions:
         winsorize: Clip each prompt's activations at this quantile of their magnitudes; None leaves them.
 
     Raises:
-        DirectionsError: The options contradict one another.
+        UsageError: The options contradict one another.
     """
 
     estimator: Estimator = "mean-difference"
@@ -81,13 +81,13 @@ class EstimatorOptions:
     def __post_init__(self) -> None:
         """Refuses what has no meaning."""
         if self.estimator not in get_args(Estimator):
-            raise DirectionsError(f"estimator: expected {', '.join(get_args(Estimator))}, found {self.estimator!r}")
+            raise UsageError(f"estimator: expected {', '.join(get_args(Estimator))}, found {self.estimator!r}")
         if self.rank < 1:
-            raise DirectionsError(f"rank: expected at least 1, found {self.rank}")
+            raise UsageError(f"rank: expected at least 1, found {self.rank}")
         if self.rank > 1 and self.estimator != "svd":
-            raise DirectionsError(f"rank {self.rank} needs the svd estimator; {self.estimator} gives one direction")
+            raise UsageError(f"rank {self.rank} needs the svd estimator; {self.estimator} gives one direction")
         if self.winsorize is not None and not 0.5 < self.winsorize <= 1:
-            raise DirectionsError(f"winsorize: expected a quantile above 0.5, at most 1, found {self.winsorize}")
+            raise UsageError(f"winsorize: expected a quantile above 0.5, at most 1, found {self.winsorize}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -550,13 +550,21 @@ def _read_scores(path: Path, text: str, layers: Mapping[int, Any]) -> dict[int, 
         scores = [LayerScore(**row) for row in json.loads(text)]
     except (ValueError, TypeError, RecursionError) as error:
         raise DirectionsError(f"{path}: the scores in its metadata cannot be read; compute it again") from error
+    numbers = [item for item in fields(LayerScore) if item.name != "layer"]
     for score in scores:
-        numbers = [getattr(score, item.name) for item in fields(score) if item.name != "layer"]
-        if score.layer not in layers or not all(
-            value is None or (isinstance(value, int | float) and math.isfinite(value)) for value in numbers
+        values = [(getattr(score, item.name), item.default is MISSING) for item in numbers]
+        if (
+            type(score.layer) is not int
+            or score.layer not in layers
+            or not all(_is_number(value) or (value is None and not needed) for value, needed in values)
         ):
             raise DirectionsError(f"{path}: its scores do not fit its layers or are no numbers; compute it again")
     return {score.layer: score for score in scores}
+
+
+def _is_number(value: object) -> bool:
+    # A bound rather than a look for infinities, since an integer may be too long for a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _read_measurements(path: Path) -> Directions:

@@ -4,10 +4,11 @@ import base64
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,11 +17,13 @@ from ablate_shards.errors import VerifyError
 from ablate_shards.surgery.checkpoint import RECEIPT_NAME, Checkpoint
 from ablate_shards.surgery.directions import Directions
 from ablate_shards.surgery.plan import BasisKey, Plan, TensorEdit
-from ablate_shards.surgery.recipe import AblateOptions
+from ablate_shards.surgery.recipe import COMPONENTS, PRESERVE, AblateOptions
 
 __all__ = ["FORMAT", "Receipt", "TensorResult", "read_receipt", "receipt_text", "seal"]
 
 FORMAT = "ablate-shards.receipt/1"
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +47,19 @@ class TensorResult:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """A receipt as read.
+    """What a receipt says that can be checked, as read.
 
     Attributes:
-        content: The whole receipt as JSON types.
-        edits: The edits it records.
+        shards: Digests of the source's headers, by shard.
+        copied: The files that were copied beside the shards.
+        edits: The edits it records, one a tensor.
         results: What it says was measured, by tensor.
-        directions: The directions it carries, those that the edits use.
+        directions: The directions and reference means it carries, those that the edits use; no metadata.
         altered: Whether its bytes are not the ones that were written.
     """
 
-    content: Mapping[str, Any]
+    shards: Mapping[str, str]
+    copied: tuple[str, ...]
     edits: tuple[TensorEdit, ...]
     results: Mapping[str, TensorResult]
     directions: Directions
@@ -119,29 +124,32 @@ def read_receipt(folder: Path) -> Receipt:
     try:
         content = json.loads(raw)
         found = content["format"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise VerifyError(f"{path}: not a receipt ({error}); it was changed after it was written") from error
     if found != FORMAT:
-        raise VerifyError(f"{path}: expected {FORMAT}, found {found}; use the version that wrote it")
+        raise VerifyError(f"{path}: expected {FORMAT}, found {found!r}; use the version that wrote it")
     try:
-        edits = tuple(_edit(record) for record in content["tensors"])
-        results = {
-            record["name"]: TensorResult(
-                **{field.name: record[field.name] for field in dataclasses.fields(TensorResult)}
-            )
-            for record in content["tensors"]
+        shards = {
+            _typed(entry, "name", str): _typed(entry, "header_sha256", str) for entry in content["source"]["shards"]
         }
-        directions = Directions(
-            basis=_decode(content["directions"]["basis"]),
-            reference={layer: array[0] for layer, array in _decode(content["directions"]["reference"]).items()},
-            scores={},
-            metadata=content["directions"]["metadata"],
+        edits = tuple(_edit(record) for record in content["tensors"])
+        results = {edit.name: _result(record) for edit, record in zip(edits, content["tensors"], strict=True)}
+        if len(results) < len(edits):
+            raise ValueError("records a tensor twice")
+        receipt = Receipt(
+            shards=shards,
+            copied=_items(content["files"], "copied", str),
+            edits=edits,
+            results=results,
+            directions=Directions(
+                basis=_decode(content["directions"]["basis"]),
+                reference={layer: array[0] for layer, array in _decode(content["directions"]["reference"]).items()},
+            ),
+            altered=seal({key: value for key, value in content.items() if key != "sha256"}).encode() != raw,
         )
-        digest = content.pop("sha256")
-        altered = seal(content).encode() != raw or not isinstance(digest, str)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise VerifyError(f"{path}: not a complete receipt ({error}); it was changed after it was written") from error
-    return Receipt(content, edits, results, directions, altered)
+    return receipt
 
 
 def seal(content: Mapping[str, Any]) -> str:
@@ -195,27 +203,66 @@ def _record(edit: TensorEdit, result: TensorResult) -> dict[str, Any]:
 
 
 def _edit(record: Mapping[str, Any]) -> TensorEdit:
+    start, end = _items(record, "bytes", int)
     return TensorEdit(
-        name=record["name"],
-        shard=record["shard"],
-        dtype=record["dtype"],
-        shape=tuple(record["shape"]),
-        start=record["bytes"][0],
-        end=record["bytes"][1],
-        axis=record["axis"],
-        kind=record["kind"],
-        layer=record["layer"],
-        component=record["component"],
-        mtp=record["mtp"],
-        coefficient=record["coefficient"],
-        preserve=record["preserve"],
+        name=_typed(record, "name", str),
+        shard=_typed(record, "shard", str),
+        dtype=_typed(record, "dtype", str),
+        shape=_items(record, "shape", int),
+        start=start,
+        end=end,
+        axis=_typed(record, "axis", int),
+        kind=_one_of(record, "kind", ("weight", "bias")),
+        layer=None if record["layer"] is None else _typed(record, "layer", int),
+        component=_one_of(record, "component", COMPONENTS),
+        mtp=_typed(record, "mtp", bool),
+        coefficient=_number(record, "coefficient"),
+        preserve=_one_of(record, "preserve", PRESERVE),
         basis=BasisKey(
-            source_layer=record["source_layer"],
-            references=tuple(record["references"]),
-            gain=record["gain"],
-            gain_offset=record["gain_offset"],
+            source_layer=_typed(record, "source_layer", int),
+            references=_items(record, "references", int),
+            gain=None if record["gain"] is None else _typed(record, "gain", str),
+            gain_offset=_number(record, "gain_offset"),
         ),
     )
+
+
+def _result(record: Mapping[str, Any]) -> TensorResult:
+    return TensorResult(
+        before=_number(record, "before"),
+        after=_number(record, "after"),
+        norm_drift=None if record["norm_drift"] is None else _number(record, "norm_drift"),
+        degenerate=_typed(record, "degenerate", int),
+        sha256=_typed(record, "sha256", str),
+    )
+
+
+def _typed(record: Mapping[str, Any], key: str, kind: type[_T]) -> _T:
+    return _of_type(record[key], key, kind)
+
+
+def _items(record: Mapping[str, Any], key: str, kind: type[_T]) -> tuple[_T, ...]:
+    return tuple(_of_type(item, key, kind) for item in _typed(record, key, list))
+
+
+def _of_type(value: object, key: str, kind: type[_T]) -> _T:
+    # To Python a bool is an int as well.
+    if not isinstance(value, kind) or type(value) is not kind:
+        raise TypeError(f"{key}: expected {kind.__name__}, found {type(value).__name__}")
+    return value
+
+
+def _number(record: Mapping[str, Any], key: str) -> float:
+    value = record[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{key}: expected a finite number")
+    return float(value)
+
+
+def _one_of(record: Mapping[str, Any], key: str, choices: tuple[_T, ...]) -> _T:
+    if record[key] not in choices:
+        raise ValueError(f"{key}: expected one of {', '.join(map(str, choices))}")
+    return choices[choices.index(record[key])]
 
 
 def _encode(arrays: Mapping[int, np.ndarray], layers: set[int]) -> dict[str, Any]:
@@ -229,7 +276,11 @@ def _encode(arrays: Mapping[int, np.ndarray], layers: set[int]) -> dict[str, Any
 
 
 def _decode(entries: Mapping[str, Any]) -> dict[int, np.ndarray]:
-    return {
-        int(layer): np.frombuffer(base64.b64decode(entry["float32"], validate=True), "<f4").reshape(entry["shape"])
-        for layer, entry in entries.items()
-    }
+    arrays = {}
+    for layer, entry in entries.items():
+        rows, columns = _items(entry, "shape", int)
+        array = np.frombuffer(base64.b64decode(_typed(entry, "float32", str), validate=True), "<f4")
+        if min(rows, columns) < 1 or rows * columns != array.size or not np.isfinite(array).all():
+            raise ValueError(f"layer {layer!r}: expected finite numbers, as many as its shape says")
+        arrays[int(layer)] = array.reshape(rows, columns)
+    return arrays

@@ -4,7 +4,7 @@ import filecmp
 import functools
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +70,13 @@ def verify(checkpoint: Checkpoint, out: Path, run: ExecuteOptions, progress: Pro
 
     Every byte outside the edited tensors must equal the source's; every edited tensor must equal a
     recomputation (to rounding, where another device or library version recomputes it) and the digest and
-    measurements in the receipt.
+    measurements in the receipt. Which tensors and files there are to compare is told by the source.
+
+    Anyone can edit a receipt and seal it anew. One that was may still say what neither weights nor files show:
+    the tool, device, family and recipe of the run, the layer and component of a tensor, what was skipped or left
+    out and why, the source's name, and the digest and metadata of the directions. It may describe another edit of
+    the same form, if the weights are what that edit gives, and have a missing file pass for one that the source
+    gained later, which is a note.
 
     Args:
         checkpoint: The source.
@@ -82,12 +88,10 @@ def verify(checkpoint: Checkpoint, out: Path, run: ExecuteOptions, progress: Pro
         VerifyError: There is no receipt, or it is not of this source.
     """
     receipt = read_receipt(out)
-    recorded = {entry["name"]: entry["header_sha256"] for entry in receipt.content["source"]["shards"]}
-    found = {shard.name: shard.header_sha256 for shard in checkpoint.shards}
-    if recorded != found:
+    if receipt.shards != {shard.name: shard.header_sha256 for shard in checkpoint.shards}:
         raise VerifyError(
             f"{checkpoint.path}: is not the source that {out / RECEIPT_NAME} names; expected the shards "
-            f"{', '.join(recorded)} with the headers it records"
+            f"{', '.join(receipt.shards)} with the headers it records"
         )
     for edit in receipt.edits:
         if not _describes(edit, checkpoint, receipt.directions):
@@ -98,7 +102,7 @@ def verify(checkpoint: Checkpoint, out: Path, run: ExecuteOptions, progress: Pro
     differences = []
     if receipt.altered:
         differences.append(Difference(RECEIPT_NAME, "changed after it was written (its digest does not hold)"))
-    unknown, notes = _compare_names(checkpoint, out, receipt.content["files"]["copied"])
+    unknown, notes = _compare_names(checkpoint, out, receipt.copied)
     with _Examiner(checkpoint, out, receipt, run, progress) as examiner:
         differences += unknown + examiner.examine()
         return Verification(
@@ -135,12 +139,13 @@ class _Examiner:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def examine(self) -> list[Difference]:
-        """Returns every difference in the shards and the copied files."""
+        """Returns every difference in the shards and in the files beside them."""
         self._progress.note(self._editor.reason)
         self._progress.begin(sum(shard.size for shard in self._checkpoint.shards))
         differences: list[Difference] = []
-        for name in self._receipt.content["files"]["copied"]:
-            differences += self._compare_sidecar(name)
+        for name in self._checkpoint.sidecars:
+            if name in self._receipt.copied or (self._out / name).exists():
+                differences += self._compare_sidecar(name)
         with self._editor.one_thread_each():
             for shard in self._checkpoint.shards:
                 differences += self._examine_shard(shard)
@@ -154,17 +159,23 @@ class _Examiner:
             return [Difference(shard.name, f"expected {shard.size} bytes, found {size}")]
         with shard.path.open("rb") as source, path.open("rb") as target:
             files = (source.fileno(), target.fileno())
-            futures = [
+            ranges = [
                 self._readers.submit(self._compare_range, shard, files, start, min(start + _CHUNK, end))
                 for first, end in untouched(shard, self._receipt.edits)
                 for start in range(first, end, _CHUNK)
             ]
-            futures += [
-                self._editors.submit(self._compare_edit, edit, files)
+            edits = {
+                edit.name: self._editors.submit(self._compare_edit, edit, files)
                 for edit in self._receipt.edits
                 if edit.shard == shard.name
-            ]
-            return [difference for future in futures for difference in future.result()]
+            }
+            differences = [difference for future in ranges for difference in future.result()]
+            for name, future in edits.items():
+                problem, identical = future.result()
+                if problem is not None:
+                    differences.append(Difference(name, problem))
+                self.identical += identical
+            return differences
 
     def _compare_range(self, shard: Shard, files: tuple[int, int], start: int, end: int) -> list[Difference]:
         ours, theirs = bytearray(end - start), bytearray(end - start)
@@ -177,7 +188,8 @@ class _Examiner:
         name = next((tensor.name for tensor in shard.tensors if tensor.start <= first < tensor.end), "the header")
         return [Difference(name, f"differs from the source at byte {first} of {shard.name}, but was not edited")]
 
-    def _compare_edit(self, edit: TensorEdit, files: tuple[int, int]) -> list[Difference]:
+    def _compare_edit(self, edit: TensorEdit, files: tuple[int, int]) -> tuple[str | None, bool]:
+        """Returns what is wrong with an edited tensor, or whether it is right to the bit."""
         recorded = self._receipt.results[edit.name]
         comparison = _Comparison(edit, files[1])
 
@@ -193,15 +205,12 @@ class _Examiner:
         try:
             result = self._editor.edit(edit, self._bases[edit.basis], channels)
         except AblateError as error:
-            return [Difference(edit.name, str(error))]
-        if problem := comparison.problem():
-            return [Difference(edit.name, problem)]
-        if result.sha256 != recorded.sha256:
-            return [Difference(edit.name, "the receipt records another digest of its bytes")]
-        if problem := _measures_differ(recorded, result):
-            return [Difference(edit.name, problem)]
-        self.identical += comparison.differing == 0
-        return []
+            return str(error), False
+        problem = comparison.problem()
+        if problem is None and result.sha256 != recorded.sha256:
+            problem = "the receipt records another digest of its bytes"
+        problem = problem or _measures_differ(recorded, result)
+        return problem, problem is None and comparison.differing == 0
 
     def _compare_sidecar(self, name: str) -> list[Difference]:
         ours, theirs = self._checkpoint.root / name, self._out / name
@@ -267,16 +276,25 @@ class _Comparison:
 
 def _describes(edit: TensorEdit, checkpoint: Checkpoint, directions: Directions) -> bool:
     tensor = checkpoint.tensors.get(edit.name)
-    if tensor is None or edit.dtype not in ITEM_BYTES or not -len(edit.shape) <= edit.axis < 0:
-        return False
+    ranks, axes = ((1, 2), (-1,)) if edit.kind == "bias" else ((2, 3), (-2, -1))
     key = edit.basis
+    if (
+        tensor is None
+        or len(edit.shape) not in ranks
+        or edit.axis not in axes
+        or key.source_layer not in directions.basis
+    ):
+        return False
+    hidden = directions.basis[key.source_layer].shape[1:]
+    gain = None if key.gain is None else checkpoint.tensors.get(key.gain)
     return (
         (tensor.shard, tensor.dtype, tensor.shape, tensor.start, tensor.end)
         == (edit.shard, edit.dtype, edit.shape, edit.start, edit.end)
-        and key.source_layer in directions.basis
+        and edit.dtype in ITEM_BYTES
+        and edit.shape[edit.axis] == hidden[0]
         and all(layer in directions.reference for layer in key.references)
-        and directions.basis[key.source_layer].shape[-1:] == edit.shape[edit.axis :][:1]
-        and (key.gain is None or key.gain in checkpoint.tensors)
+        and all(directions.reference[layer].shape == hidden for layer in key.references)
+        and (key.gain is None or (gain is not None and gain.shape == hidden))
     )
 
 
@@ -291,9 +309,17 @@ def _measures_differ(recorded: TensorResult, found: TensorResult) -> str | None:
     return None
 
 
-def _compare_names(checkpoint: Checkpoint, out: Path, copied: Iterable[str]) -> tuple[list[Difference], list[str]]:
-    known = {RECEIPT_NAME, *(shard.name for shard in checkpoint.shards), *copied}
+def _compare_names(checkpoint: Checkpoint, out: Path, copied: Collection[str]) -> tuple[list[Difference], list[str]]:
     differences, notes = [], []
+    for name in sorted({*copied}.symmetric_difference(checkpoint.sidecars)):
+        if name in copied:
+            what = f"says that {name} was copied, but it is not among the files of {checkpoint.path}"
+            differences.append(Difference(RECEIPT_NAME, what))
+        elif (out / name).exists():
+            differences.append(Difference(RECEIPT_NAME, f"does not say that {name} was copied, but it is there"))
+        else:
+            notes.append(f"{name} was added to the source after the edit")
+    known = {RECEIPT_NAME, *(shard.name for shard in checkpoint.shards), *checkpoint.sidecars}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
         if name in known or not path.is_file():
