@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ablate_shards.errors import DirectionsError
-from ablate_shards.surgery.architecture import Anatomy, Writer
+from ablate_shards.surgery.architecture import Anatomy, Writer, split_layer
 from ablate_shards.surgery.checkpoint import RECEIPT_NAME, Checkpoint, TensorInfo
 from ablate_shards.surgery.directions import Directions, score_table
 from ablate_shards.surgery.plan import Plan, TensorEdit
@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-_IN_LAYER = re.compile(r"^.*?(?:layers|h)\.\d+\.")
 _MOST_NAMES = 12
 _FILE_WIDTH = 160
 _NO_LAYER = "–"
@@ -173,12 +172,7 @@ def print_plan(checkpoint: Checkpoint, plan: Plan) -> None:
             _size(sum(edit.end - edit.start for edit in edits)),
         )
     console.print(table)
-    edited = sum(edit.end - edit.start for edit in plan.edits)
-    whole = sum(shard.size for shard in checkpoint.shards)
-    console.print(
-        f"{plan.family}: {len(plan.edits)} of {len(checkpoint.tensors)} tensors would be edited, "
-        f"{_size(edited)} of {_size(whole)}"
-    )
+    console.print(_share(checkpoint, plan, "would be edited"))
     _print_left_out(console, plan, checkpoint)
 
 
@@ -212,12 +206,7 @@ def print_results(checkpoint: Checkpoint, plan: Plan, results: Mapping[str, Tens
         "component: share of a weight's norm along the direction; norm drift: largest change of a kept norm; "
         "degenerate: vectors too parallel to the direction to keep their norm"
     )
-    edited = sum(edit.end - edit.start for edit in plan.edits)
-    whole = sum(shard.size for shard in checkpoint.shards)
-    console.print(
-        f"{plan.family}: {len(plan.edits)} of {len(checkpoint.tensors)} tensors edited, {_size(edited)} of "
-        f"{_size(whole)}; every other byte is the source's"
-    )
+    console.print(f"{_share(checkpoint, plan, 'edited')}; every other byte is the source's")
     if plan.skipped:
         console.print(f"{_count(len(plan.skipped), 'other writer')} left as they are; the receipt says why")
     console.print(f"written to {out}, receipt in {out / RECEIPT_NAME}")
@@ -355,6 +344,13 @@ def print_verification(verification: Verification, source: Path, out: Path) -> N
     )
 
 
+def _share(checkpoint: Checkpoint, plan: Plan, what: str) -> str:
+    edited = sum(edit.end - edit.start for edit in plan.edits)
+    whole = sum(shard.size for shard in checkpoint.shards)
+    tensors = f"{len(plan.edits)} of {len(checkpoint.tensors)} tensors"
+    return f"{plan.family}: {tensors} {what}, {_size(edited)} of {_size(whole)}"
+
+
 def _print_left_out(console: Console, plan: Plan, checkpoint: Checkpoint) -> None:
     _print_reasons(console, ((skip.name, skip.reason) for skip in plan.skipped))
     for name, reason in checkpoint.left_out:
@@ -384,7 +380,7 @@ def _layer_name(item: TensorEdit | Writer) -> str:
 
 def _short_names(names: Iterable[str]) -> str:
     """Returns names within their layer, such as ``128 x mlp.experts.*.down_proj``."""
-    return _fold(_numbers_folded(_IN_LAYER.sub("", name)) for name in names)
+    return _fold(_numbers_folded(split_layer(name)[1]) for name in names)
 
 
 def _fold(names: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from ablate_shards.errors import ArchitectureError
 from ablate_shards.surgery.checkpoint import TensorInfo
 from ablate_shards.surgery.families import FAMILIES, Axis, Family, Layout, Module
 
-__all__ = ["Anatomy", "Axis", "Component", "LeftOut", "Target", "Writer", "dissect", "family_names"]
+__all__ = ["Anatomy", "Axis", "Component", "LeftOut", "Target", "Writer", "dissect", "family_names", "split_layer"]
 
 Component = Literal["attention", "mlp", "embedding"]
 
@@ -183,6 +183,12 @@ class _Settings:
                 raise ArchitectureError(f"config.json: expected {key} from 1 to {most}, found {found!r}")
             return found
         return None
+
+
+def split_layer(name: str) -> tuple[int | None, str]:
+    """Returns the layer or block a tensor lies in and its name within it; None and the whole name if in none."""
+    place = _IN_LAYER.fullmatch(name)
+    return (int(place["layer"]), place["inner"]) if place else (None, name)
 
 
 def family_names() -> tuple[str, ...]:

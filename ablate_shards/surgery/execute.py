@@ -23,7 +23,7 @@ from ablate_shards.errors import ExecuteError, Interrupted
 from ablate_shards.surgery.checkpoint import RECEIPT_NAME, Checkpoint, Shard, files_of, fingerprint
 from ablate_shards.surgery.directions import Directions
 from ablate_shards.surgery.editor import Channels, Editor, Stopped, cores, pread_into, pwrite_all, resolve_device
-from ablate_shards.surgery.plan import BasisKey, Plan, TensorEdit, resolve_bases
+from ablate_shards.surgery.plan import BasisKey, Plan, TensorEdit, by_shard, resolve_bases
 from ablate_shards.surgery.receipt import TensorResult, receipt_text
 from ablate_shards.surgery.recipe import AblateOptions
 from ablate_shards.surgery.staging import Staging, check_out, fsync_folder, locked
@@ -168,7 +168,7 @@ class _Surgeon:
         *,
         link: bool,
     ) -> None:
-        self._checkpoint, self._plan, self._bases = checkpoint, plan, bases
+        self._checkpoint, self._edits, self._bases = checkpoint, by_shard(plan.edits), bases
         self._staging, self._progress, self._link = staging, progress, link
         self._stop = threading.Event()
         self._pools: list[ThreadPoolExecutor] = []
@@ -223,17 +223,17 @@ class _Surgeon:
         path = self._staging.folder / shard.name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        edited = any(edit.shard == shard.name for edit in self._plan.edits)
-        linked = not edited and self._link and _link(shard.path, path)
+        edits = self._edits.get(shard.name, ())
+        linked = not edits and self._link and _link(shard.path, path)
         source = self._hold(os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC))
         if linked:
             self._progress.advance(shard.size)
             return _Work(shard, source, self._hold(os.open(path, os.O_RDONLY | os.O_CLOEXEC)), [])
         target = self._hold(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
-        _allocate(target, shard.size, shared=not edited)
+        _allocate(target, shard.size, shared=not edits)
         copies = [
             copiers.submit(self._copy, source, target, start, min(start + _COPY_CHUNK, end))
-            for first, end in untouched(shard, self._plan.edits)
+            for first, end in untouched(shard, edits)
             for start in range(first, end, _COPY_CHUNK)
         ]
         # What is copied goes to the disk while the edits are computed.
@@ -241,9 +241,8 @@ class _Surgeon:
         return _Work(shard, source, target, copies)
 
     def _start_edits(self, work: _Work, editor: Editor, editors: ThreadPoolExecutor) -> None:
-        for edit in self._plan.edits:
-            if edit.shard == work.shard.name:
-                work.edits.append(editors.submit(self._edit, edit, work, editor))
+        for edit in self._edits.get(work.shard.name, ()):
+            work.edits.append(editors.submit(self._edit, edit, work, editor))
 
     def _complete(self, work: _Work) -> dict[str, TensorResult]:
         for future in work.copies:
@@ -291,9 +290,9 @@ class _Surgeon:
 
 
 def untouched(shard: Shard, edits: Iterable[TensorEdit]) -> Iterator[tuple[int, int]]:
-    """Yields the byte ranges of a shard that lie outside every edited tensor, the header among them."""
+    """Yields the byte ranges of a shard outside its edits (in the order of their bytes), the header among them."""
     position = 0
-    for edit in sorted((edit for edit in edits if edit.shard == shard.name), key=lambda edit: edit.start):
+    for edit in edits:
         if position < edit.start:
             yield position, edit.start
         position = edit.end

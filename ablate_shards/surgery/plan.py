@@ -1,25 +1,26 @@
 """Decides what to edit, before any byte is written: one TensorEdit per weight, as pure data."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from ablate_shards.errors import DirectionsError, PlanError, UsageError
-from ablate_shards.surgery.architecture import Component, LeftOut, Writer, dissect
+from ablate_shards.surgery.architecture import Component, LeftOut, Writer, dissect, split_layer
 from ablate_shards.surgery.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo
 from ablate_shards.surgery.directions import Directions, apply_gain, biproject
 from ablate_shards.surgery.recipe import AblateOptions, Preserve, SourceLayer
 
-__all__ = ["BasisKey", "Plan", "Skip", "TensorEdit", "make_plan", "read_vector", "resolve_bases"]
+__all__ = ["BasisKey", "Plan", "Skip", "TensorEdit", "by_shard", "make_plan", "read_vector", "resolve_bases"]
 
 _LARGEST_COEFFICIENT = 1000
-_IN_LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(?P<layer>\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -147,6 +148,7 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
         )
     layers = _select_layers(anatomy.layers, directions, options)
     decoder_last = max(anatomy.layers, default=0)
+    best = functools.cache(directions.best_layer)
     edits: list[TensorEdit] = []
     skipped = [Skip(item.name, item.layer, item.component, item.reason) for item in anatomy.left_out]
     for item in anatomy.left_out:
@@ -157,7 +159,7 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
             skipped.append(Skip(writer.name, writer.layer, writer.component, reason))
         else:
             tensor = checkpoint.tensors[writer.name]
-            edits.append(_edit(writer, tensor, directions, options, decoder_last))
+            edits.append(_edit(writer, tensor, directions, options, decoder_last, best))
     _check_coverage(checkpoint, anatomy.writers, layers, options)
     _check_experts(edit for edit in edits if not edit.mtp)
     order = {shard.name: number for number, shard in enumerate(checkpoint.shards)}
@@ -170,6 +172,14 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
         notes=tuple(_warnings(edits, tied=anatomy.tied)),
         directions_sha256=directions.sha256(),
     )
+
+
+def by_shard(edits: Iterable[TensorEdit]) -> Mapping[str, Sequence[TensorEdit]]:
+    """Groups edits by the shard that holds them, in the order of their bytes; a shard without one has none."""
+    groups: defaultdict[str, list[TensorEdit]] = defaultdict(list)
+    for edit in sorted(edits, key=lambda edit: edit.start):
+        groups[edit.shard].append(edit)
+    return groups
 
 
 def resolve_bases(
@@ -253,7 +263,12 @@ def _why_skipped(writer: Writer | LeftOut, layers: frozenset[int], options: Abla
 
 
 def _edit(
-    writer: Writer, tensor: TensorInfo, directions: Directions, options: AblateOptions, decoder_last: int
+    writer: Writer,
+    tensor: TensorInfo,
+    directions: Directions,
+    options: AblateOptions,
+    decoder_last: int,
+    best: Callable[[], int],
 ) -> TensorEdit:
     coefficient, preserve = options.coefficient, options.preserve
     project, source = options.biproject, options.source_layer
@@ -276,7 +291,7 @@ def _edit(
         own = min(directions.layers)
     else:
         own = writer.layer
-    measured = _source_layer(source, own, directions, tensor.name)
+    measured = best() if source == "best" else _source_layer(source, own, directions, tensor.name)
     at = () if writer.layer is None or writer.mtp else (writer.layer,)
     return TensorEdit(
         name=tensor.name,
@@ -302,9 +317,7 @@ def _edit(
 
 
 def _source_layer(source: SourceLayer, own: int, directions: Directions, name: str) -> int:
-    if source == "best":
-        return directions.best_layer()
-    layer = own if source == "own" else source
+    layer = source if isinstance(source, int) else own
     if layer not in directions.basis:
         raise DirectionsError(
             f"{name}: needs the direction of layer {layer}, but the directions have layers "
@@ -335,9 +348,7 @@ def _check_coverage(
 
 
 def _names_of(checkpoint: Checkpoint, layer: int | None) -> str:
-    places = ((name, _IN_LAYER.match(name)) for name in checkpoint.tensors)
-    wanted = None if layer is None else str(layer)
-    names = (name for name, place in places if (place["layer"] if place else None) == wanted)
+    names = (name for name in checkpoint.tensors if split_layer(name)[0] == layer)
     return ", ".join(sorted({_EXPERT.sub(".experts.*.", name) for name in names})) or "its tensors"
 
 

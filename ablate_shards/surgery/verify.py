@@ -17,7 +17,7 @@ from ablate_shards.surgery.checkpoint import ITEM_BYTES, RECEIPT_NAME, Checkpoin
 from ablate_shards.surgery.directions import Directions
 from ablate_shards.surgery.editor import Channels, Editor, pread_into, torch_dtype
 from ablate_shards.surgery.execute import ExecuteOptions, Progress, untouched
-from ablate_shards.surgery.plan import TensorEdit, resolve_bases
+from ablate_shards.surgery.plan import TensorEdit, by_shard, resolve_bases
 from ablate_shards.surgery.receipt import Receipt, TensorResult, read_receipt
 
 if TYPE_CHECKING:
@@ -110,7 +110,9 @@ def verify(checkpoint: Checkpoint, out: Path, run: ExecuteOptions, progress: Pro
             edited=len(receipt.edits),
             identical=examiner.identical,
             untouched_bytes=sum(
-                end - start for shard in checkpoint.shards for start, end in untouched(shard, receipt.edits)
+                end - start
+                for shard in checkpoint.shards
+                for start, end in untouched(shard, examiner.edits.get(shard.name, ()))
             ),
             notes=tuple(notes),
         )
@@ -127,6 +129,7 @@ class _Examiner:
         self._editor = Editor(run.device, run.memory, run.jobs, self._stop)
         self._editors = ThreadPoolExecutor(self._editor.jobs)
         self._readers = ThreadPoolExecutor(2)
+        self.edits = by_shard(receipt.edits)
         self._bases = resolve_bases(receipt.edits, checkpoint, receipt.directions)
         self.identical = 0
 
@@ -161,13 +164,12 @@ class _Examiner:
             files = (source.fileno(), target.fileno())
             ranges = [
                 self._readers.submit(self._compare_range, shard, files, start, min(start + _CHUNK, end))
-                for first, end in untouched(shard, self._receipt.edits)
+                for first, end in untouched(shard, self.edits.get(shard.name, ()))
                 for start in range(first, end, _CHUNK)
             ]
             edits = {
                 edit.name: self._editors.submit(self._compare_edit, edit, files)
-                for edit in self._receipt.edits
-                if edit.shard == shard.name
+                for edit in self.edits.get(shard.name, ())
             }
             differences = [difference for future in ranges for difference in future.result()]
             for name, future in edits.items():
