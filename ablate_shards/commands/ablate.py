@@ -1,0 +1,217 @@
+"""``ablate``: removes a direction from a checkpoint."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ablate_shards.commands.options import (
+    PATH,
+    as_json_flag,
+    debug_flag,
+    estimation,
+    parsed,
+    print_json,
+    quiet_flag,
+    recipe_flag,
+    resources,
+)
+from ablate_shards.errors import UsageError
+
+__all__ = ["ablate"]
+
+
+def _parse_layers(text: str) -> Any:
+    from ablate_shards.surgery.recipe import parse_layers
+
+    return parse_layers(text)
+
+
+def _parse_components(text: str) -> Any:
+    from ablate_shards.surgery.recipe import parse_components
+
+    return parse_components(text)
+
+
+def _parse_source_layer(text: str) -> Any:
+    from ablate_shards.surgery.recipe import parse_source_layer
+
+    return parse_source_layer(text)
+
+
+@click.command()
+@click.argument("source", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("-d", "--directions", type=PATH, help="Directions file.")
+@click.option("-a", "--activations", type=PATH, help="Activation dump to compute the directions from.")
+@estimation
+@click.option(
+    "--layers",
+    metavar="LAYERS",
+    callback=parsed(_parse_layers),
+    help="Decoder layers to edit, such as 1-23,30.  [default: every layer with a direction]",
+)
+@click.option(
+    "--components",
+    metavar="NAMES",
+    callback=parsed(_parse_components),
+    default="attention,mlp",
+    show_default=True,
+    help="What to edit: attention, mlp, embedding.",
+)
+@click.option(
+    "--coefficient",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="How much of the component to subtract: 1 removes it, 2 reflects it.",
+)
+@click.option(
+    "--preserve",
+    type=click.Choice(["rows", "columns", "none"]),
+    default="rows",
+    show_default=True,
+    help="The norms to keep.",
+)
+@click.option(
+    "--biproject/--no-biproject",
+    default=True,
+    show_default=True,
+    help="Make the direction orthogonal to the reference means of both layers first.",
+)
+@click.option(
+    "--source-layer",
+    metavar="LAYER",
+    callback=parsed(_parse_source_layer),
+    default="best",
+    show_default=True,
+    help="Layer whose direction is removed: best, own (each layer's) or a number.",
+)
+@click.option(
+    "--mtp",
+    type=click.Choice(["keep", "edit"]),
+    default="keep",
+    show_default=True,
+    help="What to do with multi-token-prediction layers.",
+)
+@resources
+@recipe_flag
+@click.option("--link", is_flag=True, help="Hard-link shards without an edit; they share their bytes with SOURCE.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@click.option("--overwrite", is_flag=True, help="Replace a folder that an earlier run made.")
+@as_json_flag
+@quiet_flag
+@debug_flag
+def ablate(
+    source: Path,
+    out: Path,
+    *,
+    directions: Path | None,
+    activations: Path | None,
+    estimator: Any,
+    rank: int,
+    winsorize: float | None,
+    recipe: Any,
+    device: str,
+    memory: int,
+    jobs: int | None,
+    link: bool,
+    dry_run: bool,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Remove a direction from the weights of SOURCE and write the edited checkpoint to OUT.
+
+    SOURCE is a .safetensors file or a checkpoint folder; OUT is a folder that appears only when
+    complete. Without -d or -a, directions.safetensors or activations.safetensors beside the weights
+    is used.
+    """
+    from ablate_shards import screen
+    from ablate_shards.surgery.checkpoint import files_of, open_checkpoint
+    from ablate_shards.surgery.directions import EstimatorOptions
+    from ablate_shards.surgery.execute import ExecuteOptions, execute
+    from ablate_shards.surgery.plan import make_plan, resolve_bases
+    from ablate_shards.surgery.recipe import AblateOptions
+    from ablate_shards.surgery.staging import check_out
+
+    progress = screen.progress(quiet=quiet or as_json)
+    directions, activations = _one_source(directions, activations)
+    options = AblateOptions(
+        **settings,
+        overrides=recipe.overrides if recipe else (),
+        targets=recipe.targets if recipe else (),
+    )
+    run = ExecuteOptions(device=device, memory=memory, jobs=jobs, resume=resume, overwrite=overwrite, link=link)
+    checkpoint = open_checkpoint(source)
+    if not dry_run:
+        check_out(checkpoint.path, files_of(checkpoint), out, overwrite=overwrite)
+    estimation = EstimatorOptions(estimator=estimator, rank=rank, winsorize=winsorize)
+    found, used = _find_directions(checkpoint, directions, activations, estimation, progress)
+    progress.note(f"directions: {used}")
+    if options.source_layer == "best":
+        progress.note(f"source layer: {found.best_layer()}, the best by its scores")
+    plan = make_plan(checkpoint, found, options)
+    for note in plan.notes:
+        progress.note(note)
+    if dry_run:
+        resolve_bases(plan.edits, checkpoint, found)
+        if as_json:
+            print_json(plan.as_dict())
+        elif not quiet:
+            screen.print_plan(checkpoint, plan)
+        return
+    with progress:
+        results = execute(checkpoint, plan, found, options, out, run, progress)
+    if as_json:
+        print_json(
+            {
+                "out": str(out),
+                "tensors": {name: dataclasses.asdict(result) for name, result in results.items()},
+            }
+        )
+    elif not quiet:
+        screen.print_results(checkpoint, plan, results, out)
+
+
+def _one_source(directions: Path | None, activations: Path | None) -> tuple[Path | None, Path | None]:
+    """Lets a flag win over the recipe's key of the other kind, and refuses what would be ignored."""
+    context = click.get_current_context()
+
+    def typed(name: str) -> bool:
+        return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+    if directions is not None and activations is not None:
+        if typed("directions") == typed("activations"):
+            raise UsageError("--directions and --activations say the same thing twice; give one of them")
+        directions, activations = (directions, None) if typed("directions") else (None, activations)
+    ignored = [name for name in ("estimator", "rank", "winsorize") if typed(name)]
+    if directions is not None and ignored:
+        raise UsageError(f"--{ignored[0]} is about activations, but {directions} holds directions already; use -a DUMP")
+    return directions, activations
+
+
+def _find_directions(
+    checkpoint: Any, directions: Path | None, activations: Path | None, estimation: Any, progress: Any
+) -> tuple[Any, Path]:
+    from ablate_shards.surgery.activations import open_activations
+    from ablate_shards.surgery.directions import compute_directions, read_directions
+
+    if directions is None and activations is None:
+        beside = [checkpoint.root / f"{name}.safetensors" for name in ("directions", "activations")]
+        directions = beside[0] if beside[0].is_file() else None
+        activations = beside[1] if directions is None and beside[1].is_file() else None
+    if directions is not None:
+        return read_directions(directions), directions
+    if activations is not None:
+        with progress:
+            return compute_directions(open_activations(activations), estimation, progress=progress.count), activations
+    raise UsageError(
+        f"no directions given, and neither directions.safetensors nor activations.safetensors is in "
+        f"{checkpoint.root}; make them with `ablate-shards directions DUMP directions.safetensors` and add "
+        "`-d directions.safetensors`, or add the activation dump itself with `-a DUMP`"
+    )

@@ -1,0 +1,37 @@
+"""``inspect``: shows what a checkpoint holds."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ablate_shards.commands.options import PATH, as_json_flag, debug_flag, print_json, recipe_flag
+
+__all__ = ["inspect"]
+
+
+@click.command()
+@click.argument("source", type=PATH)
+@recipe_flag
+@as_json_flag
+@debug_flag
+def inspect(source: Path, *, recipe: Any, as_json: bool) -> None:
+    """Show the tensors of SOURCE, the writers found in it, and what is left out and why."""
+    from ablate_shards import screen
+    from ablate_shards.errors import ArchitectureError
+    from ablate_shards.surgery.architecture import dissect
+    from ablate_shards.surgery.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(source)
+    unknown = None
+    anatomy = None
+    try:
+        anatomy = dissect(checkpoint.tensors, checkpoint.config, recipe.targets if recipe else ())
+    except ArchitectureError as error:
+        unknown = error
+    if as_json:
+        print_json(screen.inspection(checkpoint, anatomy))
+    else:
+        screen.print_inspection(checkpoint, anatomy)
+    if unknown is not None:
+        raise unknown

@@ -1,0 +1,149 @@
+"""The options that several commands share, and how their values are read."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = [
+    "PATH",
+    "as_json_flag",
+    "debug_flag",
+    "estimation",
+    "parsed",
+    "print_json",
+    "quiet_flag",
+    "recipe_flag",
+    "resources",
+]
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_DEVICE = re.compile(r"auto|cpu|mps|xpu|cuda(:\d{1,3})?")
+
+
+def parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """Makes an option's callback of a function that raises ValueError."""
+
+    def callback(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
+        if value is None:
+            return None
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from error
+
+    return callback
+
+
+def _parse_memory(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?b|)", text.strip().lower())
+    memory = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if memory < 8_000_000:
+        raise ValueError(f"expected at least 8MB, such as 256MB or 1GiB, found {text!r}")
+    return memory
+
+
+def _parse_device(text: str) -> str:
+    if not _DEVICE.fullmatch(text):
+        raise ValueError(f"expected auto, cpu, cuda, cuda:N, mps or xpu, found {text!r}")
+    return text
+
+
+def _load_recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> Any:
+    if path is None:
+        return None
+    from ablate_shards.surgery.recipe import read_recipe
+
+    recipe = read_recipe(path)
+    ctx.default_map = {key.replace("-", "_"): value for key, value in recipe.flags.items()}
+    return recipe
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Makes one decorator of several options."""
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _set_debug(ctx: click.Context, _param: click.Parameter, value: Any) -> None:
+    ctx.meta["debug"] = ctx.meta.get("debug") or value
+
+
+PATH = click.Path(path_type=Path)
+debug_flag = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_debug,
+    is_eager=True,
+    help="Add the traceback to an error.",
+)
+as_json_flag = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+quiet_flag = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+recipe_flag = click.option(
+    "--recipe",
+    type=PATH,
+    is_eager=True,
+    callback=_load_recipe,
+    help="TOML file with the same options as keys; a flag wins.",
+)
+resources = _options(
+    click.option(
+        "--device",
+        metavar="DEVICE",
+        callback=parsed(_parse_device),
+        default="auto",
+        show_default=True,
+        help="auto, cpu, cuda[:N], mps or xpu.",
+    ),
+    click.option(
+        "--memory",
+        metavar="SIZE",
+        callback=parsed(_parse_memory),
+        default="256MB",
+        show_default=True,
+        help="Most that all working buffers take together; at least 8MB.",
+    ),
+    click.option(
+        "--jobs",
+        type=click.IntRange(min=1),
+        default=None,
+        help="Tensors edited at a time.  [default: one per core; 2 on a GPU]",
+    ),
+)
+estimation = _options(
+    click.option(
+        "--estimator",
+        type=click.Choice(["mean-difference", "geometric-median", "svd"]),
+        default="mean-difference",
+        show_default=True,
+        help="How a direction is computed from activations.",
+    ),
+    click.option(
+        "--rank",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Directions per layer; more than one needs --estimator svd.",
+    ),
+    click.option(
+        "--winsorize",
+        type=float,
+        default=None,
+        metavar="QUANTILE",
+        help="Clip each prompt's activations at this quantile of their magnitudes.",
+    ),
+)
+
+
+def print_json(content: Any) -> None:
+    """Prints a result for machines, on stdout."""
+    click.echo(json.dumps(content, indent=1, ensure_ascii=False))

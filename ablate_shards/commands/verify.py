@@ -1,0 +1,40 @@
+"""``verify``: compares an output with its receipt."""
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from ablate_shards.commands.options import PATH, as_json_flag, debug_flag, print_json, quiet_flag, resources
+
+__all__ = ["verify"]
+
+
+@click.command()
+@click.argument("source", type=PATH)
+@click.argument("out", type=PATH)
+@resources
+@as_json_flag
+@quiet_flag
+@debug_flag
+def verify(source: Path, out: Path, *, device: str, memory: int, jobs: int | None, as_json: bool, quiet: bool) -> None:
+    """Re-read SOURCE and OUT and compare every byte with what the receipt in OUT says.
+
+    The exit code is 1 when anything differs.
+    """
+    from ablate_shards import screen
+    from ablate_shards.surgery.checkpoint import open_checkpoint
+    from ablate_shards.surgery.execute import ExecuteOptions
+    from ablate_shards.surgery.verify import verify as verify_checkpoint
+
+    progress = screen.progress(quiet=quiet or as_json)
+    run = ExecuteOptions(device=device, memory=memory, jobs=jobs)
+    checkpoint = open_checkpoint(source)
+    with progress:
+        verification = verify_checkpoint(checkpoint, out, run, progress)
+    if as_json:
+        print_json(dataclasses.asdict(verification))
+    elif verification.differences or not quiet:
+        screen.print_verification(verification, source, out)
+    if verification.differences:
+        raise click.exceptions.Exit(1)
