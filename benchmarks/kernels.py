@@ -1,4 +1,7 @@
-"""Times the ablation kernels against a plain copy on the device and against the eager float32 form.
+"""Times the ablation kernels against a plain copy on the device and two bare forms in float32.
+
+``eager`` is the usual form, the whole tensor at once; ``blocked`` the shortest one that streams over blocks of
+rows: no float64 across blocks, no guard against overflow, cancellation or zeros, nothing measured.
 
 Every number is a ratio within one run: the median of several repetitions, the contenders taking turns. A form
 whose result does not meet the accuracy promised in ``docs/math.md`` gets no speed.
@@ -10,6 +13,7 @@ whose result does not meet the accuracy promised in ``docs/math.md`` gets no spe
 import argparse
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +22,13 @@ import torch
 from torch import Tensor
 
 from ablate_shards.kernels import reference
-from ablate_shards.kernels.project import Form, Meter, Preserve, ProjectOptions, Projector, choose_form
+from ablate_shards.kernels.project import Form, Meter, Preserve, ProjectOptions, Projector, Workspace, choose_form
 
 PRESERVES: tuple[Preserve, ...] = ("rows", "columns", "none")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-BLOCK_ELEMENTS = 1 << 21
+BLOCK_ELEMENTS = 1 << 22
+BARE_ROWS = 128
+KEPT = threading.local()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--coefficient", type=float, default=1.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="tensors ablated at a time, one thread each")
+    parser.add_argument("--tensors", type=int, default=4, help="tensors that each thread ablates in a repetition")
     parser.add_argument("--repetitions", type=int, default=9)
     given = parser.parse_args(arguments)
 
@@ -47,21 +54,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     weight = (0.02 * torch.randn(stored, generator=generator)).to(DTYPES[given.dtype])
     weights = [weight.to(device)[None].clone() for _ in range(given.threads)]
     scratch = [tensor.clone() for tensor in weights]
-    elements = weight.numel() * given.threads
+    elements = weight.numel() * given.threads * given.tensors
     forms: list[Form] = ["torch"]
     chosen, reason = choose_form(device)
     if chosen != "torch":
         forms.append(chosen)
     print(f"{list(stored)} {given.dtype} on {device}, {given.threads} at a time; {chosen}: {reason}")
-    print(f"{'form':8}{'preserve':10}{'G elements/s':>14}{'x eager':>10}{'x copy':>10}{'meter G/s':>12}")
+    print(
+        f"{'form':8}{'preserve':10}{'G elements/s':>14}{'x eager':>10}{'x blocked':>11}{'x copy':>10}{'meter G/s':>12}"
+    )
 
     failed = False
     torch.set_num_threads(1)
     with ThreadPoolExecutor(given.threads) as pool:
 
         def everywhere(work: Callable[[Tensor, Tensor], object]) -> Callable[[], None]:
+            # A run hands its threads one tensor after another, so the start of a thread counts once for several.
+            def repeat(source: Tensor, target: Tensor) -> None:
+                for _ in range(given.tensors):
+                    work(source, target)
+
             def run() -> None:
-                list(pool.map(work, weights, scratch))
+                list(pool.map(repeat, weights, scratch))
 
             return run
 
@@ -79,14 +93,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         target, basis, options, form
                     ),
                     lambda source, target, options=options: eager(source, basis, options),  # type: ignore[misc]
+                    lambda source, target, options=options: blocked(target, basis, options),  # type: ignore[misc]
                     lambda source, target: target.copy_(source),
                     lambda source, target, form=form, options=options: measure(  # type: ignore[misc]
                         source, basis, options, form
                     ),
                 ]
-                ours, plain, copy, meter = medians([everywhere(work) for work in contenders], given.repetitions, device)
+                ours, plain, bare, copy, meter = medians(
+                    [everywhere(work) for work in contenders], given.repetitions, device
+                )
                 print(
-                    f"{form:8}{preserve:10}{elements / ours / 1e9:14.2f}{plain / ours:10.1f}"
+                    f"{form:8}{preserve:10}{elements / ours / 1e9:14.2f}{plain / ours:10.1f}{bare / ours:11.2f}"
                     f"{copy / ours:10.3f}{elements / meter / 1e9:12.2f}"
                 )
     return int(failed)
@@ -94,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def ablate(weight: Tensor, basis: Tensor, options: ProjectOptions, form: Form) -> None:
     """Ablate a weight in place, block by block, as a run does."""
-    projector = Projector(basis, (1, *weight.shape[1:]), weight.dtype, options, device=weight.device, form=form)
+    projector = Projector(basis, (1, *weight.shape[1:]), weight.dtype, options, workspace(weight.device, form))
     blocks = [(start, weight[:, start : start + size]) for start, size in spans(weight, projector.chunk_rows)]
     step = 0
     while step < projector.passes:
@@ -107,10 +124,18 @@ def ablate(weight: Tensor, basis: Tensor, options: ProjectOptions, form: Form) -
 
 def measure(weight: Tensor, basis: Tensor, options: ProjectOptions, form: Form) -> None:
     """Measure a weight, block by block."""
-    meter = Meter(basis, (1, *weight.shape[1:]), weight.dtype, options, device=weight.device, form=form)
+    meter = Meter(basis, (1, *weight.shape[1:]), weight.dtype, options, workspace(weight.device, form))
     for start, size in spans(weight, meter.chunk_rows):
         meter.add(weight[:, start : start + size], start)
     meter.result()
+
+
+def workspace(device: torch.device, form: Form) -> Workspace:
+    """Return this thread's scratch memory."""
+    key = f"{device} {form}"
+    if not hasattr(KEPT, key):
+        setattr(KEPT, key, Workspace(device, form))
+    return getattr(KEPT, key)  # type: ignore[no-any-return]
 
 
 def spans(weight: Tensor, chunk_rows: int) -> list[tuple[int, int]]:
@@ -130,6 +155,38 @@ def eager(weight: Tensor, basis: Tensor, options: ProjectOptions) -> Tensor:
     if options.preserve != "none":
         moved = norms * moved / moved.norm(dim=along, keepdim=True)
     return (moved if options.axis == -2 else moved.mT).to(weight.dtype)
+
+
+def blocked(weight: Tensor, basis: Tensor, options: ProjectOptions) -> None:
+    """Ablate ``[1, rows, cols]`` in place over blocks of rows, in float32 throughout."""
+    matrix = weight[0] if options.axis == -2 else weight[0].mT
+    alpha, (hidden, features) = options.coefficient, matrix.shape
+    directions = basis.to(weight.device, torch.float32)
+    scratch = directions.new_empty(BARE_ROWS, features)
+    parts = [slice(start, min(start + BARE_ROWS, hidden)) for start in range(0, hidden, BARE_ROWS)]
+    ones, norms = directions.new_ones(BARE_ROWS), directions.new_empty(hidden, 1)
+    sums, squares = directions.new_zeros(len(basis), features), directions.new_zeros(features)
+    for part in parts:
+        tile = scratch[: part.stop - part.start].copy_(matrix[part])
+        if options.preserve == "rows":
+            tile /= torch.linalg.vector_norm(tile, dim=1, keepdim=True, out=norms[part])
+        for line, total in zip(directions, sums, strict=True):
+            total.addmv_(tile.mT, line[part])
+        if options.preserve == "columns":
+            squares.addmv_(tile.square_().mT, ones[: len(tile)])
+    scale = (squares / (squares - (2 * alpha - alpha**2) * sums.square().sum(dim=0))).sqrt_()
+    factors = alpha * sums * scale if options.preserve == "columns" else alpha * sums
+    for part in parts:
+        tile = scratch[: part.stop - part.start].copy_(matrix[part])
+        if options.preserve == "rows":
+            tile /= norms[part]
+        elif options.preserve == "columns":
+            tile *= scale
+        for line, factor in zip(directions, factors, strict=True):
+            tile.addcmul_(line[part, None], factor, value=-1)
+        if options.preserve == "rows":
+            tile *= norms[part] / torch.linalg.vector_norm(tile, dim=1, keepdim=True)
+        matrix[part].copy_(tile)
 
 
 def is_accurate(result: Tensor, weight: Tensor, basis: Tensor, options: ProjectOptions) -> bool:

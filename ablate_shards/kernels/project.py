@@ -35,6 +35,7 @@ __all__ = [
     "ProjectOptions",
     "ProjectReport",
     "Projector",
+    "Workspace",
     "choose_form",
     "merge",
     "norm_drift",
@@ -217,16 +218,52 @@ class _Factors(NamedTuple):
     Attributes:
         scale: ``[matrices, vectors]``.
         factor: What the directions, or ``Q``, are multiplied by: ``[matrices, k, vectors]``.
-        doubtful: Vectors that float32 cannot carry.
+        doubtful: Vectors that float32 cannot carry; None if there are none, as below.
         parallel: Vectors too close to the directions to be rescaled.
         still: Vectors without a component, whose bytes must not change.
     """
 
     scale: Tensor
     factor: Tensor
-    doubtful: Tensor
-    parallel: Tensor
-    still: Tensor
+    doubtful: Tensor | None = None
+    parallel: Tensor | None = None
+    still: Tensor | None = None
+
+
+class Workspace:
+    """Where and how to compute, with scratch memory that is kept from one matrix to the next; one per thread.
+
+    Args:
+        device: Where the blocks are.
+        form: ``torch`` or ``triton``.
+        chunks_at_once: How much scratch memory float32 takes, in chunks of 1.8 MiB; the result does not depend on it.
+    """
+
+    def __init__(self, device: torch.device, form: Form, *, chunks_at_once: int = 2) -> None:
+        self.device = device
+        self._chunks_at_once = chunks_at_once
+        # MPS has no float64, and not every XPU has it.
+        self.state = device if device.type in ("cpu", "cuda") else torch.device("cpu")
+        self._form = form
+        self._kept: tuple[_Arithmetic, TorchForm] | None = None
+
+    def forms(self, chunk_rows: int, cols: int) -> tuple[_Arithmetic, _Arithmetic]:
+        """Return the arithmetic for matrices cut into chunks: in float32, and in float64."""
+        if self._kept is None or (self._kept[1].chunk_rows, self._kept[1].cols) != (chunk_rows, cols):
+            self._kept = None
+            self._kept = (
+                self._single(chunk_rows, cols),
+                TorchForm(torch.float64, chunk_rows, cols, self.state, self.state),
+            )
+        return self._kept
+
+    def _single(self, chunk_rows: int, cols: int) -> _Arithmetic:
+        if self._form != "triton":
+            return TorchForm(torch.float32, chunk_rows, cols, self.device, self.state, self._chunks_at_once)
+        # Triton is imported only where it runs.
+        from ablate_shards.kernels.project_triton import TritonForm
+
+        return TritonForm(chunk_rows, self.state)
 
 
 class _Stream:
@@ -238,9 +275,7 @@ class _Stream:
         shape: tuple[int, int, int],
         dtype: torch.dtype,
         options: ProjectOptions,
-        *,
-        device: torch.device,
-        form: Form,
+        workspace: Workspace,
     ) -> None:
         if dtype not in AMPLIFICATION:
             raise PlanError(f"dtype: expected bfloat16, float16 or float32, found {dtype}")
@@ -263,14 +298,9 @@ class _Stream:
         self._dots_in_rows = options.axis == -1
         self._norms_in_rows = (options.preserve == "rows") == (options.axis == -2)
         self._chunk = _chunk_rows(self._cols)
-
-        # MPS has no float64, and not every XPU has it.
-        exact_device = device if device.type in ("cpu", "cuda") else torch.device("cpu")
-        self._double: _Arithmetic = TorchForm(torch.float64, self._chunk, self._cols, exact_device, exact_device)
-        self._single: _Arithmetic = _single_form(form, self._chunk, self._cols, device, exact_device)
-        self._state = exact_device
-        self._device = device
-        self._basis = self._pair(basis[None].to(exact_device))
+        self._single, self._double = workspace.forms(self._chunk, self._cols)
+        self._state, self._device = workspace.state, workspace.device
+        self._basis = self._pair(basis[None].to(self._state))
         count = basis.shape[0]
         lines = count * (not self._dots_in_rows) + (not self._norms_in_rows)
         self._column_sums = self._zeros(lines, self._cols)
@@ -407,8 +437,7 @@ class Meter(_Stream):
         shape: Matrices, stored rows, stored columns.
         dtype: bfloat16, float16 or float32.
         options: Says which norms are meant and where the residual axis lies.
-        device: Where the blocks are.
-        form: ``torch`` or ``triton``.
+        workspace: Where and how to compute.
 
     Raises:
         DirectionsError: The basis does not fit the shape, or is not orthonormal.
@@ -436,8 +465,7 @@ class Projector(_Stream):
         shape: Matrices, stored rows, stored columns.
         dtype: bfloat16, float16 or float32.
         options: The coefficient, the norms to preserve, the residual axis.
-        device: Where the blocks are.
-        form: ``torch`` or ``triton``.
+        workspace: Where and how to compute.
 
     Raises:
         DirectionsError: The basis does not fit the shape, or is not orthonormal.
@@ -450,11 +478,9 @@ class Projector(_Stream):
         shape: tuple[int, int, int],
         dtype: torch.dtype,
         options: ProjectOptions,
-        *,
-        device: torch.device,
-        form: Form,
+        workspace: Workspace,
     ) -> None:
-        super().__init__(basis, shape, dtype, options, device=device, form=form)
+        super().__init__(basis, shape, dtype, options, workspace)
         self._degenerate = 0
         self._exact: set[int] = set()
         self._doubtful = torch.zeros(self._batch, 1, dtype=torch.bool, device=self._state)
@@ -497,7 +523,8 @@ class Projector(_Stream):
             if kind == "probe":
                 dots = self._row_sums(piece, self._mixed_pair.entries(piece.entries), squares=False)
                 doubtful = self._factors(piece.entries, piece.span, dots).doubtful
-                self._doubtful[piece.entries] |= doubtful.any(dim=1, keepdim=True)
+                if doubtful is not None:
+                    self._doubtful[piece.entries] |= doubtful.any(dim=1, keepdim=True)
                 continue
             if kind == "mix":
                 mixed = self._row_sums(piece, self._unit_basis.entries(piece.entries), squares=False)
@@ -537,6 +564,7 @@ class Projector(_Stream):
         """Close a gather pass: derive what follows from it, and plan again what float32 cannot carry."""
         kind, entries = self._plan[step]
         repeat = [kind]
+        doubtful: Tensor | None
         if kind == "probe":
             doubtful, repeat = self._doubtful, ["measure"]
         elif kind == "measure" and self._mixes_apart:
@@ -560,9 +588,10 @@ class Projector(_Stream):
             self._by_column = self._factors(slice(None), slice(None), self._cross if kind == "mix" else self._dots)
             self._scale = self._pair(self._by_column.scale[:, None])
             self._column_factor = self._pair(self._by_column.factor)
-            self._degenerate = int(self._by_column.parallel.sum())
-            self._any_still = bool(self._by_column.still.any())
+            self._degenerate = _count(self._by_column.parallel)
             doubtful = self._by_column.doubtful
+        if doubtful is None:
+            return
         fresh = sorted(set(doubtful.any(dim=1).nonzero().flatten().tolist()) - self._exact)
         if fresh:
             self._exact.update(fresh)
@@ -586,27 +615,40 @@ class Projector(_Stream):
         """
         alpha = self._options.coefficient
         squares = self._squares[entries, lines]
-        present = squares > 0
         if self._options.preserve == "rows":
             basis = self._basis.double[..., lines]
             along = self._heights(entries, lines)
             cross = (basis * dots).sum(dim=1) * _inverse(squares)
             ratio = 1 - 2 * alpha * cross + alpha**2 * along
-            moved = abs(alpha) * along.sqrt()
             factor = alpha * basis * squares.sqrt()[:, None]
         else:
-            along = dots.square().sum(dim=1)
-            ratio = 1 - (2 * alpha - alpha**2) * (along / squares)
-            moved = abs(alpha) * (along / squares).sqrt()
+            along = dots.square().sum(dim=1) / squares
+            ratio = 1 - (2 * alpha - alpha**2) * along
             factor = alpha * dots
+        if self._is_calm(squares, along, ratio):
+            scale = torch.ones_like(ratio) if self._options.preserve == "none" else ratio.rsqrt()
+            return _Factors(scale, factor * scale[:, None])
+        present = squares > 0
         ratio = torch.where(present, ratio, 1.0)
         parallel = ratio < DEGENERATE
         scale = torch.where(parallel, 1.0, ratio.rsqrt())
         if self._options.preserve == "none":
             parallel, scale = torch.zeros_like(parallel), torch.ones_like(scale)
+        moved = abs(alpha) * along.sqrt()
         doubtful = present & ((1 + moved).square() > self._amplification**2 * ratio)
         doubtful |= squares > self._largest_norm**2
-        return _Factors(scale, factor * scale[:, None], doubtful, parallel, (along == 0) | ~present)
+        still = (along == 0) | ~present
+        return _Factors(scale, factor * scale[:, None], _some(doubtful), _some(parallel), _some(still))
+
+    def _is_calm(self, squares: Tensor, along: Tensor, ratio: Tensor) -> bool:
+        """Whether no vector is doubtful, parallel or still, told by the extremes alone."""
+        if squares.numel() == 0:
+            return False
+        smallest, largest = (bound.item() for bound in torch.aminmax(squares))
+        least, most = (bound.item() for bound in torch.aminmax(along))
+        moved = 1 + abs(self._options.coefficient) * math.sqrt(most) if least > 0 else math.inf
+        lowest = max(DEGENERATE, moved**2 / self._amplification**2)
+        return smallest > 0 and largest <= self._largest_norm**2 and ratio.min().item() >= lowest
 
     def _apply_to_columns(self, piece: _Piece) -> None:
         """Update a piece of matrices whose preserved vectors are stored columns."""
@@ -614,10 +656,11 @@ class Projector(_Stream):
         rows = self._pair(self._mixed[entries, :, span]) if self._mixes_apart else self._basis.part(span)
         scale = None if self._options.preserve == "none" else self._scale.entries(entries).of(form)
         factor = self._column_factor.entries(entries).of(form)
-        original = piece.view.clone() if self._any_still else None
+        still = self._by_column.still
+        original = piece.view.clone() if still is not None else None
         form.update(piece.view, piece.view, scale, rows.of(form), factor)
-        if original is not None:
-            _keep(piece.view, original, self._by_column.still[entries, None])
+        if still is not None and original is not None:
+            _keep(piece.view, original, still[entries, None])
 
     def _apply_to_rows(self, piece: _Piece, source: Tensor) -> None:
         """Update a piece of matrices whose preserved vectors are stored rows.
@@ -640,14 +683,14 @@ class Projector(_Stream):
         factors = self._factors(entries, span, dots)
         copies: list[tuple[_Piece, Tensor]] = []
         if form is self._double:
-            self._degenerate += int(factors.parallel.sum())
-        elif factors.doubtful.any():
+            self._degenerate += _count(factors.parallel)
+        elif factors.doubtful is not None:
             parts = [self._chunk_of(piece, *place) for place in self._chunks_with(factors.doubtful)]
             copies = [(part, part.view.clone()) for part in parts]
-        original = source.clone() if factors.still.any() else None
+        original = source.clone() if factors.still is not None else None
         scale = None if self._options.preserve == "none" else self._pair(factors.scale[..., None]).of(form)
         form.update(piece.view, source, scale, self._pair(factors.factor).of(form), columns.of(form))
-        if original is not None:
+        if factors.still is not None and original is not None:
             _keep(piece.view, original, factors.still[..., None])
         for part, copy in copies:
             self._apply_to_rows(part, copy)
@@ -684,9 +727,9 @@ def project(
     shape = (math.prod(weight.shape[:-2]), weight.shape[-2], weight.shape[-1])
     if chosen == "reference":
         return _project_by_definition(weight, basis, options, out)
-    device = weight.device
-    projector = Projector(basis, shape, weight.dtype, options, device=device, form=chosen)
-    meter = Meter(basis, shape, weight.dtype, options, device=device, form=chosen)
+    workspace = Workspace(weight.device, chosen)
+    projector = Projector(basis, shape, weight.dtype, options, workspace)
+    meter = Meter(basis, shape, weight.dtype, options, workspace)
     rows, chunk = shape[1], projector.chunk_rows
     wanted = max(1, BLOCK_ELEMENTS // max(1, shape[0] * shape[2])) if block_rows is None else block_rows
     step_rows = -(-wanted // chunk) * chunk
@@ -746,6 +789,14 @@ def _other(weight: Tensor, options: ProjectOptions) -> int:
     return weight.shape[-1 if options.axis == -2 else -2]
 
 
+def _some(mask: Tensor) -> Tensor | None:
+    return mask if mask.any() else None
+
+
+def _count(mask: Tensor | None) -> int:
+    return 0 if mask is None else int(mask.sum())
+
+
 def _inverse(squares: Tensor) -> Tensor:
     """Return one over the norms, 0 for a norm of 0."""
     return torch.where(squares > 0, squares.rsqrt(), 0.0)
@@ -772,12 +823,3 @@ def _chunk_rows(cols: int) -> int:
 def _keep(block: Tensor, original: Tensor, still: Tensor) -> None:
     """Put back what must not change by a bit, such as the sign of a zero."""
     block.copy_(torch.where(still.to(block.device), original, block))
-
-
-def _single_form(form: Form, chunk_rows: int, cols: int, device: torch.device, state: torch.device) -> _Arithmetic:
-    if form != "triton":
-        return TorchForm(torch.float32, chunk_rows, cols, device, state)
-    # Triton is imported only where it runs.
-    from ablate_shards.kernels.project_triton import TritonForm
-
-    return TritonForm(chunk_rows, state)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Container, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ SEGMENT = 8192
 """Columns that one float32 reduction along a row covers; the segments of a row are added in float64."""
 
 
-GROUP_ROWS = 64
+GROUP_ROWS = 128
 """Rows that one float32 reduction down a column covers at most."""
 
 ALIGNED = 16
@@ -31,20 +32,27 @@ class TorchForm:
         precision: float32 or float64.
         chunk_rows: Rows that are loaded at once; a multiple of 64, or fewer than that.
         cols: Columns of the stored matrices.
-        device: Where to compute; blocks are brought here chunk by chunk.
+        device: Where to compute; blocks are brought here a few chunks at a time.
         state: Where float64 sums are kept.
+        chunks_at_once: Chunks that the scratch memory holds; the result does not depend on it.
     """
 
     def __init__(
-        self, precision: torch.dtype, chunk_rows: int, cols: int, device: torch.device, state: torch.device
+        self,
+        precision: torch.dtype,
+        chunk_rows: int,
+        cols: int,
+        device: torch.device,
+        state: torch.device,
+        chunks_at_once: int = 1,
     ) -> None:
         self.precision = precision
+        self.chunk_rows = chunk_rows
+        self.cols = cols
         self._device = device
         self._state = state
-        self._chunk_rows = chunk_rows
-        self._cols = cols
         self._group_rows = min(chunk_rows, GROUP_ROWS)
-        self._scratch: Tensor | None = None
+        self._tile_rows = chunk_rows * chunks_at_once
 
     def rows(self, block: Tensor, weights: Tensor | None, *, squares: bool) -> Tensor:
         """Reduce along each row.
@@ -63,8 +71,8 @@ class TorchForm:
         sums = self._empty(batch, len(segments), count + squares, rows)
         for entry, matrix in enumerate(block):
             lines = () if weights is None else weights[min(entry, len(weights) - 1)]
-            parts = torch.split(sums[entry], self._chunk_rows, dim=-1)
-            for chunk, part in zip(torch.split(matrix, self._chunk_rows), parts, strict=True):
+            parts = torch.split(sums[entry], self.chunk_rows, dim=-1)
+            for chunk, part in zip(torch.split(matrix, self.chunk_rows), parts, strict=True):
                 tile = self._load(chunk)
                 for segment, outs in zip(segments, part, strict=True):
                     for line, out in zip(lines, outs, strict=False):
@@ -96,34 +104,38 @@ class TorchForm:
             unsafe: Matrix and chunk where this precision fails; None to judge by the squares.
             repair: Returns the sums of such a chunk, ``[k (+ 1), cols]`` float64.
         """
-        size, group = self._chunk_rows, self._group_rows
         count = 0 if weights is None else weights.shape[1]
-        sums = self._empty(count + squares, size // group, 1, self._cols)
-        ones = torch.ones(size // group, 1, group, dtype=self.precision, device=self._device)
-        for entry, (matrix, total) in enumerate(zip(block, into, strict=True)):
-            chunks = torch.split(matrix, size)
-            lines = None if weights is None else weights[min(entry, len(weights) - 1)]
-            factors = self._factors_by_chunk(lines, len(chunks), len(matrix))
-            for chunk, (part, factor) in enumerate(zip(chunks, factors, strict=True)):
-                if chunk == 0 or chunk == len(chunks) - 1:
-                    groups = math.ceil(len(part) / group)
-                    outs = sums[:, :groups]
-                    each = outs.unbind()
-                tile = self._load(part, groups * group)
-                grouped = tile.view(groups, group, self._cols)
+        size, group = self.chunk_rows, self._group_rows
+        at_once, groups = self._tile_rows // group, size // group
+        for entry, (matrix, total) in enumerate(zip(block.unbind(), into.unbind(), strict=True)):
+            chunks = math.ceil(len(matrix) / size)
+            sums = self._empty(count + squares, chunks * groups, 1, self.cols)
+            outs = [torch.split(line, at_once) for line in sums.unbind()]
+            lines: list[tuple[Tensor, ...]] = []
+            if weights is not None:
+                laid = self._by_group(weights[min(entry, len(weights) - 1)], chunks * groups)
+                lines = [torch.split(line, at_once) for line in laid.unbind()]
+            for place, part in enumerate(torch.split(matrix, self._tile_rows)):
+                self._load(part)
+                tile = self._tile
+                if len(part) < self._tile_rows:
+                    tile = tile[: len(outs[0][place]) * group]
+                    tile[len(part) :] = 0
+                grouped = tile.view(-1, group, self.cols)
                 # One thin product per direction is faster than one product for all of them.
-                for line, out in zip(factor, each, strict=False):
-                    torch.bmm(line[:groups], grouped, out=out)
+                for line, out in zip(lines, outs, strict=False):
+                    torch.bmm(line[place], grouped, out=out[place])
                 if squares:
                     torch.mul(tile, tile, out=tile)
-                    torch.bmm(ones[:groups], grouped, out=each[count])
-                failed = not in_range(each[count]) if unsafe is None else (entry, chunk) in unsafe
-                if failed:
-                    total += repair(entry, chunk)
-                elif groups == 1:
-                    total += outs.view(total.shape).to(self._state)
-                else:
-                    total += outs.to(self._state).sum(dim=(1, 2), dtype=torch.float64)
+                    torch.bmm(self._ones[: len(grouped)], grouped, out=outs[count][place])
+            exact = sums[:, :, 0].to(self._state).double()
+            if groups > 1:
+                exact = exact.unflatten(1, (chunks, groups)).sum(dim=2)
+            failed: Container[tuple[int, int]] = unsafe or ()
+            if unsafe is None and not in_range(exact[count]):
+                failed = {(entry, chunk) for chunk, found in enumerate(exact[count]) if not in_range(found)}
+            for chunk, part in enumerate(exact.unbind(1)):
+                total.add_(repair(entry, chunk) if (entry, chunk) in failed else part)
 
     def update(
         self,
@@ -142,49 +154,51 @@ class TorchForm:
             row_factor: ``[1 or matrices, k, rows]``.
             column_factor: ``[1 or matrices, k, cols]``.
         """
-        size, limit = self._chunk_rows, torch.finfo(block.dtype).max
-        for entry, (target, matrix) in enumerate(zip(block, source, strict=True)):
+        size, limit = self._tile_rows, torch.finfo(block.dtype).max
+        for entry, (target, matrix) in enumerate(zip(block.unbind(), source.unbind(), strict=True)):
             columns = column_factor[min(entry, len(column_factor) - 1)].unbind()
-            rows = torch.split(row_factor[min(entry, len(row_factor) - 1), :, :, None], size, dim=1)
+            rows = [torch.split(line[:, None], size) for line in row_factor[min(entry, len(row_factor) - 1)].unbind()]
             sources, targets = torch.split(matrix, size), torch.split(target, size)
             scales: Sequence[Tensor | None] = [None] * len(sources)
             if scale is not None:
                 by_column = scale.shape[1] == 1 and len(matrix) != 1
                 scales = [scale[entry]] * len(sources) if by_column else torch.split(scale[entry], size)
-            for given, wanted, factor, row in zip(sources, targets, scales, rows, strict=True):
+            for place, (given, wanted, factor) in enumerate(zip(sources, targets, scales, strict=True)):
                 tile = self._load(given)
                 if factor is not None:
                     tile.mul_(factor)
-                for k, column in enumerate(columns):
-                    tile.addcmul_(row[k], column, value=-1)
+                for row, column in zip(rows, columns, strict=True):
+                    tile.addcmul_(row[place], column, value=-1)
                 if self.precision == torch.float64:
                     tile.clamp_(-limit, limit)
                 wanted.copy_(tile if self._device == block.device else tile.to(wanted.dtype))
 
-    def _load(self, part: Tensor, padded_rows: int = 0) -> Tensor:
-        """Bring rows to the scratch memory, and zeros below them up to ``padded_rows``."""
-        if self._scratch is None:
-            self._scratch = self._empty(self._chunk_rows, self._cols)
-        rows = len(part)
-        length = max(rows, padded_rows)
-        tile = self._scratch if length == self._chunk_rows else self._scratch[:length]
-        (tile if rows == length else tile[:rows]).copy_(part.to(self._device))
-        if rows < length:
-            tile[rows:].zero_()
+    @cached_property
+    def _tile(self) -> Tensor:
+        return self._empty(self._tile_rows, self.cols)
+
+    @cached_property
+    def _ones(self) -> Tensor:
+        group = self._group_rows
+        return torch.ones(self._tile_rows // group, 1, group, dtype=self.precision, device=self._device)
+
+    def _load(self, part: Tensor) -> Tensor:
+        """Bring rows to the scratch memory."""
+        tile = self._tile if len(part) == self._tile_rows else self._tile[: len(part)]
+        tile.copy_(part if part.device == self._device else part.to(self._device))
         return tile
 
-    def _factors_by_chunk(self, lines: Tensor | None, chunks: int, rows: int) -> Sequence[Tensor]:
-        """Lay out ``[k, rows]`` as ``[k, groups, 1, rows of a group]`` per chunk, aligned, zeros beyond."""
-        group, groups = self._group_rows, self._chunk_rows // self._group_rows
-        count = 0 if lines is None else len(lines)
-        length = math.ceil(group / ALIGNED) * ALIGNED
-        laid = self._empty(count, chunks, groups, 1, length).zero_()
-        if lines is not None:
-            flat, whole = laid.view(count, chunks * groups, length), rows // group
-            flat[:, :whole, :group] = lines[:, : whole * group].reshape(count, whole, group)
-            if rows % group:
-                flat[:, whole, : rows % group] = lines[:, whole * group :]
-        return laid[..., :group].unbind(1)
+    def _by_group(self, lines: Tensor, groups: int) -> Tensor:
+        """Lay out ``[k, rows]`` as ``[k, groups, 1, rows of a group]``, aligned, with zeros beyond."""
+        (count, rows), group = lines.shape, self._group_rows
+        if count == 1 and rows == groups * group and lines.data_ptr() % (4 * ALIGNED) == 0:
+            return lines.reshape(1, groups, 1, group)
+        laid = self._empty(count, groups, 1, math.ceil(group / ALIGNED) * ALIGNED).zero_()
+        whole = rows // group
+        laid[:, :whole, 0, :group] = lines[:, : whole * group].reshape(count, whole, group)
+        if rows % group:
+            laid[:, whole, 0, : rows % group] = lines[:, whole * group :]
+        return laid[..., :group]
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.precision, device=self._device)

@@ -18,6 +18,7 @@ from ablate_shards.kernels.project import (
     Meter,
     ProjectOptions,
     Projector,
+    Workspace,
     choose_form,
     merge,
     norm_drift,
@@ -119,12 +120,20 @@ def assert_accurate(
 
 
 def run(
-    weight: Tensor, basis: Tensor, options: ProjectOptions, *, form: str = "torch", block_rows: int = 1 << 20
+    weight: Tensor,
+    basis: Tensor,
+    options: ProjectOptions,
+    *,
+    form: str = "torch",
+    block_rows: int = 1 << 20,
+    chunks_at_once: int = 2,
 ) -> tuple[Tensor, Projector]:
     """Stream a weight ``[batch, rows, cols]`` through a projector as the executor does."""
     weight = weight.clone()
     shape = tuple(weight.shape)
-    projector = Projector(basis, shape, weight.dtype, options, device=weight.device, form=form)
+    projector = Projector(
+        basis, shape, weight.dtype, options, Workspace(weight.device, form, chunks_at_once=chunks_at_once)
+    )
     step_rows = math.ceil(block_rows / projector.chunk_rows) * projector.chunk_rows
     step = 0
     while step < projector.passes:
@@ -290,8 +299,8 @@ class TestDeterminism:
         options = ProjectOptions(2.5, preserve, axis)
         whole, projector = run(weight, basis, options)
         measure = projector.before()
-        for block_rows in (1, 500):
-            blocked, other = run(weight, basis, options, block_rows=block_rows)
+        for block_rows, chunks_at_once in ((1, 2), (500, 1), (2000, 1), (2000, 3)):
+            blocked, other = run(weight, basis, options, block_rows=block_rows, chunks_at_once=chunks_at_once)
             assert torch.equal(blocked, whole)
             assert torch.equal(other.before().norms, measure.norms)
             assert other.before().component == measure.component
@@ -332,6 +341,7 @@ class TestDeterminism:
         whole, projector = run(weight, basis, options)
         assert projector.chunk_rows < 40
         assert torch.equal(run(weight, basis, options, block_rows=1)[0], whole)
+        assert torch.equal(run(weight, basis, options, chunks_at_once=1)[0], whole)
         assert_accurate(whole, weight, basis, options)
 
     @modes
@@ -529,7 +539,7 @@ class TestMeasures:
         weight = make_weight(basis, 80, torch.bfloat16, axis=axis, mix=0.05)
         options = ProjectOptions(1.0, preserve, axis)
         _, projector = run(weight, basis, options)
-        meter = Meter(basis, tuple(weight.shape), weight.dtype, options, device=CPU, form="torch")
+        meter = Meter(basis, tuple(weight.shape), weight.dtype, options, Workspace(CPU, "torch"))
         for start in range(0, weight.shape[1], meter.chunk_rows):
             meter.add(weight[:, start : start + meter.chunk_rows], start)
         assert meter.result().component == projector.before().component
@@ -547,7 +557,7 @@ class TestMeasures:
         changed[:, :, 2] *= 1.5
 
         def measure(values):
-            meter = Meter(basis, (1, 8, 4), torch.float32, options, device=CPU, form="torch")
+            meter = Meter(basis, (1, 8, 4), torch.float32, options, Workspace(CPU, "torch"))
             meter.add(values, 0)
             return meter.result()
 
@@ -605,7 +615,7 @@ class TestVector:
 class TestRefusals:
     def test_a_basis_of_another_size(self):
         with pytest.raises(DirectionsError, match=r"expected \[k, 8\].*found \[1, 9\]"):
-            Projector(make_basis(1, 9), (1, 8, 4), torch.float32, ProjectOptions(), device=CPU, form="torch")
+            Projector(make_basis(1, 9), (1, 8, 4), torch.float32, ProjectOptions(), Workspace(CPU, "torch"))
 
     def test_a_basis_without_directions(self):
         with pytest.raises(DirectionsError, match=r"found \[0, 8\]"):
