@@ -8,23 +8,35 @@
     ├── CheckpointError         a source checkpoint that is malformed, incomplete or unsafe to read
     ├── ArchitectureError       an architecture whose residual writers cannot be told
     ├── ActivationsError        an activation dump that cannot be used
+    ├── SamplesError            a file of pairs, instructions or questions that cannot be used
+    ├── CaptureError            a model whose activations cannot be captured, or a dump that cannot be written
+    ├── AdapterError            an adapter that cannot be read, or that does not fit the checkpoint
+    ├── FinetuneError           a model, its chat template or data that cannot be trained with
     ├── DirectionsError         directions that cannot be computed, read or applied
     ├── PlanError               an edit that cannot be planned (coverage, dtype, shape)
     ├── ExecuteError            a run that cannot start, go on or be resumed
     │   └── Interrupted         stopped by Ctrl-C or SIGTERM; resumable
+    ├── EvaluateError           a model, an endpoint or an evaluation that cannot be asked, read or compared
+    ├── HubError                a repository or an object store that cannot be read or written
     └── VerifyError             an output that cannot be verified at all (no receipt, newer receipt)
 """
 
 __all__ = [
     "AblateError",
     "ActivationsError",
+    "AdapterError",
     "ArchitectureError",
+    "CaptureError",
     "CheckpointError",
     "DirectionsError",
+    "EvaluateError",
     "ExecuteError",
+    "FinetuneError",
+    "HubError",
     "Interrupted",
     "PlanError",
     "RecipeError",
+    "SamplesError",
     "UsageError",
     "VerifyError",
 ]
@@ -54,6 +66,22 @@ class ActivationsError(AblateError):
     """An activation dump cannot be used."""
 
 
+class SamplesError(AblateError):
+    """A file of pairs, instructions or questions cannot be used."""
+
+
+class CaptureError(AblateError):
+    """A model's activations cannot be captured, or not be written."""
+
+
+class AdapterError(AblateError):
+    """An adapter cannot be read, or does not fit the checkpoint."""
+
+
+class FinetuneError(AblateError):
+    """A model cannot be trained on these data."""
+
+
 class DirectionsError(AblateError):
     """Directions cannot be computed, read or applied."""
 
@@ -68,6 +96,14 @@ class ExecuteError(AblateError):
 
 class Interrupted(ExecuteError):  # noqa: N818 - the user asked for it
     """A run was stopped by Ctrl-C or SIGTERM and can be resumed."""
+
+
+class EvaluateError(AblateError):
+    """A model or an endpoint cannot be evaluated, or an evaluation cannot be read or compared."""
+
+
+class HubError(AblateError):
+    """A repository or an object store cannot be read or written."""
 
 
 class VerifyError(AblateError):

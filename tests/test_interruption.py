@@ -127,13 +127,13 @@ def test_a_failing_disk_keeps_what_is_complete(case, monkeypatch):
 
 def test_a_source_that_changes_meanwhile_is_noticed(case, monkeypatch):
     folder, arguments = case
-    complete = execute_module._Surgeon._complete
+    complete = execute_module.Surgeon.complete
 
     def touching(self, work):
         os.utime(folder / "source" / "config.json", ns=(1, 1))
         return complete(self, work)
 
-    monkeypatch.setattr(execute_module._Surgeon, "_complete", touching)
+    monkeypatch.setattr(execute_module.Surgeon, "complete", touching)
     result = run(*arguments)
     assert result.exit_code == 1
     assert "changed while it was read" in result.output

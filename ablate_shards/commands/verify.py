@@ -5,33 +5,57 @@ from pathlib import Path
 
 import click
 
-from ablate_shards.commands.options import PATH, as_json_flag, debug_flag, print_json, quiet_flag, resources
+from ablate_shards.commands.options import (
+    PATH,
+    SOURCE,
+    as_json_flag,
+    cache_flag,
+    debug_flag,
+    print_json,
+    quiet_flag,
+    resources,
+)
 
 __all__ = ["verify"]
 
 
 @click.command()
-@click.argument("source", type=PATH)
+@click.argument("source", type=SOURCE)
 @click.argument("out", type=PATH)
+@click.option("--adapter", type=PATH, help="Of a merge: the adapter, to compute what it changed again.")
 @resources
+@cache_flag
 @as_json_flag
 @quiet_flag
 @debug_flag
-def verify(source: Path, out: Path, *, device: str, memory: int, jobs: int | None, as_json: bool, quiet: bool) -> None:
+def verify(
+    source: Path | str,
+    out: Path,
+    *,
+    adapter: Path | None,
+    device: str,
+    memory: int,
+    jobs: int | None,
+    cache: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Re-read SOURCE and OUT and compare every byte with what the receipt in OUT says.
 
     The exit code is 1 when anything differs.
     """
     from ablate_shards import screen
-    from ablate_shards.surgery.checkpoint import open_checkpoint
     from ablate_shards.surgery.execute import ExecuteOptions
+    from ablate_shards.surgery.stores import cached, open_source
     from ablate_shards.surgery.verify import verify as verify_checkpoint
 
     progress = screen.progress(quiet=quiet or as_json)
     run = ExecuteOptions(device=device, memory=memory, jobs=jobs)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_source(source)
+    if cache:
+        checkpoint = cached(checkpoint)
     with progress:
-        verification = verify_checkpoint(checkpoint, out, run, progress)
+        verification = verify_checkpoint(checkpoint, out, run, progress, adapter=adapter)
     if as_json:
         print_json(dataclasses.asdict(verification))
     elif verification.differences or not quiet:

@@ -1,11 +1,11 @@
-"""The truth of directional ablation: the definitions in float64, unblocked, without a closed form."""
+"""The truth of ablation and merging: the definitions in float64, unblocked, without a closed form."""
 
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["DEGENERATE", "Preserve", "ablate", "round_to"]
+__all__ = ["DEGENERATE", "Preserve", "ablate", "merge", "round_to"]
 
 Preserve = Literal["rows", "columns", "none"]
 
@@ -50,6 +50,22 @@ def ablate(
         rescaled = torch.where(parallel | (norms == 0), moved, moved / left)
         result, degenerate = norms * rescaled, parallel.squeeze(along)
     return (result if axis == -2 else result.mT), degenerate
+
+
+def merge(weight: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """Add a low-rank update to a weight by definition: ``weight + scale * left @ right``.
+
+    Args:
+        weight: ``[rows, cols]``, any float dtype.
+        left: ``[rows, r]``.
+        right: ``[r, cols]``.
+        scale: What the product is multiplied by.
+
+    Returns:
+        The new weight in float64, before any rounding.
+    """
+    product = left.to("cpu", torch.float64) @ right.to("cpu", torch.float64)
+    return weight.to("cpu", torch.float64) + scale * product
 
 
 def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:

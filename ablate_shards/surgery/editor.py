@@ -5,22 +5,36 @@ import gc
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
 from ablate_shards.errors import ExecuteError, UsageError
-from ablate_shards.surgery.plan import TensorEdit
+from ablate_shards.surgery.plan import BasisKey, Edit, TensorEdit
 from ablate_shards.surgery.receipt import TensorResult
 
 if TYPE_CHECKING:
     import torch
 
-    from ablate_shards.kernels.project import Form, Measure
+    from ablate_shards.kernels.project import Form, Measure, Workspace
 
-__all__ = ["Channels", "Editor", "Stopped", "cores", "pread_into", "pwrite_all", "resolve_device", "torch_dtype"]
+__all__ = [
+    "BlockEditor",
+    "Channels",
+    "Editor",
+    "Stopped",
+    "cores",
+    "pread_into",
+    "pwrite_all",
+    "resolve_device",
+    "torch_dtype",
+]
+
+_E = TypeVar("_E", bound=Edit)
+_R = TypeVar("_R")
 
 _CPU_BLOCK = 8 << 20
 _LEAST_MEMORY_PER_JOB = 8 << 20
@@ -47,8 +61,8 @@ class Channels:
     reread: Callable[[memoryview, int], None]
 
 
-class Editor:
-    """Edits tensors on one device.
+class BlockEditor(ABC, Generic[_E, _R]):
+    """Edits tensors on one device, in blocks that fit a memory budget; a subclass knows the arithmetic.
 
     Args:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
@@ -76,6 +90,7 @@ class Editor:
         wanted = jobs or (cores() if on_cpu else _DEVICE_JOBS)
         self.jobs = max(1, min(wanted, memory // _LEAST_MEMORY_PER_JOB))
         room = max(memory // self.jobs - _SCRATCH, 1 << 20)
+        self._chunks_at_once = 2 if room >= 2 * _CPU_BLOCK else 1
         # On a CPU larger blocks gain nothing: they only leave the cache. A device holds a block of its own.
         self._room = min(room, _CPU_BLOCK) if on_cpu else room // 2
         self._stop = stop
@@ -103,16 +118,77 @@ class Editor:
         finally:
             torch.set_num_threads(before)
 
-    def edit(self, edit: TensorEdit, basis: np.ndarray, channels: Channels) -> TensorResult:
+    @abstractmethod
+    def edit(self, edit: _E, channels: Channels) -> _R:
         """Edits one tensor and measures it again from what was written.
 
         Args:
             edit: What to do.
-            basis: The basis to remove, ``[k, d]`` float64, orthonormal rows.
             channels: Where the bytes come from and go to.
 
         Returns:
             What was measured.
+
+        Raises:
+            AblateError: The tensor cannot be edited.
+        """
+
+    def _buffer(self, count: int) -> "torch.Tensor":
+        """Returns this thread's buffer, ``[count]`` uint8; one that is kept fragments no memory."""
+        import torch
+
+        kept: torch.Tensor | None = getattr(self._kept, "buffer", None)
+        if kept is None or len(kept) < count:
+            # Pinned memory is what a device copies from and to at full speed.
+            pinned = self._device.type == "cuda"
+            kept = self._kept.buffer = torch.empty(count, dtype=torch.uint8, pin_memory=pinned)
+        return kept[:count]
+
+    def _workspace(self) -> "Workspace":
+        """Returns this thread's scratch memory."""
+        from ablate_shards.kernels.project import Workspace
+
+        if not hasattr(self._kept, "workspace"):
+            self._kept.workspace = Workspace(self._device, self._form, chunks_at_once=self._chunks_at_once)
+        kept: Workspace = self._kept.workspace
+        return kept
+
+    def _stream(self) -> contextlib.AbstractContextManager[object]:
+        """Gives each job a stream of its own, so that one computes while another reads or writes."""
+        import torch
+
+        if self._device.type in ("cuda", "xpu"):
+            return torch.Stream(self._device)
+        return contextlib.nullcontext()
+
+
+class Editor(BlockEditor[TensorEdit, TensorResult]):
+    """Removes directions from tensors.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
+        memory: Bytes for all buffers of all jobs together.
+        jobs: Tensors edited at a time, one per available core if None.
+        stop: Set when the run should end early.
+        bases: The bases to remove, ``[k, d]`` float64, orthonormal rows.
+
+    Raises:
+        UsageError: There is no such device.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        memory: int,
+        jobs: int | None,
+        stop: threading.Event,
+        bases: Mapping[BasisKey, np.ndarray],
+    ) -> None:
+        super().__init__(device, memory, jobs, stop)
+        self._bases = bases
+
+    def edit(self, edit: TensorEdit, channels: Channels) -> TensorResult:
+        """Ablates one tensor and measures it again from what was written.
 
         Raises:
             ExecuteError: The tensor holds NaN or infinite values.
@@ -120,7 +196,7 @@ class Editor:
         import torch
 
         with self._stream():
-            return self._edit(edit, torch.from_numpy(basis), channels)
+            return self._edit(edit, torch.from_numpy(self._bases[edit.basis]), channels)
 
     def _edit(self, edit: TensorEdit, rows_basis: "torch.Tensor", channels: Channels) -> TensorResult:
         from ablate_shards.kernels.project import merge, norm_drift
@@ -147,25 +223,6 @@ class Editor:
             sha256=digest.hexdigest(),
         )
 
-    def _buffer(self, count: int) -> "torch.Tensor":
-        """Returns this thread's buffer, ``[count]`` uint8; one that is kept fragments no memory."""
-        import torch
-
-        kept: torch.Tensor | None = getattr(self._kept, "buffer", None)
-        if kept is None or len(kept) < count:
-            # Pinned memory is what a device copies from and to at full speed.
-            pinned = self._device.type == "cuda"
-            kept = self._kept.buffer = torch.empty(count, dtype=torch.uint8, pin_memory=pinned)
-        return kept[:count]
-
-    def _stream(self) -> contextlib.AbstractContextManager[object]:
-        """Gives each job a stream of its own, so that one computes while another reads or writes."""
-        import torch
-
-        if self._device.type in ("cuda", "xpu"):
-            return torch.Stream(self._device)
-        return contextlib.nullcontext()
-
     def _edit_group(
         self,
         edit: TensorEdit,
@@ -182,7 +239,8 @@ class Editor:
         dtype = torch_dtype(edit.dtype)
         count, rows, cols = shape
         row_bytes = cols * dtype.itemsize
-        projector = Projector(basis, shape, dtype, options, device=self._device, form=self._form)
+        workspace = self._workspace()
+        projector = Projector(basis, shape, dtype, options, workspace)
         chunk = projector.chunk_rows
         resident = count * rows * row_bytes <= self._room
         block_rows = rows if resident else max(chunk, self._room // row_bytes // chunk * chunk)
@@ -219,7 +277,7 @@ class Editor:
                 )
             typed(size).copy_(block)
             channels.write(raw(size).numpy().data, base + start * row_bytes)
-        meter = Meter(basis, shape, dtype, options, device=self._device, form=self._form)
+        meter = Meter(basis, shape, dtype, options, workspace)
         for start, size in blocks:
             block = load(start, size, channels.reread)
             digest.update(raw(size).numpy().data)

@@ -10,25 +10,50 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self
-
-import numpy as np
+from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
 
 from ablate_shards import __version__
-from ablate_shards.errors import ExecuteError, Interrupted
-from ablate_shards.surgery.checkpoint import RECEIPT_NAME, Checkpoint, Shard, files_of, fingerprint
+from ablate_shards.errors import ExecuteError, HubError, Interrupted
+from ablate_shards.surgery.checkpoint import RECEIPT_NAME, Checkpoint, Shard, files_of, fingerprint, size_of
 from ablate_shards.surgery.directions import Directions
-from ablate_shards.surgery.editor import Channels, Editor, Stopped, cores, pread_into, pwrite_all, resolve_device
-from ablate_shards.surgery.plan import BasisKey, Plan, TensorEdit, by_shard, resolve_bases
+from ablate_shards.surgery.editor import (
+    BlockEditor,
+    Channels,
+    Editor,
+    Stopped,
+    cores,
+    pread_into,
+    pwrite_all,
+    resolve_device,
+)
+from ablate_shards.surgery.plan import Edit, Plan, TensorEdit, by_shard, resolve_bases
 from ablate_shards.surgery.receipt import TensorResult, receipt_text
 from ablate_shards.surgery.recipe import AblateOptions
 from ablate_shards.surgery.staging import Staging, check_out, fsync_folder, locked
 
-__all__ = ["ExecuteOptions", "Progress", "execute", "untouched"]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+__all__ = [
+    "ExecuteOptions",
+    "Operation",
+    "Progress",
+    "Surgeon",
+    "Work",
+    "ablation",
+    "execute",
+    "perform",
+    "sigterm_as_interrupt",
+    "untouched",
+    "what_is_kept",
+]
+
+_E = TypeVar("_E", bound=Edit)
+_R = TypeVar("_R", bound="DataclassInstance")
 
 _COPY_CHUNK = 32 << 20
 _FALLBACK_CHUNK = 1 << 20
@@ -70,6 +95,27 @@ class Progress(Protocol):
         """Says something in one line."""
 
 
+@dataclass(frozen=True, slots=True)
+class Operation(Generic[_E, _R]):
+    """What is done to a checkpoint, whatever it is: the edits, who carries them out, and the receipt.
+
+    Attributes:
+        edits: The tensors to edit.
+        identity: What must be equal for an interrupted run to be gone on with, by what to call it.
+        editor: Makes the editor of a run that ends early when the event is set.
+        result: Makes a result of the fields that the journal kept of it.
+        receipt_name: The file in OUT that says what was done.
+        receipt: Returns its text, from the results and from what did the arithmetic.
+    """
+
+    edits: tuple[_E, ...]
+    identity: Mapping[str, str]
+    editor: Callable[[ExecuteOptions, threading.Event], BlockEditor[_E, _R]]
+    result: Callable[..., _R]
+    receipt_name: str
+    receipt: Callable[[Mapping[str, _R], Mapping[str, str]], str]
+
+
 def execute(
     checkpoint: Checkpoint,
     plan: Plan,
@@ -79,7 +125,7 @@ def execute(
     run: ExecuteOptions,
     progress: Progress,
 ) -> dict[str, TensorResult]:
-    """Writes the edited checkpoint; OUT appears complete or not at all.
+    """Writes the ablated checkpoint; OUT appears complete or not at all.
 
     Args:
         checkpoint: The source, never opened for writing.
@@ -97,39 +143,80 @@ def execute(
         ExecuteError: OUT is in the way, the disk is too small, or a tensor cannot be edited.
         Interrupted: Ctrl-C or SIGTERM; the staged state can be resumed.
     """
-    check_out(checkpoint.path, files_of(checkpoint), out, overwrite=run.overwrite)
+    return perform(checkpoint, ablation(checkpoint, plan, directions, options), out, run, progress)
+
+
+def ablation(
+    checkpoint: Checkpoint, plan: Plan, directions: Directions, options: AblateOptions
+) -> Operation[TensorEdit, TensorResult]:
+    """Returns the operation that carries out a plan.
+
+    Raises:
+        DirectionsError: Nothing is left of a direction, or a reference mean is missing.
+    """
     bases = resolve_bases(plan.edits, checkpoint, directions)
+    return Operation(
+        edits=plan.edits,
+        identity={"the plan": plan.sha256()},
+        editor=lambda run, stop: Editor(run.device, run.memory, run.jobs, stop, bases),
+        result=TensorResult,
+        receipt_name=RECEIPT_NAME,
+        receipt=lambda results, device: receipt_text(checkpoint, plan, options, directions, results, device),
+    )
+
+
+def perform(
+    checkpoint: Checkpoint, operation: Operation[_E, _R], out: Path, run: ExecuteOptions, progress: Progress
+) -> dict[str, _R]:
+    """Carries out an operation on a checkpoint; OUT appears complete or not at all.
+
+    Args:
+        checkpoint: The source, never opened for writing.
+        operation: What to do.
+        out: The folder to make.
+        run: How to run.
+        progress: Hears how far the run has come.
+
+    Returns:
+        The result of each edit, by tensor.
+
+    Raises:
+        ExecuteError: OUT is in the way, the disk is too small, or a tensor cannot be edited.
+        Interrupted: Ctrl-C or SIGTERM; the staged state can be resumed.
+    """
+    check_out(checkpoint.path, files_of(checkpoint), out, overwrite=run.overwrite)
     out = out.resolve() if out.is_symlink() else out
     sizes = {shard.name: shard.size for shard in checkpoint.shards}
     identity = {
-        "the plan": plan.sha256(),
+        **operation.identity,
         "the source": checkpoint.fingerprint,
         "the version of ablate-shards": __version__,
     }
     if run.device not in ("auto", "cpu"):
         resolve_device(run.device)
     staging: Staging | None = None
-    with _sigterm_as_interrupt(), locked(out):
+    with sigterm_as_interrupt(), locked(out):
         try:
             staging = Staging.open(out, identity, sizes, resume=run.resume, overwrite=run.overwrite)
-            _check_disk(checkpoint, plan, staging, link=run.link)
+            _check_disk(checkpoint, operation.edits, staging, link=run.link)
             progress.begin(_bytes_to_write(checkpoint, staging))
-            with _Surgeon(checkpoint, plan, bases, staging, progress, link=run.link) as surgeon:
+            with Surgeon(checkpoint, operation, staging, progress, link=run.link) as surgeon:
                 results, identity = surgeon.operate(run)
             if fingerprint(checkpoint) != checkpoint.fingerprint:
-                raise ExecuteError(f"{checkpoint.path}: changed while it was read; run again when it is at rest")
-            text = receipt_text(checkpoint, plan, options, directions, results, identity)
-            with (staging.folder / RECEIPT_NAME).open("w", encoding="utf-8") as file:
-                file.write(text)
+                raise ExecuteError(f"{checkpoint.name}: changed while it was read; run again when it is at rest")
+            with (staging.folder / operation.receipt_name).open("w", encoding="utf-8") as file:
+                file.write(operation.receipt(results, identity))
                 file.flush()
                 os.fsync(file.fileno())
             with _uninterrupted():
                 staging.publish()
         except (KeyboardInterrupt, Interrupted) as error:
-            raise Interrupted(f"{out}: interrupted; {_what_is_kept(staging)}") from error
+            raise Interrupted(f"{out}: interrupted; {what_is_kept(staging)}") from error
+        except HubError as error:
+            raise HubError(f"{error}; {what_is_kept(staging)}") from error
         except OSError as error:
             raise ExecuteError(
-                f"{error.filename or out}: {error.strerror or error}; {_what_is_kept(staging)}"
+                f"{error.filename or out}: {error.strerror or error}; {what_is_kept(staging)}"
             ) from error
         except Exception:
             if staging is not None and not run.resume:
@@ -138,37 +225,49 @@ def execute(
     return results
 
 
-def _what_is_kept(staging: Staging | None) -> str:
+def what_is_kept(staging: Staging | None) -> str:
+    """Returns the end of an error's sentence: what an interrupted run leaves, and how to go on."""
     if staging is None:
         return "nothing was written"
     return f"what is complete is kept in {staging.folder}, and the same command with --resume goes on"
 
 
 @dataclass(slots=True)
-class _Work:
-    """One shard under way."""
+class Work(Generic[_R]):
+    """One shard under way; one that is fetched is edited in place, once it is all there."""
 
     shard: Shard
     source: int
     target: int
     copies: list[Future[None]]
-    edits: list[Future[tuple[str, TensorResult]]] = field(default_factory=list)
+    fetched: Future[None] | None = None
+    edits: list[Future[tuple[str, _R]]] = field(default_factory=list)
 
 
-class _Surgeon:
-    """Copies and edits shard after shard, a few at a time, in threads of its own."""
+class Surgeon(Generic[_E, _R]):
+    """Copies and edits shard after shard, a few at a time, in threads of its own.
+
+    Args:
+        checkpoint: The source.
+        operation: What to do.
+        staging: Where to write.
+        progress: Hears how far it has come.
+        link: Make shards without an edit hard links to the source's.
+    """
+
+    #: Shards under way at a time.
+    in_flight = _SHARDS_IN_FLIGHT
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        plan: Plan,
-        bases: Mapping[BasisKey, np.ndarray],
+        operation: Operation[_E, _R],
         staging: Staging,
         progress: Progress,
         *,
         link: bool,
     ) -> None:
-        self._checkpoint, self._edits, self._bases = checkpoint, by_shard(plan.edits), bases
+        self._checkpoint, self._operation, self._edits = checkpoint, operation, by_shard(operation.edits)
         self._staging, self._progress, self._link = staging, progress, link
         self._stop = threading.Event()
         self._pools: list[ThreadPoolExecutor] = []
@@ -184,21 +283,23 @@ class _Surgeon:
         for descriptor in self._open:
             os.close(descriptor)
 
-    def operate(self, run: ExecuteOptions) -> tuple[dict[str, TensorResult], dict[str, str]]:
+    def operate(self, run: ExecuteOptions) -> tuple[dict[str, _R], dict[str, str]]:
         """Writes every file but the receipt; returns what was measured, and by what."""
         results = {
-            name: TensorResult(**values) for content in self._staging.done.values() for name, values in content.items()
+            name: self._operation.result(**values)
+            for content in self._staging.done.values()
+            for name, values in content.items()
         }
-        copiers = self._pool(min(2, cores()))
+        copiers = self._pool(min(2, cores()) if self._checkpoint.remote is None else self.in_flight)
         sidecars = [copiers.submit(self._copy_sidecar, name) for name in self._checkpoint.sidecars]
         todo = (
             self._start_copy(shard, copiers)
             for shard in self._checkpoint.shards
             if shard.name not in self._staging.done
         )
-        under_way = deque(itertools.islice(todo, _SHARDS_IN_FLIGHT))
+        under_way = deque(itertools.islice(todo, self.in_flight))
         # Only now is torch imported: the copying above needs neither it nor the interpreter lock.
-        editor = Editor(run.device, run.memory, run.jobs, self._stop)
+        editor = self._operation.editor(run, self._stop)
         self._progress.note(editor.reason)
         identity = editor.identity()
         self._staging.agree({f"the {what}": value for what, value in identity.items()})
@@ -207,7 +308,7 @@ class _Surgeon:
             for work in under_way:
                 self._start_edits(work, editor, editors)
             while under_way:
-                results |= self._complete(under_way.popleft())
+                results |= self.complete(under_way.popleft())
                 for work in itertools.islice(todo, 1):
                     self._start_edits(work, editor, editors)
                     under_way.append(work)
@@ -219,16 +320,18 @@ class _Surgeon:
         self._pools.append(ThreadPoolExecutor(workers))
         return self._pools[-1]
 
-    def _start_copy(self, shard: Shard, copiers: ThreadPoolExecutor) -> _Work:
+    def _start_copy(self, shard: Shard, copiers: ThreadPoolExecutor) -> Work[_R]:
         path = self._staging.folder / shard.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
         edits = self._edits.get(shard.name, ())
+        if self._checkpoint.remote is not None:
+            return self._start_fetch(shard, path, [(edit.start, edit.end) for edit in edits], copiers)
+        path.unlink(missing_ok=True)
         linked = not edits and self._link and _link(shard.path, path)
         source = self._hold(os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC))
         if linked:
             self._progress.advance(shard.size)
-            return _Work(shard, source, self._hold(os.open(path, os.O_RDONLY | os.O_CLOEXEC)), [])
+            return Work(shard, source, self._hold(os.open(path, os.O_RDONLY | os.O_CLOEXEC)), [])
         target = self._hold(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
         _allocate(target, shard.size, shared=not edits)
         copies = [
@@ -238,13 +341,27 @@ class _Surgeon:
         ]
         # What is copied goes to the disk while the edits are computed.
         copies.append(copiers.submit(os.fsync, target))
-        return _Work(shard, source, target, copies)
+        return Work(shard, source, target, copies)
 
-    def _start_edits(self, work: _Work, editor: Editor, editors: ThreadPoolExecutor) -> None:
+    def _start_fetch(
+        self, shard: Shard, path: Path, edited: list[tuple[int, int]], copiers: ThreadPoolExecutor
+    ) -> Work[_R]:
+        target = self._hold(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        source = self._hold(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        fetched = copiers.submit(self._fetch, shard.name, path, edited)
+        return Work(shard, source, target, [fetched], fetched=fetched)
+
+    def _fetch(self, name: str, path: Path, edited: list[tuple[int, int]]) -> None:
+        if self._checkpoint.remote is not None:
+            advance = self._progress.advance
+            self._checkpoint.remote.fetch(name, path, stop=self._stop, advance=advance, edited=edited)
+
+    def _start_edits(self, work: Work[_R], editor: BlockEditor[_E, _R], editors: ThreadPoolExecutor) -> None:
         for edit in self._edits.get(work.shard.name, ()):
             work.edits.append(editors.submit(self._edit, edit, work, editor))
 
-    def _complete(self, work: _Work) -> dict[str, TensorResult]:
+    def complete(self, work: Work[_R]) -> dict[str, _R]:
+        """Waits for a shard, makes it durable and writes it down; returns what was measured."""
         for future in work.copies:
             future.result()
         results = dict(future.result() for future in work.edits)
@@ -256,18 +373,21 @@ class _Surgeon:
         self._staging.record(work.shard.name, {name: dataclasses.asdict(result) for name, result in results.items()})
         return results
 
-    def _edit(self, edit: TensorEdit, work: _Work, editor: Editor) -> tuple[str, TensorResult]:
+    def _edit(self, edit: _E, work: Work[_R], editor: BlockEditor[_E, _R]) -> tuple[str, _R]:
+        if work.fetched is not None:
+            work.fetched.result()
+
         def write(data: memoryview, offset: int) -> None:
             pwrite_all(work.target, data, offset)
-            self._progress.advance(len(data))
+            if work.fetched is None:
+                self._progress.advance(len(data))
 
         channels = Channels(
             read=functools.partial(pread_into, work.source),
             write=write,
             reread=functools.partial(pread_into, work.target),
         )
-        result = editor.edit(edit, self._bases[edit.basis], channels)
-        return edit.name, result
+        return edit.name, editor.edit(edit, channels)
 
     def _copy(self, source: int, target: int, start: int, end: int) -> None:
         if self._stop.is_set():
@@ -278,6 +398,11 @@ class _Surgeon:
     def _copy_sidecar(self, name: str) -> None:
         path = self._staging.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        if self._checkpoint.remote is not None:
+            self._fetch(name, path, [])
+            with path.open("rb") as target:
+                os.fsync(target.fileno())
+            return
         with (self._checkpoint.root / name).open("rb") as source, path.open("wb") as target:
             size = os.fstat(source.fileno()).st_size
             _copy_range(source.fileno(), target.fileno(), 0, size)
@@ -289,7 +414,7 @@ class _Surgeon:
         return descriptor
 
 
-def untouched(shard: Shard, edits: Iterable[TensorEdit]) -> Iterator[tuple[int, int]]:
+def untouched(shard: Shard, edits: Iterable[Edit]) -> Iterator[tuple[int, int]]:
     """Yields the byte ranges of a shard outside its edits (in the order of their bytes), the header among them."""
     position = 0
     for edit in edits:
@@ -302,13 +427,13 @@ def untouched(shard: Shard, edits: Iterable[TensorEdit]) -> Iterator[tuple[int, 
 
 def _bytes_to_write(checkpoint: Checkpoint, staging: Staging) -> int:
     shards = sum(shard.size for shard in checkpoint.shards if shard.name not in staging.done)
-    return shards + sum((checkpoint.root / name).stat().st_size for name in checkpoint.sidecars)
+    return shards + sum(size_of(checkpoint, name) for name in checkpoint.sidecars)
 
 
-def _check_disk(checkpoint: Checkpoint, plan: Plan, staging: Staging, *, link: bool) -> None:
+def _check_disk(checkpoint: Checkpoint, edits: Iterable[Edit], staging: Staging, *, link: bool) -> None:
     reused = sum(path.stat().st_size for path in staging.folder.rglob("*") if path.is_file())
     complete = sum(shard.size for shard in checkpoint.shards if shard.name in staging.done)
-    edited = {edit.shard for edit in plan.edits}
+    edited = {edit.shard for edit in edits}
     linked = sum(shard.size for shard in checkpoint.shards if link and shard.name not in edited | staging.done.keys())
     needed = _bytes_to_write(checkpoint, staging) - (reused - complete) - linked
     free = shutil.disk_usage(staging.folder).free
@@ -377,7 +502,9 @@ def _uninterrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Makes SIGTERM end the main thread as Ctrl-C does."""
+
     def interrupt(_signal: int, _frame: object) -> None:
         raise Interrupted
 

@@ -8,20 +8,51 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
 from ablate_shards.errors import DirectionsError, PlanError, UsageError
 from ablate_shards.surgery.architecture import Component, LeftOut, Writer, dissect, split_layer
-from ablate_shards.surgery.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo
+from ablate_shards.surgery.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, read_range
 from ablate_shards.surgery.directions import Directions, apply_gain, biproject
 from ablate_shards.surgery.recipe import AblateOptions, Preserve, SourceLayer
 
-__all__ = ["BasisKey", "Plan", "Skip", "TensorEdit", "by_shard", "make_plan", "read_vector", "resolve_bases"]
+__all__ = ["BasisKey", "Edit", "Plan", "Skip", "TensorEdit", "by_shard", "make_plan", "read_vector", "resolve_bases"]
 
 _LARGEST_COEFFICIENT = 1000
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+class Edit(Protocol):
+    """One tensor that is to be edited, by whatever operation, and where its bytes lie."""
+
+    @property
+    def name(self) -> str:
+        """The tensor."""
+
+    @property
+    def shard(self) -> str:
+        """The shard that holds it."""
+
+    @property
+    def dtype(self) -> str:
+        """Its safetensors dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape as stored."""
+
+    @property
+    def start(self) -> int:
+        """Offset of its first byte in the shard."""
+
+    @property
+    def end(self) -> int:
+        """Offset one past its last byte."""
+
+
+_E = TypeVar("_E", bound=Edit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +174,7 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
     anatomy = dissect(checkpoint.tensors, checkpoint.config, options.targets)
     if directions.hidden_size != anatomy.hidden_size:
         raise DirectionsError(
-            f"{checkpoint.path}: hidden size {anatomy.hidden_size}, but the directions have "
+            f"{checkpoint.name}: hidden size {anatomy.hidden_size}, but the directions have "
             f"{directions.hidden_size}; use directions captured from this model"
         )
     layers = _select_layers(anatomy.layers, directions, options)
@@ -174,9 +205,9 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
     )
 
 
-def by_shard(edits: Iterable[TensorEdit]) -> Mapping[str, Sequence[TensorEdit]]:
+def by_shard(edits: Iterable[_E]) -> Mapping[str, Sequence[_E]]:
     """Groups edits by the shard that holds them, in the order of their bytes; a shard without one has none."""
-    groups: defaultdict[str, list[TensorEdit]] = defaultdict(list)
+    groups: defaultdict[str, list[_E]] = defaultdict(list)
     for edit in sorted(edits, key=lambda edit: edit.start):
         groups[edit.shard].append(edit)
     return groups
@@ -228,10 +259,7 @@ def read_vector(checkpoint: Checkpoint, tensor: TensorInfo) -> np.ndarray:
     """
     if tensor.dtype not in ITEM_BYTES:
         raise PlanError(f"{tensor.name}: expected BF16, F16 or F32, found {tensor.dtype}")
-    path = next(shard.path for shard in checkpoint.shards if shard.name == tensor.shard)
-    with path.open("rb") as file:
-        file.seek(tensor.start)
-        raw = file.read(tensor.end - tensor.start)
+    raw = read_range(checkpoint, tensor)
     if tensor.dtype == "BF16":
         values = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
     else:
@@ -342,7 +370,7 @@ def _check_coverage(
         if (layer, component) not in found:
             what = "no token embedding" if layer is None else f"layer {layer}: no {component} writer"
             raise PlanError(
-                f"{checkpoint.path}: {what} was found among {_names_of(checkpoint, layer)}; describe it with "
+                f"{checkpoint.name}: {what} was found among {_names_of(checkpoint, layer)}; describe it with "
                 "[[ablate.target]] in a recipe, or leave it out with --layers or --components"
             )
 

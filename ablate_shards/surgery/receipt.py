@@ -19,7 +19,19 @@ from ablate_shards.surgery.directions import Directions
 from ablate_shards.surgery.plan import BasisKey, Plan, TensorEdit
 from ablate_shards.surgery.recipe import COMPONENTS, PRESERVE, AblateOptions
 
-__all__ = ["FORMAT", "Receipt", "TensorResult", "read_receipt", "receipt_text", "seal"]
+__all__ = [
+    "FORMAT",
+    "Receipt",
+    "TensorResult",
+    "items",
+    "load",
+    "number",
+    "read_receipt",
+    "receipt_text",
+    "seal",
+    "source_record",
+    "typed",
+]
 
 FORMAT = "ablate-shards.receipt/1"
 
@@ -83,13 +95,7 @@ def receipt_text(
     content = {
         "format": FORMAT,
         "tool": f"ablate-shards {__version__}",
-        "source": {
-            "name": checkpoint.path.resolve().name,
-            "shards": [
-                {"name": shard.name, "size": shard.size, "header_sha256": shard.header_sha256}
-                for shard in checkpoint.shards
-            ],
-        },
+        "source": source_record(checkpoint),
         "family": plan.family,
         "hidden_size": plan.hidden_size,
         "recipe": _resolved(options, plan),
@@ -117,20 +123,10 @@ def read_receipt(folder: Path) -> Receipt:
         VerifyError: There is none, it is of a newer version, or it is not a receipt.
     """
     path = folder / RECEIPT_NAME
-    try:
-        raw = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise VerifyError(f"{folder}: holds no {RECEIPT_NAME}; only folders made by ablate-shards have one") from error
-    try:
-        content = json.loads(raw)
-        found = content["format"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise VerifyError(f"{path}: not a receipt ({error}); it was changed after it was written") from error
-    if found != FORMAT:
-        raise VerifyError(f"{path}: expected {FORMAT}, found {found!r}; use the version that wrote it")
+    content, altered = load(path, FORMAT)
     try:
         shards = {
-            _typed(entry, "name", str): _typed(entry, "header_sha256", str) for entry in content["source"]["shards"]
+            typed(entry, "name", str): typed(entry, "header_sha256", str) for entry in content["source"]["shards"]
         }
         edits = tuple(_edit(record) for record in content["tensors"])
         results = {edit.name: _result(record) for edit, record in zip(edits, content["tensors"], strict=True)}
@@ -138,18 +134,55 @@ def read_receipt(folder: Path) -> Receipt:
             raise ValueError("records a tensor twice")
         receipt = Receipt(
             shards=shards,
-            copied=_items(content["files"], "copied", str),
+            copied=items(content["files"], "copied", str),
             edits=edits,
             results=results,
             directions=Directions(
                 basis=_decode(content["directions"]["basis"]),
                 reference={layer: array[0] for layer, array in _decode(content["directions"]["reference"]).items()},
             ),
-            altered=seal({key: value for key, value in content.items() if key != "sha256"}).encode() != raw,
+            altered=altered,
         )
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise VerifyError(f"{path}: not a complete receipt ({error}); it was changed after it was written") from error
     return receipt
+
+
+def load(path: Path, expected: str) -> tuple[dict[str, Any], bool]:
+    """Reads the content of a receipt of a given format, and whether its bytes are not the ones that were written.
+
+    Raises:
+        VerifyError: There is none, it is of a newer version, or it is not a receipt.
+    """
+    try:
+        raw = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise VerifyError(
+            f"{path.parent}: holds no {path.name}; only folders made by ablate-shards have one"
+        ) from error
+    try:
+        content: dict[str, Any] = json.loads(raw)
+        found = content["format"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise VerifyError(f"{path}: not a receipt ({error}); it was changed after it was written") from error
+    if found != expected:
+        raise VerifyError(f"{path}: expected {expected}, found {found!r}; use the version that wrote it")
+    try:
+        altered = seal({key: value for key, value in content.items() if key != "sha256"}).encode() != raw
+    except (ValueError, RecursionError):
+        altered = True
+    return content, altered
+
+
+def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Returns what a receipt says of the source."""
+    return {
+        **checkpoint.identity,
+        "shards": [
+            {"name": shard.name, "size": shard.size, "header_sha256": shard.header_sha256}
+            for shard in checkpoint.shards
+        ],
+    }
 
 
 def seal(content: Mapping[str, Any]) -> str:
@@ -203,46 +236,48 @@ def _record(edit: TensorEdit, result: TensorResult) -> dict[str, Any]:
 
 
 def _edit(record: Mapping[str, Any]) -> TensorEdit:
-    start, end = _items(record, "bytes", int)
+    start, end = items(record, "bytes", int)
     return TensorEdit(
-        name=_typed(record, "name", str),
-        shard=_typed(record, "shard", str),
-        dtype=_typed(record, "dtype", str),
-        shape=_items(record, "shape", int),
+        name=typed(record, "name", str),
+        shard=typed(record, "shard", str),
+        dtype=typed(record, "dtype", str),
+        shape=items(record, "shape", int),
         start=start,
         end=end,
-        axis=_typed(record, "axis", int),
+        axis=typed(record, "axis", int),
         kind=_one_of(record, "kind", ("weight", "bias")),
-        layer=None if record["layer"] is None else _typed(record, "layer", int),
+        layer=None if record["layer"] is None else typed(record, "layer", int),
         component=_one_of(record, "component", COMPONENTS),
-        mtp=_typed(record, "mtp", bool),
-        coefficient=_number(record, "coefficient"),
+        mtp=typed(record, "mtp", bool),
+        coefficient=number(record, "coefficient"),
         preserve=_one_of(record, "preserve", PRESERVE),
         basis=BasisKey(
-            source_layer=_typed(record, "source_layer", int),
-            references=_items(record, "references", int),
-            gain=None if record["gain"] is None else _typed(record, "gain", str),
-            gain_offset=_number(record, "gain_offset"),
+            source_layer=typed(record, "source_layer", int),
+            references=items(record, "references", int),
+            gain=None if record["gain"] is None else typed(record, "gain", str),
+            gain_offset=number(record, "gain_offset"),
         ),
     )
 
 
 def _result(record: Mapping[str, Any]) -> TensorResult:
     return TensorResult(
-        before=_number(record, "before"),
-        after=_number(record, "after"),
-        norm_drift=None if record["norm_drift"] is None else _number(record, "norm_drift"),
-        degenerate=_typed(record, "degenerate", int),
-        sha256=_typed(record, "sha256", str),
+        before=number(record, "before"),
+        after=number(record, "after"),
+        norm_drift=None if record["norm_drift"] is None else number(record, "norm_drift"),
+        degenerate=typed(record, "degenerate", int),
+        sha256=typed(record, "sha256", str),
     )
 
 
-def _typed(record: Mapping[str, Any], key: str, kind: type[_T]) -> _T:
+def typed(record: Mapping[str, Any], key: str, kind: type[_T]) -> _T:
+    """Returns what a record holds under a key, checked to be of a type."""
     return _of_type(record[key], key, kind)
 
 
-def _items(record: Mapping[str, Any], key: str, kind: type[_T]) -> tuple[_T, ...]:
-    return tuple(_of_type(item, key, kind) for item in _typed(record, key, list))
+def items(record: Mapping[str, Any], key: str, kind: type[_T]) -> tuple[_T, ...]:
+    """Returns the list that a record holds under a key, each item checked to be of a type."""
+    return tuple(_of_type(item, key, kind) for item in typed(record, key, list))
 
 
 def _of_type(value: object, key: str, kind: type[_T]) -> _T:
@@ -252,7 +287,8 @@ def _of_type(value: object, key: str, kind: type[_T]) -> _T:
     return value
 
 
-def _number(record: Mapping[str, Any], key: str) -> float:
+def number(record: Mapping[str, Any], key: str) -> float:
+    """Returns what a record holds under a key, checked to be a finite number."""
     value = record[key]
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{key}: expected a finite number")
@@ -278,8 +314,8 @@ def _encode(arrays: Mapping[int, np.ndarray], layers: set[int]) -> dict[str, Any
 def _decode(entries: Mapping[str, Any]) -> dict[int, np.ndarray]:
     arrays = {}
     for layer, entry in entries.items():
-        rows, columns = _items(entry, "shape", int)
-        array = np.frombuffer(base64.b64decode(_typed(entry, "float32", str), validate=True), "<f4")
+        rows, columns = items(entry, "shape", int)
+        array = np.frombuffer(base64.b64decode(typed(entry, "float32", str), validate=True), "<f4")
         if min(rows, columns) < 1 or rows * columns != array.size or not np.isfinite(array).all():
             raise ValueError(f"layer {layer!r}: expected finite numbers, as many as its shape says")
         arrays[int(layer)] = array.reshape(rows, columns)

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ablate_shards.errors import ExecuteError, UsageError
-from ablate_shards.surgery.checkpoint import RECEIPT_NAME
+from ablate_shards.surgery.adapter import TRAINING_NAME
+from ablate_shards.surgery.checkpoint import RECEIPT_NAMES
 
 __all__ = ["Staging", "check_out", "fsync_folder", "locked"]
 
 _JOURNAL = ".journal.jsonl"
+#: The files by which a folder that an earlier run made is known.
+_RECEIPTS = (*RECEIPT_NAMES, TRAINING_NAME)
 
 
 def check_out(source: Path, files: Iterable[Path], out: Path, *, overwrite: bool) -> None:
@@ -50,9 +53,9 @@ def check_out(source: Path, files: Iterable[Path], out: Path, *, overwrite: bool
         return
     if not out.exists() and not out.is_symlink():
         return
-    if not out.is_dir() or not (out / RECEIPT_NAME).is_file():
+    if not _made_by_a_run(out):
         raise ExecuteError(
-            f"{out}: already exists and holds no {RECEIPT_NAME}, so it is not replaced; name another folder"
+            f"{out}: already exists and holds no {' or '.join(_RECEIPTS)}, so it is not replaced; name another folder"
         )
     if not overwrite:
         raise ExecuteError(f"{out}: already exists; --overwrite replaces it, or name another folder")
@@ -169,7 +172,7 @@ class Staging:
         for folder, _, _ in os.walk(self.folder):
             fsync_folder(Path(folder))
         taken = self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))
-        if taken and not (self.overwrite and (self.out / RECEIPT_NAME).is_file()):
+        if taken and not (self.overwrite and _made_by_a_run(self.out)):
             raise FileExistsError(errno.EEXIST, "appeared during the run and is not replaced", str(self.out))
         (self.folder / _JOURNAL).unlink()
         if taken:
@@ -213,6 +216,10 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _made_by_a_run(folder: Path) -> bool:
+    return folder.is_dir() and any((folder / name).is_file() for name in _RECEIPTS)
 
 
 def _beside(out: Path, what: str) -> Path:

@@ -2,23 +2,35 @@
 
 import filecmp
 import functools
+import hashlib
 import math
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from ablate_shards.errors import AblateError, VerifyError
-from ablate_shards.surgery.checkpoint import ITEM_BYTES, RECEIPT_NAME, Checkpoint, Shard
+from ablate_shards.errors import AblateError, UsageError, VerifyError
+from ablate_shards.surgery.adapter import read_adapter
+from ablate_shards.surgery.checkpoint import (
+    ITEM_BYTES,
+    MERGE_RECEIPT_NAME,
+    RECEIPT_NAME,
+    RECEIPT_NAMES,
+    Checkpoint,
+    Shard,
+    at_hand,
+)
 from ablate_shards.surgery.directions import Directions
-from ablate_shards.surgery.editor import Channels, Editor, pread_into, torch_dtype
+from ablate_shards.surgery.editor import BlockEditor, Channels, Editor, cores, pread_into, torch_dtype
 from ablate_shards.surgery.execute import ExecuteOptions, Progress, untouched
-from ablate_shards.surgery.plan import TensorEdit, by_shard, resolve_bases
-from ablate_shards.surgery.receipt import Receipt, TensorResult, read_receipt
+from ablate_shards.surgery.merge import MergeEditor, plan_merge, read_merge_receipt
+from ablate_shards.surgery.plan import Edit, TensorEdit, by_shard, resolve_bases
+from ablate_shards.surgery.receipt import read_receipt
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +43,7 @@ _ROUNDING_SHARE = 1e-3
 _ROUNDING_LEAST = 2
 _ROW_TOLERANCE = 1e-6
 _MEASURE_TOLERANCE = 1e-6
+_OTHER_DIGEST = "the receipt records another digest of its bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +69,7 @@ class Verification:
         identical: How many of them came out the same to the bit; the rest differ by rounding alone.
         untouched_bytes: Bytes outside the edits that were compared.
         notes: Things that are no differences, a line each.
+        recomputed: Whether the edited tensors were computed again, or only compared with the receipt's digests.
     """
 
     differences: tuple[Difference, ...]
@@ -63,10 +77,13 @@ class Verification:
     identical: int
     untouched_bytes: int
     notes: tuple[str, ...]
+    recomputed: bool = True
 
 
-def verify(checkpoint: Checkpoint, out: Path, run: ExecuteOptions, progress: Progress) -> Verification:
-    """Compares an edited checkpoint with its source and with its receipt.
+def verify(
+    checkpoint: Checkpoint, out: Path, run: ExecuteOptions, progress: Progress, *, adapter: Path | None = None
+) -> Verification:
+    """Compares an edited checkpoint with its source and with its receipt, that of an ablation or that of a merge.
 
     Every byte outside the edited tensors must equal the source's; every edited tensor must equal a
     recomputation (to rounding, where another device or library version recomputes it) and the digest and
@@ -78,36 +95,30 @@ def verify(checkpoint: Checkpoint, out: Path, run: ExecuteOptions, progress: Pro
     the same form, if the weights are what that edit gives, and have a missing file pass for one that the source
     gained later, which is a note.
 
+    A merge's receipt does not hold the adapter. Without it, what the merge changed is compared with the receipt's
+    digests alone, which says no more than that nothing changed since.
+
     Args:
         checkpoint: The source.
         out: The folder to verify.
         run: Where to recompute, and in how much memory.
         progress: Hears how far it has come.
+        adapter: What was merged, to compute the changed tensors again.
 
     Raises:
-        VerifyError: There is no receipt, or it is not of this source.
+        AdapterError: The adapter cannot be read, or does not fit.
+        VerifyError: There is no receipt, it is not of this source, or the adapter is not the one it names.
     """
-    receipt = read_receipt(out)
-    if receipt.shards != {shard.name: shard.header_sha256 for shard in checkpoint.shards}:
-        raise VerifyError(
-            f"{checkpoint.path}: is not the source that {out / RECEIPT_NAME} names; expected the shards "
-            f"{', '.join(receipt.shards)} with the headers it records"
-        )
-    for edit in receipt.edits:
-        if not _describes(edit, checkpoint, receipt.directions):
-            raise VerifyError(
-                f"{out / RECEIPT_NAME}: what it records of {edit.name} does not fit the source; "
-                "it was changed after it was written"
-            )
+    claim = _claim(checkpoint, out, adapter)
     differences = []
-    if receipt.altered:
-        differences.append(Difference(RECEIPT_NAME, "changed after it was written (its digest does not hold)"))
-    unknown, notes = _compare_names(checkpoint, out, receipt.copied)
-    with _Examiner(checkpoint, out, receipt, run, progress) as examiner:
+    if claim.altered:
+        differences.append(Difference(claim.receipt_name, "changed after it was written (its digest does not hold)"))
+    unknown, notes = _compare_names(checkpoint, out, claim)
+    with _Examiner(checkpoint, out, claim, run, progress) as examiner:
         differences += unknown + examiner.examine()
         return Verification(
             differences=tuple(differences),
-            edited=len(receipt.edits),
+            edited=len(claim.edits),
             identical=examiner.identical,
             untouched_bytes=sum(
                 end - start
@@ -115,22 +126,122 @@ def verify(checkpoint: Checkpoint, out: Path, run: ExecuteOptions, progress: Pro
                 for start, end in untouched(shard, examiner.edits.get(shard.name, ()))
             ),
             notes=tuple(notes),
+            recomputed=claim.editor is not None,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """What a receipt says, whatever was done.
+
+    Attributes:
+        receipt_name: The receipt's file.
+        copied: The files that were copied beside the shards.
+        edits: The edited tensors.
+        digests: Digests of their bytes in the output.
+        editor: Makes what computes them again, None where that cannot be.
+        differ: Tells how a tensor's recorded measurements differ from those of its result, if they do.
+        altered: Whether its bytes are not the ones that were written.
+    """
+
+    receipt_name: str
+    copied: tuple[str, ...]
+    edits: tuple[Edit, ...]
+    digests: Mapping[str, str]
+    editor: Callable[[ExecuteOptions, threading.Event], BlockEditor[Any, Any]] | None
+    differ: Callable[[str, Any], str | None]
+    altered: bool
+
+
+def _claim(checkpoint: Checkpoint, out: Path, adapter: Path | None) -> _Claim:
+    found = [name for name in RECEIPT_NAMES if (out / name).is_file()]
+    if len(found) > 1:
+        raise VerifyError(f"{out}: holds both {' and '.join(found)}; remove the one that is not of these weights")
+    if found == [MERGE_RECEIPT_NAME]:
+        return _claim_of_merge(checkpoint, out, adapter)
+    claim = _claim_of_ablation(checkpoint, out)
+    if adapter is not None:
+        raise UsageError(f"--adapter is about merges, but {out} holds {RECEIPT_NAME}, the receipt of an ablation")
+    return claim
+
+
+def _claim_of_ablation(checkpoint: Checkpoint, out: Path) -> _Claim:
+    receipt = read_receipt(out)
+    _check_source(checkpoint, receipt.shards, out / RECEIPT_NAME)
+    for edit in receipt.edits:
+        if not _describes(edit, checkpoint, receipt.directions):
+            raise _unfitting(edit.name, out / RECEIPT_NAME)
+    bases = resolve_bases(receipt.edits, checkpoint, receipt.directions)
+    return _Claim(
+        receipt_name=RECEIPT_NAME,
+        copied=receipt.copied,
+        edits=receipt.edits,
+        digests={name: result.sha256 for name, result in receipt.results.items()},
+        editor=lambda run, stop: Editor(run.device, run.memory, run.jobs, stop, bases),
+        differ=lambda name, found: _measures_differ(
+            receipt.results[name], found, ("before", "after", "norm_drift", "degenerate")
+        ),
+        altered=receipt.altered,
+    )
+
+
+def _claim_of_merge(checkpoint: Checkpoint, out: Path, adapter: Path | None) -> _Claim:
+    path = out / MERGE_RECEIPT_NAME
+    receipt = read_merge_receipt(out)
+    _check_source(checkpoint, receipt.shards, path)
+    for name, tensor in receipt.tensors.items():
+        if checkpoint.tensors.get(name) != tensor:
+            raise _unfitting(name, path)
+    edits: tuple[Edit, ...] = tuple(receipt.tensors.values())
+    editor = None
+    if adapter is not None:
+        read = read_adapter(adapter)
+        if read.sha256 != receipt.adapter_sha256:
+            raise VerifyError(f"{adapter}: is not the adapter that {path} names")
+        edits = plan_merge(checkpoint, read, receipt.scale).edits
+        if {edit.name for edit in edits} != receipt.tensors.keys():
+            raise VerifyError(f"{path}: does not record what {adapter} changes; it was changed after it was written")
+
+        def editor(run: ExecuteOptions, stop: threading.Event) -> BlockEditor[Any, Any]:
+            return MergeEditor(run.device, run.memory, run.jobs, stop, read)
+
+    return _Claim(
+        receipt_name=MERGE_RECEIPT_NAME,
+        copied=receipt.copied,
+        edits=edits,
+        digests={name: result.sha256 for name, result in receipt.results.items()},
+        editor=editor,
+        differ=lambda name, found: _measures_differ(receipt.results[name], found, ("change",)),
+        altered=receipt.altered,
+    )
+
+
+def _check_source(checkpoint: Checkpoint, shards: Mapping[str, str], path: Path) -> None:
+    if shards != {shard.name: shard.header_sha256 for shard in checkpoint.shards}:
+        raise VerifyError(
+            f"{checkpoint.name}: is not the source that {path} names; expected the shards "
+            f"{', '.join(shards)} with the headers it records"
+        )
+
+
+def _unfitting(name: str, path: Path) -> VerifyError:
+    return VerifyError(
+        f"{path}: what it records of {name} does not fit the source; it was changed after it was written"
+    )
 
 
 class _Examiner:
     """Compares shard after shard in threads of its own."""
 
     def __init__(
-        self, checkpoint: Checkpoint, out: Path, receipt: Receipt, run: ExecuteOptions, progress: Progress
+        self, checkpoint: Checkpoint, out: Path, claim: _Claim, run: ExecuteOptions, progress: Progress
     ) -> None:
-        self._checkpoint, self._out, self._receipt, self._progress = checkpoint, out, receipt, progress
+        self._checkpoint, self._out, self._claim, self._progress = checkpoint, out, claim, progress
         self._stop = threading.Event()
-        self._editor = Editor(run.device, run.memory, run.jobs, self._stop)
-        self._editors = ThreadPoolExecutor(self._editor.jobs)
+        self._editor = claim.editor and claim.editor(run, self._stop)
+        self._editors = ThreadPoolExecutor(self._editor.jobs if self._editor else run.jobs or cores())
         self._readers = ThreadPoolExecutor(2)
-        self.edits = by_shard(receipt.edits)
-        self._bases = resolve_bases(receipt.edits, checkpoint, receipt.directions)
+        self.edits = by_shard(claim.edits)
         self.identical = 0
 
     def __enter__(self) -> Self:
@@ -143,13 +254,14 @@ class _Examiner:
 
     def examine(self) -> list[Difference]:
         """Returns every difference in the shards and in the files beside them."""
-        self._progress.note(self._editor.reason)
+        if self._editor:
+            self._progress.note(self._editor.reason)
         self._progress.begin(sum(shard.size for shard in self._checkpoint.shards))
         differences: list[Difference] = []
         for name in self._checkpoint.sidecars:
-            if name in self._receipt.copied or (self._out / name).exists():
+            if name in self._claim.copied or (self._out / name).exists():
                 differences += self._compare_sidecar(name)
-        with self._editor.one_thread_each():
+        with self._editor.one_thread_each() if self._editor else nullcontext():
             for shard in self._checkpoint.shards:
                 differences += self._examine_shard(shard)
         return differences
@@ -160,7 +272,7 @@ class _Examiner:
             return [Difference(shard.name, "missing")]
         if (size := path.stat().st_size) != shard.size:
             return [Difference(shard.name, f"expected {shard.size} bytes, found {size}")]
-        with shard.path.open("rb") as source, path.open("rb") as target:
+        with self._at_hand(shard.name) as ours, ours.open("rb") as source, path.open("rb") as target:
             files = (source.fileno(), target.fileno())
             ranges = [
                 self._readers.submit(self._compare_range, shard, files, start, min(start + _CHUNK, end))
@@ -190,9 +302,11 @@ class _Examiner:
         name = next((tensor.name for tensor in shard.tensors if tensor.start <= first < tensor.end), "the header")
         return [Difference(name, f"differs from the source at byte {first} of {shard.name}, but was not edited")]
 
-    def _compare_edit(self, edit: TensorEdit, files: tuple[int, int]) -> tuple[str | None, bool]:
+    def _compare_edit(self, edit: Edit, files: tuple[int, int]) -> tuple[str | None, bool]:
         """Returns what is wrong with an edited tensor, or whether it is right to the bit."""
-        recorded = self._receipt.results[edit.name]
+        if self._editor is None:
+            digest = self._digest(edit, files[1])
+            return (None, True) if digest == self._claim.digests[edit.name] else (_OTHER_DIGEST, False)
         comparison = _Comparison(edit, files[1])
 
         def compare(data: memoryview, offset: int) -> None:
@@ -205,28 +319,41 @@ class _Examiner:
             reread=functools.partial(pread_into, files[1]),
         )
         try:
-            result = self._editor.edit(edit, self._bases[edit.basis], channels)
+            result = self._editor.edit(edit, channels)
         except AblateError as error:
             return str(error), False
         problem = comparison.problem()
-        if problem is None and result.sha256 != recorded.sha256:
-            problem = "the receipt records another digest of its bytes"
-        problem = problem or _measures_differ(recorded, result)
+        if problem is None and result.sha256 != self._claim.digests[edit.name]:
+            problem = _OTHER_DIGEST
+        problem = problem or self._claim.differ(edit.name, result)
         return problem, problem is None and comparison.differing == 0
 
+    def _digest(self, edit: Edit, target: int) -> str:
+        digest = hashlib.sha256()
+        for start in range(edit.start, edit.end, _CHUNK):
+            data = bytearray(min(_CHUNK, edit.end - start))
+            pread_into(target, memoryview(data), start)
+            digest.update(data)
+            self._progress.advance(len(data))
+        return digest.hexdigest()
+
     def _compare_sidecar(self, name: str) -> list[Difference]:
-        ours, theirs = self._checkpoint.root / name, self._out / name
-        for path, what in ((ours, "gone from the source"), (theirs, "missing")):
-            if not path.is_file():
-                return [Difference(name, what)]
-        same = ours.stat().st_size == theirs.stat().st_size and filecmp.cmp(ours, theirs, shallow=False)
-        return [] if same else [Difference(name, "differs from the source")]
+        theirs = self._out / name
+        with self._at_hand(name) as ours:
+            for path, what in ((ours, "gone from the source"), (theirs, "missing")):
+                if not path.is_file():
+                    return [Difference(name, what)]
+            same = ours.stat().st_size == theirs.stat().st_size and filecmp.cmp(ours, theirs, shallow=False)
+            return [] if same else [Difference(name, "differs from the source")]
+
+    def _at_hand(self, name: str) -> AbstractContextManager[Path]:
+        return at_hand(self._checkpoint, name, self._out.absolute().parent, self._stop, lambda _: None)
 
 
 class _Comparison:
     """Counts where a written tensor differs from its recomputation by rounding, and by more."""
 
-    def __init__(self, edit: TensorEdit, target: int) -> None:
+    def __init__(self, edit: Edit, target: int) -> None:
         self._edit, self._target = edit, target
         self.differing = 0
         self._total = 0
@@ -237,7 +364,7 @@ class _Comparison:
         import torch
 
         dtype = torch_dtype(self._edit.dtype)
-        width = self._edit.shape[-1]
+        width = self._edit.shape[-1] if self._edit.shape else 1
         step = max(1, _CHUNK // (width * dtype.itemsize)) * width * dtype.itemsize
         for first in range(0, len(data), step):
             piece = data[first : first + step]
@@ -300,8 +427,8 @@ def _describes(edit: TensorEdit, checkpoint: Checkpoint, directions: Directions)
     )
 
 
-def _measures_differ(recorded: TensorResult, found: TensorResult) -> str | None:
-    for what in ("before", "after", "norm_drift", "degenerate"):
+def _measures_differ(recorded: object, found: object, measures: Iterable[str]) -> str | None:
+    for what in measures:
         ours, theirs = getattr(found, what), getattr(recorded, what)
         same = ours == theirs or (
             None not in (ours, theirs) and math.isclose(ours, theirs, rel_tol=1e-4, abs_tol=_MEASURE_TOLERANCE)
@@ -311,17 +438,18 @@ def _measures_differ(recorded: TensorResult, found: TensorResult) -> str | None:
     return None
 
 
-def _compare_names(checkpoint: Checkpoint, out: Path, copied: Collection[str]) -> tuple[list[Difference], list[str]]:
+def _compare_names(checkpoint: Checkpoint, out: Path, claim: _Claim) -> tuple[list[Difference], list[str]]:
     differences, notes = [], []
+    copied = claim.copied
     for name in sorted({*copied}.symmetric_difference(checkpoint.sidecars)):
         if name in copied:
-            what = f"says that {name} was copied, but it is not among the files of {checkpoint.path}"
-            differences.append(Difference(RECEIPT_NAME, what))
+            what = f"says that {name} was copied, but it is not among the files of {checkpoint.name}"
+            differences.append(Difference(claim.receipt_name, what))
         elif (out / name).exists():
-            differences.append(Difference(RECEIPT_NAME, f"does not say that {name} was copied, but it is there"))
+            differences.append(Difference(claim.receipt_name, f"does not say that {name} was copied, but it is there"))
         else:
             notes.append(f"{name} was added to the source after the edit")
-    known = {RECEIPT_NAME, *(shard.name for shard in checkpoint.shards), *checkpoint.sidecars}
+    known = {claim.receipt_name, *(shard.name for shard in checkpoint.shards), *checkpoint.sidecars}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
         if name in known or not path.is_file():

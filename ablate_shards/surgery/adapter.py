@@ -1,0 +1,344 @@
+"""Reads a LoRA adapter as peft saves it: what it adds to which module, and what it replaces, as pure data."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ablate_shards.errors import AdapterError, CheckpointError
+from ablate_shards.surgery.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, read_header
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CONFIG_NAME", "TRAINING_NAME", "WEIGHTS_NAME", "Adapter", "LowRank", "base_digest", "read_adapter"]
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+TRAINING_NAME = "training.json"
+
+_ROOT = "base_model.model."
+_PIECES, _PIECE = 8, 4096
+_FACTOR = re.compile(
+    r"(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\."
+    r"(?:lora_(?P<factor>[AB])\.(?P<what>weight|bias)|lora_embedding_(?P<embedding>[AB]))"
+)
+_BASE_COPY = re.compile(r"(?P<module>.+?)\.base_layer\.(?P<what>weight|bias)")
+_NOT_PLAIN = re.compile(r"(?:^|\.)(?P<what>lora_\w+|token_adapter|trainable_tokens\w*|modules_to_save)(?:\.|$)")
+
+#: Keys of the configuration that change what a weight becomes, and that the merge takes into account.
+_USED = {
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "target_parameters", "init_lora_weights", "bias", "lora_bias", "modules_to_save",
+}  # fmt: skip
+#: Keys that say where an adapter came from, how it was trained, or what the names of its tensors say as well.
+_IRRELEVANT = {
+    "alpha", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
+    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
+    "task_type",
+}  # fmt: skip
+_REFUSED = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "alora_invocation_tokens": "activated LoRA, which cannot be merged at all",
+    "trainable_token_indices": "trainable tokens",
+    "layer_replication": "layer replication",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "arrow_config": "Arrow",
+    "use_bdlora": "block-diagonal LoRA",
+    "megatron_config": "Megatron layers",
+    "ensure_weight_tying": "tied adapters",
+}
+#: A backward pass of its own, whose forward pass and merge are those of LoRA.
+_TRAINING_ONLY = {"velora_config"}
+#: Initialisations that leave the base as it is; the others subtract from it what they start with.
+_PLAIN_INITIALISATIONS = {True, False, None, "gaussian", "eva", "orthogonal", "mica"}
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """The update ``s·B·A`` of one module.
+
+    Attributes:
+        module: The module's path in the model that was trained.
+        down: The tensor A, ``[r, in]``, of E stacked experts ``[E·r, in]``.
+        up: The tensor B, ``[out, r]``, of E stacked experts ``[out, r·E]``.
+        bias: The bias of B, if it has one.
+        kind: Of an embedding, A and B are of the transposed weight.
+        depth: How many adapters lie around it on the same module, which is so where peft wraps its parameters.
+    """
+
+    module: str
+    down: str
+    up: str
+    bias: str | None
+    kind: Literal["linear", "embedding"]
+    depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter as its configuration and its header describe it.
+
+    Attributes:
+        path: The folder.
+        sha256: Digest of the configuration and the weights.
+        config: What of ``adapter_config.json`` decides the result.
+        tensors: What the weights file holds, by the names in it.
+        updates: The low-rank updates.
+        replaced: Whole parameters, from their path in the model to the tensor that replaces them.
+        copies: Parameters of the base that were saved along and never trained, likewise.
+        base: Digest of the base it was trained on, None where nobody wrote it down.
+    """
+
+    path: Path
+    sha256: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    updates: tuple[LowRank, ...]
+    replaced: Mapping[str, str]
+    copies: Mapping[str, str]
+    base: str | None
+
+    def scaling(self, key: str) -> tuple[int, float]:
+        """Returns rank and scale of a module or parameter, by its path in the model that was trained.
+
+        Raises:
+            AdapterError: A pattern is not a regular expression.
+        """
+        rank = self._by_pattern("rank_pattern", key, self.config["r"])
+        alpha = self._by_pattern("alpha_pattern", key, self.config["lora_alpha"])
+        return int(rank), alpha / (math.sqrt(rank) if self.config["use_rslora"] else rank)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of one of its tensors."""
+        return self.tensors[name].shape
+
+    def read(self, name: str, first: int = 0, count: int | None = None) -> "torch.Tensor":
+        """Reads one tensor in its own dtype, or some of its elements, flat.
+
+        Args:
+            name: The tensor.
+            first: The first element.
+            count: How many elements, all of them in the tensor's shape if None.
+
+        Raises:
+            AdapterError: It holds NaN or infinite values.
+        """
+        import torch
+
+        info = self.tensors[name]
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[info.dtype]
+        size = info.end - info.start if count is None else count * dtype.itemsize
+        raw = bytearray(size)
+        with (self.path / WEIGHTS_NAME).open("rb") as file:
+            file.seek(info.start + first * dtype.itemsize)
+            if file.readinto(raw) != size:
+                raise AdapterError(f"{self.path / WEIGHTS_NAME}: ended early while {name} was read; it was changed")
+        values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        if values.numel() and not math.isfinite(float(values.sum(dtype=torch.float64))):
+            raise AdapterError(f"{self.path / WEIGHTS_NAME}: {name} holds NaN or infinite values; train it again")
+        return values.view(info.shape) if count is None else values
+
+    def _by_pattern(self, which: str, key: str, default: float) -> float:
+        for pattern, value in self.config[which].items():
+            try:
+                if re.match(rf"(.*\.)?({pattern})$", key):
+                    return float(value)
+            except re.error as error:
+                raise AdapterError(
+                    f"{self.path / CONFIG_NAME}: {which} holds {pattern!r}, which is no regular expression ({error})"
+                ) from error
+        return default
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Reads an adapter's configuration and header; of the weights, only the digest is taken.
+
+    Raises:
+        AdapterError: It is missing, malformed, or does something other than plain LoRA.
+    """
+    weights, config_path = path / WEIGHTS_NAME, path / CONFIG_NAME
+    if not path.is_dir():
+        raise AdapterError(f"{path}: expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, found none")
+    if not config_path.is_file():
+        raise AdapterError(f"{path}: holds no {CONFIG_NAME}, so it is not a peft adapter")
+    if not weights.is_file():
+        pickled = (path / "adapter_model.bin").is_file()
+        hint = "; only safetensors are read, so save the adapter again with a current peft" if pickled else ""
+        raise AdapterError(f"{path}: holds no {WEIGHTS_NAME}{hint}")
+    raw = config_path.read_bytes()
+    config = _checked(_object(config_path, raw), config_path)
+    try:
+        shard, _ = read_header(weights)
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from error
+    for tensor in shard.tensors:
+        if tensor.dtype not in ITEM_BYTES:
+            raise AdapterError(f"{weights}: {tensor.name}: expected BF16, F16 or F32, found {tensor.dtype}")
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    updates, replaced, copies = _sort(shard.tensors, weights, config)
+    return Adapter(
+        path=path,
+        sha256=hashlib.sha256(hashlib.sha256(raw).digest() + bytes.fromhex(digest)).hexdigest(),
+        config=config,
+        tensors={tensor.name: tensor for tensor in shard.tensors},
+        updates=updates,
+        replaced=replaced,
+        copies=copies,
+        base=_base_of(path / TRAINING_NAME),
+    )
+
+
+def base_digest(checkpoint: Checkpoint) -> str | None:
+    """Returns a digest that tells a checkpoint's weights from others without reading all of them.
+
+    It covers every tensor's name, dtype and shape and eight evenly spaced pieces of 4 KiB of its bytes, in the
+    order of the names; how the tensors are spread over files does not matter. It is no proof against tampering.
+
+    Returns:
+        The digest, or None for a checkpoint that is not on this machine, where so many reads would take long.
+    """
+    if checkpoint.remote is not None:
+        return None
+    digest = hashlib.sha256()
+    with ExitStack() as stack:
+        files = {shard.name: stack.enter_context(shard.path.open("rb")).fileno() for shard in checkpoint.shards}
+        for name, tensor in sorted(checkpoint.tensors.items()):
+            digest.update(f"{name}\0{tensor.dtype}\0{tensor.shape}\n".encode())
+            last = max(tensor.start, tensor.end - _PIECE)
+            for start in sorted({tensor.start + (last - tensor.start) * n // (_PIECES - 1) for n in range(_PIECES)}):
+                digest.update(os.pread(files[tensor.shard], min(_PIECE, tensor.end - start), start))
+    return digest.hexdigest()
+
+
+def _base_of(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    base = _object(path, path.read_bytes()).get("base")
+    found = base.get("sha256") if isinstance(base, dict) else None
+    return found if isinstance(found, str) and found else None
+
+
+def _object(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: not valid JSON ({error}); save the adapter again") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _checked(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Returns what decides the result, checked; refuses by name whatever is not plain LoRA."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(f"{path}: expected a LORA adapter, found {kind}; merge it with peft itself")
+    for key, what in _REFUSED.items():
+        if config.get(key):
+            raise AdapterError(f"{path}: {key}: {what} cannot be merged here; merge it with peft itself")
+    known = _USED | _IRRELEVANT | _TRAINING_ONLY | _REFUSED.keys()
+    for key, value in config.items():
+        if key not in known and value not in (None, False, "", [], {}):
+            raise AdapterError(
+                f"{path}: {key} is set to {value!r}, which this version does not know; merge it with peft itself"
+            )
+    start = config.get("init_lora_weights")
+    if not isinstance(start, bool | str | None) or start not in _PLAIN_INITIALISATIONS:
+        raise AdapterError(
+            f"{path}: init_lora_weights is {start!r}, which takes its start out of the base; save the adapter "
+            "again with path_initial_model_for_weight_conversion, which makes it a plain one"
+        )
+
+    def take(key: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
+        value = config.get(key)
+        value = default if value is None else value
+        if not fits(value):
+            raise AdapterError(f"{path}: {key}: expected {expected}, found {value!r}")
+        return value
+
+    def pattern(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+    return {
+        "r": take("r", 8, _is_rank, "a positive integer"),
+        "lora_alpha": take("lora_alpha", 8, _is_number, "a finite number"),
+        "use_rslora": take("use_rslora", False, _is_flag, "true or false"),  # noqa: FBT003 - a value, no argument
+        "rank_pattern": take("rank_pattern", {}, pattern(_is_rank), "positive integers by pattern"),
+        "alpha_pattern": take("alpha_pattern", {}, pattern(_is_number), "finite numbers by pattern"),
+        "fan_in_fan_out": take("fan_in_fan_out", False, _is_flag, "true or false"),  # noqa: FBT003
+        "bias": take("bias", "none", lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+        "target_parameters": take("target_parameters", [], _are_names, "a list of names"),
+    }
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _sort(
+    tensors: tuple[TensorInfo, ...], path: Path, config: Mapping[str, Any]
+) -> tuple[tuple[LowRank, ...], dict[str, str], dict[str, str]]:
+    """Sorts the tensors by what they do: factors of updates, replacements, copies of the base."""
+    factors: dict[tuple[str, int, str], dict[str, str]] = {}
+    rest: list[tuple[str, str]] = []
+    for tensor in tensors:
+        inner = tensor.name
+        while inner.startswith(_ROOT):
+            inner = inner.removeprefix(_ROOT)
+        match = _FACTOR.fullmatch(inner)
+        if match is None:
+            rest.append((inner, tensor.name))
+            continue
+        kind = "embedding" if match["embedding"] else "linear"
+        role = "bias" if match["what"] == "bias" else match["factor"] or match["embedding"]
+        if match["what"] == "bias" and match["factor"] == "A":
+            raise AdapterError(f"{path}: {tensor.name}: a bias of A is not known to LoRA")
+        if role != "bias" and (len(tensor.shape) < 2 or 0 in tensor.shape):
+            raise AdapterError(
+                f"{path}: {tensor.name}: expected 2 dimensions, found {list(tensor.shape)}; it was saved in pieces"
+            )
+        key = (match["module"], match["nested"].count(".base_layer"), kind)
+        factors.setdefault(key, {})[role] = tensor.name
+    for key, found in factors.items():
+        if missing := {"A", "B"} - found.keys():
+            raise AdapterError(f"{path}: {key[0]}: expected both lora_A and lora_B, found no lora_{missing.pop()}")
+    updates = tuple(
+        LowRank(module, found["A"], found["B"], found.get("bias"), kind, depth)  # type: ignore[arg-type]
+        for (module, depth, kind), found in sorted(factors.items())
+    )
+    replaced: dict[str, str] = {}
+    copies: dict[str, str] = {}
+    for inner, name in rest:
+        if match := _NOT_PLAIN.search(inner):
+            raise AdapterError(f"{path}: {name}: {match['what']} cannot be merged here; merge it with peft itself")
+        if match := _BASE_COPY.fullmatch(inner):
+            trained = match["what"] == "bias" and config["bias"] != "none"
+            (replaced if trained else copies)[f"{match['module']}.{match['what']}"] = name
+        else:
+            replaced[inner] = name
+    if not updates and not replaced:
+        raise AdapterError(f"{path}: holds no LoRA tensors")
+    return updates, replaced, copies

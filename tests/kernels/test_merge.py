@@ -1,0 +1,155 @@
+"""The torch and Triton forms of the low-rank update against the float64 reference."""
+
+import math
+import threading
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ablate_shards.errors import PlanError
+from ablate_shards.kernels import reference
+from ablate_shards.kernels.merge import TILE_COLS, TILE_ROWS, Merger, merge, update_norm
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FACTORS = (torch.bfloat16, torch.float32)
+
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def make(rows, cols, rank, dtype, *, factor=torch.float32, size=0.01, seed=0):
+    """Returns weight, left and right; the update is ``size`` times the weight in norm, or so."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = 0.02 * torch.randn(rows, cols, generator=generator)
+    left = size * 0.02 / math.sqrt(rank) * torch.randn(rows, rank, generator=generator)
+    right = torch.randn(rank, cols, generator=generator)
+    return weight.to(dtype), left.to(factor), right.to(factor)
+
+
+def assert_accurate(result, weight, left, right, scale=1.0, *, strict=False):
+    exact = reference.merge(weight, left, right, scale)
+    result, dtype = result.cpu(), weight.dtype
+    # Factors of few bits make results that lie between two float32 numbers, as far as float64 can tell.
+    tie = 1e-12 * exact.abs()
+    wrong = int(
+        ((result != reference.round_to(exact - tie, dtype)) & (result != reference.round_to(exact + tie, dtype))).sum()
+    )
+    expected = 1e-3 * result.numel()
+    assert wrong <= (expected if strict else expected + 4 * math.sqrt(expected + 1))
+    info = torch.finfo(dtype)
+    largest = torch.maximum(weight.cpu().double().abs(), exact.abs()).clamp(min=info.tiny)
+    unit = info.eps * torch.ldexp(torch.ones_like(exact), torch.frexp(largest)[1] - 1)
+    assert ((result.double() - exact).abs() <= unit).all()
+
+
+@quick
+@given(
+    rows=st.integers(1, 2 * TILE_ROWS + 3),
+    cols=st.integers(1, 300),
+    rank=st.integers(1, 33),
+    dtype=st.sampled_from(DTYPES),
+    factor=st.sampled_from(FACTORS),
+    size=st.sampled_from([0.0, 1e-3, 1.0, 1e4]),
+    scale=st.sampled_from([1.0, 2.0, -0.37]),
+    block_rows=st.integers(1, 400),
+)
+def test_every_shape_is_accurate_whatever_the_blocks(rows, cols, rank, dtype, factor, size, scale, block_rows):
+    weight, left, right = make(rows, cols, rank, dtype, factor=factor, size=size, seed=rows)
+    kept = weight.clone()
+    result = merge(weight, left, right, scale, form="torch", block_rows=block_rows)
+    assert torch.equal(weight, kept)
+    assert_accurate(result, weight, left, right, scale)
+    assert torch.equal(result, merge(weight, left, right, scale, form="torch"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_large_matrix_is_accurate_and_a_float32_sum_would_not_be(dtype):
+    weight, left, right = make(513, TILE_COLS + 700, 64, dtype, size=1.0)
+    # Two directions that cancel each other, and are far larger than all the rest.
+    left[:, 0] *= 1e4 if dtype == torch.float32 else 1e7
+    left[:, 63], right[63] = -left[:, 0], right[0]
+    result = merge(weight, left, right, form="torch")
+    assert_accurate(result, weight, left, right, strict=True)
+    careless = (weight.float() + left @ right).to(dtype)
+    with pytest.raises(AssertionError):
+        assert_accurate(careless, weight, left, right, strict=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "cols", "rank"), [(1, 1, 1), (65, 257, 3), (130, 300, 16)])
+def test_the_triton_form_is_accurate(triton_device, dtype, rows, cols, rank):
+    weight, left, right = (part.to(triton_device) for part in make(rows, cols, rank, dtype, size=0.3))
+    result = merge(weight, left, right, 0.5, form="triton")
+    assert_accurate(result, weight, left, right, 0.5)
+    again = merge(weight, left, right, 0.5, form="triton", block_rows=1)
+    assert torch.equal(result, again)
+    assert not torch.equal(result, weight)
+
+
+def test_strided_factors_and_an_output_in_place():
+    weight, left, right = make(70, 90, 4, torch.bfloat16, size=0.5)
+    expected = merge(weight, left, right, form="torch")
+    transposed = merge(weight.mT.contiguous().mT, left.mT.contiguous().mT, right.mT.contiguous().mT, form="torch")
+    assert torch.equal(transposed, expected)
+    assert merge(weight, left, right, form="torch", out=weight) is weight
+    assert torch.equal(weight, expected)
+
+
+def test_threads_do_not_change_a_bit():
+    weight, left, right = make(400, 1000, 16, torch.float32, size=1.0)
+    expected = merge(weight, left, right, form="torch")
+    results = []
+
+    def run():
+        results.append(merge(weight, left, right, form="torch", block_rows=TILE_ROWS))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.set_num_threads(2)
+    run()
+    torch.set_num_threads(1)
+    assert len(results) == 4
+    assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # from the interpreter, which is NumPy
+@pytest.mark.parametrize("form", ["torch", "triton"])
+def test_norms_and_overflow_are_seen(form, triton_device):
+    weight, left, right = (part.to(triton_device) for part in make(200, 300, 3, torch.float16))
+
+    def merger_of(block, scale):
+        merger = Merger(left, right, scale, torch.float16, form=form)
+        for start in range(0, 200, merger.chunk_rows):
+            merger.apply(block[start : start + merger.chunk_rows], start)
+        return merger
+
+    merger = merger_of(weight.clone(), 1.0)
+    assert merger.norm == pytest.approx(float(weight.double().norm()), rel=1e-12)
+    assert not merger.overflows
+    assert merger_of(weight.clone(), 1e9).overflows
+    for bad in (math.nan, math.inf):
+        broken = weight.clone()
+        broken[150, 7] = bad
+        merger = merger_of(broken, 1.0)
+        assert merger.overflows
+        assert not math.isfinite(merger.norm)
+
+
+def test_the_norm_of_an_update_needs_no_product():
+    _, left, right = make(50, 60, 7, torch.float32)
+    assert update_norm(left, right) == pytest.approx(float((left.double() @ right.double()).norm()), rel=1e-12)
+    assert update_norm(torch.zeros(5, 2), right[:2]) == 0.0
+
+
+def test_what_does_not_fit_is_refused():
+    weight, left, right = make(10, 12, 2, torch.float32)
+    with pytest.raises(PlanError, match=r"\[10\] and \[11\]"):
+        merge(weight, left, right[:, :11])
+    with pytest.raises(PlanError, match=r"\[10, 2\] and \[1, 12\]"):
+        merge(weight, left, right[:1])
+    with pytest.raises(PlanError, match="float64"):
+        merge(weight.double(), left, right)
