@@ -10,9 +10,13 @@ import click
 
 __all__ = [
     "PATH",
+    "SOURCE",
     "as_json_flag",
+    "cache_flag",
     "debug_flag",
+    "device_flag",
     "estimation",
+    "parse_memory",
     "parsed",
     "print_json",
     "quiet_flag",
@@ -38,7 +42,12 @@ def parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parame
     return callback
 
 
-def _parse_memory(text: str) -> int:
+def parse_memory(text: str) -> int:
+    """Returns the bytes of a size such as 256MB.
+
+    Raises:
+        ValueError: It is no size, or a very small one.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?b|)", text.strip().lower())
     memory = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if memory < 8_000_000:
@@ -58,7 +67,7 @@ def _load_recipe(ctx: click.Context, _param: click.Parameter, path: Path | None)
     from ablate_shards.surgery.recipe import read_recipe
 
     recipe = read_recipe(path)
-    ctx.default_map = {key.replace("-", "_"): value for key, value in recipe.flags.items()}
+    ctx.default_map = {key.replace("-", "_"): value for key, value in recipe.edit_flags.items()}
     return recipe
 
 
@@ -77,7 +86,20 @@ def _set_debug(ctx: click.Context, _param: click.Parameter, value: Any) -> None:
     ctx.meta["debug"] = ctx.meta.get("debug") or value
 
 
+class _Source(click.ParamType[Path | str]):
+    """A path, a Hub id or a URL; a Path would fold the slashes of a URL into one."""
+
+    name = "path"
+
+    def convert(self, value: Any, _param: click.Parameter | None, _ctx: click.Context | None) -> Path | str:
+        return value if "://" in str(value) else Path(value)
+
+
 PATH = click.Path(path_type=Path)
+SOURCE = _Source()
+cache_flag = click.option(
+    "--cache", is_flag=True, help="Fetch a SOURCE on the Hub to the ordinary cache first, and read it from there."
+)
 debug_flag = click.option(
     "--debug",
     is_flag=True,
@@ -95,19 +117,20 @@ recipe_flag = click.option(
     callback=_load_recipe,
     help="TOML file with the same options as keys; a flag wins.",
 )
+device_flag = click.option(
+    "--device",
+    metavar="DEVICE",
+    callback=parsed(_parse_device),
+    default="auto",
+    show_default=True,
+    help="auto, cpu, cuda[:N], mps or xpu.",
+)
 resources = _options(
-    click.option(
-        "--device",
-        metavar="DEVICE",
-        callback=parsed(_parse_device),
-        default="auto",
-        show_default=True,
-        help="auto, cpu, cuda[:N], mps or xpu.",
-    ),
+    device_flag,
     click.option(
         "--memory",
         metavar="SIZE",
-        callback=parsed(_parse_memory),
+        callback=parsed(parse_memory),
         default="256MB",
         show_default=True,
         help="Most that all working buffers take together; at least 8MB.",

@@ -1,0 +1,87 @@
+"""``capture``: runs a model on pairs of prompts and keeps what its layers compute."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ablate_shards.commands.options import (
+    PATH,
+    as_json_flag,
+    debug_flag,
+    device_flag,
+    parse_memory,
+    parsed,
+    print_json,
+    quiet_flag,
+)
+
+__all__ = ["capture"]
+
+
+@click.command()
+@click.argument("model", type=PATH)
+@click.argument("dump", type=PATH)
+@click.option("--pairs", type=PATH, required=True, metavar="FILE", help="Pairs of prompts, as JSON Lines.")
+@click.option(
+    "--position",
+    type=click.Choice(["last", "mean"]),
+    default="last",
+    show_default=True,
+    help="Last token of the response (of the prompt, where there is none), or mean over the response.",
+)
+@click.option("--plain", is_flag=True, help="Feed the prompts as they are, without the chat template.")
+@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Prompts computed at a time.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="What to compute in; auto: what the weights are stored in.",
+)
+@click.option(
+    "--offload",
+    type=click.Choice(["auto", "never", "always"]),
+    default="auto",
+    show_default=True,
+    help="Stream the weights from the shards, a layer at a time; auto: when they do not fit.",
+)
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    callback=parsed(parse_memory),
+    default=None,
+    help="Most that the weights may take before --offload auto streams them.  [default: most of what is free]",
+)
+@device_flag
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@click.option("--overwrite", is_flag=True, help="Replace DUMP if it exists.")
+@as_json_flag
+@quiet_flag
+@debug_flag
+def capture(model: Path, dump: Path, *, pairs: Path, as_json: bool, quiet: bool, **settings: Any) -> None:
+    """Run MODEL on pairs of prompts and write the residual stream after every layer to DUMP.
+
+    MODEL is a checkpoint folder with its tokenizer; DUMP is a .safetensors file, or a folder of one
+    shard per layer. It appears only when complete.
+    """
+    from ablate_shards import screen
+    from ablate_shards.surgery.capture import CaptureOptions
+    from ablate_shards.surgery.capture import capture as capture_stream
+    from ablate_shards.surgery.samples import load_pairs
+
+    progress = screen.progress(quiet=quiet or as_json)
+    prompts = load_pairs(pairs)
+    with progress:
+        captured = capture_stream(model, dump, prompts, CaptureOptions(**settings), progress)
+    if as_json:
+        print_json({**dataclasses.asdict(captured), "dump": str(captured.dump)})
+    elif not quiet:
+        where = "last token" if captured.position == "last" else "mean over the response"
+        click.echo(
+            f"{captured.pairs} pairs, {captured.layers} layers, hidden size {captured.hidden_size}, {where}, "
+            f"computed in {captured.dtype}"
+        )
+        click.echo(f"written to {captured.dump}")
+        click.echo(f"compute directions with: ablate-shards directions {captured.dump} directions.safetensors")

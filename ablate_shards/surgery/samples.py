@@ -1,0 +1,323 @@
+"""Reads prompt pairs, instructions and questions from JSON Lines, checked line by line."""
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar, get_args
+
+from ablate_shards.errors import SamplesError
+
+__all__ = [
+    "Group",
+    "Instruction",
+    "Kind",
+    "Pair",
+    "Question",
+    "Rubric",
+    "Turn",
+    "Verdict",
+    "load_instructions",
+    "load_pairs",
+    "load_questions",
+]
+
+Verdict = Literal["slanted", "neutral", "deflecting", "wrong"]
+Kind = Literal["contested", "general", "everyday"]
+Group = Literal["core", "held-out", "related", "unrelated"]
+
+#: Stands for the language where a line names none, as BCP 47 has it.
+_UNDETERMINED = "und"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One exchange of a chat; without a response it ends where the model would answer."""
+
+    prompt: str
+    response: str | None = None
+    system: str | None = None
+
+    def messages(self) -> list[dict[str, str]]:
+        """Returns the chat messages for a chat template: system if there is one, user, assistant if answered."""
+        said = (("system", self.system), ("user", self.prompt), ("assistant", self.response))
+        return [{"role": role, "content": text} for role, text in said if text is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The same question twice: with the concept (``positive``) and without it (``negative``).
+
+    Attributes:
+        id: Name of the pair, the line number if the file gives none.
+        language: A BCP 47 tag, such as ``zh-Hant``; ``und`` if the file gives none.
+        positive: The side whose direction is to be found.
+        negative: The side it is compared with.
+    """
+
+    id: str
+    language: str
+    positive: Turn
+    negative: Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """A prompt and the response to learn.
+
+    Attributes:
+        id: Name of the instruction, the line number if the file gives none.
+        language: A BCP 47 tag.
+        kind: ``contested``, or one of the two kinds that only keep the model's other abilities.
+        prompt: What the user says.
+        response: What the model is to answer.
+        system: The system message, if any.
+        sources: Where the facts in the response can be checked.
+        as_of: The date at which they held, where they can change (ISO 8601).
+    """
+
+    id: str
+    language: str
+    kind: Kind
+    prompt: str
+    response: str
+    system: str | None = None
+    sources: tuple[str, ...] = ()
+    as_of: str | None = None
+
+    @property
+    def turn(self) -> Turn:
+        """The exchange, for a chat template."""
+        return Turn(self.prompt, self.response, self.system)
+
+
+@dataclass(frozen=True, slots=True)
+class Rubric:
+    """What counts as which verdict: in words for people and language models, in patterns for ``rubric.judge``.
+
+    Attributes:
+        slanted: In words, as are ``neutral``, ``deflecting`` and ``wrong``.
+        patterns: Regular expressions per verdict, see ``rubric.judge``.
+        markers: Whether the rules built into ``rubric.judge`` apply beside the patterns.
+    """
+
+    slanted: str = ""
+    neutral: str = ""
+    deflecting: str = ""
+    wrong: str = ""
+    patterns: Mapping[Verdict, tuple[str, ...]] = field(default_factory=dict)
+    markers: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question for the evaluation.
+
+    Attributes:
+        id: Name of the question, the line number if the file gives none.
+        language: A BCP 47 tag.
+        group: What it measures: the concept (``core``, ``held-out``) or collateral damage.
+        prompt: What is asked.
+        system: The system message, if any.
+        rubric: What counts as which verdict.
+        answers: The accepted answers of a question that has a right one.
+    """
+
+    id: str
+    language: str
+    group: Group
+    prompt: str
+    system: str | None = None
+    rubric: Rubric | None = None
+    answers: tuple[str, ...] = ()
+
+    @property
+    def turn(self) -> Turn:
+        """The exchange up to where the model answers, for a chat template."""
+        return Turn(self.prompt, None, self.system)
+
+
+class _Identified(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+_Sample = TypeVar("_Sample", bound=_Identified)
+_Read = TypeVar("_Read")
+
+
+def load_pairs(path: Path) -> tuple[Pair, ...]:
+    """Reads prompt pairs; a side is an object with ``prompt``, ``response`` and ``system``, or a prompt alone.
+
+    Raises:
+        SamplesError: The file cannot be read, or a line is not a pair.
+    """
+    return _load(path, Pair, {}, {"positive": _turn, "negative": _turn, "language": _text})
+
+
+def load_instructions(path: Path) -> tuple[Instruction, ...]:
+    """Reads instructions, one object with at least ``prompt`` and ``response`` a line.
+
+    Raises:
+        SamplesError: The file cannot be read, or a line is not an instruction.
+    """
+    readers: Mapping[str, Callable[[Any], Any]] = {
+        "prompt": _text,
+        "response": _text,
+        "system": _optional_text,
+        "language": _text,
+        "kind": lambda value: _one_of(value, get_args(Kind)),
+        "sources": _texts,
+        "as_of": _optional_text,
+    }
+    return _load(path, Instruction, {"kind": "general"}, readers)
+
+
+def load_questions(path: Path) -> tuple[Question, ...]:
+    """Reads questions, one object with at least ``prompt`` a line.
+
+    Raises:
+        SamplesError: The file cannot be read, or a line is not a question.
+    """
+    readers: Mapping[str, Callable[[Any], Any]] = {
+        "prompt": _text,
+        "system": _optional_text,
+        "language": _text,
+        "group": lambda value: _one_of(value, get_args(Group)),
+        "rubric": lambda value: None if value is None else _object(value, Rubric, _RUBRIC),
+        "answers": _texts,
+    }
+    return _load(path, Question, {"group": "held-out"}, readers)
+
+
+def _load(
+    path: Path, kind: type[_Sample], defaults: Mapping[str, str], readers: Mapping[str, Callable[[Any], Any]]
+) -> tuple[_Sample, ...]:
+    try:
+        # Not splitlines: U+2028 and its like may stand inside a JSON text.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError as error:
+        raise SamplesError(f"{path}: the file does not exist") from error
+    except UnicodeDecodeError as error:
+        raise SamplesError(f"{path}: expected text in UTF-8, found another encoding ({error.reason})") from error
+    except OSError as error:
+        raise SamplesError(f"{path}: cannot be read ({error.strerror})") from error
+    samples: list[_Sample] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            content = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise SamplesError(f"{where}: expected one JSON object a line, found text that is not JSON") from error
+        try:
+            if isinstance(content, dict):
+                content = {"id": str(number), "language": _UNDETERMINED, **defaults, **content}
+            sample = _object(content, kind, {"id": _id, **readers})
+        except ValueError as error:
+            raise SamplesError(f"{where}: {error}") from error
+        if sample.id in seen:
+            raise SamplesError(f"{where}: the id {sample.id!r} is taken by line {seen[sample.id]}; ids must differ")
+        seen[sample.id] = number
+        samples.append(sample)
+    if not samples:
+        raise SamplesError(f"{path}: expected one JSON object a line, found no line at all")
+    return tuple(samples)
+
+
+def _object(value: Any, kind: type[_Read], readers: Mapping[str, Callable[[Any], Any]]) -> _Read:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, found {_shown(value)}")
+    values = {}
+    for key, content in value.items():
+        if key not in readers:
+            nearest = difflib.get_close_matches(key, readers, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown key {key!r}; the nearest known one is {nearest!r}")
+        try:
+            values[key] = readers[key](content)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+    required = [
+        each.name
+        for each in fields(kind)  # type: ignore[arg-type]  # every kind is a dataclass
+        if each.default is MISSING and each.default_factory is MISSING
+    ]
+    if missing := [name for name in required if name not in values]:
+        raise ValueError(f"expected {' and '.join(missing)}, found only {', '.join(value) or 'an empty object'}")
+    return kind(**values)
+
+
+def _turn(value: Any) -> Turn:
+    if isinstance(value, dict):
+        return _object(value, Turn, {"prompt": _text, "response": _optional_text, "system": _optional_text})
+    return Turn(_text(value))
+
+
+def _id(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"expected text or a number, found {_shown(value)}")
+    return _text(str(value))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected text, found {_shown(value)}")
+    if not value.strip():
+        raise ValueError("expected text, found none")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"expected text, found half a character ({value[:20]!a})") from None
+    return value
+
+
+def _optional_text(value: Any) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"expected a list of texts, found {_shown(value)}")
+    return tuple(_text(each) for each in value)
+
+
+def _patterns(value: Any) -> Mapping[Verdict, tuple[str, ...]]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, found {_shown(value)}")
+    patterns: dict[Verdict, tuple[str, ...]] = {}
+    for verdict, expressions in value.items():
+        patterns[_one_of(verdict, get_args(Verdict))] = _texts(expressions)
+        for expression in patterns[_one_of(verdict, get_args(Verdict))]:
+            try:
+                re.compile(expression)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"{expression!r} is not a regular expression ({error})") from error
+    return patterns
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"expected true or false, found {_shown(value)}")
+    return value
+
+
+def _one_of(value: Any, allowed: tuple[Any, ...]) -> Any:
+    if value not in allowed:
+        raise ValueError(f"expected one of {', '.join(allowed)}, found {_shown(value)}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
+_RUBRIC: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(get_args(Verdict), _text),
+    "patterns": _patterns,
+    "markers": _flag,
+}
