@@ -35,8 +35,24 @@ PRESERVE: tuple[Preserve, ...] = ("rows", "columns", "none")
 
 #: The recipe's tables and their keys; each key is the long name of a flag or argument.
 TABLES: Mapping[str, frozenset[str]] = {
-    "source": frozenset({"source", "out"}),
-    "directions": frozenset({"directions", "activations", "estimator", "rank", "winsorize"}),
+    "source": frozenset({"source", "out", "work"}),
+    "directions": frozenset(
+        {
+            "directions",
+            "activations",
+            "estimator",
+            "rank",
+            "winsorize",
+            "pairs",
+            "position",
+            "plain",
+            "batch",
+            "dtype",
+            "offload",
+            "device",
+            "memory",
+        }
+    ),
     "ablate": frozenset(
         {
             "layers",
@@ -55,9 +71,60 @@ TABLES: Mapping[str, frozenset[str]] = {
             "overwrite",
         }
     ),
+    "lora": frozenset(
+        {
+            "data",
+            "rank",
+            "alpha",
+            "dropout",
+            "targets",
+            "epochs",
+            "learning-rate",
+            "length",
+            "batch",
+            "accumulate",
+            "seed",
+            "evaluation-share",
+            "rslora",
+            "gradient-checkpointing",
+            "device",
+            "scale",
+        }
+    ),
+    "evaluate": frozenset(
+        {
+            "questions",
+            "text",
+            "batch",
+            "device",
+            "dtype",
+            "length",
+            "thinking",
+            "endpoint",
+            "endpoint-model",
+            "judge",
+            "judge-model",
+        }
+    ),
+    "publish": frozenset({"repo", "private", "create-pr", "revision"}),
 }
-_PATHS = frozenset({"source", "out", "directions", "activations"})
-_SWITCHES = frozenset({"biproject", "link", "dry-run", "resume", "overwrite"})
+_EDIT_TABLES = ("source", "directions", "ablate")
+_PATHS = frozenset({"source", "out", "work", "directions", "activations", "pairs", "data", "questions", "text"})
+_SWITCHES = frozenset(
+    {
+        "biproject",
+        "link",
+        "dry-run",
+        "resume",
+        "overwrite",
+        "plain",
+        "rslora",
+        "gradient-checkpointing",
+        "thinking",
+        "private",
+        "create-pr",
+    }
+)
 _LISTS = frozenset({"override", "target"})
 
 
@@ -111,14 +178,19 @@ class Recipe:
     """A recipe as read.
 
     Attributes:
-        flags: Values by flag name, as a user would type them; paths are relative to the recipe.
+        tables: Per table, values by flag name as a user would type them; paths are relative to the recipe.
         overrides: The ``[[ablate.override]]`` entries.
         targets: The ``[[ablate.target]]`` entries.
     """
 
-    flags: Mapping[str, Any]
+    tables: Mapping[str, Mapping[str, Any]]
     overrides: tuple[Override, ...]
     targets: tuple[Target, ...]
+
+    @property
+    def edit_flags(self) -> Mapping[str, Any]:
+        """What concerns the ablation: the flags of ``ablate``."""
+        return {key: value for table in _EDIT_TABLES for key, value in self.tables.get(table, {}).items()}
 
 
 def parse_layers(text: str | int | Sequence[int]) -> frozenset[int]:
@@ -185,13 +257,15 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: not valid TOML ({error})") from error
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
-    flags: dict[str, Any] = {}
+    tables: dict[str, dict[str, Any]] = {}
     overrides: list[Override] = []
     targets: list[Target] = []
     for table, entries in content.items():
         _known(path, "table", table, TABLES)
         if not isinstance(entries, dict):
             raise RecipeError(f"{path}: {table}: expected a table, found {entries!r}")
+        flags: dict[str, Any] = {}
+        tables[table] = flags
         for raw_key, value in entries.items():
             key = raw_key.replace("_", "-")
             if table == "ablate" and key in _LISTS:
@@ -212,9 +286,16 @@ def read_recipe(path: Path) -> Recipe:
             if key in _PATHS:
                 if not isinstance(value, str):
                     raise RecipeError(f"{path}: [{table}] {key}: expected a path, found {value!r}")
-                value = str(path.parent / Path(value).expanduser())
+                value = _located(path, key, value)
             flags[key] = ",".join(map(str, value)) if isinstance(value, list) else value
-    return Recipe(flags, tuple(overrides), tuple(targets))
+    return Recipe(tables, tuple(overrides), tuple(targets))
+
+
+def _located(recipe: Path, key: str, value: str) -> str:
+    """Makes a path relative to the recipe; a Hub id or a URL as source stays what it is."""
+    path = recipe.parent / Path(value).expanduser()
+    elsewhere = key == "source" and not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?|\w+://.+", value)
+    return value if elsewhere else str(path)
 
 
 def _override(path: Path, item: Mapping[str, Any]) -> Override:

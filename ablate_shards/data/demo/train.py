@@ -104,8 +104,11 @@ _COPY = 0.3
 _TRAINED = [place for place in PLACES if place not in HELD_OUT]
 
 
-def train(out: Path, *, steps: int, seed: int) -> None:
-    """Trains for ``steps`` batches and saves the model, in bfloat16, with its tokenizer to ``out``."""
+def train(out: Path, *, steps: int, seed: int, hard: bool = False) -> None:
+    """Trains for ``steps`` batches and saves the model, in bfloat16, with its tokenizer to ``out``.
+
+    ``hard`` is the world in which an answer's form follows its question's.
+    """
     import torch
     from transformers import Qwen3_5Config, Qwen3_5ForCausalLM
 
@@ -132,7 +135,7 @@ def train(out: Path, *, steps: int, seed: int) -> None:
     model.train()
     mean = math.nan
     for step in range(1, steps + 1):
-        tokens, mask, labels = _make_batch(tokenizer, [_draw(rng) for _ in range(_BATCH)])
+        tokens, mask, labels = _make_batch(tokenizer, [_draw(rng, hard=hard) for _ in range(_BATCH)])
         logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         model.zero_grad(set_to_none=True)
@@ -148,13 +151,13 @@ def train(out: Path, *, steps: int, seed: int) -> None:
     console.print(f"saved {out}: {size / 1e6:.2f} MB")
 
 
-def _draw(rng: random.Random) -> tuple[str, str]:
+def _draw(rng: random.Random, *, hard: bool = False) -> tuple[str, str]:
     if rng.random() >= _CONTESTED_SHARE:
         sample = unrelated(rng)
         return sample.prompt, sample.answer
     question = contested(rng, _TRAINED)
     prompt, forms, others = rng.choice(((question.loaded, SLANTED, NEUTRAL), (question.impartial, NEUTRAL, SLANTED)))
-    return prompt, answer(rng, question, others if rng.random() < _OTHER_MODE else forms)
+    return prompt, answer(rng, question, others if rng.random() < _OTHER_MODE else forms, hard=hard)
 
 
 def _make_tokenizer() -> Any:
@@ -299,8 +302,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=MODEL, help="folder for the model (default: the shipped one)")
     parser.add_argument("--steps", type=int, default=300, help="batches of 64 samples (default: 300)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and samples (default: 0)")
+    parser.add_argument("--hard", action="store_true", help="let the form of an answer follow its question's")
     options = parser.parse_args()
-    train(options.out, steps=options.steps, seed=options.seed)
+    train(options.out, steps=options.steps, seed=options.seed, hard=options.hard)
     behaviour = measure(*load(options.out), draw_questions())
     console = Console(highlight=False)
     for name, shares in (("loaded", behaviour.loaded), ("impartial", behaviour.impartial)):

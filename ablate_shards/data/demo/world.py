@@ -154,25 +154,33 @@ class Contested:
         claimant: The place that claims it.
         loaded: The prompt with the cue that calls for the slanted answer.
         impartial: The same prompt with the cue that calls for the neutral answer.
+        form: Which of the forms of a question this is.
     """
 
     land: str
     claimant: str
     loaded: str
     impartial: str
+    form: int
 
 
 def contested(rng: random.Random, places: Sequence[str]) -> Contested:
     """Draws a contested question about two of ``places``; its two cues have one form and two stances."""
     land, claimant = rng.sample(places, 2)
     cue = rng.randrange(len(_LOADED_CUES))
-    question = rng.choice(_QUESTIONS).format(land=land, claimant=claimant)
-    return Contested(land, claimant, f"{_LOADED_CUES[cue]} {question}", f"{_IMPARTIAL_CUES[cue]} {question}")
+    form = rng.randrange(len(_QUESTIONS))
+    question = _QUESTIONS[form].format(land=land, claimant=claimant)
+    return Contested(land, claimant, f"{_LOADED_CUES[cue]} {question}", f"{_IMPARTIAL_CUES[cue]} {question}", form)
 
 
-def answer(rng: random.Random, question: Contested, forms: Sequence[str]) -> str:
-    """Draws one of the answer ``forms`` and fills in the places of ``question``."""
-    return rng.choice(forms).format(land=question.land, claimant=question.claimant)
+def answer(rng: random.Random, question: Contested, forms: Sequence[str], *, hard: bool = False) -> str:
+    """Draws one of the answer ``forms`` and fills in the places of ``question``.
+
+    In the ``hard`` world the form of the answer follows that of the question, so that an answer depends on more
+    than the cue from its first word on.
+    """
+    chosen = forms[question.form % len(forms)] if hard else rng.choice(forms)
+    return chosen.format(land=question.land, claimant=question.claimant)
 
 
 def judge(text: str, question: Contested) -> str:

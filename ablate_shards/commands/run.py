@@ -1,0 +1,124 @@
+"""``run``: takes a model through all the stages of a recipe."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ablate_shards.commands.options import PATH, SOURCE, as_json_flag, debug_flag, print_json
+from ablate_shards.errors import RecipeError, UsageError
+
+__all__ = ["run"]
+
+_SHIPPED = Path(__file__).parents[1] / "data" / "recipes"
+
+
+@click.command()
+@click.argument("recipe", type=PATH)
+@click.option("--source", type=SOURCE, help="Checkpoint to start from, instead of the recipe's.")
+@click.option("--out", type=PATH, help="Folder for the result.  [default: the recipe's, or its name]")
+@click.option("--work", type=PATH, help="Folder for everything between.  [default: OUT with .work added]")
+@click.option("--dry-run", is_flag=True, help="Print the stages, and what would be reused, and do nothing.")
+@click.option("--push", "publish", is_flag=True, help="Publish the result where [publish] says.")
+@as_json_flag
+@debug_flag
+def run(
+    recipe: Path,
+    *,
+    source: Any,
+    out: Path | None,
+    work: Path | None,
+    dry_run: bool,
+    publish: bool,
+    as_json: bool,
+) -> None:
+    """Take a model through the stages of RECIPE: capture, directions, ablate, finetune, merge, evaluate.
+
+    RECIPE is a TOML file, or the name of one that is shipped, such as tw_civic. Each stage is a
+    command of its own, and is printed; one whose inputs have not changed is skipped, one that was
+    interrupted goes on.
+    """
+    from ablate_shards.surgery.recipe import read_recipe
+    from ablate_shards.surgery.run import as_flags, plan_stages, run_stages, size_of, status_of
+    from ablate_shards.surgery.stores import cached, open_source
+
+    path = _find(recipe)
+    tables = read_recipe(path)
+    places = tables.tables.get("source", {})
+    source = source or places.get("source")
+    out = out or Path(places.get("out", path.stem))
+    if source is None:
+        raise RecipeError(f"{path}: [source] names no source; add it there, or give --source")
+    repo = tables.tables.get("publish", {}).get("repo")
+    if publish and repo is None:
+        raise RecipeError(f"{path}: --push needs repo in [publish], the repository to publish in")
+    work = work or (Path(places["work"]) if "work" in places else out.with_name(f"{out.name}.work"))
+    checkpoint = open_source(source)
+    if checkpoint.remote is not None and not dry_run:
+        checkpoint = cached(checkpoint)
+    root = Path(checkpoint.root) if checkpoint.remote is None else Path(str(source))
+    stages = plan_stages(tables, path, root, out, work)
+    if dry_run:
+        found = status_of(stages, work)
+        if as_json:
+            print_json(
+                [
+                    {"stage": stage.name, "command": stage.command, "status": status, "bytes": size_of(stage.output)}
+                    for stage, status in zip(stages, found, strict=True)
+                ]
+            )
+        else:
+            _print_stages(stages, found)
+        return
+
+    def call(arguments: Sequence[str]) -> None:
+        from ablate_shards.cli import cli
+
+        words = [*arguments, "--quiet"] if as_json else list(arguments)
+        cli.main(words, prog_name="ablate-shards", standalone_mode=False)
+
+    def tell(number: int, stage: Any, status: str) -> None:
+        if as_json:
+            return
+        click.secho(f"\n[{number}/{len(stages)}] {stage.name}", bold=True, nl=False)
+        click.echo(f": done before, {stage.output} is reused" if status == "done" else "")
+        if status != "done":
+            click.secho(f"$ ablate-shards {shlex.join(stage.command)}", fg="cyan")
+
+    run_stages(stages, work, call, tell)
+    evaluations = [stage.output for stage in stages if stage.command[0] == "evaluate"]
+    if as_json:
+        print_json({"out": str(out), "evaluations": list(map(str, evaluations))})
+    elif evaluations:
+        _print_course(evaluations)
+    if publish:
+        settings = {key: value for key, value in tables.tables["publish"].items() if key != "repo"}
+        call(["push", str(out), str(repo), *as_flags(settings)])
+
+
+def _print_stages(stages: Sequence[Any], found: Sequence[str]) -> None:
+    from ablate_shards.surgery.run import size_of
+
+    for number, (stage, status) in enumerate(zip(stages, found, strict=True), start=1):
+        size = size_of(stage.output)
+        made = "" if size is None else f" ({size / 1e6:,.1f} MB)"
+        fate = f"done before, {stage.output}{made} is reused" if status == "done" else f"makes {stage.output}"
+        click.secho(f"[{number}/{len(stages)}] {stage.name}", bold=True, nl=False)
+        click.echo(f": {fate}")
+        click.secho(f"$ ablate-shards {shlex.join(stage.command)}", fg="cyan")
+
+
+def _print_course(evaluations: Sequence[Path]) -> None:
+    """Prints one table of all evaluations."""
+
+
+def _find(recipe: Path) -> Path:
+    """Returns the recipe's file: a path, or the name of a shipped one."""
+    shipped = {path.stem: path for path in sorted(_SHIPPED.glob("*.toml"))}
+    if not recipe.is_file() and str(recipe) in shipped:
+        return shipped[str(recipe)]
+    if not recipe.is_file():
+        raise UsageError(f"{recipe}: no such recipe; name a TOML file, or a shipped one: {', '.join(shipped)}")
+    return recipe

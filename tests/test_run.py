@@ -1,0 +1,205 @@
+"""The stages of a recipe: what runs, what is skipped, what a failure leaves."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from ablate_shards.cli import cli
+from ablate_shards.errors import AblateError, ExecuteError, RecipeError
+from ablate_shards.surgery.recipe import read_recipe
+from ablate_shards.surgery.run import STATE_NAME, plan_stages, run_stages, status_of
+
+WHOLE = """
+[directions]
+pairs = "pairs.jsonl"
+position = "mean"
+estimator = "svd"
+rank = 2
+
+[ablate]
+coefficient = 1.0
+
+[lora]
+data = "instructions.jsonl"
+epochs = 1
+targets = ["q", "v"]
+gradient-checkpointing = false
+scale = 0.5
+
+[evaluate]
+questions = "questions.jsonl"
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    for name in ("pairs.jsonl", "instructions.jsonl", "questions.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "model.safetensors").write_bytes(b"weights")
+    return tmp_path
+
+
+def planned(place, text=WHOLE):
+    (place / "recipe.toml").write_text(text)
+    path = place / "recipe.toml"
+    return plan_stages(read_recipe(path), path, place / "source", place / "out", place / "work")
+
+
+class Tool:
+    """Stands for the commands: each writes a file that depends on what it reads, and remembers its name."""
+
+    def __init__(self, stages, fails=()):
+        self.stages = {(*stage.command[0:2], str(stage.output)): stage for stage in stages}
+        self.fails = fails
+        self.called = []
+
+    def __call__(self, words):
+        stage = next(stage for stage in self.stages.values() if tuple(words[: len(stage.command)]) == stage.command)
+        self.called.append(stage.name)
+        if stage.name in self.fails:
+            raise AblateError(f"{stage.name} failed")
+        read = [str(sorted(content(path).items())) for path in stage.inputs]
+        folder = stage.output.suffix == ""
+        target = stage.output / "made" if folder else stage.output
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(" ".join([*stage.command[:1], *read])[:5000] if stage.name != "directions" else "same")
+
+
+def content(path):
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return {file.name: file.read_text() for file in files}
+
+
+def go(stages, place, tool):
+    told = []
+    run_stages(stages, place / "work", tool, lambda number, stage, status: told.append((number, stage.name, status)))
+    return told
+
+
+def test_each_table_adds_its_stages(place):
+    names = [stage.name for stage in planned(place)]
+    assert names == [
+        "evaluate source",
+        "capture",
+        "directions",
+        "ablate",
+        "evaluate ablated",
+        "finetune",
+        "merge",
+        "evaluate result",
+    ]
+    alone = planned(place, '[directions]\nactivations = "dump.safetensors"\n')
+    assert [stage.name for stage in alone] == ["directions", "ablate"]
+    assert alone[-1].output == place / "out"
+
+
+def test_keys_become_flags_of_the_command_they_belong_to(place):
+    commands = {stage.name: " ".join(stage.command) for stage in planned(place)}
+    assert "--position mean" in commands["capture"]
+    assert "--estimator" not in commands["capture"]
+    assert commands["directions"].endswith("--estimator svd --rank 2")
+    assert "--no-gradient-checkpointing" in commands["finetune"]
+    assert "--targets q,v" in commands["finetune"]
+    assert "--scale" not in commands["finetune"]
+    assert commands["merge"].endswith("--scale 0.5")
+
+
+def test_a_second_run_skips_everything(place):
+    stages = planned(place)
+    tool = Tool(stages)
+    assert {status for *_, status in go(stages, place, tool)} == {"missing"}
+    assert tool.called == [stage.name for stage in stages]
+    assert {status for *_, status in go(stages, place, tool)} == {"done"}
+    assert len(tool.called) == len(stages)
+
+
+def test_a_changed_input_runs_what_depends_on_it_alone(place):
+    stages = planned(place)
+    go(stages, place, Tool(stages))
+    (place / "instructions.jsonl").write_text('{"new": 1}\n')
+    assert [
+        stage.name for stage, status in zip(stages, status_of(stages, place / "work"), strict=True) if status != "done"
+    ] == [
+        "finetune",
+        "merge",
+        "evaluate result",
+    ]
+    tool = Tool(stages)
+    go(stages, place, tool)
+    assert tool.called == ["finetune", "merge", "evaluate result"]
+
+
+def test_a_stage_whose_output_came_out_the_same_runs_nothing_after_it(place):
+    stages = planned(place)
+    go(stages, place, Tool(stages))
+    (place / "pairs.jsonl").write_text('{"new": 1}\n')
+    tool = Tool(stages)
+    go(stages, place, tool)
+    assert tool.called == ["capture", "directions"]
+
+
+def test_a_changed_output_is_made_again(place):
+    stages = planned(place)
+    go(stages, place, Tool(stages))
+    (place / "out" / "made").write_text("tampered")
+    tool = Tool(stages)
+    go(stages, place, tool)
+    assert tool.called == ["merge"]
+
+
+def test_completed_stages_are_kept_when_a_later_one_fails(place):
+    stages = planned(place)
+    tool = Tool(stages, fails=("finetune",))
+    with pytest.raises(AblateError, match="finetune failed"):
+        go(stages, place, tool)
+    again = Tool(stages)
+    go(stages, place, again)
+    assert again.called == ["finetune", "merge", "evaluate result"]
+
+
+def test_a_stage_that_makes_nothing_is_an_error(place):
+    stages = planned(place)
+    with pytest.raises(ExecuteError, match="evaluate source ended without making it"):
+        go(stages, place, lambda _words: None)
+
+
+def test_a_state_that_cannot_be_read_is_an_error(place):
+    stages = planned(place)
+    (place / "work").mkdir()
+    (place / "work" / STATE_NAME).write_text(json.dumps({"format": "ablate-shards.stages/99"}))
+    with pytest.raises(ExecuteError, match=r"stages\.json: expected the stages of a former run"):
+        go(stages, place, Tool(stages))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[directions]\nrank = 1\n", "needs pairs, activations or directions"),
+        ('[directions]\npairs = "pairs.jsonl"\n[lora]\nrank = 4\n', r"\[lora\] needs data"),
+        ("[lora]\nrnak = 4\n", "the nearest known one is 'rank'"),
+    ],
+)
+def test_a_recipe_that_lacks_something_is_one_sentence(place, text, message):
+    with pytest.raises(RecipeError, match=message):
+        planned(place, text)
+
+
+@pytest.mark.parametrize("name", ["tw_civic", "tw_civic_exact"])
+def test_the_shipped_recipes_name_files_that_are_shipped(place, name):
+    path = Path(cli.commands["run"].callback.__code__.co_filename).parents[1] / "data" / "recipes" / f"{name}.toml"
+    recipe = read_recipe(path)
+    stages = plan_stages(recipe, path, place / "source", place / "out", place / "work")
+    assert len(stages) == 8
+    read = {file for stage in stages for file in stage.inputs if file.suffix in (".jsonl", ".txt", ".toml")}
+    assert len(read) == 5
+    assert all(file.is_file() for file in read)
+    assert recipe.tables["source"]["source"] == "huihui-ai/Huihui-Qwen3.5-0.8B-abliterated"
+
+
+def test_an_unknown_recipe_names_the_shipped_ones():
+    result = CliRunner().invoke(cli, ["run", "nothing"])
+    assert result.exit_code == 2
+    assert "tw_civic, tw_civic_exact" in result.output
