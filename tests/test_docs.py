@@ -37,9 +37,32 @@ def test_the_reference_is_up_to_date():
     assert (DOCS / "cli.md").read_text(encoding="utf-8") == module.reference(), "run: python docs/generate_cli.py"
 
 
+#: The commands that each table of a recipe feeds.
+FED = {
+    "source": ("run", "ablate"),
+    "directions": ("capture", "directions", "ablate"),
+    "ablate": ("ablate",),
+    "lora": ("finetune", "merge"),
+    "evaluate": ("evaluate",),
+    "publish": ("push",),
+}
+#: What a recipe cannot say: where a stage reads and writes, and how its results are shown.
+STAGE = {"model", "dump", "file", "adapter", "source", "out", "against", "reuse", "answers"}
+RUN = {"dry-run", "resume", "overwrite", "push", "link", "cache", "jobs", "memory", "device"}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_key_is_a_flag_of_a_command_that_the_table_feeds(table):
+    flags = {name for command in FED[table] for name in long_names(cli.commands[command])}
+    assert flags >= TABLES[table]
+
+
 def test_every_flag_has_a_recipe_key():
-    keys = set().union(*TABLES.values())
-    assert keys == set(long_names(cli.commands["ablate"])) - NO_KEY
+    edit = set().union(*(TABLES[table] for table in ("source", "directions", "ablate")))
+    assert set(long_names(cli.commands["ablate"])) - NO_KEY <= edit
+    for table in ("directions", "lora", "evaluate", "publish"):
+        flags = {name for command in FED[table] for name in long_names(cli.commands[command]) if command != "ablate"}
+        assert flags - NO_KEY - STAGE - RUN <= TABLES[table]
 
 
 def test_the_documented_recipe_is_read_whole(tmp_path):
@@ -51,12 +74,8 @@ def test_the_documented_recipe_is_read_whole(tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text(text)
     recipe = read_recipe(path)
-    documented = {key for table in ("source", "directions", "ablate") for key in tomllib.loads(text)[table]}
-    assert documented - {"override", "target"} == set(recipe.flags)
-    assert set().union(*TABLES.values()) - set(recipe.flags) == {
-        "directions",
-        "dry-run",
-        "resume",
-        "overwrite",
-    }
+    documented = {table: set(entries) - {"override", "target"} for table, entries in tomllib.loads(text).items()}
+    assert documented == {table: set(entries) for table, entries in recipe.tables.items()}
+    missing = {(table, key) for table, keys in TABLES.items() for key in keys - documented[table]}
+    assert {key for _, key in missing} == {"directions", "activations", "dry-run", "resume", "overwrite"}
     assert len(recipe.overrides) == len(recipe.targets) == 1

@@ -1,6 +1,7 @@
 """``ablate``: removes a direction from a checkpoint."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import click
 
 from ablate_shards.commands.options import (
     PATH,
+    SOURCE,
     as_json_flag,
+    cache_flag,
     debug_flag,
     estimation,
     parsed,
@@ -41,7 +44,7 @@ def _parse_source_layer(text: str) -> Any:
 
 
 @click.command()
-@click.argument("source", type=PATH)
+@click.argument("source", type=SOURCE)
 @click.argument("out", type=PATH)
 @click.option("-d", "--directions", type=PATH, help="Directions file.")
 @click.option("-a", "--activations", type=PATH, help="Activation dump to compute the directions from.")
@@ -97,6 +100,8 @@ def _parse_source_layer(text: str) -> Any:
 )
 @resources
 @recipe_flag
+@cache_flag
+@click.option("--private", is_flag=True, help="Make a new repository OUT private.")
 @click.option("--link", is_flag=True, help="Hard-link shards without an edit; they share their bytes with SOURCE.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
@@ -105,7 +110,7 @@ def _parse_source_layer(text: str) -> Any:
 @quiet_flag
 @debug_flag
 def ablate(
-    source: Path,
+    source: Path | str,
     out: Path,
     *,
     directions: Path | None,
@@ -117,6 +122,8 @@ def ablate(
     device: str,
     memory: int,
     jobs: int | None,
+    cache: bool,
+    private: bool,
     link: bool,
     dry_run: bool,
     resume: bool,
@@ -127,17 +134,21 @@ def ablate(
 ) -> None:
     """Remove a direction from the weights of SOURCE and write the edited checkpoint to OUT.
 
-    SOURCE is a .safetensors file or a checkpoint folder; OUT is a folder that appears only when
-    complete. Without -d or -a, directions.safetensors or activations.safetensors beside the weights
-    is used.
+    SOURCE is a .safetensors file, a checkpoint folder, a Hub id org/name[@revision] or a URL that
+    fsspec reads; OUT is a folder that appears only when complete, or a repository hub:org/name that
+    gets one commit. Without -d or -a, directions.safetensors or activations.safetensors beside the
+    weights is used.
     """
     from ablate_shards import screen
-    from ablate_shards.surgery.checkpoint import files_of, open_checkpoint
+    from ablate_shards.surgery.checkpoint import files_of
     from ablate_shards.surgery.directions import EstimatorOptions
-    from ablate_shards.surgery.execute import ExecuteOptions, execute
+    from ablate_shards.surgery.execute import ExecuteOptions, ablation, execute
+    from ablate_shards.surgery.hub import PushOptions
     from ablate_shards.surgery.plan import make_plan, resolve_bases
     from ablate_shards.surgery.recipe import AblateOptions
     from ablate_shards.surgery.staging import check_out
+    from ablate_shards.surgery.stores import cached, open_source, quieten_hub
+    from ablate_shards.surgery.transfer import hub_repository, perform_on_hub
 
     progress = screen.progress(quiet=quiet or as_json)
     directions, activations = _one_source(directions, activations)
@@ -147,8 +158,20 @@ def ablate(
         targets=recipe.targets if recipe else (),
     )
     run = ExecuteOptions(device=device, memory=memory, jobs=jobs, resume=resume, overwrite=overwrite, link=link)
-    checkpoint = open_checkpoint(source)
-    if not dry_run:
+    checkpoint = open_source(source)
+    if checkpoint.remote is not None:
+        if link and not cache:
+            raise UsageError(f"--link: {checkpoint.name} is not on this machine; add --cache, or leave --link out")
+        if checkpoint.remote.revision:
+            progress.note(f"{checkpoint.name} is commit {checkpoint.remote.revision}")
+    repo = hub_repository(out)
+    if (quiet or as_json) and (cache or repo is not None):
+        quieten_hub()
+    if repo is not None and (link or cache):
+        raise UsageError(f"{out}: --link and --cache are about a folder here; leave them out")
+    if private and repo is None:
+        raise UsageError(f"--private: {out} is a folder here; name a repository such as hub:me/model-edited")
+    if not dry_run and repo is None:
         check_out(checkpoint.path, files_of(checkpoint), out, overwrite=overwrite)
     estimation = EstimatorOptions(estimator=estimator, rank=rank, winsorize=winsorize)
     found, used = _find_directions(checkpoint, directions, activations, estimation, progress)
@@ -165,17 +188,26 @@ def ablate(
         elif not quiet:
             screen.print_plan(checkpoint, plan)
         return
+    if cache:
+        checkpoint = cached(checkpoint)
+    where: Path | str = out
+    results: Mapping[str, Any]
     with progress:
-        results = execute(checkpoint, plan, found, options, out, run, progress)
+        if repo is None:
+            results = execute(checkpoint, plan, found, options, out, run, progress)
+        else:
+            operation = ablation(checkpoint, plan, found, options)
+            done = perform_on_hub(checkpoint, operation, repo, PushOptions(private=private), run, progress)
+            results, where = done.results, done.url
     if as_json:
         print_json(
             {
-                "out": str(out),
+                "out": str(where),
                 "tensors": {name: dataclasses.asdict(result) for name, result in results.items()},
             }
         )
     elif not quiet:
-        screen.print_results(checkpoint, plan, results, out)
+        screen.print_results(checkpoint, plan, results, where)
 
 
 def _one_source(directions: Path | None, activations: Path | None) -> tuple[Path | None, Path | None]:
@@ -201,7 +233,7 @@ def _find_directions(
     from ablate_shards.surgery.activations import open_activations
     from ablate_shards.surgery.directions import compute_directions, read_directions
 
-    if directions is None and activations is None:
+    if directions is None and activations is None and checkpoint.remote is None:
         beside = [checkpoint.root / f"{name}.safetensors" for name in ("directions", "activations")]
         directions = beside[0] if beside[0].is_file() else None
         activations = beside[1] if directions is None and beside[1].is_file() else None
@@ -210,8 +242,9 @@ def _find_directions(
     if activations is not None:
         with progress:
             return compute_directions(open_activations(activations), estimation, progress=progress.count), activations
+    here = f", and neither directions.safetensors nor activations.safetensors is in {checkpoint.root}"
     raise UsageError(
-        f"no directions given, and neither directions.safetensors nor activations.safetensors is in "
-        f"{checkpoint.root}; make them with `ablate-shards directions DUMP directions.safetensors` and add "
+        f"no directions given{here if checkpoint.remote is None else ''}; make them with "
+        "`ablate-shards directions DUMP directions.safetensors` and add "
         "`-d directions.safetensors`, or add the activation dump itself with `-a DUMP`"
     )

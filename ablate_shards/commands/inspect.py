@@ -5,24 +5,24 @@ from typing import Any
 
 import click
 
-from ablate_shards.commands.options import PATH, as_json_flag, debug_flag, print_json, recipe_flag
+from ablate_shards.commands.options import SOURCE, as_json_flag, debug_flag, print_json, recipe_flag
 
 __all__ = ["inspect"]
 
 
 @click.command()
-@click.argument("source", type=PATH)
+@click.argument("source", type=SOURCE)
 @recipe_flag
 @as_json_flag
 @debug_flag
-def inspect(source: Path, *, recipe: Any, as_json: bool) -> None:
+def inspect(source: Path | str, *, recipe: Any, as_json: bool) -> None:
     """Show the tensors of SOURCE, the writers found in it, and what is left out and why."""
     from ablate_shards import screen
     from ablate_shards.errors import ArchitectureError
     from ablate_shards.surgery.architecture import dissect
-    from ablate_shards.surgery.checkpoint import open_checkpoint
+    from ablate_shards.surgery.stores import open_source
 
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_source(source)
     unknown = None
     anatomy = None
     try:

@@ -73,11 +73,11 @@ def run(
             _print_stages(stages, found)
         return
 
-    def call(arguments: Sequence[str]) -> None:
-        from ablate_shards.cli import cli
+    program = click.get_current_context().find_root().command
 
+    def call(arguments: Sequence[str]) -> None:
         words = [*arguments, "--quiet"] if as_json else list(arguments)
-        cli.main(words, prog_name="ablate-shards", standalone_mode=False)
+        program.main(words, prog_name="ablate-shards", standalone_mode=False)
 
     def tell(number: int, stage: Any, status: str) -> None:
         if as_json:
@@ -95,7 +95,13 @@ def run(
         _print_course(evaluations)
     if publish:
         settings = {key: value for key, value in tables.tables["publish"].items() if key != "repo"}
-        call(["push", str(out), str(repo), *as_flags(settings)])
+        last = next(stage for stage in reversed(stages) if stage.output == out)
+        made_of = [
+            "--source",
+            str(last.inputs[0]),
+            *(["--adapter", str(last.inputs[1])] if last.name == "merge" else []),
+        ]
+        call(["push", str(out), str(repo), *made_of, *as_flags(settings)])
 
 
 def _print_stages(stages: Sequence[Any], found: Sequence[str]) -> None:

@@ -4,10 +4,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 
@@ -15,17 +18,31 @@ from ablate_shards.errors import CheckpointError
 
 __all__ = [
     "ITEM_BYTES",
+    "MERGE_RECEIPT_NAME",
     "RECEIPT_NAME",
+    "RECEIPT_NAMES",
+    "SKIPPED_FOLDERS",
     "Checkpoint",
+    "Files",
+    "Remote",
     "Shard",
     "TensorInfo",
+    "assemble",
+    "at_hand",
     "files_of",
     "fingerprint",
+    "leaves_folder",
     "open_checkpoint",
     "read_header",
+    "read_range",
+    "size_of",
 ]
 
 RECEIPT_NAME = "ablation.json"
+MERGE_RECEIPT_NAME = "merge.json"
+
+#: The receipts by which a folder that an earlier run made is known.
+RECEIPT_NAMES = (RECEIPT_NAME, MERGE_RECEIPT_NAME)
 
 #: Bytes per element of the dtypes that can be edited.
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
@@ -44,7 +61,8 @@ _OTHER_WEIGHTS = {
     ".pth",
     ".refuse",
 }
-_SKIPPED_FOLDERS = {
+#: Folders that an edited checkpoint does not keep, with the reason.
+SKIPPED_FOLDERS = {
     "original": "holds the weights in another format",
     ".git": "version control",
     ".cache": "download cache",
@@ -93,19 +111,80 @@ class Shard:
     tensors: tuple[TensorInfo, ...]
 
 
+class Files(Protocol):
+    """The files of a checkpoint folder, wherever it is; they go by relative names with forward slashes."""
+
+    @property
+    def name(self) -> str:
+        """What messages call the folder."""
+
+    def walk(self) -> Iterable[tuple[str, str | None]]:
+        """Yields every file, with a reason where it is passed over."""
+
+    def shown(self, file: str) -> str:
+        """Returns what messages call a file."""
+
+    def has(self, file: str) -> bool:
+        """Returns whether there is such a file."""
+
+    def read(self, file: str) -> bytes:
+        """Returns a small file's content."""
+
+    def header(self, file: str) -> tuple[Shard, Mapping[str, str]]:
+        """Returns what ``read_header`` does."""
+
+    def stamp(self, file: str) -> str:
+        """Returns what tells one state of a file from another."""
+
+
+class Remote(Files, Protocol):
+    """Files that are not on this machine; they can be read by byte ranges and do not change."""
+
+    @property
+    def revision(self) -> str | None:
+        """The commit they are of, None where they have no history."""
+
+    def size(self, file: str) -> int:
+        """Returns a file's size in bytes."""
+
+    def read_range(self, file: str, start: int, end: int) -> bytes:
+        """Returns some bytes of a file."""
+
+    def fetch(
+        self,
+        file: str,
+        path: Path,
+        *,
+        stop: threading.Event,
+        advance: Callable[[int], None],
+        edited: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Makes a local file equal to a remote one, going on with what is there, and checks its digest.
+
+        Args:
+            file: The remote file.
+            path: The local one, which may hold the beginning already, or all but the edited ranges.
+            stop: Set when the run has ended elsewhere.
+            advance: Hears how many more bytes are there.
+            edited: The byte ranges that an interrupted run may have overwritten.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint as its headers describe it.
 
     Attributes:
         path: What the user named: a file or a folder.
-        root: The folder that names are relative to.
+        root: The folder that names are relative to; none of this machine where ``remote`` is set.
         shards: The weight files, sorted by name.
         tensors: Every tensor by name.
         config: ``config.json`` as parsed, or None where there is none.
         sidecars: Other files that an edited checkpoint keeps, relative names, sorted.
         left_out: Files that an edited checkpoint does not keep, with the reason.
-        fingerprint: Digest of names, sizes, modification times and headers.
+        fingerprint: Digest of names, sizes, modification times (of remote files, digests) and headers.
+        remote: Where the files come from, None where they are on this machine.
+        origin: The repository and the commit that they are of, or were before they were fetched.
     """
 
     path: Path
@@ -116,14 +195,28 @@ class Checkpoint:
     sidecars: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
     fingerprint: str
+    remote: Remote | None = None
+    origin: tuple[str, str | None] | None = None
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.path) if self.remote is None else self.remote.name
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """What a receipt says of where it is from."""
+        name, revision = self.origin or (self.path.resolve().name, None)
+        return {"name": name} | ({"revision": revision} if revision else {})
 
 
-def read_header(path: Path, name: str | None = None) -> tuple[Shard, Mapping[str, str]]:
+def read_header(path: Path, name: str | None = None, shown: str | None = None) -> tuple[Shard, Mapping[str, str]]:
     """Reads one safetensors header; the safetensors library validates it first.
 
     Args:
         path: The file.
         name: The name the shard goes by, the file's own name if None.
+        shown: What messages call the file, its path if None.
 
     Returns:
         The shard and the header's ``__metadata__``, empty where it has none.
@@ -138,10 +231,10 @@ def read_header(path: Path, name: str | None = None) -> tuple[Shard, Mapping[str
             raw = file.read(int.from_bytes(prefix, "little"))
             size = os.fstat(file.fileno()).st_size
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: the file does not exist") from error
+        raise CheckpointError(f"{shown or path}: the file does not exist") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path}: not a valid safetensors file ({_reason(error)}); fetch it again or export it anew"
+            f"{shown or path}: not a valid safetensors file ({_reason(error)}); fetch it again or export it anew"
         ) from error
     header = json.loads(raw)
     metadata = header.pop("__metadata__", {})
@@ -183,27 +276,37 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path}: expected a .safetensors file or a folder of them")
         shard, metadata = read_header(path)
-        _refuse_own_format(path, metadata)
-        return _checkpoint(path, path.parent, [shard], sidecars=[], left_out=[])
+        _refuse_own_format(str(path), metadata)
+        return _checkpoint(path, _Folder(path.parent), [shard], sidecars=[], left_out=[])
     if not path.is_dir():
-        hint = ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(path)):
-            hint = "; a Hub repository must be downloaded first, for example with `hf download`"
-        raise CheckpointError(f"{path}: no such file or folder{hint}")
+        raise CheckpointError(f"{path}: no such file or folder")
+    return assemble(_Folder(path))
 
-    index = _index_path(path)
-    weight_map = {} if index is None else _read_index(index)
+
+def assemble(files: Files, remote: Remote | None = None) -> Checkpoint:
+    """Reads every header of a checkpoint folder, wherever it is, and checks the index against the shards.
+
+    Args:
+        files: Its files.
+        remote: The same, where they are not on this machine.
+
+    Raises:
+        CheckpointError: The checkpoint is malformed, incomplete or reaches out of its folder.
+    """
+    listed = list(files.walk())
+    index = _index_name(files, (name for name, _ in listed))
+    weight_map = {} if index is None else _read_index(files, index)
     named = set(weight_map.values())
     shards: list[Shard] = []
     sidecars: list[str] = []
     left_out: list[tuple[str, str]] = []
-    for name, reason in _walk(path):
+    for name, reason in listed:
         if reason is not None:
             left_out.append((name, reason))
         elif name in named:
             pass
         elif name.endswith(".safetensors"):
-            shard, metadata = read_header(path / name, name)
+            shard, metadata = files.header(name)
             if metadata.get("format", "").startswith(_OWN_FORMAT):
                 left_out.append((name, "activations or directions, not weights"))
             elif name.startswith("consolidated"):
@@ -212,29 +315,32 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 sidecars.append(name)
             elif index is not None:
                 raise CheckpointError(
-                    f"{path / name}: {index.name} does not name it, so it would stay unedited, and some loaders would "
+                    f"{files.shown(name)}: {index} does not name it, so it would stay unedited, and some loaders would "
                     "prefer it; move it away, or restore the index that came with the shards"
                 )
             else:
                 shards.append(shard)
         elif PurePosixPath(name).suffix in _OTHER_WEIGHTS or name.endswith(".bin.index.json"):
             left_out.append((name, "holds weights in another format, unedited"))
-        elif name in (RECEIPT_NAME, "activations.npz", "directions.npz"):
+        elif name in (*RECEIPT_NAMES, "activations.npz", "directions.npz"):
             left_out.append((name, "belongs to an earlier edit"))
         else:
             sidecars.append(name)
     if index is not None:
-        shards = [_indexed_shard(path, name, index) for name in sorted(named)]
-        _check_index(index, weight_map, shards)
+        shards = [_indexed_shard(files, name, index) for name in sorted(named)]
+        _check_index(files.shown(index), weight_map, shards)
     elif not shards:
-        raise CheckpointError(f"{path}: no safetensors weights here; convert the checkpoint to safetensors first")
+        raise CheckpointError(f"{files.name}: no safetensors weights here; convert the checkpoint to safetensors first")
     else:
-        _check_numbering(path, [shard.name for shard in shards])
-    return _checkpoint(path, path, shards, sidecars=sidecars, left_out=left_out)
+        _check_numbering(files, [shard.name for shard in shards])
+    root = Path(files.name)
+    return _checkpoint(root, files, shards, sidecars=sidecars, left_out=left_out, remote=remote)
 
 
 def files_of(checkpoint: Checkpoint) -> list[Path]:
-    """Returns the paths of every shard and sidecar."""
+    """Returns the paths of every shard and sidecar that is on this machine."""
+    if checkpoint.remote is not None:
+        return []
     return [shard.path for shard in checkpoint.shards] + [checkpoint.root / name for name in checkpoint.sidecars]
 
 
@@ -244,16 +350,85 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     Raises:
         OSError: A file is gone.
     """
-    return _fingerprint(checkpoint.root, checkpoint.shards, checkpoint.sidecars)
+    return _fingerprint(checkpoint.remote or _Folder(checkpoint.root), checkpoint.shards, checkpoint.sidecars)
+
+
+def size_of(checkpoint: Checkpoint, file: str) -> int:
+    """Returns the size in bytes of one of a checkpoint's files."""
+    if checkpoint.remote is not None:
+        return checkpoint.remote.size(file)
+    return (checkpoint.root / file).stat().st_size
+
+
+def read_range(checkpoint: Checkpoint, tensor: TensorInfo) -> bytes:
+    """Returns the bytes of one small tensor."""
+    if checkpoint.remote is not None:
+        return checkpoint.remote.read_range(tensor.shard, tensor.start, tensor.end)
+    with (checkpoint.root / tensor.shard).open("rb") as file:
+        file.seek(tensor.start)
+        return file.read(tensor.end - tensor.start)
+
+
+@contextmanager
+def at_hand(
+    checkpoint: Checkpoint, file: str, beside: Path, stop: threading.Event, advance: Callable[[int], None]
+) -> Iterator[Path]:
+    """Yields a local path of one of a checkpoint's files, fetched for the while where it is remote.
+
+    Args:
+        checkpoint: The checkpoint.
+        file: The file.
+        beside: Where to keep a fetched file meanwhile.
+        stop: Set when the run has ended elsewhere.
+        advance: Hears how many more bytes were fetched.
+    """
+    if checkpoint.remote is None:
+        yield checkpoint.root / file
+        return
+    with tempfile.TemporaryDirectory(prefix=".ablate-fetched-", dir=beside) as folder:
+        path = Path(folder) / PurePosixPath(file).name
+        checkpoint.remote.fetch(file, path, stop=stop, advance=advance)
+        yield path
+
+
+class _Folder:
+    """The files of a folder on this machine."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    @property
+    def name(self) -> str:
+        return str(self._root)
+
+    def walk(self) -> Iterable[tuple[str, str | None]]:
+        return _walk(self._root)
+
+    def shown(self, file: str) -> str:
+        return str(self._root / file)
+
+    def has(self, file: str) -> bool:
+        return (self._root / file).is_file()
+
+    def read(self, file: str) -> bytes:
+        return (self._root / file).read_bytes()
+
+    def header(self, file: str) -> tuple[Shard, Mapping[str, str]]:
+        return read_header(self._root / file, file)
+
+    def stamp(self, file: str) -> str:
+        stat = (self._root / file).stat()
+        return f"{stat.st_size}\0{stat.st_mtime_ns}"
 
 
 def _checkpoint(
     path: Path,
-    root: Path,
+    files: Files,
     shards: list[Shard],
     *,
     sidecars: list[str],
     left_out: list[tuple[str, str]],
+    remote: Remote | None = None,
 ) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
@@ -265,25 +440,24 @@ def _checkpoint(
             tensors[tensor.name] = tensor
     return Checkpoint(
         path=path,
-        root=root,
+        root=Path(files.name),
         shards=tuple(shards),
         tensors=tensors,
-        config=_read_config(root / "config.json"),
+        config=_read_json(files, "config.json") if files.has("config.json") else None,
         sidecars=tuple(sidecars),
         left_out=tuple(left_out),
-        fingerprint=_fingerprint(root, shards, sidecars),
+        fingerprint=_fingerprint(files, shards, sidecars),
+        remote=remote,
     )
 
 
-def _fingerprint(root: Path, shards: Iterable[Shard], sidecars: Iterable[str]) -> str:
+def _fingerprint(files: Files, shards: Iterable[Shard], sidecars: Iterable[str]) -> str:
     digest = hashlib.sha256()
-    for path, header in (
-        *((shard.path, shard.header_sha256) for shard in shards),
-        *((root / name, "") for name in sidecars),
+    for name, header in (
+        *((shard.name, shard.header_sha256) for shard in shards),
+        *((name, "") for name in sidecars),
     ):
-        stat = path.stat()
-        name = path.relative_to(root).as_posix()
-        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0{header}\n".encode())
+        digest.update(f"{name}\0{files.stamp(name)}\0{header}\n".encode())
     return digest.hexdigest()
 
 
@@ -296,8 +470,8 @@ def _walk(root: Path) -> Iterable[tuple[str, str | None]]:
             inner = (relative / name).as_posix()
             if (Path(folder) / name).is_symlink():
                 yield f"{inner}/", "a linked folder"
-            elif name in _SKIPPED_FOLDERS:
-                yield f"{inner}/", _SKIPPED_FOLDERS[name]
+            elif name in SKIPPED_FOLDERS:
+                yield f"{inner}/", SKIPPED_FOLDERS[name]
             else:
                 kept.append(name)
         folders[:] = kept
@@ -312,19 +486,18 @@ def _walk(root: Path) -> Iterable[tuple[str, str | None]]:
                 yield inner, "not a regular file"
 
 
-def _index_path(root: Path) -> Path | None:
-    found = sorted(root.glob("*.safetensors.index.json"))
-    for path in found:
-        if path.name == "model.safetensors.index.json":
-            return path
+def _index_name(files: Files, names: Iterable[str]) -> str | None:
+    found = sorted(name for name in names if "/" not in name and name.endswith(".safetensors.index.json"))
+    if "model.safetensors.index.json" in found:
+        return "model.safetensors.index.json"
     if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise CheckpointError(f"{root}: more than one index ({names}); leave the one to edit")
+        raise CheckpointError(f"{files.name}: more than one index ({', '.join(found)}); leave the one to edit")
     return found[0] if found else None
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    content = _read_json(index)
+def _read_index(files: Files, name: str) -> dict[str, str]:
+    index = files.shown(name)
+    content = _read_json(files, name)
     weight_map = content.get("weight_map")
     if (
         not isinstance(weight_map, dict)
@@ -337,7 +510,7 @@ def _read_index(index: Path) -> dict[str, str]:
         )
     for tensor, name in weight_map.items():
         shard = PurePosixPath(name)
-        if shard.is_absolute() or ".." in shard.parts or "\0" in name or "\\" in name or not shard.name:
+        if leaves_folder(name):
             raise CheckpointError(
                 f"{index}: {tensor} points to {name!r}, which leaves the folder; only shards beside the index are read"
             )
@@ -346,16 +519,21 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _indexed_shard(root: Path, name: str, index: Path) -> Shard:
-    path = root / name
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing, although {index.name} names it; download it")
-    shard, metadata = read_header(path, name)
-    _refuse_own_format(path, metadata)
+def leaves_folder(name: str) -> bool:
+    """Returns whether a relative name is none, or would be looked for outside its folder."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts or "\0" in name or "\\" in name or not path.name
+
+
+def _indexed_shard(files: Files, name: str, index: str) -> Shard:
+    if not files.has(name):
+        raise CheckpointError(f"{files.shown(name)}: missing, although {index} names it; download it")
+    shard, metadata = files.header(name)
+    _refuse_own_format(files.shown(name), metadata)
     return shard
 
 
-def _check_index(index: Path, weight_map: Mapping[str, str], shards: Iterable[Shard]) -> None:
+def _check_index(index: str, weight_map: Mapping[str, str], shards: Iterable[Shard]) -> None:
     actual = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
     for tensor, name in weight_map.items():
         found = actual.get(tensor)
@@ -371,32 +549,28 @@ def _check_index(index: Path, weight_map: Mapping[str, str], shards: Iterable[Sh
             )
 
 
-def _check_numbering(root: Path, names: list[str]) -> None:
+def _check_numbering(files: Files, names: list[str]) -> None:
     for name in names:
         if match := _NUMBERED.match(name):
             for number in range(1, int(match["count"]) + 1):
                 wanted = f"{match['stem']}-{number:05d}-of-{match['count']}.safetensors"
                 if wanted not in names:
-                    raise CheckpointError(f"{root / wanted}: missing, although {name} is here; download it")
+                    raise CheckpointError(f"{files.shown(wanted)}: missing, although {name} is here; download it")
 
 
-def _read_config(path: Path) -> Mapping[str, Any] | None:
-    return _read_json(path) if path.is_file() else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(files: Files, name: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(files.read(name))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({_reason(error)}); restore the file") from error
+        raise CheckpointError(f"{files.shown(name)}: not valid JSON ({_reason(error)}); restore the file") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+        raise CheckpointError(f"{files.shown(name)}: expected a JSON object, found {type(content).__name__}")
     return content
 
 
-def _refuse_own_format(path: Path, metadata: Mapping[str, str]) -> None:
+def _refuse_own_format(shown: str, metadata: Mapping[str, str]) -> None:
     if (found := metadata.get("format", "")).startswith(_OWN_FORMAT):
-        raise CheckpointError(f"{path}: holds {found}, not the weights of a model")
+        raise CheckpointError(f"{shown}: holds {found}, not the weights of a model")
 
 
 def _reason(error: Exception) -> str:

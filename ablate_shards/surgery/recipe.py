@@ -33,26 +33,13 @@ SourceLayer = Literal["best", "own"] | int
 COMPONENTS: tuple[Component, ...] = ("attention", "mlp", "embedding")
 PRESERVE: tuple[Preserve, ...] = ("rows", "columns", "none")
 
+#: What of ``[directions]`` concerns ``capture`` alone.
+_CAPTURE = frozenset({"pairs", "position", "plain", "batch", "dtype", "offload", "device", "memory"})
+
 #: The recipe's tables and their keys; each key is the long name of a flag or argument.
 TABLES: Mapping[str, frozenset[str]] = {
     "source": frozenset({"source", "out", "work"}),
-    "directions": frozenset(
-        {
-            "directions",
-            "activations",
-            "estimator",
-            "rank",
-            "winsorize",
-            "pairs",
-            "position",
-            "plain",
-            "batch",
-            "dtype",
-            "offload",
-            "device",
-            "memory",
-        }
-    ),
+    "directions": frozenset({"directions", "activations", "estimator", "rank", "winsorize", *_CAPTURE}),
     "ablate": frozenset(
         {
             "layers",
@@ -65,6 +52,8 @@ TABLES: Mapping[str, frozenset[str]] = {
             "device",
             "memory",
             "jobs",
+            "cache",
+            "private",
             "link",
             "dry-run",
             "resume",
@@ -104,12 +93,15 @@ TABLES: Mapping[str, frozenset[str]] = {
             "endpoint-model",
             "judge",
             "judge-model",
+            "timeout",
+            "perplexity",
+            "divergence",
         }
     ),
-    "publish": frozenset({"repo", "private", "create-pr", "revision"}),
+    "publish": frozenset({"repo", "private", "create-pr", "revision", "message", "base-model", "card", "replace"}),
 }
 _EDIT_TABLES = ("source", "directions", "ablate")
-_PATHS = frozenset({"source", "out", "work", "directions", "activations", "pairs", "data", "questions", "text"})
+_PATHS = frozenset({"source", "out", "work", "directions", "activations", "pairs", "data", "questions", "text", "card"})
 _SWITCHES = frozenset(
     {
         "biproject",
@@ -121,8 +113,12 @@ _SWITCHES = frozenset(
         "rslora",
         "gradient-checkpointing",
         "thinking",
+        "perplexity",
+        "divergence",
         "private",
         "create-pr",
+        "replace",
+        "cache",
     }
 )
 _LISTS = frozenset({"override", "target"})
@@ -190,7 +186,13 @@ class Recipe:
     @property
     def edit_flags(self) -> Mapping[str, Any]:
         """What concerns the ablation: the flags of ``ablate``."""
-        return {key: value for table in _EDIT_TABLES for key, value in self.tables.get(table, {}).items()}
+        tables = {table: self.tables.get(table, {}) for table in _EDIT_TABLES}
+        return {
+            key: value
+            for table, entries in tables.items()
+            for key, value in entries.items()
+            if table != "directions" or key not in _CAPTURE
+        }
 
 
 def parse_layers(text: str | int | Sequence[int]) -> frozenset[int]:
@@ -292,10 +294,11 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _located(recipe: Path, key: str, value: str) -> str:
-    """Makes a path relative to the recipe; a Hub id or a URL as source stays what it is."""
+    """Makes a path relative to the recipe; a place on the Hub or a URL stays what it is."""
     path = recipe.parent / Path(value).expanduser()
-    elsewhere = key == "source" and not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?|\w+://.+", value)
-    return value if elsewhere else str(path)
+    elsewhere = key in ("source", "out") and re.match(r"\w{2,}:", value)
+    hub_id = key == "source" and not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", value)
+    return value if elsewhere or hub_id else str(path)
 
 
 def _override(path: Path, item: Mapping[str, Any]) -> Override:

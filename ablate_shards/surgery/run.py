@@ -20,7 +20,7 @@ Status = Literal["done", "changed", "missing"]
 
 _FORMAT = "ablate-shards.stages/1"
 #: Switches that are on or off where nobody says so.
-_BOTH_WAYS = frozenset({"gradient-checkpointing"})
+_BOTH_WAYS = frozenset({"gradient-checkpointing", "perplexity", "divergence"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +81,9 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
             dump = Path(made["activations"])
         elif "pairs" in made:
             dump = work / "activations.safetensors"
+            estimation = ("estimator", "rank", "winsorize")
             options, files = _options(
-                _only(made, "pairs", "position", "plain", "batch", "dtype", "offload", "device", "memory"),
-                files=("pairs",),
+                {key: value for key, value in made.items() if key not in estimation}, files=("pairs",)
             )
             stages.append(
                 Stage(

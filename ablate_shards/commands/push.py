@@ -1,0 +1,80 @@
+"""``push``: publishes an edited checkpoint or an adapter on the Hub."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ablate_shards.commands.options import (
+    PATH,
+    SOURCE,
+    as_json_flag,
+    debug_flag,
+    print_json,
+    quiet_flag,
+    resources,
+)
+
+__all__ = ["push"]
+
+
+@click.command()
+@click.argument("out", type=PATH)
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to the branch.")
+@click.option("--revision", metavar="BRANCH", help="Branch to commit to; made if it does not exist.  [default: main]")
+@click.option("--message", metavar="TEXT", help="Summary of the commit.")
+@click.option("--base-model", metavar="REPO", help="The base model's repository, where the receipt does not know it.")
+@click.option("--card", type=PATH, help="Model card to start from, instead of the repository's own.")
+@click.option("--source", type=SOURCE, help="What OUT was made of, to verify OUT with if its receipt is not fresh.")
+@click.option("--adapter", type=PATH, help="What was merged into OUT, to verify a merge with.")
+@click.option("--replace", is_flag=True, help="Delete weights of REPO that OUT does not have, in the same commit.")
+@click.option("--dry-run", is_flag=True, help="List what would be sent, and send nothing.")
+@resources
+@as_json_flag
+@quiet_flag
+@debug_flag
+def push(
+    out: Path,
+    repo: str,
+    *,
+    dry_run: bool,
+    device: str,
+    memory: int,
+    jobs: int | None,
+    as_json: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Publish OUT in the repository REPO on the Hub, with a model card made of its receipts.
+
+    OUT is a folder that `ablate` or `merge` made, or an adapter. It is verified first unless its
+    receipt is fresh, sent in one commit, and compared with the Hub's checksums after. The token is
+    that of `hf auth login` or HF_TOKEN. A push that was interrupted is resumed by pushing again.
+    """
+    from ablate_shards import screen
+    from ablate_shards.surgery.execute import ExecuteOptions
+    from ablate_shards.surgery.hub import PushOptions, plan_push
+    from ablate_shards.surgery.hub import push as push_folder
+    from ablate_shards.surgery.stores import need_hub, quieten_hub
+
+    need_hub()
+    options = PushOptions(**settings)
+    progress = screen.progress(quiet=quiet or as_json)
+    if quiet or as_json:
+        quieten_hub()
+    if dry_run:
+        plan = plan_push(out, repo, options)
+        if as_json:
+            print_json(dataclasses.asdict(plan))
+        elif not quiet:
+            screen.print_push(plan)
+        return
+    with progress:
+        pushed = push_folder(out, repo, options, ExecuteOptions(device=device, memory=memory, jobs=jobs), progress)
+    if as_json:
+        print_json(dataclasses.asdict(pushed))
+    elif not quiet:
+        click.echo(f"{out} is at {pushed.url}; the checksums of {pushed.files} files agree")

@@ -1,0 +1,329 @@
+"""Writes the model card of an edited checkpoint or an adapter, from its receipts, and keeps what people wrote."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ablate_shards.errors import HubError
+
+__all__ = ["BEGIN", "END", "CardOptions", "Measure", "metadata_of", "model_card", "read_measures", "read_object"]
+
+BEGIN = "<!-- ablate-shards: what follows is generated and replaced by the next push -->"
+END = "<!-- ablate-shards: end of what is generated -->"
+
+_HOME = "https://pypi.org/project/ablate-shards/"
+_TEMPLATE = Path(__file__).parent.parent / "data" / "model_card.md.jinja"
+_EVALUATION = "ablate-shards.evaluation/"
+_PLOTS = (".png", ".svg", ".webp")
+_INHERITED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
+_VALUES = ("value", "ratio", "rate", "share", "mean")
+_COUNTS = ("count", "n", "of", "total")
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LARGEST = 64 << 20
+
+Kind = Literal["ablation", "merge", "adapter"]
+
+
+@dataclass(frozen=True, slots=True)
+class CardOptions:
+    """What a card is made of, beside the files of the folder.
+
+    Attributes:
+        repo: The repository it is for.
+        kind: What the folder holds.
+        base: The repository of the base model, None where it is not known.
+        revision: The commit of it that was edited.
+        inherited: The metadata of the base model's card.
+        existing: The card to keep, of which only the generated section is replaced; None for a new one.
+        files: The names of the files that go with it.
+    """
+
+    repo: str
+    kind: Kind
+    base: str | None
+    revision: str | None
+    inherited: Mapping[str, Any]
+    existing: str | None
+    files: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One figure of an evaluation.
+
+    Attributes:
+        name: What was measured.
+        value: The figure.
+        low: The lower end of its interval, None where it has none.
+        high: The upper end.
+        count: How many answers it is of.
+    """
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    count: int | None = None
+
+    @property
+    def shown(self) -> str:
+        """The figure as a person reads it."""
+        return f"{self.value:.1%}" if self.low is not None and 0 <= self.value <= 1 else f"{self.value:.4g}"
+
+    @property
+    def interval(self) -> str:
+        """The interval as a person reads it, empty where there is none."""
+        if self.low is None or self.high is None:
+            return ""
+        return (
+            f"{self.low:.1%} – {self.high:.1%}"
+            if 0 <= self.low <= self.high <= 1
+            else f"{self.low:.4g} – {self.high:.4g}"
+        )
+
+
+def model_card(folder: Path, options: CardOptions) -> str:
+    """Returns the text of README.md: YAML metadata that the Hub accepts, and what was done as tables.
+
+    Args:
+        folder: What is published.
+        options: What is known of it otherwise.
+
+    Raises:
+        HubError: The existing card's metadata, or a receipt, cannot be read.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from jinja2 import Environment
+
+    evaluation, measures = _find_evaluation(folder, options.files)
+    inherited = {key: options.inherited[key] for key in _INHERITED if options.inherited.get(key)}
+    adapter = options.kind == "adapter"
+    ours: dict[str, Any] = {
+        **inherited,
+        "language": _languages(inherited.get("language")),
+        "library_name": "peft" if adapter else inherited.get("library_name", "transformers"),
+        "pipeline_tag": inherited.get("pipeline_tag", "text-generation"),
+        "base_model": options.base,
+        "base_model_relation": ("adapter" if adapter else "finetune") if options.base else None,
+        "tags": _tags(options),
+    }
+    section = (
+        Environment(autoescape=False, keep_trailing_newline=True)
+        .from_string(_TEMPLATE.read_text(encoding="utf-8"))
+        .render(
+            kind=options.kind,
+            base=options.base,
+            revision=options.revision,
+            repo=options.repo,
+            home=_HOME,
+            receipt=next((name for name in ("ablation.json", "merge.json") if name in options.files), None),
+            tables=_tables(folder, options.files),
+            evaluation=evaluation,
+            measures=measures,
+            plots=[name for name in options.files if name.endswith(_PLOTS)],
+            task=ours["pipeline_tag"],
+        )
+    )
+    section = f"{BEGIN}\n\n{section.strip()}\n\n{END}"
+    if options.existing is None:
+        data = ModelCardData(**{key: value for key, value in ours.items() if value})
+        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {options.repo.rpartition('/')[2]}\n\n{section}\n")
+    else:
+        card = _parsed(options.existing, options.repo)
+        for key, value in ours.items():
+            if key == "tags":
+                card.data[key] = list(dict.fromkeys([*(card.data.get(key) or ()), *value]))
+            elif value and not card.data.get(key):
+                card.data[key] = value
+        card.text = _replaced(card.text, section)
+    if measures:
+        card.data["model_name"] = options.repo.rpartition("/")[2]
+        card.data["eval_results"] = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="ablate-shards-questions",
+                dataset_name="ablate-shards questions",
+                metric_type=re.sub(r"\W+", "-", measure.name).strip("-").lower(),
+                metric_name=measure.name,
+                metric_value=round(measure.value, 6),
+                metric_args=None
+                if measure.low is None
+                else {"interval": [round(measure.low, 6), round(measure.high or 0, 6)]},
+            )
+            for measure in measures
+        ]
+    return str(card)
+
+
+def metadata_of(card: str) -> dict[str, Any]:
+    """Returns the metadata of a card's YAML header, empty where there is none that can be read."""
+    from huggingface_hub import ModelCard
+
+    if not card.lstrip().startswith("---"):
+        return {}
+    try:
+        metadata: dict[str, Any] = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # noqa: BLE001 - what a stranger wrote there is no reason to stop
+        return {}
+    return metadata
+
+
+def read_measures(content: Any) -> tuple[Measure, ...]:
+    """Returns the figures of an evaluation, wherever in it they stand.
+
+    A figure is an object with a number under ``value``, ``ratio``, ``rate``, ``share`` or ``mean``, and an
+    ``interval`` of two numbers if it has one; its name is the path of keys to it. Lists, which hold the single
+    answers, are not searched.
+    """
+    return tuple(_measures(content, ()))
+
+
+def _measures(node: Any, path: tuple[str, ...]) -> Iterator[Measure]:
+    if not isinstance(node, dict):
+        return
+    value = next((node[key] for key in _VALUES if _is_number(node.get(key))), None)
+    if value is not None and path:
+        interval = node.get("interval")
+        ends = (
+            interval if isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval)) else None
+        )
+        count = next((node[key] for key in _COUNTS if type(node.get(key)) is int), None)
+        low, high = ends or (None, None)
+        yield Measure(" ".join(path), float(value), low, high, count)
+        return
+    for key, inner in node.items():
+        yield from _measures(inner, (*path, str(key)) if key not in ("metrics", "summary", "results") else path)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _find_evaluation(folder: Path, files: Sequence[str]) -> tuple[str | None, tuple[Measure, ...]]:
+    for name in files:
+        path = folder / name
+        if name.endswith(".json") and "/" not in name and "evaluation" in name and path.stat().st_size < _LARGEST:
+            content = read_object(path)
+            if str(content.get("format", "")).startswith(_EVALUATION):
+                return name, read_measures({key: value for key, value in content.items() if key != "options"})
+    return None, ()
+
+
+def _tables(folder: Path, files: Sequence[str]) -> list[dict[str, Any]]:
+    tables = []
+    if "ablation.json" in files:
+        tables.append(_ablation_table(read_object(folder / "ablation.json")))
+    for name, title, said in (
+        ("merge.json", "The merge", "A LoRA adapter was added to the weights, `W + s·B·A`, shard by shard."),
+        ("training.json", "The training", "Trained with peft and transformers, the loss on the responses only."),
+    ):
+        if name in files:
+            rows = [(key, value) for key, value in _flat(read_object(folder / name)) if key not in ("format", "sha256")]
+            tables.append({"title": title, "said": said, "rows": rows})
+    return tables
+
+
+def _ablation_table(receipt: Mapping[str, Any]) -> dict[str, Any]:
+    tensors = receipt.get("tensors") or []
+    recipe = receipt.get("recipe") or {}
+    drifts = [tensor["norm_drift"] for tensor in tensors if tensor.get("norm_drift") is not None]
+    rows: list[tuple[str, Any]] = [(key, _plain(value)) for key, value in recipe.items() if value not in ([], None)]
+    if tensors:
+        rows += [
+            ("tensors edited", len(tensors)),
+            ("share of the weights along the direction before, at most", f"{max(t['before'] for t in tensors):.3%}"),
+            ("after, at most", f"{max(t['after'] for t in tensors):.3%}"),
+        ]
+    if drifts:
+        rows.append(("largest change of a kept norm", f"{max(drifts):.3%}"))
+    directions = receipt.get("directions") or {}
+    rows += [
+        ("directions (SHA-256)", f"`{str(directions.get('sha256'))[:16]}…`"),
+        ("made with", _plain(receipt.get("tool"))),
+    ]
+    return {
+        "title": "The edit",
+        "said": "A direction was projected out of the weights that write to the residual stream. From `ablation.json`:",
+        "rows": rows,
+    }
+
+
+def _flat(content: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """Yields the single values of a receipt, and no list of tensors or losses."""
+    for key, value in content.items():
+        name = f"{path}{key}"
+        if isinstance(value, dict):
+            yield from _flat(value, f"{name} ")
+        elif not isinstance(value, list) or (
+            len(value) <= 12 and not any(isinstance(item, dict | list) for item in value)
+        ):
+            yield _plain(name), _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return _ranges(value) if value and all(type(item) is int for item in value) else ", ".join(map(_plain, value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{low}" if low == high else f"{low}–{high}" for low, high in runs)
+
+
+def _languages(value: Any) -> list[str]:
+    """Returns languages as the Hub knows them: ISO 639 codes, without a script or region."""
+    texts = [value] if isinstance(value, str) else list(value or ())
+    codes = (str(text).partition("-")[0].lower() for text in texts)
+    return list(dict.fromkeys(code for code in codes if re.fullmatch(r"[a-z]{2,3}|code|multilingual", code)))
+
+
+def _tags(options: CardOptions) -> list[str]:
+    tags = {"ablation": ["directional-ablation"], "merge": ["lora-merged"], "adapter": ["lora"]}[options.kind]
+    return ["ablate-shards", *tags]
+
+
+def _parsed(text: str, repo: str) -> Any:
+    from huggingface_hub import ModelCard
+
+    try:
+        return ModelCard(text)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise HubError(
+            f"{repo}: the metadata of its README.md cannot be read ({reason[0] if reason else type(error).__name__}); "
+            "repair it, or start from another card with --card"
+        ) from error
+
+
+def _replaced(text: str, section: str) -> str:
+    start, end = text.find(BEGIN), text.find(END)
+    if start < 0 or end < start:
+        return f"{text.rstrip()}\n\n{section}\n"
+    return text[:start] + section + text[end + len(END) :]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file.
+
+    Raises:
+        HubError: There is none.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise HubError(f"{path}: not valid JSON; it was changed after it was written") from error
+    if not isinstance(content, dict):
+        raise HubError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content

@@ -1,0 +1,118 @@
+"""Finds out what a folder that is to be published holds, and whether its receipt is fresh."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ablate_shards.errors import UsageError
+from ablate_shards.surgery.card import Kind, read_object
+from ablate_shards.surgery.checkpoint import MERGE_RECEIPT_NAME, RECEIPT_NAME, read_header
+from ablate_shards.surgery.merge import read_merge_receipt
+from ablate_shards.surgery.receipt import read_receipt
+from ablate_shards.surgery.stores import is_hub_id
+
+__all__ = ["CARD", "Published", "look_at"]
+
+#: The file that the Hub shows as a model's card.
+CARD = "README.md"
+
+_ADAPTER = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_NOT_PUBLISHED = re.compile(r"(^|/)(\.(?!gitattributes$)[^/]*|__pycache__|checkpoint-\d+)(/|$)|\.(lock|tmp)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A folder to publish, and what its receipt says.
+
+    Attributes:
+        path: The folder.
+        kind: What it holds.
+        files: What of it is published, without the card.
+        base: The base model's repository, if it is known.
+        revision: The commit of it that was edited.
+        origin: What the receipt says it was made of, where that is on the Hub.
+        copied: What is the base model's own, and its card is no card of this one.
+        stale: Why it has to be verified first, None where its receipt is fresh.
+    """
+
+    path: Path
+    kind: Kind
+    files: tuple[str, ...]
+    base: str | None
+    revision: str | None
+    origin: str | None
+    copied: tuple[str, ...]
+    stale: str | None
+
+
+def look_at(folder: Path, base_model: str | None = None) -> Published:
+    """Finds out what a folder holds, and why it would have to be verified.
+
+    Args:
+        folder: What `ablate`, `merge` or `finetune` made.
+        base_model: The base model's repository, where the receipt does not know it.
+
+    Raises:
+        HubError: What says what was done is not JSON.
+        UsageError: The folder holds nothing that can be published.
+        VerifyError: Its receipt cannot be read.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: expected a folder that `ablate`, `merge` or `finetune` made, found none")
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    files = tuple(name for name in names if not _NOT_PUBLISHED.search(name) and name != CARD)
+    copied: tuple[str, ...] = (CARD,)
+    stale = None
+    if RECEIPT_NAME in files or MERGE_RECEIPT_NAME in files:
+        ablation = RECEIPT_NAME in files
+        told_by = RECEIPT_NAME if ablation else MERGE_RECEIPT_NAME
+        receipt = read_receipt(folder) if ablation else read_merge_receipt(folder)
+        copied = receipt.copied
+        stale = f"{folder / told_by} was changed after it was written" if receipt.altered else None
+        stale = stale or _newer(folder, told_by, [*receipt.shards, *copied])
+        kind: Kind = "ablation" if ablation else "merge"
+    elif _ADAPTER in files:
+        if _ADAPTER_WEIGHTS not in files:
+            raise UsageError(f"{folder}: has {_ADAPTER}, but no {_ADAPTER_WEIGHTS}; save the adapter as safetensors")
+        read_header(folder / _ADAPTER_WEIGHTS)
+        kind, told_by = "adapter", _ADAPTER
+    else:
+        raise UsageError(
+            f"{folder}: holds no {RECEIPT_NAME}, {MERGE_RECEIPT_NAME} or {_ADAPTER}; name a folder that `ablate`, "
+            "`merge` or `finetune` made"
+        )
+    base, revision = _origin(folder / told_by)
+    return Published(
+        path=folder,
+        kind=kind,
+        files=files,
+        base=base_model or base,
+        revision=revision,
+        origin=f"{base}@{revision}" if base and revision else base,
+        copied=copied,
+        stale=stale,
+    )
+
+
+def _origin(path: Path) -> tuple[str | None, str | None]:
+    """Returns the base model's repository and commit, where a receipt or an adapter's configuration has them."""
+    content = read_object(path)
+    source = content.get("source")
+    if not isinstance(source, dict):
+        source = {"name": content.get("base_model_name_or_path"), "revision": content.get("revision")}
+    name, revision = str(source.get("name")), source.get("revision")
+    if not is_hub_id(name) or Path(name).exists():
+        return None, None
+    return name, revision if isinstance(revision, str) else None
+
+
+def _newer(folder: Path, receipt: str, named: list[str]) -> str | None:
+    written = (folder / receipt).stat().st_mtime_ns
+    for name in named:
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_mtime_ns > written:
+            return f"{path} is newer than {receipt}"
+    return None

@@ -1,0 +1,351 @@
+"""Reads checkpoints that are elsewhere by byte ranges: headers first, then each file once, resumed and checked."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Protocol, TypeVar
+
+from ablate_shards.errors import CheckpointError, HubError
+from ablate_shards.surgery.checkpoint import (
+    SKIPPED_FOLDERS,
+    Checkpoint,
+    Shard,
+    assemble,
+    leaves_folder,
+    read_header,
+)
+
+__all__ = ["Entry", "Faults", "Patience", "RemoteFiles", "Store", "open_remote", "patiently"]
+
+_T = TypeVar("_T")
+
+_FIRST_READ = 100_000
+_LARGEST_HEADER = 100_000_000
+_HEADERS_AT_A_TIME = 8
+_CHUNK = 1 << 20
+_ATTEMPTS = 6
+_FIRST_PAUSE = 1.0
+_LONGEST_PAUSE = 30.0
+_CLOCK = threading.Event()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file of a store.
+
+    Attributes:
+        size: Its bytes.
+        stamp: What tells one state of it from another.
+        algorithm: What its digest is of: ``sha256`` of the content, or ``git`` for Git's SHA-1 of a blob.
+        digest: The digest, None where the store has none.
+    """
+
+    size: int
+    stamp: str
+    algorithm: str = "sha256"
+    digest: str | None = None
+
+
+class Faults(Protocol):
+    """Knows which errors pass, and what to say of those that do not."""
+
+    def pause(self, error: Exception) -> float | None:
+        """Returns how many seconds to wait at least before trying again, None where that is of no use."""
+
+    def explain(self, error: Exception, file: str | None = None) -> HubError | None:
+        """Returns an error as one sentence, None where it is about something else."""
+
+
+class Store(Faults, Protocol):
+    """Somewhere that files can be listed and read by byte ranges."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def revision(self) -> str | None:
+        """The commit that the files are of, None where there is no history."""
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """Its files, by relative name."""
+
+    def stream(self, file: str, start: int, end: int) -> AbstractContextManager[Iterator[bytes]]:
+        """Opens a byte range of a file."""
+
+
+class Patience:
+    """Waits between attempts, longer each time, until too many in a row have brought nothing.
+
+    Args:
+        faults: Says which errors pass, and how long to leave alone what made them.
+        stop: Ends the waiting when set.
+    """
+
+    def __init__(self, faults: Faults, stop: threading.Event = _CLOCK) -> None:
+        self._faults, self._stop = faults, stop
+        self._failed = 0
+
+    def progress(self) -> None:
+        """Says that an attempt has brought something."""
+        self._failed = 0
+
+    def wait(self, error: Exception, file: str | None = None) -> None:
+        """Waits before the next attempt.
+
+        Raises:
+            HubError: There is no point in one.
+            CancelledError: The run has ended meanwhile.
+        """
+        least = self._faults.pause(error)
+        self._failed += 1
+        if least is None or self._failed >= _ATTEMPTS:
+            explained = self._faults.explain(error, file)
+            if explained is None:
+                raise error
+            raise explained from error
+        if self._stop.wait(max(least, min(_FIRST_PAUSE * 2 ** (self._failed - 1), _LONGEST_PAUSE))):
+            raise CancelledError from error
+
+
+def patiently(faults: Faults, call: Callable[[], _T]) -> _T:
+    """Returns what a call returns, trying again while its errors are such as pass.
+
+    Raises:
+        HubError: They do not.
+    """
+    patience = Patience(faults)
+    while True:
+        try:
+            return call()
+        except Exception as error:  # noqa: BLE001 - those that do not pass are raised again, explained
+            patience.wait(error)
+
+
+class RemoteFiles:
+    """The files of a store, as ``checkpoint.Remote`` describes them.
+
+    Args:
+        store: Where they are.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        for file in store.entries:
+            if leaves_folder(file):
+                raise CheckpointError(f"{store.name}: lists {file!r}, which leaves the folder; nothing of it was read")
+
+    @property
+    def name(self) -> str:
+        """What messages call the folder."""
+        return self._store.name
+
+    @property
+    def revision(self) -> str | None:
+        """The commit they are of."""
+        return self._store.revision
+
+    def walk(self) -> Iterable[tuple[str, str | None]]:
+        """Yields every file, with a reason where it is passed over."""
+        passed = set()
+        for file in sorted(self._store.entries, key=_order):
+            folders = PurePosixPath(file).parent
+            skipped = next((index for index, part in enumerate(folders.parts) if part in SKIPPED_FOLDERS), None)
+            if skipped is None:
+                yield file, None
+                continue
+            folder = "/".join(folders.parts[: skipped + 1])
+            if folder not in passed:
+                passed.add(folder)
+                yield f"{folder}/", SKIPPED_FOLDERS[folders.parts[skipped]]
+
+    def shown(self, file: str) -> str:
+        """Returns what messages call a file."""
+        return f"{self.name}/{file}"
+
+    def has(self, file: str) -> bool:
+        """Returns whether there is such a file."""
+        return file in self._store.entries
+
+    def size(self, file: str) -> int:
+        """Returns a file's size in bytes."""
+        return self._store.entries[file].size
+
+    def stamp(self, file: str) -> str:
+        """Returns what tells one state of a file from another."""
+        return self._store.entries[file].stamp
+
+    def read(self, file: str) -> bytes:
+        """Returns a small file's content."""
+        if self.size(file) > _LARGEST_HEADER:
+            raise CheckpointError(f"{self.shown(file)}: {self.size(file)} bytes are too many for a file of its kind")
+        return self.read_range(file, 0, self.size(file))
+
+    def read_range(self, file: str, start: int, end: int) -> bytes:
+        """Returns some bytes of a file."""
+        return b"".join(self._range(file, start, end, _CLOCK))
+
+    def header(self, file: str) -> tuple[Shard, Mapping[str, str]]:
+        """Reads one header; the first call reads those of all shards, several at a time."""
+        if file not in self._headers:
+            return self._header(file)
+        return self._headers[file]
+
+    def fetch(
+        self,
+        file: str,
+        path: Path,
+        *,
+        stop: threading.Event,
+        advance: Callable[[int], None],
+        edited: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Makes a local file equal to a remote one; see ``checkpoint.Remote``.
+
+        Raises:
+            HubError: The file cannot be fetched, or not with the digest that the store has of it.
+            CancelledError: The run has ended elsewhere.
+        """
+        entry = self._store.entries[file]
+        with path.open("r+b" if path.exists() else "w+b", buffering=0) as target:
+            kept = os.fstat(target.fileno()).st_size
+            if kept > entry.size:
+                target.truncate(kept := 0)
+            advance(kept)
+            if kept == entry.size and edited and self._wrong(entry, target, stop) is not None:
+                # An edit may have begun before the run was interrupted: only what it touches is fetched again.
+                for start, end in edited:
+                    target.seek(start)
+                    for data in self._range(file, start, end, stop):
+                        target.write(data)
+            found = self._complete(file, target, kept, stop, advance)
+            if found is not None:
+                advance(-entry.size)
+                target.truncate(0)
+                found = self._complete(file, target, 0, stop, advance)
+            if found is not None:
+                target.truncate(0)
+                raise HubError(
+                    f"{self.shown(file)}: arrived twice with the wrong {entry.algorithm} digest {found}, expected "
+                    f"{entry.digest}; something between here and there alters it, so try another network or --cache"
+                )
+
+    def _complete(
+        self, file: str, target: "_Raw", kept: int, stop: threading.Event, advance: Callable[[int], None]
+    ) -> str | None:
+        """Appends what is missing; returns the digest if it is not the store's."""
+        entry = self._store.entries[file]
+        digest = _digest(entry)
+        target.seek(0)
+        _feed(digest, target, kept, stop)
+        for data in self._range(file, kept, entry.size, stop):
+            digest.update(data)
+            target.write(data)
+            advance(len(data))
+        return None if entry.digest in (None, digest.hexdigest()) else digest.hexdigest()
+
+    def _wrong(self, entry: Entry, target: "_Raw", stop: threading.Event) -> str | None:
+        digest = _digest(entry)
+        target.seek(0)
+        _feed(digest, target, entry.size, stop)
+        return None if entry.digest == digest.hexdigest() else digest.hexdigest()
+
+    def _range(self, file: str, start: int, end: int, stop: threading.Event) -> Iterator[bytes]:
+        """Yields the bytes of a range, going on where a connection broke."""
+        patience = Patience(self._store, stop)
+        while start < end:
+            try:
+                with self._store.stream(file, start, end) as chunks:
+                    for data in chunks:
+                        if stop.is_set():
+                            raise CancelledError
+                        data = data[: end - start]
+                        start += len(data)
+                        patience.progress()
+                        yield data
+                if start < end:
+                    raise EOFError(f"{self.shown(file)}: ended {end - start} bytes early")
+            except (CancelledError, GeneratorExit):
+                raise
+            except Exception as error:  # noqa: BLE001 - the store knows which errors pass
+                patience.wait(error, file)
+
+    @functools.cached_property
+    def _headers(self) -> Mapping[str, tuple[Shard, Mapping[str, str]]]:
+        files = [file for file, reason in self.walk() if reason is None and file.endswith(".safetensors")]
+        stop = threading.Event()
+        with ThreadPoolExecutor(_HEADERS_AT_A_TIME) as pool:
+            try:
+                return dict(zip(files, pool.map(lambda file: self._header(file, stop), files), strict=True))
+            except BaseException:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _header(self, file: str, stop: threading.Event = _CLOCK) -> tuple[Shard, Mapping[str, str]]:
+        size = self.size(file)
+        raw = b"".join(self._range(file, 0, min(size, _FIRST_READ), stop))
+        wanted = 8 + int.from_bytes(raw[:8], "little")
+        if len(raw) < wanted <= min(size, 8 + _LARGEST_HEADER):
+            raw += b"".join(self._range(file, len(raw), wanted, stop))
+        # The library validates files only: this one has the header and the size, and a hole for the weights.
+        with tempfile.NamedTemporaryFile(prefix="ablate-shards-") as hollow:
+            hollow.write(raw)
+            hollow.truncate(size)
+            hollow.flush()
+            shard, metadata = read_header(Path(hollow.name), file, self.shown(file))
+        return dataclasses.replace(shard, path=Path(self.shown(file))), metadata
+
+
+def open_remote(store: Store) -> Checkpoint:
+    """Reads every header of a checkpoint in a store; no weight has been read.
+
+    Raises:
+        CheckpointError: The checkpoint is malformed, incomplete or reaches out of its folder.
+        HubError: The store cannot be read.
+    """
+    files = RemoteFiles(store)
+    checkpoint = assemble(files, files)
+    return dataclasses.replace(checkpoint, origin=(store.name.partition("@")[0], store.revision))
+
+
+class _Raw(Protocol):
+    """What is used of a raw binary file."""
+
+    def seek(self, offset: int, /) -> int: ...
+
+    def read(self, size: int, /) -> bytes | None: ...
+
+    def write(self, data: bytes, /) -> int | None: ...
+
+
+def _order(file: str) -> tuple[tuple[int, str], ...]:
+    """Sorts files as ``os.walk`` does: those of a folder before its folders, and what is skipped first."""
+    *folders, name = file.split("/")
+    return (*((0 if part in SKIPPED_FOLDERS else 2, part) for part in folders), (1, name))
+
+
+def _digest(entry: Entry) -> "hashlib._Hash":
+    if entry.algorithm == "sha256":
+        return hashlib.sha256()
+    return hashlib.sha1(b"blob %d\0" % entry.size, usedforsecurity=False)
+
+
+def _feed(digest: "hashlib._Hash", target: _Raw, count: int, stop: threading.Event) -> None:
+    while count:
+        if stop.is_set():
+            raise CancelledError
+        data = target.read(min(count, _CHUNK))
+        if not data:
+            raise EOFError("a file got shorter while it was read")
+        digest.update(data)
+        count -= len(data)

@@ -1,0 +1,361 @@
+"""push: one commit, verified before and checked after, and a sentence for whatever is in the way."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from raw_checkpoints import snapshot, write_directions, write_llama, write_shard
+
+from ablate_shards.cli import cli
+from ablate_shards.surgery import remote
+
+BASE_CARD = "---\nlicense: apache-2.0\nlanguage: [en, zh]\npipeline_tag: text-generation\n---\n\n# Base\n"
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A model in a folder."""
+    folder = tmp_path_factory.mktemp("made")
+    source = write_llama(folder / "source")
+    (source / "README.md").write_text(BASE_CARD)
+    write_directions(folder / "d.safetensors")
+    return folder
+
+
+@pytest.fixture
+def out(hub, made, tmp_path, monkeypatch):
+    """An edited checkpoint whose source is on the Hub, and a token that may write."""
+    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    hub.add("org/model", made / "source")
+    if not (made / "out").exists():
+        # The commit's hash, which the receipt has, depends on the files alone.
+        options = ("-d", made / "d.safetensors", "--source-layer", "1")
+        assert run("ablate", "org/model", made / "out", *options).exit_code == 0
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    hub.seen.clear()
+    return tmp_path / "out"
+
+
+def contents(hub, repo="me/edited", revision="main"):
+    return {name: blob.data for name, blob in hub.repos[repo].files(revision).items()}
+
+
+def assert_published(hub, out, repo="me/edited", revision="main"):
+    found = contents(hub, repo, revision)
+    card = found.pop("README.md").decode()
+    found.pop(".gitattributes", None)
+    expected = snapshot(out)
+    expected.pop("README.md", None)
+    assert found == expected
+    return card
+
+
+def test_a_push_is_one_commit_of_exactly_the_folder(hub, out):
+    result = run("push", out, "me/edited", "--private")
+    assert result.exit_code == 0, result.stderr
+    card = assert_published(hub, out)
+    repo = hub.repos["me/edited"]
+    assert repo.private
+    assert len(repo.commits) == 2  # the empty one that makes the repository, and ours
+    assert "base_model: org/model" in card
+    assert "license: apache-2.0" in card
+    assert f"is at {hub.endpoint}/me/edited/commit/" in result.stdout
+    # A fresh receipt needs no second look at the source.
+    assert not hub.requests("GET /blob/org/model")
+
+
+def test_a_second_push_sends_nothing_and_a_changed_receipt_goes_alone(hub, out):
+    assert run("push", out, "me/edited").exit_code == 0
+    before = len(hub.repos["me/edited"].commits)
+    hub.seen.clear()
+    assert run("push", out, "me/edited").exit_code == 0
+    assert len(hub.repos["me/edited"].commits) == before
+    assert not hub.requests("PUT")
+
+
+def test_multipart_uploads(hub, out):
+    hub.multipart_above, hub.part_size = 1000, 7000
+    assert run("push", out, "me/edited").exit_code == 0
+    assert len(hub.requests("PUT /part/")) > 4
+    assert_published(hub, out)
+
+
+def test_xet_uploads(hub, out, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.xet_store = tmp_path / "xet"
+    hub.xet_store.mkdir()
+    result = run("push", out, "me/edited", "--quiet")
+    assert result.exit_code == 0, result.stderr
+    assert hub.requests("GET .*/xet-write-token/")
+    assert not hub.requests("PUT")
+    files = hub.repos["me/edited"].files()
+    assert all(files[path.name].size == path.stat().st_size for path in out.glob("*.safetensors"))
+
+
+def test_a_pull_request_leaves_the_branch_alone(hub, out):
+    hub.add("org/theirs", out)
+    before = hub.repos["org/theirs"].refs["main"]
+    result = run("push", out, "org/theirs", "--create-pr", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["url"].endswith("/discussions/1")
+    assert hub.repos["org/theirs"].refs["main"] == before
+    assert_published(hub, out, "org/theirs", "refs/pr/1")
+    # And the pull request can be pushed to again.
+    assert run("push", out, "org/theirs", "--revision", "refs/pr/1", "--message", "Again").exit_code == 0
+
+
+def test_a_branch_is_made(hub, out):
+    assert run("push", out, "me/edited", "--revision", "half/strength").exit_code == 0
+    assert_published(hub, out, revision="half/strength")
+    assert list(contents(hub)) == [".gitattributes"]
+
+
+def test_a_dry_run_lists_and_writes_nothing(hub, out):
+    hub.add("me/edited", out)
+    (out / "notes.md").write_text("new\n")
+    (out / "tokenizer.json").write_text("{ }")
+    before = hub.repos["me/edited"].refs["main"]
+    listed = json.loads(run("push", out, "me/edited", "--dry-run", "--json").stdout)
+    states = {file["name"]: file["state"] for file in listed["files"]}
+    assert states["notes.md"] == "new"
+    assert states["tokenizer.json"] == states["README.md"] == "changed"
+    assert states["model-00001-of-00002.safetensors"] == states["ablation.json"] == "same"
+    assert hub.repos["me/edited"].refs["main"] == before
+    shown = run("push", out, "me/edited", "--dry-run").stdout
+    assert "me/edited exists: 3 files of" in shown
+    assert "tokenizer.json is newer than ablation.json, so it would be verified first" in shown
+    assert run("push", out, "me/other", "--dry-run").exit_code == 0
+    assert "me/other" not in hub.repos
+    assert not hub.requests("POST")
+
+
+def test_what_is_not_fresh_is_verified_against_the_source(hub, out):
+    shard = out / "model-00001-of-00002.safetensors"
+    later = time.time() + 5
+    os.utime(shard, (later, later))
+    result = run("push", out, "me/edited")
+    assert result.exit_code == 0, result.stderr
+    assert "is newer than ablation.json, so it is verified first" in result.stderr
+    assert hub.requests("GET /blob/org/model")
+
+
+def test_what_is_not_as_the_receipt_says_is_not_sent(hub, out):
+    shard = out / "model-00001-of-00002.safetensors"
+    with shard.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\1")
+    os.utime(shard, (time.time() + 5, time.time() + 5))
+    result = run("push", out, "me/edited")
+    assert result.exit_code == 1
+    assert "is not what its receipt says" in result.stderr
+    assert "nothing was sent" in result.stderr
+    assert "me/edited" not in hub.repos
+
+
+def test_a_local_source_has_to_be_named(hub, out, tmp_path):
+    made = tmp_path / "made"
+    assert (
+        run("ablate", tmp_path / "source", made, "-d", tmp_path / "d.safetensors", "--source-layer", "1").exit_code == 0
+    )
+    os.utime(made / "tokenizer.json", (time.time() + 5, time.time() + 5))
+    result = run("push", made, "me/edited")
+    assert result.exit_code == 1
+    assert "add --source with what" in result.stderr
+    assert run("push", made, "me/edited", "--source", tmp_path / "source", "--base-model", "org/model").exit_code == 0
+    assert "base_model: org/model" in assert_published(hub, made)
+
+
+def test_stale_weights_are_deleted_when_asked(hub, out, tmp_path):
+    old = tmp_path / "old"
+    old.mkdir()
+    write_shard(old / "model.safetensors", {})
+    (old / "kept.txt").write_text("kept")
+    hub.add("me/edited", old)
+    result = run("push", out, "me/edited")
+    assert result.exit_code == 1
+    assert "has model.safetensors, which" in result.stderr
+    assert len(hub.repos["me/edited"].commits) == 1
+    assert run("push", out, "me/edited", "--replace").exit_code == 0
+    found = contents(hub)
+    assert "model.safetensors" not in found
+    assert found["kept.txt"] == b"kept"
+    assert len(hub.repos["me/edited"].commits) == 2
+
+
+def test_private_does_not_pretend_to_hide(hub, out):
+    hub.add("me/edited", out)
+    result = run("push", out, "me/edited", "--private")
+    assert result.exit_code == 1
+    assert "exists and is public, so --private would not hide" in result.stderr
+
+
+def test_permissions_are_explained(hub, out, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    refused = run("push", out, "me/edited").stderr
+    assert "the token may not write to this repository" in refused
+    assert "give it the permission to at https://huggingface.co/settings/tokens" in refused
+    assert "hf_reader" not in refused
+    monkeypatch.setenv("HF_TOKEN", "hf_unknown")
+    assert "the Hub refuses the token; make one at" in run("push", out, "me/edited").stderr
+    monkeypatch.delenv("HF_TOKEN")
+    assert "a token is needed to write; log in with `hf auth login` or set HF_TOKEN" in run("push", out, "me/e").stderr
+    assert set(hub.repos) == {"org/model"}
+
+
+@pytest.mark.parametrize(
+    "route",
+    ["POST /api/repos/create", "POST .*/preupload/", "POST .*/batch", "PUT ", "POST .*/verify$", "POST .*/commit/"],
+)
+def test_a_busy_hub_is_waited_for(hub, out, route):
+    hub.fault(route, status=503, headers={"Retry-After": "0"})
+    result = run("push", out, "me/edited")
+    assert result.exit_code == 0, result.stderr
+    assert_published(hub, out)
+    assert len(hub.repos["me/edited"].commits) == 2
+
+
+def test_a_lost_answer_makes_no_second_commit(hub, out):
+    hub.fault("POST .*/commit/", cut_after=5)
+    result = run("push", out, "me/edited")
+    assert result.exit_code == 0, result.stderr
+    assert_published(hub, out)
+    assert len(hub.repos["me/edited"].commits) == 2
+
+
+def test_a_commit_by_someone_else_meanwhile_is_not_overwritten(hub, out, tmp_path, monkeypatch):
+    from huggingface_hub import HfApi
+
+    hub.add("me/edited", out)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "README.md").write_text("theirs")
+    send = HfApi.create_commit
+
+    def late(*arguments, **settings):
+        hub.update("me/edited", theirs)
+        return send(*arguments, **settings)
+
+    monkeypatch.setattr(HfApi, "create_commit", late)
+    result = run("push", out, "me/edited")
+    assert result.exit_code == 1
+    assert "someone else has committed meanwhile, so nothing was committed; run again" in result.stderr
+    assert contents(hub)["README.md"] == b"theirs"
+
+
+def test_an_interrupted_push_is_resumed_without_sending_twice(hub, out):
+    hub.fault("POST .*/commit/", times=50, status=500)
+    result = run("push", out, "me/edited")
+    assert result.exit_code == 1
+    assert "the Hub answered 500" in result.stderr
+    assert list(contents(hub)) == [".gitattributes"]
+    hub.faults.clear()
+    hub.seen.clear()
+    assert run("push", out, "me/edited").exit_code == 0
+    assert not hub.requests("PUT")
+    assert_published(hub, out)
+
+
+def test_what_arrived_otherwise_is_told(hub, out, monkeypatch):
+    assert run("push", out, "me/edited").exit_code == 0
+    hub.repos["me/edited"].files()["tokenizer.json"].oid = "0" * 40
+    # The client may believe that all is as it should be: the checksums do not.
+    from huggingface_hub import HfApi
+
+    monkeypatch.setattr(HfApi, "create_commit", lambda self, *_, **__: _Info(hub))
+    result = run("push", out, "me/edited")
+    assert result.exit_code == 1
+    assert "me/edited: tokenizer.json did not arrive as in" in result.stderr
+
+
+class _Info:
+    def __init__(self, hub):
+        self.oid, self.pr_url, self.commit_url = hub.repos["me/edited"].refs["main"], None, "url"
+
+
+def test_only_what_was_made_is_published(hub, out):
+    for name in (".env", ".cache/token", "__pycache__/a.pyc", "checkpoint-10/optimizer.pt", "x.lock"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("secret")
+    assert run("push", out, "me/edited").exit_code == 0
+    assert not any(b"secret" in data for data in contents(hub).values())
+
+
+def test_folders_of_something_else_are_refused(hub, out, tmp_path):
+    for folder in (tmp_path / "nothing", tmp_path / "source"):
+        result = run("push", folder, "me/edited")
+        assert result.exit_code == 2
+    assert "holds no ablation.json, merge.json or adapter_config.json" in result.stderr
+    assert "expected a repository such as me/my-model" in run("push", out, "just-a-name").stderr
+    receipt = out / "ablation.json"
+    receipt.write_text("{}")
+    assert run("push", out, "me/edited").exit_code == 1
+
+
+def test_an_adapter(hub, tmp_path, out):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/model", "r": 16})
+    )
+    write_shard(adapter / "adapter_model.safetensors", {})
+    (adapter / "training.json").write_text(
+        json.dumps({"format": "ablate-shards.training/1", "options": {"rank": 16, "epochs": 3}, "loss": [1.5] * 40})
+    )
+    (adapter / "README.md").write_text("---\nlibrary_name: peft\n---\n[More Information Needed]\n")
+    result = run("push", adapter, "me/adapter")
+    assert result.exit_code == 0, result.stderr
+    card = assert_published(hub, adapter, "me/adapter")
+    for words in (
+        "library_name: peft",
+        "base_model: org/model",
+        "base_model_relation: adapter",
+        "license: apache-2.0",
+        "| options rank | 16 |",
+        'AutoPeftModelForCausalLM.from_pretrained("me/adapter")',
+        "vllm serve org/model --enable-lora --lora-modules adapter=me/adapter",
+    ):
+        assert words in card
+    assert "More Information Needed" not in card
+    (adapter / "adapter_model.safetensors").write_bytes(b"junk")
+    assert "not a valid safetensors file" in run("push", adapter, "me/adapter").stderr
+
+
+def test_an_existing_card_keeps_what_people_wrote(hub, out):
+    assert run("push", out, "me/edited").exit_code == 0
+    files = hub.repos["me/edited"].files()
+    card = files["README.md"].data.decode()
+    theirs = (
+        card.replace("# edited", "# Edited, by us").replace("license: apache-2.0", "license: mit")
+        + "\nOur last word.\n"
+    )
+    theirs = theirs.replace("vllm serve", "VANDALISED")
+    from hub.hub_server import small_blob
+
+    files["README.md"] = small_blob(theirs.encode())
+    assert run("push", out, "me/edited").exit_code == 0
+    kept = assert_published(hub, out)
+    for words in ("# Edited, by us", "license: mit", "Our last word.", "vllm serve"):
+        assert words in kept
+    assert "VANDALISED" not in kept
+    assert kept.count("ablate-shards: what follows is generated") == 1
+
+
+def test_the_token_is_in_no_file_and_no_output(hub, out):
+    result = run("push", out, "me/edited", "--debug")
+    assert result.exit_code == 0
+    assert "hf_writer" not in result.output
+    assert not any(b"hf_writer" in (data or b"") for data in contents(hub).values())
+    assert not any(b"hf_writer" in data for data in snapshot(Path.cwd()).values())
+    # The store of large files, another origin, is never sent the token.
+    assert not any(seen.authorized for seen in hub.seen if seen.port == hub.store_port)

@@ -1,0 +1,244 @@
+"""Hub to Hub: no more than a shard on this disk, one commit, and what is not edited copied by the Hub itself."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+from raw_checkpoints import snapshot, write_directions, write_llama
+
+from ablate_shards.cli import cli
+from ablate_shards.surgery import remote, transfer
+
+SHARDS = [f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)]
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A model in a folder."""
+    folder = tmp_path_factory.mktemp("made")
+    source = write_llama(folder / "local", hidden=128, shards=4)
+    (source / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
+    write_directions(folder / "d.safetensors", hidden=128)
+    return folder
+
+
+@pytest.fixture
+def case(hub, made, tmp_path, monkeypatch):
+    """The model on the Hub, and what ablating two of its layers gives: a shard of it at least stays as it is."""
+    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    hub.add("org/model", tmp_path / "local")
+    if not (made / "expected").exists():
+        # The commit's hash, which the receipt has, depends on the files alone.
+        assert ablate(tmp_path, made / "expected").exit_code == 0
+    shutil.copytree(made / "expected", tmp_path / "expected", dirs_exist_ok=True)
+    hub.seen.clear()
+    return hub, tmp_path
+
+
+def options(folder, *more):
+    return ["-d", folder / "d.safetensors", "--source-layer", "1", "--layers", "0-1", *more]
+
+
+def ablate(folder, out, *more, source="org/model"):
+    return run("ablate", source, out, *options(folder, *more))
+
+
+def assert_published(hub, folder, *, same_receipt=True):
+    files = hub.repos["me/edited"].files()
+    found = {name: blob.data for name, blob in files.items()}
+    expected = snapshot(folder / "expected")
+    card = found.pop("README.md").decode()
+    expected.pop("README.md")
+    found.pop(".gitattributes", None)
+    if not same_receipt:
+        found.pop("ablation.json")
+        expected.pop("ablation.json")
+    assert found == expected
+    return card
+
+
+def hidden(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+def test_the_repository_is_what_a_push_of_the_folder_would_be(case):
+    hub, folder = case
+    result = ablate(folder, "hub:me/edited", "--private")
+    assert result.exit_code == 0, result.stderr
+    card = assert_published(hub, folder)
+    assert "license: mit" in card
+    assert "base_model: org/model" in card
+    assert "# Base" not in card
+    repo = hub.repos["me/edited"]
+    assert repo.private
+    assert len(repo.commits) == 2
+    assert f"published at {hub.endpoint}/me/edited/commit/{repo.refs['main']}" in result.stdout
+    assert hidden(folder) == []
+
+
+def test_what_is_not_edited_is_neither_fetched_nor_sent(case):
+    hub, folder = case
+    assert ablate(folder, "hub:me/edited").exit_code == 0
+    (duplicated,) = hub.requests("POST /api/models/org/model/lfs-files/duplicate")
+    assert duplicated
+    files = hub.repos["org/model"].files()
+    edited = [
+        name for name in SHARDS if (folder / "local" / name).read_bytes() != (folder / "expected" / name).read_bytes()
+    ]
+    assert 0 < len(edited) < len(SHARDS)
+    for name in SHARDS:
+        fetched = hub.sent(f"GET /blob/.*{files[name].sha256}")
+        assert (fetched > 100_000) == (name in edited)
+    assert len(hub.requests("PUT ")) == len(edited)
+
+
+def test_one_shard_at_a_time_is_on_this_disk(case, monkeypatch):
+    _, folder = case
+    largest = []
+    send = transfer._Sender._send
+
+    def measured(self, name):
+        staged = folder / ".hub-me--edited.ablate-staging"
+        largest.append(sum(path.stat().st_blocks * 512 for path in staged.glob("*.safetensors")))
+        send(self, name)
+
+    monkeypatch.setattr(transfer._Sender, "_send", measured)
+    assert ablate(folder, "hub:me/edited").exit_code == 0
+    assert len(largest) >= 2
+    assert max(largest) <= max(path.stat().st_size for path in (folder / "local").glob("*.safetensors")) + 8192
+
+
+def test_a_local_source_and_xet(case, monkeypatch):
+    from huggingface_hub import constants
+
+    hub, folder = case
+    assert ablate(folder, "hub:me/edited", source=folder / "local").exit_code == 0
+    assert_published(hub, folder, same_receipt=False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.xet_store = folder / "xet"
+    hub.xet_store.mkdir()
+    assert ablate(folder, "hub:me/by-xet", "--quiet").exit_code == 0
+    found = hub.repos["me/by-xet"].files()
+    assert {name: found[name].sha256 for name in SHARDS} == {
+        name: hub.repos["me/edited"].files()[name].sha256 for name in SHARDS
+    }
+
+
+def test_a_killed_run_shows_nothing_and_goes_on_with_what_was_sent(case):
+    hub, folder = case
+    hub.fault("POST .*/commit/", times=1, pause=3, status=503)
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "ablate_shards", "ablate", "org/model", "hub:me/edited", *options(folder)]
+    child = subprocess.Popen([str(word) for word in command], cwd=folder, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not hub.requests("POST .*/commit/"):
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert list(hub.repos["me/edited"].files()) == [".gitattributes"]
+    refused = ablate(folder, "hub:me/edited")
+    assert "--resume goes on with it" in refused.stderr
+    hub.seen.clear()
+    assert ablate(folder, "hub:me/edited", "--resume").exit_code == 0
+    assert not hub.requests("PUT ")
+    assert hub.sent("GET /blob/") <= 4 * 100_000
+    assert_published(hub, folder)
+    assert hidden(folder) == []
+
+
+def test_an_upload_that_fails_is_resumed(case):
+    hub, folder = case
+    hub.fault("PUT ", times=1)
+    hub.fault("PUT ", times=1, status=403)
+    result = ablate(folder, "hub:me/edited")
+    assert result.exit_code == 1
+    assert "the token may not write to this repository" in result.stderr
+    assert "--resume goes on" in result.stderr
+    assert list(hub.repos["me/edited"].files()) == [".gitattributes"]
+    sent = len(hub.requests("PUT ")) - 1
+    hub.seen.clear()
+    assert ablate(folder, "hub:me/edited", "--resume").exit_code == 0
+    assert sent == 1
+    assert_published(hub, folder)
+
+
+def test_a_repository_that_holds_weights_is_replaced_when_asked(case):
+    hub, folder = case
+    old = folder / "old"
+    write_llama(old, shards=1)
+    hub.add("me/edited", old)
+    before = hub.repos["me/edited"].refs["main"]
+    result = ablate(folder, "hub:me/edited")
+    assert result.exit_code == 1
+    assert "holds weights already (model-00001-of-00001.safetensors); --overwrite replaces them" in result.stderr
+    assert hub.repos["me/edited"].refs["main"] == before
+    assert ablate(folder, "hub:me/edited", "--overwrite").exit_code == 0
+    names = [name for name in hub.repos["me/edited"].files() if name.endswith(".safetensors")]
+    assert sorted(names) == SHARDS
+
+
+def test_a_commit_by_someone_else_is_not_overwritten(case, monkeypatch):
+    hub, folder = case
+    publish = transfer.commit
+
+    def late(*arguments):
+        hub.update("me/edited", folder / "local")
+        return publish(*arguments)
+
+    monkeypatch.setattr(transfer, "commit", late)
+    result = ablate(folder, "hub:me/edited")
+    assert result.exit_code == 1
+    assert "someone else has committed meanwhile" in result.stderr
+    assert hub.repos["me/edited"].files()[SHARDS[0]].data == (folder / "local" / SHARDS[0]).read_bytes()
+
+
+def test_what_the_hub_will_not_copy_is_said(case):
+    hub, folder = case
+    hub.fault("POST .*/lfs-files/duplicate", status=403)
+    result = ablate(folder, "hub:me/edited")
+    assert result.exit_code == 1
+    assert list(hub.repos["me/edited"].files()) == [".gitattributes"]
+    assert ablate(folder, "hub:me/edited", "--resume").exit_code == 0
+
+
+def test_a_dry_run_and_bad_plans_touch_no_repository(case):
+    hub, folder = case
+    assert ablate(folder, "hub:me/edited", "--dry-run").exit_code == 0
+    assert run("ablate", "org/model", "hub:me/edited", "-d", folder / "d.safetensors", "--layers", "9").exit_code == 1
+    assert "me/edited" not in hub.repos
+    assert not hub.requests("POST")
+
+
+def test_wrong_usage(case, monkeypatch):
+    _, folder = case
+    for out, more, words in (
+        ("hub:nothing", [], "expected a repository such as hub:me/model-edited"),
+        ("hub:me/edited@main", [], "expected a repository such as hub:me/model-edited"),
+        ("hub:me/edited", ["--cache"], "--link and --cache are about a folder here"),
+        (folder / "out", ["--private"], "is a folder here; name a repository"),
+    ):
+        result = ablate(folder, out, *more)
+        assert result.exit_code == 2
+        assert words in result.stderr
+    monkeypatch.delenv("HF_TOKEN")
+    assert "a token is needed to write" in ablate(folder, "hub:me/edited").stderr
+
+
+def test_the_result_as_json(case):
+    hub, folder = case
+    found = json.loads(ablate(folder, "hub:me/edited", "--json").stdout)
+    assert re.fullmatch(rf"{hub.endpoint}/me/edited/commit/[0-9a-f]{{40}}", found["out"])
+    assert len(found["tensors"]) == 4

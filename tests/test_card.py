@@ -1,0 +1,172 @@
+"""The model card: metadata the Hub accepts, what the receipts say, and what people wrote kept."""
+
+import json
+
+import pytest
+import yaml
+from hub.hub_server import check_card
+
+from ablate_shards.errors import HubError
+from ablate_shards.surgery.card import BEGIN, END, CardOptions, Measure, metadata_of, model_card, read_measures
+
+RECEIPT = {
+    "format": "ablate-shards.receipt/1",
+    "tool": "ablate-shards 9",
+    "recipe": {
+        "layers": [1, 2, 3, 7],
+        "components": ["attention", "mlp"],
+        "coefficient": 2.5,
+        "preserve": "rows",
+        "source-layer": "best",
+        "override": [],
+    },
+    "directions": {"sha256": "ab" * 32},
+    "tensors": [
+        {"before": 0.05, "after": 0.001, "norm_drift": 1e-4},
+        {"before": 0.03, "after": 0.002, "norm_drift": None},
+    ],
+}
+EVALUATION = {
+    "format": "ablate-shards.evaluation/1",
+    "summary": {
+        "core": {"slanted": {"ratio": 0.125, "interval": [0.02, 0.47], "count": 8}},
+        "unrelated": {"exact match": {"value": 0.99, "interval": [0.97, 1.0], "n": 180}},
+    },
+    "kl": {"first token": {"value": 0.0021}},
+    "options": {"temperature": {"value": 3}},
+    "answers": [{"value": 1.0, "interval": [0, 1]}],
+}
+
+
+def options(**changes):
+    settings = {
+        "repo": "me/edited",
+        "kind": "ablation",
+        "base": "org/base",
+        "revision": "f" * 40,
+        "inherited": {"license": "apache-2.0", "language": ["en", "zh-Hant", "zh"], "pipeline_tag": "text-generation"},
+        "existing": None,
+        "files": ["ablation.json"],
+    }
+    return CardOptions(**settings | changes)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "ablation.json").write_text(json.dumps(RECEIPT))
+    return tmp_path
+
+
+def test_a_new_card_passes_the_check_of_the_hub_and_says_what_was_done(folder):
+    card = model_card(folder, options())
+    assert check_card(card) == ([], [])
+    assert metadata_of(card) == {
+        "license": "apache-2.0",
+        "language": ["en", "zh"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "org/base",
+        "base_model_relation": "finetune",
+        "tags": ["ablate-shards", "directional-ablation"],
+    }
+    for words in (
+        "# edited",
+        "| layers | 1–3, 7 |",
+        "| coefficient | 2.5 |",
+        "before, at most | 5.000% |",
+        "| after, at most | 0.200% |",
+        "| largest change of a kept norm | 0.010% |",
+        "vllm serve me/edited",
+        f"ablate-shards verify org/base@{'f' * 40} OUT",
+        "Intended use and limitations",
+    ):
+        assert words in card
+    assert "override" not in card
+
+
+def test_the_check_is_one_that_fails():
+    bad = {"license": "nonsense", "language": "zh-Hant", "base_model": "/home/me/model", "tags": [1]}
+    errors, _ = check_card(f"---\n{yaml.safe_dump(bad)}---\n")
+    assert len(errors) == 4
+
+
+def test_evaluations_with_intervals_become_results(folder):
+    (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
+    card = model_card(folder, options(files=["ablation.json", "evaluation.json", "report/slant.png"]))
+    assert check_card(card) == ([], [])
+    (model,) = yaml.safe_load(card.split("---")[1])["model-index"]
+    metrics = model["results"][0]["metrics"]
+    assert model["name"] == "edited"
+    assert metrics[0] == {
+        "type": "core-slanted",
+        "name": "core slanted",
+        "value": 0.125,
+        "args": {"interval": [0.02, 0.47]},
+    }
+    assert [metric["name"] for metric in metrics] == ["core slanted", "unrelated exact match", "kl first token"]
+    assert "| core slanted | 12.5% | 2.0% – 47.0% | 8 |" in card
+    assert "| kl first token | 0.0021 | – | – |" in card
+    assert "![slant](report/slant.png)" in card
+
+
+def test_what_is_no_evaluation_is_not_taken_for_one(folder):
+    (folder / "evaluation.json").write_text(json.dumps({**EVALUATION, "format": "other/1"}))
+    card = model_card(folder, options(files=["ablation.json", "evaluation.json"]))
+    assert "model-index" not in card
+    assert "## Evaluation" not in card
+
+
+def test_measures_are_found_wherever_they_stand():
+    assert read_measures({"a": {"b": {"rate": 1, "interval": [0, "x"]}}}) == (Measure("a b", 1.0),)
+    assert read_measures({"value": 3}) == ()
+    assert read_measures({"a": {"value": float("nan")}, "b": {"value": True}, "c": [1], "d": None}) == ()
+    assert read_measures(["not an object"]) == ()
+
+
+def test_an_existing_card_is_kept_around_the_generated_section(folder):
+    mine = "---\nlicense: mit\ntags: [mine]\nwidget: []\n---\n# Mine\n\nBefore.\n"
+    first = model_card(folder, options(existing=mine))
+    assert check_card(first) == ([], [])
+    assert first.index("Before.") < first.index(BEGIN) < first.index(END)
+    data = metadata_of(first)
+    assert (data["license"], data["tags"]) == ("mit", ["mine", "ablate-shards", "directional-ablation"])
+    assert data["base_model"] == "org/base"
+    spoilt = first.replace("coefficient", "spoilt") + "After.\n"
+    second = model_card(folder, options(existing=spoilt))
+    assert second == first + "After.\n"
+    # And again, it is the same to the byte.
+    assert model_card(folder, options(existing=second)) == second
+
+
+def test_a_card_that_cannot_be_read_is_named(folder):
+    for metadata in ("a: [", "- a\n- b", "model-index: 3"):
+        with pytest.raises(HubError, match=r"me/edited: the metadata of its README\.md cannot be read"):
+            model_card(folder, options(existing=f"---\n{metadata}\n---\ntext"))
+
+
+def test_nothing_known_of_the_base_leaves_it_out(folder):
+    card = model_card(folder, options(base=None, revision=None, inherited={}))
+    assert check_card(card) == ([], [])
+    assert "base_model" not in card
+    assert "None" not in card
+    assert "A model edited in its safetensors shards" in card
+
+
+def test_a_receipt_that_is_not_json_is_named(folder):
+    for text in ("{", "[]"):
+        (folder / "ablation.json").write_text(text)
+        with pytest.raises(HubError, match=r"ablation\.json"):
+            model_card(folder, options())
+
+
+def test_text_of_strangers_stays_text(folder):
+    """What stands in a receipt is not a template, and breaks no table."""
+    receipt = {**RECEIPT, "tool": "{{ 7 * 7 }} | a\nb"}
+    (folder / "ablation.json").write_text(json.dumps(receipt))
+    card = model_card(folder, options())
+    assert r"{{ 7 * 7 }} \| a b |" in card
+
+
+@pytest.mark.parametrize("text", ["", "no header", "---\n- a\n---\n", "---\na: [\n---\n"])
+def test_metadata_of_what_has_none_is_empty(text):
+    assert metadata_of(text) == {}
