@@ -8,9 +8,16 @@ import click
 
 from ablate_shards import __version__
 from ablate_shards.commands.ablate import ablate
+from ablate_shards.commands.capture import capture
+from ablate_shards.commands.diff import diff
 from ablate_shards.commands.directions import directions
+from ablate_shards.commands.evaluate import evaluate
+from ablate_shards.commands.finetune import finetune
 from ablate_shards.commands.inspect import inspect
+from ablate_shards.commands.merge import merge
 from ablate_shards.commands.options import debug_flag
+from ablate_shards.commands.push import push
+from ablate_shards.commands.run import run
 from ablate_shards.commands.verify import verify
 from ablate_shards.errors import AblateError, UsageError
 
@@ -73,7 +80,7 @@ def cli() -> None:
     """
 
 
-for command in (ablate, directions, inspect, verify):
+for command in (ablate, capture, diff, directions, evaluate, finetune, inspect, merge, push, run, verify):
     cli.add_command(command)
 
 

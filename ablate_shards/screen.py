@@ -20,16 +20,21 @@ from rich.table import Table
 
 from ablate_shards.errors import DirectionsError
 from ablate_shards.surgery.architecture import Anatomy, Writer, split_layer
-from ablate_shards.surgery.checkpoint import RECEIPT_NAME, Checkpoint, TensorInfo
+from ablate_shards.surgery.checkpoint import MERGE_RECEIPT_NAME, RECEIPT_NAME, Checkpoint, TensorInfo
 from ablate_shards.surgery.directions import Directions, score_table
-from ablate_shards.surgery.plan import Plan, TensorEdit
+from ablate_shards.surgery.hub import PushPlan
+from ablate_shards.surgery.merge import Merged, MergeEdit, MergePlan
+from ablate_shards.surgery.plan import Edit, Plan, TensorEdit
 from ablate_shards.surgery.receipt import TensorResult
 from ablate_shards.surgery.verify import Verification
 
 __all__ = [
     "inspection",
     "print_inspection",
+    "print_merge",
+    "print_merge_plan",
     "print_plan",
+    "print_push",
     "print_results",
     "print_scores",
     "print_verification",
@@ -176,8 +181,8 @@ def print_plan(checkpoint: Checkpoint, plan: Plan) -> None:
     _print_left_out(console, plan, checkpoint)
 
 
-def print_results(checkpoint: Checkpoint, plan: Plan, results: Mapping[str, TensorResult], out: Path) -> None:
-    """Prints what was measured of the edited tensors, as re-read from the written files."""
+def print_results(checkpoint: Checkpoint, plan: Plan, results: Mapping[str, TensorResult], out: Path | str) -> None:
+    """Prints what was measured of the edited tensors, as re-read from the written files; OUT is a folder or a URL."""
     console = _console()
     table = _table(
         "layer",
@@ -209,8 +214,41 @@ def print_results(checkpoint: Checkpoint, plan: Plan, results: Mapping[str, Tens
     console.print(f"{_share(checkpoint, plan, 'edited')}; every other byte is the source's")
     if plan.skipped:
         console.print(f"{_count(len(plan.skipped), 'other writer')} left as they are; the receipt says why")
+    if isinstance(out, str):
+        console.print(f"published at {out}, with its receipt in {RECEIPT_NAME}")
+        return
     console.print(f"written to {out}, receipt in {out / RECEIPT_NAME}")
-    console.print(f"check it with: ablate-shards verify {checkpoint.path} {out}")
+    source = "@".join(part for part in checkpoint.origin or (checkpoint.name,) if part)
+    console.print(f"check it with: ablate-shards verify {source} {out}")
+
+
+def print_merge_plan(checkpoint: Checkpoint, plan: MergePlan) -> None:
+    """Prints what a merge would change, a line per layer and kind of change."""
+    console = _console()
+    table = _table("layer", "change", "tensors", "rank", "scale", "bytes", right=(0, 3, 4, 5))
+    for layer, edits in _merged_by_layer(plan.edits):
+        table.add_row(layer, edits[0].kind, *_merge_cells(edits), _size(sum(edit.end - edit.start for edit in edits)))
+    console.print(table)
+    console.print(f"{_share_of(checkpoint, plan.edits)} would be changed")
+    for name, reason in checkpoint.left_out:
+        console.print(f"not carried over: {name} ({reason})")
+
+
+def print_merge(checkpoint: Checkpoint, merged: Merged, adapter: Path, out: Path) -> None:
+    """Prints what a merge changed, and by how much."""
+    console = _console()
+    table = _table("layer", "change", "tensors", "rank", "scale", "largest change", right=(0, 3, 4, 5))
+    for layer, edits in _merged_by_layer(merged.plan.edits):
+        changes = [merged.results[edit.name].change for edit in edits]
+        known = [change for change in changes if change is not None]
+        table.add_row(layer, edits[0].kind, *_merge_cells(edits), f"{max(known):.3%}" if known else "–")
+    console.print(table)
+    console.print("change: norm of what was added, relative to the norm of the weight")
+    if not any(result.change is None or result.change for result in merged.results.values()):
+        console.print(f"{adapter} adds nothing: it was saved before it was trained")
+    console.print(f"{_share_of(checkpoint, merged.plan.edits)} changed; every other byte is the source's")
+    console.print(f"written to {out}, receipt in {out / MERGE_RECEIPT_NAME}")
+    console.print(f"check it with: ablate-shards verify {checkpoint.name} {out} --adapter {adapter}")
 
 
 def print_inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> None:
@@ -326,7 +364,25 @@ def scores(directions: Directions) -> dict[str, Any]:
     }
 
 
-def print_verification(verification: Verification, source: Path, out: Path) -> None:
+def print_push(plan: PushPlan) -> None:
+    """Prints what a push would send, and what of it the repository has already."""
+    console = _console()
+    table = _table("file", "size", "on the Hub", right=(1,))
+    for file in plan.files:
+        table.add_row(file.name, _size(file.size), file.state)
+    for name in plan.deleted:
+        table.add_row(name, "–", "would be deleted")
+    console.print(table)
+    sent = [file for file in plan.files if file.state != "same"]
+    console.print(
+        f"{plan.repo} {'exists' if plan.exists else 'would be made'}: {_count(len(sent), 'file')} of "
+        f"{len(plan.files)} would be sent, {_size(sum(file.size for file in sent))}"
+    )
+    if plan.unverified is not None:
+        console.print(f"{plan.unverified}, so it would be verified first")
+
+
+def print_verification(verification: Verification, source: Path | str, out: Path) -> None:
     """Prints every difference, or that there is none."""
     console = _console()
     for difference in verification.differences:
@@ -336,19 +392,45 @@ def print_verification(verification: Verification, source: Path, out: Path) -> N
     if verification.differences:
         console.print(f"{out} is not what its receipt says: {_count(len(verification.differences), 'difference')}")
         return
+    equal = f"{out} is what its receipt says: {_size(verification.untouched_bytes)} equal {source}"
+    edited = _count(verification.edited, "edited tensor")
+    if not verification.recomputed:
+        console.print(f"{equal}, {edited} with the digests it records; --adapter computes them again")
+        return
     rounded = verification.edited - verification.identical
     console.print(
-        f"{out} is what its receipt says: {_size(verification.untouched_bytes)} equal {source}, "
-        f"{_count(verification.edited, 'edited tensor')} recomputed, {verification.identical} to the bit"
+        f"{equal}, {edited} recomputed, {verification.identical} to the bit"
         + (f" and {rounded} to rounding" if rounded else "")
     )
 
 
 def _share(checkpoint: Checkpoint, plan: Plan, what: str) -> str:
-    edited = sum(edit.end - edit.start for edit in plan.edits)
+    return f"{plan.family}: {_share_of(checkpoint, plan.edits)} {what}"
+
+
+def _share_of(checkpoint: Checkpoint, edits: Sequence[Edit]) -> str:
+    edited = sum(edit.end - edit.start for edit in edits)
     whole = sum(shard.size for shard in checkpoint.shards)
-    tensors = f"{len(plan.edits)} of {len(checkpoint.tensors)} tensors"
-    return f"{plan.family}: {tensors} {what}, {_size(edited)} of {_size(whole)}"
+    return f"{len(edits)} of {len(checkpoint.tensors)} tensors ({_size(edited)} of {_size(whole)})"
+
+
+def _merged_by_layer(edits: Sequence[MergeEdit]) -> list[tuple[str, list[MergeEdit]]]:
+    groups: dict[tuple[int, str], list[MergeEdit]] = defaultdict(list)
+    for edit in edits:
+        layer = split_layer(edit.name)[0]
+        groups[-1 if layer is None else layer, edit.kind].append(edit)
+    return [(_NO_LAYER if layer < 0 else str(layer), groups[layer, kind]) for layer, kind in sorted(groups)]
+
+
+def _merge_cells(edits: Sequence[MergeEdit]) -> tuple[str, str, str]:
+    """Returns the tensors, ranks and scales of edits of one layer and kind."""
+    ranks = sorted({edit.rank for edit in edits if edit.rank is not None})
+    scales = [] if edits[0].kind == "replaced" else sorted({edit.scale for edit in edits})
+    return (
+        _short_names(edit.name for edit in edits),
+        ", ".join(map(str, ranks)) or "–",
+        ", ".join(f"{scale:g}" for scale in scales) or "–",
+    )
 
 
 def _print_left_out(console: Console, plan: Plan, checkpoint: Checkpoint) -> None:

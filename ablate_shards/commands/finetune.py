@@ -1,0 +1,120 @@
+"""``finetune``: trains a LoRA adapter on instructions."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ablate_shards.commands.options import (
+    PATH,
+    as_json_flag,
+    debug_flag,
+    device_flag,
+    parsed,
+    print_json,
+    quiet_flag,
+)
+
+__all__ = ["finetune"]
+
+_BARS = "▁▂▃▄▅▆▇█"
+_WIDTH = 60
+
+
+def _parse_targets(text: str) -> Any:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    if not all(names):
+        raise ValueError(f"expected auto, or names such as q,k,v,o, found {text!r}")
+    return "auto" if names == ("auto",) else names
+
+
+@click.command()
+@click.argument("model", type=PATH)
+@click.argument("adapter", type=PATH)
+@click.option("--data", type=PATH, required=True, metavar="FILE", help="Instructions and responses, as JSON Lines.")
+@click.option("--rank", type=int, default=16, show_default=True, help="Rank of each adapter.")
+@click.option(
+    "--alpha", type=float, default=32, show_default=True, help="Its scale: the change is alpha / rank times B A."
+)
+@click.option("--dropout", type=float, default=0.0, show_default=True, help="Share of an adapter's inputs to drop.")
+@click.option(
+    "--targets",
+    metavar="NAMES",
+    callback=parsed(_parse_targets),
+    default="q,k,v,o,gate,up,down",
+    show_default=True,
+    help="Linear modules to adapt, with or without _proj; auto: all in the decoder layers but routers.",
+)
+@click.option("--epochs", type=int, default=3, show_default=True, help="Times that each sample is seen.")
+@click.option("--learning-rate", type=float, default=2e-4, show_default=True, help="At the start; falls linearly to 0.")
+@click.option("--length", type=int, default=512, show_default=True, help="Most tokens of a sample; the rest is cut.")
+@click.option("--batch", type=int, default=2, show_default=True, help="Samples computed at a time.")
+@click.option("--accumulate", type=int, default=4, show_default=True, help="Batches per step.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the split, the order and the first values.")
+@click.option(
+    "--evaluation-share",
+    type=float,
+    default=0.1,
+    show_default=True,
+    help="Share of each kind of sample to hold out and evaluate on.",
+)
+@click.option("--rslora", is_flag=True, help="Scale by alpha / sqrt(rank) instead: rank-stabilised LoRA.")
+@click.option(
+    "--gradient-checkpointing/--no-gradient-checkpointing",
+    default=None,
+    help="Compute activations twice to keep fewer of them.  [default: on a GPU]",
+)
+@device_flag
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@click.option("--overwrite", is_flag=True, help="Replace an ADAPTER that an earlier run made.")
+@as_json_flag
+@quiet_flag
+@debug_flag
+def finetune(model: Path, adapter: Path, *, data: Path, as_json: bool, quiet: bool, **settings: Any) -> None:
+    """Train a LoRA adapter for MODEL on the responses in FILE and write it to ADAPTER.
+
+    MODEL is a checkpoint folder with tokenizer and chat template; ADAPTER is a peft folder that
+    appears only when complete.
+    """
+    from ablate_shards import screen
+    from ablate_shards.surgery.finetune import FinetuneOptions
+    from ablate_shards.surgery.finetune import finetune as train
+    from ablate_shards.surgery.samples import load_instructions
+
+    options = FinetuneOptions(**settings)
+    progress = screen.progress(quiet=quiet or as_json)
+    samples = load_instructions(data)
+    with progress:
+        done = train(model, adapter, samples, options, progress)
+    if as_json:
+        print_json(dataclasses.asdict(done) | {"adapter": str(done.adapter)})
+    elif not quiet:
+        _print(done, model)
+
+
+def _print(done: Any, model: Path) -> None:
+    """Prints the losses around every epoch, their curve, and what to do next."""
+    kinds = sorted({kind for epoch in done.epochs for kind in epoch.evaluation})
+    rows = [["epoch", "training loss", *(f"{kind} held out" for kind in kinds)]]
+    for epoch in done.epochs:
+        losses = [epoch.training, *(epoch.evaluation.get(kind) for kind in kinds)]
+        rows.append([str(epoch.number), *("–" if loss is None else f"{loss:.4f}" for loss in losses)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    steps = f"{len(done.losses)} steps" + (f", {done.resumed} of them before the interruption" if done.resumed else "")
+    click.echo(f"{_curve(done.losses)}  training loss from {min(done.losses):.4f} to {max(done.losses):.4f}, {steps}")
+    click.echo(f"{done.parameters:,} numbers trained in {done.modules} modules, written to {done.adapter}")
+    click.echo(f"merge it with: ablate-shards merge {model} {done.adapter} OUT")
+
+
+def _curve(losses: Sequence[float]) -> str:
+    """Returns a line of bars, each the mean of as many steps as there must be to fit."""
+    count = min(len(losses), _WIDTH)
+    edges = [number * len(losses) // count for number in range(count + 1)]
+    means = [sum(losses[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, span = min(means), max(means) - min(means) or 1.0
+    return "".join(_BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means)
