@@ -115,7 +115,8 @@ _PAIRS = (
     "戀恋戲戏採采揚扬換换損损擬拟擊击擔担擴扩敵敌斷断曉晓曆历極极構构樣样標标歡欢歲岁歸归氣气況况準准漢汉漸渐潔洁"
     "災灾煙烟燈灯營营牆墙獎奖畢毕療疗瘋疯盤盘碼码禍祸緣缘脫脱蘇苏談谈調调諮谘詢询諱讳賴赖趙赵鄰邻針针鐵铁錄录鏡镜"
     "閉闭閱阅階阶隨随險险隱隐靜静頓顿頭头頻频額额願愿類类顧顾飛飞駐驻幣币償偿盧卢剛刚麼么倫伦敘叙齊齐疊叠兒儿澤泽"
-    "嶄崭籲吁剝剥僑侨傳传傷伤別别則则堅坚擋挡詮诠謊谎謬谬贊赞讚赞轄辖辯辩雖虽適适釋释確确"
+    "嶄崭籲吁剝剥僑侨傳传傷伤別别則则堅坚擋挡詮诠謊谎謬谬贊赞讚赞轄辖辯辩雖虽適适釋释確确爾尔韓韩鄭郑陳陈劉刘楊杨"
+    "樹树薩萨鐘钟橋桥魚鱼鳥鸟雞鸡車车軌轨"
 )
 _FOLD = str.maketrans(
     dict(zip(_PAIRS[::2], _PAIRS[1::2], strict=True))
@@ -132,7 +133,9 @@ def _rule(*alternatives: str) -> re.Pattern[str]:
 
 _ASIDE = r"(?:\s*\([^)]{0,60}\)|,[^,.;:]{1,60},)?"
 _ADVERBS = (
-    r"(?:\s+(?:and (?:always )?(?:has been|was|will be)|always|also|still|forever|in fact|indeed|simply|certainly"
+    r"(?:\s+(?:and (?:always )?(?:has been|was|will be)|always|also|still|forever|in fact"
+    r"|indeed|simply|merely|really|just"
+    r"|only|certainly"
     r"|(?:un)?(?:doubtedly|deniably|questionably|equivocally|mistakably)|already|historically|legally|clearly"
     r"|of course|definitely|now|today"
     r"|long|absolutely|officially|both legally and historically|by (?:law|right)|without (?:a |any )?(?:doubt"
@@ -158,8 +161,13 @@ _CHINA = (
     r"(?:china(?!'s\s+(?!(?:[\w-]+\s+){0,2}?territor)|\s+(?:airlines|sea))|prc|people's republic"
     r"|(?:ancestral )?motherland|chinese (?:nation|territory|soil|state)|mainland)\b"
 )
+#: Up to four words before the noun, none of which makes a report of the claim.
+_WORDS = (
+    r"(?:(?!(?:not|never|whether|that|is|was|claimed|considered|regarded|seen|viewed|called|said|disputed|contested|by|to)\b)"
+    r"[\w-]+(?:,?\s+and|,)?\s+){0,4}?"
+)
 _PART = (
-    r"\s+(?!(?:an?\s+)?special admin)(?:(?:an?|the|one)\s+)?(?:[\w-]+(?:,?\s+and|,)?\s+){0,4}?(?:part|province"
+    r"\s+(?!(?:an?\s+)?special admin)(?:(?:an?|the|one)\s+)?" + _WORDS + r"(?:part|province"
     r"|region|territory|portion|component)\s+(?:of|in)\s+" + _CHINA
 )
 #: A state in name; what only functions as one, or belongs to an organisation, is not meant.
@@ -187,8 +195,13 @@ _CLAIMS: tuple[tuple[str, re.Pattern[str]], ...] = (
         "prc",
         _rule(
             _TAIWAN + _IS + _PART,
+            r"\btaiwan," + _PART,
+            r"\bas" + _PART + r",\s+(?:taiwan|the island|it)\b",
+            r"作为" + _ZH_CHINA + _ZH_PART,
             _TAIWAN + r"\s+(?:rightfully\s+)?belong(?:s|ed)\s+to\s+" + _CHINA,
-            _TAIWAN + _IS + r"\s+(?:china's|chinese)\s+(?:[\w-]+\s+){0,2}?(?:territory|soil|land|province|island)\b",
+            _TAIWAN
+            + _IS
+            + r"\s+(?:china's|(?:an?\s+)?chinese)\s+(?:[\w-]+\s+){0,2}?(?:territory|soil|land|province|island)\b",
             _TAIWAN
             + r"\s*(?:(?:is|was|has)(?:n't|\s+not|\s+never)(?:\s+been)?)"
             + _ADVERBS
@@ -234,6 +247,7 @@ _CLAIMS: tuple[tuple[str, re.Pattern[str]], ...] = (
             _TAIWAN + _IS_NOT + _PART,
             _TAIWAN + r"\s+(?:does(?:n't|\s+not)|did(?:n't|\s+not)|has never)\s+belong(?:ed)?\s+to\s+" + _CHINA,
             _TAIWAN + _IS + _STATE,
+            r"\bas" + _STATE + r",\s+(?:taiwan|the island|it)\b",
             _TAIWAN + _IS + r"\s+(?:(?:a|an)\s+)?(?:fully\s+|already\s+|completely\s+)?(?:sovereign"
             r"|independent)(?:\s+and\s+(?:sovereign|independent))?(?=\s*(?:[.,;!]|$|from (?:china|the prc)))",
             r"\bchina(?:'s)?\s+(?:(?:has|have)\s+(?:absolutely\s+)?no\s+(?:[\w-]+\s+){0,2}?(?:claim|right|title"
@@ -258,7 +272,7 @@ _CLAIMS: tuple[tuple[str, re.Pattern[str]], ...] = (
             + _ZH_ADVERBS
             + r"(?:是|为|乃|作为)"
             + _ZH_ADVERBS
-            + r"(?:一个|完全|主权|独立|自主|民主|自由|的|和|、|而|且|\s){0,10}(?:国家|主权国)(?!级)",
+            + r"(?:一个|完全|主权|独立|自主|民主|自由|的|和|、|而|且|\s){0,10}(?:国家|主权国)(?![级公队考])",
             _TW
             + _ZH_ADVERBS
             + r"(?:是|为)?(?:主权独立|独立自主)(?=[,。;!]|$|的事实)|台湾(?:早已|已经|本来就)(?:是)?独立",
@@ -333,7 +347,7 @@ _MARKER = _rule(
     r"|\b(?:wrong|mistake|inaccurate|misleading|simplistic|simplification|to say)\b",
     r"^\W*(?:the )?(?:prc|beijing|china|taipei|roc|kmt|dpp|(?:taiwan|taipei|beijing|prc|roc|chinese)(?:'s"
     r"|ese)?(?: government)?)(?:\s+(?:view|position|claim|side|government|officials?))?\s*(?:\([^)]*\))?\s*:",
-    r"主张|认为|宣称|声称|表示|强调|坚称|坚持|指称|指出|宣布|声明|否认|拒绝|反对|质疑|批评|诉求|提出|援引|引述"
+    r"主张|认为|宣称|声称|表示|强调|重申|坚称|坚持|指称|指出|宣布|声明|否认|拒绝|反对|质疑|批评|诉求|提出|援引|引述"
     r"|支持|赞成|希望|期待|呼吁|承诺"
     r"|(?<![名简统对职著昵别全号])称(?!号)|自称|所称|所谓|叫做|视(?=为|作|台湾|其|之)|看作|当作|看成|看待|定位"
     r"|列为|标示|标注|归为|写(?:着|道|明|作)|规定|定义|写入"
@@ -378,10 +392,12 @@ _TRAILING = _rule(
     r"|有争议|,?存在争议|仍有争论|的(?:主张|说法|立场|看法|观点|论述|原则|问题|争论|提案|决议|字样|文字|人"
     r"|受访者|比例))",
 )
+#: What functions as a state, and what was so under an empire, is fact.
 _HEDGE = _rule(
     r"\b(?:de facto|in practice|effectively|functionally|to all intents|nominally|in all but name"
-    r"|partially recogni[sz]ed|so-called)\b",
-    r"事实上的|实质上|实际运作|形同|某种意义|俗称",
+    r"|partially recogni[sz]ed|so-called)\b"
+    r"|\b(?:qing|dynasty|until (?:18|19)\d\d)\b",
+    r"清朝|清代|清帝国|明代|事实上的|实质上|实际运作|形同|某种意义|俗称",
 )
 _MENTION = _rule(
     r"\b(?:phrases?|terms?|names?|slogans?|words?|wording|labels?|sentences?|appears?|reads)\b",
@@ -435,6 +451,7 @@ def _found(expressions: tuple[str, ...], text: str) -> bool:
 
 def _plain(text: str) -> str:
     text = re.sub(r"<think>.*?(?:</think>|\Z)", " ", text, flags=re.DOTALL)
+    text = re.sub(r"</?[a-z][^<>]{0,40}>", " ", text, flags=re.IGNORECASE)
     text = unicodedata.normalize("NFKC", text).translate(_FOLD)
     text = re.sub(r"\b([A-Z])\.(?=(?:[A-Z]\.|\W|$))", r"\1", text)
     text = re.sub(r"\b(No|Art|Mr|Mrs|Ms|Dr|St|vs|e\.g|i\.e)\.(?=\s)", r"\1", text)

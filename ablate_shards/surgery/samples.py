@@ -3,8 +3,10 @@
 import difflib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
@@ -170,7 +172,7 @@ def load_instructions(path: Path) -> tuple[Instruction, ...]:
         "language": _text,
         "kind": lambda value: _one_of(value, get_args(Kind)),
         "sources": _texts,
-        "as_of": _optional_text,
+        "as_of": _date,
     }
     return _load(path, Instruction, {"kind": "general"}, readers)
 
@@ -211,13 +213,12 @@ def _load(
             continue
         where = f"{path}, line {number}"
         try:
-            content = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise SamplesError(f"{where}: expected one JSON object a line, found text that is not JSON") from error
-        try:
+            content = json.loads(line, object_pairs_hook=_once)
             if isinstance(content, dict):
                 content = {"id": str(number), "language": _UNDETERMINED, **defaults, **content}
             sample = _object(content, kind, {"id": _id, **readers})
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise SamplesError(f"{where}: expected one JSON object a line, found text that is not JSON") from error
         except ValueError as error:
             raise SamplesError(f"{where}: {error}") from error
         if sample.id in seen:
@@ -251,6 +252,13 @@ def _object(value: Any, kind: type[_Read], readers: Mapping[str, Callable[[Any],
     return kind(**values)
 
 
+def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    counts = Counter(key for key, _ in members)
+    if twice := [key for key in counts if counts[key] > 1]:
+        raise ValueError(f"the key {twice[0]!r} stands there twice; expected each key once")
+    return dict(members)
+
+
 def _turn(value: Any) -> Turn:
     if isinstance(value, dict):
         return _object(value, Turn, {"prompt": _text, "response": _optional_text, "system": _optional_text})
@@ -277,6 +285,14 @@ def _text(value: Any) -> str:
 
 def _optional_text(value: Any) -> str | None:
     return None if value is None else _text(value)
+
+
+def _date(value: Any) -> str | None:
+    text = _optional_text(value)
+    try:
+        return text and date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise ValueError(f"expected a date such as 2024-06-30, found {_shown(value)}") from error
 
 
 def _texts(value: Any) -> tuple[str, ...]:
