@@ -1,0 +1,255 @@
+"""``diff``: shows how any two checkpoints differ."""
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import click
+
+from ablate_shards.commands.options import (
+    PATH,
+    SOURCE,
+    as_json_flag,
+    debug_flag,
+    parse_memory,
+    parsed,
+    print_json,
+    quiet_flag,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ablate_shards.surgery.checkpoint import Checkpoint
+    from ablate_shards.surgery.differences import Diff, TensorDiff
+
+__all__ = ["diff"]
+
+_FILE_WIDTH = 160
+_MOST_ROWS = 40
+_MOST_LINES = 8
+_BAR = 12
+
+
+@click.command()
+@click.argument("first", metavar="A", type=SOURCE)
+@click.argument("second", metavar="B", type=SOURCE)
+@click.option(
+    "-d",
+    "--directions",
+    type=PATH,
+    help="Say how well the changes fit these directions, as `directions` writes them.",
+)
+@click.option(
+    "--rank",
+    type=click.IntRange(1, 512),
+    default=32,
+    show_default=True,
+    help="Largest rank of a difference that is told from full rank.",
+)
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    callback=parsed(parse_memory),
+    default="256MB",
+    show_default=True,
+    help="Most that all working buffers take together; at least 8MB.",
+)
+@click.option(
+    "--jobs", type=click.IntRange(min=1), default=None, help="Tensors compared at a time.  [default: one per core]"
+)
+@click.option("--all", "show_all", is_flag=True, help="Print every row and every name, however many there are.")
+@click.option("--exit-code", is_flag=True, help="Exit with 1 if anything differs, as `git diff --exit-code` does.")
+@as_json_flag
+@quiet_flag
+@debug_flag
+def diff(
+    first: Path | str,
+    second: Path | str,
+    *,
+    directions: Path | None,
+    rank: int,
+    memory: int,
+    jobs: int | None,
+    show_all: bool,
+    exit_code: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Show how checkpoint B differs from checkpoint A, and what kind of edit that is.
+
+    Tensors are matched by name, then by their values. A and B may be sharded, named and typed differently.
+    """
+    from ablate_shards import screen
+    from ablate_shards.surgery.diff import DiffOptions
+    from ablate_shards.surgery.diff import diff as compare
+    from ablate_shards.surgery.directions import read_directions
+
+    progress = screen.progress(quiet=quiet or as_json)
+    given = read_directions(directions) if directions else None
+    one, other = _open(first), _open(second)
+    with progress:
+        found = compare(one, other, DiffOptions(memory=memory, jobs=jobs, rank=rank), progress, given)
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    elif not quiet:
+        _show(found, most=None if show_all else _MOST_ROWS)
+    if exit_code and not found.same:
+        raise click.exceptions.Exit(1)
+
+
+def _open(source: Path | str) -> "Checkpoint":
+    from ablate_shards.surgery.stores import cached, open_source
+
+    checkpoint = open_source(source)
+    return checkpoint if checkpoint.remote is None else cached(checkpoint)
+
+
+def _show(found: "Diff", most: int | None) -> None:
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console = Console(markup=False, highlight=False, width=_FILE_WIDTH)
+    _print_table(console, [tensor for tensor in found.tensors if tensor.changed or tensor.nonfinite], most)
+    lines = None if most is None else _MOST_LINES
+    for title, names in (
+        ("only in A", found.lost),
+        ("only in B", found.added),
+        ("renamed", [f"{item.name} → {item.new_name}" for item in found.tensors if item.name != item.new_name]),
+        ("of another shape", [_shapes(tensor) for tensor in found.tensors if tensor.shape != tensor.new_shape]),
+        ("joined", [f"{item.whole} = {', '.join(item.parts)}" for item in found.fused if not item.split]),
+        ("split", [f"{item.whole} = {', '.join(item.parts)}" for item in found.fused if item.split]),
+        ("metadata", found.metadata),
+        ("files", found.files),
+    ):
+        _print_list(console, title, names, lines)
+    tensors = found.equal + len(found.tensors)
+    console.print(f"{tensors} tensors in both, {found.equal} of them equal to the byte", soft_wrap=True)
+    for line in found.verdict:
+        console.print(line, style="bold", soft_wrap=True)
+
+
+def _print_table(console: "Console", tensors: Sequence["TensorDiff"], most: int | None) -> None:
+    """Prints a line per layer, component and kind of change, the biggest change first."""
+    from rich.table import Table
+
+    groups: dict[tuple[str, str, str], list[TensorDiff]] = defaultdict(list)
+    for tensor in tensors:
+        groups[tensor.place, tensor.component, tensor.kind].append(tensor)
+    if not groups:
+        return
+    ranked = sorted(groups.values(), key=lambda group: -max(_size(tensor) for tensor in group))
+    largest = max(map(_size, tensors))
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    columns = [column for column in _COLUMNS if console.width >= column.width]
+    if any(tensor.alignment for tensor in tensors):
+        columns.append(_Column("direction", 0, _direction, right=False))
+    for column in columns:
+        justify: Literal["left", "right"] = "right" if column.right else "left"
+        table.add_column(column.name, justify=justify, overflow="fold", no_wrap=not column.name)
+    for group in ranked[:most]:
+        bar = "█" * max(1, round(_BAR * _size(_loudest(group)) / largest)) if largest else ""
+        table.add_row(*(column.cell(group) if column.name else bar for column in columns))
+    console.print(table)
+    if most is not None and len(ranked) > most:
+        console.print(f"and {len(ranked) - most} smaller ones; --all shows them", soft_wrap=True)
+    console.print(
+        "relative size: norm of the difference; energy: share of the first singular value, scales undone; "
+        "coefficient: of the ablation that explains it",
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+class _Column(NamedTuple):
+    """A column of the table, the width of a screen from which it is shown, and what it says of some tensors."""
+
+    name: str
+    width: int
+    cell: Callable[[Sequence["TensorDiff"]], str]
+    right: bool = True
+
+
+def _size(tensor: "TensorDiff") -> float:
+    return tensor.relative if tensor.relative is not None else float(tensor.changed > 0)
+
+
+def _loudest(group: Sequence["TensorDiff"]) -> "TensorDiff":
+    return max(group, key=_size)
+
+
+def _relative(group: Sequence["TensorDiff"]) -> str:
+    relative = _loudest(group).relative
+    return "–" if relative is None else f"{relative:.2%}"
+
+
+def _changed(group: Sequence["TensorDiff"]) -> str:
+    return f"{sum(tensor.changed for tensor in group) / max(1, sum(tensor.elements for tensor in group)):.0%}"
+
+
+def _energy(group: Sequence["TensorDiff"]) -> str:
+    shares = _loudest(group).shares
+    return f"{shares[0]:.0%}" if shares else "–"
+
+
+def _coefficient(group: Sequence["TensorDiff"]) -> str:
+    found = [tensor.ablation.coefficient for tensor in group if tensor.ablation]
+    return f"{max(found, key=abs):.2f}" if found else "–"
+
+
+def _rank(group: Sequence["TensorDiff"]) -> str:
+    tensor = _loudest(group)
+    if tensor.rank is None:
+        return "–"
+    if tensor.form is None:
+        return f">{tensor.rank}"
+    return f"{tensor.rank}" if tensor.form == "plain" else f"{tensor.rank} + {tensor.form}"
+
+
+def _direction(group: Sequence["TensorDiff"]) -> str:
+    tensor = _loudest(group)
+    if tensor.alignment is None:
+        return "–"
+    own = "" if tensor.alignment.cosine is None else f", own {tensor.alignment.cosine:.2f}"
+    return f"{tensor.alignment.best_cosine:.2f} with layer {tensor.alignment.best_layer}{own}"
+
+
+def _shapes(tensor: "TensorDiff") -> str:
+    return f"{tensor.name}: {list(tensor.shape)} → {list(tensor.new_shape)} ({tensor.kind})"
+
+
+def _leaves(group: Sequence["TensorDiff"]) -> str:
+    """Returns the modules of some tensors, with how many there are of each."""
+    counts = Counter(_leaf(tensor.name) for tensor in group)
+    return ", ".join(leaf if count == 1 else f"{count} x {leaf}" for leaf, count in counts.items())
+
+
+def _leaf(name: str) -> str:
+    parts = name.removesuffix(".weight").split(".")
+    return ".".join(parts[-2:]) if parts[-1] == "bias" else parts[-1]
+
+
+def _print_list(console: "Console", title: str, lines: Sequence[str], most: int | None) -> None:
+    for line in lines[:most]:
+        console.print(f"{title}: {line}", soft_wrap=True)
+    if most is not None and len(lines) > most:
+        console.print(f"{title}: and {len(lines) - most} more; --all shows them", soft_wrap=True)
+
+
+_COLUMNS = (
+    _Column("layer", 0, lambda group: group[0].place),
+    _Column("component", 0, lambda group: group[0].component, right=False),
+    _Column("tensors", 0, _leaves, right=False),
+    _Column("change", 0, lambda group: group[0].kind, right=False),
+    _Column("relative size", 0, _relative),
+    _Column("", 110, lambda _: "", right=False),
+    _Column("values", 100, _changed),
+    _Column("rank", 0, _rank),
+    _Column("energy", 100, _energy),
+    _Column("coefficient", 80, _coefficient),
+    _Column("max |Δ|", 120, lambda group: f"{max(tensor.largest for tensor in group):.2g}"),
+    _Column("norms kept", 120, lambda group: ", ".join(_loudest(group).kept) or "–", right=False),
+)

@@ -1,0 +1,287 @@
+"""Says in words what the differences between two checkpoints come to."""
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from ablate_shards.surgery.differences import Diff, TensorDiff, common_ending, leaf
+
+__all__ = ["describe"]
+
+_SAME = 0.95
+_MOST = 0.9
+
+
+def describe(found: Diff) -> tuple[str, ...]:
+    """Returns a sentence for each kind of difference, the most telling first; ``no difference`` where there is none."""
+    kinds: dict[str, list[TensorDiff]] = defaultdict(list)
+    for tensor in found.tensors:
+        kinds[tensor.kind].append(tensor)
+    lines = []
+    for kind, sentence in _SENTENCES.items():
+        if tensors := kinds.get(kind):
+            lines.append(sentence(tensors))
+    lines += _retyped(found)
+    if renamed := [tensor for tensor in found.tensors if tensor.name != tensor.new_name]:
+        lines.append(f"{_count(len(renamed), 'tensor')} renamed{_renaming(renamed)}")
+    for split in (False, True):
+        if joined := [item for item in found.fused if item.split is split]:
+            parts = sum(len(item.parts) for item in joined)
+            equal = sum(item.equal for item in joined)
+            ends = (
+                f"{_count(parts, 'tensor')} joined into {len(joined)}",
+                f"{_count(len(joined), 'tensor')} split into {parts}",
+            )
+            what = (
+                "every part equal to the byte" if equal == parts else f"{_count(parts - equal, 'part')} changed as well"
+            )
+            lines.append(f"{ends[split]}, {what}")
+    lines += [f"{what} missing in B" for what in _by_tower(found.lost)]
+    lines += [f"{what} only in B" for what in _by_tower(found.added)]
+    if not lines:
+        if found.same:
+            return ("no difference",)
+        lines.append("the weights are equal")
+    if found.metadata:
+        lines.append(f"{_count(len(found.metadata), 'difference')} in the shards' metadata or number")
+    if found.files:
+        lines.append(f"{_count(len(found.files), 'difference')} in the files beside the weights")
+    return tuple(lines)
+
+
+def _say_ablation(tensors: Sequence[TensorDiff]) -> str:
+    ablations = [tensor.ablation for tensor in tensors if tensor.ablation is not None]
+    writers = all(tensor.writer for tensor in tensors)
+    noun = "residual writer" if writers else "weight"
+    middle = [item.coefficient for item in ablations]
+    spread = max(middle) - min(middle)
+    coefficient = (
+        f"coefficient {statistics.median(middle):.2f}"
+        if spread < 0.05
+        else f"coefficients {min(middle):.2f} to {max(middle):.2f}"
+    )
+    facts = [coefficient, _kept(tensors), _same_direction(tensors), _along(tensors)]
+    return (
+        f"{_ranks(tensors)} edits of {_count(len(tensors), noun)}{_where(tensors)}, consistent with directional "
+        f"ablation ({', '.join(fact for fact in facts if fact)})"
+    )
+
+
+def _kept(tensors: Sequence[TensorDiff]) -> str:
+    """Says whose norms an edit kept, where it did so in nearly all tensors."""
+    for name in ("columns", "rows"):
+        keeping = [tensor for tensor in tensors if name in tensor.kept]
+        if len(keeping) >= _MOST * len(tensors):
+            drift = max((tensor.row_drift if name == "rows" else tensor.column_drift) or 0.0 for tensor in keeping)
+            return f"{name.removesuffix('s')} norms kept to {drift:.0e}".replace("e-0", "e-")
+    return "norms not kept"
+
+
+def _same_direction(tensors: Sequence[TensorDiff]) -> str:
+    cosines = [tensor.ablation.same_direction for tensor in tensors if tensor.ablation is not None]
+    if len(cosines) < 2:
+        return ""
+    if min(cosines) >= _SAME:
+        return f"one direction in all, cosines at least {min(cosines):.2f}"
+    return f"directions differ, cosines with the first down to {min(cosines):.2f}"
+
+
+def _along(tensors: Sequence[TensorDiff]) -> str:
+    """Says how the changes fit given directions."""
+    aligned = [tensor.alignment for tensor in tensors if tensor.alignment is not None]
+    if not aligned:
+        return ""
+    layer, count = Counter(alignment.best_layer for alignment in aligned).most_common(1)[0]
+    own = sum(alignment.cosine == alignment.best_cosine for alignment in aligned)
+    if own > count:
+        chosen = [alignment.cosine or 0.0 for alignment in aligned]
+        what = "the given directions of their own layers"
+    else:
+        chosen = [alignment.best_cosine for alignment in aligned if alignment.best_layer == layer]
+        what = f"the given direction of layer {layer}" + ("" if count == len(aligned) else f" in {count} of them")
+    return f"cosine with {what} {statistics.median(chosen):.2f}"
+
+
+def _say_low_rank(tensors: Sequence[TensorDiff]) -> str:
+    rank = max(tensor.rank or 0 for tensor in tensors)
+    shape = f"rank ≤ {rank}" if rank > 1 else "rank 1"
+    scaled = Counter(tensor.form for tensor in tensors if tensor.form != "plain")
+    undone = "".join(f", once {form} are rescaled in {count}" for form, count in scaled.items())
+    modules = ", ".join(dict.fromkeys(_module(tensor.name) for tensor in tensors))
+    along = _along(tensors)
+    lora = "" if scaled else ", consistent with a merged LoRA adapter"
+    return (
+        f"low-rank update of {shape} of {modules}{_where(tensors, listed=False)}{undone}{lora} "
+        f"({_relative(tensors)}{', ' + along if along else ''})"
+    )
+
+
+def _say_scaled(tensors: Sequence[TensorDiff]) -> str:
+    forms = " or ".join(sorted({str(tensor.form) for tensor in tensors}))
+    return f"{forms} of {_count(len(tensors), 'tensor')} rescaled{_where(tensors)} ({_relative(tensors)})"
+
+
+def _say_full(tensors: Sequence[TensorDiff]) -> str:
+    rank = min(tensor.rank or 0 for tensor in tensors)
+    who = _count(len(tensors), "matrix", "matrices")
+    return (
+        f"{who} changed at full rank (above {rank}){_where(tensors)}, consistent with training or noise "
+        f"({_relative(tensors)})"
+    )
+
+
+def _say_vector(tensors: Sequence[TensorDiff]) -> str:
+    return f"{_count(len(tensors), 'vector')} changed{_where(tensors)} ({_relative(tensors)})"
+
+
+def _say_sparse(tensors: Sequence[TensorDiff]) -> str:
+    changed = sum(tensor.changed for tensor in tensors)
+    return f"{_count(changed, 'single value')} changed in {_count(len(tensors), 'tensor')}{_where(tensors)}"
+
+
+def _say_rounding(tensors: Sequence[TensorDiff]) -> str:
+    share = sum(tensor.changed for tensor in tensors) / max(1, sum(tensor.elements for tensor in tensors))
+    units = max(tensor.units for tensor in tensors)
+    beyond = sum(tensor.beyond for tensor in tensors)
+    size = (
+        "none by more than one unit in the last place"
+        if not beyond
+        else f"by up to {units:.3g} units in the last place"
+    )
+    if not any(tensor.changed for tensor in tensors):
+        return f"{_count(len(tensors), 'tensor')} equal in value but not in bytes"
+    return f"{_count(len(tensors), 'tensor')} differ by rounding only ({share:.2%} of their values, {size})"
+
+
+def _say_shapes(tensors: Sequence[TensorDiff]) -> str:
+    first = tensors[0]
+    how = {
+        "reshaped": "reshaped, bytes equal",
+        "transposed": "transposed, values equal",
+        "resized": "resized, common rows equal",
+        "other shape": "of another shape",
+    }[first.kind]
+    return (
+        f"{_count(len(tensors), 'tensor')} {how} (such as {first.name}: {list(first.shape)} → {list(first.new_shape)})"
+    )
+
+
+def _say_raw(tensors: Sequence[TensorDiff]) -> str:
+    dtypes = ", ".join(sorted({tensor.dtype for tensor in tensors} | {tensor.new_dtype for tensor in tensors}))
+    changed = sum(tensor.changed for tensor in tensors)
+    return (
+        f"{_count(len(tensors), 'tensor')} of types that are not decoded changed ({dtypes}; {_count(changed, 'value')})"
+    )
+
+
+def _say_nonfinite(tensors: Sequence[TensorDiff]) -> str:
+    count = sum(tensor.nonfinite for tensor in tensors)
+    return f"{_count(count, 'NaN or infinite value')} in {_count(len(tensors), 'changed tensor')}{_where(tensors)}"
+
+
+_SENTENCES: Mapping[str, Callable[[Sequence[TensorDiff]], str]] = {
+    "ablation": _say_ablation,
+    "low-rank": _say_low_rank,
+    "scaled": _say_scaled,
+    "full-rank": _say_full,
+    "vector": _say_vector,
+    "sparse": _say_sparse,
+    "non-finite": _say_nonfinite,
+    "raw": _say_raw,
+    "rounding": _say_rounding,
+    "reshaped": _say_shapes,
+    "transposed": _say_shapes,
+    "resized": _say_shapes,
+    "other shape": _say_shapes,
+}
+
+
+def _retyped(found: Diff) -> Iterator[str]:
+    changes: dict[tuple[str, str], list[TensorDiff]] = defaultdict(list)
+    for tensor in found.tensors:
+        if tensor.dtype != tensor.new_dtype:
+            changes[tensor.dtype, tensor.new_dtype].append(tensor)
+    for (old, new), tensors in changes.items():
+        every = not found.equal and len(tensors) == len(found.tensors)
+        who = "every tensor" if every else _count(len(tensors), "tensor")
+        equal = sum(tensor.kind == "retyped" for tensor in tensors)
+        rounded = sum(tensor.kind == "rounding" for tensor in tensors)
+        if equal == len(tensors):
+            what = ", values equal"
+        elif equal + rounded == len(tensors):
+            what = ", differences are rounding only"
+        else:
+            what = f", {len(tensors) - equal - rounded} of them changed by more than rounding"
+        yield f"{who} retyped from {old} to {new}{what}"
+
+
+def _renaming(tensors: Sequence[TensorDiff]) -> str:
+    """Says which beginning of the names became which, where one did for most of them."""
+    changes: Counter[tuple[str, str]] = Counter()
+    for tensor in tensors:
+        ending = common_ending(tensor.name, tensor.new_name)
+        starts = (name.split(".") for name in (tensor.name, tensor.new_name))
+        one, other = (".".join(parts[: len(parts) - ending]) for parts in starts)
+        changes[one, other] += 1
+    (old, new), count = changes.most_common(1)[0]
+    how = "put before" if new else "taken off"
+    if count == 1:
+        return f" (such as {tensors[0].name} → {tensors[0].new_name})"
+    return f" ({count} of them from {old}. to {new}.)" if old and new else f" ({count} of them: {old or new}. {how})"
+
+
+def _by_tower(names: Iterable[str]) -> Iterator[str]:
+    groups: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        groups[
+            "MTP tensor"
+            if "mtp" in parts
+            else "vision tensor"
+            if any("visual" in part or "vision" in part for part in parts)
+            else "head tensor"
+            if "lm_head" in parts
+            else "tensor"
+        ] += 1
+    for noun, count in groups.items():
+        yield _count(count, noun)
+
+
+def _where(tensors: Sequence[TensorDiff], *, listed: bool = True) -> str:
+    """Says in which layers tensors lie, and outside of which."""
+    layers = sorted({tensor.layer for tensor in tensors if tensor.layer is not None})
+    if not layers:
+        names = list(dict.fromkeys(tensor.name for tensor in tensors))
+        return f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+    outside = sum(tensor.layer is None for tensor in tensors)
+    if not listed and not outside and len(layers) > 1:
+        return f" in {len(layers)} layers"
+    ranges: list[list[int]] = []
+    for layer in layers:
+        if ranges and layer == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [layer]
+        else:
+            ranges.append([layer])
+    told = ", ".join("–".join(map(str, part)) for part in ranges)
+    return f" in layer{'s' if len(layers) > 1 else ''} {told}" + (f" and {outside} outside of them" if outside else "")
+
+
+def _ranks(tensors: Sequence[TensorDiff]) -> str:
+    ranks = sorted({tensor.rank or 0 for tensor in tensors})
+    return f"rank-{ranks[0]}" if len(ranks) == 1 else f"rank-{ranks[0]} to rank-{ranks[-1]}"
+
+
+def _relative(tensors: Sequence[TensorDiff]) -> str:
+    sizes = [tensor.relative for tensor in tensors if tensor.relative is not None]
+    if not sizes:
+        return "relative size unknown"
+    low, high = (f"{100 * size:.2g}" for size in (min(sizes), max(sizes)))
+    return f"relative size {high} %" if low == high else f"relative size {low} to {high} %"
+
+
+def _module(name: str) -> str:
+    return leaf(name).removesuffix("_proj")
+
+
+def _count(number: int, noun: str, plural: str | None = None) -> str:
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
