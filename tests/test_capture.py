@@ -181,12 +181,35 @@ def test_the_last_layer_has_not_passed_the_final_norm(llama, tmp_path):
     assert distance(found[-1, 0], states[-1][0, -1]) > 1e-2
 
 
-def test_the_demo_model_gives_what_its_own_capture_gives(tmp_path):
+def hooked(prompts):
+    """The plain way: hooks on the layers of a loaded model, all prompts at once, padded on the left."""
+    network, tokenizer = behaviour.load(demo.MODEL)
+    batch = tokenizer.apply_chat_template(
+        [[{"role": "user", "content": prompt}] for prompt in prompts],
+        add_generation_prompt=True,
+        padding=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    seen = []
+    for layer in network.model.layers:
+        layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output[:, -1]))
+    with torch.inference_mode():
+        network(**batch, use_cache=False)
+    return seen
+
+
+def test_the_demo_model_gives_what_plain_hooks_give(tmp_path):
     contested = behaviour.draw_pairs(12)
-    behaviour.capture(*behaviour.load(demo.MODEL), contested, tmp_path / "own.safetensors")
+    sides = {"positive": [pair.loaded for pair in contested], "negative": [pair.impartial for pair in contested]}
+    own = {
+        f"{side}.layers.{layer}": tensor
+        for side, prompts in sides.items()
+        for layer, tensor in enumerate(hooked(prompts))
+    }
     pairs = [Pair(str(number), "en", Turn(p.loaded), Turn(p.impartial)) for number, p in enumerate(contested)]
     run(demo.MODEL, tmp_path / "dump.safetensors", pairs, dtype="float32", offload="always")
-    own, found = load_file(tmp_path / "own.safetensors"), load_file(tmp_path / "dump.safetensors")
+    found = load_file(tmp_path / "dump.safetensors")
     assert own.keys() == found.keys()
     for name in own:
         assert distance(found[name], own[name]) < 1e-5

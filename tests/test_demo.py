@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from ablate_shards.cli import cli
 from ablate_shards.data.demo import MODEL
 from ablate_shards.data.demo.__main__ import main, prepare
-from ablate_shards.data.demo.behaviour import capture, draw_pairs, draw_questions, load, measure
+from ablate_shards.data.demo.behaviour import draw_pairs, draw_questions, load, measure
+from ablate_shards.data.demo.samples import write_samples
 from ablate_shards.data.demo.train import CONFIG, train
 from ablate_shards.data.demo.world import HELD_OUT, NEUTRAL, SLANTED, answer, contested, judge, unrelated
+from ablate_shards.surgery.evaluation import read_evaluation
 
 QUESTIONS = draw_questions(loaded=48, impartial=32, unrelated_count=64, seed=3)
 LAYERS = 8
@@ -67,10 +69,25 @@ def test_the_demo_shows_the_main_job_end_to_end(demo):
 
     assert done.returncode == 0, done.stderr
     assert not done.stderr.count("Traceback")
-    commands = [line for line in done.stdout.splitlines() if line.startswith("$ ablate-shards ")]
-    assert len(commands) == 5
-    assert all(part in done.stdout for part in ("before", "after", "slanted", "neutral", "unrelated"))
-    assert json.loads((work / "edited" / "ablation.json").read_text())
+    commands = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("$ ablate-shards ")]
+    stages = ["evaluate", "capture", "directions", "ablate", "evaluate", "finetune", "merge", "evaluate"]
+    assert commands == ["inspect", "run", *stages, "verify"]
+    assert all(part in done.stdout for part in ("before", "after", "slanted", "neutral", "unrelated", "From stage"))
+    assert json.loads((work / "result" / "merge.json").read_text())
+
+
+def test_the_stages_show_what_each_did(demo):
+    work, _ = demo
+    found = {
+        name: read_evaluation(work / "stages" / f"{name}.evaluation.json") for name in ("source", "ablated", "result")
+    }
+    slanted = {name: each.rows[0].verdicts["slanted"].value for name, each in found.items()}
+    assert found["source"].rows[0].group == "core"
+    assert slanted["source"] >= 0.9
+    assert slanted["ablated"] <= 0.1
+    assert slanted["result"] <= 0.1
+    assert found["result"].comparison.divergence.tokens < 0.01
+    assert all(each.controls[0].exact.value >= 0.9 for each in found.values())
 
 
 def test_the_slant_goes_and_the_rest_stays(demo, before):
@@ -79,7 +96,7 @@ def test_the_slant_goes_and_the_rest_stays(demo, before):
     assert before.impartial["neutral"] >= 0.9
     assert before.unrelated >= 0.9
 
-    after = measure(*load(work / "edited"), QUESTIONS)
+    after = measure(*load(work / "stages" / "ablated"), QUESTIONS)
 
     assert after.loaded["slanted"] <= 0.1
     assert after.loaded["neutral"] >= 0.9
@@ -89,7 +106,7 @@ def test_the_slant_goes_and_the_rest_stays(demo, before):
 
 def test_what_is_not_edited_stays_byte_for_byte(demo):
     work, _ = demo
-    source, edited = raw(MODEL / "model.safetensors"), raw(work / "edited" / "model.safetensors")
+    source, edited = raw(MODEL / "model.safetensors"), raw(work / "stages" / "ablated" / "model.safetensors")
 
     changed = {name for name in source if not torch.equal(source[name], edited[name])}
 
@@ -105,7 +122,7 @@ def test_what_is_not_edited_stays_byte_for_byte(demo):
 def test_a_former_demo_is_replaced_and_nothing_else(tmp_path, capsys):
     work, letters = tmp_path / "work", tmp_path / "letters"
     prepare(work)
-    (work / "edited").mkdir()
+    (work / "result").mkdir()
     (work / "notes.txt").write_text("keep me")
     letters.mkdir()
     (letters / "letter.txt").write_text("keep me")
@@ -114,7 +131,8 @@ def test_a_former_demo_is_replaced_and_nothing_else(tmp_path, capsys):
     with pytest.raises(SystemExit) as refused:
         main(["--work", str(letters)])
 
-    assert {path.name for path in work.iterdir()} == {".ablate-shards-demo", "notes.txt", "source"}
+    made = {"source", "recipe.toml", "pairs.jsonl", "instructions.jsonl", "questions.jsonl", "neutral.txt"}
+    assert {path.name for path in work.iterdir()} == {".ablate-shards-demo", "notes.txt", *made}
     assert refused.value.code == 2
     assert "is not empty and not a former demo" in capsys.readouterr().err
     assert [path.name for path in letters.iterdir()] == ["letter.txt"]
@@ -122,9 +140,12 @@ def test_a_former_demo_is_replaced_and_nothing_else(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def dump(tmp_path_factory):
-    path = tmp_path_factory.mktemp("dump") / "dump.safetensors"
-    capture(*load(MODEL), draw_pairs(), path)
-    return path
+    folder = tmp_path_factory.mktemp("dump")
+    write_samples(folder)
+    command = ["capture", MODEL, folder / "dump.safetensors", "--pairs", folder / "pairs.jsonl", "--dtype", "float32"]
+    result = CliRunner().invoke(cli, list(map(str, command)))
+    assert result.exit_code == 0, result.output
+    return folder / "dump.safetensors"
 
 
 def rewrite(dump, path, change):

@@ -6,7 +6,8 @@ from click.testing import CliRunner
 
 from ablate_shards.cli import cli
 from ablate_shards.data.demo import MODEL
-from ablate_shards.data.demo.behaviour import capture, draw_pairs, draw_questions, load
+from ablate_shards.data.demo.behaviour import draw_questions, load
+from ablate_shards.data.demo.samples import write_samples
 
 pytestmark = pytest.mark.loaders
 
@@ -24,10 +25,13 @@ def one_thread():
 @pytest.fixture(scope="module")
 def edited(tmp_path_factory):
     work = tmp_path_factory.mktemp("loaders")
-    capture(*load(MODEL), draw_pairs(), work / "dump.safetensors")
-    arguments = [str(MODEL), str(work / "edited"), "-a", str(work / "dump.safetensors")]
-    result = CliRunner().invoke(cli, arguments)
-    assert result.exit_code == 0, result.output
+    write_samples(work)
+    for command in (
+        ["capture", MODEL, work / "dump.safetensors", "--pairs", work / "pairs.jsonl"],
+        ["ablate", MODEL, work / "edited", "-a", work / "dump.safetensors"],
+    ):
+        result = CliRunner().invoke(cli, list(map(str, command)))
+        assert result.exit_code == 0, result.output
     return work / "edited"
 
 

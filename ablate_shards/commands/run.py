@@ -12,6 +12,7 @@ from ablate_shards.errors import RecipeError, UsageError
 
 __all__ = ["run"]
 
+_WIDTH = 160
 _SHIPPED = Path(__file__).parents[1] / "data" / "recipes"
 
 
@@ -117,7 +118,44 @@ def _print_stages(stages: Sequence[Any], found: Sequence[str]) -> None:
 
 
 def _print_course(evaluations: Sequence[Path]) -> None:
-    """Prints one table of all evaluations."""
+    """Prints one table of all evaluations: group by group, what each stage left."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ablate_shards.surgery.evaluation import read_evaluation
+
+    found = {path.name.removesuffix(".evaluation.json"): read_evaluation(path) for path in evaluations}
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(markup=False, highlight=False, soft_wrap=True, width=_WIDTH)
+    table = Table(box=None, header_style="bold", pad_edge=False, title="From stage to stage", title_justify="left")
+    columns = ("slanted", "neutral", "deflecting", "wrong", "exact")
+    table.add_column("questions")
+    for column in ("after", *columns, "KL", "perplexity"):
+        table.add_column(column, justify="left" if column == "after" else "right")
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for stage, each in found.items():
+        for row in each.rows:
+            if row.language is None:
+                groups.setdefault(row.group, {})[stage] = {**row.verdicts}
+        for control in each.controls:
+            if control.language is None:
+                groups.setdefault(control.group, {})[stage] = {"exact": control.exact}
+    for group, stages in groups.items():
+        table.add_section()
+        for number, (stage, shares) in enumerate(stages.items()):
+            count = next(iter(shares.values())).count
+            cells = [f"{shares[column].value:.1%}" if column in shares else "" for column in columns]
+            table.add_row("" if number else f"{count} {group}", stage, *cells)
+    table.add_section()
+    for number, (stage, each) in enumerate(found.items()):
+        moved = each.comparison.divergence if each.comparison else None
+        text = each.text.perplexity if each.text else None
+        cells = [f"{moved.tokens:.4f}" if moved else "", f"{text.value:.3f}" if text else ""]
+        table.add_row("" if number else "all", stage, *[""] * len(columns), *cells)
+    console.print()
+    console.print(table)
+    console.print("KL in nats per token of the answers to unrelated questions, against the source", style="dim")
 
 
 def _find(recipe: Path) -> Path:

@@ -62,16 +62,16 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
     made = given["directions"]
     stages: list[Stage] = []
 
-    def evaluated(name: str, model: Path, base: Path | None) -> Path | None:
+    def evaluated(name: str, model: Path, base: Path | None) -> None:
         if "evaluate" not in recipe.tables:
-            return None
+            return
         result = work / f"{name}.evaluation.json"
         options, files = _options(given["evaluate"], files=("questions", "text"))
         against = () if base is None else ("--against", str(base))
+        reuse = () if base is None else ("--reuse", str(work / "source.evaluation.json"))
         command = ("evaluate", str(model), *against, "--out", str(result), *options)
         inputs = (model, *files) if base is None else (model, base, *files)
-        stages.append(Stage(f"evaluate {name}", command, inputs, result, ("--overwrite",)))
-        return result
+        stages.append(Stage(f"evaluate {name}", command, inputs, result, (*reuse, "--overwrite")))
 
     evaluated("source", source, None)
     if "directions" in made:

@@ -1,4 +1,4 @@
-"""Asks the demo model, measures how it answers, and captures what it computes."""
+"""Asks the demo model and measures how it answers."""
 
 import random
 from collections import Counter
@@ -9,7 +9,7 @@ from typing import Any
 
 from ablate_shards.data.demo.world import HELD_OUT, PLACES, Contested, Sample, contested, judge, unrelated
 
-__all__ = ["Behaviour", "Questions", "ask", "capture", "draw_pairs", "draw_questions", "load", "measure"]
+__all__ = ["Behaviour", "Questions", "ask", "draw_pairs", "draw_questions", "load", "measure"]
 
 _BATCH = 64
 _MOST_TOKENS = 32
@@ -76,45 +76,6 @@ def ask(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
             tokens = model.generate(**batch, max_new_tokens=_MOST_TOKENS, do_sample=False)
         answers += tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers
-
-
-def capture(model: Any, tokenizer: Any, pairs: Sequence[Contested], dump: Path) -> None:
-    """Writes the residual stream after each decoder layer, at the last token of each prompt, to ``dump``.
-
-    The loaded prompts are the positives, the impartial ones the negatives. Read by hooks on the layers, since
-    the last of transformers' ``hidden_states`` has already passed the final norm.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    tensors: dict[str, torch.Tensor] = {}
-    layers = model.model.layers
-    for side, prompts in (
-        ("positive", [pair.loaded for pair in pairs]),
-        ("negative", [pair.impartial for pair in pairs]),
-    ):
-        seen: list[torch.Tensor] = []
-        hooks = [
-            layer.register_forward_hook(lambda _module, _inputs, output, seen=seen: seen.append(output))
-            for layer in layers
-        ]
-        try:
-            with torch.inference_mode():
-                model(**_encode(tokenizer, prompts), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for index, output in enumerate(seen):
-            tensors[f"{side}.layers.{index}"] = output[:, -1].contiguous()
-    metadata = {
-        "format": "ablate-shards.activations/1",
-        "positive_label": "loaded",
-        "negative_label": "impartial",
-        "model": "demo",
-        "position": "last",
-        "hidden_size": str(model.config.hidden_size),
-    }
-    save_file(tensors, dump, metadata)
 
 
 def measure(model: Any, tokenizer: Any, questions: Questions) -> Behaviour:
