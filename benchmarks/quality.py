@@ -34,17 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     figures: dict[str, list[dict[str, float]]] = {}
     for model in given.models:
-        for name, found in measured(model):
-            figures.setdefault(name, []).append(found)
-            print(model.name, name, " ".join(f"{key} {value:.4g}" for key, value in found.items()), flush=True)
+        for edit, behaviour in measured(model):
+            figures.setdefault(edit, []).append(behaviour)
+            print(model.name, edit, " ".join(f"{key} {value:.4g}" for key, value in behaviour.items()), flush=True)
     if given.json:
         given.json.write_text(json.dumps({"models": [m.name for m in given.models], "edits": figures}, indent=1))
     print(f"\nmeans of {len(given.models)} models: slanted / neutral / broken % on loaded prompts,")
     print("neutral % on impartial prompts, accuracy % on unrelated ones, KL over their answers in nats\n")
-    for name, found in figures.items():
+    for edit, found in figures.items():
         mean = {key: sum(each[key] for each in found) / len(found) for key in found[0]}
         shares = "/".join(f"{100 * mean[key]:.0f}" for key in ("slanted", "neutral", "broken"))
-        print(f"{name:44}{shares:>12}{100 * mean['impartial']:8.0f}{100 * mean['unrelated']:8.1f}{mean['kl']:9.4f}")
+        print(f"{edit:44}{shares:>12}{100 * mean['impartial']:8.0f}{100 * mean['unrelated']:8.1f}{mean['kl']:9.4f}")
 
 
 def edits() -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -137,7 +137,7 @@ def _print_course(evaluations: Sequence[Path]) -> None:
     for stage, each in found.items():
         for row in each.rows:
             if row.language is None:
-                groups.setdefault(row.group, {})[stage] = {**row.verdicts}
+                groups.setdefault(row.group, {})[stage] = {str(verdict): share for verdict, share in row.verdicts.items()}
         for control in each.controls:
             if control.language is None:
                 groups.setdefault(control.group, {})[stage] = {"exact": control.exact}

@@ -166,7 +166,7 @@ def metadata_of(card: str) -> dict[str, Any]:
     if not card.lstrip().startswith("---"):
         return {}
     try:
-        metadata: dict[str, Any] = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
+        metadata: dict[str, Any] = ModelCard(card, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
     except Exception:  # noqa: BLE001 - what a stranger wrote there is no reason to stop
         return {}
     return metadata
