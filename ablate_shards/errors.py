@@ -18,6 +18,7 @@
     │   └── Interrupted         stopped by Ctrl-C or SIGTERM; resumable
     ├── EvaluateError           a model, an endpoint or an evaluation that cannot be asked, read or compared
     ├── HubError                a repository or an object store that cannot be read or written
+    ├── ReportError             a folder that there is nothing to report of
     └── VerifyError             an output that cannot be verified at all (no receipt, newer receipt)
 """
 
@@ -36,6 +37,7 @@ __all__ = [
     "Interrupted",
     "PlanError",
     "RecipeError",
+    "ReportError",
     "SamplesError",
     "UsageError",
     "VerifyError",
@@ -104,6 +106,10 @@ class EvaluateError(AblateError):
 
 class HubError(AblateError):
     """A repository or an object store cannot be read or written."""
+
+
+class ReportError(AblateError):
+    """There is nothing to report, or a part of the report cannot be read."""
 
 
 class VerifyError(AblateError):

@@ -1,0 +1,294 @@
+"""Loads one model with transformers, asks it greedily through its own chat template, and lets go of it again."""
+
+import contextlib
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ablate_shards.errors import EvaluateError
+from ablate_shards.surgery.checkpoint import Checkpoint, open_checkpoint
+from ablate_shards.surgery.editor import resolve_device
+from ablate_shards.surgery.endpoint import Reply
+from ablate_shards.surgery.samples import Question
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Dtype", "Prompt", "Speaker", "batches", "model_digest", "open_model", "speaking"]
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+#: The files beside the weights that bear on an answer.
+_BEARING = ("config.json", "generation_config.json", "tokenizer", "chat_template", "special_tokens", "added_tokens")
+_VOCABULARIES = ("vocab", "merges", "spiece", "sentencepiece")
+_OURS_NOT_THEIRS = r"(transformers|accelerate|torch)\b"
+#: What transformers, torch and Jinja raise for a model or a template that they cannot use.
+_UNUSABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError, RuntimeError, ImportError)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question as the model sees it.
+
+    Attributes:
+        tokens: The chat up to where the model answers.
+        thinks: Whether the chat template has opened the model's thoughts already.
+    """
+
+    tokens: tuple[int, ...]
+    thinks: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """A model in memory, and its tokenizer.
+
+    Attributes:
+        folder: Where it is from.
+        network: The model of transformers, in evaluation mode.
+        tokenizer: Its tokenizer.
+        device: Where it computes.
+        ends: The tokens that end an answer.
+        pad: The token to fill up with.
+        most: The most tokens that it reads, None if it does not say.
+    """
+
+    folder: Path
+    network: Any
+    tokenizer: Any
+    device: "torch.device"
+    ends: tuple[int, ...]
+    pad: int
+    most: int | None
+
+    def prompt(self, question: Question, *, thinking: bool) -> Prompt:
+        """Returns a question as the model's chat template words it.
+
+        Raises:
+            EvaluateError: The template refuses it, or it is longer than the model reads.
+        """
+        try:
+            # Templates ignore what they do not know.
+            text = self.tokenizer.apply_chat_template(
+                question.turn.messages(), tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+            )
+        except Exception as error:  # a template raises whatever it likes
+            raise EvaluateError(f"question {question.id}: the chat template refuses it: {_reason(error)}") from error
+        tokens = self.encode(text)
+        if self.most is not None and len(tokens) >= self.most:
+            raise EvaluateError(
+                f"question {question.id}: has {len(tokens)} tokens, but the model reads at most {self.most}; shorten it"
+            )
+        return Prompt(tokens, text.rstrip().endswith("<think>"))
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Returns the tokens of a text, and no others."""
+        return tuple(self.tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+
+    def replies(self, prompts: Sequence[Prompt], *, tokens: int) -> list[Reply]:
+        """Answers some prompts at once, each step with the likeliest token.
+
+        Padded on the left, with the attention mask that says so: a model that sees padding answers something else.
+
+        Args:
+            prompts: At least one.
+            tokens: Most tokens of an answer; fewer where the model reads no more.
+
+        Raises:
+            EvaluateError: The device's memory does not suffice, or the model fails.
+        """
+        import torch
+
+        width = max(len(prompt.tokens) for prompt in prompts)
+        ids = torch.full((len(prompts), width), self.pad)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
+            mask[row, width - len(prompt.tokens) :] = 1
+        most = tokens if self.most is None else min(tokens, self.most - width)
+        with self.computing():
+            made = self.network.generate(
+                input_ids=ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=most
+            )
+        return [self._reply(row, prompt) for row, prompt in zip(made[:, width:].tolist(), prompts, strict=True)]
+
+    def _reply(self, row: list[int], prompt: Prompt) -> Reply:
+        end = next((place for place, token in enumerate(row) if token in self.ends), None)
+        text = self.tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Reply(f"<think>{text}" if prompt.thinks else text, end is not None)
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Computes without gradients; what the model raises meanwhile is one sentence.
+
+        Raises:
+            EvaluateError: The device's memory does not suffice, or the model fails.
+        """
+        import torch
+
+        try:
+            with torch.inference_mode():
+                yield
+        except torch.OutOfMemoryError as error:
+            raise EvaluateError(
+                f"{self.folder}: the memory of {self.device} does not suffice; use a smaller --batch, another "
+                "--device, or serve the model and use --endpoint"
+            ) from error
+        except _UNUSABLE as error:
+            raise EvaluateError(f"{self.folder}: the model fails to compute: {_reason(error)}") from error
+
+
+def batches(questions: Sequence[Question], size: int) -> list[list[int]]:
+    """Returns which questions are asked at once: those of about one length, whatever was answered before.
+
+    Rounding depends on what else is in a batch, so the batches depend on the questions alone.
+    """
+    order = sorted(range(len(questions)), key=lambda number: (-len(questions[number].prompt), number))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def open_model(folder: Path) -> Checkpoint:
+    """Reads the headers of a checkpoint folder that transformers is to load.
+
+    Raises:
+        EvaluateError: It is no folder with a configuration.
+        CheckpointError: It is malformed or holds no safetensors.
+    """
+    if not (folder / "config.json").is_file():
+        raise EvaluateError(
+            f"{folder}: expected a checkpoint folder with a config.json; name one as transformers saves"
+        )
+    return open_checkpoint(folder)
+
+
+def model_digest(checkpoint: Checkpoint) -> str:
+    """Returns the digest of all bytes that bear on a model's answers: weights, configuration, tokenizer, template."""
+    digest = hashlib.sha256()
+    sidecars = [
+        name
+        for name in checkpoint.sidecars
+        if "/" not in name and (name.startswith(_BEARING) or name.startswith(_VOCABULARIES))
+    ]
+    for name in sorted([*sidecars, *(shard.name for shard in checkpoint.shards)]):
+        with (checkpoint.root / name).open("rb") as file:
+            digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def speaking(folder: Path, *, dtype: Dtype, device: str) -> Iterator[Speaker]:
+    """Holds a model in memory while the context lasts; no code from the checkpoint runs, and nothing is fetched.
+
+    Args:
+        folder: A checkpoint folder with tokenizer and chat template.
+        dtype: What to compute in; ``auto``: what is stored, on the CPU float32.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
+
+    Raises:
+        EvaluateError: transformers is not installed, or cannot use the model or its tokenizer.
+        UsageError: There is no such device.
+    """
+    import torch
+
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise EvaluateError(
+            f"evaluate runs the model with transformers, and {error.name} is not installed; "
+            "`pip install 'ablate-shards[lora]'`, or serve the model and use --endpoint"
+        ) from error
+    chosen = resolve_device(device)
+    with _quiet():
+        speaker = _load(folder, dtype, chosen)
+        try:
+            yield speaker
+        finally:
+            speaker.network.to("meta")
+            if chosen.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _load(folder: Path, dtype: Dtype, device: "torch.device") -> Speaker:
+    import torch
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+        GenerationConfig,
+    )
+
+    here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    kind = "float32" if dtype == "auto" and device.type == "cpu" else dtype
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **here)
+    except _UNUSABLE as error:
+        raise EvaluateError(
+            f"{folder}: its tokenizer cannot be loaded ({_reason(error)}); put its files there"
+        ) from error
+    # Where the files are missing, transformers makes a tokenizer that knows no words.
+    if not set(tokenizer("The sun is warm.", add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
+        raise EvaluateError(f"{folder}: its tokenizer knows no words; put the model's tokenizer files there")
+    if not getattr(tokenizer, "chat_template", None):
+        raise EvaluateError(f"{folder}: its tokenizer has no chat template; put the model's chat_template.jinja there")
+    try:
+        config = AutoConfig.from_pretrained(folder, **here)
+        auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+        network, found = auto.from_pretrained(
+            folder,
+            dtype=kind if kind == "auto" else getattr(torch, kind),
+            use_safetensors=True,
+            output_loading_info=True,
+            **here,
+        )
+        network = network.eval().to(device)
+    except torch.OutOfMemoryError as error:
+        raise EvaluateError(
+            f"{folder}: does not fit into the memory of {device}; use another --device, or serve the model and use "
+            "--endpoint"
+        ) from error
+    except _UNUSABLE as error:
+        raise EvaluateError(f"{folder}: transformers cannot load the model: {_reason(error)}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise EvaluateError(f"{folder}: the checkpoint holds no weight for {missing[0]}; complete the checkpoint")
+    ends = _ends(network.generation_config.eos_token_id, tokenizer.eos_token_id)
+    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
+    # The checkpoint's own configuration may ask for sampling and penalties.
+    network.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=list(ends) or None, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id
+    )
+    most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return Speaker(folder, network, tokenizer, device, ends, pad, most if isinstance(most, int) else None)
+
+
+def _ends(*found: int | list[int] | None) -> tuple[int, ...]:
+    """Returns every token that ends an answer, each once."""
+    tokens = (token for entry in found for token in (entry if isinstance(entry, list) else [entry]))
+    return tuple(dict.fromkeys(token for token in tokens if token is not None))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers from writing to the terminal."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=_OURS_NOT_THEIRS)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

@@ -1,0 +1,500 @@
+"""Asks a model the questions, judges every answer, and compares it with the model that it was made from."""
+
+import dataclasses
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ablate_shards.data.tw_civic import NEUTRAL_TEXT
+from ablate_shards.errors import AblateError, EvaluateError, Interrupted, UsageError
+from ablate_shards.surgery.answers import Dtype, Speaker, batches, model_digest, open_model, speaking
+from ablate_shards.surgery.editor import resolve_device
+from ablate_shards.surgery.endpoint import ChatOptions, Endpoint, Messages, Reply, chat, open_endpoint
+from ablate_shards.surgery.evaluation import (
+    FORMAT,
+    Answer,
+    Comparison,
+    Evaluation,
+    Model,
+    Text,
+    compare,
+    questions_digest,
+    read_evaluation,
+    write_evaluation,
+)
+from ablate_shards.surgery.journal import Journal
+from ablate_shards.surgery.likelihood import Divergence, Forced, Recording, divergence, perplexity, record
+from ablate_shards.surgery.llm_judge import judge_messages, read_verdict
+from ablate_shards.surgery.rubric import correct, judge
+from ablate_shards.surgery.samples import Question, Turn
+from ablate_shards.surgery.staging import locked
+from ablate_shards.surgery.thoughts import without_thoughts
+
+__all__ = [
+    "FORMAT",
+    "JUDGE_KEY",
+    "KEY",
+    "Comparison",
+    "EvaluateOptions",
+    "Evaluation",
+    "Progress",
+    "compare",
+    "default_out",
+    "evaluate",
+    "read_evaluation",
+    "write_evaluation",
+]
+
+#: The environment variables with the keys; this tool's own, so that no other service's key goes to some address.
+KEY = "ABLATE_SHARDS_API_KEY"
+JUDGE_KEY = "ABLATE_SHARDS_JUDGE_API_KEY"
+
+_JUDGE_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateOptions:
+    """How to ask, and what to measure.
+
+    Attributes:
+        length: Most tokens of an answer, thoughts included.
+        thinking: Let the model think first, where its chat template offers the choice.
+        batch: Questions answered at a time.
+        dtype: What to compute in; ``auto``: what is stored, on the CPU float32.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
+        endpoint: Base URL of an OpenAI-compatible endpoint that serves the model, None to run it here.
+        endpoint_model: The name that the endpoint knows it by, asked of the endpoint if None.
+        judge: Base URL of an endpoint whose model judges the answers as well, None for the rules alone.
+        judge_model: The name of that model, asked of the endpoint if None.
+        timeout: Seconds that an endpoint may take for one answer.
+        perplexity: Whether to measure the perplexity of ``text``.
+        divergence: Whether to measure the divergence from the base.
+        reuse: Earlier evaluations whose answers are taken over where model, question, options and versions are the
+            same; for models that run here.
+        text: Plain text for the perplexity, the neutral text that comes with the package if None.
+        overwrite: Replace an existing evaluation.
+    """
+
+    length: int = 256
+    thinking: bool = False
+    batch: int = 16
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    endpoint: str | None = None
+    endpoint_model: str | None = None
+    judge: str | None = None
+    judge_model: str | None = None
+    timeout: float = 120.0
+    perplexity: bool = True
+    divergence: bool = True
+    reuse: tuple[Path, ...] = ()
+    text: Path | None = None
+    overwrite: bool = False
+
+
+class Progress(Protocol):
+    """Hears how far an evaluation has come."""
+
+    def count(self, done: int, total: int) -> None:
+        """Says that some of so many steps are done."""
+
+    def note(self, text: str) -> None:
+        """Says something in one line."""
+
+
+def evaluate(
+    model: Path,
+    questions: Sequence[Question],
+    options: EvaluateOptions,
+    progress: Progress,
+    *,
+    against: Path | Evaluation | None = None,
+    out: Path | None = None,
+) -> Evaluation:
+    """Asks a model all ``questions``, judges its answers, and compares it with a base.
+
+    Models are in memory one at a time, the base first. No code from a checkpoint runs, and nothing is fetched. The
+    evaluation depends on the models, the questions, the options, the kind of device and the versions of torch and
+    transformers alone, where the model runs here.
+
+    Args:
+        model: A checkpoint folder with tokenizer and chat template. With an endpoint it need not be here; then it is
+            a name.
+        questions: What to ask, at least one.
+        options: How.
+        progress: Hears how far the run has come.
+        against: The base: a checkpoint folder, the file of an earlier evaluation, or that evaluation. Only with a
+            folder can the divergence be measured.
+        out: Where to write the evaluation. Answers are kept beside it while the run lasts, so that the next run with
+            the same model, options and questions goes on from there.
+
+    Raises:
+        EvaluateError: A model, an endpoint or the base cannot be used, or ``out`` may not be replaced.
+        CheckpointError: A checkpoint is malformed.
+        UsageError: An option's value cannot be used.
+        Interrupted: Ctrl-C; what was answered is kept.
+    """
+    _check(model, questions, options, against)
+    if out is not None:
+        _check_out(out, overwrite=options.overwrite)
+    with nullcontext() if out is None else locked(out):
+        journal = Journal(None if out is None else out.with_name(f".{out.name}.answers"))
+        for path in options.reuse:
+            journal.take_over(_keyed(read_evaluation(path)))
+        try:
+            found = _Run(questions, options, journal, progress).evaluate(model, against)
+            if out is not None:
+                write_evaluation(found, out)
+        except KeyboardInterrupt as error:
+            raise Interrupted(f"{out or model}: interrupted{journal.kept}") from error
+        except EvaluateError as error:
+            raise EvaluateError(f"{error}{journal.kept}") from error
+        journal.remove()
+    return found
+
+
+def default_out(model: Path) -> Path:
+    """Returns where the evaluation of a model goes by itself: beside its folder, or here if it is but a name."""
+    folder = model.resolve() if model.exists() else Path(model.name)
+    return folder.with_name(f"{folder.name}.evaluation.json")
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """The responses of a base, and what it computes over them."""
+
+    forced: Sequence[Forced]
+    recording: Recording
+
+
+class _Run:
+    """One evaluation: whom to ask, what is known already, and how far it has come."""
+
+    def __init__(
+        self, questions: Sequence[Question], options: EvaluateOptions, journal: Journal, progress: Progress
+    ) -> None:
+        self._questions = questions
+        self._options = options
+        self._journal = journal
+        self._progress = progress
+        self._done = self._total = 0
+        self._text: tuple[str, str, str] | None = None
+
+    def evaluate(self, model: Path, against: Path | Evaluation | None) -> Evaluation:
+        options = self._options
+        if options.perplexity and options.endpoint is None:
+            self._text = _read_text(options.text or NEUTRAL_TEXT)
+        # What may be wrong with an endpoint shows before a model is asked.
+        referee = None
+        if options.judge is not None:
+            referee = open_endpoint(
+                options.judge,
+                options.judge_model,
+                key_variable=JUDGE_KEY,
+                option="--judge-model",
+                timeout=options.timeout,
+            )
+        endpoint = None
+        if options.endpoint is not None:
+            endpoint = open_endpoint(
+                options.endpoint,
+                options.endpoint_model,
+                key_variable=KEY,
+                option="--endpoint-model",
+                timeout=options.timeout,
+            )
+        folder = against if isinstance(against, Path) and against.is_dir() else None
+        sides = 1 + (against is not None)
+        self._plan(models=1 + (folder is not None), referee=referee is not None, evaluations=sides)
+        base, recorded = None, None
+        if folder is not None:
+            base, recorded, _ = self._interview(folder, recorded=None, recording=options.divergence)
+        elif against is not None:
+            earlier = read_evaluation(against) if isinstance(against, Path) else against
+            base = self._judged_anew(earlier)
+        if endpoint is not None:
+            found, moved = self._query(model, endpoint), None
+        else:
+            found, _, moved = self._interview(model, recorded=recorded, recording=False)
+        if referee is not None:
+            base = base and self._refer(referee, base)
+            found = self._refer(referee, found)
+        if base is None:
+            return found
+        comparison = compare(found, base, moved)
+        if options.divergence and moved is None:
+            why = (
+                "the base is an evaluation and no model"
+                if folder is None
+                else "there are no unrelated questions"
+                if recorded is None
+                else "the model gives no numbers"
+            )
+            comparison = dataclasses.replace(comparison, notes=(*comparison.notes, f"divergence not measured: {why}"))
+        return dataclasses.replace(found, base=base, comparison=comparison)
+
+    # ------------------------------------------------------------------------------------ a model here
+
+    def _interview(
+        self, folder: Path, *, recorded: _Recorded | None, recording: bool
+    ) -> tuple[Evaluation, _Recorded | None, Divergence | None]:
+        """Asks a model that runs here, and measures it while it is in memory."""
+        options = self._options
+        checkpoint = open_model(folder)
+        device = resolve_device(options.device)
+        versions = _versions()
+        asked = {
+            "length": options.length,
+            "thinking": options.thinking,
+            "batch": options.batch,
+            "dtype": "float32" if options.dtype == "auto" and device.type == "cpu" else options.dtype,
+            "device": device.type,
+        }
+        model = Model(folder.resolve().name, model_digest(checkpoint))
+        keys = [_key(model.sha256, versions, asked, question.turn.messages()) for question in self._questions]
+        text, kept, moved = None, None, None
+        with speaking(folder, dtype=options.dtype, device=options.device) as speaker:
+            self._progress.note(f"{model.name}: {len(keys)} questions, on {device}")
+            prompts = [speaker.prompt(question, thinking=options.thinking) for question in self._questions]
+            for rows in batches(self._questions, options.batch):
+                if not all(keys[row] in self._journal for row in rows):
+                    replies = speaker.replies([prompts[row] for row in rows], tokens=options.length)
+                    self._journal.keep({keys[row]: reply for row, reply in zip(rows, replies, strict=True)})
+                self._advance(len(rows))
+            replies = [self._journal[key] for key in keys]
+            if self._text is not None:
+                name, digest, content = self._text
+                text = Text(name, digest, perplexity(speaker, content))
+                self._advance(1)
+            if recorded is not None:
+                moved = divergence(speaker, recorded.forced, recorded.recording)
+                self._advance(1)
+            if recording and (forced := self._forced(speaker, replies)):
+                kept = _Recorded(forced, record(speaker, forced))
+                self._advance(1)
+        return self._evaluation(model, asked, versions, replies, text), kept, moved
+
+    def _forced(self, speaker: Speaker, replies: Sequence[Reply]) -> list[Forced]:
+        """Returns the unrelated questions with the model's own answers as responses."""
+        forced = []
+        for question, reply in zip(self._questions, replies, strict=True):
+            if question.group == "unrelated":
+                prompt = speaker.prompt(question, thinking=self._options.thinking)
+                said = reply.text.removeprefix("<think>") if prompt.thinks else reply.text
+                response = speaker.encode(said)
+                if speaker.most is not None:
+                    response = response[: speaker.most - len(prompt.tokens)]
+                forced.append(Forced(prompt.tokens, response, reply.ended))
+        return forced
+
+    # ------------------------------------------------------------------------------------ an endpoint
+
+    def _query(self, model: Path, endpoint: Endpoint) -> Evaluation:
+        """Asks a model that an endpoint serves."""
+        options = self._options
+        known = model_digest(open_model(model)) if model.is_dir() else None
+        asked = {"length": options.length, "thinking": options.thinking}
+        messages = [question.turn.messages() for question in self._questions]
+        replies = self._chat(endpoint, messages, known, options.length, thinking=options.thinking, greedy=True)
+        name = model.resolve().name if model.is_dir() else str(model)
+        return self._evaluation(Model(name, known, endpoint.model), asked, {}, replies, None)
+
+    def _refer(self, endpoint: Endpoint, evaluation: Evaluation) -> Evaluation:
+        """Has a language model judge the answers that have no single right one."""
+        by_id = {question.id: question for question in self._questions}
+        contested = [answer for answer in evaluation.answers if answer.exact is None]
+        messages = [judge_messages(by_id[answer.id], answer.text) for answer in contested]
+        replies = self._chat(endpoint, messages, None, _JUDGE_TOKENS, thinking=False, greedy=False)
+        said = {answer.id: reply for answer, reply in zip(contested, replies, strict=True)}
+        answers = tuple(
+            dataclasses.replace(answer, judged=read_verdict(said[answer.id].text), said=said[answer.id].text)
+            if answer.id in said
+            else answer
+            for answer in evaluation.answers
+        )
+        return dataclasses.replace(evaluation, answers=answers, judge=endpoint.model)
+
+    def _chat(
+        self,
+        endpoint: Endpoint,
+        messages: Sequence[Messages],
+        known: str | None,
+        tokens: int,
+        *,
+        thinking: bool,
+        greedy: bool,
+    ) -> list[Reply]:
+        where = {"endpoint": endpoint.url, "model": endpoint.model, "sha256": known}
+        keys = [_key(where, tokens, thinking, each) for each in messages]
+        open_ones = {key: each for key, each in zip(keys, messages, strict=True) if key not in self._journal}
+        self._progress.note(f"{endpoint.model} at {endpoint.url}: {len(open_ones)} of {len(keys)} to ask")
+        self._advance(len(keys) - len(open_ones))
+
+        asked = list(open_ones)
+
+        def answered(number: int, reply: Reply) -> None:
+            self._journal.keep({asked[number]: reply})
+            self._advance(1)
+
+        chat(
+            endpoint,
+            list(open_ones.values()),
+            ChatOptions(tokens=tokens, thinking=thinking, at_once=self._options.batch, greedy=greedy),
+            answered,
+            self._progress.note,
+        )
+        return [self._journal[key] for key in keys]
+
+    # ------------------------------------------------------------------------------------ both
+
+    def _evaluation(
+        self,
+        model: Model,
+        asked: Mapping[str, Any],
+        versions: Mapping[str, str],
+        replies: Sequence[Reply],
+        text: Text | None,
+    ) -> Evaluation:
+        answers = tuple(_judged(question, reply) for question, reply in zip(self._questions, replies, strict=True))
+        return Evaluation(model, asked, versions, questions_digest(self._questions), answers, text)
+
+    def _judged_anew(self, earlier: Evaluation) -> Evaluation:
+        """Returns an earlier evaluation's answers to these questions, judged by what the questions say now."""
+        found = {(answer.id, answer.prompt, answer.system): answer for answer in earlier.answers}
+        answers = []
+        for question in self._questions:
+            answer = found.get((question.id, question.prompt, question.system))
+            if answer is None:
+                raise EvaluateError(
+                    f"question {question.id}: {earlier.model.name} was not asked it in these words; evaluate it with "
+                    "the same questions"
+                )
+            answers.append(_judged(question, answer.reply))
+        return dataclasses.replace(
+            earlier,
+            questions=questions_digest(self._questions),
+            answers=tuple(answers),
+            judge=None,
+            base=None,
+            comparison=None,
+        )
+
+    def _plan(self, *, models: int, referee: bool, evaluations: int) -> None:
+        """Counts the steps to come."""
+        contested = sum(not _is_control(question) for question in self._questions)
+        unrelated = any(question.group == "unrelated" for question in self._questions)
+        self._total = models * (len(self._questions) + (self._text is not None)) + evaluations * contested * referee
+        self._total += 2 * (models > 1 and unrelated and self._options.divergence)
+
+    def _advance(self, count: int) -> None:
+        self._done += count
+        self._progress.count(self._done, self._total)
+
+
+def _judged(question: Question, reply: Reply) -> Answer:
+    parted = without_thoughts(reply.text)
+    control = _is_control(question)
+    return Answer(
+        id=question.id,
+        language=question.language,
+        group=question.group,
+        prompt=question.prompt,
+        system=question.system,
+        text=parted.answer,
+        raw=None if reply.text == parted.answer else reply.text,
+        ended=reply.ended,
+        verdict=judge(parted.answer, question),
+        accepted=question.answers,
+        exact=_plain(parted.answer) in map(_plain, question.answers) if control else None,
+        given=correct(parted.answer, question) if control else None,
+    )
+
+
+def _is_control(question: Question) -> bool:
+    return question.group in ("related", "unrelated") and bool(question.answers)
+
+
+def _plain(text: str) -> str:
+    """Returns a text without what an exact match does not mind: case, width, spaces and final punctuation."""
+    return re.sub(r"[\s.。!?…]+$", "", " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
+
+
+def _keyed(evaluation: Evaluation) -> dict[str, Reply]:
+    """Returns what the models of an evaluation said, by what they were asked."""
+    replies = {} if evaluation.base is None else _keyed(evaluation.base)
+    for answer in evaluation.answers:
+        messages = Turn(answer.prompt, None, answer.system).messages()
+        key = _key(evaluation.model.sha256, evaluation.versions, evaluation.options, messages)
+        replies[key] = answer.reply
+    return replies
+
+
+def _key(*content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise EvaluateError(
+            f"evaluate runs the model with transformers, and {error.name} is not installed; "
+            "`pip install 'ablate-shards[lora]'`, or serve the model and use --endpoint"
+        ) from error
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _read_text(path: Path) -> tuple[str, str, str]:
+    """Returns a text's name, digest and content."""
+    try:
+        raw = path.read_bytes()
+        return path.name, hashlib.sha256(raw).hexdigest(), raw.decode("utf-8-sig")
+    except OSError as error:
+        raise EvaluateError(f"{path}: cannot be read ({error.strerror}); --text names another text") from error
+    except UnicodeDecodeError as error:
+        raise EvaluateError(f"{path}: expected text in UTF-8, found another encoding ({error.reason})") from error
+
+
+def _check(
+    model: Path, questions: Sequence[Question], options: EvaluateOptions, against: Path | Evaluation | None
+) -> None:
+    if not questions:
+        raise EvaluateError("there are no questions to ask; expected at least one")
+    for name in ("length", "batch", "timeout"):
+        if getattr(options, name) <= 0:
+            raise UsageError(f"--{name}: expected more than 0, found {getattr(options, name)}")
+    for name in ("endpoint", "judge"):
+        if getattr(options, name) is None and getattr(options, f"{name}_model") is not None:
+            raise UsageError(f"--{name}-model: names a model of --{name}, which is not given")
+    if isinstance(against, Path):
+        if options.endpoint is not None and against.is_dir():
+            raise UsageError(
+                f"{against}: with --endpoint, the base is an evaluation; serve and evaluate the base first, and name "
+                "the file that this wrote"
+            )
+        if not against.exists():
+            raise EvaluateError(f"{against}: no such checkpoint folder or evaluation")
+        if against.is_dir() and against.resolve() == model.resolve():
+            raise UsageError(f"{against}: is MODEL itself; name the model that it was made from")
+
+
+def _check_out(out: Path, *, overwrite: bool) -> None:
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UsageError(f"{out}: expected a file in a folder that exists; make the folder first, or name another file")
+    if not out.exists():
+        return
+    if not overwrite:
+        raise EvaluateError(f"{out}: already exists; --overwrite replaces it, or name another file with --out")
+    try:
+        read_evaluation(out)
+    except AblateError as error:
+        raise EvaluateError(
+            f"{out}: already exists and is no evaluation, so it is not replaced; name another file with --out"
+        ) from error

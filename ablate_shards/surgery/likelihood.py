@@ -1,0 +1,245 @@
+"""Measures what greedy answers hide: how far the distributions of the next token moved, and how text is predicted."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ablate_shards.errors import EvaluateError
+from ablate_shards.surgery.answers import Speaker
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Divergence", "Forced", "Perplexity", "Recording", "divergence", "perplexity", "record"]
+
+#: Tokens of a window of text, and how many of them are scored; the others are what comes before.
+_WINDOW = 512
+_STRIDE = 256
+#: Numbers of float64 held at a time for distributions over the vocabulary: 64 MiB each.
+_MOST_NUMBERS = 1 << 23
+
+
+@dataclass(frozen=True, slots=True)
+class Forced:
+    """A prompt and the response that is laid into a model's mouth.
+
+    Attributes:
+        prompt: Tokens of the chat up to where the model answers.
+        response: Tokens of the response, possibly none.
+        ended: Whether the response is complete, so that its end is a prediction to compare too.
+    """
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+    ended: bool
+
+    @property
+    def places(self) -> slice:
+        """The positions that predict a token of the response, or its end; the first always is one."""
+        first = len(self.prompt) - 1
+        return slice(first, first + max(1, len(self.response) + self.ended))
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What a model computes over some responses, small enough to be kept when the model is gone.
+
+    The distributions themselves would be a vocabulary of numbers per token; the states from which the output head
+    makes them are some hundred times fewer.
+
+    Attributes:
+        head: The output head, a copy on the CPU.
+        states: What it was given at each place of each response, ``[places, d]`` on the CPU.
+    """
+
+    head: Any
+    states: Sequence["torch.Tensor"]
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """KL(base ‖ edited) of the distributions of the next token, in nats.
+
+    Attributes:
+        first: Mean over the prompts, at the first token of the response.
+        tokens: Mean over all tokens of all responses, their ends included.
+        prompts: How many prompts.
+        count: How many tokens.
+    """
+
+    first: float
+    tokens: float
+    prompts: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """How well a model predicts a text.
+
+    Attributes:
+        nats: Mean negative log-likelihood of a token.
+        tokens: How many tokens were predicted.
+    """
+
+    nats: float
+    tokens: int
+
+    @property
+    def value(self) -> float:
+        """The perplexity, infinite where it is beyond a float."""
+        return math.exp(self.nats) if self.nats < 709 else math.inf
+
+
+def record(speaker: Speaker, forced: Sequence[Forced]) -> Recording:
+    """Runs a model over responses and keeps what its output head is given.
+
+    Raises:
+        EvaluateError: The model has no output head, or fails.
+    """
+    import copy
+
+    head = _head(speaker)
+    return Recording(copy.deepcopy(head).cpu(), [_states(speaker, head, each).cpu() for each in forced])
+
+
+def divergence(speaker: Speaker, forced: Sequence[Forced], base: Recording) -> Divergence | None:
+    """Compares a model's distributions with those of the recorded one, over the same responses.
+
+    The recorded states go through the recorded head in the place of the model's own, so that whatever the model does
+    to the logits after its head is done to both. Log-softmax and sums in float64.
+
+    Args:
+        speaker: The model to compare.
+        forced: What was recorded, at least one.
+        base: The recording.
+
+    Returns:
+        The divergence, or None where a distribution is not one (not a number).
+
+    Raises:
+        EvaluateError: The vocabularies differ, or the model fails.
+    """
+    own = _head(speaker)
+    if len(own.weight) != len(base.head.weight):
+        raise EvaluateError(
+            f"{speaker.folder}: its vocabulary has {len(own.weight)} tokens, that of the base "
+            f"{len(base.head.weight)}, so their distributions cannot be compared; use --no-divergence"
+        )
+    head = base.head.to(speaker.device)
+    first, total, count = 0.0, 0.0, 0
+    for each, states in zip(forced, base.states, strict=True):
+        # Both in products of one shape, so that they are rounded alike.
+        found = _through(speaker, own, own, _states(speaker, own, each))
+        expected = _through(speaker, own, head, states.to(speaker.device))
+        values = _kl(expected, found)
+        first += values[0]
+        total += math.fsum(values)
+        count += len(values)
+    if not math.isfinite(total):
+        return None
+    return Divergence(first / len(forced), total / count, len(forced), count)
+
+
+def perplexity(speaker: Speaker, text: str) -> Perplexity | None:
+    """Measures how well a model predicts a plain text, without any chat template.
+
+    The text is read in windows of 512 tokens that overlap by half, each token predicted from at least 256 before it
+    where there are as many; sums in float64. The first token, or the one after the model's own opening token, is not
+    predicted from nothing.
+
+    Args:
+        speaker: The model.
+        text: Plain text.
+
+    Returns:
+        The perplexity, or None where the model gives no numbers.
+
+    Raises:
+        EvaluateError: The text has no two tokens, or the model fails.
+    """
+    import torch
+
+    opening = speaker.tokenizer.bos_token_id
+    tokens = (() if opening is None else (opening,)) + speaker.encode(text)
+    if len(tokens) < 2:
+        raise EvaluateError("the text for the perplexity is too short; expected some sentences")
+    window = _WINDOW if speaker.most is None else max(2, min(_WINDOW, speaker.most))
+    nats, done, start = 0.0, 1, 0
+    while done < len(tokens):
+        piece = tokens[start : start + window]
+        fresh = slice(done - start - 1, len(piece) - 1)
+        targets = torch.tensor(piece[fresh.start + 1 :])
+        logits = _logits(speaker, Forced(piece, (), ended=False))[0, fresh]
+        for rows, wanted in _split(logits, targets):
+            nats -= float(_logarithms(rows).cpu().gather(-1, wanted[:, None]).sum())
+        done = start + len(piece)
+        start = max(0, done - (window - min(_STRIDE, window // 2)))
+    return Perplexity(nats / (len(tokens) - 1), len(tokens) - 1) if math.isfinite(nats) else None
+
+
+def _head(speaker: Speaker) -> Any:
+    head = speaker.network.get_output_embeddings()
+    if head is None:
+        raise EvaluateError(f"{speaker.folder}: transformers finds no output head in the model; use --no-divergence")
+    return head
+
+
+def _states(speaker: Speaker, head: Any, forced: Forced) -> "torch.Tensor":
+    """Returns what the output head is given at the places of a response, ``[places, d]``."""
+    seen: list[torch.Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    try:
+        _logits(speaker, forced)
+    finally:
+        hook.remove()
+    return seen[0][0, forced.places]
+
+
+def _through(speaker: Speaker, own: Any, head: Any, states: "torch.Tensor") -> "torch.Tensor":
+    """Returns the logits that the model makes of some states with one head or another, ``[places, vocabulary]``.
+
+    The model runs on one token, and what its own head makes of that is replaced.
+    """
+    hook = own.register_forward_hook(lambda _module, _inputs, _output: head.forward(states[None]))
+    try:
+        return _logits(speaker, Forced((0,), (), ended=False))[0]
+    finally:
+        hook.remove()
+
+
+def _logits(speaker: Speaker, forced: Forced) -> "torch.Tensor":
+    """Returns the logits of every token, ``[1, tokens, vocabulary]``."""
+    import torch
+
+    ids = torch.tensor([forced.prompt + forced.response], device=speaker.device)
+    with speaker.computing():
+        logits: torch.Tensor = speaker.network(
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+        ).logits
+    return logits
+
+
+def _kl(expected: "torch.Tensor", found: "torch.Tensor") -> list[float]:
+    """Returns KL(expected ‖ found) of each row of logits, in nats."""
+    values: list[float] = []
+    for ours, theirs in _split(expected, found):
+        logp, logq = _logarithms(ours), _logarithms(theirs)
+        p = logp.exp()
+        # Where p is zero, so is its part, even if both logarithms are infinite.
+        values += (p * (logp - logq)).where(p > 0, 0.0).sum(-1).clamp(min=0).tolist()
+    return values
+
+
+def _logarithms(logits: "torch.Tensor") -> "torch.Tensor":
+    """Returns the logarithms of the distributions, in float64, which not every accelerator has."""
+    return (logits.cpu() if logits.device.type == "mps" else logits).double().log_softmax(-1)
+
+
+def _split(logits: "torch.Tensor", beside: "torch.Tensor") -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
+    """Yields as many rows of both at a time as fit into memory in float64."""
+    import torch
+
+    rows = max(1, _MOST_NUMBERS // logits.shape[-1])
+    yield from zip(torch.split(logits, rows), torch.split(beside, rows), strict=True)

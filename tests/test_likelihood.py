@@ -1,0 +1,206 @@
+"""Divergence and perplexity against the plain definitions, with both models at hand."""
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny_models import TINY_MODELS
+
+from ablate_shards.errors import EvaluateError
+from ablate_shards.surgery import likelihood
+from ablate_shards.surgery.answers import Speaker
+from ablate_shards.surgery.likelihood import Forced, divergence, perplexity, record
+
+FORCED = [
+    Forced((1, 5, 9), (11, 12, 13, 14), ended=True),
+    Forced((1, 6), (7,), ended=False),
+    Forced((1, 8, 4, 3), (), ended=True),
+    Forced((1, 8), (), ended=False),
+]
+PLACES = [5, 1, 1, 1]
+
+
+class Letters:
+    """A tokenizer of one token per letter."""
+
+    bos_token_id = None
+
+    def __call__(self, text, **_):
+        return {"input_ids": [3 + ord(letter) % 61 for letter in text]}
+
+
+def random_model(name="llama", seed=0, **settings):
+    torch.manual_seed(seed)
+    tiny = TINY_MODELS[name]
+    config = getattr(transformers, tiny.config)(**{**tiny.settings, **settings})
+    network = getattr(transformers, tiny.model)(config).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return network
+
+
+def speaker(network, most=64):
+    return Speaker(Path("model"), network, Letters(), torch.device("cpu"), (2,), 0, most)
+
+
+def nudged(network, seed=1):
+    other = copy.deepcopy(network)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return other
+
+
+def distributions(network, forced):
+    with torch.no_grad():
+        logits = network(torch.tensor([forced.prompt + forced.response])).logits[0]
+    return logits.double().softmax(-1)[forced.places]
+
+
+def naive(base, edited):
+    rows = []
+    for forced in FORCED:
+        p, q = distributions(base, forced), distributions(edited, forced)
+        rows.append((p * (p / q).log()).sum(-1).tolist())
+    first = sum(row[0] for row in rows) / len(rows)
+    flat = [value for row in rows for value in row]
+    return first, sum(flat) / len(flat)
+
+
+def test_the_places_are_those_that_predict_the_response():
+    assert [forced.places.stop - forced.places.start for forced in FORCED] == PLACES
+    assert FORCED[0].places == slice(2, 7)
+    assert FORCED[2].places == slice(3, 4)
+
+
+# Gemma 2 caps its logits after the head, the other ties the head to the embedding.
+@pytest.mark.parametrize(("name", "settings"), [("llama", {}), ("gemma2", {"final_logit_softcapping": 2.0})])
+def test_the_divergence_is_that_of_the_definition(name, settings):
+    base = random_model(name, **settings)
+    edited = nudged(base)
+    recording = record(speaker(base), FORCED)
+    assert all(states.shape[-1] == 32 for states in recording.states)
+
+    found = divergence(speaker(edited), FORCED, recording)
+
+    first, tokens = naive(base, edited)
+    assert found.first == pytest.approx(first, rel=1e-4)
+    assert found.tokens == pytest.approx(tokens, rel=1e-4)
+    assert (found.prompts, found.count) == (4, sum(PLACES))
+    assert found.tokens > 1e-4
+    # The other way round is another number.
+    assert naive(edited, base)[1] != pytest.approx(tokens, rel=1e-3)
+
+
+def test_the_cap_after_the_head_matters():
+    base = random_model("gemma2", final_logit_softcapping=2.0)
+    edited = nudged(base)
+    capped = divergence(speaker(edited), FORCED, record(speaker(base), FORCED))
+
+    base.config.final_logit_softcapping = edited.config.final_logit_softcapping = None
+
+    assert divergence(speaker(edited), FORCED, record(speaker(base), FORCED)).tokens > 1.1 * capped.tokens
+
+
+def test_a_model_does_not_diverge_from_itself():
+    network = random_model()
+
+    found = divergence(speaker(network), FORCED, record(speaker(network), FORCED))
+
+    assert (found.first, found.tokens) == (0.0, 0.0)
+
+
+def test_memory_does_not_change_the_divergence(monkeypatch):
+    base = random_model()
+    edited = nudged(base)
+    recording = record(speaker(base), FORCED)
+    whole = divergence(speaker(edited), FORCED, recording)
+
+    monkeypatch.setattr(likelihood, "_MOST_NUMBERS", 65)
+
+    pieces = divergence(speaker(edited), FORCED, recording)
+    assert pieces.tokens == pytest.approx(whole.tokens, rel=1e-12)
+
+
+def test_no_hook_stays_behind():
+    base = random_model()
+    recording = record(speaker(base), FORCED)
+    divergence(speaker(base), FORCED, recording)
+
+    head = base.get_output_embeddings()
+    assert not head._forward_hooks
+    assert not head._forward_pre_hooks
+    assert recording.head is not head
+
+
+def test_other_vocabularies_cannot_be_compared():
+    recording = record(speaker(random_model()), FORCED)
+
+    with pytest.raises(EvaluateError, match="its vocabulary has 70 tokens, that of the base 64"):
+        divergence(speaker(random_model(vocab_size=70)), FORCED, recording)
+
+
+def test_a_model_that_gives_no_numbers_is_not_measured():
+    base = random_model()
+    broken = copy.deepcopy(base)
+    with torch.no_grad():
+        broken.model.layers[0].mlp.down_proj.weight[0, 0] = math.nan
+
+    assert divergence(speaker(broken), FORCED, record(speaker(base), FORCED)) is None
+    assert perplexity(speaker(broken), "some text") is None
+
+
+def test_the_perplexity_is_that_of_the_definition():
+    network = random_model()
+    text = "the sun is warm, and so is the sand by the sea"
+    ids = torch.tensor([Letters()(text)["input_ids"]])
+    with torch.no_grad():
+        logs = network(ids).logits[0, :-1].double().log_softmax(-1)
+    expected = -logs.gather(-1, ids[0, 1:, None]).mean()
+
+    found = perplexity(speaker(network), text)
+
+    assert found.tokens == len(text) - 1
+    assert found.nats == pytest.approx(float(expected), rel=1e-5)
+    assert found.value == pytest.approx(math.exp(expected), rel=1e-4)
+
+
+def test_a_long_text_is_read_in_windows_and_every_token_is_predicted_once():
+    network = random_model()
+    text = "abcdefghijklmnopqrstuvwxyz" * 8
+    tokens = Letters()(text)["input_ids"]
+    window, stride, nats = 64, 32, 0.0
+    for place in range(1, len(tokens)):
+        # The window in which a token is new begins at a multiple of the stride.
+        start = 0 if place < window else (place - window) // stride * stride + stride
+        with torch.no_grad():
+            logits = network(torch.tensor([tokens[start:place]])).logits[0, -1]
+        nats -= float(logits.double().log_softmax(-1)[tokens[place]])
+
+    found = perplexity(speaker(network, most=64), text)
+
+    assert found.tokens == len(tokens) - 1
+    assert found.nats == pytest.approx(nats / found.tokens, rel=1e-4)
+
+
+def test_an_opening_token_makes_the_first_word_predictable():
+    network = random_model()
+    opened = speaker(network)
+    opened.tokenizer.bos_token_id = 1
+    try:
+        found = perplexity(opened, "ab")
+        assert found.tokens == 2
+    finally:
+        opened.tokenizer.bos_token_id = None
+    with pytest.raises(EvaluateError, match="too short"):
+        perplexity(opened, "a")
+
+
+def test_a_perplexity_beyond_a_float_is_infinite():
+    assert likelihood.Perplexity(710.0, 3).value == math.inf
+    assert likelihood.Perplexity(0.0, 3).value == 1.0
