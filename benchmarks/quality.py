@@ -54,9 +54,8 @@ def edits() -> Iterator[tuple[str, tuple[str, ...]]]:
             for preserve in PRESERVES:
                 flags = ("--layers", layers, "--coefficient", str(coefficient), "--preserve", preserve)
                 yield f"layers {layers}, best, {coefficient}, {preserve}", flags
-    for coefficient in ("1.0", "2.5"):
-        flags = ("--coefficient", coefficient, "--source-layer", "own")
-        yield f"layers 0-7, own, {coefficient}, rows", flags
+    for alpha in ("1.0", "2.5"):
+        yield f"layers 0-7, own, {alpha}, rows", ("--coefficient", alpha, "--source-layer", "own")
     yield "layers 0-7, best, 1.0, rows, not biprojected", ("--no-biproject",)
     for component in ("attention", "mlp"):
         yield f"layers 0-7, best, 1.0, rows, {component} only", ("--components", component)
