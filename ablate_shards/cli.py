@@ -17,6 +17,7 @@ from ablate_shards.commands.inspect import inspect
 from ablate_shards.commands.merge import merge
 from ablate_shards.commands.options import debug_flag
 from ablate_shards.commands.push import push
+from ablate_shards.commands.report import report
 from ablate_shards.commands.run import run
 from ablate_shards.commands.verify import verify
 from ablate_shards.errors import AblateError, UsageError
@@ -80,7 +81,7 @@ def cli() -> None:
     """
 
 
-for command in (ablate, capture, diff, directions, evaluate, finetune, inspect, merge, push, run, verify):
+for command in (ablate, capture, diff, directions, evaluate, finetune, inspect, merge, push, report, run, verify):
     cli.add_command(command)
 
 

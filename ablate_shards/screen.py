@@ -64,18 +64,18 @@ class ScreenProgress(Protocol):
         """Counts so many bytes more."""
 
     def count(self, done: int, total: int) -> None:
-        """Shows that some of so many layers are done."""
+        """Shows that some of so many are done: of layers, or of what the bar was made to count."""
 
     def note(self, text: str) -> None:
         """Shows one line."""
 
 
-def progress(*, quiet: bool) -> ScreenProgress:
+def progress(*, quiet: bool, counted: str = "layers") -> ScreenProgress:
     """Returns a bar for a terminal, plain lines for anything else, silence where quiet."""
     console = Console(stderr=True)
     if quiet:
         return _Silence()
-    return _Bar(console) if console.is_terminal else _Lines(console)
+    return _Bar(console, counted) if console.is_terminal else _Lines(console)
 
 
 class _Silence:
@@ -118,8 +118,9 @@ class _Lines(_Silence):
 
 
 class _Bar(_Silence):
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, counted: str) -> None:
         self._console = console
+        self._counted = counted
         self._progress: Progress | None = None
         self._task = TaskID(0)
 
@@ -137,7 +138,8 @@ class _Bar(_Silence):
 
     def count(self, done: int, total: int) -> None:
         if self._progress is None:
-            self._show("layers", total, BarColumn(), TextColumn("{task.completed}/{task.total}"))
+            columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+            self._show(self._counted, total, *columns)
         if self._progress is not None:
             self._progress.update(self._task, completed=done)
 

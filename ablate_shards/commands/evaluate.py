@@ -86,7 +86,7 @@ def evaluate(
     from ablate_shards.surgery.evaluation import evaluation_text
     from ablate_shards.surgery.samples import load_questions
 
-    progress = screen.progress(quiet=quiet or as_json)
+    progress = screen.progress(quiet=quiet or as_json, counted="questions")
     out = out or default_out(model)
     asked = load_questions(questions or QUESTIONS)
     with progress:

@@ -85,7 +85,7 @@ def finetune(model: Path, adapter: Path, *, data: Path, as_json: bool, quiet: bo
     from ablate_shards.surgery.samples import load_instructions
 
     options = FinetuneOptions(**settings)
-    progress = screen.progress(quiet=quiet or as_json)
+    progress = screen.progress(quiet=quiet or as_json, counted="steps")
     samples = load_instructions(data)
     with progress:
         done = train(model, adapter, samples, options, progress)
