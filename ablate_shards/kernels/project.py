@@ -14,18 +14,33 @@ cannot carry (strong cancellation, squares out of range) is done again in float6
 
 import importlib
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ablate_shards.errors import DirectionsError, PlanError
 from ablate_shards.kernels import reference
-from ablate_shards.kernels.project_torch import GROUP_ROWS, HIGH, LOW, TorchForm, in_range
+from ablate_shards.kernels.form import (
+    GREATEST,
+    GROUP_ROWS,
+    HIGH,
+    LOW,
+    Arithmetic,
+    Array,
+    Arrays,
+    StoredDtype,
+    extremes,
+    in_range,
+    stored_dtype,
+)
+from ablate_shards.kernels.project_numpy import NumpyArrays, NumpyForm, decoded, encode
 from ablate_shards.kernels.reference import DEGENERATE, Preserve
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = [
     "Form",
@@ -35,22 +50,26 @@ __all__ = [
     "ProjectOptions",
     "ProjectReport",
     "Projector",
+    "StoredDtype",
     "Workspace",
     "choose_form",
     "merge",
     "norm_drift",
     "project",
     "project_vector",
+    "vector_component",
 ]
 
-Form = Literal["reference", "torch", "triton"]
+_Weight = TypeVar("_Weight", np.ndarray, "Tensor")
+
+Form = Literal["reference", "numpy", "torch", "triton"]
 
 CHUNK_ROWS = 512
 CHUNK_ELEMENTS = 128 * 3584
 """Of a chunk: 1.8 MiB of float32 scratch, and twice that where float64 is needed."""
 BLOCK_ELEMENTS = 1 << 22
 ORTHONORMAL = 1e-9
-AMPLIFICATION = {torch.bfloat16: 8.0, torch.float16: 2.0, torch.float32: 4.0}
+AMPLIFICATION: dict[StoredDtype, float] = {"BF16": 8.0, "F16": 2.0, "F32": 4.0}
 """How much cancellation may amplify the rounding of float32 before float64 takes over."""
 
 
@@ -88,13 +107,13 @@ class Measure:
     """What a batch of stored matrices holds of the directions, and the norms an ablation preserves.
 
     Attributes:
-        norms: Norms of the preserved vectors ``[batch, vectors]``, float64 on the CPU; the columns' where
+        norms: Norms of the preserved vectors ``[batch, vectors]``, float64; the columns' where
             none are preserved.
         along: Per matrix, the squared norm of its component along the directions.
         total: Per matrix, its squared norm.
     """
 
-    norms: Tensor
+    norms: np.ndarray
     along: tuple[float, ...]
     total: tuple[float, ...]
 
@@ -130,7 +149,7 @@ def merge(measures: Iterable[Measure]) -> Measure:
     """
     parts = list(measures)
     return Measure(
-        norms=torch.cat([part.norms for part in parts]),
+        norms=np.concatenate([part.norms for part in parts]),
         along=tuple(value for part in parts for value in part.along),
         total=tuple(value for part in parts for value in part.total),
     )
@@ -139,71 +158,51 @@ def merge(measures: Iterable[Measure]) -> Measure:
 def norm_drift(before: Measure, after: Measure) -> float:
     """Return the largest ``|after / before - 1|`` over the vectors whose norm was not zero."""
     present = before.norms > 0
-    change = (after.norms[present] / before.norms[present] - 1).abs()
-    return float(change.max()) if change.numel() else 0.0
+    change = np.abs(after.norms[present] / before.norms[present] - 1)
+    return float(change.max(initial=0.0))
 
 
-def choose_form(device: torch.device, *, form: Form | Literal["auto"] = "auto") -> tuple[Form, str]:
+def choose_form(
+    device: "torch.device | str", *, form: Form | Literal["auto"] = "auto", numpy: bool = False
+) -> tuple[Form, str]:
     """Choose the form that suits a device, and say why in a few words.
 
     Args:
-        device: Where the tensors will be.
+        device: Where the blocks will be.
         form: A form to insist on, or ``auto``.
+        numpy: Whether there is a NumPy form of what is to be done, as there is of an ablation.
     """
+    kind = str(device).partition(":")[0]
     if form != "auto":
         return form, "asked for"
-    if device.type not in ("cuda", "xpu"):
-        return "torch", f"Triton does not run on {device.type}"
+    if kind == "cpu" and numpy:
+        return "numpy", "a CPU needs no torch for this, which takes longer to import"
+    if kind not in ("cuda", "xpu"):
+        return "torch", f"Triton does not run on {kind}"
     try:
         importlib.import_module("triton")
     except ImportError:
         return "torch", "triton is not installed"
-    return "triton", f"Triton runs on {device.type}"
-
-
-class _Arithmetic(Protocol):
-    """The sums and the update in one precision; :class:`TorchForm` documents the methods."""
-
-    precision: torch.dtype
-
-    def rows(self, block: Tensor, weights: Tensor | None, *, squares: bool) -> Tensor: ...
-    def add_columns(
-        self,
-        block: Tensor,
-        weights: Tensor | None,
-        into: Tensor,
-        *,
-        squares: bool,
-        unsafe: Container[tuple[int, int]] | None,
-        repair: Callable[[int, int], Tensor],
-    ) -> None: ...
-    def update(
-        self,
-        block: Tensor,
-        source: Tensor,
-        scale: Tensor | None,
-        row_factor: Tensor,
-        column_factor: Tensor,
-    ) -> None: ...
+    return "triton", f"Triton runs on {kind}"
 
 
 class _Piece(NamedTuple):
     """Rows ``span`` of the matrices ``entries`` of a batch, and what computes them."""
 
-    form: _Arithmetic
+    form: Arithmetic
     entries: slice
     span: slice
-    view: Tensor
+    view: Array
 
 
 class _Pair(NamedTuple):
     """Factors ``[1 or matrices, k, length]`` in both precisions."""
 
-    single: Tensor
-    double: Tensor
+    single: Array
+    double: Array
 
-    def of(self, form: _Arithmetic) -> Tensor:
-        return self.double if form.precision == torch.float64 else self.single
+    def of(self, form: Arithmetic) -> Array:
+        return self.double if form.is_double else self.single
 
     def part(self, span: slice) -> "_Pair":
         return _Pair(self.single[..., span], self.double[..., span])
@@ -223,47 +222,62 @@ class _Factors(NamedTuple):
         still: Vectors without a component, whose bytes must not change.
     """
 
-    scale: Tensor
-    factor: Tensor
-    doubtful: Tensor | None = None
-    parallel: Tensor | None = None
-    still: Tensor | None = None
+    scale: Array
+    factor: Array
+    doubtful: Array | None = None
+    parallel: Array | None = None
+    still: Array | None = None
 
 
 class Workspace:
     """Where and how to compute, with scratch memory that is kept from one matrix to the next; one per thread.
 
     Args:
-        device: Where the blocks are.
-        form: ``torch`` or ``triton``.
-        chunks_at_once: How much scratch memory float32 takes, in chunks of 1.8 MiB; the result does not depend on it.
+        device: Where the blocks are: ``cpu``, ``cuda:0`` or any other that torch knows.
+        form: ``numpy``, ``torch`` or ``triton``.
+        chunks_at_once: How much scratch memory torch takes for float32, in chunks of 1.8 MiB; the result does not
+            depend on it.
+
+    Attributes:
+        arrays: Where blocks and sums live.
     """
 
-    def __init__(self, device: torch.device, form: Form, *, chunks_at_once: int = 2) -> None:
-        self.device = device
-        self._chunks_at_once = chunks_at_once
-        # MPS has no float64, and not every XPU has it.
-        self.state = device if device.type in ("cpu", "cuda") else torch.device("cpu")
+    def __init__(self, device: "torch.device | str", form: Form, *, chunks_at_once: int = 2) -> None:
         self._form = form
-        self._kept: tuple[_Arithmetic, TorchForm] | None = None
+        self._chunks_at_once = chunks_at_once
+        self._kept: tuple[tuple[int, int], Arithmetic, Arithmetic] | None = None
+        self.arrays: Arrays
+        if form == "numpy":
+            self.arrays = NumpyArrays()
+        else:
+            import torch
 
-    def forms(self, chunk_rows: int, cols: int) -> tuple[_Arithmetic, _Arithmetic]:
+            from ablate_shards.kernels.project_torch import TorchArrays
+
+            self.arrays = TorchArrays(torch.device(device))
+
+    def forms(self, chunk_rows: int, cols: int) -> tuple[Arithmetic, Arithmetic]:
         """Return the arithmetic for matrices cut into chunks: in float32, and in float64."""
-        if self._kept is None or (self._kept[1].chunk_rows, self._kept[1].cols) != (chunk_rows, cols):
+        if self._kept is None or self._kept[0] != (chunk_rows, cols):
             self._kept = None
-            self._kept = (
-                self._single(chunk_rows, cols),
-                TorchForm(torch.float64, chunk_rows, cols, self.state, self.state),
-            )
-        return self._kept
+            self._kept = ((chunk_rows, cols), *self._forms(chunk_rows, cols))
+        return self._kept[1:]
 
-    def _single(self, chunk_rows: int, cols: int) -> _Arithmetic:
+    def _forms(self, chunk_rows: int, cols: int) -> tuple[Arithmetic, Arithmetic]:
+        if isinstance(self.arrays, NumpyArrays):
+            return NumpyForm(np.float32, chunk_rows, cols), NumpyForm(np.float64, chunk_rows, cols)
+        # Torch and Triton are imported only where they run.
+        import torch
+
+        from ablate_shards.kernels.project_torch import TorchForm
+
+        device, state = self.arrays.device, self.arrays.state_device
+        double = TorchForm(torch.float64, chunk_rows, cols, state, state)
         if self._form != "triton":
-            return TorchForm(torch.float32, chunk_rows, cols, self.device, self.state, self._chunks_at_once)
-        # Triton is imported only where it runs.
+            return TorchForm(torch.float32, chunk_rows, cols, device, state, self._chunks_at_once), double
         from ablate_shards.kernels.project_triton import TritonForm
 
-        return TritonForm(chunk_rows, self.state)
+        return TritonForm(chunk_rows, state), double
 
 
 class _Stream:
@@ -271,14 +285,14 @@ class _Stream:
 
     def __init__(
         self,
-        basis: Tensor,
+        basis: np.ndarray,
         shape: tuple[int, int, int],
-        dtype: torch.dtype,
+        dtype: StoredDtype,
         options: ProjectOptions,
         workspace: Workspace,
     ) -> None:
         if dtype not in AMPLIFICATION:
-            raise PlanError(f"dtype: expected bfloat16, float16 or float32, found {dtype}")
+            raise PlanError(f"dtype: expected BF16, F16 or F32, found {dtype}")
         self._batch, self._rows, self._cols = shape
         residual = self._rows if options.axis == -2 else self._cols
         if basis.ndim != 2 or len(basis) == 0 or basis.shape[1] != residual:
@@ -286,8 +300,8 @@ class _Stream:
                 f"directions: expected [k, {residual}] for a weight of shape {list(shape)} "
                 f"with the residual axis {options.axis}, found {list(basis.shape)}"
             )
-        basis = basis.to("cpu", torch.float64)
-        error = float((basis @ basis.mT - torch.eye(len(basis), dtype=torch.float64)).abs().max())
+        basis = np.ascontiguousarray(basis, np.float64)
+        error = float(np.abs(basis @ basis.T - np.eye(len(basis))).max())
         if not error <= ORTHONORMAL:
             raise DirectionsError(
                 f"directions: expected orthonormal rows, found a deviation of {error:.1e}; "
@@ -299,9 +313,9 @@ class _Stream:
         self._norms_in_rows = (options.preserve == "rows") == (options.axis == -2)
         self._chunk = _chunk_rows(self._cols)
         self._single, self._double = workspace.forms(self._chunk, self._cols)
-        self._state, self._device = workspace.state, workspace.device
-        self._basis = self._pair(basis[None].to(self._state))
-        count = basis.shape[0]
+        self._arrays, self._xp = workspace.arrays, workspace.arrays.xp
+        self._basis = self._pair(self._arrays.state(basis[None]))
+        count = len(basis)
         lines = count * (not self._dots_in_rows) + (not self._norms_in_rows)
         self._column_sums = self._zeros(lines, self._cols)
         self._squares = self._zeros(self._rows) if self._norms_in_rows else self._column_sums[:, -1]
@@ -315,25 +329,33 @@ class _Stream:
     @property
     def nonfinite(self) -> int:
         """Preserved vectors that hold a NaN or an infinity; true once every pass is done."""
-        return int((~self._squares.isfinite()).sum())
+        return int((~self._xp.isfinite(self._squares)).sum())
 
     @property
     def nonfinite_entries(self) -> tuple[int, ...]:
         """The matrices of the batch that hold these vectors."""
-        return tuple((~self._squares.isfinite()).any(dim=1).nonzero().flatten().tolist())
+        return tuple(self._entries(~self._xp.isfinite(self._squares)))
 
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(self._batch, *shape, dtype=torch.float64, device=self._state)
+    def _zeros(self, *shape: int) -> Array:
+        return self._arrays.zeros(self._batch, *shape)
 
-    def _pair(self, double: Tensor) -> _Pair:
-        return _Pair(double.to(torch.float32).to(self._device), double)
+    def _pair(self, double: Array) -> _Pair:
+        return _Pair(self._arrays.single(double), double)
+
+    def _entries(self, mask: Array) -> list[int]:
+        """The matrices of the vectors ``[matrices, vectors]`` that a mask marks."""
+        return [entry for entry, found in enumerate(mask.any(1).tolist()) if found]
+
+    def _inverse(self, squares: Array) -> Array:
+        """Return one over the norms, 0 for a norm of 0."""
+        return self._xp.where(squares > 0, squares**-0.5, 0.0)
 
     def _measured(self) -> Measure:
-        squares, dots = self._squares.cpu(), self._dots.cpu()
+        squares, dots = self._arrays.host(self._squares), self._arrays.host(self._dots)
         return Measure(
-            norms=squares.sqrt(),
-            along=tuple(_sum(matrix.square()) for matrix in dots),
-            total=tuple(_sum(matrix) for matrix in squares),
+            norms=np.sqrt(squares),
+            along=tuple(float(np.sum(matrix * matrix)) for matrix in dots),
+            total=tuple(float(np.sum(matrix)) for matrix in squares),
         )
 
     def _measure(self, piece: _Piece) -> None:
@@ -351,10 +373,10 @@ class _Stream:
                 self._squares[entries, span] = self._row_sums(piece, None, squares=True)[:, 0]
             self._add_columns(piece, self._basis.part(span), self._column_sums, squares=not self._norms_in_rows)
 
-    def _row_sums(self, piece: _Piece, weights: _Pair | None, *, squares: bool) -> Tensor:
+    def _row_sums(self, piece: _Piece, weights: _Pair | None, *, squares: bool) -> Array:
         """Row sums of a piece ``[matrices, k (+ 1), rows]``, float64, with unsafe chunks done exactly."""
-        sums = piece.form.rows(piece.view, weights and weights.of(piece.form), squares=squares).to(self._state)
-        if piece.form is self._double or self._dtype == torch.float16:
+        sums = piece.form.rows(piece.view, weights and weights.of(piece.form), squares=squares)
+        if piece.form is self._double or self._dtype == "F16":
             return sums
         if squares:
             guarded = sums[:, -1]
@@ -362,7 +384,7 @@ class _Stream:
             guarded = self._squares[piece.entries, piece.span]
         else:
             # Products alone: only their overflow shows, and only it matters.
-            guarded = 1 + sums.abs().amax(dim=1)
+            guarded = 1 + self._xp.amax(abs(sums), 1)
         for entry, chunk in self._unsafe(guarded):
             part = self._chunk_of(piece, entry, chunk)
             chosen = weights and weights.entries(slice(entry, entry + 1)).double
@@ -370,14 +392,16 @@ class _Stream:
             sums[entry, :, low : low + self._chunk] = part.form.rows(part.view, chosen, squares=squares)[0]
         return sums
 
-    def _add_columns(self, piece: _Piece, weights: _Pair | None, into: Tensor, *, squares: bool) -> None:
+    def _add_columns(self, piece: _Piece, weights: _Pair | None, into: Array, *, squares: bool) -> None:
         """Add the column sums of a piece to ``into``, float64, with unsafe chunks done exactly."""
 
-        def repair(entry: int, chunk: int) -> Tensor:
+        arrays = self._arrays
+
+        def repair(entry: int, chunk: int) -> Array:
             part = self._chunk_of(piece, entry, chunk)
             low = part.span.start - piece.span.start
             chosen = weights and weights.entries(slice(entry, entry + 1)).part(slice(low, low + self._chunk))
-            sums = into.new_zeros(1, *into.shape[1:])
+            sums = arrays.zeros(1, *into.shape[1:])
             # Not "repair" itself: a function that refers to itself keeps the scratch until a collection.
             part.form.add_columns(
                 part.view, chosen and chosen.double, sums, squares=squares, unsafe=(), repair=_needless
@@ -385,7 +409,7 @@ class _Stream:
             return sums[0]
 
         unsafe: list[tuple[int, int]] | None = []
-        if piece.form is self._single and self._dtype != torch.float16:
+        if piece.form is self._single and self._dtype != "F16":
             if squares:
                 unsafe = None
             elif self._norms_in_rows:
@@ -394,13 +418,13 @@ class _Stream:
         into = into[piece.entries]
         piece.form.add_columns(piece.view, chosen, into, squares=squares, unsafe=unsafe, repair=repair)
 
-    def _unsafe(self, squares: Tensor) -> list[tuple[int, int]]:
+    def _unsafe(self, squares: Array) -> list[tuple[int, int]]:
         """Matrix and chunk of the rows ``[matrices, rows]`` whose squares float32 cannot carry."""
         return [] if in_range(squares) else self._chunks_with(~((squares > LOW) & (squares < HIGH)))
 
-    def _chunks_with(self, mask: Tensor) -> list[tuple[int, int]]:
+    def _chunks_with(self, mask: Array) -> list[tuple[int, int]]:
         """Matrix and chunk of the rows that a mask ``[matrices, rows]`` marks."""
-        return sorted({(entry, row // self._chunk) for entry, row in mask.nonzero().tolist()})
+        return sorted({(entry, row // self._chunk) for entry, row in self._xp.argwhere(mask).tolist()})
 
     def _chunk_of(self, piece: _Piece, entry: int, chunk: int) -> _Piece:
         """One chunk of a piece, for float64."""
@@ -409,11 +433,9 @@ class _Stream:
         first, start = piece.entries.start + entry, piece.span.start + low
         return _Piece(self._double, slice(first, first + 1), slice(start, start + view.shape[1]), view)
 
-    def _pieces(
-        self, block: Tensor, start: int, entries: Sequence[int], exact: Container[int] = ()
-    ) -> Iterator[_Piece]:
+    def _pieces(self, block: Array, start: int, entries: Sequence[int], exact: Container[int] = ()) -> Iterator[_Piece]:
         """Split a block into what each precision computes at once."""
-        if block.numel() == 0:
+        if 0 in block.shape:
             return
         span = slice(start, start + block.shape[1])
         single = [entry for entry in entries if entry not in exact]
@@ -425,7 +447,7 @@ class _Stream:
             yield _Piece(form, slice(entry, entry + 1), span, block[entry : entry + 1])
 
 
-def _needless(entry: int, chunk: int) -> Tensor:
+def _needless(entry: int, chunk: int) -> Array:
     raise AssertionError(f"float64 sums of chunk {chunk} of matrix {entry} cannot need repair")
 
 
@@ -435,7 +457,7 @@ class Meter(_Stream):
     Args:
         basis: ``[k, d]`` float64, orthonormal rows.
         shape: Matrices, stored rows, stored columns.
-        dtype: bfloat16, float16 or float32.
+        dtype: What the matrices are stored in.
         options: Says which norms are meant and where the residual axis lies.
         workspace: Where and how to compute.
 
@@ -444,10 +466,11 @@ class Meter(_Stream):
         PlanError: The dtype is not one of the three.
     """
 
-    def add(self, block: Tensor, start: int) -> None:
+    def add(self, block: Array, start: int) -> None:
         """Take the rows from ``start``: ``[matrices, rows, cols]`` in the storage dtype, in order."""
-        for piece in self._pieces(block, start, range(self._batch)):
-            self._measure(piece)
+        with self._arrays.quiet():
+            for piece in self._pieces(block, start, range(self._batch)):
+                self._measure(piece)
 
     def result(self) -> Measure:
         """Return the measure of all that was added."""
@@ -463,7 +486,7 @@ class Projector(_Stream):
     Args:
         basis: ``[k, d]`` float64, orthonormal rows.
         shape: Matrices, stored rows, stored columns.
-        dtype: bfloat16, float16 or float32.
+        dtype: What the matrices are stored in.
         options: The coefficient, the norms to preserve, the residual axis.
         workspace: Where and how to compute.
 
@@ -474,16 +497,16 @@ class Projector(_Stream):
 
     def __init__(
         self,
-        basis: Tensor,
+        basis: np.ndarray,
         shape: tuple[int, int, int],
-        dtype: torch.dtype,
+        dtype: StoredDtype,
         options: ProjectOptions,
         workspace: Workspace,
     ) -> None:
         super().__init__(basis, shape, dtype, options, workspace)
         self._degenerate = 0
         self._exact: set[int] = set()
-        self._doubtful = torch.zeros(self._batch, 1, dtype=torch.bool, device=self._state)
+        self._doubtful: set[int] = set()
         # Rows of a matrix stored [n, d] need their norms first: Q comes from a pass of its own.
         self._mixes_apart = options.preserve == "rows" and self._dots_in_rows
         self._plan: list[tuple[str, tuple[int, ...]]] = []
@@ -498,7 +521,7 @@ class Projector(_Stream):
             self._column_sums = self._zeros(2 * count, self._cols)
             self._dots, self._mixed = self._column_sums[:, :count], self._column_sums[:, count:]
         self._amplification = AMPLIFICATION[dtype]
-        self._largest_norm = torch.finfo(dtype).max / (2 * (1 + abs(options.coefficient)))
+        self._largest_norm = GREATEST[dtype] / (2 * (1 + abs(options.coefficient)))
 
     @property
     def passes(self) -> int:
@@ -510,7 +533,7 @@ class Projector(_Stream):
         """Vectors whose component was removed without rescaling; true after the apply pass."""
         return self._degenerate
 
-    def gather(self, step: int, block: Tensor, start: int) -> None:
+    def gather(self, step: int, block: Array, start: int) -> None:
         """Take rows in one of the gather passes.
 
         Args:
@@ -518,81 +541,85 @@ class Projector(_Stream):
             block: ``[matrices, rows, cols]`` in the storage dtype, on the device.
             start: The first of its rows.
         """
+        with self._arrays.quiet():
+            self._gather(step, block, start)
+            if start + block.shape[1] == self._rows:
+                self._settle(step)
+
+    def apply(self, block: Array, start: int) -> None:
+        """Ablate rows in place: ``[matrices, rows, cols]`` in the storage dtype, on the device."""
+        everything = range(self._batch)
+        with self._arrays.quiet():
+            if self._norms_in_rows:
+                for piece in self._pieces(block, start, everything):
+                    self._apply_to_rows(piece, piece.view)
+            elif self._options.coefficient != 0:
+                for piece in self._pieces(block, start, everything, self._exact):
+                    self._apply_to_columns(piece)
+
+    def before(self) -> Measure:
+        """Return the measure of the matrices before the ablation; after the apply pass."""
+        return self._measured()
+
+    def _gather(self, step: int, block: Array, start: int) -> None:
         kind, entries = self._plan[step]
         for piece in self._pieces(block, start, entries, self._exact):
             if kind == "probe":
                 dots = self._row_sums(piece, self._mixed_pair.entries(piece.entries), squares=False)
                 doubtful = self._factors(piece.entries, piece.span, dots).doubtful
                 if doubtful is not None:
-                    self._doubtful[piece.entries] |= doubtful.any(dim=1, keepdim=True)
-                continue
-            if kind == "mix":
+                    self._doubtful.update(piece.entries.start + entry for entry in self._entries(doubtful))
+            elif kind == "mix":
                 mixed = self._row_sums(piece, self._unit_basis.entries(piece.entries), squares=False)
                 self._mixed[piece.entries, :, piece.span] = mixed
                 self._add_columns(piece, self._pair(mixed), self._cross, squares=False)
-                continue
-            if self._norms_in_rows:
+            elif self._norms_in_rows:
                 self._mix_and_measure(piece)
             else:
                 self._measure(piece)
-        if start + block.shape[1] == self._rows:
-            self._settle(step)
-
-    def apply(self, block: Tensor, start: int) -> None:
-        """Ablate rows in place: ``[matrices, rows, cols]`` in the storage dtype, on the device."""
-        everything = range(self._batch)
-        if self._norms_in_rows:
-            for piece in self._pieces(block, start, everything):
-                self._apply_to_rows(piece, piece.view)
-        elif self._options.coefficient != 0:
-            for piece in self._pieces(block, start, everything, self._exact):
-                self._apply_to_columns(piece)
-
-    def before(self) -> Measure:
-        """Return the measure of the matrices before the ablation; after the apply pass."""
-        return self._measured()
 
     def _mix_and_measure(self, piece: _Piece) -> None:
         """Take row norms, then ``RW`` and ``Q`` at once."""
         squares = self._row_sums(piece, None, squares=True)[:, 0]
         self._squares[piece.entries, piece.span] = squares
-        basis = self._basis.double[..., piece.span].expand(len(squares), -1, -1)
-        weights = self._pair(torch.cat([basis, basis * _inverse(squares)[:, None]], dim=1))
+        basis = self._basis.double[..., piece.span]
+        shape = (len(squares), *basis.shape[1:])
+        lines = [self._xp.broadcast_to(basis, shape), basis * self._inverse(squares)[:, None]]
+        weights = self._pair(self._xp.concatenate(lines, 1))
         self._add_columns(piece, weights, self._column_sums, squares=False)
 
     def _settle(self, step: int) -> None:
         """Close a gather pass: derive what follows from it, and plan again what float32 cannot carry."""
         kind, entries = self._plan[step]
         repeat = [kind]
-        doubtful: Tensor | None
+        doubtful: Array | None = None
         if kind == "probe":
-            doubtful, repeat = self._doubtful, ["measure"]
+            repeat = ["measure"]
         elif kind == "measure" and self._mixes_apart:
-            self._unit_basis = self._pair(self._basis.double * _inverse(self._squares)[:, None])
-            safe = ((self._squares > LOW) & (self._squares < HIGH)) | (self._squares == 0)
-            doubtful = ~safe if self._dtype != torch.float16 else torch.zeros_like(safe)
+            self._unit_basis = self._pair(self._basis.double * self._inverse(self._squares)[:, None])
+            if self._dtype != "F16":
+                doubtful = ~(((self._squares > LOW) & (self._squares < HIGH)) | (self._squares == 0))
         elif self._norms_in_rows:
-            self._gram = _gram(self._mixed)
+            self._gram = self._mixed_gram()
             self._mixed_pair = self._pair(self._mixed)
             # |U_i| is at least |1 - a|R_iᵀQ||; where that is no help, a probe tells before the apply pass.
-            moved = abs(self._options.coefficient) * self._heights(slice(None), slice(None)).sqrt()
-            near = (1 + moved > self._amplification * (1 - moved).abs()).any(dim=1)
-            probed = [entry for entry in entries if near[entry] and entry not in self._exact]
+            moved = abs(self._options.coefficient) * self._xp.sqrt(self._heights(slice(None), slice(None)))
+            near = self._entries(1 + moved > self._amplification * abs(1 - moved))
+            probed = [entry for entry in entries if entry in near and entry not in self._exact]
             if probed:
                 self._plan.append(("probe", tuple(probed)))
             return
         else:
             if kind == "mix":
-                self._gram = _gram(self._mixed)
+                self._gram = self._mixed_gram()
                 repeat = ["measure", "mix"]
             self._by_column = self._factors(slice(None), slice(None), self._cross if kind == "mix" else self._dots)
             self._scale = self._pair(self._by_column.scale[:, None])
             self._column_factor = self._pair(self._by_column.factor)
             self._degenerate = _count(self._by_column.parallel)
             doubtful = self._by_column.doubtful
-        if doubtful is None:
-            return
-        fresh = sorted(set(doubtful.any(dim=1).nonzero().flatten().tolist()) - self._exact)
+        found = self._doubtful if doubtful is None else self._entries(doubtful)
+        fresh = sorted(set(found) - self._exact)
         if fresh:
             self._exact.update(fresh)
             self._plan[step + 1 : step + 1] = [(again, tuple(fresh)) for again in repeat]
@@ -600,12 +627,20 @@ class Projector(_Stream):
             if kind == "mix":
                 self._cross[fresh] = 0
 
-    def _heights(self, entries: slice, lines: slice) -> Tensor:
+    def _mixed_gram(self) -> Array:
+        """Return ``Q Qᵀ`` per matrix, ``[matrices, k, k]``, in an order that no thread count changes."""
+        mixed = self._arrays.host(self._mixed)
+        return self._arrays.state(np.sum(mixed[:, :, None] * mixed[:, None], axis=-1))
+
+    def _heights(self, entries: slice, lines: slice) -> Array:
         """Return ``R_iᵀ Q Qᵀ R_i`` for residual indices ``lines``: ``[matrices, lines]``."""
         basis = self._basis.double[..., lines]
-        return (self._gram[entries] @ basis * basis).sum(dim=1).clamp_(min=0)
+        gram = self._gram[entries]
+        # Not a matrix product, which may take several threads and then add in another order.
+        lines = [gram[:, :, line, None] * basis[:, line, None] for line in range(basis.shape[1])]
+        return self._xp.clip((sum(lines) * basis).sum(1), 0, None)
 
-    def _factors(self, entries: slice, lines: slice, dots: Tensor) -> _Factors:
+    def _factors(self, entries: slice, lines: slice, dots: Array) -> _Factors:
         """What the update of the preserved vectors ``lines`` needs.
 
         Args:
@@ -613,42 +648,42 @@ class Projector(_Stream):
             lines: The preserved vectors.
             dots: ``R w`` of each vector, or ``Q w`` where rows are preserved: ``[matrices, k, lines]``.
         """
-        alpha = self._options.coefficient
+        alpha, xp = self._options.coefficient, self._xp
         squares = self._squares[entries, lines]
         if self._options.preserve == "rows":
             basis = self._basis.double[..., lines]
             along = self._heights(entries, lines)
-            cross = (basis * dots).sum(dim=1) * _inverse(squares)
+            cross = (basis * dots).sum(1) * self._inverse(squares)
             ratio = 1 - 2 * alpha * cross + alpha**2 * along
-            factor = alpha * basis * squares.sqrt()[:, None]
+            factor = alpha * basis * self._xp.sqrt(squares)[:, None]
         else:
-            along = dots.square().sum(dim=1) / squares
+            along = (dots * dots).sum(1) / squares
             ratio = 1 - (2 * alpha - alpha**2) * along
             factor = alpha * dots
         if self._is_calm(squares, along, ratio):
-            scale = torch.ones_like(ratio) if self._options.preserve == "none" else ratio.rsqrt()
+            scale = xp.ones_like(ratio) if self._options.preserve == "none" else 1 / xp.sqrt(ratio)
             return _Factors(scale, factor * scale[:, None])
         present = squares > 0
-        ratio = torch.where(present, ratio, 1.0)
+        ratio = xp.where(present, ratio, 1.0)
         parallel = ratio < DEGENERATE
-        scale = torch.where(parallel, 1.0, ratio.rsqrt())
+        scale = xp.where(parallel, 1.0, 1 / xp.sqrt(ratio))
         if self._options.preserve == "none":
-            parallel, scale = torch.zeros_like(parallel), torch.ones_like(scale)
-        moved = abs(alpha) * along.sqrt()
-        doubtful = present & ((1 + moved).square() > self._amplification**2 * ratio)
+            parallel, scale = xp.zeros_like(parallel), xp.ones_like(scale)
+        moved = abs(alpha) * xp.sqrt(along)
+        doubtful = present & ((1 + moved) ** 2 > self._amplification**2 * ratio)
         doubtful |= squares > self._largest_norm**2
         still = (along == 0) | ~present
         return _Factors(scale, factor * scale[:, None], _some(doubtful), _some(parallel), _some(still))
 
-    def _is_calm(self, squares: Tensor, along: Tensor, ratio: Tensor) -> bool:
+    def _is_calm(self, squares: Array, along: Array, ratio: Array) -> bool:
         """Whether no vector is doubtful, parallel or still, told by the extremes alone."""
-        if squares.numel() == 0:
+        if 0 in squares.shape:
             return False
-        smallest, largest = (bound.item() for bound in torch.aminmax(squares))
-        least, most = (bound.item() for bound in torch.aminmax(along))
+        smallest, largest = extremes(squares)
+        least, most = extremes(along)
         moved = 1 + abs(self._options.coefficient) * math.sqrt(most) if least > 0 else math.inf
         lowest = max(DEGENERATE, moved**2 / self._amplification**2)
-        return smallest > 0 and largest <= self._largest_norm**2 and ratio.min().item() >= lowest
+        return smallest > 0 and largest <= self._largest_norm**2 and float(ratio.min()) >= lowest
 
     def _apply_to_columns(self, piece: _Piece) -> None:
         """Update a piece of matrices whose preserved vectors are stored columns."""
@@ -657,12 +692,12 @@ class Projector(_Stream):
         scale = None if self._options.preserve == "none" else self._scale.entries(entries).of(form)
         factor = self._column_factor.entries(entries).of(form)
         still = self._by_column.still
-        original = piece.view.clone() if still is not None else None
+        original = self._arrays.clone(piece.view) if still is not None else None
         form.update(piece.view, piece.view, scale, rows.of(form), factor)
         if still is not None and original is not None:
-            _keep(piece.view, original, still[entries, None])
+            self._arrays.keep(piece.view, original, still[entries, None])
 
-    def _apply_to_rows(self, piece: _Piece, source: Tensor) -> None:
+    def _apply_to_rows(self, piece: _Piece, source: Array) -> None:
         """Update a piece of matrices whose preserved vectors are stored rows.
 
         Args:
@@ -681,37 +716,39 @@ class Projector(_Stream):
         if self._options.coefficient == 0:
             return
         factors = self._factors(entries, span, dots)
-        copies: list[tuple[_Piece, Tensor]] = []
+        copies: list[tuple[_Piece, Array]] = []
         if form is self._double:
             self._degenerate += _count(factors.parallel)
         elif factors.doubtful is not None:
             parts = [self._chunk_of(piece, *place) for place in self._chunks_with(factors.doubtful)]
-            copies = [(part, part.view.clone()) for part in parts]
-        original = source.clone() if factors.still is not None else None
+            copies = [(part, self._arrays.clone(part.view)) for part in parts]
+        original = self._arrays.clone(source) if factors.still is not None else None
         scale = None if self._options.preserve == "none" else self._pair(factors.scale[..., None]).of(form)
         form.update(piece.view, source, scale, self._pair(factors.factor).of(form), columns.of(form))
         if factors.still is not None and original is not None:
-            _keep(piece.view, original, factors.still[..., None])
+            self._arrays.keep(piece.view, original, factors.still[..., None])
         for part, copy in copies:
             self._apply_to_rows(part, copy)
 
 
 def project(
-    weight: Tensor,
-    basis: Tensor,
+    weight: "_Weight",
+    basis: Array,
     options: ProjectOptions,
     *,
     form: Form | Literal["auto"] = "auto",
     block_rows: int | None = None,
-    out: Tensor | None = None,
-) -> tuple[Tensor, ProjectReport]:
+    out: "_Weight | None" = None,
+) -> "tuple[_Weight, ProjectReport]":
     """Ablate a weight that is in memory.
 
     Args:
-        weight: ``[..., rows, cols]``, bfloat16, float16 or float32, any strides; left as it is.
+        weight: ``[..., rows, cols]``, any strides; left as it is. A torch tensor in bfloat16, float16 or float32, or
+            a NumPy array in float16 or float32, or in uint16, which are the bits of bfloat16.
         basis: ``[k, d]`` float64, orthonormal rows, ``d`` the length of the residual axis.
         options: The coefficient, the norms to preserve, the residual axis.
-        form: Which implementation; ``auto`` takes the one that suits the device.
+        form: Which implementation; ``auto`` takes the one that suits the device. NumPy arrays have the form
+            ``numpy`` only, tensors have it on a CPU.
         block_rows: Rows that one step covers, rounded up to whole chunks; the result does not depend on it.
         out: Where to write, of the same shape and dtype; may be ``weight`` itself.
 
@@ -722,19 +759,25 @@ def project(
         DirectionsError: The basis does not fit the weight, or is not orthonormal.
         PlanError: The dtype is not one of the three.
     """
-    chosen, _ = choose_form(weight.device, form=form)
-    out = torch.empty_like(weight) if out is None else out
-    shape = (math.prod(weight.shape[:-2]), weight.shape[-2], weight.shape[-1])
+    device = "cpu" if isinstance(weight, np.ndarray) else weight.device
+    chosen, _ = choose_form(device, form=form, numpy=True)
+    dtype = stored_dtype(weight)
+    if dtype is None:
+        raise PlanError(f"dtype: expected bfloat16, float16 or float32, found {weight.dtype}")
+    given, directions = _stored(weight, chosen), _on_host(basis)
+    if out is None:
+        out = np.empty_like(weight) if isinstance(weight, np.ndarray) else weight.new_empty(weight.shape)
+    written = _stored(out, chosen)
     if chosen == "reference":
-        return _project_by_definition(weight, basis, options, out)
-    workspace = Workspace(weight.device, chosen)
-    projector = Projector(basis, shape, weight.dtype, options, workspace)
-    meter = Meter(basis, shape, weight.dtype, options, workspace)
+        return out, _project_by_definition(given, directions, options, written)
+    workspace = Workspace(device, chosen)
+    shape = (math.prod(weight.shape[:-2]), weight.shape[-2], weight.shape[-1])
+    projector = Projector(directions, shape, dtype, options, workspace)
+    meter = Meter(directions, shape, dtype, options, workspace)
     rows, chunk = shape[1], projector.chunk_rows
     wanted = max(1, BLOCK_ELEMENTS // max(1, shape[0] * shape[2])) if block_rows is None else block_rows
     step_rows = -(-wanted // chunk) * chunk
-    source = weight.reshape(shape)
-    result = source.clone(memory_format=torch.contiguous_format)
+    result = workspace.arrays.clone(given.reshape(shape))
     step = 0
     while step < projector.passes:
         for start in range(0, rows, step_rows):
@@ -744,73 +787,88 @@ def project(
         block = result[:, start : start + step_rows]
         projector.apply(block, start)
         meter.add(block, start)
-    out.copy_(result.view(weight.shape))
+    written[...] = result.reshape(weight.shape)
     before, after = projector.before(), meter.result()
     return out, ProjectReport(before, after, norm_drift(before, after), projector.degenerate)
 
 
-def project_vector(bias: Tensor, basis: Tensor, coefficient: float) -> Tensor:
+def project_vector(bias: np.ndarray, basis: np.ndarray, coefficient: float) -> np.ndarray:
     """Remove the directions from what a bias writes: ``b - a RᵀRb``, float64 inside, rounded once.
 
     Args:
-        bias: ``[..., d]``, any float dtype.
+        bias: ``[..., d]``, float16, float32, or uint16, which are the bits of bfloat16.
         basis: ``[k, d]`` float64, orthonormal rows.
         coefficient: 1 removes the component, 2 reflects it.
     """
     if coefficient == 0:
-        return bias.clone()
-    vector = bias.to("cpu", torch.float64)
-    directions = basis.to("cpu", torch.float64)
-    moved = vector - coefficient * (vector @ directions.mT @ directions)
-    return reference.round_to(moved, bias.dtype).to(bias.device)
+        return bias.copy()
+    vector = decoded(bias).astype(np.float64)
+    moved = vector.copy()
+    for line in basis:
+        moved -= coefficient * np.sum(vector * line, axis=-1, keepdims=True) * line
+    result = np.empty_like(bias)
+    encode(moved, result, vector)
+    return result
+
+
+def vector_component(bias: np.ndarray, basis: np.ndarray) -> float:
+    """Return the norm of a bias's component along the directions, relative to its norm; not finite if it is not."""
+    vector = decoded(bias).astype(np.float64)
+    total = float(np.sum(vector * vector))
+    along = math.fsum(float(np.sum(np.sum(vector * line, axis=-1) ** 2)) for line in basis)
+    return math.sqrt(along / total) if total != 0 else 0.0
+
+
+def _stored(values: "np.ndarray | Tensor", form: Form) -> Array:
+    """Return a view of a weight that a form understands."""
+    if isinstance(values, np.ndarray):
+        if form != "numpy":
+            raise PlanError(f"form: expected numpy for an array in NumPy, found {form}")
+        return values
+    if form != "numpy":
+        return values
+    import torch
+
+    return (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def _on_host(basis: Array) -> np.ndarray:
+    return np.asarray(basis if isinstance(basis, np.ndarray) else basis.cpu(), np.float64)
 
 
 def _project_by_definition(
-    weight: Tensor, basis: Tensor, options: ProjectOptions, out: Tensor
-) -> tuple[Tensor, ProjectReport]:
+    weight: "Tensor", basis: np.ndarray, options: ProjectOptions, out: "Tensor"
+) -> ProjectReport:
+    import torch
+
+    directions = torch.from_numpy(basis)
     exact, degenerate = reference.ablate(
-        weight, basis, coefficient=options.coefficient, preserve=options.preserve, axis=options.axis
+        weight, directions, coefficient=options.coefficient, preserve=options.preserve, axis=options.axis
     )
-    before = _measure_by_definition(weight, basis, options)
+    before = _measure_by_definition(weight, directions, options)
     out.copy_(reference.round_to(exact, weight.dtype))
-    after = _measure_by_definition(out, basis, options)
-    return out, ProjectReport(before, after, norm_drift(before, after), int(degenerate.sum()))
+    after = _measure_by_definition(out, directions, options)
+    return ProjectReport(before, after, norm_drift(before, after), int(degenerate.sum()))
 
 
-def _measure_by_definition(weight: Tensor, basis: Tensor, options: ProjectOptions) -> Measure:
-    matrix = weight.to("cpu", torch.float64)
-    matrix = (matrix if options.axis == -2 else matrix.mT).reshape(-1, basis.shape[1], _other(weight, options))
-    dots = basis.to("cpu", torch.float64) @ matrix
-    norms = torch.linalg.vector_norm(matrix, dim=-1 if options.preserve == "rows" else -2)
-    return Measure(norms, tuple(map(_sum, dots.square())), tuple(map(_sum, matrix.square())))
+def _measure_by_definition(weight: "Tensor", basis: "Tensor", options: ProjectOptions) -> Measure:
+    matrix = weight.double().cpu() if options.axis == -2 else weight.double().cpu().mT
+    matrix = matrix.reshape(-1, *matrix.shape[-2:])
+    squares = (matrix * matrix).numpy()
+    dots = (basis @ matrix).numpy()
+    return Measure(
+        norms=np.sqrt(squares.sum(-1 if options.preserve == "rows" else -2)),
+        along=tuple(float(np.sum(values * values)) for values in dots),
+        total=tuple(float(np.sum(values)) for values in squares),
+    )
 
 
-def _other(weight: Tensor, options: ProjectOptions) -> int:
-    return weight.shape[-1 if options.axis == -2 else -2]
-
-
-def _some(mask: Tensor) -> Tensor | None:
+def _some(mask: Array) -> Array | None:
     return mask if mask.any() else None
 
 
-def _count(mask: Tensor | None) -> int:
+def _count(mask: Array | None) -> int:
     return 0 if mask is None else int(mask.sum())
-
-
-def _inverse(squares: Tensor) -> Tensor:
-    """Return one over the norms, 0 for a norm of 0."""
-    return torch.where(squares > 0, squares.rsqrt(), 0.0)
-
-
-def _gram(mixed: Tensor) -> Tensor:
-    """Return ``Q Qᵀ`` per matrix, ``[matrices, k, k]``, in an order that no thread count changes."""
-    sums = [[[_sum(first * second) for second in matrix] for first in matrix] for matrix in mixed.cpu()]
-    return torch.tensor(sums, dtype=torch.float64, device=mixed.device)
-
-
-def _sum(values: Tensor) -> float:
-    # NumPy adds pairwise on one thread.
-    return float(np.sum(values.numpy()))
 
 
 def _chunk_rows(cols: int) -> int:
@@ -818,8 +876,3 @@ def _chunk_rows(cols: int) -> int:
     rows = max(1, min(CHUNK_ROWS, CHUNK_ELEMENTS // max(1, cols)))
     multiple = GROUP_ROWS if rows > GROUP_ROWS else 8
     return rows - rows % multiple if rows > multiple else rows
-
-
-def _keep(block: Tensor, original: Tensor, still: Tensor) -> None:
-    """Put back what must not change by a bit, such as the sign of a zero."""
-    block.copy_(torch.where(still.to(block.device), original, block))

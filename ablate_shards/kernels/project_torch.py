@@ -2,22 +2,21 @@
 
 import math
 from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["HIGH", "LOW", "TorchForm", "in_range"]
+from ablate_shards.kernels.form import GROUP_ROWS, StoredDtype, in_range
 
-LOW, HIGH = 1e-30, 1e30
-"""Squared norms between which float32 sums of squares neither underflow nor overflow."""
+__all__ = ["DTYPES", "TorchArrays", "TorchForm"]
+
+DTYPES: dict[StoredDtype, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 SEGMENT = 8192
 """Columns that one float32 reduction along a row covers; the segments of a row are added in float64."""
-
-
-GROUP_ROWS = 128
-"""Rows that one float32 reduction down a column covers at most."""
 
 ALIGNED = 16
 """Elements in a cache line; what a product reads starts on one, wherever its block starts."""
@@ -26,7 +25,8 @@ ALIGNED = 16
 class TorchForm:
     """Chunk arithmetic in one precision, over scratch memory that is allocated once.
 
-    Blocks are ``[matrices, rows, cols]`` in the storage dtype and start at a chunk.
+    Blocks are ``[matrices, rows, cols]`` in the storage dtype and start at a chunk; :class:`Arithmetic` says what the
+    methods do.
 
     Args:
         precision: float32 or float64.
@@ -46,33 +46,29 @@ class TorchForm:
         state: torch.device,
         chunks_at_once: int = 1,
     ) -> None:
-        self.precision = precision
-        self.chunk_rows = chunk_rows
-        self.cols = cols
+        self._precision = precision
+        self._chunk_rows = chunk_rows
+        self._cols = cols
         self._device = device
         self._state = state
         self._group_rows = min(chunk_rows, GROUP_ROWS)
         self._tile_rows = chunk_rows * chunks_at_once
 
+    @property
+    def is_double(self) -> bool:
+        """Whether the precision is float64 rather than float32."""
+        return self._precision == torch.float64
+
     def rows(self, block: Tensor, weights: Tensor | None, *, squares: bool) -> Tensor:
-        """Reduce along each row.
-
-        Args:
-            block: ``[matrices, rows, cols]``.
-            weights: ``[1 or matrices, k, cols]`` in this form's precision.
-            squares: Whether the squared norms of the rows are wanted.
-
-        Returns:
-            ``[matrices, k (+ 1), rows]`` float64: products with the weights, then the squares.
-        """
+        """Reduce along each row."""
         count = 0 if weights is None else weights.shape[1]
         batch, rows, cols = block.shape
         segments = [slice(low, low + SEGMENT) for low in range(0, cols, SEGMENT)]
         sums = self._empty(batch, len(segments), count + squares, rows)
         for entry, matrix in enumerate(block):
             lines = () if weights is None else weights[min(entry, len(weights) - 1)]
-            parts = torch.split(sums[entry], self.chunk_rows, dim=-1)
-            for chunk, part in zip(torch.split(matrix, self.chunk_rows), parts, strict=True):
+            parts = torch.split(sums[entry], self._chunk_rows, dim=-1)
+            for chunk, part in zip(torch.split(matrix, self._chunk_rows), parts, strict=True):
                 tile = self._load(chunk)
                 for segment, outs in zip(segments, part, strict=True):
                     for line, out in zip(lines, outs, strict=False):
@@ -94,22 +90,13 @@ class TorchForm:
         unsafe: Container[tuple[int, int]] | None,
         repair: Callable[[int, int], Tensor],
     ) -> None:
-        """Reduce along each column of each chunk, and add the chunks in order.
-
-        Args:
-            block: ``[matrices, rows, cols]``.
-            weights: ``[1 or matrices, k, rows]`` in this form's precision.
-            into: ``[matrices, k (+ 1), cols]`` float64, what to add to, laid out as :meth:`rows` does.
-            squares: Whether the squared norms of the columns are wanted.
-            unsafe: Matrix and chunk where this precision fails; None to judge by the squares.
-            repair: Returns the sums of such a chunk, ``[k (+ 1), cols]`` float64.
-        """
+        """Reduce along each column of each chunk, and add the chunks in order."""
         count = 0 if weights is None else weights.shape[1]
-        size, group = self.chunk_rows, self._group_rows
+        size, group = self._chunk_rows, self._group_rows
         at_once, groups = self._tile_rows // group, size // group
         for entry, (matrix, total) in enumerate(zip(block.unbind(), into.unbind(), strict=True)):
             chunks = math.ceil(len(matrix) / size)
-            sums = self._empty(count + squares, chunks * groups, 1, self.cols)
+            sums = self._empty(count + squares, chunks * groups, 1, self._cols)
             outs = [torch.split(line, at_once) for line in sums.unbind()]
             lines: list[tuple[Tensor, ...]] = []
             if weights is not None:
@@ -121,7 +108,7 @@ class TorchForm:
                 if len(part) < self._tile_rows:
                     tile = tile[: len(outs[0][place]) * group]
                     tile[len(part) :] = 0
-                grouped = tile.view(-1, group, self.cols)
+                grouped = tile.view(-1, group, self._cols)
                 # One thin product per direction is faster than one product for all of them.
                 for line, out in zip(lines, outs, strict=False):
                     torch.bmm(line[place], grouped, out=out[place])
@@ -145,15 +132,7 @@ class TorchForm:
         row_factor: Tensor,
         column_factor: Tensor,
     ) -> None:
-        """Write ``scale * source - sum_k row_factor[k] ⊗ column_factor[k]``, rounded once.
-
-        Args:
-            block: Where to write, ``[matrices, rows, cols]``.
-            source: What to read, of the same shape; may be the block.
-            scale: ``[matrices, rows, 1]`` or ``[matrices, 1, cols]``, or None for 1.
-            row_factor: ``[1 or matrices, k, rows]``.
-            column_factor: ``[1 or matrices, k, cols]``.
-        """
+        """Write ``scale * source - sum_k row_factor[k] ⊗ column_factor[k]``, rounded once."""
         size, limit = self._tile_rows, torch.finfo(block.dtype).max
         for entry, (target, matrix) in enumerate(zip(block.unbind(), source.unbind(), strict=True)):
             columns = column_factor[min(entry, len(column_factor) - 1)].unbind()
@@ -169,18 +148,18 @@ class TorchForm:
                     tile.mul_(factor)
                 for row, column in zip(rows, columns, strict=True):
                     tile.addcmul_(row[place], column, value=-1)
-                if self.precision == torch.float64:
+                if self.is_double:
                     tile.clamp_(-limit, limit)
                 wanted.copy_(tile if self._device == block.device else tile.to(wanted.dtype))
 
     @cached_property
     def _tile(self) -> Tensor:
-        return self._empty(self._tile_rows, self.cols)
+        return self._empty(self._tile_rows, self._cols)
 
     @cached_property
     def _ones(self) -> Tensor:
         group = self._group_rows
-        return torch.ones(self._tile_rows // group, 1, group, dtype=self.precision, device=self._device)
+        return torch.ones(self._tile_rows // group, 1, group, dtype=self._precision, device=self._device)
 
     def _load(self, part: Tensor) -> Tensor:
         """Bring rows to the scratch memory."""
@@ -201,12 +180,60 @@ class TorchForm:
         return laid[..., :group]
 
     def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.precision, device=self._device)
+        return torch.empty(shape, dtype=self._precision, device=self._device)
 
 
-def in_range(squares: Tensor) -> bool:
-    """Whether float32 sums of squares can be trusted: no overflow, underflow, zero or NaN among them."""
-    if squares.numel() == 0:
-        return True
-    least, most = torch.aminmax(squares)
-    return least.item() > LOW and most.item() < HIGH
+class TorchArrays:
+    """Blocks and sums in torch tensors; :class:`Arrays` says what the methods do.
+
+    Args:
+        device: Where the blocks are.
+    """
+
+    xp = torch
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # MPS has no float64, and not every XPU has it.
+        self.state_device = device if device.type in ("cpu", "cuda") else torch.device("cpu")
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Return float64 zeros for sums."""
+        return torch.zeros(shape, dtype=torch.float64, device=self.state_device)
+
+    def state(self, values: np.ndarray) -> Tensor:
+        """Bring float64 values to where the sums are."""
+        return torch.from_numpy(values).to(self.state_device)
+
+    def single(self, values: Tensor) -> Tensor:
+        """Bring sums in float32 to where the blocks are."""
+        return values.to(torch.float32).to(self.device)
+
+    def host(self, values: Tensor) -> np.ndarray:
+        """Bring sums to NumPy."""
+        return values.cpu().numpy()
+
+    def clone(self, block: Tensor) -> Tensor:
+        """Return a contiguous copy."""
+        return block.clone(memory_format=torch.contiguous_format)
+
+    def keep(self, block: Tensor, original: Tensor, still: Tensor) -> None:
+        """Put back what must not change by a bit."""
+        block.copy_(torch.where(still.to(block.device), original, block))
+
+    def buffer(self, count: int) -> np.ndarray:
+        """Return new memory for bytes, pinned for CUDA: that is copied from and to at full speed."""
+        return torch.empty(count, dtype=torch.uint8, pin_memory=self.device.type == "cuda").numpy()
+
+    def load(self, raw: np.ndarray, dtype: StoredDtype, shape: tuple[int, int, int]) -> Tensor:
+        """Return a block made of stored bytes, on the device."""
+        return torch.from_numpy(raw).view(DTYPES[dtype]).view(shape).to(self.device)
+
+    def store(self, block: Tensor, raw: np.ndarray) -> None:
+        """Put the bytes of a block where they were loaded from."""
+        if self.device.type != "cpu":
+            torch.from_numpy(raw).view(block.dtype).view(block.shape).copy_(block)
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """Do nothing: torch does not warn."""
+        return nullcontext()

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from ablate_shards.kernels.project_torch import HIGH, LOW, in_range
+from ablate_shards.kernels.form import HIGH, LOW, in_range
 
 __all__ = ["TritonForm"]
 
@@ -204,7 +204,7 @@ def update_kernel(
 class TritonForm:
     """The same sums and update as :class:`TorchForm` in float32, for many matrices and chunks at a time."""
 
-    precision = torch.float32
+    is_double = False
 
     def __init__(self, chunk_rows: int, state: torch.device) -> None:
         self._chunk_rows = chunk_rows

@@ -1,9 +1,9 @@
 """The truth of ablation and merging: the definitions in float64, unblocked, without a closed form."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
 
 __all__ = ["DEGENERATE", "Preserve", "ablate", "merge", "round_to"]
 
@@ -14,8 +14,8 @@ DEGENERATE = 1e-6
 
 
 def ablate(
-    weight: Tensor, basis: Tensor, *, coefficient: float = 1.0, preserve: Preserve = "rows", axis: int = -2
-) -> tuple[Tensor, Tensor]:
+    weight: "Tensor", basis: "Tensor", *, coefficient: float = 1.0, preserve: Preserve = "rows", axis: int = -2
+) -> "tuple[Tensor, Tensor]":
     """Remove the directions from a weight by definition, and say which vectors were left unscaled.
 
     With the residual axis first, ``[d, n]``: ``none`` is ``W - a RᵀRW``; ``columns`` rescales each column
@@ -34,6 +34,8 @@ def ablate(
         The new weight in float64, before any rounding, and a mask ``[..., vectors]`` of the vectors so
         nearly parallel to the directions that they were not rescaled.
     """
+    import torch
+
     matrix = weight.to("cpu", torch.float64)
     matrix = matrix if axis == -2 else matrix.mT
     directions = basis.to("cpu", torch.float64)
@@ -52,7 +54,7 @@ def ablate(
     return (result if axis == -2 else result.mT), degenerate
 
 
-def merge(weight: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+def merge(weight: "Tensor", left: "Tensor", right: "Tensor", scale: float = 1.0) -> "Tensor":
     """Add a low-rank update to a weight by definition: ``weight + scale * left @ right``.
 
     Args:
@@ -64,11 +66,13 @@ def merge(weight: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Te
     Returns:
         The new weight in float64, before any rounding.
     """
+    import torch
+
     product = left.to("cpu", torch.float64) @ right.to("cpu", torch.float64)
     return weight.to("cpu", torch.float64) + scale * product
 
 
-def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:
+def round_to(values: "Tensor", dtype: "dtype") -> "Tensor":
     """Round float64 values to the nearest finite value of a dtype, ties to even, in one rounding.
 
     PyTorch converts float64 to a 16-bit type through float32, which rounds twice. Rounding to float32 "to
@@ -82,6 +86,8 @@ def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         The rounded values, same shape; what lies beyond the largest finite value becomes that value.
     """
+    import torch
+
     limit = torch.finfo(dtype).max
     values = values.clamp(-limit, limit)
     if dtype in (torch.float32, torch.float64):
@@ -93,5 +99,5 @@ def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:
     return odd.view(torch.float32).to(dtype)
 
 
-def _remove(matrix: Tensor, directions: Tensor, coefficient: float) -> Tensor:
+def _remove(matrix: "Tensor", directions: "Tensor", coefficient: float) -> "Tensor":
     return matrix - coefficient * (directions.mT @ (directions @ matrix))

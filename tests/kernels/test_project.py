@@ -1,4 +1,4 @@
-"""The torch and Triton forms against the float64 reference, and what must hold of every form."""
+"""The NumPy, torch and Triton forms against the float64 reference, and what must hold of every form."""
 
 import itertools
 import math
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ablate_shards.errors import DirectionsError, PlanError
 from ablate_shards.kernels import reference
+from ablate_shards.kernels.form import stored_dtype
 from ablate_shards.kernels.project import (
     Meter,
     ProjectOptions,
@@ -24,6 +26,7 @@ from ablate_shards.kernels.project import (
     norm_drift,
     project,
     project_vector,
+    vector_component,
 )
 
 CPU = torch.device("cpu")
@@ -119,21 +122,35 @@ def assert_accurate(
         assert (error <= relative * norms + spacing(torch.zeros(1).double(), weight.dtype)).all()
 
 
+def in_form(weight: Tensor, form: str) -> Tensor | np.ndarray:
+    """The same memory as a form takes it."""
+    if form != "numpy":
+        return weight
+    return (weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight).numpy()
+
+
+def meter_of(weight: Tensor, basis: Tensor, options: ProjectOptions, form: str) -> tuple[Meter, Tensor | np.ndarray]:
+    """A meter for a weight, and the weight as it takes it."""
+    weight = in_form(weight, form)
+    workspace = Workspace(CPU, form)
+    return Meter(basis.numpy(), tuple(weight.shape), stored_dtype(weight), options, workspace), weight
+
+
 def run(
     weight: Tensor,
     basis: Tensor,
     options: ProjectOptions,
     *,
-    form: str = "torch",
+    form: str = "numpy",
     block_rows: int = 1 << 20,
     chunks_at_once: int = 2,
 ) -> tuple[Tensor, Projector]:
     """Stream a weight ``[batch, rows, cols]`` through a projector as the executor does."""
-    weight = weight.clone()
+    result = weight.clone()
+    weight = in_form(result, form)
     shape = tuple(weight.shape)
-    projector = Projector(
-        basis, shape, weight.dtype, options, Workspace(weight.device, form, chunks_at_once=chunks_at_once)
-    )
+    workspace = Workspace(result.device, form, chunks_at_once=chunks_at_once)
+    projector = Projector(basis.numpy(), shape, stored_dtype(weight), options, workspace)
     step_rows = math.ceil(block_rows / projector.chunk_rows) * projector.chunk_rows
     step = 0
     while step < projector.passes:
@@ -142,32 +159,34 @@ def run(
         step += 1
     for start in range(0, shape[1], step_rows):
         projector.apply(weight[:, start : start + step_rows], start)
-    return weight, projector
+    return result, projector
 
 
+forms = pytest.mark.parametrize("form", ["numpy", "torch"])
 modes = pytest.mark.parametrize(("preserve", "axis"), list(itertools.product(PRESERVES, AXES)))
 
 
+@forms
 class TestAgainstReference:
     @modes
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("coefficient", [1.0, 2.5])
     @pytest.mark.parametrize("mix", [0.05, 1.0])
-    def test_meets_the_tolerance(self, preserve, axis, dtype, coefficient, mix):
+    def test_meets_the_tolerance(self, form, preserve, axis, dtype, coefficient, mix):
         basis = make_basis(1, 192)
         weight = make_weight(basis, 333, dtype, axis=axis, mix=mix)
         options = ProjectOptions(coefficient, preserve, axis)
-        result, report = project(weight, basis, options, form="torch")
+        result, report = project(weight, basis, options, form=form)
         assert_accurate(result, weight, basis, options, strict=True)
         assert report.before.component == pytest.approx(component(weight, basis, axis), rel=1e-6)
         assert report.after.component == pytest.approx(component(result, basis, axis), rel=1e-4, abs=1e-8)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_the_tolerance_rejects_what_is_wrong(self, dtype):
+    def test_the_tolerance_rejects_what_is_wrong(self, form, dtype):
         basis = make_basis(1, 64)
         weight = make_weight(basis, 50, dtype)
         options = ProjectOptions(1.0, "columns")
-        for wrong in (weight, project(weight, basis, ProjectOptions(1.01, "columns"))[0]):
+        for wrong in (weight, project(weight, basis, ProjectOptions(1.01, "columns"), form=form)[0]):
             with pytest.raises(AssertionError):
                 assert_accurate(wrong, weight, basis, options)
 
@@ -185,7 +204,9 @@ class TestAgainstReference:
         special=st.sampled_from(["none", "zero", "parallel", "orthogonal"]),
         seed=st.integers(0, 99),
     )
-    def test_odd_shapes(self, hidden, features, count, batch, coefficient, preserve, axis, dtype, mix, special, seed):
+    def test_odd_shapes(
+        self, form, hidden, features, count, batch, coefficient, preserve, axis, dtype, mix, special, seed
+    ):
         basis = make_basis(min(count, (hidden + 1) // 2), hidden, seed)
         weight = make_weight(basis, features, dtype, axis=axis, batch=batch, mix=mix, seed=seed)
         first = (weight if axis == -2 else weight.mT)[:, :, 0]
@@ -196,35 +217,35 @@ class TestAgainstReference:
         elif special == "orthogonal":
             first.copy_(first.double() - first.double() @ basis.mT @ basis)
         options = ProjectOptions(coefficient, preserve, axis)
-        result, _ = project(weight, basis, options, form="torch")
+        result, _ = project(weight, basis, options, form=form)
         assert_accurate(result, weight, basis, options)
 
     @modes
-    def test_reference_form_is_the_rounded_reference(self, preserve, axis):
+    def test_reference_form_is_the_rounded_reference(self, form, preserve, axis):
         basis = make_basis(2, 40)
         weight = make_weight(basis, 30, torch.bfloat16, axis=axis)
         options = ProjectOptions(1.5, preserve, axis)
         result, report = project(weight, basis, options, form="reference")
         exact, _ = reference.ablate(weight, basis, coefficient=1.5, preserve=preserve, axis=axis)
         assert torch.equal(result, reference.round_to(exact, torch.bfloat16))
-        streamed = project(weight, basis, options, form="torch")[1]
+        streamed = project(weight, basis, options, form=form)[1]
         assert report.before.component == pytest.approx(streamed.before.component, rel=1e-6)
-        assert torch.allclose(report.before.norms, streamed.before.norms, rtol=1e-6, atol=0)
+        assert np.allclose(report.before.norms, streamed.before.norms, rtol=1e-6, atol=0)
 
-    def test_any_strides_and_leading_dimensions(self):
+    def test_any_strides_and_leading_dimensions(self, form):
         basis = make_basis(1, 24)
         weight = torch.randn(2, 3, 50, 48, generator=torch.Generator().manual_seed(0))[..., ::2].mT.bfloat16()
         options = ProjectOptions(1.0, "columns")
-        result, _ = project(weight.mT.contiguous().mT, basis, options, form="torch")
-        same, _ = project(weight.contiguous().view(6, 24, 50), basis, options, form="torch")
+        result, _ = project(weight.mT.contiguous().mT, basis, options, form=form)
+        same, _ = project(weight.contiguous().view(6, 24, 50), basis, options, form=form)
         assert torch.equal(result, same.view(2, 3, 24, 50))
 
-    def test_writes_to_out_and_leaves_the_weight(self):
+    def test_writes_to_out_and_leaves_the_weight(self, form):
         basis = make_basis(1, 24)
         weight = make_weight(basis, 9, torch.float16)
         before = weight.clone()
         out = torch.full_like(weight, float("nan"))
-        result, _ = project(weight, basis, ProjectOptions(), form="torch", out=out)
+        result, _ = project(weight, basis, ProjectOptions(), form=form, out=out)
         assert result is out
         assert torch.equal(weight, before)
         assert out.isfinite().all()
@@ -289,42 +310,45 @@ class TestTriton:
         assert_accurate(result, weight, basis, options)
 
 
+@forms
 class TestDeterminism:
     @modes
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
     @pytest.mark.parametrize("hidden", [64, 1400])
-    def test_block_size_batching_and_threads_do_not_show(self, preserve, axis, dtype, hidden):
+    def test_block_size_batching_and_threads_do_not_show(self, form, preserve, axis, dtype, hidden):
         basis = make_basis(2, hidden)
         weight = make_weight(basis, 700, dtype, axis=axis, batch=3)
         options = ProjectOptions(2.5, preserve, axis)
-        whole, projector = run(weight, basis, options)
+        whole, projector = run(weight, basis, options, form=form)
         measure = projector.before()
         for block_rows, chunks_at_once in ((1, 2), (500, 1), (2000, 1), (2000, 3)):
-            blocked, other = run(weight, basis, options, block_rows=block_rows, chunks_at_once=chunks_at_once)
+            blocked, other = run(
+                weight, basis, options, block_rows=block_rows, chunks_at_once=chunks_at_once, form=form
+            )
             assert torch.equal(blocked, whole)
-            assert torch.equal(other.before().norms, measure.norms)
+            assert np.array_equal(other.before().norms, measure.norms)
             assert other.before().component == measure.component
-        parts = [run(weight[entry : entry + 1], basis, options) for entry in range(3)]
+        parts = [run(weight[entry : entry + 1], basis, options, form=form) for entry in range(3)]
         assert torch.equal(torch.cat([part for part, _ in parts]), whole)
         joined = merge([single.before() for _, single in parts])
         assert joined.component == measure.component
-        assert torch.equal(joined.norms, measure.norms)
+        assert np.array_equal(joined.norms, measure.norms)
         torch.set_num_threads(2)
         try:
-            assert torch.equal(run(weight, basis, options)[0], whole)
+            assert torch.equal(run(weight, basis, options, form=form)[0], whole)
         finally:
             torch.set_num_threads(1)
         assert not torch.equal(whole, weight)
 
-    def test_projectors_in_threads_of_their_own(self):
+    def test_projectors_in_threads_of_their_own(self, form):
         basis = make_basis(1, 300)
         weights = [make_weight(basis, 400, torch.bfloat16, seed=seed) for seed in range(3)]
         options = ProjectOptions(1.0, "columns")
-        alone = [run(weight, basis, options)[0] for weight in weights]
+        alone = [run(weight, basis, options, form=form)[0] for weight in weights]
         found: list[Tensor | None] = [None] * 3
 
         def work(index: int) -> None:
-            found[index] = run(weights[index], basis, options)[0]
+            found[index] = run(weights[index], basis, options, form=form)[0]
 
         threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
         for thread in threads:
@@ -334,121 +358,122 @@ class TestDeterminism:
         assert all(torch.equal(first, second) for first, second in zip(alone, found, strict=True))
 
     @modes
-    def test_long_rows_and_many_directions(self, preserve, axis):
+    def test_long_rows_and_many_directions(self, form, preserve, axis):
         basis = make_basis(4, 40 if axis == -2 else 20000)
         weight = make_weight(basis, 20000 if axis == -2 else 40, torch.float32, axis=axis, batch=1)
         options = ProjectOptions(0.5, preserve, axis)
-        whole, projector = run(weight, basis, options)
+        whole, projector = run(weight, basis, options, form=form)
         assert projector.chunk_rows < 40
-        assert torch.equal(run(weight, basis, options, block_rows=1)[0], whole)
-        assert torch.equal(run(weight, basis, options, chunks_at_once=1)[0], whole)
+        assert torch.equal(run(weight, basis, options, block_rows=1, form=form)[0], whole)
+        assert torch.equal(run(weight, basis, options, chunks_at_once=1, form=form)[0], whole)
         assert_accurate(whole, weight, basis, options)
 
     @modes
-    def test_exact_passes_do_not_depend_on_blocks_either(self, preserve, axis):
+    def test_exact_passes_do_not_depend_on_blocks_either(self, form, preserve, axis):
         basis = make_basis(1, 30)
         weight = make_weight(basis, 600, torch.float32, axis=axis, batch=2, mix=30.0)
         options = ProjectOptions(1.0, preserve, axis)
-        whole, _ = run(weight, basis, options)
-        assert torch.equal(run(weight, basis, options, block_rows=1)[0], whole)
-        assert torch.equal(run(weight[1:], basis, options)[0], whole[1:])
+        whole, _ = run(weight, basis, options, form=form)
+        assert torch.equal(run(weight, basis, options, block_rows=1, form=form)[0], whole)
+        assert torch.equal(run(weight[1:], basis, options, form=form)[0], whole[1:])
 
 
+@forms
 class TestProperties:
-    def test_columns_removes_the_direction_that_was_there(self):
+    def test_columns_removes_the_direction_that_was_there(self, form):
         basis = make_basis(2, 128)
         weight = make_weight(basis, 200, torch.float32)
-        result, report = project(weight, basis, ProjectOptions(1.0, "columns"))
+        result, report = project(weight, basis, ProjectOptions(1.0, "columns"), form=form)
         assert component(weight, basis) > 0.2
         assert component(result, basis) < 1e-7
         assert report.before.component > 0.2
         assert report.after.component < 1e-7
         assert report.drift < 1e-6
 
-    def test_a_foreign_direction_stays(self):
+    def test_a_foreign_direction_stays(self, form):
         basis, foreign = make_basis(1, 128), make_basis(1, 128, seed=9)
         weight = make_weight(basis, 200, torch.float32)
-        result, _ = project(weight, foreign, ProjectOptions(1.0, "columns"))
+        result, _ = project(weight, foreign, ProjectOptions(1.0, "columns"), form=form)
         assert component(result, basis) > 0.2
 
-    def test_rows_keeps_row_norms_and_lets_some_back_in(self):
+    def test_rows_keeps_row_norms_and_lets_some_back_in(self, form):
         basis = make_basis(1, 128)
         weight = make_weight(basis, 200, torch.float32)
-        result, report = project(weight, basis, ProjectOptions(1.0, "rows"))
+        result, report = project(weight, basis, ProjectOptions(1.0, "rows"), form=form)
         assert torch.allclose(result.norm(dim=-1), weight.norm(dim=-1), rtol=1e-6)
         assert not torch.allclose(result.norm(dim=-2), weight.norm(dim=-2), rtol=1e-3)
         assert 1e-4 < report.after.component < report.before.component
 
-    def test_none_changes_the_norms_and_says_so(self):
+    def test_none_changes_the_norms_and_says_so(self, form):
         basis = make_basis(1, 128)
         weight = make_weight(basis, 200, torch.float32)
-        _, report = project(weight, basis, ProjectOptions(1.0, "none"))
+        _, report = project(weight, basis, ProjectOptions(1.0, "none"), form=form)
         assert report.drift > 0.01
 
     @pytest.mark.parametrize("axis", AXES)
-    def test_columns_is_idempotent_at_one(self, axis):
+    def test_columns_is_idempotent_at_one(self, form, axis):
         basis = make_basis(1, 96)
         weight = make_weight(basis, 80, torch.float32, axis=axis)
         options = ProjectOptions(1.0, "columns", axis)
-        once, _ = project(weight, basis, options)
-        twice, _ = project(once, basis, options)
+        once, _ = project(weight, basis, options, form=form)
+        twice, _ = project(once, basis, options, form=form)
         assert torch.allclose(once, twice, rtol=0, atol=1e-7 * float(once.norm(dim=axis).max()))
         assert not torch.allclose(once, weight, rtol=0, atol=1e-3 * float(once.norm(dim=axis).max()))
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("axis", AXES)
-    def test_none_equals_columns_where_the_coefficient_reflects(self, dtype, axis):
+    def test_none_equals_columns_where_the_coefficient_reflects(self, form, dtype, axis):
         basis = make_basis(1, 96)
         weight = make_weight(basis, 80, dtype, axis=axis)
-        plain, _ = project(weight, basis, ProjectOptions(2.0, "none", axis))
-        kept, _ = project(weight, basis, ProjectOptions(2.0, "columns", axis))
+        plain, _ = project(weight, basis, ProjectOptions(2.0, "none", axis), form=form)
+        kept, _ = project(weight, basis, ProjectOptions(2.0, "columns", axis), form=form)
         assert torch.equal(plain, kept)
-        assert not torch.equal(kept, project(weight, basis, ProjectOptions(1.9, "columns", axis))[0])
+        assert not torch.equal(kept, project(weight, basis, ProjectOptions(1.9, "columns", axis), form=form)[0])
 
-    def test_axes_agree(self):
+    def test_axes_agree(self, form):
         basis = make_basis(2, 96)
         weight = make_weight(basis, 80, torch.bfloat16)
         for preserve in PRESERVES:
-            first, _ = project(weight, basis, ProjectOptions(1.0, preserve, -2))
-            second, _ = project(weight.mT, basis, ProjectOptions(1.0, preserve, -1))
+            first, _ = project(weight, basis, ProjectOptions(1.0, preserve, -2), form=form)
+            second, _ = project(weight.mT, basis, ProjectOptions(1.0, preserve, -1), form=form)
             assert (first != second.mT).sum() <= 3
 
     @modes
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_zero_coefficient_changes_no_byte(self, preserve, axis, dtype):
+    def test_zero_coefficient_changes_no_byte(self, form, preserve, axis, dtype):
         basis = make_basis(1, 40)
         weight = make_weight(basis, 30, dtype, axis=axis)
         weight[0, 0, 0] = -0.0
-        result, report = project(weight, basis, ProjectOptions(0.0, preserve, axis))
+        result, report = project(weight, basis, ProjectOptions(0.0, preserve, axis), form=form)
         assert torch.equal(as_bits(result), as_bits(weight))
         assert report.before.component == report.after.component > 0.1
-        assert not torch.equal(project(weight, basis, ProjectOptions(0.1, preserve, axis))[0], weight)
+        assert not torch.equal(project(weight, basis, ProjectOptions(0.1, preserve, axis), form=form)[0], weight)
 
     @modes
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_vectors_without_a_component_keep_their_bytes(self, preserve, axis, dtype):
+    def test_vectors_without_a_component_keep_their_bytes(self, form, preserve, axis, dtype):
         basis = torch.zeros(1, 8, dtype=torch.float64)
         basis[0, 0], basis[0, 1] = 0.6, -0.8
         weight = make_weight(basis, 5, dtype)
         weight[:, :2] = torch.tensor([0.0, -0.0])[:, None]
         weight[:, 3, 2] = -0.0
         weight = weight if axis == -2 else weight.mT.contiguous()
-        result, _ = project(weight, basis, ProjectOptions(1.0, preserve, axis))
+        result, _ = project(weight, basis, ProjectOptions(1.0, preserve, axis), form=form)
         assert torch.equal(as_bits(result), as_bits(weight))
 
     @modes
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_zero_stays_zero(self, preserve, axis, dtype):
+    def test_zero_stays_zero(self, form, preserve, axis, dtype):
         basis = make_basis(1, 8 if axis == -2 else 6)
         weight = torch.zeros(1, 8, 6, dtype=dtype)
         weight[0, 3, 2] = -0.0
-        result, report = project(weight, basis, ProjectOptions(1.0, preserve, axis))
+        result, report = project(weight, basis, ProjectOptions(1.0, preserve, axis), form=form)
         assert torch.equal(as_bits(result), as_bits(weight))
         assert (report.before.component, report.drift, report.degenerate) == (0.0, 0.0, 0)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("axis", AXES)
-    def test_parallel_vectors_are_removed_without_rescaling_and_counted(self, dtype, axis):
+    def test_parallel_vectors_are_removed_without_rescaling_and_counted(self, form, dtype, axis):
         basis = make_basis(1, 64)
         weight = make_weight(basis, 20, torch.float32, axis=axis)
         columns = weight if axis == -2 else weight.mT
@@ -456,27 +481,28 @@ class TestProperties:
         weight = weight.to(dtype)
         options = ProjectOptions(1.0, "columns", axis)
         _, degenerate = reference.ablate(weight, basis, preserve="columns", axis=axis)
-        result, report = project(weight, basis, options)
+        result, report = project(weight, basis, options, form=form)
         assert report.degenerate == int(degenerate.sum())
         assert (report.degenerate == 2) == (dtype != torch.bfloat16)
         assert_accurate(result, weight, basis, options)
         if dtype != torch.bfloat16:
             assert (result if axis == -2 else result.mT)[:, :, 3].float().norm() < 5e-3
-        assert project(weight, basis, ProjectOptions(2.5, "columns", axis))[1].degenerate == 0
-        assert project(weight, basis, ProjectOptions(1.0, "none", axis))[1].degenerate == 0
+        assert project(weight, basis, ProjectOptions(2.5, "columns", axis), form=form)[1].degenerate == 0
+        assert project(weight, basis, ProjectOptions(1.0, "none", axis), form=form)[1].degenerate == 0
 
     @pytest.mark.parametrize("axis", AXES)
-    def test_rows_that_vanish_are_counted(self, axis):
+    def test_rows_that_vanish_are_counted(self, form, axis):
         basis = torch.ones(1, 4, dtype=torch.float64) / 2
         weight = torch.randn(1, 1, 6, generator=torch.Generator().manual_seed(0)).expand(1, 4, 6).contiguous()
         weight = weight if axis == -2 else weight.mT.contiguous()
-        result, report = project(weight, basis, ProjectOptions(1.0, "rows", axis))
+        result, report = project(weight, basis, ProjectOptions(1.0, "rows", axis), form=form)
         assert report.degenerate == 4
         assert result.isfinite().all()
         assert result.abs().max() < 1e-6
-        assert project(weight, basis, ProjectOptions(1.5, "rows", axis))[1].degenerate == 0
+        assert project(weight, basis, ProjectOptions(1.5, "rows", axis), form=form)[1].degenerate == 0
 
 
+@forms
 class TestMagnitudes:
     @modes
     @pytest.mark.parametrize(
@@ -496,7 +522,7 @@ class TestMagnitudes:
         ids=str,
     )
     @pytest.mark.parametrize("everywhere", [True, False])
-    def test_finite_weights_stay_finite_and_accurate(self, preserve, axis, dtype, magnitude, everywhere):
+    def test_finite_weights_stay_finite_and_accurate(self, form, preserve, axis, dtype, magnitude, everywhere):
         basis = make_basis(1, 40)
         weight = make_weight(basis, 30, torch.float64, axis=axis)
         weight = weight / weight.abs().max()
@@ -504,51 +530,52 @@ class TestMagnitudes:
         first *= magnitude
         weight = weight.to(dtype)
         options = ProjectOptions(2.5, preserve, axis)
-        result, report = project(weight, basis, options)
+        result, report = project(weight, basis, options, form=form)
         assert_accurate(result, weight, basis, options)
         assert math.isfinite(report.before.component)
         assert report.before.component == pytest.approx(component(weight, basis, axis), rel=1e-3)
 
-    def test_what_would_overflow_becomes_the_largest_finite_value(self):
+    def test_what_would_overflow_becomes_the_largest_finite_value(self, form):
         basis = torch.tensor([[1.0, 1.0, 1.0, 1.0]], dtype=torch.float64) / 2
         weight = torch.tensor([[[65504.0], [65504.0], [65504.0], [-65504.0]]], dtype=torch.float16)
         exact, _ = reference.ablate(weight, basis, coefficient=3.0, preserve="none")
         assert exact.abs().max() > 65504
-        result, _ = project(weight, basis, ProjectOptions(3.0, "none"))
+        result, _ = project(weight, basis, ProjectOptions(3.0, "none"), form=form)
         assert result.isfinite().all()
         assert torch.equal(result, reference.round_to(exact, torch.float16))
 
     @modes
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-    def test_non_finite_weights_are_told_with_their_matrix(self, preserve, axis, dtype, value):
+    def test_non_finite_weights_are_told_with_their_matrix(self, form, preserve, axis, dtype, value):
         basis = make_basis(1, 40)
         weight = make_weight(basis, 30, dtype, axis=axis, batch=3)
         options = ProjectOptions(1.0, preserve, axis)
-        assert run(weight, basis, options)[1].nonfinite == 0
+        assert run(weight, basis, options, form=form)[1].nonfinite == 0
         weight[1, 7, 5] = value
-        _, projector = run(weight, basis, options)
+        _, projector = run(weight, basis, options, form=form)
         assert projector.nonfinite == 1
         assert projector.nonfinite_entries == (1,)
 
 
+@forms
 class TestMeasures:
     @modes
-    def test_meter_agrees_with_before(self, preserve, axis):
+    def test_meter_agrees_with_before(self, form, preserve, axis):
         basis = make_basis(2, 96)
         weight = make_weight(basis, 80, torch.bfloat16, axis=axis, mix=0.05)
         options = ProjectOptions(1.0, preserve, axis)
-        _, projector = run(weight, basis, options)
-        meter = Meter(basis, tuple(weight.shape), weight.dtype, options, Workspace(CPU, "torch"))
+        _, projector = run(weight, basis, options, form=form)
+        meter, stored = meter_of(weight, basis, options, form)
         for start in range(0, weight.shape[1], meter.chunk_rows):
-            meter.add(weight[:, start : start + meter.chunk_rows], start)
+            meter.add(stored[:, start : start + meter.chunk_rows], start)
         assert meter.result().component == projector.before().component
-        assert torch.equal(meter.result().norms, projector.before().norms)
+        assert np.array_equal(meter.result().norms, projector.before().norms)
         line = (-1 if axis == -2 else -2) if preserve == "rows" else axis
         norms = torch.linalg.vector_norm(weight.double(), dim=line)
-        assert torch.allclose(meter.result().norms, norms, rtol=1e-6)
+        assert np.allclose(meter.result().norms, norms, rtol=1e-6)
 
-    def test_drift_ignores_zero_vectors_and_sees_the_rest(self):
+    def test_drift_ignores_zero_vectors_and_sees_the_rest(self, form):
         basis = make_basis(1, 8)
         options = ProjectOptions(1.0, "columns")
         weight = make_weight(basis, 4, torch.float32, batch=1)
@@ -557,19 +584,19 @@ class TestMeasures:
         changed[:, :, 2] *= 1.5
 
         def measure(values):
-            meter = Meter(basis, (1, 8, 4), torch.float32, options, Workspace(CPU, "torch"))
-            meter.add(values, 0)
+            meter, stored = meter_of(values, basis, options, form)
+            meter.add(stored, 0)
             return meter.result()
 
         assert norm_drift(measure(weight), measure(weight)) == 0
         assert norm_drift(measure(weight), measure(changed)) == pytest.approx(0.5, rel=1e-6)
 
-    def test_passes(self):
+    def test_passes(self, form):
         counts = {}
         for preserve, axis in itertools.product(PRESERVES, AXES):
             basis = make_basis(1, 200)
             weight = make_weight(basis, 200, torch.bfloat16, mix=0.1)
-            counts[preserve, axis] = run(weight, basis, ProjectOptions(1.0, preserve, axis))[1].passes
+            counts[preserve, axis] = run(weight, basis, ProjectOptions(1.0, preserve, axis), form=form)[1].passes
         assert counts == {
             ("rows", -2): 1,
             ("rows", -1): 2,
@@ -579,22 +606,22 @@ class TestMeasures:
             ("none", -1): 0,
         }
 
-    def test_strong_cancellation_takes_another_pass(self):
+    def test_strong_cancellation_takes_another_pass(self, form):
         basis = make_basis(1, 200)
         weight = make_weight(basis, 20, torch.bfloat16, mix=30.0)
-        assert run(weight, basis, ProjectOptions(1.0, "columns"))[1].passes == 2
-        assert run(weight, basis, ProjectOptions(2.5, "columns"))[1].passes == 1
+        assert run(weight, basis, ProjectOptions(1.0, "columns"), form=form)[1].passes == 2
+        assert run(weight, basis, ProjectOptions(2.5, "columns"), form=form)[1].passes == 1
 
-    def test_rows_that_may_cancel_are_probed_and_those_that_do_gathered_again(self):
+    def test_rows_that_may_cancel_are_probed_and_those_that_do_gathered_again(self, form):
         basis = make_basis(1, 200)
         harmless = make_weight(basis, 400, torch.bfloat16, mix=0.3)
-        assert run(harmless, basis, ProjectOptions(2.5, "rows"))[1].passes == 2
+        assert run(harmless, basis, ProjectOptions(2.5, "rows"), form=form)[1].passes == 2
         cancelled = make_weight(basis, 400, torch.bfloat16, mix=30.0)
-        assert run(cancelled, basis, ProjectOptions(1.0, "rows"))[1].passes == 3
+        assert run(cancelled, basis, ProjectOptions(1.0, "rows"), form=form)[1].passes == 3
 
     @pytest.mark.parametrize("shape", [(0, 8, 4), (1, 8, 0)])
-    def test_empty_tensors(self, shape):
-        result, report = project(torch.zeros(shape), make_basis(1, 8), ProjectOptions())
+    def test_empty_tensors(self, form, shape):
+        result, report = project(torch.zeros(shape), make_basis(1, 8), ProjectOptions(), form=form)
         assert result.shape == shape
         assert report.before.component == 0
 
@@ -604,18 +631,26 @@ class TestVector:
     def test_removes_what_was_there(self, dtype):
         basis = make_basis(2, 50)
         bias = (torch.randn(3, 50, dtype=torch.float64) + 5 * basis[0]).to(dtype)
-        result = project_vector(bias, basis, 1.0)
+        stored = in_form(bias, "numpy")
+        found = project_vector(stored, basis.numpy(), 1.0)
         exact = bias.double() - bias.double() @ basis.mT @ basis
-        assert torch.equal(result, reference.round_to(exact, dtype))
-        assert (bias.double() @ basis.mT).norm() > 5
-        assert (result.double() @ basis.mT).norm() < 1e-1
-        assert torch.equal(project_vector(bias, basis, 0.0), bias)
+        assert np.array_equal(found, in_form(reference.round_to(exact, dtype), "numpy"))
+        share = (bias.double() @ basis.mT).norm() / bias.double().norm()
+        assert share > 0.5
+        assert vector_component(stored, basis.numpy()) == pytest.approx(float(share), rel=1e-12)
+        assert vector_component(found, basis.numpy()) < 1e-2
+        assert np.array_equal(project_vector(stored, basis.numpy(), 0.0), stored)
+
+    def test_a_component_of_nothing_is_nothing_and_of_nan_not_finite(self):
+        basis = make_basis(1, 4).numpy()
+        assert vector_component(np.zeros(4, np.float32), basis) == 0
+        assert math.isnan(vector_component(np.array([0, np.nan, 1, 1], np.float32), basis))
 
 
 class TestRefusals:
     def test_a_basis_of_another_size(self):
         with pytest.raises(DirectionsError, match=r"expected \[k, 8\].*found \[1, 9\]"):
-            Projector(make_basis(1, 9), (1, 8, 4), torch.float32, ProjectOptions(), Workspace(CPU, "torch"))
+            Projector(make_basis(1, 9).numpy(), (1, 8, 4), "F32", ProjectOptions(), Workspace(CPU, "numpy"))
 
     def test_a_basis_without_directions(self):
         with pytest.raises(DirectionsError, match=r"found \[0, 8\]"):
@@ -639,13 +674,17 @@ class TestRefusals:
 
 class TestForm:
     def test_choice_says_why(self):
+        assert choose_form("cpu", numpy=True) == (
+            "numpy",
+            "a CPU needs no torch for this, which takes longer to import",
+        )
         assert choose_form(CPU) == ("torch", "Triton does not run on cpu")
         assert choose_form(CPU, form="reference") == ("reference", "asked for")
-        assert choose_form(torch.device("mps"))[0] == "torch"
+        assert choose_form("mps", numpy=True)[0] == "torch"
 
     def test_choice_without_triton(self, monkeypatch):
         pytest.importorskip("triton")
-        assert choose_form(torch.device("cuda"))[0] == "triton"
+        assert choose_form("cuda:1", numpy=True)[0] == "triton"
         monkeypatch.setitem(sys.modules, "triton", None)
         assert choose_form(torch.device("cuda")) == ("torch", "triton is not installed")
 
