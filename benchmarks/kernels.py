@@ -18,10 +18,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ablate_shards.kernels import reference
+from ablate_shards.kernels.form import stored_dtype
 from ablate_shards.kernels.project import Form, Meter, Preserve, ProjectOptions, Projector, Workspace, choose_form
 
 PRESERVES: tuple[Preserve, ...] = ("rows", "columns", "none")
@@ -55,10 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     weights = [weight.to(device)[None].clone() for _ in range(given.threads)]
     scratch = [tensor.clone() for tensor in weights]
     elements = weight.numel() * given.threads * given.tensors
-    forms: list[Form] = ["torch"]
-    chosen, reason = choose_form(device)
-    if chosen != "torch":
-        forms.append(chosen)
+    chosen, reason = choose_form(device, numpy=True)
+    forms: list[Form] = ["torch", chosen] if chosen != "torch" else ["torch"]
     print(f"{list(stored)} {given.dtype} on {device}, {given.threads} at a time; {chosen}: {reason}")
     print(
         f"{'form':8}{'preserve':10}{'G elements/s':>14}{'x eager':>10}{'x blocked':>11}{'x copy':>10}{'meter G/s':>12}"
@@ -111,8 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def ablate(weight: Tensor, basis: Tensor, options: ProjectOptions, form: Form) -> None:
     """Ablate a weight in place, block by block, as a run does."""
-    projector = Projector(basis, (1, *weight.shape[1:]), weight.dtype, options, workspace(weight.device, form))
-    blocks = [(start, weight[:, start : start + size]) for start, size in spans(weight, projector.chunk_rows)]
+    stored = in_form(weight, form)
+    dtype = stored_dtype(stored) or "F32"
+    projector = Projector(basis.numpy(), (1, *weight.shape[1:]), dtype, options, workspace(weight.device, form))
+    blocks = [(start, stored[:, start : start + size]) for start, size in spans(weight, projector.chunk_rows)]
     step = 0
     while step < projector.passes:
         for start, block in blocks:
@@ -124,10 +126,19 @@ def ablate(weight: Tensor, basis: Tensor, options: ProjectOptions, form: Form) -
 
 def measure(weight: Tensor, basis: Tensor, options: ProjectOptions, form: Form) -> None:
     """Measure a weight, block by block."""
-    meter = Meter(basis, (1, *weight.shape[1:]), weight.dtype, options, workspace(weight.device, form))
+    stored = in_form(weight, form)
+    dtype = stored_dtype(stored) or "F32"
+    meter = Meter(basis.numpy(), (1, *weight.shape[1:]), dtype, options, workspace(weight.device, form))
     for start, size in spans(weight, meter.chunk_rows):
-        meter.add(weight[:, start : start + size], start)
+        meter.add(stored[:, start : start + size], start)
     meter.result()
+
+
+def in_form(weight: Tensor, form: Form) -> Tensor | np.ndarray:
+    """Return a view of a weight that a form takes."""
+    if form != "numpy":
+        return weight
+    return (weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight).numpy()
 
 
 def workspace(device: torch.device, form: Form) -> Workspace:

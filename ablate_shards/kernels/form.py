@@ -3,7 +3,7 @@
 from collections.abc import Callable, Container
 from contextlib import AbstractContextManager
 from types import ModuleType
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -15,7 +15,6 @@ __all__ = [
     "Arithmetic",
     "Array",
     "Arrays",
-    "StoredDtype",
     "extremes",
     "in_range",
     "stored_dtype",
@@ -24,10 +23,7 @@ __all__ = [
 Array: TypeAlias = Any
 """A NumPy array or a torch tensor. What is written once for both keeps to what both understand alike."""
 
-StoredDtype = Literal["BF16", "F16", "F32"]
-"""What a weight is stored in, by its name in safetensors."""
-
-_NAMES: dict[str, StoredDtype] = {
+_NAMES = {
     "uint16": "BF16",
     "float16": "F16",
     "float32": "F32",
@@ -36,12 +32,12 @@ _NAMES: dict[str, StoredDtype] = {
     "torch.float32": "F32",
 }
 
-GREATEST: dict[StoredDtype, float] = {
+GREATEST = {
     "BF16": float.fromhex("0x1.fep127"),
     "F16": 65504.0,
     "F32": float.fromhex("0x1.fffffep127"),
 }
-"""The greatest finite value of each."""
+"""The greatest finite value of what a weight can be stored in, by its name in safetensors."""
 
 LOW, HIGH = 1e-30, 1e30
 """Squared norms between which float32 sums of squares neither underflow nor overflow."""
@@ -111,6 +107,9 @@ class Arrays(Protocol):
 
     xp: ModuleType
 
+    def forms(self, chunk_rows: int, cols: int) -> tuple[Arithmetic, Arithmetic]:
+        """Return the arithmetic for matrices cut into chunks: in float32, and in float64."""
+
     def zeros(self, *shape: int) -> Array:
         """Return float64 zeros for sums."""
 
@@ -132,7 +131,7 @@ class Arrays(Protocol):
     def buffer(self, count: int) -> np.ndarray:
         """Return new memory ``[count]`` uint8 for bytes on their way from and to a file."""
 
-    def load(self, raw: np.ndarray, dtype: StoredDtype, shape: tuple[int, int, int]) -> Array:
+    def load(self, raw: np.ndarray, dtype: str, shape: tuple[int, int, int]) -> Array:
         """Return a block made of stored bytes ``[count]`` uint8; a view of them where it can be one."""
 
     def store(self, block: Array, raw: np.ndarray) -> None:
@@ -158,6 +157,6 @@ def in_range(squares: Array) -> bool:
     return least > LOW and most < HIGH
 
 
-def stored_dtype(values: Array) -> StoredDtype | None:
+def stored_dtype(values: Array) -> str | None:
     """Return the stored dtype that an array or a tensor holds, NumPy's uint16 being the bits of bfloat16."""
     return _NAMES.get(str(values.dtype))

@@ -16,7 +16,7 @@ import importlib
 import math
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -30,12 +30,11 @@ from ablate_shards.kernels.form import (
     Arithmetic,
     Array,
     Arrays,
-    StoredDtype,
     extremes,
     in_range,
     stored_dtype,
 )
-from ablate_shards.kernels.project_numpy import NumpyArrays, NumpyForm, decoded, encode
+from ablate_shards.kernels.project_numpy import NumpyArrays, decoded, encode
 from ablate_shards.kernels.reference import DEGENERATE, Preserve
 
 if TYPE_CHECKING:
@@ -50,7 +49,6 @@ __all__ = [
     "ProjectOptions",
     "ProjectReport",
     "Projector",
-    "StoredDtype",
     "Workspace",
     "choose_form",
     "merge",
@@ -69,7 +67,7 @@ CHUNK_ELEMENTS = 128 * 3584
 """Of a chunk: 1.8 MiB of float32 scratch, and twice that where float64 is needed."""
 BLOCK_ELEMENTS = 1 << 22
 ORTHONORMAL = 1e-9
-AMPLIFICATION: dict[StoredDtype, float] = {"BF16": 8.0, "F16": 2.0, "F32": 4.0}
+AMPLIFICATION = {"BF16": 8.0, "F16": 2.0, "F32": 4.0}
 """How much cancellation may amplify the rounding of float32 before float64 takes over."""
 
 
@@ -243,41 +241,30 @@ class Workspace:
     """
 
     def __init__(self, device: "torch.device | str", form: Form, *, chunks_at_once: int = 2) -> None:
-        self._form = form
-        self._chunks_at_once = chunks_at_once
-        self._kept: tuple[tuple[int, int], Arithmetic, Arithmetic] | None = None
-        self.arrays: Arrays
-        if form == "numpy":
-            self.arrays = NumpyArrays()
-        else:
-            import torch
-
-            from ablate_shards.kernels.project_torch import TorchArrays
-
-            self.arrays = TorchArrays(torch.device(device))
+        self.arrays = _arrays(device, form, chunks_at_once)
+        self._kept: tuple[tuple[int, int], tuple[Arithmetic, Arithmetic]] | None = None
 
     def forms(self, chunk_rows: int, cols: int) -> tuple[Arithmetic, Arithmetic]:
         """Return the arithmetic for matrices cut into chunks: in float32, and in float64."""
         if self._kept is None or self._kept[0] != (chunk_rows, cols):
             self._kept = None
-            self._kept = ((chunk_rows, cols), *self._forms(chunk_rows, cols))
-        return self._kept[1:]
+            self._kept = ((chunk_rows, cols), self.arrays.forms(chunk_rows, cols))
+        return self._kept[1]
 
-    def _forms(self, chunk_rows: int, cols: int) -> tuple[Arithmetic, Arithmetic]:
-        if isinstance(self.arrays, NumpyArrays):
-            return NumpyForm(np.float32, chunk_rows, cols), NumpyForm(np.float64, chunk_rows, cols)
-        # Torch and Triton are imported only where they run.
-        import torch
 
-        from ablate_shards.kernels.project_torch import TorchForm
+def _arrays(device: "torch.device | str", form: Form, chunks_at_once: int) -> Arrays:
+    if form == "numpy":
+        return NumpyArrays()
+    # Torch and Triton are imported only where they run.
+    import torch
 
-        device, state = self.arrays.device, self.arrays.state_device
-        double = TorchForm(torch.float64, chunk_rows, cols, state, state)
-        if self._form != "triton":
-            return TorchForm(torch.float32, chunk_rows, cols, device, state, self._chunks_at_once), double
-        from ablate_shards.kernels.project_triton import TritonForm
+    if form == "triton":
+        from ablate_shards.kernels.project_triton import TritonArrays
 
-        return TritonForm(chunk_rows, state), double
+        return TritonArrays(torch.device(device))
+    from ablate_shards.kernels.project_torch import TorchArrays
+
+    return TorchArrays(torch.device(device), chunks_at_once)
 
 
 class _Stream:
@@ -287,7 +274,7 @@ class _Stream:
         self,
         basis: np.ndarray,
         shape: tuple[int, int, int],
-        dtype: StoredDtype,
+        dtype: str,
         options: ProjectOptions,
         workspace: Workspace,
     ) -> None:
@@ -394,7 +381,6 @@ class _Stream:
 
     def _add_columns(self, piece: _Piece, weights: _Pair | None, into: Array, *, squares: bool) -> None:
         """Add the column sums of a piece to ``into``, float64, with unsafe chunks done exactly."""
-
         arrays = self._arrays
 
         def repair(entry: int, chunk: int) -> Array:
@@ -457,7 +443,7 @@ class Meter(_Stream):
     Args:
         basis: ``[k, d]`` float64, orthonormal rows.
         shape: Matrices, stored rows, stored columns.
-        dtype: What the matrices are stored in.
+        dtype: What the matrices are stored in: ``BF16``, ``F16`` or ``F32``.
         options: Says which norms are meant and where the residual axis lies.
         workspace: Where and how to compute.
 
@@ -486,7 +472,7 @@ class Projector(_Stream):
     Args:
         basis: ``[k, d]`` float64, orthonormal rows.
         shape: Matrices, stored rows, stored columns.
-        dtype: What the matrices are stored in.
+        dtype: What the matrices are stored in: ``BF16``, ``F16`` or ``F32``.
         options: The coefficient, the norms to preserve, the residual axis.
         workspace: Where and how to compute.
 
@@ -499,7 +485,7 @@ class Projector(_Stream):
         self,
         basis: np.ndarray,
         shape: tuple[int, int, int],
-        dtype: StoredDtype,
+        dtype: str,
         options: ProjectOptions,
         workspace: Workspace,
     ) -> None:
@@ -637,8 +623,8 @@ class Projector(_Stream):
         basis = self._basis.double[..., lines]
         gram = self._gram[entries]
         # Not a matrix product, which may take several threads and then add in another order.
-        lines = [gram[:, :, line, None] * basis[:, line, None] for line in range(basis.shape[1])]
-        return self._xp.clip((sum(lines) * basis).sum(1), 0, None)
+        mixed = sum(gram[:, :, line, None] * basis[:, line, None] for line in range(basis.shape[1]))
+        return self._xp.clip((mixed * basis).sum(1), 0, None)
 
     def _factors(self, entries: slice, lines: slice, dots: Array) -> _Factors:
         """What the update of the preserved vectors ``lines`` needs.

@@ -8,23 +8,26 @@ import contextlib
 import math
 from collections.abc import Callable, Container, Iterator
 from functools import cached_property
+from types import ModuleType
 
 import numpy as np
 
-from ablate_shards.kernels.form import GREATEST, StoredDtype, in_range, stored_dtype
+from ablate_shards.kernels.form import GREATEST, in_range, stored_dtype
 
 __all__ = ["NumpyArrays", "NumpyForm", "decoded", "encode"]
 
-STORED: dict[StoredDtype, type[np.generic]] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+STORED: dict[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 """NumPy has no bfloat16: its bits travel as integers."""
 
 STRIP_ELEMENTS = 1 << 16
+LEAST_STRIP_ROWS = 8
 SEGMENT = 8192
 """Columns that one float32 product along a row covers; the segments of a row are added in float64. OpenBLAS puts
 dot products on several threads from 10,000 elements on, which would let the result depend on how many there are."""
 
 GROUP, PANEL = 32, 256
-"""Rows and columns that one float32 product down the columns covers. OpenBLAS puts those on several threads from 9,216 elements on."""
+"""Rows and columns that one float32 product down the columns covers at most. OpenBLAS puts such a product on several
+threads from 9,216 elements on."""
 
 ALIGNMENT = 64
 WIDTH_UNIT = 16
@@ -48,9 +51,9 @@ class NumpyForm:
         self._precision = precision
         self._chunk_rows = chunk_rows
         self._cols = cols
-        self._group = min(chunk_rows, GROUP)
-        groups = min(STRIP_ELEMENTS // max(1, cols), chunk_rows) // self._group
-        self._strip = max(1, groups) * self._group
+        rows = min(chunk_rows, max(LEAST_STRIP_ROWS, STRIP_ELEMENTS // max(1, cols)))
+        self._group = min(rows, GROUP)
+        self._strip = rows // self._group * self._group
         self._panels = max(1, math.ceil(cols / PANEL))
         self._width = math.ceil(cols / self._panels / WIDTH_UNIT) * WIDTH_UNIT
 
@@ -139,7 +142,8 @@ class NumpyForm:
                 np.matmul(self._ones, panels, out=outs[count])
             done += groups
         flat = sums[:, :done].reshape(count + squares, done, self._panels * self._width)
-        return np.add.reduce(flat[:, :, : self._cols], axis=1, dtype=np.float64)
+        total: np.ndarray = np.add.reduce(flat[:, :, : self._cols], axis=1, dtype=np.float64)
+        return total
 
     def _strips(self, start: int, stop: int) -> Iterator[slice]:
         for low in range(start, stop, self._strip):
@@ -165,7 +169,9 @@ class NumpyForm:
 
     @cached_property
     def _ones(self) -> np.ndarray:
-        return self._zeros(1, self._group) + self._precision(1)
+        ones = self._zeros(1, self._group)
+        ones.fill(1)
+        return ones
 
     @cached_property
     def _kept_sums(self) -> dict[int, np.ndarray]:
@@ -189,7 +195,11 @@ class NumpyForm:
 class NumpyArrays:
     """Blocks and sums in NumPy arrays; :class:`Arrays` says what the methods do."""
 
-    xp = np
+    xp: ModuleType = np
+
+    def forms(self, chunk_rows: int, cols: int) -> tuple[NumpyForm, NumpyForm]:
+        """Return the arithmetic in float32 and in float64."""
+        return NumpyForm(np.float32, chunk_rows, cols), NumpyForm(np.float64, chunk_rows, cols)
 
     def zeros(self, *shape: int) -> np.ndarray:
         """Return float64 zeros for sums."""
@@ -219,7 +229,7 @@ class NumpyArrays:
         """Return new memory for bytes."""
         return np.empty(count, np.uint8)
 
-    def load(self, raw: np.ndarray, dtype: StoredDtype, shape: tuple[int, int, int]) -> np.ndarray:
+    def load(self, raw: np.ndarray, dtype: str, shape: tuple[int, int, int]) -> np.ndarray:
         """Return a view of stored bytes."""
         return raw.view(STORED[dtype]).reshape(shape)
 

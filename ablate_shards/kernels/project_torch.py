@@ -4,16 +4,17 @@ import math
 from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ablate_shards.kernels.form import GROUP_ROWS, StoredDtype, in_range
+from ablate_shards.kernels.form import GROUP_ROWS, Arithmetic, in_range
 
 __all__ = ["DTYPES", "TorchArrays", "TorchForm"]
 
-DTYPES: dict[StoredDtype, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 SEGMENT = 8192
 """Columns that one float32 reduction along a row covers; the segments of a row are added in float64."""
@@ -188,14 +189,24 @@ class TorchArrays:
 
     Args:
         device: Where the blocks are.
+        chunks_at_once: Chunks that the scratch memory holds for float32; the result does not depend on it.
     """
 
-    xp = torch
+    xp: ModuleType = torch
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, chunks_at_once: int = 2) -> None:
         self.device = device
+        self._chunks_at_once = chunks_at_once
         # MPS has no float64, and not every XPU has it.
         self.state_device = device if device.type in ("cpu", "cuda") else torch.device("cpu")
+
+    def forms(self, chunk_rows: int, cols: int) -> tuple[Arithmetic, Arithmetic]:
+        """Return the arithmetic in float32 and in float64."""
+        state = self.state_device
+        return (
+            TorchForm(torch.float32, chunk_rows, cols, self.device, state, self._chunks_at_once),
+            TorchForm(torch.float64, chunk_rows, cols, state, state),
+        )
 
     def zeros(self, *shape: int) -> Tensor:
         """Return float64 zeros for sums."""
@@ -225,7 +236,7 @@ class TorchArrays:
         """Return new memory for bytes, pinned for CUDA: that is copied from and to at full speed."""
         return torch.empty(count, dtype=torch.uint8, pin_memory=self.device.type == "cuda").numpy()
 
-    def load(self, raw: np.ndarray, dtype: StoredDtype, shape: tuple[int, int, int]) -> Tensor:
+    def load(self, raw: np.ndarray, dtype: str, shape: tuple[int, int, int]) -> Tensor:
         """Return a block made of stored bytes, on the device."""
         return torch.from_numpy(raw).view(DTYPES[dtype]).view(shape).to(self.device)
 

@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from ablate_shards.kernels.form import HIGH, LOW, in_range
+from ablate_shards.kernels.form import HIGH, LOW, Arithmetic, in_range
+from ablate_shards.kernels.project_torch import TorchArrays
 
-__all__ = ["TritonForm"]
+__all__ = ["TritonArrays", "TritonForm"]
 
 INTERPRETED = bool(knobs.runtime.interpret)
 
@@ -292,3 +293,11 @@ def _dense(weights: Tensor | None, block: Tensor) -> tuple[Tensor, int, int]:
         return block, 0, 0
     weights = weights.contiguous()
     return weights, weights.shape[1], weights.stride(0) if len(weights) > 1 else 0
+
+
+class TritonArrays(TorchArrays):
+    """Blocks and sums in torch tensors, with the arithmetic in float32 done by the kernels above."""
+
+    def forms(self, chunk_rows: int, cols: int) -> tuple[Arithmetic, Arithmetic]:
+        """Return the arithmetic in float32 and in float64."""
+        return TritonForm(chunk_rows, self.state_device), super().forms(chunk_rows, cols)[1]

@@ -3,22 +3,27 @@
 import contextlib
 import gc
 import hashlib
+import math
 import os
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 import numpy as np
 
 from ablate_shards.errors import ExecuteError, UsageError
+from ablate_shards.surgery.checkpoint import ITEM_BYTES
 from ablate_shards.surgery.plan import BasisKey, Edit, TensorEdit
 from ablate_shards.surgery.receipt import TensorResult
 
 if TYPE_CHECKING:
     import torch
 
+    from ablate_shards.kernels.form import Array
     from ablate_shards.kernels.project import Form, Measure, Workspace
 
 __all__ = [
@@ -27,6 +32,7 @@ __all__ = [
     "Editor",
     "Stopped",
     "cores",
+    "find_device",
     "pread_into",
     "pwrite_all",
     "resolve_device",
@@ -40,6 +46,7 @@ _CPU_BLOCK = 8 << 20
 _LEAST_MEMORY_PER_JOB = 8 << 20
 _SCRATCH = 6 << 20
 _DEVICE_JOBS = 2
+_ACCELERATORS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: it ends a worker whose run has ended elsewhere
@@ -71,6 +78,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
         stop: Set when the run should end early.
 
     Attributes:
+        has_numpy_form: Whether the arithmetic can do without torch on a CPU.
         jobs: Tensors to edit at a time, fewer than asked for where memory is short.
         reason: One line that says what does the arithmetic, and why.
 
@@ -78,15 +86,19 @@ class BlockEditor(ABC, Generic[_E, _R]):
         UsageError: There is no such device.
     """
 
-    def __init__(self, device: str, memory: int, jobs: int | None, stop: threading.Event) -> None:
-        with _no_collections():
-            from ablate_shards.kernels.project import choose_form
+    has_numpy_form: ClassVar[bool] = False
 
-        self._device = resolve_device(device)
+    def __init__(self, device: str, memory: int, jobs: int | None, stop: threading.Event) -> None:
+        from ablate_shards.kernels.project import choose_form
+
+        self._device = find_device(device)
         self._form: Form
-        self._form, why = choose_form(self._device)
+        self._form, why = choose_form(self._device, numpy=self.has_numpy_form)
+        if self._form != "numpy":
+            with _no_collections():
+                import torch  # noqa: F401 - before there are threads, which would wait for it
         self.reason = f"arithmetic: {self._form} on {self._device} ({why})"
-        on_cpu = self._device.type == "cpu"
+        on_cpu = self._device == "cpu"
         wanted = jobs or (cores() if on_cpu else _DEVICE_JOBS)
         self.jobs = max(1, min(wanted, memory // _LEAST_MEMORY_PER_JOB))
         room = max(memory // self.jobs - _SCRATCH, 1 << 20)
@@ -98,17 +110,19 @@ class BlockEditor(ABC, Generic[_E, _R]):
 
     def identity(self) -> dict[str, str]:
         """Returns what decides the last bit of a result, for the receipt and for resuming."""
+        identity = {"device": self._device.partition(":")[0], "form": self._form}
+        if self._form == "numpy":
+            return identity | {"version of numpy": np.__version__}
         import torch
 
-        return {
-            "device": self._device.type,
-            "form": self._form,
-            "version of torch": torch.__version__.split("+")[0],
-        }
+        return identity | {"version of torch": torch.__version__.split("+")[0]}
 
     @contextlib.contextmanager
     def one_thread_each(self) -> Iterator[None]:
-        """Keeps torch to one thread per job: no oversubscription, and sums in one order."""
+        """Keeps torch to one thread per job: no oversubscription, and sums in one order; NumPy's form does itself."""
+        if self._form == "numpy":
+            yield
+            return
         import torch
 
         before = torch.get_num_threads()
@@ -140,7 +154,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
         kept: torch.Tensor | None = getattr(self._kept, "buffer", None)
         if kept is None or len(kept) < count:
             # Pinned memory is what a device copies from and to at full speed.
-            pinned = self._device.type == "cuda"
+            pinned = self._device.startswith("cuda")
             kept = self._kept.buffer = torch.empty(count, dtype=torch.uint8, pin_memory=pinned)
         return kept[:count]
 
@@ -155,11 +169,11 @@ class BlockEditor(ABC, Generic[_E, _R]):
 
     def _stream(self) -> contextlib.AbstractContextManager[object]:
         """Gives each job a stream of its own, so that one computes while another reads or writes."""
+        if self._device.partition(":")[0] not in ("cuda", "xpu"):
+            return contextlib.nullcontext()
         import torch
 
-        if self._device.type in ("cuda", "xpu"):
-            return torch.Stream(self._device)
-        return contextlib.nullcontext()
+        return torch.Stream(self._device)
 
 
 class Editor(BlockEditor[TensorEdit, TensorResult]):
@@ -175,6 +189,8 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
     Raises:
         UsageError: There is no such device.
     """
+
+    has_numpy_form = True
 
     def __init__(
         self,
@@ -193,16 +209,12 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
         Raises:
             ExecuteError: The tensor holds NaN or infinite values.
         """
-        import torch
-
         with self._stream():
-            return self._edit(edit, torch.from_numpy(self._bases[edit.basis]), channels)
+            return self._edit_bias(edit, channels) if edit.kind == "bias" else self._edit_weight(edit, channels)
 
-    def _edit(self, edit: TensorEdit, rows_basis: "torch.Tensor", channels: Channels) -> TensorResult:
+    def _edit_weight(self, edit: TensorEdit, channels: Channels) -> TensorResult:
         from ablate_shards.kernels.project import merge, norm_drift
 
-        if edit.kind == "bias":
-            return self._edit_bias(edit, rows_basis, channels)
         batch, rows, cols = (1,) * (3 - len(edit.shape)) + edit.shape
         matrix_bytes = (edit.end - edit.start) // max(batch, 1)
         group = max(1, min(batch, self._room // max(matrix_bytes, 1)))
@@ -210,7 +222,7 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
         before, after, degenerate = [], [], 0
         for first in range(0, batch, group):
             shape = (min(group, batch - first), rows, cols)
-            measures = self._edit_group(edit, rows_basis, shape, edit.start + first * matrix_bytes, channels, digest)
+            measures = self._edit_group(edit, shape, edit.start + first * matrix_bytes, channels, digest)
             before.append(measures[0])
             after.append(measures[1])
             degenerate += measures[2]
@@ -226,7 +238,6 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
     def _edit_group(
         self,
         edit: TensorEdit,
-        basis: "torch.Tensor",
         shape: tuple[int, int, int],
         base: int,
         channels: Channels,
@@ -236,28 +247,23 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
         from ablate_shards.kernels.project import Meter, ProjectOptions, Projector
 
         options = ProjectOptions(coefficient=edit.coefficient, preserve=edit.preserve, axis=edit.axis)
-        dtype = torch_dtype(edit.dtype)
+        basis = self._bases[edit.basis]
         count, rows, cols = shape
-        row_bytes = cols * dtype.itemsize
+        row_bytes = cols * ITEM_BYTES[edit.dtype]
         workspace = self._workspace()
-        projector = Projector(basis, shape, dtype, options, workspace)
+        projector = Projector(basis, shape, edit.dtype, options, workspace)
         chunk = projector.chunk_rows
         resident = count * rows * row_bytes <= self._room
         block_rows = rows if resident else max(chunk, self._room // row_bytes // chunk * chunk)
         blocks = [(start, min(block_rows, rows - start)) for start in range(0, rows, block_rows)]
-        buffer = self._buffer(count * min(block_rows, rows) * row_bytes)
+        buffer = self._bytes(count * min(block_rows, rows) * row_bytes)
 
-        def raw(size: int) -> "torch.Tensor":
-            return buffer[: count * size * row_bytes]
-
-        def typed(size: int) -> "torch.Tensor":
-            return raw(size).view(dtype).view(count, size, cols)
-
-        def load(start: int, size: int, fill: Callable[[memoryview, int], None]) -> "torch.Tensor":
+        def load(start: int, size: int, fill: Callable[[memoryview, int], None]) -> "Array":
             if self._stop.is_set():
                 raise Stopped
-            fill(raw(size).numpy().data, base + start * row_bytes)
-            return typed(size).to(self._device)
+            raw = buffer[: count * size * row_bytes]
+            fill(raw.data, base + start * row_bytes)
+            return workspace.arrays.load(raw, edit.dtype, (count, size, cols))
 
         kept = load(0, rows, channels.read) if resident else None
         step = 0
@@ -275,43 +281,44 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
                     f"{where}: holds NaN or infinite values, which no projection can edit; "
                     "fetch its shard again, or leave it out with --layers or --components"
                 )
-            typed(size).copy_(block)
-            channels.write(raw(size).numpy().data, base + start * row_bytes)
-        meter = Meter(basis, shape, dtype, options, workspace)
+            raw = buffer[: count * size * row_bytes]
+            workspace.arrays.store(block, raw)
+            channels.write(raw.data, base + start * row_bytes)
+        meter = Meter(basis, shape, edit.dtype, options, workspace)
         for start, size in blocks:
             block = load(start, size, channels.reread)
-            digest.update(raw(size).numpy().data)
+            digest.update(buffer[: count * size * row_bytes].data)
             meter.add(block, start)
         return projector.before(), meter.result(), projector.degenerate
 
-    def _edit_bias(self, edit: TensorEdit, basis: "torch.Tensor", channels: Channels) -> TensorResult:
-        import torch
+    def _edit_bias(self, edit: TensorEdit, channels: Channels) -> TensorResult:
+        from ablate_shards.kernels.project import project_vector, vector_component
+        from ablate_shards.kernels.project_numpy import STORED
 
-        from ablate_shards.kernels.project import project_vector
-
-        buffer = self._buffer(edit.end - edit.start)
-        data = buffer.numpy().data
-        bias = buffer.view(torch_dtype(edit.dtype)).view(edit.shape)
-
-        def component() -> float:
-            vectors = bias.double()
-            norm = float(vectors.norm())
-            return float((vectors @ basis.T).norm()) / norm if norm else 0.0
-
-        channels.read(data, edit.start)
-        if not torch.isfinite(bias).all():
+        basis = self._bases[edit.basis]
+        buffer = self._bytes(edit.end - edit.start)
+        bias = buffer.view(STORED[edit.dtype]).reshape(edit.shape)
+        channels.read(buffer.data, edit.start)
+        before = vector_component(bias, basis)
+        if not math.isfinite(before):
             raise ExecuteError(f"{edit.name}: holds NaN or infinite values; fetch its shard again")
-        before = component()
-        bias.copy_(project_vector(bias, basis, edit.coefficient))
-        channels.write(data, edit.start)
-        channels.reread(data, edit.start)
+        bias[...] = project_vector(bias, basis, edit.coefficient)
+        channels.write(buffer.data, edit.start)
+        channels.reread(buffer.data, edit.start)
         return TensorResult(
             before=before,
-            after=component(),
+            after=vector_component(bias, basis),
             norm_drift=None,
             degenerate=0,
-            sha256=hashlib.sha256(data).hexdigest(),
+            sha256=hashlib.sha256(buffer.data).hexdigest(),
         )
+
+    def _bytes(self, count: int) -> np.ndarray:
+        """Returns this thread's buffer, ``[count]`` uint8; one that is kept fragments no memory."""
+        kept: np.ndarray | None = getattr(self._kept, "bytes", None)
+        if kept is None or len(kept) < count:
+            kept = self._kept.bytes = self._workspace().arrays.buffer(count)
+        return kept[:count]
 
 
 @contextlib.contextmanager
@@ -356,6 +363,26 @@ def torch_dtype(name: str) -> "torch.dtype":
 def cores() -> int:
     """Returns how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def find_device(name: str) -> str:
+    """Returns the device of a name as :func:`resolve_device` does, without importing torch where that can be told.
+
+    Raises:
+        UsageError: There is no such device.
+    """
+    if name == "cpu" or (name == "auto" and not _may_have_accelerator()):
+        return "cpu"
+    return str(resolve_device(name))
+
+
+def _may_have_accelerator() -> bool:
+    """Tells whether there may be a device that ``auto`` would take: NVIDIA's, AMD's, or one with a render node."""
+    if sys.platform == "darwin":
+        return False
+    if not sys.platform.startswith("linux"):
+        return True
+    return any(Path(path).exists() for path in _ACCELERATORS) or any(Path("/dev/dri").glob("renderD*"))
 
 
 def resolve_device(name: str) -> "torch.device":

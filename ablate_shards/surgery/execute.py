@@ -26,9 +26,9 @@ from ablate_shards.surgery.editor import (
     Editor,
     Stopped,
     cores,
+    find_device,
     pread_into,
     pwrite_all,
-    resolve_device,
 )
 from ablate_shards.surgery.plan import Edit, Plan, TensorEdit, by_shard, resolve_bases
 from ablate_shards.surgery.receipt import TensorResult, receipt_text
@@ -192,8 +192,8 @@ def perform(
         "the source": checkpoint.fingerprint,
         "the version of ablate-shards": __version__,
     }
-    if run.device not in ("auto", "cpu"):
-        resolve_device(run.device)
+    if run.device != "auto":
+        find_device(run.device)
     staging: Staging | None = None
     with sigterm_as_interrupt(), locked(out):
         try:
@@ -298,7 +298,7 @@ class Surgeon(Generic[_E, _R]):
             if shard.name not in self._staging.done
         )
         under_way = deque(itertools.islice(todo, self.in_flight))
-        # Only now is torch imported: the copying above needs neither it nor the interpreter lock.
+        # Only now is torch imported, if at all: the copying above needs neither it nor the interpreter lock.
         editor = self._operation.editor(run, self._stop)
         self._progress.note(editor.reason)
         identity = editor.identity()

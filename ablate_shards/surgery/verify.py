@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -26,14 +26,11 @@ from ablate_shards.surgery.checkpoint import (
     at_hand,
 )
 from ablate_shards.surgery.directions import Directions
-from ablate_shards.surgery.editor import BlockEditor, Channels, Editor, cores, pread_into, torch_dtype
+from ablate_shards.surgery.editor import BlockEditor, Channels, Editor, cores, pread_into
 from ablate_shards.surgery.execute import ExecuteOptions, Progress, untouched
 from ablate_shards.surgery.merge import MergeEditor, plan_merge, read_merge_receipt
 from ablate_shards.surgery.plan import Edit, TensorEdit, by_shard, resolve_bases
 from ablate_shards.surgery.receipt import read_receipt
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Difference", "Verification", "verify"]
 
@@ -42,6 +39,8 @@ _CHUNK = 1 << 20
 _ROUNDING_SHARE = 1e-3
 _ROUNDING_LEAST = 2
 _ROW_TOLERANCE = 1e-6
+#: Distance of neighbouring numbers, relative to them.
+_SPACING = {"BF16": 2.0**-7, "F16": 2.0**-10}
 _MEASURE_TOLERANCE = 1e-6
 _OTHER_DIGEST = "the receipt records another digest of its bytes"
 
@@ -361,9 +360,9 @@ class _Comparison:
 
     def add(self, data: memoryview, offset: int) -> None:
         """Compares recomputed bytes with those written at an offset."""
-        import torch
+        from ablate_shards.kernels.project_numpy import STORED
 
-        dtype = torch_dtype(self._edit.dtype)
+        dtype = np.dtype(STORED[self._edit.dtype])
         width = self._edit.shape[-1] if self._edit.shape else 1
         step = max(1, _CHUNK // (width * dtype.itemsize)) * width * dtype.itemsize
         for first in range(0, len(data), step):
@@ -372,23 +371,25 @@ class _Comparison:
             pread_into(self._target, memoryview(written), offset + first)
             self._total += len(piece) // dtype.itemsize
             if written != piece:
-                found, expected = (torch.frombuffer(raw, dtype=dtype).view(-1, width) for raw in (written, piece))
+                found, expected = (np.frombuffer(raw, dtype).reshape(-1, width) for raw in (written, piece))
                 self._compare(found, expected, offset + first)
 
-    def _compare(self, found: "torch.Tensor", expected: "torch.Tensor", offset: int) -> None:
-        import torch
+    def _compare(self, found: np.ndarray, expected: np.ndarray, offset: int) -> None:
+        """Compares rows of stored values."""
+        from ablate_shards.kernels.project_numpy import decoded
 
-        dtype, width = found.dtype, found.shape[1]
-        bits = torch.int16 if dtype.itemsize == 2 else torch.int32
-        self.differing += int((found.view(bits) != expected.view(bits)).sum())
-        found, expected = found.float(), expected.float()
-        allowed = expected.norm(dim=1, keepdim=True).mul(_ROW_TOLERANCE)
-        if dtype.itemsize == 2:
-            allowed = allowed + torch.finfo(dtype).eps * torch.maximum(found.abs(), expected.abs())
-        beyond = torch.nonzero(~((found - expected).abs() <= allowed))
+        size, width = found.itemsize, found.shape[1]
+        bits = np.uint16 if size == 2 else np.uint32
+        self.differing += int(np.count_nonzero(found.view(bits) != expected.view(bits)))
+        found, expected = (decoded(stored).astype(np.float64) for stored in (found, expected))
+        allowed = _ROW_TOLERANCE * np.linalg.norm(expected, axis=1, keepdims=True)
+        if self._edit.dtype in _SPACING:
+            allowed = allowed + _SPACING[self._edit.dtype] * np.maximum(np.abs(found), np.abs(expected))
+        with np.errstate(invalid="ignore"):
+            beyond = np.argwhere(~(np.abs(found - expected) <= allowed))
         if len(beyond) and self._wrong is None:
             row, column = (int(index) for index in beyond[0])
-            element = (offset - self._edit.start) // dtype.itemsize + row * width + column
+            element = (offset - self._edit.start) // size + row * width + column
             where = ", ".join(str(int(index)) for index in np.unravel_index(element, self._edit.shape))
             self._wrong = (
                 f"element [{where}] is {found[row, column]:.6g}, but the edit gives {expected[row, column]:.6g}"
