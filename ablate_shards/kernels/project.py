@@ -788,7 +788,7 @@ def project_vector(bias: np.ndarray, basis: np.ndarray, coefficient: float) -> n
     """
     if coefficient == 0:
         return bias.copy()
-    vector = decoded(bias).astype(np.float64)
+    vector = decoded(bias, np.float64)
     moved = vector.copy()
     for line in basis:
         moved -= coefficient * np.sum(vector * line, axis=-1, keepdims=True) * line
@@ -799,7 +799,7 @@ def project_vector(bias: np.ndarray, basis: np.ndarray, coefficient: float) -> n
 
 def vector_component(bias: np.ndarray, basis: np.ndarray) -> float:
     """Return the norm of a bias's component along the directions, relative to its norm; not finite if it is not."""
-    vector = decoded(bias).astype(np.float64)
+    vector = decoded(bias, np.float64)
     total = float(np.sum(vector * vector))
     along = math.fsum(float(np.sum(np.sum(vector * line, axis=-1) ** 2)) for line in basis)
     return math.sqrt(along / total) if total != 0 else 0.0

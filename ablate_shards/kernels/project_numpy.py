@@ -19,15 +19,17 @@ __all__ = ["NumpyArrays", "NumpyForm", "decoded", "encode"]
 STORED: dict[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 """NumPy has no bfloat16: its bits travel as integers."""
 
-STRIP_ELEMENTS = 1 << 16
-LEAST_STRIP_ROWS = 8
+STRIP_ELEMENTS = 1 << 17
 SEGMENT = 8192
 """Columns that one float32 product along a row covers; the segments of a row are added in float64. OpenBLAS puts
 dot products on several threads from 10,000 elements on, which would let the result depend on how many there are."""
 
-GROUP, PANEL = 32, 256
+GROUP_ROWS, PANEL = 32, 256
 """Rows and columns that one float32 product down the columns covers at most. OpenBLAS puts such a product on several
 threads from 9,216 elements on."""
+
+LONG = 8192
+"""Columns from which on so many rows would leave the cache."""
 
 ALIGNMENT = 64
 WIDTH_UNIT = 16
@@ -51,9 +53,9 @@ class NumpyForm:
         self._precision = precision
         self._chunk_rows = chunk_rows
         self._cols = cols
-        rows = min(chunk_rows, max(LEAST_STRIP_ROWS, STRIP_ELEMENTS // max(1, cols)))
-        self._group = min(rows, GROUP)
-        self._strip = rows // self._group * self._group
+        # What is added in one product follows from the shape alone, how much is loaded at once may not show.
+        self._group = min(chunk_rows, GROUP_ROWS if cols < LONG else GROUP_ROWS // 4)
+        self._strip = max(1, min(STRIP_ELEMENTS // max(1, cols), chunk_rows) // self._group) * self._group
         self._panels = max(1, math.ceil(cols / PANEL))
         self._width = math.ceil(cols / self._panels / WIDTH_UNIT) * WIDTH_UNIT
 
@@ -252,9 +254,11 @@ def decode(stored: np.ndarray, out: np.ndarray) -> None:
         out: float32 or float64, of that shape.
     """
     if out.dtype == np.float64:
-        out[...] = stored if stored.dtype == np.float32 else decoded(stored)
+        out[...] = stored if stored.dtype == np.float32 else decoded(stored, np.float32)
     elif stored.dtype == np.uint16:
-        np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32)
+        bits = out.view(np.uint32)
+        np.copyto(bits, stored)
+        np.left_shift(bits, 16, out=bits)
     elif stored.dtype == np.float16 and not _has_nonfinite(stored):
         # NumPy converts one number at a time. The bits of a half, read as those of a float32, are off by a factor.
         bits = out.view(np.int32)
@@ -265,10 +269,11 @@ def decode(stored: np.ndarray, out: np.ndarray) -> None:
         out[...] = stored
 
 
-def decoded(stored: np.ndarray) -> np.ndarray:
-    """Return stored values in float32."""
-    out = np.empty(stored.shape, np.float32)
-    decode(stored, out)
+def decoded(stored: np.ndarray, precision: type[np.floating]) -> np.ndarray:
+    """Return stored values in float32 or float64."""
+    out = np.empty(stored.shape, precision)
+    with np.errstate(all="ignore"):
+        decode(stored, out)
     return out
 
 

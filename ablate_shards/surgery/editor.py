@@ -47,6 +47,7 @@ _LEAST_MEMORY_PER_JOB = 8 << 20
 _SCRATCH = 6 << 20
 _DEVICE_JOBS = 2
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
+_RENDER_NODES = Path("/dev/dri")
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: it ends a worker whose run has ended elsewhere
@@ -382,7 +383,7 @@ def _may_have_accelerator() -> bool:
         return False
     if not sys.platform.startswith("linux"):
         return True
-    return any(Path(path).exists() for path in _ACCELERATORS) or any(Path("/dev/dri").glob("renderD*"))
+    return any(Path(path).exists() for path in _ACCELERATORS) or any(_RENDER_NODES.glob("renderD*"))
 
 
 def resolve_device(name: str) -> "torch.device":

@@ -381,7 +381,7 @@ class _Comparison:
         size, width = found.itemsize, found.shape[1]
         bits = np.uint16 if size == 2 else np.uint32
         self.differing += int(np.count_nonzero(found.view(bits) != expected.view(bits)))
-        found, expected = (decoded(stored).astype(np.float64) for stored in (found, expected))
+        found, expected = (decoded(stored, np.float64) for stored in (found, expected))
         allowed = _ROW_TOLERANCE * np.linalg.norm(expected, axis=1, keepdims=True)
         if self._edit.dtype in _SPACING:
             allowed = allowed + _SPACING[self._edit.dtype] * np.maximum(np.abs(found), np.abs(expected))

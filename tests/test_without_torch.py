@@ -1,0 +1,92 @@
+"""On a CPU the main job never imports torch, and looks for a device without it where that can be told."""
+
+import json
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from raw_checkpoints import llama_tensors, snapshot, write_directions, write_shard
+
+from ablate_shards.surgery import editor
+from ablate_shards.surgery.checkpoint import open_checkpoint
+from ablate_shards.surgery.editor import Editor, find_device
+
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from ablate_shards.cli import main; main(sys.argv[1:])"
+
+
+def run_without_torch(*arguments, code=0):
+    command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_ablate_resume_and_verify(tmp_path, dtype):
+    source = tmp_path / "source"
+    source.mkdir()
+    biased = {"model.layers.1.self_attn.o_proj.bias": np.linspace(-1, 1, 32)}
+    write_shard(source / "model.safetensors", llama_tensors() | biased, dtype)
+    (source / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    directions = write_directions(tmp_path / "d.safetensors")
+    options = ("-d", directions, "--source-layer", 1, "--device", "cpu")
+    out = tmp_path / "out"
+
+    assert "numpy on cpu" in run_without_torch(source, out, *options)
+    assert {edit["kind"] for edit in json.loads((out / "ablation.json").read_text())["tensors"]} == {"weight", "bias"}
+    run_without_torch(source, tmp_path / "again", *options, "--resume", "--jobs", 1)
+    assert snapshot(tmp_path / "again") == snapshot(out) != snapshot(source)
+    run_without_torch("verify", source, out, "--device", "cpu")
+
+    shard = out / "model.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[open_checkpoint(out).tensors["model.layers.0.mlp.down_proj.weight"].end - 1] ^= 0x20
+    shard.write_bytes(content)
+    assert "element [31, 71]" in run_without_torch("verify", source, out, "--device", "cpu", code=1)
+
+
+def test_what_needs_torch_says_so_or_imports_it(tmp_path):
+    # So that the test above would notice an import: without torch this device cannot be looked for.
+    write_shard(tmp_path / "model.safetensors", llama_tensors())
+    directions = write_directions(tmp_path / "d.safetensors")
+    found = run_without_torch(
+        tmp_path / "model.safetensors", tmp_path / "out", "-d", directions, "--device", "cuda", code=1
+    )
+    assert "torch" in found
+
+
+def test_auto_looks_for_signs_of_a_device_first(monkeypatch):
+    asked = []
+    monkeypatch.setattr(editor, "resolve_device", lambda name: asked.append(name) or "cuda:0")
+    monkeypatch.setattr(editor, "_may_have_accelerator", lambda: False)
+    assert find_device("auto") == "cpu"
+    assert not asked
+    assert find_device("cuda:0") == "cuda:0"
+    monkeypatch.setattr(editor, "_may_have_accelerator", lambda: True)
+    assert find_device("auto") == "cuda:0"
+    assert find_device("cpu") == "cpu"
+    assert asked == ["cuda:0", "auto"]
+
+
+def test_signs_of_a_device(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(editor, "_ACCELERATORS", (str(tmp_path / "nvidiactl"),))
+    monkeypatch.setattr(editor, "_RENDER_NODES", tmp_path / "dri")
+    assert not editor._may_have_accelerator()
+    (tmp_path / "nvidiactl").touch()
+    assert editor._may_have_accelerator()
+    (tmp_path / "nvidiactl").unlink()
+    (tmp_path / "dri").mkdir()
+    (tmp_path / "dri" / "card0").touch()
+    assert not editor._may_have_accelerator()
+    (tmp_path / "dri" / "renderD128").touch()
+    assert editor._may_have_accelerator()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not editor._may_have_accelerator()
+
+
+def test_identity_names_what_did_the_arithmetic():
+    ours = Editor("cpu", 1 << 28, 1, threading.Event(), {}).identity()
+    assert ours == {"device": "cpu", "form": "numpy", "version of numpy": np.__version__}
