@@ -118,7 +118,7 @@ class TorchForm:
                     torch.bmm(self._ones[: len(grouped)], grouped, out=outs[count][place])
             exact = sums[:, :, 0].to(self._state).double()
             if groups > 1:
-                exact = exact.view(-1, chunks, groups, self.cols).sum(dim=2)
+                exact = exact.view(-1, chunks, groups, self._cols).sum(dim=2)
             failed: Container[tuple[int, int]] = unsafe or ()
             if unsafe is None and not in_range(exact[count]):
                 failed = {(entry, chunk) for chunk, found in enumerate(exact[count]) if not in_range(found)}
