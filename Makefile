@@ -2,13 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench loaders clean
+.PHONY: demo test lint bench browser docs loaders clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m ablate_shards.data.demo
 
 test: $(VENV)/.dev
-	$(BIN)/pytest -m "not gpu and not loaders" -n 2
+	$(BIN)/pytest -m "not gpu and not loaders and not browser" -n 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -20,6 +20,17 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/directions.py
 	$(BIN)/python benchmarks/command.py
+	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/diff.py
+
+# Needs a chromium, such as Debian's.
+browser: $(VENV)/.dev
+	$(BIN)/pip install -q -c constraints.txt -e '.[browser]'
+	$(BIN)/pytest -m browser tests/browser
+
+docs: $(VENV)/.dev
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict --site-dir build/site
 
 loaders: $(VENV)/.loaders
 	$(BIN)/python -c 'import mlx_lm'

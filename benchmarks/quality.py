@@ -4,12 +4,13 @@ The models are those that ``python -m ablate_shards.data.demo.train [--hard] --s
 goes through the command line, as a user's would; answers are greedy, in float32, about places held out of training.
 
     python benchmarks/quality.py FOLDER [FOLDER ...] --json quality.json
+    python benchmarks/quality.py --table quality.json           the table of docs/quality.md
 """
 
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,13 @@ RANGES = ("1-7", "0-7")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print one line per edit, the mean over the models; write every figure as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", type=Path, help="one folder per seed")
+    parser.add_argument("models", nargs="*", type=Path, help="one folder per seed")
     parser.add_argument("--json", type=Path, help="where to write the figures of each model")
+    parser.add_argument("--table", type=Path, help="print the table of figures written before, and measure nothing")
     given = parser.parse_args(arguments)
+    if given.table:
+        print_table(json.loads(given.table.read_text())["edits"])
+        return
     torch.set_num_threads(1)
     figures: dict[str, list[dict[str, float]]] = {}
     for model in given.models:
@@ -39,12 +44,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(model.name, edit, " ".join(f"{key} {value:.4g}" for key, value in behaviour.items()), flush=True)
     if given.json:
         given.json.write_text(json.dumps({"models": [m.name for m in given.models], "edits": figures}, indent=1))
-    print(f"\nmeans of {len(given.models)} models: slanted / neutral / broken % on loaded prompts,")
-    print("neutral % on impartial prompts, accuracy % on unrelated ones, KL over their answers in nats\n")
+    print_table(figures)
+
+
+def print_table(figures: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """Print the means over the models as a Markdown table, and the slanted share of each."""
+    print(
+        "| layers | direction | α | norms kept | loaded: slanted / neutral / broken % | of each seed, slanted % |",
+        end="",
+    )
+    print(" impartial: neutral % | unrelated: right % | KL, nats |")
+    print("| --- " * 9 + "|")
     for edit, found in figures.items():
         mean = {key: sum(each[key] for each in found) / len(found) for key in found[0]}
-        shares = "/".join(f"{100 * mean[key]:.0f}" for key in ("slanted", "neutral", "broken"))
-        print(f"{edit:44}{shares:>12}{100 * mean['impartial']:8.0f}{100 * mean['unrelated']:8.1f}{mean['kl']:9.4f}")
+        shares = " / ".join(f"{100 * mean[key]:.0f}" for key in ("slanted", "neutral", "broken"))
+        seeds = ", ".join(f"{100 * each['slanted']:.0f}" for each in found)
+        name = edit.removeprefix("layers ").split(", ", 3)
+        cells = [*name, *[""] * (4 - len(name)), shares, seeds]
+        rest = (f"{100 * mean['impartial']:.0f}", f"{100 * mean['unrelated']:.1f}", f"{mean['kl']:.4f}")
+        print("| " + " | ".join([*cells, *rest]) + " |")
 
 
 def edits() -> Iterator[tuple[str, tuple[str, ...]]]:

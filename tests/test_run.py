@@ -203,3 +203,12 @@ def test_an_unknown_recipe_names_the_shipped_ones():
     result = CliRunner().invoke(cli, ["run", "nothing"])
     assert result.exit_code == 2
     assert "tw_civic, tw_civic_exact" in result.output
+
+
+def test_a_report_beside_the_result_changes_nothing(place):
+    stages = planned(place)
+    go(stages, place, Tool(stages))
+    (place / "out" / "plots").mkdir()
+    (place / "out" / "plots" / "norms.svg").write_text("<svg/>")
+    (place / "out" / "report.html").write_text("<html/>")
+    assert set(status_of(stages, place / "work")) == {"done"}

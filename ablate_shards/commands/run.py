@@ -92,8 +92,10 @@ def run(
     evaluations = [stage.output for stage in stages if stage.command[0] == "evaluate"]
     if as_json:
         print_json({"out": str(out), "evaluations": list(map(str, evaluations))})
-    elif evaluations:
-        _print_course(evaluations)
+    else:
+        if evaluations:
+            _print_course(evaluations)
+        click.echo(f"see it with: ablate-shards report {shlex.quote(str(out))} --work {shlex.quote(str(work))} --open")
     if publish:
         settings = {key: value for key, value in tables.tables["publish"].items() if key != "repo"}
         last = next(stage for stage in reversed(stages) if stage.output == out)
@@ -137,7 +139,8 @@ def _print_course(evaluations: Sequence[Path]) -> None:
     for stage, each in found.items():
         for row in each.rows:
             if row.language is None:
-                groups.setdefault(row.group, {})[stage] = {str(verdict): share for verdict, share in row.verdicts.items()}
+                shares = {str(verdict): share for verdict, share in row.verdicts.items()}
+                groups.setdefault(row.group, {})[stage] = shares
         for control in each.controls:
             if control.language is None:
                 groups.setdefault(control.group, {})[stage] = {"exact": control.exact}

@@ -19,8 +19,10 @@ from ablate_shards.errors import CheckpointError
 __all__ = [
     "ITEM_BYTES",
     "MERGE_RECEIPT_NAME",
+    "PLOTS_NAME",
     "RECEIPT_NAME",
     "RECEIPT_NAMES",
+    "REPORT_NAME",
     "SKIPPED_FOLDERS",
     "Checkpoint",
     "Files",
@@ -31,6 +33,7 @@ __all__ = [
     "at_hand",
     "files_of",
     "fingerprint",
+    "is_report",
     "leaves_folder",
     "open_checkpoint",
     "read_header",
@@ -43,6 +46,7 @@ MERGE_RECEIPT_NAME = "merge.json"
 
 #: The receipts by which a folder that an earlier run made is known.
 RECEIPT_NAMES = (RECEIPT_NAME, MERGE_RECEIPT_NAME)
+REPORT_NAME, PLOTS_NAME = "report.html", "plots"
 
 #: Bytes per element of the dtypes that can be edited.
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
@@ -294,6 +298,7 @@ def assemble(files: Files, remote: Remote | None = None) -> Checkpoint:
         CheckpointError: The checkpoint is malformed, incomplete or reaches out of its folder.
     """
     listed = list(files.walk())
+    edited = any(name in RECEIPT_NAMES for name, _ in listed)
     index = _index_name(files, (name for name, _ in listed))
     weight_map = {} if index is None else _read_index(files, index)
     named = set(weight_map.values())
@@ -322,7 +327,7 @@ def assemble(files: Files, remote: Remote | None = None) -> Checkpoint:
                 shards.append(shard)
         elif PurePosixPath(name).suffix in _OTHER_WEIGHTS or name.endswith(".bin.index.json"):
             left_out.append((name, "holds weights in another format, unedited"))
-        elif name in (*RECEIPT_NAMES, "activations.npz", "directions.npz"):
+        elif name in (*RECEIPT_NAMES, "activations.npz", "directions.npz") or (edited and is_report(name)):
             left_out.append((name, "belongs to an earlier edit"))
         else:
             sidecars.append(name)
@@ -335,6 +340,11 @@ def assemble(files: Files, remote: Remote | None = None) -> Checkpoint:
         _check_numbering(files, [shard.name for shard in shards])
     root = Path(files.name)
     return _checkpoint(root, files, shards, sidecars=sidecars, left_out=left_out, remote=remote)
+
+
+def is_report(name: str) -> bool:
+    """Whether a file of an edited checkpoint is of its report, which describes it and is no part of it."""
+    return name == REPORT_NAME or name.startswith(f"{PLOTS_NAME}/")
 
 
 def files_of(checkpoint: Checkpoint) -> list[Path]:

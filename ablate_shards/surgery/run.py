@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ablate_shards import __version__
 from ablate_shards.errors import ExecuteError, RecipeError
+from ablate_shards.surgery.checkpoint import is_report
 from ablate_shards.surgery.recipe import Recipe
 
 __all__ = ["STATE_NAME", "Stage", "Status", "as_flags", "plan_stages", "run_stages", "size_of", "status_of"]
@@ -283,9 +284,8 @@ class _State:
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    return sorted(
-        Path(folder) / name for folder, _, names in os.walk(path) for name in names if (Path(folder) / name).is_file()
-    )
+    found = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
+    return sorted(file for file in found if file.is_file() and not is_report(file.relative_to(path).as_posix()))
 
 
 def _only(table: Mapping[str, Any], *keys: str) -> dict[str, Any]:

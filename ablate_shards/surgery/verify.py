@@ -24,6 +24,7 @@ from ablate_shards.surgery.checkpoint import (
     Checkpoint,
     Shard,
     at_hand,
+    is_report,
 )
 from ablate_shards.surgery.directions import Directions
 from ablate_shards.surgery.editor import BlockEditor, Channels, Editor, cores, pread_into
@@ -453,7 +454,7 @@ def _compare_names(checkpoint: Checkpoint, out: Path, claim: _Claim) -> tuple[li
     known = {claim.receipt_name, *(shard.name for shard in checkpoint.shards), *checkpoint.sidecars}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
-        if name in known or not path.is_file():
+        if name in known or is_report(name) or not path.is_file():
             continue
         if path.suffix == ".safetensors":
             differences.append(Difference(name, "weights that the receipt does not account for"))

@@ -1,0 +1,316 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const at = (id) => document.getElementById(id);
+  // A custom property reads as it is written; on an element it reads as the colour of the scheme.
+  const probe = document.body.appendChild(document.createElement("i"));
+  probe.hidden = true;
+  const colour = (name) => {
+    probe.style.color = `var(--${name})`;
+    return getComputedStyle(probe).color;
+  };
+  const percent = (value, digits = 1) => `${(100 * value).toFixed(digits)} %`;
+  const number = (value) => (value == null ? "–" : Number(value.toPrecision(4)).toString().replace("-", "−"));
+  const tip = () => ({ fill: colour("paper"), stroke: colour("line"), textPadding: 9, fontSize: 12, lineHeight: 1.35 });
+  const layerTicks = (layers, width) => {
+    const step = Math.max(1, Math.ceil(layers.length / (width / 26)));
+    return layers.filter((_, index) => index % step === 0);
+  };
+  const unique = (values) => [...new Set(values)];
+
+  const powers = (values) => {
+    const ends = [Math.min(...values), Math.max(...values)].map(Math.log10);
+    const [low, high] = [Math.floor(ends[0]), Math.ceil(ends[1])];
+    return Array.from({ length: high - low + 1 }, (_, index) => Number(`1e${low + index}`));
+  };
+
+  const charts = {};
+
+  const byLayer = (key, label, extra, shown = (row) => number(row[key])) => (width) => {
+    const rows = data.quality.filter((row) => row[key] != null);
+    if (!rows.length) return null;
+    const layers = rows.map((row) => row.layer);
+    const best = rows.filter((row) => row.layer === data.best);
+    return Plot.plot({
+      width, height: 170, marginLeft: 44, marginBottom: 32, marginTop: 14,
+      x: { label: "layer", ticks: layerTicks(layers, width), tickFormat: "d", labelAnchor: "right", inset: 6 },
+      y: { label: null, grid: true, ticks: 4, nice: true, ...extra },
+      marks: [
+        Plot.ruleX(best, { x: "layer", stroke: colour("line") }),
+        Plot.lineY(rows, { x: "layer", y: key, stroke: colour("accent"), strokeWidth: 1.75 }),
+        Plot.dot(rows, { x: "layer", y: key, r: rows.length > 40 ? 1.5 : 2.5, fill: colour("accent") }),
+        Plot.dot(best, { x: "layer", y: key, r: 5, fill: colour("accent"), stroke: colour("paper"), strokeWidth: 1.5 }),
+        Plot.tip(rows, Plot.pointerX({ x: "layer", y: key, maxRadius: Infinity, title: (row) => `layer ${row.layer}\n${label} ${shown(row)}`, ...tip() })),
+      ],
+    });
+  };
+
+  if (data.quality) {
+    charts.signal = byLayer("signal", "signal to noise", { zero: true });
+    charts.auc = byLayer("auc", "AUC", { domain: [Math.min(0.5, ...data.quality.map((row) => row.auc ?? 1)), 1] });
+    charts.purity = byLayer("purity", "purity", { domain: [0, 1] });
+    data.quality.forEach((row) => { row.apart = Math.max(1e-9, 1 - row.cosine); });
+    charts.cosine = byLayer("apart", "cosine", { type: "log", ticks: powers(data.quality.map((row) => row.apart)), tickFormat: String },
+      (row) => row.cosine.toFixed(4).replace("-", "−"));
+  }
+
+  if (data.cosines) {
+    charts.cosines = (width) => {
+      const { layers, values } = data.cosines;
+      const side = Math.min(width, 460);
+      const cells = layers.flatMap((y, row) => layers.slice(0, row + 1).map((x, column) => ({ x, y, value: values[row][column] })));
+      const written = side / layers.length > 38;
+      return Plot.plot({
+        width: side, height: side - 10, marginLeft: 34, marginBottom: 34, marginTop: 6, marginRight: 6, padding: layers.length > 24 ? 0 : 0.06,
+        x: { label: "layer", ticks: layerTicks(layers, side), tickSize: 0 },
+        y: { label: null, ticks: layerTicks(layers, side), tickSize: 0 },
+        color: { type: "diverging", domain: [-1, 1], pivot: 0, symmetric: false, range: [colour("slanted-fill"), colour("low"), colour("high")] },
+        marks: [
+          Plot.cell(cells, { x: "x", y: "y", fill: "value" }),
+          ...(written ? [Plot.text(cells, { x: "x", y: "y", text: (cell) => cell.value.toFixed(2).replace("-", "−"), fill: (cell) => (Math.abs(cell.value) > 0.68 ? colour("paper") : colour("ink")), fontSize: 10.5 })] : []),
+          Plot.tip(cells, Plot.pointer({ x: "x", y: "y", maxRadius: Infinity, title: (cell) => `layers ${cell.x} and ${cell.y}\ncosine ${cell.value.toFixed(3).replace("-", "−")}`, ...tip() })),
+        ],
+      });
+    };
+  }
+
+  if (data.projection) {
+    const slider = at("layer");
+    const known = new Map((data.quality ?? []).map((row) => [row.layer, row]));
+    const start = data.projection.findIndex((each) => each.layer === data.best);
+    slider.value = start < 0 ? data.projection.length - 1 : start;
+    const tell = () => {
+      const each = data.projection[slider.value];
+      const row = known.get(each.layer);
+      const words = [`layer ${each.layer}`];
+      if (row?.auc != null) words.push(`AUC ${row.auc.toFixed(3)}`);
+      if (row?.signal != null) words.push(`signal to noise ${number(row.signal)}`);
+      at("layer-told").textContent = words.join(" · ");
+      slider.setAttribute("aria-valuetext", words.join(", "));
+    };
+    charts.projection = (width) => {
+      const each = data.projection[slider.value];
+      const points = ["positive", "negative"].flatMap((kind) => each[kind].map(([x, y], prompt) => ({ kind, x, y, prompt })));
+      return Plot.plot({
+        width, height: Math.min(400, Math.max(260, width * 0.8)), marginLeft: 44, marginBottom: 36, marginTop: 22, inset: 10,
+        x: { label: "along the direction →", labelAnchor: "right", nice: true, grid: true, ticks: 5 },
+        y: { label: `↑ principal component of the rest (${Math.round(100 * each.share)} % of its variance)`, nice: true, grid: true, ticks: 5 },
+        color: { domain: ["positive", "negative"], range: [colour("slanted-fill"), colour("neutral-fill")] },
+        symbol: { domain: ["positive", "negative"], range: ["circle", "diamond"] },
+        marks: [
+          Plot.dot(points, { x: "x", y: "y", fill: "kind", symbol: "kind", r: 4, fillOpacity: 0.8, stroke: colour("paper"), strokeWidth: 0.6 }),
+          Plot.tip(points, Plot.pointer({ x: "x", y: "y", title: (point) => `${point.kind} prompt\nalong ${number(point.x)}, across ${number(point.y)}`, ...tip() })),
+        ],
+      });
+    };
+    slider.addEventListener("input", () => { tell(); draw("projection"); });
+    tell();
+  }
+
+  const components = (rows) => ["embedding", "attention", "mlp"].flatMap((name) => unique(rows.map((row) => row.component)).filter((each) => each.startsWith(name)).sort());
+
+  if (data.edits) {
+    charts.edits = (width) => {
+      const rows = components(data.edits);
+      const layers = unique(data.edits.map((cell) => cell.layer)).sort((one, other) => one - other);
+      const cells = data.edits.flatMap((cell) => ["before", "after"].map((when) => ({ ...cell, when, value: cell[when] })));
+      const most = Math.max(...cells.map((cell) => cell.value));
+      const written = (width - 150) / layers.length > 40;
+      return Plot.plot({
+        width, height: 60 + 2 * rows.length * 34 + 16, marginLeft: Math.min(110, 40 + 7 * Math.max(...rows.map((row) => row.length))), marginRight: 52, marginBottom: 32, marginTop: 6,
+        padding: 0.08,
+        x: { label: "layer", ticks: layerTicks(layers, width - 150), tickSize: 0, domain: layers },
+        y: { label: null, domain: rows, tickSize: 0 },
+        fy: { domain: ["before", "after"], label: null, padding: 0.12 },
+        color: { type: "linear", domain: [0, most || 1], range: [colour("low"), colour("high")] },
+        marks: [
+          Plot.cell(cells, { x: "layer", y: "component", fy: "when", fill: "value", rx: 2 }),
+          ...(written ? [Plot.text(cells, { x: "layer", y: "component", fy: "when", text: (cell) => percent(cell.value), fill: (cell) => (cell.value > 0.68 * most ? colour("paper") : colour("ink")), fontSize: 11 })] : []),
+          Plot.tip(cells, Plot.pointer({ x: "layer", y: "component", fy: "when", maxRadius: Infinity, title: (cell) => `layer ${cell.layer}, ${cell.names}${cell.count > 1 ? ` (${cell.count} tensors)` : ""}\nbefore ${percent(cell.before, 3)}\nafter ${percent(cell.after, 3)}`, ...tip() })),
+        ],
+      });
+    };
+    charts.drift = (width) => {
+      const rows = data.edits.filter((cell) => cell.drift != null);
+      if (!rows.length) return "No norms were to be kept.";
+      return perLayer(rows, "drift", "component", width, (row) => `layer ${row.layer}, ${row.names}\nnorm drift ${percent(row.drift, 4)}`, 2);
+    };
+  }
+
+  const series = ["neutral-fill", "slanted-fill", "wrong-fill", "deflecting", "accent", "ink"];
+  const symbols = ["circle", "diamond", "square", "triangle", "cross", "star"];
+  const perLayer = (rows, key, group, width, title, digits) => {
+    const kinds = group === "component" ? components(rows) : unique(rows.map((row) => row[group])).sort();
+    const layers = unique(rows.map((row) => row.layer)).sort((one, other) => one - other);
+    const plot = Plot.plot({
+      width, height: 190, marginLeft: 52, marginBottom: 32, marginTop: 14,
+      x: { label: "layer", ticks: layerTicks(layers, width), tickFormat: "d", labelAnchor: "right", inset: 8 },
+      y: { label: null, grid: true, ticks: 4, zero: true, nice: true, tickFormat: (value) => percent(value, digits) },
+      color: { domain: kinds, range: kinds.map((_, index) => colour(series[index % series.length])) },
+      symbol: { domain: kinds, range: kinds.map((_, index) => symbols[index % symbols.length]) },
+      marks: [
+        Plot.dot(rows, { x: "layer", y: key, fill: group, symbol: group, r: 4, fillOpacity: 0.9 }),
+        Plot.tip(rows, Plot.pointer({ x: "layer", y: key, title, ...tip() })),
+      ],
+    });
+    return [plot, legend(kinds.map((kind, index) => [kind, colour(series[index % series.length])]))];
+  };
+
+  const legend = (entries) => {
+    const box = document.createElement("p");
+    box.className = "key";
+    for (const [name, fill] of entries) {
+      const mark = document.createElement("span");
+      mark.className = "mark";
+      mark.style.background = fill;
+      const entry = document.createElement("span");
+      entry.append(mark, name);
+      box.append(entry);
+    }
+    return box;
+  };
+
+  if (data.updates?.length) {
+    const kinds = unique(data.updates.map((row) => row.name));
+    const short = (name) => (kinds.length > 6 ? name.split(".")[0] : name);
+    const rows = data.updates.map((row) => ({ ...row, kind: short(row.name) }));
+    charts.updates = (width) => perLayer(rows, "change", "kind", width, (row) => `layer ${row.layer}, ${row.name}\nchanged by ${percent(row.change, 3)}`, 1);
+  }
+
+  if (data.losses) {
+    charts.losses = (width) => {
+      const steps = data.losses.steps.map(([epoch, loss]) => ({ epoch, loss }));
+      const kinds = unique(data.losses.held_out.map((row) => row.kind));
+      const colours = kinds.map((_, index) => colour(["slanted-fill", "accent", "wrong-fill"][index % 3]));
+      const all = [...steps.map((row) => ({ ...row, kind: "training" })), ...data.losses.held_out];
+      const plot = Plot.plot({
+        width, height: 190, marginLeft: 52, marginBottom: 32, marginTop: 14,
+        x: { label: "epoch", labelAnchor: "right", ticks: 5, inset: 6 },
+        y: { label: null, grid: true, ticks: 4, zero: true, nice: true },
+        color: { domain: kinds, range: colours },
+        marks: [
+          Plot.lineY(steps, { x: "epoch", y: "loss", stroke: colour("deflecting-fill"), strokeWidth: 1.25 }),
+          Plot.lineY(data.losses.held_out, { x: "epoch", y: "loss", stroke: "kind", strokeWidth: 1.75 }),
+          Plot.dot(data.losses.held_out, { x: "epoch", y: "loss", fill: "kind", r: 3.5 }),
+          Plot.tip(all, Plot.pointer({ x: "epoch", y: "loss", title: (row) => `${row.kind}${row.kind === "training" ? "" : ", held out"}\nepoch ${number(row.epoch)}, loss ${number(row.loss)}`, ...tip() })),
+        ],
+      });
+      return [plot, legend([["training", colour("deflecting-fill")], ...kinds.map((kind, index) => [`${kind}, held out`, colours[index]])])];
+    };
+  }
+
+  if (data.verdicts) {
+    charts.verdicts = (width) => {
+      const kinds = ["slanted", "neutral", "deflecting", "wrong"];
+      const bars = data.verdicts.flatMap((row) => {
+        let from = 0;
+        return kinds.map((kind) => {
+          const [hits, count] = row[kind];
+          const start = from;
+          from += hits / count;
+          return { group: row.group, stage: row.stage, order: row.order, kind, hits, count, from: start, to: from, middle: (start + from) / 2 };
+        });
+      }).filter((bar) => bar.hits);
+      const stages = unique([...data.verdicts].sort((one, other) => one.order - other.order).map((row) => row.stage));
+      const groups = unique(data.verdicts.map((row) => row.group));
+      const left = Math.min(130, 16 + 7 * Math.max(...stages.map((stage) => stage.length)));
+      return Plot.plot({
+        width, height: 34 + groups.length * (stages.length * 26 + 14), marginLeft: left, marginRight: Math.min(90, 14 + 7 * Math.max(...groups.map((group) => group.length))), marginBottom: 26, marginTop: 6,
+        x: { label: null, domain: [0, 1], ticks: 5, tickFormat: (value) => percent(value, 0), grid: true },
+        y: { label: null, domain: stages, tickSize: 0, padding: 0.22, tickFormat: (name) => (name.length > 16 ? `${name.slice(0, 15)}…` : name) },
+        fy: { label: null, domain: groups, padding: 0.1 },
+        color: { domain: kinds, range: kinds.map((kind) => colour(`${kind}-fill`)) },
+        marks: [
+          Plot.barX(bars, { x1: "from", x2: "to", y: "stage", fy: "group", fill: "kind", insetLeft: 0.5, insetRight: 0.5 }),
+          Plot.tip(bars, Plot.pointer({ x: "middle", y: "stage", fy: "group", maxRadius: Infinity, title: (bar) => `${bar.stage}, ${bar.group}\n${bar.kind}: ${bar.hits} of ${bar.count}, ${percent(bar.hits / bar.count)}`, ...tip() })),
+        ],
+      });
+    };
+  }
+
+  function draw(id) {
+    const place = at(id);
+    if (!place || !charts[id]) return;
+    const width = Math.floor(place.clientWidth);
+    if (!width) return;
+    const made = charts[id](width) ?? "Not measured.";
+    const parts = Array.isArray(made) ? made : [made];
+    if (parts[0] instanceof Element) {
+      parts[0].setAttribute("role", "img");
+      parts[0].setAttribute("aria-label", place.dataset.label);
+    }
+    place.replaceChildren(...parts);
+  }
+  const drawAll = () => Object.keys(charts).forEach(draw);
+
+  let seen = 0;
+  let waiting = 0;
+  new ResizeObserver(() => {
+    cancelAnimationFrame(waiting);
+    waiting = requestAnimationFrame(() => {
+      if (document.documentElement.clientWidth !== seen) {
+        seen = document.documentElement.clientWidth;
+        drawAll();
+      }
+    });
+  }).observe(document.documentElement);
+
+  const root = document.documentElement;
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const toggle = at("theme");
+  const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
+  const name = () => {
+    toggle.textContent = dark() ? "Light" : "Dark";
+    toggle.setAttribute("aria-label", `Use ${dark() ? "light" : "dark"} colours`);
+  };
+  toggle.hidden = false;
+  toggle.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; name(); drawAll(); });
+  system.addEventListener("change", () => { name(); drawAll(); });
+  name();
+  let chosen;
+  addEventListener("beforeprint", () => { chosen = root.dataset.theme; root.dataset.theme = "light"; drawAll(); });
+  addEventListener("afterprint", () => {
+    if (chosen) root.dataset.theme = chosen; else delete root.dataset.theme;
+    drawAll();
+  });
+
+  for (const button of document.querySelectorAll(".copy")) {
+    if (!navigator.clipboard) continue;
+    button.hidden = false;
+    button.setAttribute("aria-label", `Copy the ${button.dataset.copy}`);
+    button.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(at(button.dataset.copy).textContent);
+      button.textContent = "Copied";
+      setTimeout(() => { button.textContent = "Copy"; }, 1500);
+    });
+  }
+
+  const form = at("filter");
+  if (form) {
+    const STEP = 20;
+    const articles = [...at("list").children].map((node) => ({ node, text: node.textContent.toLocaleLowerCase() }));
+    const more = at("more");
+    let most = STEP;
+    const value = (id) => at(id)?.value ?? "";
+    const filter = () => {
+      const wanted = { group: value("by-group"), language: value("by-language"), before: value("by-before"), after: value("by-after") };
+      const text = value("by-text").trim().toLocaleLowerCase();
+      const changed = at("by-change")?.checked;
+      let count = 0;
+      for (const { node, text: own } of articles) {
+        const fits = Object.entries(wanted).every(([key, one]) => !one || node.dataset[key] === one)
+          && (!changed || "changed" in node.dataset) && (!text || own.includes(text));
+        count += fits;
+        node.hidden = !fits || count > most;
+      }
+      at("count").textContent = `${count} of ${articles.length} questions${count > most ? `, the first ${most} shown` : ""}`;
+      more.hidden = count <= most;
+      more.textContent = `Show ${Math.min(100, count - most)} more`;
+    };
+    form.hidden = false;
+    form.addEventListener("input", () => { most = STEP; filter(); });
+    form.addEventListener("submit", (event) => event.preventDefault());
+    more.addEventListener("click", () => { most += 100; filter(); });
+    filter();
+  }
+})();

@@ -1,0 +1,373 @@
+"""Gathers what a run left behind: receipts, directions, activations, training and evaluations, each if it is there."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ablate_shards.errors import AblateError, EvaluateError, ReportError
+from ablate_shards.surgery.activations import open_activations
+from ablate_shards.surgery.adapter import TRAINING_NAME, read_adapter
+from ablate_shards.surgery.checkpoint import MERGE_RECEIPT_NAME, RECEIPT_NAME, RECEIPT_NAMES
+from ablate_shards.surgery.directions import Directions, EstimatorOptions, compute_directions, read_directions
+from ablate_shards.surgery.evaluation import Evaluation, read_evaluation
+from ablate_shards.surgery.merge import MERGE_FORMAT, MergeReceipt, read_merge_receipt
+from ablate_shards.surgery.projection import LayerProjection, project
+from ablate_shards.surgery.receipt import FORMAT, Receipt, load, number, read_receipt
+from ablate_shards.surgery.run import STATE_NAME
+
+__all__ = ["Ablation", "Findings", "Merging", "ReportOptions", "Training", "find_work", "gather"]
+
+_TRAINING_FORMAT = "ablate-shards.training/1"
+_EVALUATION = ".evaluation.json"
+_ACTIVATIONS = "activations.safetensors"
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class ReportOptions:
+    """Where the report looks, beside OUT.
+
+    Attributes:
+        work: The folder of everything between; None finds it beside OUT.
+        evaluations: Evaluations, from before to after; empty takes those of the run.
+    """
+
+    work: Path | None = None
+    evaluations: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ablation:
+    """The receipt of an ablation.
+
+    Attributes:
+        receipt: What of it was checked.
+        content: All that it says.
+        sha256: Digest of the file.
+    """
+
+    receipt: Receipt
+    content: Mapping[str, Any]
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Merging:
+    """The receipt of a merge; see ``Ablation``."""
+
+    receipt: MergeReceipt
+    content: Mapping[str, Any]
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How an adapter was trained.
+
+    Attributes:
+        losses: Epoch, as a fraction, and training loss of every step.
+        epochs: Held-out loss by kind of sample, after so many epochs.
+        content: All that the file says.
+    """
+
+    losses: tuple[tuple[float, float], ...]
+    epochs: tuple[tuple[int, Mapping[str, float]], ...]
+    content: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What there is to show; a part that is not there is None or empty, and ``missing`` says why.
+
+    Attributes:
+        name: The checkpoint's folder.
+        ablation: The receipt of the ablation.
+        merge: The receipt of the merge.
+        directions: The directions that were removed.
+        projections: The activations they were computed from, in a plane, by layer.
+        training: How the adapter was trained.
+        evaluations: From before to after; one alone is after.
+        missing: Why a part is not there, by part.
+    """
+
+    name: str
+    ablation: Ablation | None = None
+    merge: Merging | None = None
+    directions: Directions | None = None
+    projections: tuple[LayerProjection, ...] = ()
+    training: Training | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """What the evaluated models are called, each by a name of its own."""
+        names = [str(evaluation.model.name) for evaluation in self.evaluations]
+        return tuple(
+            f"{name} ({names[:place].count(name) + 1})" if names.count(name) > 1 else name
+            for place, name in enumerate(names)
+        )
+
+    @property
+    def before(self) -> Evaluation | None:
+        """The first evaluation, if there is a later one."""
+        return self.evaluations[0] if len(self.evaluations) > 1 else None
+
+    @property
+    def after(self) -> Evaluation | None:
+        """The last evaluation."""
+        return self.evaluations[-1] if self.evaluations else None
+
+
+def gather(out: Path, options: ReportOptions) -> Findings:
+    """Reads what a run left behind; what cannot be read is missing, and why is said.
+
+    Args:
+        out: The folder of the result.
+        options: Where else to look.
+
+    Raises:
+        ReportError: OUT holds no receipt, or a place that was named is not there.
+        EvaluateError: An evaluation that was named cannot be read.
+    """
+    if not any((out / name).is_file() for name in RECEIPT_NAMES):
+        raise ReportError(
+            f"{out}: holds no {' and no '.join(RECEIPT_NAMES)}, so there is nothing to report; name a folder that "
+            "ablate, merge or run made"
+        )
+    if options.work is not None and not options.work.is_dir():
+        raise ReportError(f"{options.work}: no such folder; --work names the one that run kept everything between in")
+    work = find_work(out) if options.work is None else options.work
+    gatherer = _Gatherer(out, work, [work, out.absolute().parent] if work else [out.absolute().parent])
+    return gatherer.gather(options.evaluations)
+
+
+def find_work(out: Path) -> Path | None:
+    """Returns the folder in which ``run`` kept everything between, None if there is none.
+
+    That is ``OUT.work``, or the folder beside OUT whose stages made OUT: its state holds the receipt's digest, which
+    stays true when both are moved.
+    """
+    usual = out.absolute().with_name(f"{out.absolute().name}.work")
+    if usual.is_dir():
+        return usual
+    made = {_digest(path) for name in RECEIPT_NAMES if (path := out / name).is_file()}
+    for state in sorted(out.absolute().parent.glob(f"*/{STATE_NAME}")):
+        try:
+            digests = json.loads(state.read_bytes())["digests"].values()
+            if made & {entry[-1] for entry in digests}:
+                return state.parent
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            continue
+    return None
+
+
+class _Gatherer:
+    """Reads part by part, and keeps why one could not be read."""
+
+    def __init__(self, out: Path, work: Path | None, places: Sequence[Path]) -> None:
+        self._out, self._work, self._places = out, work, places
+        self._missing: dict[str, str] = {}
+
+    def gather(self, evaluations: Sequence[Path]) -> Findings:
+        merge = self._merge()
+        ablation = self._ablation(merge)
+        directions = self._directions(ablation)
+        return Findings(
+            name=self._out.absolute().name,
+            ablation=ablation,
+            merge=merge,
+            directions=directions,
+            projections=self._projections(directions),
+            training=self._training(merge),
+            evaluations=self._evaluations(evaluations),
+            missing=self._missing,
+        )
+
+    def _try(self, part: str, read: Callable[[], _T]) -> _T | None:
+        """Reads a part; where it cannot be read, the reason is kept."""
+        try:
+            found = read()
+        except AblateError as error:
+            self._missing[part] = self._told(str(error))
+            return None
+        except OSError as error:
+            self._missing[part] = self._told(f"{error.filename}: {error.strerror}")
+            return None
+        self._missing.pop(part, None)
+        return found
+
+    def _told(self, text: str) -> str:
+        """Returns an error without the folders that the reader of a page knows nothing of."""
+        for folder in sorted({self._out, self._out.absolute(), *self._places}, key=lambda path: -len(str(path))):
+            text = text.replace(f"{folder}/", "")
+        return text
+
+    def _merge(self) -> Merging | None:
+        if not (self._out / MERGE_RECEIPT_NAME).is_file():
+            return None
+
+        def read() -> Merging:
+            receipt = read_merge_receipt(self._out)
+            path = self._out / MERGE_RECEIPT_NAME
+            return Merging(receipt, load(path, MERGE_FORMAT)[0], _digest(path))
+
+        return self._try("merge", read)
+
+    def _ablation(self, merge: Merging | None) -> Ablation | None:
+        def read_at(folder: Path) -> Ablation:
+            path = folder / RECEIPT_NAME
+            return Ablation(read_receipt(folder), load(path, FORMAT)[0], _digest(path))
+
+        if (self._out / RECEIPT_NAME).is_file():
+            return self._try("ablation", partial(read_at, self._out))
+        base = merge.content.get("base") if merge else None
+        digests = [entry.get("sha256") for entry in base if isinstance(entry, dict)] if isinstance(base, list) else None
+        for path in sorted(path for place in self._places for path in place.glob(f"*/{RECEIPT_NAME}")):
+            if (digests is not None and _digest(path) in digests) or (
+                merge is None and path.parent.parent == self._work
+            ):
+                return self._try("ablation", partial(read_at, path.parent))
+        self._missing["ablation"] = (
+            f"The result was merged from another checkpoint, whose {RECEIPT_NAME} was not found beside it; name the "
+            "folder that holds it with --work."
+        )
+        return None
+
+    def _directions(self, ablation: Ablation | None) -> Directions | None:
+        said = ablation.content["directions"] if ablation else {}
+        wanted = said.get("sha256")
+
+        def computed(path: Path) -> Directions:
+            try:
+                options = EstimatorOptions(**json.loads(said["metadata"]["estimator"]))
+            except (LookupError, ValueError, TypeError):
+                options = EstimatorOptions()
+            return compute_directions(open_activations(path), options)
+
+        readers = (("directions.safetensors", read_directions), (_ACTIVATIONS, computed))
+        # Only a digest tells whether a file that merely lies beside OUT has to do with it.
+        for place in self._places if wanted else filter(None, [self._work]):
+            for name, read in readers:
+                path = place / name
+                if path.exists():
+                    found = self._try("directions", partial(read, path))
+                    if found is not None and wanted in (None, found.sha256()):
+                        return found
+        self._missing.setdefault(
+            "directions",
+            "The file of the directions that were removed was not found, so how well they separate is not known; name "
+            "the folder that holds directions.safetensors with --work.",
+        )
+        return None
+
+    def _projections(self, directions: Directions | None) -> tuple[LayerProjection, ...]:
+        if directions is None:
+            self._missing["projection"] = "Without the directions, the activations cannot be shown along them."
+            return ()
+
+        def read(path: Path) -> tuple[LayerProjection, ...]:
+            dump = open_activations(path)
+            same = dump.metadata.get("inputs") == directions.metadata.get("inputs")
+            return project(dump, directions.basis) if same else ()
+
+        for path in (place / _ACTIVATIONS for place in self._places):
+            if path.exists() and (found := self._try("projection", partial(read, path))):
+                return found
+        self._missing.setdefault(
+            "projection", f"The activations that the directions were computed from were not found ({_ACTIVATIONS})."
+        )
+        return ()
+
+    def _training(self, merge: Merging | None) -> Training | None:
+        if merge is None:
+            return None
+
+        def read(path: Path) -> Training | None:
+            same = read_adapter(path.parent).sha256 == merge.receipt.adapter_sha256
+            return _read_training(path) if same else None
+
+        for path in sorted(path for place in self._places for path in place.glob(f"*/{TRAINING_NAME}")):
+            if found := self._try("training", partial(read, path)):
+                return found
+        self._missing.setdefault(
+            "training", f"How the adapter was trained was not found ({TRAINING_NAME}, as finetune writes it)."
+        )
+        return None
+
+    def _evaluations(self, named: Sequence[Path]) -> tuple[Evaluation, ...]:
+        if named:
+            return _chain([read_evaluation(path) for path in named])
+        out = self._out.absolute()
+        paths = [path for place in (self._work, out) if place for path in sorted(place.glob(f"*{_EVALUATION}"))]
+        paths += [path] if (path := out.with_name(f"{out.name}{_EVALUATION}")).is_file() else []
+        found, reasons = [], []
+        for path in paths:
+            try:
+                found.append(read_evaluation(path))
+            except EvaluateError as error:
+                reasons.append(self._told(str(error)))
+        found.sort(key=self._stage)
+        if not found:
+            reasons.append(
+                "The answers were not evaluated, so what the edit did to them is not known; measure it with: "
+                f"ablate-shards evaluate {out.name} --against SOURCE"
+            )
+        elif found[-1].model.name != out.name:
+            reasons.append(f"No evaluation of {out.name} was found; what is shown is of {found[-1].model.name}.")
+        if reasons:
+            self._missing["evaluation"] = " ".join(reasons)
+        return _chain(found) if found else ()
+
+    def _stage(self, evaluation: Evaluation) -> tuple[bool, bool, str]:
+        """Sorts what has no base first, and the result last."""
+        name = str(evaluation.model.name)
+        return (name == self._out.absolute().name, evaluation.base is not None, name)
+
+
+def _chain(found: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
+    """Returns the evaluations that can be told together: the last one's base, those between, and the last."""
+    last = found[-1]
+    between = [each for each in found[:-1] if each.questions == last.questions]
+    first = last.base
+    if first is not None:
+        between = [each for each in between if each.model != first.model]
+        between.insert(0, first)
+    seen: dict[Any, Evaluation] = {each.model: each for each in between if each.model != last.model}
+    return (*seen.values(), last)
+
+
+def _read_training(path: Path) -> Training:
+    """Reads what finetune says of its training."""
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format"] != _TRAINING_FORMAT:
+            raise ReportError(
+                f"{path}: expected {_TRAINING_FORMAT}, found {content['format']!r}; use the version that wrote it"
+            )
+        losses = tuple((number(entry, "epoch"), number(entry, "loss")) for entry in content["losses"])
+        epochs = tuple(
+            (int(entry["number"]), _finite(entry["evaluation"]))
+            for entry in content["epochs"]
+            if isinstance(entry["evaluation"], dict)
+        )
+        return Training(losses, epochs, content)
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise ReportError(f"{path}: not a complete {TRAINING_NAME} ({error}); it was changed afterwards") from error
+
+
+def _finite(losses: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        str(kind): float(loss) for kind, loss in losses.items() if isinstance(loss, int | float) and math.isfinite(loss)
+    }
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

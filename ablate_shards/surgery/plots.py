@@ -1,0 +1,262 @@
+"""Draws the charts of the report as SVG and PNG, for papers and model cards."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["PLOT_NAMES", "draw"]
+
+_INK, _SOFT, _GRID = "#20242a", "#5b626c", "#e4e1da"
+_BLUE, _ORANGE, _PURPLE, _GREY = "#1c5f94", "#e0813f", "#a873b3", "#b3b5b8"
+_VERDICTS = {"slanted": _ORANGE, "neutral": "#5fa2d0", "deflecting": _GREY, "wrong": _PURPLE}
+_RAMP = ("#f1efea", "#14507f")
+_STYLE: Mapping[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": _GRID,
+    "axes.grid": True,
+    "axes.labelcolor": _SOFT,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 200,
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "svg.hashsalt": "ablate-shards",
+    "text.color": _INK,
+    "xtick.color": _SOFT,
+    "ytick.color": _SOFT,
+}
+_METADATA: Mapping[str, Mapping[str, None]] = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
+
+
+def draw(data: Mapping[str, Any]) -> dict[str, bytes]:
+    """Returns the charts that there are data for, by file name.
+
+    Args:
+        data: What the charts show, as ``chart_data`` gives it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    files = {}
+    style: Any = dict(_STYLE)
+    with rc_context(style):
+        for name, (key, chart) in _CHARTS.items():
+            if not data.get(key):
+                continue
+            figure = Figure()
+            chart(figure, data)
+            for suffix, metadata in _METADATA.items():
+                file = io.BytesIO()
+                figure.savefig(file, format=suffix, metadata=dict(metadata))
+                files[f"{name}.{suffix}"] = file.getvalue()
+    return files
+
+
+def _quality(figure: "Figure", data: Mapping[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    figure.set_size_inches(7, 4.4)
+    titles = {
+        "signal": "Signal to noise",
+        "auc": "Held-out AUC",
+        "purity": "Purity",
+        "cosine": "1 − cosine of the means",
+    }
+    for axes, (key, title) in zip(figure.subplots(2, 2).flat, titles.items(), strict=True):
+        rows = [(row["layer"], row[key]) for row in data["quality"] if row[key] is not None]
+        if key == "cosine":
+            rows = [(layer, max(1e-9, 1 - value)) for layer, value in rows]
+            axes.set_yscale("log")
+        elif key == "purity":
+            axes.set_ylim(0, 1.05)
+        axes.plot(
+            *zip(*rows, strict=True) if rows else ((), ()), color=_BLUE, marker="o", markersize=2.5, linewidth=1.3
+        )
+        if data["best"] is not None:
+            axes.axvline(data["best"], color=_GREY, linewidth=0.8)
+        axes.set_title(title)
+        axes.set_xlabel("layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _cosines(figure: "Figure", data: Mapping[str, Any]) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    figure.set_size_inches(4.6, 4)
+    layers = data["cosines"]["layers"]
+    axes = figure.subplots()
+    axes.grid(visible=False)
+    colours = LinearSegmentedColormap.from_list("cosine", [_ORANGE, *_RAMP])
+    image = axes.imshow(np.array(data["cosines"]["values"]), cmap=colours, vmin=-1, vmax=1)
+    _label_layers(axes, layers)
+    axes.set_yticks(axes.get_xticks(), [label.get_text() for label in axes.get_xticklabels()])
+    axes.set_ylabel("layer")
+    axes.set_title("Cosine between the directions")
+    figure.colorbar(image, shrink=0.8).outline.set_visible(False)
+
+
+def _projection(figure: "Figure", data: Mapping[str, Any]) -> None:
+    figure.set_size_inches(4.6, 3.8)
+    layers = data["projection"]
+    shown = next((each for each in layers if each["layer"] == data.get("best")), layers[-1])
+    axes = figure.subplots()
+    for label, colour, marker in (("positive", _ORANGE, "o"), ("negative", _VERDICTS["neutral"], "D")):
+        across, up = zip(*shown[label], strict=True)
+        axes.scatter(across, up, s=16, color=colour, marker=marker, linewidths=0, alpha=0.85, label=label)
+    axes.set_title(f"Prompts at layer {shown['layer']}")
+    axes.set_xlabel("along the direction")
+    axes.set_ylabel("principal component of the rest")
+    axes.legend()
+
+
+def _edits(figure: "Figure", data: Mapping[str, Any]) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.ticker import PercentFormatter
+
+    layers = sorted({cell["layer"] for cell in data["edits"]})
+    components = _components(data)
+    figure.set_size_inches(max(4.5, min(11, 1.8 + 0.35 * len(layers))), 1.1 + 0.6 * len(components))
+    most = max(max(cell["before"], cell["after"]) for cell in data["edits"]) or 1.0
+    colours = LinearSegmentedColormap.from_list("share", _RAMP)
+    every = figure.subplots(2, 1, sharex=True)
+    for axes, when in zip(every, ("before", "after"), strict=True):
+        values = np.full((len(components), len(layers)), np.nan)
+        for cell in data["edits"]:
+            values[components.index(cell["component"]), layers.index(cell["layer"])] = cell[when]
+        axes.grid(visible=False)
+        image = axes.imshow(values, cmap=colours, vmin=0, vmax=most, aspect="auto")
+        axes.set_yticks(range(len(components)), components)
+        axes.set_title(f"Share along the direction, {when}")
+    _label_layers(every[1], layers)
+    figure.colorbar(image, ax=every, format=PercentFormatter(1)).outline.set_visible(False)
+
+
+def _drift(figure: "Figure", data: Mapping[str, Any]) -> None:
+    rows = [cell for cell in data["edits"] if cell["drift"] is not None]
+    axes = _per_layer(figure, rows, "drift", _components(data), "component")
+    axes.set_title("Largest relative change of a kept norm")
+
+
+def _updates(figure: "Figure", data: Mapping[str, Any]) -> None:
+    rows = [{**row, "kind": row["name"].split(".")[0]} for row in data["updates"]]
+    axes = _per_layer(figure, rows, "change", sorted({row["kind"] for row in rows}), "kind")
+    axes.set_title("Size of the LoRA update, relative to the weight")
+
+
+def _verdicts(figure: "Figure", data: Mapping[str, Any]) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    rows = sorted(data["verdicts"], key=lambda row: -row["order"])
+    groups = list(dict.fromkeys(row["group"] for row in data["verdicts"]))
+    figure.set_size_inches(7, 0.9 + 0.32 * len(rows))
+    every = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, group in zip(every, groups, strict=True):
+        inside = [row for row in rows if row["group"] == group]
+        starts = np.zeros(len(inside))
+        for verdict, colour in _VERDICTS.items():
+            shares = np.array([row[verdict][0] / row[verdict][1] for row in inside])
+            axes.barh([row["stage"] for row in inside], shares, left=starts, color=colour, label=verdict, height=0.7)
+            starts += shares
+        axes.set_title(group)
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+    handles, labels = every[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+
+
+def _bias(figure: "Figure", data: Mapping[str, Any]) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    rows = sorted(data["verdicts"], key=lambda row: (row["group"] != "core", row["group"], row["order"]))[::-1]
+    figure.set_size_inches(6, 0.8 + 0.28 * len(rows))
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        low, high = row["interval"]
+        axes.plot([low, high], [place, place], color=_ORANGE, linewidth=2, solid_capstyle="round")
+        axes.plot([row["slanted"][0] / row["slanted"][1]], [place], color=_ORANGE, marker="o", markersize=6)
+    axes.set_yticks(range(len(rows)), [f"{row['group']}, {row['stage']}" for row in rows])
+    axes.set_xlim(-0.02, 1.02)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_title("Slanted answers, with 95 % intervals")
+
+
+def _losses(figure: "Figure", data: Mapping[str, Any]) -> None:
+    figure.set_size_inches(5.5, 3)
+    axes = figure.subplots()
+    losses = data["losses"]
+    if losses["steps"]:
+        axes.plot(*zip(*losses["steps"], strict=True), color=_GREY, linewidth=1, label="training")
+    kinds = sorted({row["kind"] for row in losses["held_out"]})
+    for kind, colour in zip(kinds, (_ORANGE, _BLUE, _PURPLE, _INK), strict=False):
+        points = [(row["epoch"], row["loss"]) for row in losses["held_out"] if row["kind"] == kind]
+        axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3.5, label=f"{kind}, held out")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("epoch")
+    axes.set_title("Loss")
+    if losses["steps"] or kinds:
+        axes.legend()
+
+
+def _per_layer(
+    figure: "Figure", rows: Sequence[Mapping[str, Any]], key: str, kinds: Sequence[str], group: str
+) -> "Axes":
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure.set_size_inches(6.5, 2.8)
+    axes = figure.subplots()
+    for number, (kind, colour) in enumerate(zip(kinds, _cycle(len(kinds)), strict=True)):
+        points = [(row["layer"], row[key]) for row in rows if row[group] == kind]
+        if points:
+            across, up = zip(*points, strict=True)
+            axes.scatter(across, up, s=18, color=colour, marker="oDs^vP"[number % 6], linewidths=0, label=kind)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    if rows:
+        axes.legend()
+    return axes
+
+
+def _label_layers(axes: "Axes", layers: Sequence[int]) -> None:
+    step = -(-len(layers) // 24)
+    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    axes.set_xlabel("layer")
+
+
+def _components(data: Mapping[str, Any]) -> list[str]:
+    return sorted({cell["component"] for cell in data["edits"]})
+
+
+def _cycle(count: int) -> list[str]:
+    colours = ("#5fa2d0", _ORANGE, _PURPLE, _GREY, _BLUE, _INK)
+    return [colours[index % len(colours)] for index in range(count)]
+
+
+_CHARTS: Mapping[str, tuple[str, Callable[["Figure", Mapping[str, Any]], None]]] = {
+    "direction": ("quality", _quality),
+    "cosines": ("cosines", _cosines),
+    "projection": ("projection", _projection),
+    "edits": ("edits", _edits),
+    "norm_drift": ("edits", _drift),
+    "updates": ("updates", _updates),
+    "losses": ("losses", _losses),
+    "verdicts": ("verdicts", _verdicts),
+    "bias": ("verdicts", _bias),
+}
+PLOT_NAMES = tuple(f"{name}.{suffix}" for name in _CHARTS for suffix in _METADATA)

@@ -1,0 +1,123 @@
+"""Makes what a run leaves behind, small and without a model: receipts, directions, training and evaluations."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from click.testing import CliRunner
+from raw_checkpoints import HIDDEN, write_dump, write_llama
+from safetensors.numpy import save_file
+
+from ablate_shards.cli import cli
+from ablate_shards.surgery.evaluation import Answer, Evaluation, Model, Text, compare, write_evaluation
+from ablate_shards.surgery.likelihood import Divergence, Perplexity
+
+LAYERS = 4
+HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)> & \u2028 '\""
+TRAINING = {
+    "format": "ablate-shards.training/1",
+    "data": {"sha256": "d" * 64},
+    "options": {"rank": 4, "alpha": 8, "targets": ["q", "down"], "epochs": 2, "learning_rate": 2e-4},
+    "losses": [{"step": step, "epoch": step / 4, "loss": 2 / (step + 1)} for step in range(1, 9)],
+    "epochs": [
+        {"number": number, "training": None, "evaluation": {"contested": 1.5 - number / 4, "general": 1.2}}
+        for number in range(3)
+    ],
+    "versions": {"peft": "0.0"},
+}
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def write_adapter(folder: Path) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(5)
+    tensors = {}
+    for layer in range(LAYERS):
+        for module, inner in (("self_attn.q_proj", HIDDEN), ("mlp.down_proj", 2 * HIDDEN + 8)):
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            tensors[f"{name}.lora_A.weight"] = rng.standard_normal((4, inner)).astype(np.float32)
+            tensors[f"{name}.lora_B.weight"] = rng.standard_normal((HIDDEN, 4)).astype(np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    (folder / "training.json").write_text(json.dumps(TRAINING))
+    return folder
+
+
+def answers(slanted: int, right: int) -> tuple[Answer, ...]:
+    contested = [
+        Answer(
+            id=f"question-{number:02}",
+            language="en" if number % 2 else "zh-Hant",
+            group="core" if number < 16 else "held-out",
+            prompt=f"What is place {number}?" if number else HOSTILE,
+            system=None,
+            text=(f"Slanted text {number}." if number < slanted else f"Neutral text {number}.") if number else HOSTILE,
+            raw=None,
+            ended=True,
+            verdict="slanted" if number < slanted else "neutral",
+        )
+        for number in range(24)
+    ]
+    controls = [
+        Answer(
+            id=f"control-{number:02}",
+            language="en",
+            group="unrelated",
+            prompt=f"How much is {number} and 1?",
+            system=None,
+            text=str(number + 1) if number < right else "many",
+            raw=None,
+            ended=True,
+            verdict="neutral" if number < right else "wrong",
+            accepted=(str(number + 1),),
+            exact=number < right,
+            given=number < right,
+        )
+        for number in range(20)
+    ]
+    return (*contested, *controls)
+
+
+def evaluation(name: str, slanted: int, right: int, base: Evaluation | None = None, questions="q" * 64) -> Evaluation:
+    found = Evaluation(
+        model=Model(name, "a" * 64),
+        options={"length": 64, "thinking": False},
+        versions={"torch": "0.0"},
+        questions=questions,
+        answers=answers(slanted, right),
+        text=Text("neutral.txt", "b" * 64, Perplexity(3.0, 100)),
+    )
+    if base is None:
+        return found
+    return replace(found, base=base, comparison=compare(found, base, Divergence(0.01, 0.02, 20, 60)))
+
+
+def make_ablated(place: Path) -> Path:
+    """Makes ``source`` and ``result``, an ablation of it, with the directions beside them."""
+    write_llama(place / "source", layers=LAYERS)
+    write_dump(place / "activations.safetensors", layers=LAYERS)
+    run("directions", place / "activations.safetensors", place / "directions.safetensors", "--quiet")
+    run(place / "source", place / "result", "-d", place / "directions.safetensors", "--layers", "1-3", "--quiet")
+    return place / "result"
+
+
+def make_run(place: Path) -> Path:
+    """Makes ``result`` and ``result.work``, as a recipe with every stage leaves them."""
+    work = place / "result.work"
+    work.mkdir(parents=True)
+    write_llama(place / "source", layers=LAYERS)
+    write_dump(work / "activations.safetensors", layers=LAYERS)
+    run("directions", work / "activations.safetensors", work / "directions.safetensors", "--quiet")
+    run(place / "source", work / "ablated", "-d", work / "directions.safetensors", "--layers", "1-3", "--quiet")
+    run("merge", work / "ablated", write_adapter(work / "adapter"), place / "result", "--quiet")
+    before = evaluation("source", 14, 20)
+    write_evaluation(before, work / "source.evaluation.json")
+    write_evaluation(evaluation("ablated", 4, 19, before), work / "ablated.evaluation.json")
+    write_evaluation(evaluation("result", 2, 18, before), work / "result.evaluation.json")
+    return place / "result"
