@@ -118,11 +118,13 @@ def test_an_edit_that_the_receipt_hides_is_found(edited):
 def test_files_missing_and_added(edited):
     source, out = edited
     (out / "tokenizer.json").unlink()
-    (out / "report.html").write_text("later")
+    (out / "notes.txt").write_text("later")
+    (out / "report.html").write_text("drawn of it")
     result = run("verify", source, out)
     assert result.exit_code == 1
     assert "tokenizer.json: missing" in result.stdout
-    assert "report.html was added" in result.stdout
+    assert "notes.txt was added" in result.stdout
+    assert "report.html" not in result.stdout
     (out / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
     assert run("verify", source, out).exit_code == 0
     (out / "more.safetensors").write_bytes((out / "model-00001-of-00002.safetensors").read_bytes())
