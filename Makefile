@@ -30,7 +30,7 @@ browser: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
-	$(BIN)/mkdocs build --strict --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 loaders: $(VENV)/.loaders
 	$(BIN)/python -c 'import mlx_lm'
