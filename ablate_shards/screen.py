@@ -4,7 +4,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -22,11 +22,14 @@ from ablate_shards.errors import DirectionsError
 from ablate_shards.surgery.architecture import Anatomy, Writer, split_layer
 from ablate_shards.surgery.checkpoint import MERGE_RECEIPT_NAME, RECEIPT_NAME, Checkpoint, TensorInfo
 from ablate_shards.surgery.directions import Directions, score_table
-from ablate_shards.surgery.hub import PushPlan
-from ablate_shards.surgery.merge import Merged, MergeEdit, MergePlan
 from ablate_shards.surgery.plan import Edit, Plan, TensorEdit
 from ablate_shards.surgery.receipt import TensorResult
-from ablate_shards.surgery.verify import Verification
+
+if TYPE_CHECKING:
+    # Nothing but types: most commands need none of these stations.
+    from ablate_shards.surgery.hub import PushPlan
+    from ablate_shards.surgery.merge import Merged, MergeEdit, MergePlan
+    from ablate_shards.surgery.verify import Verification
 
 __all__ = [
     "inspection",
@@ -224,7 +227,7 @@ def print_results(checkpoint: Checkpoint, plan: Plan, results: Mapping[str, Tens
     console.print(f"check it with: ablate-shards verify {source} {out}")
 
 
-def print_merge_plan(checkpoint: Checkpoint, plan: MergePlan) -> None:
+def print_merge_plan(checkpoint: Checkpoint, plan: "MergePlan") -> None:
     """Prints what a merge would change, a line per layer and kind of change."""
     console = _console()
     table = _table("layer", "change", "tensors", "rank", "scale", "bytes", right=(0, 3, 4, 5))
@@ -236,7 +239,7 @@ def print_merge_plan(checkpoint: Checkpoint, plan: MergePlan) -> None:
         console.print(f"not carried over: {name} ({reason})")
 
 
-def print_merge(checkpoint: Checkpoint, merged: Merged, adapter: Path, out: Path) -> None:
+def print_merge(checkpoint: Checkpoint, merged: "Merged", adapter: Path, out: Path) -> None:
     """Prints what a merge changed, and by how much."""
     console = _console()
     table = _table("layer", "change", "tensors", "rank", "scale", "largest change", right=(0, 3, 4, 5))
@@ -366,7 +369,7 @@ def scores(directions: Directions) -> dict[str, Any]:
     }
 
 
-def print_push(plan: PushPlan) -> None:
+def print_push(plan: "PushPlan") -> None:
     """Prints what a push would send, and what of it the repository has already."""
     console = _console()
     table = _table("file", "size", "on the Hub", right=(1,))
@@ -384,7 +387,7 @@ def print_push(plan: PushPlan) -> None:
         console.print(f"{plan.unverified}, so it would be verified first")
 
 
-def print_verification(verification: Verification, source: Path | str, out: Path) -> None:
+def print_verification(verification: "Verification", source: Path | str, out: Path) -> None:
     """Prints every difference, or that there is none."""
     console = _console()
     for difference in verification.differences:
@@ -416,7 +419,7 @@ def _share_of(checkpoint: Checkpoint, edits: Sequence[Edit]) -> str:
     return f"{len(edits)} of {len(checkpoint.tensors)} tensors ({_size(edited)} of {_size(whole)})"
 
 
-def _merged_by_layer(edits: Sequence[MergeEdit]) -> list[tuple[str, list[MergeEdit]]]:
+def _merged_by_layer(edits: "Sequence[MergeEdit]") -> "list[tuple[str, list[MergeEdit]]]":
     groups: dict[tuple[int, str], list[MergeEdit]] = defaultdict(list)
     for edit in edits:
         layer = split_layer(edit.name)[0]
@@ -424,7 +427,7 @@ def _merged_by_layer(edits: Sequence[MergeEdit]) -> list[tuple[str, list[MergeEd
     return [(_NO_LAYER if layer < 0 else str(layer), groups[layer, kind]) for layer, kind in sorted(groups)]
 
 
-def _merge_cells(edits: Sequence[MergeEdit]) -> tuple[str, str, str]:
+def _merge_cells(edits: "Sequence[MergeEdit]") -> tuple[str, str, str]:
     """Returns the tensors, ranks and scales of edits of one layer and kind."""
     ranks = sorted({edit.rank for edit in edits if edit.rank is not None})
     scales = [] if edits[0].kind == "replaced" else sorted({edit.scale for edit in edits})

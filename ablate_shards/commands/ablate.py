@@ -143,12 +143,10 @@ def ablate(
     from ablate_shards.surgery.checkpoint import files_of
     from ablate_shards.surgery.directions import EstimatorOptions
     from ablate_shards.surgery.execute import ExecuteOptions, ablation, execute
-    from ablate_shards.surgery.hub import PushOptions
     from ablate_shards.surgery.plan import make_plan, resolve_bases
     from ablate_shards.surgery.recipe import AblateOptions
     from ablate_shards.surgery.staging import check_out
-    from ablate_shards.surgery.stores import cached, open_source, quieten_hub
-    from ablate_shards.surgery.transfer import hub_repository, perform_on_hub
+    from ablate_shards.surgery.stores import cached, hub_repository, open_source, quieten_hub
 
     progress = screen.progress(quiet=quiet or as_json)
     directions, activations = _one_source(directions, activations)
@@ -196,6 +194,9 @@ def ablate(
         if repo is None:
             results = execute(checkpoint, plan, found, options, out, run, progress)
         else:
+            from ablate_shards.surgery.hub import PushOptions
+            from ablate_shards.surgery.transfer import perform_on_hub
+
             operation = ablation(checkpoint, plan, found, options)
             done = perform_on_hub(checkpoint, operation, repo, PushOptions(private=private), run, progress)
             results, where = done.results, done.url

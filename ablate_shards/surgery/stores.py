@@ -16,6 +16,7 @@ __all__ = [
     "cached",
     "explain_hub",
     "hub_pause",
+    "hub_repository",
     "is_hub_id",
     "need_hub",
     "open_source",
@@ -26,6 +27,7 @@ _HUB_ID = re.compile(r"(?:hf://)?(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
 _LONGEST_WAIT = 600.0
 _CHUNK = 1 << 20
+_SCHEME = "hub:"
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 _TOKENS = "https://huggingface.co/settings/tokens"
 
@@ -33,6 +35,21 @@ _TOKENS = "https://huggingface.co/settings/tokens"
 def is_hub_id(text: str | Path) -> bool:
     """Returns whether a text has the form ``org/name[@revision]``."""
     return _HUB_ID.fullmatch(str(text)) is not None
+
+
+def hub_repository(out: str | Path) -> str | None:
+    """Returns the repository that an OUT such as ``hub:me/model`` names, None where it is a folder.
+
+    Raises:
+        UsageError: What follows ``hub:`` is not a repository.
+    """
+    text = str(out)
+    if not text.startswith(_SCHEME):
+        return None
+    repo = text.removeprefix(_SCHEME)
+    if not is_hub_id(repo) or "@" in repo:
+        raise UsageError(f"{text}: expected a repository such as {_SCHEME}me/model-edited")
+    return repo
 
 
 def open_source(source: str | Path) -> Checkpoint:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ablate_shards import __version__
-from ablate_shards.errors import ExecuteError, HubError, Interrupted, UsageError
+from ablate_shards.errors import ExecuteError, HubError, Interrupted
 from ablate_shards.surgery.card import Kind
 from ablate_shards.surgery.checkpoint import MERGE_RECEIPT_NAME, Checkpoint, fingerprint, size_of
 from ablate_shards.surgery.execute import (
@@ -27,11 +27,10 @@ from ablate_shards.surgery.plan import Edit
 from ablate_shards.surgery.published import CARD, Published
 from ablate_shards.surgery.remote import patiently
 from ablate_shards.surgery.staging import Staging, locked
-from ablate_shards.surgery.stores import HubFaults, HubStore, is_hub_id
+from ablate_shards.surgery.stores import HubFaults, HubStore
 
-__all__ = ["Transferred", "hub_repository", "perform_on_hub"]
+__all__ = ["Transferred", "perform_on_hub"]
 
-_SCHEME = "hub:"
 _SENT = "sent.json"
 
 _E = TypeVar("_E", bound=Edit)
@@ -53,21 +52,6 @@ class Transferred(Generic[_R]):
     results: Mapping[str, _R]
     sent: int
     copied: int
-
-
-def hub_repository(out: str | Path) -> str | None:
-    """Returns the repository that an OUT such as ``hub:me/model`` names, None where it is a folder.
-
-    Raises:
-        UsageError: What follows ``hub:`` is not a repository.
-    """
-    text = str(out)
-    if not text.startswith(_SCHEME):
-        return None
-    repo = text.removeprefix(_SCHEME)
-    if not is_hub_id(repo) or "@" in repo:
-        raise UsageError(f"{text}: expected a repository such as {_SCHEME}me/model-edited")
-    return repo
 
 
 def perform_on_hub(
