@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from ablate_shards.data.demo import MODEL
 from ablate_shards.data.demo.behaviour import ask, draw_questions, load
 from ablate_shards.errors import EvaluateError, UsageError
-from ablate_shards.surgery.answers import batches, model_digest, open_model, speaking
+from ablate_shards.surgery.answers import batches, model_digest, speaking
+from ablate_shards.surgery.checkpoint import open_checkpoint
+from ablate_shards.surgery.loading import open_folder
 from ablate_shards.surgery.samples import Question
 
 PROMPTS = [sample.prompt for sample in draw_questions(unrelated_count=9).unrelated]
@@ -185,24 +187,24 @@ def test_memory_that_does_not_suffice_is_one_sentence(speaker):
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(EvaluateError, match=r"expected a checkpoint folder with a config\.json"):
-        open_model(tmp_path)
+        open_folder(tmp_path, EvaluateError)
 
 
 def test_the_digest_sees_what_bears_on_an_answer(copy):
-    before = model_digest(open_model(copy))
+    before = model_digest(open_checkpoint(copy))
     (copy / "README.md").write_text("A model.")
     (copy / "ablation.json").write_text("{}")
-    assert model_digest(open_model(copy)) == before == model_digest(open_model(MODEL))
+    assert model_digest(open_checkpoint(copy)) == before == model_digest(open_checkpoint(MODEL))
 
     seen = {before}
     for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
         (copy / name).write_text((copy / name).read_text() + "\n")
-        seen.add(model_digest(open_model(copy)))
+        seen.add(model_digest(open_checkpoint(copy)))
     raw = bytearray((copy / "model.safetensors").read_bytes())
     raw[-1] ^= 1
     (copy / "model.safetensors").unlink()
     (copy / "model.safetensors").write_bytes(raw)
-    seen.add(model_digest(open_model(copy)))
+    seen.add(model_digest(open_checkpoint(copy)))
     assert len(seen) == 5
 
 

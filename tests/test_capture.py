@@ -18,10 +18,13 @@ from ablate_shards.cli import cli
 from ablate_shards.data import demo
 from ablate_shards.data.demo import behaviour
 from ablate_shards.errors import CaptureError, CheckpointError, Interrupted, UsageError
-from ablate_shards.surgery import capture as station
+from ablate_shards.surgery import layer_stream as station
 from ablate_shards.surgery.activations import open_activations
 from ablate_shards.surgery.capture import CaptureOptions, capture
-from ablate_shards.surgery.checkpoint import read_header
+from ablate_shards.surgery.checkpoint import open_checkpoint, read_header
+from ablate_shards.surgery.dump import DumpWriter
+from ablate_shards.surgery.loading import quiet, read_config
+from ablate_shards.surgery.prompts import Prompt, encode_turn, make_batches
 from ablate_shards.surgery.samples import Pair, Turn
 
 #: Every way in which layers are called and stored: hybrid masks, rotary embeddings by layer type, fused and single
@@ -242,21 +245,20 @@ def test_the_tokens_of_a_response_are_told_without_offsets():
         def __call__(self, text, **_):
             return {"input_ids": [text[at : at + 2] for at in range(0, len(text), 2)]}
 
-    options = CaptureOptions(position="mean", plain=True)
-    prompt = station._prompt(Pairing(), Turn("abc", "defg"), "here", options)
+    prompt = encode_turn(Pairing(), Turn("abc", "defg"), "here", "mean", plain=True)
     assert prompt.tokens[prompt.start :] == ("cd", "ef", "g")
 
 
 def test_only_one_part_has_weights_at_a_time(llama, tmp_path):
-    checkpoint, config = station.open_checkpoint(llama), station._read_config(llama)
-    with station._quiet():
-        model = station._open_streamed(checkpoint, config, "F32", torch.device("cpu"))
+    checkpoint, config = open_checkpoint(llama), read_config(llama, CaptureError)
+    with quiet():
+        model = station.open_streamed(checkpoint, config, torch.float32, torch.device("cpu"))
 
         def present():
             return {name for name, weight in model.decoder.named_parameters() if not weight.is_meta}
 
         assert not present()
-        with model.holding(station._REST):
+        with model.holding(station.REST):
             assert present() == {"embed_tokens.weight", "norm.weight"}
         for layer in range(3):
             with model.holding(layer):
@@ -375,6 +377,35 @@ def test_nothing_but_a_dump_is_replaced(llama, tmp_path):
     assert (folder / "note.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["dump", "dump.safetensors"])
+def test_what_appears_during_the_run_is_not_replaced(llama, name, tmp_path):
+    dump = tmp_path / name
+
+    class Takes(Silent):
+        def count(self, done, total):
+            if done == 2:
+                if dump.suffix:
+                    dump.write_text("mine")
+                else:
+                    dump.mkdir()
+                    (dump / "note.txt").write_text("mine")
+
+    with pytest.raises(CaptureError, match="appeared during the run and is not replaced; --resume goes on"):
+        run(llama, dump, progress=Takes(), overwrite=True)
+    assert (dump if dump.suffix else dump / "note.txt").read_text() == "mine"
+    if dump.suffix:
+        dump.unlink()
+    else:
+        shutil.rmtree(dump)
+    assert run(llama, dump, resume=True).resumed in (1, 2)
+
+
+def test_a_folder_named_as_a_file_is_wrong_usage(llama, tmp_path):
+    (tmp_path / "dump.safetensors").mkdir()
+    with pytest.raises(UsageError, match="is a folder"):
+        run(llama, tmp_path / "dump.safetensors")
+
+
 # ---------------------------------------------------------------------------------------- side state
 
 
@@ -410,26 +441,26 @@ class Decoder(torch.nn.Module):
 )
 def test_what_a_model_does_beside_its_layers_is_noticed(how, why):
     decoder = Decoder(how)
-    run = station._Model(decoder, decoder.layers, torch.device("cpu"), 8, 0, None)
-    prompts = [station._Prompt((1, 2, 3), 2), station._Prompt((4, 5), 1)]
+    run = station.Network(decoder, decoder.layers, torch.device("cpu"))
+    prompts = [Prompt((1, 2, 3), 2), Prompt((4, 5), 1)]
     with torch.inference_mode():
         if why is None:
-            station._record_all(run, station._batches(prompts, 1, 0))
+            station.record(run, make_batches(prompts, 1, 0))
         else:
-            with pytest.raises(station._NotOneStream, match=why):
-                station._record_all(run, station._batches(prompts, 1, 0))
+            with pytest.raises(station.NotOneStream, match=why):
+                station.record(run, make_batches(prompts, 1, 0))
     assert not any("forward" in vars(layer) for layer in decoder.layers)
 
 
 @pytest.mark.parametrize("how", ["stream", "between", "beside"])
 def test_loaded_models_are_captured_whatever_they_do(how, tmp_path):
     decoder = Decoder(how)
-    run = station._Model(decoder, decoder.layers, torch.device("cpu"), 8, 0, None)
-    prompts = [station._Prompt((1, 2, 3), 2), station._Prompt((4, 5), 1)]
-    staging = station._Staging.open(tmp_path / "dump", {}, CaptureOptions())
+    run = station.Network(decoder, decoder.layers, torch.device("cpu"))
+    prompts = [Prompt((1, 2, 3), 2), Prompt((4, 5), 1)]
+    staging = DumpWriter(tmp_path / "dump", {}, {"the model": "tiny"})
     with torch.inference_mode():
-        station._run(run, station._batches(prompts, 2, 0), staging, {}, CaptureOptions(), Silent())
-        staging.publish({})
+        station.run_layers(run, make_batches(prompts, 2, 0), staging, "last", Silent())
+        staging.publish()
         hidden = extra = decoder.embedding(torch.tensor([1, 2, 3]))
         for index, layer in enumerate(decoder.layers):
             hidden = layer(hidden, extra)
@@ -448,10 +479,10 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
 
         free = load
 
-    run = station._Model(decoder, decoder.layers, torch.device("cpu"), 8, 0, NoShards())
-    staging = station._Staging.open(tmp_path / "dump", {}, CaptureOptions())
+    run = station.Network(decoder, decoder.layers, torch.device("cpu"), NoShards())
+    staging = DumpWriter(tmp_path / "dump", {}, {"the model": "tiny"})
     with torch.inference_mode(), pytest.raises(CaptureError, match="--offload never"):
-        station._run(run, station._batches([station._Prompt((1, 2), 1)], 1, 0), staging, {}, CaptureOptions(), Silent())
+        station.run_layers(run, make_batches([Prompt((1, 2), 1)], 1, 0), staging, "last", Silent())
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -573,6 +604,16 @@ def test_a_missing_package_is_named(llama, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "accelerate", None)
     with pytest.raises(CaptureError, match=r"accelerate is not installed; .*ablate-shards\[lora\]"):
         run(llama, tmp_path / "dump.safetensors")
+
+
+def test_memory_that_does_not_suffice_is_one_sentence(llama, tmp_path, monkeypatch):
+    def full(self, layer, hidden):
+        raise torch.OutOfMemoryError("Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(station._Inputs, "call", full)
+    with pytest.raises(CaptureError, match="the memory of cpu does not suffice; use --offload always"):
+        run(llama, tmp_path / "dump.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_noticed_before(llama, tmp_path, monkeypatch):

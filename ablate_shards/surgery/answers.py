@@ -2,31 +2,40 @@
 
 import contextlib
 import hashlib
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ablate_shards.errors import EvaluateError
-from ablate_shards.surgery.checkpoint import Checkpoint, open_checkpoint
+from ablate_shards.surgery.checkpoint import Checkpoint
 from ablate_shards.surgery.editor import resolve_device
 from ablate_shards.surgery.endpoint import Reply
+from ablate_shards.surgery.loading import (
+    UNUSABLE,
+    Dtype,
+    check_packages,
+    encode,
+    end_tokens,
+    generating_class,
+    load,
+    most_tokens,
+    quiet,
+    read_config,
+    read_tokenizer,
+    reason,
+    render,
+)
 from ablate_shards.surgery.samples import Question
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Dtype", "Prompt", "Speaker", "batches", "model_digest", "open_model", "speaking"]
-
-Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+__all__ = ["Dtype", "Prompt", "Speaker", "batches", "check_transformers", "model_digest", "speaking"]
 
 #: The files beside the weights that bear on an answer.
 _BEARING = ("config.json", "generation_config.json", "tokenizer", "chat_template", "special_tokens", "added_tokens")
 _VOCABULARIES = ("vocab", "merges", "spiece", "sentencepiece")
-_OURS_NOT_THEIRS = r"(transformers|accelerate|torch)\b"
-#: What transformers, torch and Jinja raise for a model or a template that they cannot use.
-_UNUSABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError, RuntimeError, ImportError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +79,25 @@ class Speaker:
         Raises:
             EvaluateError: The template refuses it, or it is longer than the model reads.
         """
-        try:
-            # Templates ignore what they do not know.
-            text = self.tokenizer.apply_chat_template(
-                question.turn.messages(), tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-            )
-        except Exception as error:  # a template raises whatever it likes
-            raise EvaluateError(f"question {question.id}: the chat template refuses it: {_reason(error)}") from error
+        where = f"question {question.id}"
+        text = render(
+            self.tokenizer,
+            question.turn.messages(),
+            where,
+            EvaluateError,
+            thinking=thinking,
+            add_generation_prompt=True,
+        )
         tokens = self.encode(text)
         if self.most is not None and len(tokens) >= self.most:
             raise EvaluateError(
-                f"question {question.id}: has {len(tokens)} tokens, but the model reads at most {self.most}; shorten it"
+                f"{where}: has {len(tokens)} tokens, but the model reads at most {self.most}; shorten it"
             )
         return Prompt(tokens, text.rstrip().endswith("<think>"))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Returns the tokens of a text, and no others."""
-        return tuple(self.tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+        return encode(self.tokenizer, text)
 
     def replies(self, prompts: Sequence[Prompt], *, tokens: int) -> list[Reply]:
         """Answers some prompts at once, each step with the likeliest token.
@@ -137,8 +148,8 @@ class Speaker:
                 f"{self.folder}: the memory of {self.device} does not suffice; use a smaller --batch, another "
                 "--device, or serve the model and use --endpoint"
             ) from error
-        except _UNUSABLE as error:
-            raise EvaluateError(f"{self.folder}: the model fails to compute: {_reason(error)}") from error
+        except UNUSABLE as error:
+            raise EvaluateError(f"{self.folder}: the model fails to compute: {reason(error)}") from error
 
 
 def batches(questions: Sequence[Question], size: int) -> list[list[int]]:
@@ -148,20 +159,6 @@ def batches(questions: Sequence[Question], size: int) -> list[list[int]]:
     """
     order = sorted(range(len(questions)), key=lambda number: (-len(questions[number].prompt), number))
     return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def open_model(folder: Path) -> Checkpoint:
-    """Reads the headers of a checkpoint folder that transformers is to load.
-
-    Raises:
-        EvaluateError: It is no folder with a configuration.
-        CheckpointError: It is malformed or holds no safetensors.
-    """
-    if not (folder / "config.json").is_file():
-        raise EvaluateError(
-            f"{folder}: expected a checkpoint folder with a config.json; name one as transformers saves"
-        )
-    return open_checkpoint(folder)
 
 
 def model_digest(checkpoint: Checkpoint) -> str:
@@ -178,6 +175,20 @@ def model_digest(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
+def check_transformers() -> None:
+    """Refuses to run a model without transformers.
+
+    Raises:
+        EvaluateError: It is not installed.
+    """
+    check_packages(
+        "evaluate runs the model with transformers",
+        "transformers",
+        error=EvaluateError,
+        instead=", or serve the model and use --endpoint",
+    )
+
+
 @contextlib.contextmanager
 def speaking(folder: Path, *, dtype: Dtype, device: str) -> Iterator[Speaker]:
     """Holds a model in memory while the context lasts; no code from the checkpoint runs, and nothing is fetched.
@@ -191,17 +202,11 @@ def speaking(folder: Path, *, dtype: Dtype, device: str) -> Iterator[Speaker]:
         EvaluateError: transformers is not installed, or cannot use the model or its tokenizer.
         UsageError: There is no such device.
     """
+    check_transformers()
     import torch
 
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise EvaluateError(
-            f"evaluate runs the model with transformers, and {error.name} is not installed; "
-            "`pip install 'ablate-shards[lora]'`, or serve the model and use --endpoint"
-        ) from error
     chosen = resolve_device(device)
-    with _quiet():
+    with quiet():
         speaker = _load(folder, dtype, chosen)
         try:
             yield speaker
@@ -213,37 +218,18 @@ def speaking(folder: Path, *, dtype: Dtype, device: str) -> Iterator[Speaker]:
 
 def _load(folder: Path, dtype: Dtype, device: "torch.device") -> Speaker:
     import torch
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoTokenizer,
-        GenerationConfig,
-    )
+    from transformers import GenerationConfig
 
-    here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     kind = "float32" if dtype == "auto" and device.type == "cpu" else dtype
+    tokenizer = read_tokenizer(folder, EvaluateError)
+    config = read_config(folder, EvaluateError)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **here)
-    except _UNUSABLE as error:
-        raise EvaluateError(
-            f"{folder}: its tokenizer cannot be loaded ({_reason(error)}); put its files there"
-        ) from error
-    # Where the files are missing, transformers makes a tokenizer that knows no words.
-    if not set(tokenizer("The sun is warm.", add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
-        raise EvaluateError(f"{folder}: its tokenizer knows no words; put the model's tokenizer files there")
-    if not getattr(tokenizer, "chat_template", None):
-        raise EvaluateError(f"{folder}: its tokenizer has no chat template; put the model's chat_template.jinja there")
-    try:
-        config = AutoConfig.from_pretrained(folder, **here)
-        auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
-        network, found = auto.from_pretrained(
+        network, missing = load(
             folder,
+            generating_class(config),
+            EvaluateError,
+            config=config,
             dtype=kind if kind == "auto" else getattr(torch, kind),
-            use_safetensors=True,
-            output_loading_info=True,
-            **here,
         )
         network = network.eval().to(device)
     except torch.OutOfMemoryError as error:
@@ -251,44 +237,12 @@ def _load(folder: Path, dtype: Dtype, device: "torch.device") -> Speaker:
             f"{folder}: does not fit into the memory of {device}; use another --device, or serve the model and use "
             "--endpoint"
         ) from error
-    except _UNUSABLE as error:
-        raise EvaluateError(f"{folder}: transformers cannot load the model: {_reason(error)}") from error
-    if missing := sorted(found["missing_keys"]):
+    if missing:
         raise EvaluateError(f"{folder}: the checkpoint holds no weight for {missing[0]}; complete the checkpoint")
-    ends = _ends(network.generation_config.eos_token_id, tokenizer.eos_token_id)
+    ends = end_tokens(network.generation_config.eos_token_id, tokenizer.eos_token_id)
     pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
     # The checkpoint's own configuration may ask for sampling and penalties.
     network.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=list(ends) or None, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id
     )
-    most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return Speaker(folder, network, tokenizer, device, ends, pad, most if isinstance(most, int) else None)
-
-
-def _ends(*found: int | list[int] | None) -> tuple[int, ...]:
-    """Returns every token that ends an answer, each once."""
-    tokens = (token for entry in found for token in (entry if isinstance(entry, list) else [entry]))
-    return tuple(dict.fromkeys(token for token in tokens if token is not None))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps transformers from writing to the terminal."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=_OURS_NOT_THEIRS)
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+    return Speaker(folder, network, tokenizer, device, ends, pad, most_tokens(config))

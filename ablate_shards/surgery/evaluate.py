@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from ablate_shards.data.tw_civic import NEUTRAL_TEXT
 from ablate_shards.errors import AblateError, EvaluateError, Interrupted, UsageError
-from ablate_shards.surgery.answers import Dtype, Speaker, batches, model_digest, open_model, speaking
+from ablate_shards.surgery.answers import Dtype, Speaker, batches, check_transformers, model_digest, speaking
 from ablate_shards.surgery.editor import resolve_device
 from ablate_shards.surgery.endpoint import ChatOptions, Endpoint, Messages, Reply, chat, open_endpoint
 from ablate_shards.surgery.evaluation import (
@@ -31,6 +31,7 @@ from ablate_shards.surgery.evaluation import (
 from ablate_shards.surgery.journal import Journal
 from ablate_shards.surgery.likelihood import Divergence, Forced, Recording, divergence, perplexity, record
 from ablate_shards.surgery.llm_judge import judge_messages, read_verdict
+from ablate_shards.surgery.loading import open_folder
 from ablate_shards.surgery.rubric import correct, judge
 from ablate_shards.surgery.samples import Question, Turn
 from ablate_shards.surgery.staging import locked
@@ -191,24 +192,8 @@ class _Run:
         if options.perplexity and options.endpoint is None:
             self._text = _read_text(options.text or NEUTRAL_TEXT)
         # What may be wrong with an endpoint shows before a model is asked.
-        referee = None
-        if options.judge is not None:
-            referee = open_endpoint(
-                options.judge,
-                options.judge_model,
-                key_variable=JUDGE_KEY,
-                option="--judge-model",
-                timeout=options.timeout,
-            )
-        endpoint = None
-        if options.endpoint is not None:
-            endpoint = open_endpoint(
-                options.endpoint,
-                options.endpoint_model,
-                key_variable=KEY,
-                option="--endpoint-model",
-                timeout=options.timeout,
-            )
+        referee = self._endpoint(options.judge, options.judge_model, JUDGE_KEY, "--judge-model")
+        endpoint = self._endpoint(options.endpoint, options.endpoint_model, KEY, "--endpoint-model")
         folder = against if isinstance(against, Path) and against.is_dir() else None
         sides = 1 + (against is not None)
         self._plan(models=1 + (folder is not None), referee=referee is not None, evaluations=sides)
@@ -246,7 +231,7 @@ class _Run:
     ) -> tuple[Evaluation, _Recorded | None, Divergence | None]:
         """Asks a model that runs here, and measures it while it is in memory."""
         options = self._options
-        checkpoint = open_model(folder)
+        checkpoint = open_folder(folder, EvaluateError)
         device = resolve_device(options.device)
         versions = _versions()
         asked = {
@@ -295,10 +280,15 @@ class _Run:
 
     # ------------------------------------------------------------------------------------ an endpoint
 
+    def _endpoint(self, url: str | None, model: str | None, key_variable: str, option: str) -> Endpoint | None:
+        if url is None:
+            return None
+        return open_endpoint(url, model, key_variable=key_variable, option=option, timeout=self._options.timeout)
+
     def _query(self, model: Path, endpoint: Endpoint) -> Evaluation:
         """Asks a model that an endpoint serves."""
         options = self._options
-        known = model_digest(open_model(model)) if model.is_dir() else None
+        known = model_digest(open_folder(model, EvaluateError)) if model.is_dir() else None
         asked = {"length": options.length, "thinking": options.thinking}
         messages = [question.turn.messages() for question in self._questions]
         replies = self._chat(endpoint, messages, known, options.length, thinking=options.thinking, greedy=True)
@@ -440,14 +430,10 @@ def _key(*content: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise EvaluateError(
-            f"evaluate runs the model with transformers, and {error.name} is not installed; "
-            "`pip install 'ablate-shards[lora]'`, or serve the model and use --endpoint"
-        ) from error
+    check_transformers()
+    import torch
+    import transformers
+
     return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 

@@ -45,6 +45,7 @@ __all__ = [
     "Surgeon",
     "Work",
     "ablation",
+    "ending_early",
     "execute",
     "perform",
     "sigterm_as_interrupt",
@@ -195,34 +196,42 @@ def perform(
     if run.device != "auto":
         find_device(run.device)
     staging: Staging | None = None
-    with sigterm_as_interrupt(), locked(out):
-        try:
-            staging = Staging.open(out, identity, sizes, resume=run.resume, overwrite=run.overwrite)
-            _check_disk(checkpoint, operation.edits, staging, link=run.link)
-            progress.begin(_bytes_to_write(checkpoint, staging))
-            with Surgeon(checkpoint, operation, staging, progress, link=run.link) as surgeon:
-                results, identity = surgeon.operate(run)
-            if fingerprint(checkpoint) != checkpoint.fingerprint:
-                raise ExecuteError(f"{checkpoint.name}: changed while it was read; run again when it is at rest")
-            with (staging.folder / operation.receipt_name).open("w", encoding="utf-8") as file:
-                file.write(operation.receipt(results, identity))
-                file.flush()
-                os.fsync(file.fileno())
-            with _uninterrupted():
-                staging.publish()
-        except (KeyboardInterrupt, Interrupted) as error:
-            raise Interrupted(f"{out}: interrupted; {what_is_kept(staging)}") from error
-        except HubError as error:
-            raise HubError(f"{error}; {what_is_kept(staging)}") from error
-        except OSError as error:
-            raise ExecuteError(
-                f"{error.filename or out}: {error.strerror or error}; {what_is_kept(staging)}"
-            ) from error
-        except Exception:
-            if staging is not None and not run.resume:
-                staging.discard()
-            raise
+
+    def discard() -> None:
+        if staging is not None and not run.resume:
+            staging.discard()
+
+    with sigterm_as_interrupt(), locked(out), ending_early(out, lambda: what_is_kept(staging), discard):
+        staging = Staging.open(out, identity, sizes, resume=run.resume, overwrite=run.overwrite)
+        _check_disk(checkpoint, operation.edits, staging, link=run.link)
+        progress.begin(_bytes_to_write(checkpoint, staging))
+        with Surgeon(checkpoint, operation, staging, progress, link=run.link) as surgeon:
+            results, identity = surgeon.operate(run)
+        if fingerprint(checkpoint) != checkpoint.fingerprint:
+            raise ExecuteError(f"{checkpoint.name}: changed while it was read; run again when it is at rest")
+        with (staging.folder / operation.receipt_name).open("w", encoding="utf-8") as file:
+            file.write(operation.receipt(results, identity))
+            file.flush()
+            os.fsync(file.fileno())
+        with _uninterrupted():
+            staging.publish()
     return results
+
+
+@contextlib.contextmanager
+def ending_early(out: object, kept: Callable[[], str], discard: Callable[[], None]) -> Iterator[None]:
+    """Adds what is kept to the error of a run that can be gone on with, and discards what any other leaves."""
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted) as error:
+        raise Interrupted(f"{out}: interrupted; {kept()}") from error
+    except HubError as error:
+        raise HubError(f"{error}; {kept()}") from error
+    except OSError as error:
+        raise ExecuteError(f"{error.filename or out}: {error.strerror or error}; {kept()}") from error
+    except Exception:
+        discard()
+        raise
 
 
 def what_is_kept(staging: Staging | None) -> str:
@@ -503,15 +512,11 @@ def _uninterrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Makes SIGTERM end the main thread as Ctrl-C does."""
-
-    def interrupt(_signal: int, _frame: object) -> None:
-        raise Interrupted
-
+    """Makes SIGTERM end the main thread as Ctrl-C does, which no library takes for an error of its own."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,14 +109,14 @@ class Staging:
 
     @classmethod
     def open(
-        cls, out: Path, identity: Mapping[str, str], sizes: Mapping[str, int], *, resume: bool, overwrite: bool
+        cls, out: Path, identity: Mapping[str, str], sizes: Mapping[str, int] | None, *, resume: bool, overwrite: bool
     ) -> "Staging":
         """Makes the folder, or takes up the one an interrupted run left.
 
         Args:
             out: The final name.
             identity: What must be equal for a resumed run to give the same bytes, by what to call it.
-            sizes: Bytes of each shard; one that is gone or of another size is made again.
+            sizes: Bytes of each shard; one that is gone or of another size is made again. None: of any size.
             resume: Go on with an interrupted run, if there is one.
             overwrite: Throw an interrupted run away (with resume: if it cannot be gone on with).
 
@@ -163,8 +163,11 @@ class Staging:
         self._append({"shard": shard, "content": content})
         self.done[shard] = content
 
-    def publish(self) -> None:
+    def publish(self, replaceable: Callable[[Path], bool] | None = None) -> None:
         """Gives the folder its final name, in one step, with everything in it on disk.
+
+        Args:
+            replaceable: Whether a folder is one that ``overwrite`` replaces; by its receipt if None.
 
         Raises:
             FileExistsError: The name was taken during the run, by what may not be replaced.
@@ -172,7 +175,7 @@ class Staging:
         for folder, _, _ in os.walk(self.folder):
             fsync_folder(Path(folder))
         taken = self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))
-        if taken and not (self.overwrite and _made_by_a_run(self.out)):
+        if taken and not (self.overwrite and (replaceable or _made_by_a_run)(self.out)):
             raise FileExistsError(errno.EEXIST, "appeared during the run and is not replaced", str(self.out))
         (self.folder / _JOURNAL).unlink()
         if taken:
@@ -189,7 +192,7 @@ class Staging:
     def _changed(self, identity: Mapping[str, str]) -> list[str]:
         return [what for what in identity if self.identity.get(what, identity[what]) != identity[what]]
 
-    def _read(self, journal: Path, sizes: Mapping[str, int]) -> None:
+    def _read(self, journal: Path, sizes: Mapping[str, int] | None) -> None:
         for line in journal.read_text(encoding="utf-8").splitlines():
             with suppress(ValueError):  # a kill can tear the last line; what it told of is done again
                 entry = json.loads(line)
@@ -198,7 +201,7 @@ class Staging:
                     self.done[entry["shard"]] = entry["content"]
         for name in list(self.done):
             path = self.folder / name
-            if not path.is_file() or path.stat().st_size != sizes.get(name):
+            if not path.is_file() or (sizes is not None and path.stat().st_size != sizes.get(name)):
                 del self.done[name]
 
     def _append(self, entry: Mapping[str, Any]) -> None:

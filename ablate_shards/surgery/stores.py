@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ablate_shards.errors import CheckpointError, HubError, UsageError
 from ablate_shards.surgery.checkpoint import Checkpoint, fingerprint, open_checkpoint
@@ -22,6 +23,9 @@ __all__ = [
     "open_source",
     "quieten_hub",
 ]
+
+#: The journal of a folder in an object store that is half made; it goes when the folder is complete.
+UNFINISHED = ".ablate-unfinished.json"
 
 _HUB_ID = re.compile(r"(?:hf://)?(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
@@ -286,41 +290,90 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise explained from error
 
 
-class _FsspecStore:
+class FsspecFaults:
+    """What goes wrong with calls to an object store.
+
+    Args:
+        url: The folder, as messages call it.
+        writing: Whether the calls are to change it.
+    """
+
+    def __init__(self, url: str, *, writing: bool = False) -> None:
+        self._url, self._verb = url, "written" if writing else "read"
+
+    def pause(self, error: Exception) -> float | None:
+        """Returns how long to wait before trying again."""
+        stays = FileNotFoundError | PermissionError | NotImplementedError | HubError
+        return 0.0 if isinstance(error, OSError | EOFError) and not isinstance(error, stays) else None
+
+    def explain(self, error: Exception, file: str | None = None) -> HubError | None:
+        """Returns an error as one sentence."""
+        where = f"{self._url}/{file}" if file else self._url
+        match error:
+            case HubError():
+                return error
+            case FileNotFoundError():
+                return HubError(f"{where}: not found; check the name")
+            case PermissionError():
+                return HubError(f"{where}: may not be {self._verb} ({error}); check the credentials")
+            case _:
+                return HubError(f"{where}: cannot be {self._verb} ({type(error).__name__}: {error})")
+
+
+def open_system(url: str) -> tuple[Any, str]:
+    """Returns what fsspec reads a URL with, and the path in there.
+
+    Raises:
+        UsageError: The package for it is not installed.
+    """
+    _need("fsspec", "hub")
+    import fsspec  # type: ignore[import-untyped]
+
+    protocol = url.partition("://")[0]
+    try:
+        system, root = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise UsageError(f"{url}: fsspec needs another package to read {protocol}:// ({error})") from error
+    except ValueError as error:
+        raise UsageError(f"{url}: fsspec knows no {protocol}:// ({error})") from error
+    return system, str(root).rstrip("/")
+
+
+def listing(system: Any, root: str) -> dict[str, Entry]:
+    """Returns the files of a folder as they are now, by relative name; the name of a file itself is empty."""
+    system.invalidate_cache()
+    return {path[len(root) :].lstrip("/"): entry_of(info) for path, info in system.find(root, detail=True).items()}
+
+
+def entry_of(info: Mapping[str, Any]) -> Entry:
+    """Returns what fsspec knows of a file."""
+    stamp = next((str(info[key]) for key in ("ETag", "etag", "md5Hash", "mtime", "created") if key in info), "")
+    return Entry(info["size"], f"{info['size']} {stamp}")
+
+
+class _FsspecStore(FsspecFaults):
     """A folder of whatever file system fsspec knows, such as ``s3://bucket/model``.
 
     Args:
         url: The folder.
 
     Raises:
-        CheckpointError: There is no such folder.
+        CheckpointError: There is no such folder, or an interrupted run has left it half made.
         UsageError: The package for it is not installed.
     """
 
     revision = None
 
     def __init__(self, url: str) -> None:
-        _need("fsspec", "hub")
-        import fsspec  # type: ignore[import-untyped]
-
-        self._url = url.rstrip("/")
-        protocol = url.partition("://")[0]
-        try:
-            self._system, root = fsspec.core.url_to_fs(self._url)
-        except ImportError as error:
-            raise UsageError(f"{url}: fsspec needs another package to read {protocol}:// ({error})") from error
-        except ValueError as error:
-            raise UsageError(f"{url}: fsspec knows no {protocol}:// ({error})") from error
-        self._root = root.rstrip("/")
-        self._entries: dict[str, Entry] = {}
-        found = patiently(self, lambda: self._system.find(self._root, detail=True))
-        if self._root in found or (not found and self._system.isfile(self._root)):
+        super().__init__(url.rstrip("/"))
+        self._system, self._root = open_system(self._url)
+        self._entries = patiently(self, lambda: listing(self._system, self._root))
+        if "" in self._entries or (not self._entries and self._system.isfile(self._root)):
             raise CheckpointError(f"{url}: is a file; name the folder that holds the checkpoint")
-        if not found:
+        if not self._entries:
             raise CheckpointError(f"{url}: no such folder, or an empty one")
-        for path, info in found.items():
-            stamp = next((str(info[key]) for key in ("ETag", "etag", "md5Hash", "mtime", "created") if key in info), "")
-            self._entries[path[len(self._root) :].lstrip("/")] = Entry(info["size"], f"{info['size']} {stamp}")
+        if UNFINISHED in self._entries:
+            raise CheckpointError(f"{url}: a run that makes it is under way or was interrupted; let it end first")
 
     @property
     def name(self) -> str:
@@ -340,24 +393,6 @@ class _FsspecStore:
         yield (
             self._system.cat_file(path, start=first, end=min(first + step, end)) for first in range(start, end, step)
         )
-
-    def pause(self, error: Exception) -> float | None:
-        """Returns how long to wait before trying again."""
-        stays = FileNotFoundError | PermissionError | NotImplementedError | HubError
-        return 0.0 if isinstance(error, OSError | EOFError) and not isinstance(error, stays) else None
-
-    def explain(self, error: Exception, file: str | None = None) -> HubError | None:
-        """Returns an error as one sentence."""
-        where = f"{self._url}/{file}" if file else self._url
-        match error:
-            case HubError():
-                return error
-            case FileNotFoundError():
-                return HubError(f"{where}: not found; check the name")
-            case PermissionError():
-                return HubError(f"{where}: may not be read ({error}); check the credentials")
-            case _:
-                return HubError(f"{where}: cannot be read ({type(error).__name__}: {error})")
 
 
 def quieten_hub() -> None:

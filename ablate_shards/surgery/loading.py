@@ -1,0 +1,258 @@
+"""What the stations that run a model share: its folder read by transformers, no code of it run, nothing fetched."""
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ablate_shards.errors import AblateError
+from ablate_shards.surgery.checkpoint import Checkpoint, open_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "UNUSABLE",
+    "Dtype",
+    "build",
+    "check_packages",
+    "decoder_layers",
+    "encode",
+    "end_tokens",
+    "free_memory",
+    "generating_class",
+    "load",
+    "most_tokens",
+    "open_folder",
+    "quiet",
+    "read_config",
+    "read_tokenizer",
+    "reason",
+    "render",
+    "size_text",
+]
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+#: What transformers, torch and Jinja raise for a model or a template that they cannot use.
+UNUSABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError, RuntimeError, ImportError)
+
+_HERE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_OURS_NOT_THEIRS = r"(peft|transformers|accelerate|torch)\b"
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def check_packages(doing: str, *names: str, error: type[AblateError], instead: str = "") -> None:
+    """Refuses to start without the packages that a station needs.
+
+    Args:
+        doing: What it does with them, as the sentence begins.
+        names: The packages.
+        error: What to raise.
+        instead: Another way out, as the sentence ends.
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as missing:
+            raise error(
+                f"{doing}, and {missing.name} is not installed; `pip install 'ablate-shards[lora]'`{instead}"
+            ) from missing
+
+
+def open_folder(folder: Path, error: type[AblateError]) -> Checkpoint:
+    """Reads the headers of a checkpoint folder that transformers is to load.
+
+    Raises:
+        AblateError: Of the type given: it is no folder with a configuration.
+        CheckpointError: It is malformed or holds no safetensors.
+    """
+    if not (folder / "config.json").is_file():
+        raise error(f"{folder}: expected a checkpoint folder with a config.json; name one as transformers saves")
+    return open_checkpoint(folder)
+
+
+def read_config(folder: Path, error: type[AblateError]) -> Any:
+    """Reads a model's configuration."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, **_HERE)
+    except UNUSABLE as unusable:
+        raise error(
+            f"{folder}: transformers does not know the model of its config.json ({reason(unusable)}); update "
+            "transformers if it is newer, code that comes with a checkpoint is not run"
+        ) from unusable
+
+
+def read_tokenizer(folder: Path, error: type[AblateError], *, template: bool = True, instead: str = "") -> Any:
+    """Reads a model's tokenizer.
+
+    Args:
+        folder: The checkpoint folder.
+        error: What to raise.
+        template: Whether it must have a chat template.
+        instead: Another way out where it has none, as the sentence ends.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_HERE)
+    except UNUSABLE as unusable:
+        raise error(f"{folder}: its tokenizer cannot be loaded ({reason(unusable)}); put its files there") from unusable
+    # Where the files are missing, transformers makes a tokenizer that knows no words.
+    if not set(encode(tokenizer, "The sun is warm.")) - {tokenizer.unk_token_id}:
+        raise error(f"{folder}: its tokenizer knows no words; put the model's tokenizer files there")
+    if template and not getattr(tokenizer, "chat_template", None):
+        raise error(f"{folder}: its tokenizer has no chat template; put the model's chat_template.jinja there{instead}")
+    return tokenizer
+
+
+def render(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, str]],
+    where: str,
+    error: type[AblateError],
+    *,
+    thinking: bool = False,
+    **how: bool,
+) -> str:
+    """Returns a chat as the model's template words it.
+
+    Args:
+        tokenizer: The tokenizer.
+        messages: The chat.
+        where: What the chat is, for the error.
+        error: What to raise.
+        thinking: What to tell a template that asks whether the model thinks first; others ignore it.
+        how: What else to tell the template.
+    """
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, enable_thinking=thinking, **how)
+    except Exception as refusal:  # a template raises whatever it likes
+        raise error(f"{where}: the chat template refuses it: {reason(refusal)}") from refusal
+    return str(text)
+
+
+def encode(tokenizer: Any, text: str, *, special: bool = False) -> tuple[int, ...]:
+    """Returns the tokens of a text, and no others unless ``special`` asks for the model's own."""
+    return tuple(tokenizer(text, add_special_tokens=special, return_attention_mask=False)["input_ids"])
+
+
+def end_tokens(*stated: Any) -> tuple[int, ...]:
+    """Returns every token that ends an answer, each once, from where a token or a list of them is stated."""
+    listed = (entry if isinstance(entry, list | tuple) else [entry] for entry in stated)
+    return tuple(dict.fromkeys(token for tokens in listed for token in tokens if isinstance(token, int)))
+
+
+def most_tokens(config: Any) -> int | None:
+    """Returns the most tokens that a model reads, None if it does not say."""
+    most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return most if isinstance(most, int) else None
+
+
+def generating_class(config: Any) -> Any:
+    """Returns the class of transformers that loads a model with its output head."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+
+
+def build(folder: Path, auto: Any, config: Any, error: type[AblateError], **how: Any) -> Any:
+    """Builds a model without memory for its weights."""
+    from accelerate import init_empty_weights
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            return auto.from_config(config, trust_remote_code=False, **how)
+    except UNUSABLE as unusable:
+        raise error(f"{folder}: transformers cannot build the model: {reason(unusable)}") from unusable
+
+
+def load(folder: Path, auto: Any, error: type[AblateError], **how: Any) -> tuple[Any, list[str]]:
+    """Loads a model with its weights.
+
+    Returns:
+        The model, and the names of the parameters that the checkpoint does not hold.
+
+    Raises:
+        AblateError: Of the type given: transformers cannot load it.
+        OutOfMemoryError: The device's memory does not suffice.
+    """
+    import torch
+
+    try:
+        network, found = auto.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **_HERE, **how)
+    except torch.OutOfMemoryError:
+        raise
+    except UNUSABLE as unusable:
+        raise error(f"{folder}: transformers cannot load the model: {reason(unusable)}") from unusable
+    return network, sorted(found["missing_keys"])
+
+
+def decoder_layers(folder: Path, network: Any, error: type[AblateError]) -> tuple[Any, Any]:
+    """Returns the part of a model that takes tokens and runs the layers, and the list of these."""
+    from torch import nn
+
+    decoder = network.get_decoder()
+    count = network.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [
+        (name.count("."), part)
+        for name, part in decoder.named_modules()
+        if isinstance(part, nn.ModuleList) and len(part) == count
+    ]
+    outermost = [part for depth, part in lists if depth == min(depth for depth, _ in lists)]
+    if len(outermost) != 1:
+        raise error(
+            f"{folder}: found {len(outermost)} lists of {count} layers in {type(decoder).__name__}, expected one; its "
+            "decoder layers cannot be told"
+        )
+    return decoder, outermost[0]
+
+
+def free_memory(device: "torch.device") -> int:
+    """Returns the bytes that are free on a device; on the CPU, as many as this process may take."""
+    from accelerate.utils import get_max_memory
+
+    free = get_max_memory()
+    if device.type in ("cuda", "xpu"):
+        return int(free[device.index or 0])
+    # Where an accelerator shares the host's memory, only the accelerator is listed.
+    found = int(free.get("cpu") or max(free.values()))
+    # A container may be allowed less than the machine has; pages of files are given back on demand.
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        used = int((_CGROUP / "memory.current").read_text()) - int(counts["file"])
+        found = min(found, int((_CGROUP / "memory.max").read_text()) - used)
+    return found
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the libraries from writing to the terminal; what matters of it is said in their place."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=_OURS_NOT_THEIRS)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def reason(error: Exception) -> str:
+    """Returns the first line of what a library says."""
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
+
+def size_text(count: int) -> str:
+    """Returns a number of bytes as people read it."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

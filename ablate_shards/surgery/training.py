@@ -1,0 +1,346 @@
+"""Runs transformers' Trainer over an adapted model, and keeps track of its complete epochs."""
+
+import dataclasses
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ablate_shards.errors import FinetuneError
+from ablate_shards.surgery.loading import load
+from ablate_shards.surgery.responses import IGNORED, Sample
+from ablate_shards.surgery.samples import Instruction
+from ablate_shards.surgery.staging import Staging, fsync_folder
+from ablate_shards.surgery.targets import SEVEN, Skeleton, Targets, folded
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "CHECKPOINTS",
+    "Epoch",
+    "FinetuneOptions",
+    "Progress",
+    "Run",
+    "deterministic",
+    "epochs_of",
+    "make_durable",
+    "train",
+]
+
+#: The folder of the trainer's own checkpoints, inside the staged adapter.
+CHECKPOINTS = "trainer"
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneOptions:
+    """What to train, and how.
+
+    Attributes:
+        rank: Rank of each adapter.
+        alpha: Its scale: the change is ``alpha / rank`` times ``B A``.
+        dropout: Share of an adapter's inputs that are dropped in training.
+        targets: Linear modules of the decoder layers by the end of their name, with or without ``_proj``;
+            ``auto`` takes all but the routers.
+        epochs: Times that each sample is seen.
+        learning_rate: At the first step; it falls linearly to zero.
+        length: Most tokens of a sample; longer responses are cut.
+        batch: Samples computed at a time.
+        accumulate: Batches per step.
+        seed: Of the split, the order, the adapters' first values and dropout.
+        evaluation_share: Share of each kind of sample that is not trained on.
+        rslora: Scale by ``alpha / sqrt(rank)`` instead (rank-stabilised LoRA).
+        gradient_checkpointing: Compute activations twice to keep fewer of them; on a GPU if None.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``.
+        resume: Go on with an interrupted run.
+        overwrite: Replace an adapter that an earlier run made.
+    """
+
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    targets: Targets = SEVEN
+    epochs: int = 3
+    learning_rate: float = 2e-4
+    length: int = 512
+    batch: int = 2
+    accumulate: int = 4
+    seed: int = 0
+    evaluation_share: float = 0.1
+    rslora: bool = False
+    gradient_checkpointing: bool | None = None
+    device: str = "auto"
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """The losses around one pass over the data, in nats per token.
+
+    Attributes:
+        number: Which pass; 0 is before the first step.
+        training: Mean over the steps of the pass, None before the first.
+        evaluation: Mean over the samples held out, by kind.
+    """
+
+    number: int
+    training: float | None
+    evaluation: Mapping[str, float]
+
+
+class Progress(Protocol):
+    """Hears how far a training has come."""
+
+    def count(self, done: int, total: int) -> None:
+        """Says that some of so many steps are done."""
+
+    def note(self, text: str) -> None:
+        """Says something in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """All that a training needs, checked.
+
+    Attributes:
+        model: The checkpoint folder.
+        adapter: The folder to make.
+        data: The samples.
+        options: What to train, and how.
+        device: Where.
+        config: The model's configuration.
+        tokenizer: Its tokenizer.
+        skeleton: Its modules.
+        chosen: The linear modules that get an adapter.
+        encoded: The tokens of each sample.
+        trained: Which samples are trained on.
+        held: By kind, which are held out.
+    """
+
+    model: Path
+    adapter: Path
+    data: Sequence[Instruction]
+    options: FinetuneOptions
+    device: "torch.device"
+    config: Any
+    tokenizer: Any
+    skeleton: Skeleton
+    chosen: tuple[str, ...]
+    encoded: Sequence[Sample]
+    trained: Sequence[int]
+    held: Mapping[str, Sequence[int]]
+
+    @property
+    def untouched(self) -> list[str]:
+        """The linear modules that get no adapter."""
+        chosen = set(self.chosen)
+        return [name for name in self.skeleton.linear if name not in chosen]
+
+    @property
+    def truncated(self) -> list[str]:
+        """The samples whose response is cut."""
+        return [sample.id for sample, encoded in zip(self.data, self.encoded, strict=True) if encoded.cut]
+
+    @property
+    def held_out(self) -> int:
+        """How many samples are held out."""
+        return sum(map(len, self.held.values()))
+
+    @property
+    def bfloat16(self) -> bool:
+        """Whether the device computes in bfloat16."""
+        import torch
+
+        if self.device.type == "cuda":
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return self.device.type == "xpu" and bool(torch.xpu.is_bf16_supported())
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are computed twice; on a processor, time is scarcer than memory."""
+        chosen = self.options.gradient_checkpointing
+        return self.device.type != "cpu" if chosen is None else chosen
+
+    @property
+    def alpha(self) -> float:
+        """Alpha as peft writes it, without a fraction where it has none."""
+        alpha = self.options.alpha
+        return int(alpha) if alpha == int(alpha) else alpha
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options that change the result, as they turned out."""
+        settings = dataclasses.asdict(self.options) | {
+            "alpha": self.alpha,
+            "gradient_checkpointing": self.recomputes,
+        }
+        return {name: value for name, value in settings.items() if name not in ("device", "resume", "overwrite")}
+
+
+def train(run: Run, staging: Staging, progress: Progress) -> tuple[Any, int]:
+    """Trains, or goes on training, and returns the trainer and the steps that were done before.
+
+    Raises:
+        FinetuneError: The model cannot be loaded or adapted, or the loss is no number.
+        OutOfMemoryError: The device's memory does not suffice.
+    """
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments, set_seed
+
+    options, held = run.options, run.held
+    features = [sample.features(token_types=run.skeleton.token_types) for sample in run.encoded]
+    set_seed(options.seed)
+    model = _with_adapters(run)
+    arguments = TrainingArguments(
+        output_dir=str(staging.folder / CHECKPOINTS),
+        num_train_epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="linear",
+        optim="adamw_torch",
+        per_device_train_batch_size=options.batch,
+        per_device_eval_batch_size=options.batch,
+        gradient_accumulation_steps=options.accumulate,
+        gradient_checkpointing=run.recomputes,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=run.bfloat16,
+        use_cpu=run.device.type == "cpu",
+        seed=options.seed,
+        eval_strategy="epoch" if held else "no",
+        eval_on_start=bool(held),
+        prediction_loss_only=True,
+        save_strategy="epoch",
+        save_total_limit=2,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=run.device.type == "cuda",
+    )
+    # More than one would be trained on at once, through DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        data_collator=DataCollatorForSeq2Seq(run.tokenizer, label_pad_token_id=IGNORED),
+        train_dataset=[features[number] for number in run.trained],
+        eval_dataset={kind: [features[number] for number in numbers] for kind, numbers in held.items()} or None,
+        callbacks=[_callback(staging, progress)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    name = max(staging.done, key=lambda name: int(staging.done[name]["step"]), default=None)
+    step = int(staging.done[name]["step"]) if name else 0
+    if name:
+        progress.note(f"going on after step {step}")
+    trainer.train(resume_from_checkpoint=str((staging.folder / name).parent) if name else None)
+    return trainer, step
+
+
+def _with_adapters(run: Run) -> Any:
+    import torch
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    model = _load(run, torch.bfloat16 if run.bfloat16 else torch.float32)
+    model.config.use_cache = False
+    config = LoraConfig(
+        r=run.options.rank,
+        lora_alpha=run.alpha,
+        lora_dropout=run.options.dropout,
+        use_rslora=run.options.rslora,
+        target_modules=list(run.chosen),
+        fan_in_fan_out=bool(run.skeleton.conv & set(run.chosen)),
+        task_type=TaskType.CAUSAL_LM,
+    )
+    adapted = get_peft_model(model, config)
+    found = {name.removeprefix("base_model.model.") for name in adapted.base_model.targeted_module_names}
+    if found != set(run.chosen):
+        missed = found ^ set(run.chosen)
+        raise FinetuneError(f"peft put adapters elsewhere than asked: {folded(sorted(missed))}; use --targets auto")
+    return adapted
+
+
+def _load(run: Run, dtype: "torch.dtype") -> Any:
+    model, missing = load(run.model, run.skeleton.auto, FinetuneError, config=run.config, dtype=dtype)
+    if missing:
+        raise FinetuneError(
+            f"{run.model}: no weights for {folded(missing)}, which would be random; complete the checkpoint first"
+        )
+    return model
+
+
+def _callback(staging: Staging, progress: Progress) -> Any:
+    from transformers import TrainerCallback
+
+    class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not followed
+        """Passes on how far the trainer is, and writes down which of its checkpoints are complete."""
+
+        def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+            progress.count(state.global_step, state.max_steps)
+
+        def on_log(self, _args: Any, state: Any, _control: Any, **told: Any) -> None:
+            losses = {name: value for name, value in told["logs"].items() if name.endswith("loss")}
+            if not all(map(math.isfinite, losses.values())):
+                raise FinetuneError(
+                    f"the loss is not finite at step {state.global_step}; lower --learning-rate, and check the model "
+                    "with a prompt of its own"
+                )
+
+        def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            make_durable(folder)
+            name = (folder / "trainer_state.json").relative_to(staging.folder).as_posix()
+            staging.record(name, {"step": state.global_step})
+            last = epochs_of(state.log_history)[-1]
+            losses = {"training": last.training, **last.evaluation}
+            told = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items() if loss is not None)
+            progress.note(f"epoch {last.number} of {args.num_train_epochs:g}: loss {told}")
+
+    return Reporter()
+
+
+def epochs_of(history: Sequence[Mapping[str, Any]]) -> tuple[Epoch, ...]:
+    """Returns the losses around every epoch from the trainer's log."""
+    training: dict[int, list[float]] = defaultdict(list)
+    evaluation: dict[int, dict[str, float]] = defaultdict(dict)
+    for entry in history:
+        if "loss" in entry:
+            training[math.ceil(entry["epoch"] - 1e-6)].append(entry["loss"])
+        for name, value in entry.items():
+            if match := re.fullmatch(r"eval_(\w+)_loss", name):
+                evaluation[round(entry["epoch"])][match[1]] = value
+    return tuple(
+        Epoch(number, sum(losses) / len(losses) if (losses := training.get(number)) else None, evaluation[number])
+        for number in sorted(training.keys() | evaluation.keys())
+    )
+
+
+def make_durable(folder: Path) -> None:
+    """Waits until what a library wrote into a folder is on disk."""
+    for path in folder.iterdir():
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    fsync_folder(folder)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Asks torch for operations that give the same bits each time, wherever it has them."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,0 +1,89 @@
+"""What is read of a model's folder before it runs, and how much memory there is for it."""
+
+import json
+import shutil
+
+import accelerate.utils
+import pytest
+import torch
+
+from ablate_shards.data.demo import MODEL
+from ablate_shards.errors import FinetuneError
+from ablate_shards.surgery import loading
+from ablate_shards.surgery.loading import end_tokens, free_memory, quiet, read_config, read_tokenizer
+from ablate_shards.surgery.responses import encode_instructions
+from ablate_shards.surgery.samples import Instruction
+
+ASKED = Instruction("one", "en", "general", "Where is honey sold?", "In the market.")
+#: A template whose answer opens with thoughts, closed at once where the model is told not to think.
+REASONING = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}<|im_start|>user\n{{ message['content'] }}"
+    "<|im_end|>\n{% else %}<|im_start|>assistant\n<think>\n\n</think>\n\n{{ message['content'] }}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return shutil.copytree(MODEL, tmp_path / "model")
+
+
+def encoded(model):
+    with quiet():
+        config, tokenizer = read_config(model, FinetuneError), read_tokenizer(model, FinetuneError)
+        (sample,) = encode_instructions(model, config, tokenizer, [ASKED], length=512, vocabulary=10**6)
+    return tokenizer, sample
+
+
+def test_a_tokenizer_without_its_files_is_refused(copy):
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    with quiet(), pytest.raises(FinetuneError, match="its tokenizer knows no words; put"):
+        read_tokenizer(copy, FinetuneError)
+
+
+def test_the_response_alone_is_learnt_where_a_template_opens_thoughts(copy):
+    (copy / "chat_template.jinja").write_text(REASONING)
+
+    tokenizer, sample = encoded(copy)
+
+    assert tokenizer.decode(sample.tokens[sample.start :]) == "In the market.<|im_end|>"
+    assert tokenizer.decode(sample.tokens[: sample.start]).endswith("<think>\n\n</think>\n\n")
+
+
+def test_ends_are_those_of_the_configuration_where_generation_has_none(copy):
+    tokenizer, before = encoded(copy)
+    (end,) = tokenizer.encode("<|im_end|>")
+    assert before.tokens[-1] == end
+    # Another token is the tokenizer's, and only the configuration says that a turn ends the answer too.
+    other = 0 if end else 1
+    (copy / "generation_config.json").unlink()
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    settings["eos_token"] = tokenizer.convert_ids_to_tokens(other)
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((copy / "config.json").read_text())
+
+    config["text_config"]["eos_token_id"] = [other, end]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert encoded(copy)[1].tokens == before.tokens
+
+    config["text_config"]["eos_token_id"] = other
+    (copy / "config.json").write_text(json.dumps(config))
+    assert encoded(copy)[1].tokens[-1] == other
+
+
+def test_every_end_is_listed_once():
+    assert end_tokens([3, 4], None, 3, [5, None]) == (3, 4, 5)
+
+
+def test_memory_is_found_where_an_accelerator_shares_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "_CGROUP", tmp_path)
+    for listed in ({"mps": 64 << 30}, {0: 64 << 30}, {"cpu": 64 << 30, 0: 1 << 30}):
+        monkeypatch.setattr(accelerate.utils, "get_max_memory", lambda listed=listed: dict(listed))
+        assert free_memory(torch.device("cpu")) == 64 << 30
+
+    (tmp_path / "memory.max").write_text(str(8 << 30))
+    (tmp_path / "memory.current").write_text(str(3 << 30))
+    (tmp_path / "memory.stat").write_text(f"anon 5\nfile {1 << 30}\n")
+    assert free_memory(torch.device("cpu")) == 6 << 30
