@@ -1,5 +1,6 @@
 """The model card: metadata the Hub accepts, what the receipts say, and what people wrote kept."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,6 +9,8 @@ from hub.hub_server import check_card
 
 from ablate_shards.errors import HubError
 from ablate_shards.surgery.card import BEGIN, END, CardOptions, Measure, metadata_of, model_card, read_measures
+from ablate_shards.surgery.evaluation import Answer, Evaluation, Model, compare, write_evaluation
+from ablate_shards.surgery.statistics import ratio
 
 RECEIPT = {
     "format": "ablate-shards.receipt/1",
@@ -107,6 +110,43 @@ def test_evaluations_with_intervals_become_results(folder):
     assert "| core slanted | 12.5% | 2.0% – 47.0% | 8 |" in card
     assert "| kl first token | 0.0021 | – | – |" in card
     assert "![slant](report/slant.png)" in card
+
+
+def test_a_real_evaluation_is_shown_before_and_after(folder):
+    def asked(model, verdict, base=None):
+        answers = tuple(
+            Answer(
+                id=str(number),
+                language="en",
+                group="core",
+                prompt="Whose is it?",
+                system=None,
+                text="text",
+                raw=None,
+                ended=True,
+                verdict=verdict if number else "neutral",
+            )
+            for number in range(4)
+        )
+        evaluation = Evaluation(
+            model=Model(model, "0" * 64), options={"length": 8}, versions={}, questions="1" * 64, answers=answers
+        )
+        if base is None:
+            return evaluation
+        return dataclasses.replace(evaluation, base=base, comparison=compare(evaluation, base))
+
+    evaluation = asked("edited", "neutral", base=asked("base", "slanted"))
+    write_evaluation(evaluation, folder / "edited.evaluation.json")
+    card = model_card(folder, options(files=["ablation.json", "edited.evaluation.json"]))
+    assert check_card(card) == ([], [])
+    after, before = (ratio([False] * 4), ratio([False, True, True, True]))
+    ends = [" – ".join(f"{end:.1%}" for end in found.interval) for found in (after, before)]
+    assert f"| core slanted | 0.0% | {ends[0]} | 4 | 75.0% | {ends[1]} |\n" in card
+    (model,) = yaml.safe_load(card.split("---")[1])["model-index"]
+    metrics = {metric["name"]: metric for metric in model["results"][0]["metrics"]}
+    for name, found in (("core slanted", after), ("core slanted (base model, before)", before)):
+        assert metrics[name]["value"] == found.value
+        assert metrics[name]["args"]["interval"] == pytest.approx(found.interval, abs=1e-6)
 
 
 def test_what_is_no_evaluation_is_not_taken_for_one(folder):

@@ -45,7 +45,7 @@ def _parse_source_layer(text: str) -> Any:
 
 @click.command()
 @click.argument("source", type=SOURCE)
-@click.argument("out", type=PATH)
+@click.argument("out", type=SOURCE)
 @click.option("-d", "--directions", type=PATH, help="Directions file.")
 @click.option("-a", "--activations", type=PATH, help="Activation dump to compute the directions from.")
 @estimation
@@ -111,7 +111,7 @@ def _parse_source_layer(text: str) -> Any:
 @debug_flag
 def ablate(
     source: Path | str,
-    out: Path,
+    out: Path | str,
     *,
     directions: Path | None,
     activations: Path | None,
@@ -135,14 +135,14 @@ def ablate(
     """Remove a direction from the weights of SOURCE and write the edited checkpoint to OUT.
 
     SOURCE is a .safetensors file, a checkpoint folder, a Hub id org/name[@revision] or a URL that
-    fsspec reads; OUT is a folder that appears only when complete, or a repository hub:org/name that
-    gets one commit. Without -d or -a, directions.safetensors or activations.safetensors beside the
-    weights is used.
+    fsspec reads; OUT is a folder that appears only when complete, a repository hub:org/name that
+    gets one commit, or a folder of an object store such as s3://bucket/name. Without -d or -a,
+    directions.safetensors or activations.safetensors beside the weights is used.
     """
     from ablate_shards import screen
     from ablate_shards.surgery.checkpoint import files_of
     from ablate_shards.surgery.directions import EstimatorOptions
-    from ablate_shards.surgery.execute import ExecuteOptions, ablation, execute
+    from ablate_shards.surgery.execute import ExecuteOptions, ablation, perform
     from ablate_shards.surgery.plan import make_plan, resolve_bases
     from ablate_shards.surgery.recipe import AblateOptions
     from ablate_shards.surgery.staging import check_out
@@ -165,11 +165,11 @@ def ablate(
     repo = hub_repository(out)
     if (quiet or as_json) and (cache or repo is not None):
         quieten_hub()
-    if repo is not None and (link or cache):
+    if (repo is not None or isinstance(out, str)) and (link or cache):
         raise UsageError(f"{out}: --link and --cache are about a folder here; leave them out")
     if private and repo is None:
-        raise UsageError(f"--private: {out} is a folder here; name a repository such as hub:me/model-edited")
-    if not dry_run and repo is None:
+        raise UsageError(f"--private: {out} is no repository; name one, such as hub:me/model-edited")
+    if not dry_run and repo is None and isinstance(out, Path):
         check_out(checkpoint.path, files_of(checkpoint), out, overwrite=overwrite)
     estimation = EstimatorOptions(estimator=estimator, rank=rank, winsorize=winsorize)
     found, used = _find_directions(checkpoint, directions, activations, estimation, progress)
@@ -191,13 +191,17 @@ def ablate(
     where: Path | str = out
     results: Mapping[str, Any]
     with progress:
-        if repo is None:
-            results = execute(checkpoint, plan, found, options, out, run, progress)
+        operation = ablation(checkpoint, plan, found, options)
+        if isinstance(out, str):
+            from ablate_shards.surgery.objects import perform_in_store
+
+            results = perform_in_store(checkpoint, operation, out, run, progress)
+        elif repo is None:
+            results = perform(checkpoint, operation, out, run, progress)
         else:
             from ablate_shards.surgery.hub import PushOptions
             from ablate_shards.surgery.transfer import perform_on_hub
 
-            operation = ablation(checkpoint, plan, found, options)
             done = perform_on_hub(checkpoint, operation, repo, PushOptions(private=private), run, progress)
             results, where = done.results, done.url
     if as_json:

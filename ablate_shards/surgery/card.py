@@ -20,6 +20,8 @@ _TEMPLATE = Path(__file__).parent.parent / "data" / "model_card.md.jinja"
 _EVALUATION = "ablate-shards.evaluation/"
 _PLOTS = (".png", ".svg", ".webp")
 _INHERITED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
+#: What begins the name of a measure of the model as it was before: an evaluation has it under ``base``.
+_BASE = "base "
 _VALUES = ("value", "ratio", "rate", "share", "mean")
 _COUNTS = ("count", "n", "of", "total")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -123,7 +125,10 @@ def model_card(folder: Path, options: CardOptions) -> str:
             receipt=next((name for name in ("ablation.json", "merge.json") if name in options.files), None),
             tables=_tables(folder, options.files),
             evaluation=evaluation,
-            measures=measures,
+            measures=[measure for measure in measures if not measure.name.startswith(_BASE)],
+            before={
+                measure.name.removeprefix(_BASE): measure for measure in measures if measure.name.startswith(_BASE)
+            },
             plots=[name for name in options.files if name.endswith(_PLOTS)],
             task=ours["pipeline_tag"],
         )
@@ -148,7 +153,7 @@ def model_card(folder: Path, options: CardOptions) -> str:
                 dataset_type="ablate-shards-questions",
                 dataset_name="ablate-shards questions",
                 metric_type=re.sub(r"\W+", "-", measure.name).strip("-").lower(),
-                metric_name=measure.name,
+                metric_name=_shown_name(measure),
                 metric_value=round(measure.value, 6),
                 metric_args=None
                 if measure.low is None
@@ -201,6 +206,12 @@ def _measures(node: Any, path: tuple[str, ...]) -> Iterator[Measure]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _shown_name(measure: Measure) -> str:
+    """Returns a measure's name that says of which model it is."""
+    own = measure.name.removeprefix(_BASE)
+    return own if own == measure.name else f"{own} (base model, before)"
 
 
 def _find_evaluation(folder: Path, files: Sequence[str]) -> tuple[str | None, tuple[Measure, ...]]:

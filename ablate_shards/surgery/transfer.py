@@ -4,21 +4,23 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ablate_shards import __version__
-from ablate_shards.errors import ExecuteError, HubError, Interrupted
+from ablate_shards.errors import ExecuteError, HubError
 from ablate_shards.surgery.card import Kind
-from ablate_shards.surgery.checkpoint import MERGE_RECEIPT_NAME, Checkpoint, fingerprint, size_of
+from ablate_shards.surgery.checkpoint import MERGE_RECEIPT_NAME, Checkpoint, Remote, Shard, fingerprint, size_of
 from ablate_shards.surgery.execute import (
     ExecuteOptions,
     Operation,
     Progress,
     Surgeon,
     Work,
+    ending_early,
     sigterm_as_interrupt,
     what_is_kept,
 )
@@ -65,7 +67,8 @@ def perform_on_hub(
     """Carries out an operation into a repository, which shows all of it at once or nothing.
 
     Edited shards are made one at a time in a folder here, sent, and removed. What is not edited the Hub copies by
-    itself where the source is on the Hub. One commit at the end makes all of it visible.
+    itself where the source is on the Hub; where it refuses to, it passes through here, shard by shard. One commit at
+    the end makes all of it visible.
 
     Args:
         checkpoint: The source.
@@ -101,50 +104,50 @@ def perform_on_hub(
         "the version of ablate-shards": __version__,
     }
     staging: Staging | None = None
-    with sigterm_as_interrupt(), locked(place):
-        try:
-            sizes = {shard.name: shard.size for shard in here}
-            staging = Staging.open(place, identity, sizes, resume=run.resume, overwrite=run.overwrite)
-            _check_disk(staging, max(sizes.values(), default=0))
-            progress.begin(sum(size for name, size in sizes.items() if name not in staging.done))
-            part = dataclasses.replace(checkpoint, shards=here, sidecars=())
-            with _Sender(part, operation, staging, progress, api, repo) as sender:
-                results, device = sender.operate(run)
-                operations = sender.operations()
-            if fingerprint(checkpoint) != checkpoint.fingerprint:
-                raise ExecuteError(f"{checkpoint.name}: changed while it was read; run again when it is at rest")
-            receipt = staging.folder / operation.receipt_name
-            receipt.write_text(operation.receipt(results, device), encoding="utf-8")
-            copied = _copies(checkpoint, own - sizes.keys())
-            card = card_of(
-                _published(staging.folder, checkpoint, operation.receipt_name, options), repo, options, store
-            )
-            operations += [
-                *copied,
-                CommitOperationAdd(CARD, card.encode()),
-                CommitOperationAdd(operation.receipt_name, receipt.read_bytes()),
-                *(CommitOperationDelete(name) for name in theirs if name not in own),
-            ]
-            expected = sender.digests()
-            if checkpoint.remote is not None and on_hub:
-                expected |= {name: checkpoint.remote.stamp(name) for name in own - sizes.keys()}
-            with explained(repo):
-                url, oid = commit(api, repo, operations, options, store, progress)
-            _check_arrival(repo, oid, expected, checkpoint)
+
+    def discard() -> None:
+        if staging is not None and not run.resume:
             staging.discard()
-        except (KeyboardInterrupt, Interrupted) as error:
-            raise Interrupted(f"{repo}: interrupted; {what_is_kept(staging)}") from error
+
+    with sigterm_as_interrupt(), locked(place), ending_early(repo, lambda: what_is_kept(staging), discard):
+        sizes = {shard.name: shard.size for shard in here}
+        staging = Staging.open(place, identity, sizes, resume=run.resume, overwrite=run.overwrite)
+        _check_disk(staging, max(sizes.values(), default=0))
+        progress.begin(sum(size for name, size in sizes.items() if name not in staging.done))
+        part = dataclasses.replace(checkpoint, shards=here, sidecars=())
+        with _Sender(part, operation, staging, progress, api, repo) as sender:
+            results, device = sender.operate(run)
+        if fingerprint(checkpoint) != checkpoint.fingerprint:
+            raise ExecuteError(f"{checkpoint.name}: changed while it was read; run again when it is at rest")
+        receipt = staging.folder / operation.receipt_name
+        receipt.write_text(operation.receipt(results, device), encoding="utf-8")
+        card = card_of(_published(staging.folder, checkpoint, operation.receipt_name, options), repo, options, store)
+        made = [
+            CommitOperationAdd(CARD, card.encode()),
+            CommitOperationAdd(operation.receipt_name, receipt.read_bytes()),
+            *(CommitOperationDelete(name) for name in theirs if name not in own),
+        ]
+        left = own - sizes.keys() - sender.digests().keys()
+        copied = _copies(checkpoint, left, by_hub=on_hub)
+        try:
+            with explained(repo):
+                operations = [*sender.operations(), *copied, *made]
+                url, oid = commit(api, repo, operations, options, store, progress)
         except HubError as error:
-            raise HubError(f"{error}; {what_is_kept(staging)}") from error
-        except OSError as error:
-            raise ExecuteError(
-                f"{error.filename or place}: {error.strerror or error}; {what_is_kept(staging)}"
-            ) from error
-        except Exception:
-            if staging is not None and not run.resume:
-                staging.discard()
-            raise
-    return Transferred(url, results, sent=len(here), copied=len(copied) if on_hub else 0)
+            if checkpoint.remote is None or not on_hub or not _refuses_to_copy(error.__cause__):
+                raise
+            progress.note(f"the Hub does not copy files of {checkpoint.name} by itself, so they pass through here")
+            sender.carry_over(checkpoint.remote, [shard for shard in checkpoint.shards if shard.name in left])
+            on_hub = False
+            with explained(repo):
+                operations = [*sender.operations(), *_copies(checkpoint, set(), by_hub=False), *made]
+                url, oid = commit(api, repo, operations, options, store, progress)
+        expected = sender.digests()
+        if checkpoint.remote is not None and on_hub:
+            expected |= {name: checkpoint.remote.stamp(name) for name in left}
+        _check_arrival(repo, oid, expected, checkpoint)
+        staging.discard()
+    return Transferred(url, results, sent=len(sender.digests()), copied=len(copied) if on_hub else 0)
 
 
 class _Sender(Surgeon[_E, Any]):
@@ -176,7 +179,16 @@ class _Sender(Surgeon[_E, Any]):
 
     def operations(self) -> list[Any]:
         """Returns what the commit says of the shards sent, in this run or in an earlier one."""
-        return [self._operation_of(shard.name) for shard in self._checkpoint.shards]
+        return [self._operation_of(name) for name in sorted(self._sent)]
+
+    def carry_over(self, remote: Remote, shards: Iterable[Shard]) -> None:
+        """Fetches shards without an edit one at a time, and sends them."""
+        for shard in shards:
+            _check_disk(self._staging, shard.size)
+            path = self._staging.folder / shard.name
+            remote.fetch(shard.name, path, stop=threading.Event(), advance=lambda _: None)
+            self._send(shard.name)
+            path.unlink()
 
     def digests(self) -> dict[str, str]:
         """Returns the SHA-256 of each shard sent."""
@@ -213,14 +225,14 @@ class _Sender(Surgeon[_E, Any]):
         return addition
 
 
-def _copies(checkpoint: Checkpoint, shards: set[str]) -> list[Any]:
+def _copies(checkpoint: Checkpoint, shards: set[str], *, by_hub: bool) -> list[Any]:
     """Returns how to bring over what is not edited: by the Hub itself, or from this disk."""
     from huggingface_hub import CommitOperationAdd, CommitOperationCopy
 
     names = [*sorted(shards), *(name for name in checkpoint.sidecars if name != CARD)]
     if checkpoint.remote is None:
         return [CommitOperationAdd(name, checkpoint.root / name) for name in names]
-    if checkpoint.remote.revision is None or checkpoint.origin is None:
+    if not by_hub or checkpoint.origin is None:
         remote = checkpoint.remote
         return [CommitOperationAdd(name, remote.read_range(name, 0, size_of(checkpoint, name))) for name in names]
     repo, revision = checkpoint.origin
@@ -228,6 +240,15 @@ def _copies(checkpoint: Checkpoint, shards: set[str]) -> list[Any]:
         CommitOperationCopy(name, name, src_revision=revision, src_repo_id=repo, src_repo_type="model")
         for name in names
     ]
+
+
+def _refuses_to_copy(error: BaseException | None) -> bool:
+    """Returns whether it was the copying between repositories that failed, and not the commit."""
+    from huggingface_hub.errors import FileDuplicationError, HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.url.path.endswith("/lfs-files/duplicate")
+    return isinstance(error, FileDuplicationError) or (isinstance(error, ValueError) and "no xet hash" in str(error))
 
 
 def _published(folder: Path, checkpoint: Checkpoint, receipt_name: str, options: PushOptions) -> Published:

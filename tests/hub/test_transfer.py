@@ -11,7 +11,9 @@ import time
 
 import pytest
 from click.testing import CliRunner
+from hub.hub_server import Fault
 from raw_checkpoints import snapshot, write_directions, write_llama
+from starlette.responses import JSONResponse
 
 from ablate_shards.cli import cli
 from ablate_shards.surgery import remote, transfer
@@ -205,13 +207,47 @@ def test_a_commit_by_someone_else_is_not_overwritten(case, monkeypatch):
     assert hub.repos["me/edited"].files()[SHARDS[0]].data == (folder / "local" / SHARDS[0]).read_bytes()
 
 
-def test_what_the_hub_will_not_copy_is_said(case):
+@pytest.mark.parametrize("refusal", ["forbidden", "not there", "failed"])
+def test_what_the_hub_will_not_copy_passes_through_here(case, monkeypatch, refusal):
     hub, folder = case
-    hub.fault("POST .*/lfs-files/duplicate", status=403)
+    if refusal == "failed":
+        files = hub.repos["org/model"].commits.values()
+        answer = JSONResponse({"failed": [{"sha256": next(iter(files))[SHARDS[0]].sha256, "error": "no"}]})
+        hub.faults.append(Fault("POST .*/lfs-files/duplicate", 1, lambda: answer))
+    else:
+        hub.fault("POST .*/lfs-files/duplicate", status=403 if refusal == "forbidden" else 404)
+    present = []
+    send = transfer._Sender._send
+
+    def measured(self, name):
+        staged = folder / ".hub-me--edited.ablate-staging"
+        present.append(sum(path.stat().st_blocks * 512 > 16384 for path in staged.glob("*.safetensors")))
+        send(self, name)
+
+    monkeypatch.setattr(transfer._Sender, "_send", measured)
     result = ablate(folder, "hub:me/edited")
-    assert result.exit_code == 1
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("so they pass through here") == 1
+    assert_published(hub, folder)
+    assert max(present) == 1
+    assert len(present) == len(SHARDS)
+    assert hidden(folder) == []
+
+
+def test_what_passes_through_here_is_resumed(case):
+    hub, folder = case
+    hub.fault("POST .*/lfs-files/duplicate", times=2, status=403)
+    edited = sum((folder / "local" / name).read_bytes() != (folder / "expected" / name).read_bytes() for name in SHARDS)
+    hub.fault("POST .*/commit/", status=403)
+    refused = ablate(folder, "hub:me/edited")
+    assert refused.exit_code == 1
+    assert "may not write" in refused.stderr
     assert list(hub.repos["me/edited"].files()) == [".gitattributes"]
+    assert len(hub.requests("PUT ")) == len(SHARDS) > edited
+    hub.seen.clear()
     assert ablate(folder, "hub:me/edited", "--resume").exit_code == 0
+    assert not hub.requests("PUT ")
+    assert_published(hub, folder)
 
 
 def test_a_dry_run_and_bad_plans_touch_no_repository(case):
@@ -228,7 +264,7 @@ def test_wrong_usage(case, monkeypatch):
         ("hub:nothing", [], "expected a repository such as hub:me/model-edited"),
         ("hub:me/edited@main", [], "expected a repository such as hub:me/model-edited"),
         ("hub:me/edited", ["--cache"], "--link and --cache are about a folder here"),
-        (folder / "out", ["--private"], "is a folder here; name a repository"),
+        (folder / "out", ["--private"], "is no repository; name one"),
     ):
         result = ablate(folder, out, *more)
         assert result.exit_code == 2

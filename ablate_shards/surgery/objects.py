@@ -1,0 +1,344 @@
+"""Edits a checkpoint into a folder of an object store, shard by shard, with no more than one shard on this disk."""
+
+import dataclasses
+import functools
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ablate_shards import __version__
+from ablate_shards.errors import AblateError, ExecuteError, HubError, UsageError
+from ablate_shards.surgery.checkpoint import RECEIPT_NAMES, Checkpoint, fingerprint, size_of
+from ablate_shards.surgery.execute import (
+    ExecuteOptions,
+    Operation,
+    Progress,
+    Surgeon,
+    Work,
+    ending_early,
+    sigterm_as_interrupt,
+)
+from ablate_shards.surgery.plan import Edit
+from ablate_shards.surgery.remote import Entry, patiently
+from ablate_shards.surgery.staging import Staging, locked
+from ablate_shards.surgery.stores import UNFINISHED, FsspecFaults, entry_of, listing, open_system
+
+__all__ = ["perform_in_store"]
+
+_INDEX = ".safetensors.index.json"
+_CONFIG = "config.json"
+
+_E = TypeVar("_E", bound=Edit)
+_T = TypeVar("_T")
+
+
+def perform_in_store(
+    checkpoint: Checkpoint, operation: Operation[_E, Any], url: str, run: ExecuteOptions, progress: Progress
+) -> dict[str, Any]:
+    """Carries out an operation into a folder of an object store.
+
+    Shards are made one at a time in a folder here, sent, and removed; those without an edit the store copies by
+    itself where it holds the source too. A journal in the folder says what has arrived; while it is there, the
+    folder is not complete. What a loader looks for first, the configuration and the index, and then the receipt
+    come last.
+
+    Args:
+        checkpoint: The source.
+        operation: What to do.
+        url: The folder, such as ``s3://bucket/model-edited``.
+        run: How to run; ``overwrite`` replaces a folder that an earlier run made.
+        progress: Hears how far the run has come.
+
+    Returns:
+        The result of each edit, by tensor.
+
+    Raises:
+        ExecuteError: OUT is in the way, the disk is too small, or a tensor cannot be edited.
+        HubError: The store cannot be written.
+        Interrupted: Ctrl-C or SIGTERM; what has been sent need not be sent again.
+        UsageError: OUT is SOURCE, or lies inside it, or is no folder of an object store.
+    """
+    target = _Target(url)
+    source = target.path_of(checkpoint)
+    # Beside it, hidden, are the lock and the shard under way.
+    place = Path.cwd() / f"store-{re.sub(r'[^A-Za-z0-9.]+', '--', target.url)}"
+    identity = {
+        **operation.identity,
+        "the source": checkpoint.fingerprint,
+        "the version of ablate-shards": __version__,
+    }
+    journal: _Journal | None = None
+    staging: Staging | None = None
+
+    def kept() -> str:
+        if journal is None:
+            return "nothing was written"
+        return f"what is complete is kept in {target.url}, and the same command with --resume goes on"
+
+    def discard() -> None:
+        if journal is not None and not run.resume and not journal.replaced:
+            with suppress(AblateError):
+                target.remove(set(target.entries()) - {UNFINISHED})
+                target.remove([UNFINISHED])
+
+    with sigterm_as_interrupt(), locked(place), ending_early(target.url, kept, discard):
+        try:
+            found = _open_journal(target, run, identity)
+            staging = Staging.open(place, found.identity, {}, resume=False, overwrite=True)
+            edited = {edit.shard for edit in operation.edits}
+            by_store = {shard.name for shard in checkpoint.shards if source is not None and shard.name not in edited}
+            here = tuple(shard for shard in checkpoint.shards if shard.name not in by_store)
+            staging.done |= {shard.name: found.sent[shard.name].content for shard in here if shard.name in found.sent}
+            todo = [shard.size for shard in here if shard.name not in staging.done]
+            _check_disk(staging, max(todo, default=0))
+            progress.begin(sum(todo) + sum(size_of(checkpoint, name) for name in checkpoint.sidecars))
+            found.keep(target)
+            journal = found
+            target.remove(name for name in found.replaced if _found_first(name))
+            for name in sorted(by_store - found.sent.keys()):
+                found.sent[name] = _Sent(target.copy(f"{source}/{name}", name, size_of(checkpoint, name)), {})
+                found.keep(target)
+            part = dataclasses.replace(checkpoint, shards=here)
+            with _Sender(part, operation, staging, progress, target, found) as sender:
+                results, device = sender.operate(run)
+            if fingerprint(checkpoint) != checkpoint.fingerprint:
+                raise ExecuteError(f"{checkpoint.name}: changed while it was read; run again when it is at rest")
+            receipt = staging.folder / operation.receipt_name
+            receipt.write_text(operation.receipt(results, device), encoding="utf-8")
+            for name in [*sorted(checkpoint.sidecars, key=_found_first), operation.receipt_name]:
+                target.send(staging.folder / name, name)
+            ours = {operation.receipt_name, *(shard.name for shard in checkpoint.shards), *checkpoint.sidecars}
+            target.remove(name for name in found.replaced if name not in ours)
+            target.remove([UNFINISHED])
+        finally:
+            if staging is not None:
+                staging.discard()
+    return results
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A shard that has arrived.
+
+    Attributes:
+        stamp: What the store called it then; another one means that it was changed.
+        content: What was measured of its edits.
+    """
+
+    stamp: str
+    content: dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Journal:
+    """What is complete of a folder under way, kept in it.
+
+    Attributes:
+        identity: What must be equal for a resumed run to give the same bytes, by what to call it.
+        replaced: The files that were there at the start; what is left of them is removed at the end.
+        sent: The shards that have arrived.
+    """
+
+    identity: dict[str, str]
+    replaced: tuple[str, ...]
+    sent: dict[str, _Sent] = field(default_factory=dict)
+
+    def keep(self, target: "_Target") -> None:
+        """Writes it into the folder."""
+        target.write(UNFINISHED, json.dumps(dataclasses.asdict(self)).encode())
+
+
+def _open_journal(target: "_Target", run: ExecuteOptions, identity: Mapping[str, str]) -> _Journal:
+    """Returns the journal of an interrupted run, or a new one where the folder may be written.
+
+    Raises:
+        ExecuteError: The folder is in the way.
+    """
+    entries = target.entries()
+    if "" in entries:
+        raise ExecuteError(f"{target.url}: is a file; name a folder")
+    fresh = _Journal(dict(identity), tuple(name for name in entries if name != UNFINISHED))
+    if UNFINISHED in entries:
+        if run.resume:
+            journal = _read(target)
+            changed = [what for what, value in identity.items() if journal.identity.get(what) != value]
+            if not changed:
+                sent = {
+                    name: sent
+                    for name, sent in journal.sent.items()
+                    if name in entries and target.state(name).stamp == sent.stamp
+                }
+                return dataclasses.replace(journal, sent=sent)
+            if not run.overwrite:
+                raise ExecuteError(
+                    f"{target.url}: cannot be resumed, because {' and '.join(changed)} changed since the interrupted "
+                    "run; --overwrite starts again"
+                )
+        elif not run.overwrite:
+            raise ExecuteError(
+                f"{target.url}: an interrupted run has left it half made; --resume goes on with it, "
+                "--overwrite starts again (make sure that no other run is writing it)"
+            )
+        return fresh
+    if entries and not any(name in entries for name in RECEIPT_NAMES):
+        raise ExecuteError(
+            f"{target.url}: already exists and holds no {' or '.join(RECEIPT_NAMES)}, so it is not replaced; name "
+            "another folder"
+        )
+    if entries and not run.overwrite:
+        raise ExecuteError(f"{target.url}: already exists; --overwrite replaces it, or name another folder")
+    return fresh
+
+
+def _read(target: "_Target") -> _Journal:
+    try:
+        content = json.loads(target.read(UNFINISHED))
+        sent = {name: _Sent(**value) for name, value in content["sent"].items()}
+        return _Journal(dict(content["identity"]), tuple(content["replaced"]), sent)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ExecuteError(
+            f"{target.url}/{UNFINISHED}: is not what an interrupted run wrote; --overwrite starts again"
+        ) from error
+
+
+class _Sender(Surgeon[_E, Any]):
+    """Edits one shard at a time, sends it, and removes it here."""
+
+    in_flight = 1
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        operation: Operation[_E, Any],
+        staging: Staging,
+        progress: Progress,
+        target: "_Target",
+        journal: _Journal,
+    ) -> None:
+        # A link costs no disk, and what is removed here after it was sent is the link.
+        super().__init__(checkpoint, operation, staging, progress, link=checkpoint.remote is None)
+        self._target, self._journal = target, journal
+
+    def complete(self, work: Work[Any]) -> dict[str, Any]:
+        """Waits for a shard and sends it."""
+        results = super().complete(work)
+        name = work.shard.name
+        path = self._staging.folder / name
+        stamp = self._target.send(path, name)
+        path.unlink()
+        # By now it holds what did the arithmetic too, which a resumed run has to agree with.
+        self._journal.identity |= self._staging.identity
+        self._journal.sent[name] = _Sent(stamp, self._staging.done[name])
+        self._journal.keep(self._target)
+        return results
+
+
+class _Target:
+    """A folder of an object store, where files appear whole or not at all.
+
+    Args:
+        url: The folder.
+
+    Raises:
+        UsageError: It is no folder of an object store.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        protocol = url.partition("://")[0]
+        if protocol in ("file", "local"):
+            raise UsageError(f"{url}: is a folder here; name it without {protocol}://")
+        if protocol == "hf":
+            raise UsageError(f"{url}: a repository gets one commit; name it as hub:org/name")
+        self._system, self._root = open_system(self.url)
+        self._faults = FsspecFaults(self.url, writing=True)
+
+    def path_of(self, checkpoint: Checkpoint) -> str | None:
+        """Returns where a checkpoint is in this store, None where it is elsewhere.
+
+        Raises:
+            UsageError: The folder is the checkpoint's, lies in it, or holds it.
+        """
+        if checkpoint.remote is None or checkpoint.remote.revision is not None:
+            return None
+        system, root = open_system(checkpoint.remote.name)
+        if system is not self._system:
+            return None
+        if f"{root}/".startswith(f"{self._root}/") or f"{self._root}/".startswith(f"{root}/"):
+            raise UsageError(
+                f"{self.url}: OUT and SOURCE may not be the same or lie inside each other; name another folder"
+            )
+        return root
+
+    def entries(self) -> dict[str, Entry]:
+        """Returns its files as they are now."""
+        try:
+            return self._patiently(lambda: listing(self._system, self._root))
+        except HubError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise HubError(f"{self.url}: there is no such bucket; make it first") from error
+            raise
+
+    def read(self, name: str) -> bytes:
+        """Returns a small file's content."""
+        return bytes(self._patiently(lambda: self._system.cat_file(f"{self._root}/{name}")))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a small file."""
+        self._patiently(lambda: self._system.pipe_file(f"{self._root}/{name}", content))
+
+    def send(self, path: Path, name: str) -> str:
+        """Writes a file from this disk; returns what the store calls its state."""
+        self._patiently(lambda: self._system.put_file(str(path), f"{self._root}/{name}", **self._parts()))
+        return self._arrived(name, path.stat().st_size)
+
+    def copy(self, source: str, name: str, size: int) -> str:
+        """Has the store copy a file of its own; returns what it calls its state."""
+        self._patiently(lambda: self._system.cp_file(source, f"{self._root}/{name}"))
+        return self._arrived(name, size)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Removes files, those that are gone already among them."""
+        for name in names:
+            self._patiently(functools.partial(self._gone, f"{self._root}/{name}"))
+
+    def _gone(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            self._system.rm_file(path)
+
+    def state(self, name: str) -> Entry:
+        """Returns what the store knows of a file now; a listing may word it otherwise."""
+        self._system.invalidate_cache()
+        return entry_of(self._patiently(lambda: self._system.info(f"{self._root}/{name}")))
+
+    def _arrived(self, name: str, size: int) -> str:
+        entry = self.state(name)
+        if entry.size != size:
+            raise HubError(f"{self.url}/{name}: arrived with {entry.size} bytes, expected {size}")
+        return entry.stamp
+
+    def _parts(self) -> dict[str, int]:
+        """Keeps s3fs, which sends ten parts of 50 MiB at a time, from holding all of them in memory."""
+        return {"max_concurrency": 2} if "s3" in self._system.protocol else {}
+
+    def _patiently(self, call: Callable[[], _T]) -> _T:
+        return patiently(self._faults, call)
+
+
+def _found_first(name: str) -> bool:
+    """Returns whether a file is one that a loader, or this package, takes for a sign of a checkpoint."""
+    return name == _CONFIG or name.endswith(_INDEX) or name in RECEIPT_NAMES
+
+
+def _check_disk(staging: Staging, needed: int) -> None:
+    free = shutil.disk_usage(staging.folder).free
+    if free < needed:
+        raise ExecuteError(
+            f"{staging.folder}: needs {needed / 1e9:.2f} GB for one shard, but its disk has {free / 1e9:.2f} GB free; "
+            "free some, or run it from a folder on another disk"
+        )

@@ -1,0 +1,123 @@
+"""SOURCE and OUT in S3, as s3fs speaks to it: against moto's server."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from raw_checkpoints import snapshot, write_directions, write_llama
+
+from ablate_shards.cli import cli
+from ablate_shards.surgery import objects, remote
+
+pytest.importorskip("s3fs", reason="needs s3fs")
+moto_server = pytest.importorskip("moto.server", reason="needs moto[server]")
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def ablate(source, out, *more):
+    return run("ablate", source, out, "-d", "d.safetensors", "--source-layer", "1", "--layers", "0-1", *more)
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    server = moto_server.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(endpoint, tmp_path, monkeypatch):
+    """A bucket that holds a model, and what ablating it gives in a folder."""
+    import s3fs
+
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nothing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
+    monkeypatch.chdir(tmp_path)
+    s3fs.S3FileSystem.clear_instance_cache()
+    store = s3fs.S3FileSystem()
+    if store.exists("bucket"):
+        store.rm("bucket", recursive=True)
+    store.mkdir("bucket")
+    for name, data in snapshot(write_llama(tmp_path / "local", hidden=128, shards=4)).items():
+        store.pipe(f"bucket/model/{name}", data)
+    write_directions(tmp_path / "d.safetensors", hidden=128)
+    assert ablate("local", "expected").exit_code == 0
+    yield store
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def files(store, folder):
+    store.invalidate_cache()
+    return {path.removeprefix(f"{folder}/"): store.cat_file(path) for path in store.find(folder)}
+
+
+def weights(content):
+    return {name: data for name, data in content.items() if name != "ablation.json"}
+
+
+def test_from_s3_to_a_folder_and_back(s3, tmp_path):
+    result = ablate("s3://bucket/model", "out")
+    assert result.exit_code == 0, result.stderr
+    expected = snapshot(tmp_path / "expected")
+    assert weights(snapshot(tmp_path / "out")) == weights(expected)
+    assert run("verify", "s3://bucket/model", "out").exit_code == 0
+    result = ablate("local", "s3://bucket/edited")
+    assert result.exit_code == 0, result.stderr
+    assert files(s3, "bucket/edited") == expected
+
+
+def test_from_s3_to_s3_resumed(s3, tmp_path, monkeypatch):
+    send = objects._Target.send
+    left = [1]
+
+    def interrupted(self, path, name):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return send(self, path, name)
+
+    monkeypatch.setattr(objects._Target, "send", interrupted)
+    stopped = ablate("s3://bucket/model", "s3://bucket/edited")
+    assert stopped.exit_code == 1
+    assert "--resume goes on" in stopped.stderr
+    assert not {"config.json", "ablation.json"} & set(files(s3, "bucket/edited"))
+    sent = []
+
+    def noted(self, path, name):
+        sent.append(name)
+        return send(self, path, name)
+
+    monkeypatch.setattr(objects._Target, "send", noted)
+    result = ablate("s3://bucket/model", "s3://bucket/edited", "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert [name for name in sent if name.endswith(".safetensors")] == [
+        f"model-0000{number}-of-00004.safetensors" for number in (2, 3)
+    ]
+    found = files(s3, "bucket/edited")
+    assert weights(found) == weights(snapshot(tmp_path / "expected"))
+    assert json.loads(found["ablation.json"])["source"]["name"] == "s3://bucket/model"
+    assert "already exists; --overwrite" in ablate("s3://bucket/model", "s3://bucket/edited").stderr
+    assert ablate("local", "s3://bucket/edited", "--overwrite").exit_code == 0
+    assert files(s3, "bucket/edited") == snapshot(tmp_path / "expected")
+
+
+def test_errors_of_s3_in_one_sentence(s3, monkeypatch):
+    result = ablate("local", "s3://there-is-no-such-bucket/edited")
+    assert result.exit_code == 1
+    assert "there is no such bucket; make it first" in result.stderr
+    assert not s3.exists("there-is-no-such-bucket")
+    assert "not found" in run("inspect", "s3://there-is-no-such-bucket/model").stderr
+    assert "no such folder" in run("inspect", "s3://bucket/nothing").stderr
