@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+COMPILED := hatch_build.py ablate_shards/kernels/native.c ablate_shards/kernels/native_passes.h
 
 .PHONY: demo test lint bench browser docs loaders clean
 
@@ -43,11 +44,11 @@ $(VENV)/.torch: constraints.txt
 	$(BIN)/pip install -q $$(grep '^torch==' constraints.txt)
 	touch $@
 
-$(VENV)/.run: $(VENV)/.torch pyproject.toml
+$(VENV)/.run: $(VENV)/.torch pyproject.toml $(COMPILED)
 	$(BIN)/pip install -q -c constraints.txt -e '.[lora]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml $(COMPILED)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/.run
 
@@ -56,4 +57,4 @@ $(VENV)/.loaders: $(VENV)/.dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build dist
+	rm -rf $(VENV) demo build dist ablate_shards/kernels/_native.so

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     weights = [weight.to(device)[None].clone() for _ in range(given.threads)]
     scratch = [tensor.clone() for tensor in weights]
     elements = weight.numel() * given.threads * given.tensors
-    chosen, reason = choose_form(device, numpy=True)
+    chosen, reason = choose_form(device, native=True)
     forms: list[Form] = ["torch", chosen] if chosen != "torch" else ["torch"]
     print(f"{list(stored)} {given.dtype} on {device}, {given.threads} at a time; {chosen}: {reason}")
     print(
@@ -136,7 +136,7 @@ def measure(weight: Tensor, basis: Tensor, options: ProjectOptions, form: Form) 
 
 def in_form(weight: Tensor, form: Form) -> Tensor | np.ndarray:
     """Return a view of a weight that a form takes."""
-    if form != "numpy":
+    if form != "native":
         return weight
     return (weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight).numpy()
 

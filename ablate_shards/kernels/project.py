@@ -34,7 +34,8 @@ from ablate_shards.kernels.form import (
     in_range,
     stored_dtype,
 )
-from ablate_shards.kernels.project_numpy import NumpyArrays, decoded, encode
+from ablate_shards.kernels.project_native import NativeArrays, is_built
+from ablate_shards.kernels.project_numpy import decoded, encode
 from ablate_shards.kernels.reference import DEGENERATE, Preserve
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ __all__ = [
 
 _Weight = TypeVar("_Weight", np.ndarray, "Tensor")
 
-Form = Literal["reference", "numpy", "torch", "triton"]
+Form = Literal["reference", "native", "torch", "triton"]
 
 CHUNK_ROWS = 512
 CHUNK_ELEMENTS = 128 * 3584
@@ -161,20 +162,22 @@ def norm_drift(before: Measure, after: Measure) -> float:
 
 
 def choose_form(
-    device: "torch.device | str", *, form: Form | Literal["auto"] = "auto", numpy: bool = False
+    device: "torch.device | str", *, form: Form | Literal["auto"] = "auto", native: bool = False
 ) -> tuple[Form, str]:
     """Choose the form that suits a device, and say why in a few words.
 
     Args:
         device: Where the blocks will be.
         form: A form to insist on, or ``auto``.
-        numpy: Whether there is a NumPy form of what is to be done, as there is of an ablation.
+        native: Whether there is a native form of what is to be done, as there is of an ablation.
     """
     kind = str(device).partition(":")[0]
     if form != "auto":
         return form, "asked for"
-    if kind == "cpu" and numpy:
-        return "numpy", "a CPU needs no torch for this, which takes longer to import"
+    if kind == "cpu" and native:
+        if is_built():
+            return "native", "a CPU needs no torch for this"
+        return "torch", "no C compiler was there to build the native form"
     if kind not in ("cuda", "xpu"):
         return "torch", f"Triton does not run on {kind}"
     try:
@@ -232,7 +235,7 @@ class Workspace:
 
     Args:
         device: Where the blocks are: ``cpu``, ``cuda:0`` or any other that torch knows.
-        form: ``numpy``, ``torch`` or ``triton``.
+        form: ``native``, ``torch`` or ``triton``.
         chunks_at_once: How much scratch memory torch takes for float32, in chunks of 1.8 MiB; the result does not
             depend on it.
 
@@ -253,8 +256,8 @@ class Workspace:
 
 
 def _arrays(device: "torch.device | str", form: Form, chunks_at_once: int) -> Arrays:
-    if form == "numpy":
-        return NumpyArrays()
+    if form == "native":
+        return NativeArrays()
     # Torch and Triton are imported only where they run.
     import torch
 
@@ -734,7 +737,7 @@ def project(
         basis: ``[k, d]`` float64, orthonormal rows, ``d`` the length of the residual axis.
         options: The coefficient, the norms to preserve, the residual axis.
         form: Which implementation; ``auto`` takes the one that suits the device. NumPy arrays have the form
-            ``numpy`` only, tensors have it on a CPU.
+            ``native`` only, tensors have it on a CPU.
         block_rows: Rows that one step covers, rounded up to whole chunks; the result does not depend on it.
         out: Where to write, of the same shape and dtype; may be ``weight`` itself.
 
@@ -746,7 +749,7 @@ def project(
         PlanError: The dtype is not one of the three.
     """
     device = "cpu" if isinstance(weight, np.ndarray) else weight.device
-    chosen, _ = choose_form(device, form=form, numpy=True)
+    chosen, _ = choose_form(device, form=form, native=True)
     dtype = stored_dtype(weight)
     if dtype is None:
         raise PlanError(f"dtype: expected bfloat16, float16 or float32, found {weight.dtype}")
@@ -808,10 +811,10 @@ def vector_component(bias: np.ndarray, basis: np.ndarray) -> float:
 def _stored(values: "np.ndarray | Tensor", form: Form) -> Array:
     """Return a view of a weight that a form understands."""
     if isinstance(values, np.ndarray):
-        if form != "numpy":
-            raise PlanError(f"form: expected numpy for an array in NumPy, found {form}")
+        if form != "native":
+            raise PlanError(f"form: expected native for an array in NumPy, found {form}")
         return values
-    if form != "numpy":
+    if form != "native":
         return values
     import torch
 

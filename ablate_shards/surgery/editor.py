@@ -42,7 +42,7 @@ __all__ = [
 _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R")
 
-_CPU_BLOCK = 8 << 20
+_CPU_BLOCK = 1 << 20
 _LEAST_MEMORY_PER_JOB = 8 << 20
 _SCRATCH = 6 << 20
 _DEVICE_JOBS = 2
@@ -79,7 +79,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
         stop: Set when the run should end early.
 
     Attributes:
-        has_numpy_form: Whether the arithmetic can do without torch on a CPU.
+        has_native_form: Whether there is a native form of the arithmetic, which on a CPU needs no torch.
         jobs: Tensors to edit at a time, fewer than asked for where memory is short.
         reason: One line that says what does the arithmetic, and why.
 
@@ -87,15 +87,15 @@ class BlockEditor(ABC, Generic[_E, _R]):
         UsageError: There is no such device.
     """
 
-    has_numpy_form: ClassVar[bool] = False
+    has_native_form: ClassVar[bool] = False
 
     def __init__(self, device: str, memory: int, jobs: int | None, stop: threading.Event) -> None:
         from ablate_shards.kernels.project import choose_form
 
         self._device = find_device(device)
         self._form: Form
-        self._form, why = choose_form(self._device, numpy=self.has_numpy_form)
-        if self._form != "numpy":
+        self._form, why = choose_form(self._device, native=self.has_native_form)
+        if self._form != "native":
             with _no_collections():
                 import torch  # noqa: F401 - before there are threads, which would wait for it
         self.reason = f"arithmetic: {self._form} on {self._device} ({why})"
@@ -112,16 +112,16 @@ class BlockEditor(ABC, Generic[_E, _R]):
     def identity(self) -> dict[str, str]:
         """Returns what decides the last bit of a result, for the receipt and for resuming."""
         identity = {"device": self._device.partition(":")[0], "form": self._form}
-        if self._form == "numpy":
-            return identity | {"version of numpy": np.__version__}
+        if self._form == "native":
+            return identity
         import torch
 
         return identity | {"version of torch": torch.__version__.split("+")[0]}
 
     @contextlib.contextmanager
     def one_thread_each(self) -> Iterator[None]:
-        """Keeps torch to one thread per job: no oversubscription, and sums in one order; NumPy's form does itself."""
-        if self._form == "numpy":
+        """Keeps torch to one thread per job: no oversubscription, and sums in one order; the native form has one."""
+        if self._form == "native":
             yield
             return
         import torch
@@ -191,7 +191,7 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
         UsageError: There is no such device.
     """
 
-    has_numpy_form = True
+    has_native_form = True
 
     def __init__(
         self,
@@ -272,6 +272,7 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
             for start, size in blocks:
                 projector.gather(step, load(start, size, channels.read) if kept is None else kept, start)
             step += 1
+        meter = Meter(basis, shape, edit.dtype, options, workspace)
         for start, size in blocks:
             block = load(start, size, channels.read) if kept is None else kept
             projector.apply(block, start)
@@ -285,10 +286,9 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
             raw = buffer[: count * size * row_bytes]
             workspace.arrays.store(block, raw)
             channels.write(raw.data, base + start * row_bytes)
-        meter = Meter(basis, shape, edit.dtype, options, workspace)
-        for start, size in blocks:
+            # Read again at once, while a core's cache still holds it.
             block = load(start, size, channels.reread)
-            digest.update(buffer[: count * size * row_bytes].data)
+            digest.update(raw.data)
             meter.add(block, start)
         return projector.before(), meter.result(), projector.degenerate
 

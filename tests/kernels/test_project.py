@@ -124,7 +124,7 @@ def assert_accurate(
 
 def in_form(weight: Tensor, form: str) -> Tensor | np.ndarray:
     """The same memory as a form takes it."""
-    if form != "numpy":
+    if form != "native":
         return weight
     return (weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight).numpy()
 
@@ -141,7 +141,7 @@ def run(
     basis: Tensor,
     options: ProjectOptions,
     *,
-    form: str = "numpy",
+    form: str = "native",
     block_rows: int = 1 << 20,
     chunks_at_once: int = 2,
 ) -> tuple[Tensor, Projector]:
@@ -162,7 +162,7 @@ def run(
     return result, projector
 
 
-forms = pytest.mark.parametrize("form", ["numpy", "torch"])
+forms = pytest.mark.parametrize("form", ["native", "torch"])
 modes = pytest.mark.parametrize(("preserve", "axis"), list(itertools.product(PRESERVES, AXES)))
 
 
@@ -631,10 +631,10 @@ class TestVector:
     def test_removes_what_was_there(self, dtype):
         basis = make_basis(2, 50)
         bias = (torch.randn(3, 50, dtype=torch.float64) + 5 * basis[0]).to(dtype)
-        stored = in_form(bias, "numpy")
+        stored = in_form(bias, "native")
         found = project_vector(stored, basis.numpy(), 1.0)
         exact = bias.double() - bias.double() @ basis.mT @ basis
-        assert np.array_equal(found, in_form(reference.round_to(exact, dtype), "numpy"))
+        assert np.array_equal(found, in_form(reference.round_to(exact, dtype), "native"))
         share = (bias.double() @ basis.mT).norm() / bias.double().norm()
         assert share > 0.5
         assert vector_component(stored, basis.numpy()) == pytest.approx(float(share), rel=1e-12)
@@ -650,7 +650,7 @@ class TestVector:
 class TestRefusals:
     def test_a_basis_of_another_size(self):
         with pytest.raises(DirectionsError, match=r"expected \[k, 8\].*found \[1, 9\]"):
-            Projector(make_basis(1, 9).numpy(), (1, 8, 4), "F32", ProjectOptions(), Workspace(CPU, "numpy"))
+            Projector(make_basis(1, 9).numpy(), (1, 8, 4), "F32", ProjectOptions(), Workspace(CPU, "native"))
 
     def test_a_basis_without_directions(self):
         with pytest.raises(DirectionsError, match=r"found \[0, 8\]"):
@@ -674,17 +674,14 @@ class TestRefusals:
 
 class TestForm:
     def test_choice_says_why(self):
-        assert choose_form("cpu", numpy=True) == (
-            "numpy",
-            "a CPU needs no torch for this, which takes longer to import",
-        )
+        assert choose_form("cpu", native=True) == ("native", "a CPU needs no torch for this")
         assert choose_form(CPU) == ("torch", "Triton does not run on cpu")
         assert choose_form(CPU, form="reference") == ("reference", "asked for")
-        assert choose_form("mps", numpy=True)[0] == "torch"
+        assert choose_form("mps", native=True)[0] == "torch"
 
     def test_choice_without_triton(self, monkeypatch):
         pytest.importorskip("triton")
-        assert choose_form("cuda:1", numpy=True)[0] == "triton"
+        assert choose_form("cuda:1", native=True)[0] == "triton"
         monkeypatch.setitem(sys.modules, "triton", None)
         assert choose_form(torch.device("cuda")) == ("torch", "triton is not installed")
 

@@ -1,0 +1,204 @@
+"""The sums and the update of an ablation in C, on a CPU: the same bytes on every one.
+
+``native.c`` is compiled when the package is installed, where there is a C compiler. What it computes depends on no
+instruction set, no number of threads and no library, so that a receipt can be checked to the bit on another machine.
+"""
+
+import ctypes
+from collections.abc import Callable, Container
+from contextlib import AbstractContextManager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from ablate_shards.kernels.form import in_range, stored_dtype
+from ablate_shards.kernels.project_numpy import STORED
+
+__all__ = ["LIBRARY", "NativeArrays", "NativeForm", "is_built"]
+
+LIBRARY = Path(__file__).with_name("_native.so")
+_VERSION = 1
+_DTYPES = {"BF16": 0, "F16": 1, "F32": 2}
+_PRECISIONS: dict[type[np.floating], str] = {np.float32: "single", np.float64: "double"}
+_UNSCALED, _BY_ROW, _BY_COLUMN = range(3)
+
+
+class _Shape(ctypes.Structure):
+    """A block: matrices, rows, columns, and from one matrix or row to the next in elements."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("batch", "rows", "cols", "matrix_stride", "row_stride"))
+
+
+def is_built() -> bool:
+    """Whether the library was built when the package was installed, and for this version of it."""
+    return _library() is not None
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        version = ctypes.c_int.in_dll(library, "ablate_version").value
+    except (OSError, ValueError):
+        return None
+    if version != _VERSION:
+        return None
+    address, count, flag, shape = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.POINTER(_Shape)
+    sums = (flag, address, shape, address, count, count, flag, address)
+    update = (flag, address, shape, address, shape, address, flag, address, count, address, count, count)
+    for precision in _PRECISIONS.values():
+        for name, arguments in (("rows", sums), ("columns", sums), ("update", update)):
+            function = getattr(library, f"ablate_{name}_{precision}")
+            function.argtypes, function.restype = arguments, None
+    return library
+
+
+class NativeForm:
+    """Chunk arithmetic in one precision, on NumPy arrays; :class:`Arithmetic` says what the methods do.
+
+    Args:
+        precision: float32 or float64; float32 sums cover 32 rows or 512 columns at most.
+        chunk_rows: Rows whose sums are looked at together for what float32 cannot carry.
+
+    Raises:
+        RuntimeError: The library was not built; :func:`is_built` tells.
+    """
+
+    def __init__(self, precision: type[np.floating], chunk_rows: int) -> None:
+        library = _library()
+        if library is None:
+            raise RuntimeError(f"{LIBRARY}: not built; install the package again where there is a C compiler")
+        self._precision, self._chunk_rows = precision, chunk_rows
+        self._rows, self._columns, self._update = (
+            getattr(library, f"ablate_{name}_{_PRECISIONS[precision]}") for name in ("rows", "columns", "update")
+        )
+
+    @property
+    def is_double(self) -> bool:
+        """Whether the precision is float64 rather than float32."""
+        return self._precision is np.float64
+
+    def rows(self, block: np.ndarray, weights: np.ndarray | None, *, squares: bool) -> np.ndarray:
+        """Reduce along each row."""
+        factors = _Factors(weights)
+        sums = np.empty((len(block), factors.count + squares, block.shape[1]))
+        self._rows(*_described(block), *factors.described(), factors.count, squares, sums.ctypes.data)
+        return sums
+
+    def add_columns(
+        self,
+        block: np.ndarray,
+        weights: np.ndarray | None,
+        into: np.ndarray,
+        *,
+        squares: bool,
+        unsafe: Container[tuple[int, int]] | None,
+        repair: Callable[[int, int], np.ndarray],
+    ) -> None:
+        """Reduce along each column of each chunk, and add the chunks in order."""
+        sums = np.empty((1, *into.shape[1:]))
+        for entry, total in enumerate(into):
+            lines = None if weights is None else weights[min(entry, len(weights) - 1)][None]
+            for chunk, low in enumerate(range(0, block.shape[1], self._chunk_rows)):
+                if unsafe is not None and (entry, chunk) in unsafe:
+                    total += repair(entry, chunk)
+                    continue
+                part = slice(low, low + self._chunk_rows)
+                factors = _Factors(None if lines is None else lines[..., part])
+                sums.fill(0)
+                described = _described(block[entry : entry + 1, part])
+                self._columns(*described, *factors.described(), factors.count, squares, sums.ctypes.data)
+                total += repair(entry, chunk) if unsafe is None and not in_range(sums[0, -1]) else sums[0]
+
+    def update(
+        self,
+        block: np.ndarray,
+        source: np.ndarray,
+        scale: np.ndarray | None,
+        row_factor: np.ndarray,
+        column_factor: np.ndarray,
+    ) -> None:
+        """Write ``scale * source - sum_k row_factor[k] ⊗ column_factor[k]``, rounded to what is stored."""
+        scales, rows, columns = _Factors(scale), _Factors(row_factor), _Factors(column_factor)
+        scaled = _UNSCALED
+        if scale is not None:
+            scaled = _BY_ROW if scale.shape[1:] == (block.shape[1], 1) else _BY_COLUMN
+        _, address, shape = _described(source)
+        where, _ = scales.described()
+        self._update(
+            *_described(block), address, shape, where, scaled, *rows.described(), *columns.described(), rows.count
+        )
+
+
+class _Factors:
+    """Factors ``[1 or matrices, k, length]``, which lie adjacent while a call uses them."""
+
+    def __init__(self, values: np.ndarray | None) -> None:
+        self._values = None if values is None else np.ascontiguousarray(values)
+        self.count = 0 if values is None else values.shape[1]
+
+    def described(self) -> tuple[int | None, int]:
+        """Return where they are, and how far one matrix's are from the next one's: 0 if all share them."""
+        if self._values is None:
+            return None, 0
+        return self._values.ctypes.data, self._values[0].size if len(self._values) > 1 else 0
+
+
+class NativeArrays:
+    """Blocks and sums in NumPy arrays; :class:`Arrays` says what the methods do."""
+
+    xp: ModuleType = np
+
+    def forms(self, chunk_rows: int, cols: int) -> tuple[NativeForm, NativeForm]:
+        """Return the arithmetic in float32 and in float64."""
+        return NativeForm(np.float32, chunk_rows), NativeForm(np.float64, chunk_rows)
+
+    def zeros(self, *shape: int) -> np.ndarray:
+        """Return float64 zeros for sums."""
+        return np.zeros(shape)
+
+    def state(self, values: np.ndarray) -> np.ndarray:
+        """Return the values: they are where they should be."""
+        return values
+
+    def single(self, values: np.ndarray) -> np.ndarray:
+        """Return sums in float32."""
+        return values.astype(np.float32)
+
+    def host(self, values: np.ndarray) -> np.ndarray:
+        """Return the sums: they are where they should be."""
+        return values
+
+    def clone(self, block: np.ndarray) -> np.ndarray:
+        """Return a contiguous copy."""
+        return block.copy()
+
+    def keep(self, block: np.ndarray, original: np.ndarray, still: np.ndarray) -> None:
+        """Put back what must not change by a bit."""
+        np.copyto(block, original, where=still)
+
+    def buffer(self, count: int) -> np.ndarray:
+        """Return new memory for bytes."""
+        return np.empty(count, np.uint8)
+
+    def load(self, raw: np.ndarray, dtype: str, shape: tuple[int, int, int]) -> np.ndarray:
+        """Return a view of stored bytes."""
+        return raw.view(STORED[dtype]).reshape(shape)
+
+    def store(self, block: np.ndarray, raw: np.ndarray) -> None:
+        """Do nothing: a block is a view of its bytes."""
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """Let what is out of range pass without a warning."""
+        return np.errstate(all="ignore")
+
+
+def _described(block: np.ndarray) -> tuple[int, int, _Shape]:
+    """Return the dtype, the address and the shape of a block whose columns are adjacent."""
+    matrix, row, column = block.strides
+    if column != block.itemsize and block.shape[2] > 1:
+        raise ValueError(f"columns: expected {block.itemsize} bytes from one to the next, found {column}")
+    shape = _Shape(*block.shape, matrix // block.itemsize, row // block.itemsize)
+    return _DTYPES[stored_dtype(block) or ""], block.ctypes.data, shape

@@ -1,0 +1,184 @@
+"""The native form alone: it rounds as torch does, and neither the CPU nor a thread count shows in a result."""
+
+import hashlib
+import importlib.util
+import itertools
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ablate_shards.kernels import project_native, reference
+from ablate_shards.kernels.project import ProjectOptions, choose_form, project
+from ablate_shards.kernels.project_native import NativeForm, is_built
+from ablate_shards.kernels.project_numpy import STORED, decoded, encode
+
+ROOT = Path(__file__).parents[2]
+HALVES = {"bfloat16": (np.uint16, torch.bfloat16), "float16": (np.float16, torch.float16)}
+EVERY = np.arange(1 << 16, dtype=np.uint16)
+
+halves = pytest.mark.parametrize(("kind", "dtype"), HALVES.values(), ids=HALVES)
+
+
+def torch_bits(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    return torch.from_numpy(values).to(dtype).view(torch.uint16).numpy()
+
+
+def in_c(values: np.ndarray, kind: type) -> np.ndarray:
+    """Rounds values as the update does, which multiplies what is stored by them: ones."""
+    ones = np.empty(values.shape, kind)
+    encode(np.ones(values.shape, np.float32), ones, np.empty(values.shape, np.float32))
+    block, nothing = ones[None, None], np.zeros((1, 0, 1), values.dtype)
+    form = NativeForm(values.dtype.type, 1)
+    form.update(block, block, values[None, None], nothing, np.zeros((1, 0, len(values)), values.dtype))
+    return block[0, 0]
+
+
+def in_numpy(values: np.ndarray, kind: type) -> np.ndarray:
+    out = np.empty(values.shape, kind)
+    with np.errstate(all="ignore"):
+        encode(values.copy(), out, np.empty_like(values))
+    return out
+
+
+rounding = pytest.mark.parametrize("encoded", [in_c, in_numpy])
+
+
+@halves
+def test_every_stored_value_is_decoded_as_torch_decodes_it(kind, dtype):
+    theirs = torch.from_numpy(EVERY.copy()).view(dtype).float().numpy()
+    finite = np.isfinite(theirs)
+    assert 63000 < finite.sum() < 65536
+    for found, expected in ((EVERY, theirs), (EVERY[finite], theirs[finite])):
+        values = decoded(found.view(kind), np.float32)
+        assert np.array_equal(values, expected, equal_nan=True)
+        assert np.array_equal(np.signbit(values), np.signbit(expected))
+        in_c = NativeForm(np.float32, 1).rows(
+            found.view(kind)[None, :, None], np.ones((1, 1, 1), np.float32), squares=False
+        )
+        assert np.array_equal(in_c[0, 0], expected, equal_nan=True)
+    assert np.array_equal(decoded(EVERY.view(kind), np.float64)[finite], theirs[finite].astype(np.float64))
+
+
+@rounding
+@halves
+def test_float32_is_rounded_to_nearest_with_ties_to_even(encoded, kind, dtype):
+    stored = np.unique(decoded(EVERY.view(kind), np.float32))
+    stored = stored[np.isfinite(stored)]
+    ties = ((stored[1:].astype(np.float64) + stored[:-1]) / 2).astype(np.float32)
+    rng = np.random.default_rng(0)
+    scales = np.float32(10.0) ** rng.uniform(-9, 4, 1 << 16).astype(np.float32)
+    anything = rng.standard_normal(1 << 16, np.float32) * scales
+    above, below = (np.nextafter(ties, np.float32(side)) for side in (np.inf, -np.inf))
+    for values in (stored, ties, above, below, anything[np.abs(anything) < 65000], np.array([-0.0], np.float32)):
+        assert np.array_equal(encoded(values, kind).view(np.uint16), torch_bits(values, dtype))
+    # What ties tell: cutting off, or rounding them up, would be wrong.
+    assert (decoded(encoded(ties, kind).view(kind), np.float32) > ties).any()
+    assert (decoded(encoded(ties, kind).view(kind), np.float32) < ties).any()
+
+
+@rounding
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*HALVES.values(), (np.float32, torch.float32)], ids=["bfloat16", "float16", "float32"]
+)
+def test_float64_is_rounded_once_and_stays_finite(encoded, kind, dtype):
+    rng = np.random.default_rng(0)
+    stored = rng.standard_normal(1 << 16) if kind == np.float32 else decoded(EVERY.view(kind), np.float64)
+    stored = stored[np.isfinite(stored)].astype(np.float32).astype(np.float64)
+    near_ties = (stored[1:] + stored[:-1]) / 2 * (1 + rng.choice([-1, 0, 1], len(stored) - 1) * 2.0**-45)
+    values = np.concatenate([near_ties, [1e39, -1e39, 70000.0, -0.0, 1 + 2.0**-8 + 2.0**-40]])
+    expected = reference.round_to(torch.from_numpy(values), dtype)
+    out = encoded(values, kind)
+    assert np.array_equal(decoded(out, np.float64), expected.double().numpy())
+    assert np.isfinite(decoded(out, np.float64)).all()
+
+
+def digest_of_edits() -> str:
+    """Of the bytes of edits in many shapes, and of the sums that the measures are made of."""
+    digest = hashlib.sha256()
+    rng = np.random.default_rng(0)
+    shapes, counts = ((300, 901), (10, 9001), (1500, 33), (1, 6)), (1, 5)
+    for dtype, (rows, cols), axis, count in itertools.product(STORED, shapes, (-2, -1), counts):
+        hidden = (rows, cols)[axis + 2]
+        basis = np.zeros((min(count, hidden), hidden))
+        for line in range(len(basis)):
+            basis[line, line :: len(basis)] = len(basis[line, line :: len(basis)]) ** -0.5
+        values = rng.standard_normal((rows, cols), np.float32)
+        weight = np.empty((rows, cols), STORED[dtype])
+        encode(values, weight, np.empty_like(values))
+        for preserve, coefficient in itertools.product(("rows", "columns"), (1.0, 2.5)):
+            result, report = project(weight, basis, ProjectOptions(coefficient, preserve, axis))
+            digest.update(result.data)
+            digest.update(report.before.norms.data)
+    return digest.hexdigest()
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """Compiles the library anew, as another CPU would run it, and uses it."""
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+
+    def build(flags: str, compiler: str = "cc") -> str | None:
+        monkeypatch.setenv("CC", compiler)
+        monkeypatch.setenv("CFLAGS", flags)
+        problem = hook.compile_library(ROOT, tmp_path / "_native.so")
+        monkeypatch.setattr(project_native, "LIBRARY", tmp_path / "_native.so")
+        project_native._library.cache_clear()
+        return problem
+
+    yield build
+    monkeypatch.undo()
+    project_native._library.cache_clear()
+
+
+def test_the_library_is_built_here():
+    assert is_built()
+    assert choose_form("cpu", native=True)[0] == "native"
+
+
+def test_the_instructions_of_a_cpu_do_not_show(compiled):
+    ours = digest_of_edits()
+    assert compiled("-DNO_CLONES") is None
+    assert digest_of_edits() == ours
+
+
+@pytest.mark.skipif("fma" not in Path("/proc/cpuinfo").read_text(), reason="needs a CPU with fused multiply-adds")
+def test_contracted_products_would_show(compiled):
+    ours = digest_of_edits()
+    assert compiled("-DNO_CLONES -mfma -ffp-contract=fast") is None
+    assert digest_of_edits() != ours
+
+
+def test_without_a_compiler_torch_does_the_arithmetic(compiled, tmp_path):
+    assert "no-such-compiler" in str(compiled("", compiler="no-such-compiler"))
+    assert not (tmp_path / "_native.so").exists()
+    assert not is_built()
+    assert choose_form("cpu", native=True) == ("torch", "no C compiler was there to build the native form")
+    weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    basis = torch.eye(16, dtype=torch.float64)[:1]
+    result, _ = project(weight, basis, ProjectOptions(1.0, "columns"))
+    assert result[0].abs().max() < 1e-6 < weight[0].abs().max()
+    with pytest.raises(RuntimeError, match="not built"):
+        NativeForm(np.float32, 8)
+
+
+def test_a_library_of_another_version_is_not_used(compiled):
+    assert compiled("-DVERSION=0") is None
+    assert not is_built()
+
+
+def test_a_thread_count_does_not_show():
+    ours = digest_of_edits()
+    found: list[str] = []
+    threads = [threading.Thread(target=lambda: found.append(digest_of_edits())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [ours] * 2
