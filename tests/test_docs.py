@@ -48,7 +48,7 @@ FED = {
 }
 #: What a recipe cannot say: where a stage reads and writes, and how its results are shown.
 STAGE = {"model", "dump", "file", "adapter", "source", "out", "against", "reuse", "answers"}
-RUN = {"dry-run", "resume", "overwrite", "push", "link", "cache", "jobs", "memory", "device"}
+RUN = {"dry-run", "resume", "overwrite", "push", "link", "sync", "cache", "jobs", "memory", "device"}
 
 
 @pytest.mark.parametrize("table", TABLES)

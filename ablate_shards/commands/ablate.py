@@ -19,6 +19,7 @@ from ablate_shards.commands.options import (
     quiet_flag,
     recipe_flag,
     resources,
+    sync_flag,
 )
 from ablate_shards.errors import UsageError
 
@@ -103,6 +104,7 @@ def _parse_source_layer(text: str) -> Any:
 @cache_flag
 @click.option("--private", is_flag=True, help="Make a new repository OUT private.")
 @click.option("--link", is_flag=True, help="Hard-link shards without an edit; they share their bytes with SOURCE.")
+@sync_flag
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that an earlier run made.")
@@ -125,6 +127,7 @@ def ablate(
     cache: bool,
     private: bool,
     link: bool,
+    sync: bool,
     dry_run: bool,
     resume: bool,
     overwrite: bool,
@@ -155,7 +158,9 @@ def ablate(
         overrides=recipe.overrides if recipe else (),
         targets=recipe.targets if recipe else (),
     )
-    run = ExecuteOptions(device=device, memory=memory, jobs=jobs, resume=resume, overwrite=overwrite, link=link)
+    run = ExecuteOptions(
+        device=device, memory=memory, jobs=jobs, resume=resume, overwrite=overwrite, link=link, sync=sync
+    )
     checkpoint = open_source(source)
     if checkpoint.remote is not None:
         if link and not cache:

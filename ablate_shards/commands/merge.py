@@ -14,6 +14,7 @@ from ablate_shards.commands.options import (
     print_json,
     quiet_flag,
     resources,
+    sync_flag,
 )
 from ablate_shards.errors import UsageError
 
@@ -34,6 +35,7 @@ __all__ = ["merge"]
 @resources
 @cache_flag
 @click.option("--link", is_flag=True, help="Hard-link shards without a change; they share their bytes with MODEL.")
+@sync_flag
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that an earlier run made.")
@@ -51,6 +53,7 @@ def merge(
     jobs: int | None,
     cache: bool,
     link: bool,
+    sync: bool,
     dry_run: bool,
     resume: bool,
     overwrite: bool,
@@ -72,7 +75,9 @@ def merge(
     from ablate_shards.surgery.stores import cached, open_source
 
     progress = screen.progress(quiet=quiet or as_json)
-    run = ExecuteOptions(device=device, memory=memory, jobs=jobs, resume=resume, overwrite=overwrite, link=link)
+    run = ExecuteOptions(
+        device=device, memory=memory, jobs=jobs, resume=resume, overwrite=overwrite, link=link, sync=sync
+    )
     checkpoint = open_source(model)
     if checkpoint.remote is not None:
         if link and not cache:

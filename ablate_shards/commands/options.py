@@ -22,6 +22,7 @@ __all__ = [
     "quiet_flag",
     "recipe_flag",
     "resources",
+    "sync_flag",
 ]
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -99,6 +100,12 @@ PATH = click.Path(path_type=Path)
 SOURCE = _Source()
 cache_flag = click.option(
     "--cache", is_flag=True, help="Fetch a SOURCE on the Hub to the ordinary cache first, and read it from there."
+)
+sync_flag = click.option(
+    "--sync/--no-sync",
+    default=True,
+    show_default=True,
+    help="Wait until OUT is on the disk; without, it is as safe from a power failure as a copy by cp.",
 )
 debug_flag = click.option(
     "--debug",

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import functools
 import itertools
 import os
@@ -33,7 +34,7 @@ from ablate_shards.surgery.editor import (
 from ablate_shards.surgery.plan import Edit, Plan, TensorEdit, by_shard, resolve_bases
 from ablate_shards.surgery.receipt import TensorResult, receipt_text
 from ablate_shards.surgery.recipe import AblateOptions
-from ablate_shards.surgery.staging import Staging, check_out, fsync_folder, locked
+from ablate_shards.surgery.staging import Staging, check_out, locked
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -59,6 +60,7 @@ _R = TypeVar("_R", bound="DataclassInstance")
 _COPY_CHUNK = 32 << 20
 _FALLBACK_CHUNK = 1 << 20
 _SHARDS_IN_FLIGHT = 3
+_FICLONE = 0x40049409
 _NOT_HERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
@@ -73,6 +75,7 @@ class ExecuteOptions:
         resume: Go on with an interrupted run.
         overwrite: Replace a folder that an earlier run made.
         link: Make shards without an edit hard links to the source's, which share their bytes for good.
+        sync: End only when everything is on the disk; otherwise as ``cp`` does, and a power failure may lose OUT.
     """
 
     device: str = "auto"
@@ -81,6 +84,7 @@ class ExecuteOptions:
     resume: bool = False
     overwrite: bool = False
     link: bool = False
+    sync: bool = True
 
 
 class Progress(Protocol):
@@ -202,7 +206,7 @@ def perform(
             staging.discard()
 
     with sigterm_as_interrupt(), locked(out), ending_early(out, lambda: what_is_kept(staging), discard):
-        staging = Staging.open(out, identity, sizes, resume=run.resume, overwrite=run.overwrite)
+        staging = Staging.open(out, identity, sizes, resume=run.resume, overwrite=run.overwrite, sync=run.sync)
         _check_disk(checkpoint, operation.edits, staging, link=run.link)
         progress.begin(_bytes_to_write(checkpoint, staging))
         with Surgeon(checkpoint, operation, staging, progress, link=run.link) as surgeon:
@@ -212,7 +216,7 @@ def perform(
         with (staging.folder / operation.receipt_name).open("w", encoding="utf-8") as file:
             file.write(operation.receipt(results, identity))
             file.flush()
-            os.fsync(file.fileno())
+            staging.fsync(file.fileno())
         with _uninterrupted():
             staging.publish()
     return results
@@ -342,14 +346,16 @@ class Surgeon(Generic[_E, _R]):
             self._progress.advance(shard.size)
             return Work(shard, source, self._hold(os.open(path, os.O_RDONLY | os.O_CLOEXEC)), [])
         target = self._hold(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
-        _allocate(target, shard.size, shared=not edits)
+        ranges = list(untouched(shard, edits))
+        if clone(source, target):
+            self._progress.advance(sum(end - start for start, end in ranges))
+            return Work(shard, source, target, [])
+        _allocate(target, shard.size)
         copies = [
             copiers.submit(self._copy, source, target, start, min(start + _COPY_CHUNK, end))
-            for first, end in untouched(shard, edits)
+            for first, end in ranges
             for start in range(first, end, _COPY_CHUNK)
         ]
-        # What is copied goes to the disk while the edits are computed.
-        copies.append(copiers.submit(os.fsync, target))
         return Work(shard, source, target, copies)
 
     def _start_fetch(
@@ -374,8 +380,8 @@ class Surgeon(Generic[_E, _R]):
         for future in work.copies:
             future.result()
         results = dict(future.result() for future in work.edits)
-        os.fsync(work.target)
-        fsync_folder((self._staging.folder / work.shard.name).parent)
+        self._staging.fsync(work.target)
+        self._staging.fsync_folder((self._staging.folder / work.shard.name).parent)
         for descriptor in (work.source, work.target):
             self._open.remove(descriptor)
             os.close(descriptor)
@@ -396,12 +402,16 @@ class Surgeon(Generic[_E, _R]):
             write=write,
             reread=functools.partial(pread_into, work.target),
         )
-        return edit.name, editor.edit(edit, channels)
+        result = editor.edit(edit, channels)
+        self._staging.start_writing(work.target, edit.start, edit.end)
+        return edit.name, result
 
     def _copy(self, source: int, target: int, start: int, end: int) -> None:
         if self._stop.is_set():
             raise Stopped
         _copy_range(source, target, start, end)
+        # The disk is busy from the start, and what is left to wait for at the end is little.
+        self._staging.start_writing(target, start, end)
         self._progress.advance(end - start)
 
     def _copy_sidecar(self, name: str) -> None:
@@ -410,12 +420,12 @@ class Surgeon(Generic[_E, _R]):
         if self._checkpoint.remote is not None:
             self._fetch(name, path, [])
             with path.open("rb") as target:
-                os.fsync(target.fileno())
+                self._staging.fsync(target.fileno())
             return
         with (self._checkpoint.root / name).open("rb") as source, path.open("wb") as target:
             size = os.fstat(source.fileno()).st_size
             _copy_range(source.fileno(), target.fileno(), 0, size)
-            os.fsync(target.fileno())
+            self._staging.fsync(target.fileno())
         self._progress.advance(size)
 
     def _hold(self, descriptor: int) -> int:
@@ -445,12 +455,25 @@ def _check_disk(checkpoint: Checkpoint, edits: Iterable[Edit], staging: Staging,
     edited = {edit.shard for edit in edits}
     linked = sum(shard.size for shard in checkpoint.shards if link and shard.name not in edited | staging.done.keys())
     needed = _bytes_to_write(checkpoint, staging) - (reused - complete) - linked
+    if _shares_blocks(checkpoint, staging):
+        needed = sum(edit.end - edit.start for edit in edits if edit.shard not in staging.done)
     free = shutil.disk_usage(staging.folder).free
     if free < needed:
         raise ExecuteError(
             f"{staging.out}: needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; "
             "free some or name a folder on another disk"
         )
+
+
+def _shares_blocks(checkpoint: Checkpoint, staging: Staging) -> bool:
+    """Whether the shards of OUT can share the source's blocks, told by a file that is then removed."""
+    path = staging.folder / ".shared"
+    if checkpoint.remote is not None:
+        return False
+    with checkpoint.shards[0].path.open("rb") as source, path.open("wb") as target:
+        shares = clone(source.fileno(), target.fileno())
+    path.unlink()
+    return shares
 
 
 def _link(source: Path, target: Path) -> bool:
@@ -464,9 +487,20 @@ def _link(source: Path, target: Path) -> bool:
     return True
 
 
-def _allocate(descriptor: int, size: int, *, shared: bool) -> None:
-    """Gives a file its size, and its blocks unless the filesystem may share the source's instead."""
-    if size and not shared and hasattr(os, "posix_fallocate"):
+def clone(source: int, target: int) -> bool:
+    """Makes an empty file share another's blocks until either is written to; False where the filesystem cannot."""
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError as error:
+        if error.errno not in {*_NOT_HERE, errno.ENOTTY}:
+            raise
+        return False
+    return True
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Gives a file its size, and its blocks where the filesystem can."""
+    if size and hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(descriptor, 0, size)
         except OSError as error:

@@ -55,6 +55,7 @@ TABLES: Mapping[str, frozenset[str]] = {
             "cache",
             "private",
             "link",
+            "sync",
             "dry-run",
             "resume",
             "overwrite",
@@ -106,6 +107,7 @@ _SWITCHES = frozenset(
     {
         "biproject",
         "link",
+        "sync",
         "dry-run",
         "resume",
         "overwrite",

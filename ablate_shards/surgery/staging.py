@@ -18,6 +18,11 @@ from ablate_shards.surgery.checkpoint import RECEIPT_NAMES
 
 __all__ = ["Staging", "check_out", "fsync_folder", "locked"]
 
+_libc = ctypes.CDLL(None, use_errno=True)
+_sync_file_range: Any = getattr(_libc, "sync_file_range", None)
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_SYNC_FILE_RANGE_WRITE = 2
 _JOURNAL = ".journal.jsonl"
 #: The files by which a folder that an earlier run made is known.
 _RECEIPTS = (*RECEIPT_NAMES, TRAINING_NAME)
@@ -97,6 +102,7 @@ class Staging:
         out: The final name.
         folder: Where the files are until then, on the same filesystem.
         overwrite: Whether an earlier output of that name may be replaced.
+        sync: Whether what is said to be complete is on the disk by then.
         identity: What the journal says must be equal for a resumed run, by what to call it.
         done: What the journal says of each complete shard.
     """
@@ -104,12 +110,20 @@ class Staging:
     out: Path
     folder: Path
     overwrite: bool
+    sync: bool = True
     identity: dict[str, str] = field(default_factory=dict)
     done: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(
-        cls, out: Path, identity: Mapping[str, str], sizes: Mapping[str, int] | None, *, resume: bool, overwrite: bool
+        cls,
+        out: Path,
+        identity: Mapping[str, str],
+        sizes: Mapping[str, int] | None,
+        *,
+        resume: bool,
+        overwrite: bool,
+        sync: bool = True,
     ) -> "Staging":
         """Makes the folder, or takes up the one an interrupted run left.
 
@@ -119,11 +133,12 @@ class Staging:
             sizes: Bytes of each shard; one that is gone or of another size is made again. None: of any size.
             resume: Go on with an interrupted run, if there is one.
             overwrite: Throw an interrupted run away (with resume: if it cannot be gone on with).
+            sync: Wait for the disk before anything is said to be complete.
 
         Raises:
             ExecuteError: An interrupted run is in the way, or is not of this plan and source.
         """
-        staging = cls(out, _beside(out, "staging"), overwrite)
+        staging = cls(out, _beside(out, "staging"), overwrite, sync)
         journal = staging.folder / _JOURNAL
         if journal.is_file():
             if resume:
@@ -131,7 +146,7 @@ class Staging:
                 if not (overwrite and staging._changed(identity)):
                     staging.agree(identity)
                     return staging
-                staging = cls(out, staging.folder, overwrite)
+                staging = cls(out, staging.folder, overwrite, sync)
             elif not overwrite:
                 raise ExecuteError(
                     f"{out}: an interrupted run is staged in {staging.folder}; --resume goes on with it, "
@@ -158,6 +173,21 @@ class Staging:
             self._append({"identity": new})
             self.identity |= new
 
+    def fsync(self, descriptor: int) -> None:
+        """Waits until a file is on the disk."""
+        if self.sync:
+            os.fsync(descriptor)
+
+    def fsync_folder(self, folder: Path) -> None:
+        """Waits until the names in a folder are on the disk."""
+        if self.sync:
+            fsync_folder(folder)
+
+    def start_writing(self, descriptor: int, start: int, end: int) -> None:
+        """Has a range of a file written to the disk from now on, where the system can, without waiting for it."""
+        if self.sync and _sync_file_range is not None and start < end:
+            _sync_file_range(descriptor, start, end - start, _SYNC_FILE_RANGE_WRITE)
+
     def record(self, shard: str, content: Any) -> None:
         """Writes down, durably, that a shard is complete."""
         self._append({"shard": shard, "content": content})
@@ -173,7 +203,7 @@ class Staging:
             FileExistsError: The name was taken during the run, by what may not be replaced.
         """
         for folder, _, _ in os.walk(self.folder):
-            fsync_folder(Path(folder))
+            self.fsync_folder(Path(folder))
         taken = self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))
         if taken and not (self.overwrite and (replaceable or _made_by_a_run)(self.out)):
             raise FileExistsError(errno.EEXIST, "appeared during the run and is not replaced", str(self.out))
@@ -183,7 +213,7 @@ class Staging:
             shutil.rmtree(self.folder)
         else:
             self.folder.replace(self.out)
-        fsync_folder(self.out.parent)
+        self.fsync_folder(self.out.parent)
 
     def discard(self) -> None:
         """Removes the folder and all in it."""
@@ -209,7 +239,7 @@ class Staging:
             # The leading line break ends a line that a kill has torn.
             file.write("\n" + json.dumps(entry) + "\n")
             file.flush()
-            os.fsync(file.fileno())
+            self.fsync(file.fileno())
 
 
 def fsync_folder(folder: Path) -> None:
@@ -234,9 +264,8 @@ def _exchange(new: Path, old: Path) -> None:
     """Swaps two folders, atomically where the system can (renameat2, Linux 3.15)."""
     swap = 2  # RENAME_EXCHANGE
     at_cwd = -100
-    libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "renameat2"):
-        if libc.renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), swap) == 0:
+    if hasattr(_libc, "renameat2"):
+        if _libc.renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), swap) == 0:
             return
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS):
