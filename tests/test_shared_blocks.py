@@ -68,6 +68,8 @@ def test_blocks_are_shared_and_only_edits_take_space(mounted, tmp_path):
     assert taken < FILLER_BYTES / 4
 
 
+# A Btrfs as small as this one says that space is free which it cannot give.
+@pytest.mark.parametrize("mounted", ["xfs"], indirect=True)
 def test_a_disk_without_room_for_a_copy_is_enough(mounted, tmp_path):
     source = write_source(mounted / "source.safetensors")
     directions = write_directions(tmp_path / "d.safetensors")
