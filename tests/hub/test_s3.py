@@ -3,14 +3,13 @@
 import json
 
 import pytest
+import s3fs
 from click.testing import CliRunner
+from moto.server import ThreadedMotoServer
 from raw_checkpoints import snapshot, write_directions, write_llama
 
 from ablate_shards.cli import cli
 from ablate_shards.surgery import objects, remote
-
-pytest.importorskip("s3fs", reason="needs s3fs")
-moto_server = pytest.importorskip("moto.server", reason="needs moto[server]")
 
 
 def run(*arguments):
@@ -23,7 +22,7 @@ def ablate(source, out, *more):
 
 @pytest.fixture(scope="module")
 def endpoint():
-    server = moto_server.ThreadedMotoServer(port=0, verbose=False)
+    server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
@@ -33,8 +32,6 @@ def endpoint():
 @pytest.fixture
 def s3(endpoint, tmp_path, monkeypatch):
     """A bucket that holds a model, and what ablating it gives in a folder."""
-    import s3fs
-
     for name, value in {
         "AWS_ACCESS_KEY_ID": "nobody",
         "AWS_SECRET_ACCESS_KEY": "nothing",
