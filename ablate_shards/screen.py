@@ -387,7 +387,7 @@ def print_push(plan: "PushPlan") -> None:
         console.print(f"{plan.unverified}, so it would be verified first")
 
 
-def print_verification(verification: "Verification", source: Path | str, out: Path) -> None:
+def print_verification(verification: "Verification", source: Path | str, out: Path | str) -> None:
     """Prints every difference, or that there is none."""
     console = _console()
     for difference in verification.differences:

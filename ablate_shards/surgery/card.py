@@ -10,8 +10,20 @@ from typing import Any, Literal
 
 from ablate_shards.errors import HubError
 
-__all__ = ["BEGIN", "END", "CardOptions", "Measure", "metadata_of", "model_card", "read_measures", "read_object"]
+__all__ = [
+    "BEGIN",
+    "CARD",
+    "END",
+    "CardOptions",
+    "Measure",
+    "metadata_of",
+    "model_card",
+    "read_measures",
+    "read_object",
+]
 
+#: The file that the Hub shows as a model's card.
+CARD = "README.md"
 BEGIN = "<!-- ablate-shards: what follows is generated and replaced by the next push -->"
 END = "<!-- ablate-shards: end of what is generated -->"
 

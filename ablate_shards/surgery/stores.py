@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ablate_shards.errors import CheckpointError, HubError, UsageError
-from ablate_shards.surgery.checkpoint import Checkpoint, fingerprint, open_checkpoint
-from ablate_shards.surgery.remote import Entry, open_remote, patiently
+from ablate_shards.surgery.checkpoint import Checkpoint, Files, Folder, fingerprint, open_checkpoint
+from ablate_shards.surgery.remote import Entry, RemoteFiles, Store, open_remote, patiently
 
 __all__ = [
     "HubFaults",
@@ -20,6 +20,7 @@ __all__ = [
     "hub_repository",
     "is_hub_id",
     "need_hub",
+    "open_files",
     "open_source",
     "quieten_hub",
 ]
@@ -27,11 +28,13 @@ __all__ = [
 #: The journal of a folder in an object store that is half made; it goes when the folder is complete.
 UNFINISHED = ".ablate-unfinished.json"
 
-_HUB_ID = re.compile(r"(?:hf://)?(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_SCHEME = "hub:"
+_REPO = r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?"
+_HUB_ID = re.compile(_REPO)
+_HUB_PLACE = re.compile(rf"(?:hf://|{_SCHEME})?{_REPO}")
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
 _LONGEST_WAIT = 600.0
 _CHUNK = 1 << 20
-_SCHEME = "hub:"
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 _TOKENS = "https://huggingface.co/settings/tokens"
 
@@ -56,11 +59,36 @@ def hub_repository(out: str | Path) -> str | None:
     return repo
 
 
+def open_files(place: str | Path) -> Files:
+    """Lists the files of a folder, wherever it is; a path that exists here wins over a Hub id.
+
+    Args:
+        place: A folder, a Hub id ``org/name[@revision]`` with or without ``hub:``, or a URL that fsspec reads.
+
+    Returns:
+        The files; none has been read. Those of a Hub id are pinned to a commit.
+
+    Raises:
+        CheckpointError: There is no such folder in the object store, or it is half made.
+        HubError: The repository or the object store cannot be read.
+        UsageError: The package that reads it is not installed.
+    """
+    store = _store(place)
+    return Folder(Path(place)) if store is None else RemoteFiles(store)
+
+
+def _store(place: str | Path) -> Store | None:
+    text = str(place)
+    if not Path(place).exists() and (match := _HUB_PLACE.fullmatch(text)):
+        return HubStore(match["repo"], match["revision"])
+    return _FsspecStore(text) if "://" in text else None
+
+
 def open_source(source: str | Path) -> Checkpoint:
     """Reads every header of a checkpoint, wherever it is; a path that exists here wins over a Hub id.
 
     Args:
-        source: A ``.safetensors`` file, a folder, a Hub id ``org/name[@revision]``, or a URL that fsspec reads.
+        source: A ``.safetensors`` file, a folder, a Hub id as for :func:`open_files`, or a URL that fsspec reads.
 
     Returns:
         The checkpoint; no weight has been read. That of a Hub id is pinned to a commit.
@@ -70,12 +98,8 @@ def open_source(source: str | Path) -> Checkpoint:
         HubError: The repository or the object store cannot be read.
         UsageError: The package that reads it is not installed.
     """
-    text = str(source)
-    if not Path(source).exists() and (match := _HUB_ID.fullmatch(text)):
-        return open_remote(HubStore(match["repo"], match["revision"]))
-    if "://" in text:
-        return open_remote(_FsspecStore(text))
-    return open_checkpoint(Path(source))
+    store = _store(source)
+    return open_checkpoint(Path(source)) if store is None else open_remote(store)
 
 
 def cached(checkpoint: Checkpoint) -> Checkpoint:
@@ -333,7 +357,8 @@ def open_system(url: str) -> tuple[Any, str]:
     try:
         system, root = fsspec.core.url_to_fs(url)
     except ImportError as error:
-        raise UsageError(f"{url}: fsspec needs another package to read {protocol}:// ({error})") from error
+        how = "; `pip install 'ablate-shards[s3]'` brings it" if protocol == "s3" else ""
+        raise UsageError(f"{url}: fsspec needs another package for {protocol}:// ({error}){how}") from error
     except ValueError as error:
         raise UsageError(f"{url}: fsspec knows no {protocol}:// ({error})") from error
     return system, str(root).rstrip("/")
