@@ -339,7 +339,14 @@ class FsspecFaults:
             case FileNotFoundError():
                 return HubError(f"{where}: not found; check the name")
             case PermissionError():
-                return HubError(f"{where}: may not be {self._verb} ({error}); check the credentials")
+                return HubError(
+                    f"{where}: may not be {self._verb} ({error}); check the credentials and what they permit"
+                )
+            case _ if "Credentials" in type(error).__name__:
+                return HubError(
+                    f"{where}: cannot be {self._verb} without credentials ({error}); set them as for the store's own "
+                    "client, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile in ~/.aws"
+                )
             case _:
                 return HubError(f"{where}: cannot be {self._verb} ({type(error).__name__}: {error})")
 

@@ -10,6 +10,7 @@ from raw_checkpoints import snapshot, write_directions, write_llama
 
 from ablate_shards.cli import cli
 from ablate_shards.surgery import objects, remote
+from ablate_shards.surgery.checkpoint import open_checkpoint
 
 
 def run(*arguments):
@@ -118,3 +119,42 @@ def test_errors_of_s3_in_one_sentence(s3, monkeypatch):
     assert not s3.exists("there-is-no-such-bucket")
     assert "not found" in run("inspect", "s3://there-is-no-such-bucket/model").stderr
     assert "no such folder" in run("inspect", "s3://bucket/nothing").stderr
+
+
+def test_verify_reads_both_from_s3_and_names_a_changed_bit(s3, tmp_path):
+    assert ablate("s3://bucket/model", "s3://bucket/edited").exit_code == 0
+    before = snapshot(tmp_path)
+    for source in ("s3://bucket/model", "local"):
+        result = run("verify", source, "s3://bucket/edited")
+        assert result.exit_code == 0, result.stderr
+        assert "s3://bucket/edited is what its receipt says" in result.stdout
+    assert snapshot(tmp_path) == before
+    tensors = open_checkpoint(tmp_path / "local").tensors
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.2.mlp.up_proj.weight"):
+        path = f"bucket/edited/{tensors[name].shard}"
+        content = s3.cat_file(path)
+        changed = bytearray(content)
+        changed[tensors[name].start + 1001] ^= 1
+        s3.pipe_file(path, bytes(changed))
+        found = json.loads(run("verify", "s3://bucket/model", "s3://bucket/edited", "--json").stdout)
+        assert [difference["where"] for difference in found["differences"]] == [name]
+        s3.pipe_file(path, content)
+    s3.rm_file("bucket/edited/ablation.json")
+    refused = run("verify", "s3://bucket/model", "s3://bucket/edited")
+    assert refused.exit_code == 1
+    assert "s3://bucket/edited: holds no ablation.json" in refused.stderr
+
+
+def test_credentials_that_are_not_there_are_one_sentence(s3, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs.S3FileSystem.clear_instance_cache()
+    for result in (
+        run("inspect", "s3://bucket/model"),
+        run("verify", "local", "s3://bucket/edited"),
+        ablate("local", "s3://bucket/edited", "--quiet"),
+    ):
+        assert result.exit_code == 1
+        assert "without credentials (Unable to locate credentials); set them as for the store's own" in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
