@@ -110,12 +110,14 @@ class Pushed:
         commit: The commit's hash.
         files: How many files of the folder were checked against the repository.
         verified: Whether the folder was verified first, because its receipt was not fresh.
+        new: Whether there is a commit of it now, or the repository held all of it already.
     """
 
     url: str
     commit: str
     files: int
     verified: bool
+    new: bool
 
 
 def plan_push(folder: Path, repo: str, options: PushOptions) -> PushPlan:
@@ -127,6 +129,7 @@ def plan_push(folder: Path, repo: str, options: PushOptions) -> PushPlan:
         VerifyError: Its receipt cannot be read.
     """
     published = look_at(folder, options.base_model)
+    _spare_base(published, repo, options)
     store = _repository(repo, options)
     card = card_of(published, repo, options, store).encode()
     theirs = store.entries if store else {}
@@ -164,6 +167,7 @@ def push(folder: Path, repo: str, options: PushOptions, run: ExecuteOptions, pro
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     published = look_at(folder, options.base_model)
+    _spare_base(published, repo, options)
     _require_token(repo)
     store = _repository(repo, options)
     deleted = _to_delete(published, repo, options, store)
@@ -187,7 +191,13 @@ def push(folder: Path, repo: str, options: PushOptions, run: ExecuteOptions, pro
             f"{repo}: {_names(wrong)} did not arrive as in {folder}; push again, and if it stays so, revert commit "
             f"{oid}"
         )
-    return Pushed(url=url, commit=oid, files=len(published.files), verified=published.stale is not None)
+    return Pushed(
+        url=url,
+        commit=oid,
+        files=len(published.files),
+        verified=published.stale is not None,
+        new=oid != store.revision,
+    )
 
 
 def open_for_writing(repo: str, options: PushOptions) -> tuple[HubStore, Any]:
@@ -231,6 +241,15 @@ def commit(
                 # The answer was lost, not the commit; whether it is this one, the checksums tell.
                 return f"{api.endpoint}/{repo}/commit/{head}", str(head)
             patience.wait(error)
+
+
+def _spare_base(published: Published, repo: str, options: PushOptions) -> None:
+    """Refuses to put an edited model where its own base is, unless a branch or a pull request is asked for."""
+    if repo == published.base and options.revision is None and not options.create_pr:
+        raise UsageError(
+            f"{repo}: is what {published.path} was made of, and would be replaced; name another repository, a branch "
+            "with --revision, or add --create-pr"
+        )
 
 
 def _require_token(repo: str) -> None:

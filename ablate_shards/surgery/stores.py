@@ -1,6 +1,7 @@
 """Where remote checkpoints are: repositories on the Hub, and whatever fsspec reads."""
 
 import dataclasses
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,6 @@ __all__ = [
     "hub_pause",
     "hub_repository",
     "is_hub_id",
-    "need_hub",
     "open_files",
     "open_source",
     "quieten_hub",
@@ -261,8 +261,8 @@ def explain_hub(error: Exception, name: str, file: str | None = None, *, writing
             reason = f"is gated; ask for access at {constants.ENDPOINT}/{repo}, and {_LOG_IN} as who has it"
         case errors.RepositoryNotFoundError() if not writing:
             reason = (
-                f"no such file or folder here, and no repository on the Hub that you may read; check the name, or "
-                f"{_LOG_IN} if it is private"
+                f"no repository on the Hub that you may read, nor a file or folder here; check the name, or {_LOG_IN} "
+                "if it is private"
             )
         case errors.RepositoryNotFoundError():
             reason = f"no repository on the Hub that you may write; check the name, and {_LOG_IN} with a write token"
@@ -279,9 +279,12 @@ def explain_hub(error: Exception, name: str, file: str | None = None, *, writing
         case errors.HfHubHTTPError() if error.response.status_code == 401:
             reason = f"the Hub refuses the token; make one at {_TOKENS}, then {_LOG_IN}"
         case errors.HfHubHTTPError() if error.response.status_code == 403:
-            right = "write to this repository" if writing else "read this repository"
+            verb, right = ("write to", "write") if writing else ("read", "read")
             said = f" ({error.server_message})" if error.server_message else ""
-            reason = f"the token may not {right}{said}; give it the permission to at {_TOKENS}, then {_LOG_IN}"
+            reason = (
+                f"the token may not {verb} this repository{said}; give it {right} access to the repositories of "
+                f"{repo.partition('/')[0]} at {_TOKENS}, then {_LOG_IN}"
+            )
         case errors.HfHubHTTPError() if error.response.status_code in (409, 412):
             reason = "someone else has committed meanwhile, so nothing was committed; run again"
         case errors.HfHubHTTPError() if error.response.status_code == 429:
@@ -427,21 +430,21 @@ class _FsspecStore(FsspecFaults):
         )
 
 
-def quieten_hub() -> None:
-    """Keeps the client's progress bars off the screen."""
-    need_hub()
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+def quieten_hub(*, bars: bool) -> None:
+    """Keeps the client's remarks off the screen.
 
-    disable_progress_bars()
-
-
-def need_hub() -> None:
-    """Says how to install huggingface_hub where it is not.
+    Args:
+        bars: Keep its progress bars off as well.
 
     Raises:
-        UsageError: It is not installed.
+        UsageError: The client is not installed.
     """
     _need("huggingface_hub", "hub")
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if bars:
+        disable_progress_bars()
 
 
 def _need(package: str, extra: str) -> None:

@@ -73,13 +73,21 @@ def test_a_push_is_one_commit_of_exactly_the_folder(hub, out):
     assert not hub.requests("GET /blob/org/model")
 
 
-def test_a_second_push_sends_nothing_and_a_changed_receipt_goes_alone(hub, out):
+def test_a_second_push_sends_nothing_and_a_new_file_goes_alone(hub, out):
     assert run("push", out, "me/edited").exit_code == 0
     before = len(hub.repos["me/edited"].commits)
     hub.seen.clear()
-    assert run("push", out, "me/edited").exit_code == 0
+    again = run("push", out, "hub:me/edited")
+    assert again.exit_code == 0
+    assert again.stdout.startswith(f"nothing was sent: me/edited holds all of {out} already, at {hub.endpoint}/")
     assert len(hub.repos["me/edited"].commits) == before
     assert not hub.requests("PUT")
+    assert not json.loads(run("push", out, "me/edited", "--json").stdout)["new"]
+    assert run("push", out, "me/edited", "--quiet").output == ""
+    (out / "notes.md").write_text("new")
+    assert json.loads(run("push", out, "me/edited", "--json").stdout)["new"]
+    assert not hub.requests("PUT")
+    assert contents(hub)["notes.md"] == b"new"
 
 
 def test_multipart_uploads(hub, out):
@@ -193,6 +201,19 @@ def test_stale_weights_are_deleted_when_asked(hub, out, tmp_path):
     assert len(hub.repos["me/edited"].commits) == 2
 
 
+def test_the_base_is_not_replaced_by_its_own_edit(hub, out):
+    before = dict(hub.repos["org/model"].refs)
+    for more in ([], ["--dry-run"]):
+        result = run("push", out, "org/model", *more)
+        assert result.exit_code == 2
+        assert "is what" in result.stderr
+        assert "was made of, and would be replaced" in result.stderr
+    assert hub.repos["org/model"].refs == before
+    assert run("push", out, "org/model", "--revision", "edited").exit_code == 0
+    assert hub.repos["org/model"].refs["main"] == before["main"]
+    assert contents(hub, "org/model", "edited").keys() >= snapshot(out).keys()
+
+
 def test_private_does_not_pretend_to_hide(hub, out):
     hub.add("me/edited", out)
     result = run("push", out, "me/edited", "--private")
@@ -204,7 +225,7 @@ def test_permissions_are_explained(hub, out, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
     refused = run("push", out, "me/edited").stderr
     assert "the token may not write to this repository" in refused
-    assert "give it the permission to at https://huggingface.co/settings/tokens" in refused
+    assert "give it write access to the repositories of me at https://huggingface.co/settings/tokens" in refused
     assert "hf_reader" not in refused
     monkeypatch.setenv("HF_TOKEN", "hf_unknown")
     assert "the Hub refuses the token; make one at" in run("push", out, "me/edited").stderr

@@ -300,7 +300,7 @@ def test_errors_say_who_may_read_and_how_to_log_in(case, monkeypatch):
     for repo_id, settings in (("org/private", {"private": True}), ("org/gated", {"gated": True})):
         hub.add(repo_id, folder / "local", **settings)
     for name, words in {
-        "org/nothing": "no repository on the Hub that you may read; check the name, or log in with `hf auth login`",
+        "org/nothing": "no repository on the Hub that you may read, nor a file or folder here; check the name, or",
         "org/private": "no repository on the Hub that you may read",
         "org/gated": f"is gated; ask for access at {hub.endpoint}/org/gated",
         "org/model@nowhere": "there is no revision nowhere",
@@ -321,7 +321,9 @@ def test_errors_say_who_may_read_and_how_to_log_in(case, monkeypatch):
     )
     assert "the Hub refuses the token; make one at" in run("inspect", "org/model").stderr
     hub.fault("GET /api/models/org/model", status=403)
-    assert "the token may not read this repository" in run("inspect", "org/model").stderr
+    refused = run("inspect", "org/model").stderr
+    assert "the token may not read this repository" in refused
+    assert "give it read access to the repositories of org at https://huggingface.co/settings/tokens" in refused
 
 
 def test_neither_a_path_nor_on_the_hub_is_one_sentence(case, monkeypatch):
