@@ -79,6 +79,7 @@ def test_a_new_card_passes_the_check_of_the_hub_and_says_what_was_done(folder):
         "before, at most | 5.000% |",
         "| after, at most | 0.200% |",
         "| largest change of a kept norm | 0.010% |",
+        'pipeline("text-generation", model="me/edited")',
         "vllm serve me/edited",
         f"ablate-shards verify org/base@{'f' * 40} me/edited`",
         "Intended use and limitations",

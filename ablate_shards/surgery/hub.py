@@ -1,6 +1,7 @@
 """Publishes an edited checkpoint or an adapter on the Hub: verified, in one commit, and checked after."""
 
 import hashlib
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -319,7 +320,7 @@ def card_of(published: Published, repo: str, options: PushOptions, store: HubSto
         store: What is there now.
 
     Raises:
-        HubError: The card there is, or a receipt, cannot be read.
+        HubError: The card there is, or a receipt, cannot be read, or the Hub refuses what would be the metadata.
     """
     folder, own = published.path, None
     if (folder / CARD).is_file():
@@ -336,7 +337,7 @@ def card_of(published: Published, repo: str, options: PushOptions, store: HubSto
         existing = own
     elif store is not None and CARD in store.entries:
         existing = RemoteFiles(store).read(CARD).decode("utf-8-sig")
-    return model_card(
+    card = model_card(
         folder,
         CardOptions(
             repo=repo,
@@ -348,6 +349,26 @@ def card_of(published: Published, repo: str, options: PushOptions, store: HubSto
             files=published.files,
         ),
     )
+    _check_metadata(card, repo)
+    return card
+
+
+def _check_metadata(card: str, repo: str) -> None:
+    """Asks the Hub about a card's metadata before anything is made or sent, because it would refuse the commit."""
+    from huggingface_hub import ModelCard
+
+    faults = HubFaults(repo)
+    try:
+        patiently(faults, ModelCard(card).validate)
+    except ValueError as error:
+        try:
+            said = "; ".join(str(each["message"]) for each in json.loads(str(error))["errors"])
+        except (ValueError, LookupError, TypeError):
+            said = " ".join(str(error).split())
+        raise HubError(
+            f"{repo}: the Hub refuses the metadata of the card ({said}); repair README.md, or start from another card "
+            "with --card"
+        ) from error
 
 
 def _base_metadata(base: str, revision: str | None) -> Mapping[str, Any]:

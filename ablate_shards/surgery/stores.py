@@ -285,6 +285,8 @@ def explain_hub(error: Exception, name: str, file: str | None = None, *, writing
                 f"the token may not {verb} this repository{said}; give it {right} access to the repositories of "
                 f"{repo.partition('/')[0]} at {_TOKENS}, then {_LOG_IN}"
             )
+        case errors.HfHubHTTPError() if error.response.status_code == 404:
+            reason = f"nothing on the Hub that you may {'write' if writing else 'read'}; check the name, or {_LOG_IN}"
         case errors.HfHubHTTPError() if error.response.status_code in (409, 412):
             reason = "someone else has committed meanwhile, so nothing was committed; run again"
         case errors.HfHubHTTPError() if error.response.status_code == 429:

@@ -88,6 +88,7 @@ class Fault:
     times: int
     answer: Callable[[], Response] | None = None
     cut_after: int | None = None
+    hang_up: bool = False
     flip: bool = False
     pause: float = 0.0
 
@@ -183,6 +184,10 @@ class Hub:
                 import anyio
 
                 await anyio.sleep(fault.pause)
+            if fault and fault.hang_up:
+                # The connection breaks while the request's body is still on its way.
+                await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
+                return
             if fault and fault.answer:
                 response = fault.answer()
             else:

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -136,6 +139,10 @@ def test_a_dry_run_lists_and_writes_nothing(hub, out):
     before = hub.repos["me/edited"].refs["main"]
     listed = json.loads(run("push", out, "me/edited", "--dry-run", "--json").stdout)
     states = {file["name"]: file["state"] for file in listed["files"]}
+    sizes = {file["name"]: file["size"] for file in listed["files"]}
+    assert sizes == {path.relative_to(out).as_posix(): path.stat().st_size for path in out.rglob("*.*")} | {
+        "README.md": len(listed["card"].encode())
+    }
     assert states["notes.md"] == "new"
     assert states["tokenizer.json"] == states["README.md"] == "changed"
     assert states["model-00001-of-00002.safetensors"] == states["ablation.json"] == "same"
@@ -145,7 +152,8 @@ def test_a_dry_run_lists_and_writes_nothing(hub, out):
     assert "tokenizer.json is newer than ablation.json, so it would be verified first" in shown
     assert run("push", out, "me/other", "--dry-run").exit_code == 0
     assert "me/other" not in hub.repos
-    assert not hub.requests("POST")
+    # Nothing but a question about the card.
+    assert {seen.path for seen in hub.requests("POST")} == {"/api/validate-yaml"}
 
 
 def test_what_is_not_fresh_is_verified_against_the_source(hub, out):
@@ -231,19 +239,79 @@ def test_permissions_are_explained(hub, out, monkeypatch):
     assert "the Hub refuses the token; make one at" in run("push", out, "me/edited").stderr
     monkeypatch.delenv("HF_TOKEN")
     assert "a token is needed to write; log in with `hf auth login` or set HF_TOKEN" in run("push", out, "me/e").stderr
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    hub.fault("POST /api/repos/create", status=404)
+    assert (
+        "nothing on the Hub that you may write; check the name, or log in" in run("push", out, "nobody/edited").stderr
+    )
     assert set(hub.repos) == {"org/model"}
 
 
-@pytest.mark.parametrize(
-    "route",
-    ["POST /api/repos/create", "POST .*/preupload/", "POST .*/batch", "PUT ", "POST .*/verify$", "POST .*/commit/"],
+ROUTES = (
+    "POST /api/repos/create",
+    "POST /api/validate-yaml",
+    "POST .*/preupload/",
+    "POST .*/batch",
+    "PUT ",
+    "POST .*/verify$",
+    "POST .*/commit/",
+    "GET .*/tree/",
 )
-def test_a_busy_hub_is_waited_for(hub, out, route):
-    hub.fault(route, status=503, headers={"Retry-After": "0"})
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_busy_hub_is_waited_for(hub, out, route, status):
+    seconds = "1" if "preupload" in route else "0"
+    hub.fault(route, status=status, headers={"Retry-After": seconds})
+    start = time.monotonic()
+    result = run("push", out, "me/edited")
+    assert result.exit_code == 0, result.stderr
+    assert time.monotonic() - start >= int(seconds)
+    assert_published(hub, out)
+    assert len(hub.repos["me/edited"].commits) == 2
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_connection_that_breaks_is_made_again(hub, out, route):
+    hub.fault(route, hang_up=True)
     result = run("push", out, "me/edited")
     assert result.exit_code == 0, result.stderr
     assert_published(hub, out)
     assert len(hub.repos["me/edited"].commits) == 2
+
+
+def test_a_connection_that_breaks_in_the_middle_of_an_upload(hub, out):
+    """Far into a file, when what the sockets hold is full."""
+    hub.add("org/model", out.parent / "source")
+    wide = out.parent / "wide"
+    write_llama(out.parent / "wide_source", layers=2, hidden=1024, shards=1)
+    write_directions(out.parent / "wide_d.safetensors", layers=2, hidden=1024)
+    options = ("-d", out.parent / "wide_d.safetensors", "--source-layer", "1")
+    assert run("ablate", out.parent / "wide_source", wide, *options).exit_code == 0
+    hub.fault("PUT ", times=2, hang_up=True)
+    result = run("push", wide, "me/edited")
+    assert result.exit_code == 0, result.stderr
+    assert len(hub.requests("PUT ")) == 3
+    assert_published(hub, wide)
+
+
+def test_a_killed_push_shows_nothing_and_is_resumed(hub, out):
+    hub.fault("POST .*/commit/", pause=3, status=503)
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "ablate_shards", "push", str(out), "me/edited"]
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not hub.requests("POST .*/commit/"):
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert list(contents(hub)) == [".gitattributes"]
+    assert len(hub.requests("PUT ")) == 2
+    hub.seen.clear()
+    assert run("push", out, "me/edited").exit_code == 0
+    assert not hub.requests("PUT ")
+    assert_published(hub, out)
 
 
 def test_a_lost_answer_makes_no_second_commit(hub, out):
@@ -285,6 +353,23 @@ def test_an_interrupted_push_is_resumed_without_sending_twice(hub, out):
     assert run("push", out, "me/edited").exit_code == 0
     assert not hub.requests("PUT")
     assert_published(hub, out)
+
+
+def test_a_card_that_the_hub_refuses_stops_the_push_before_anything_is_made(hub, out, tmp_path):
+    bad = tmp_path / "bad.md"
+    bad.write_text("---\nlicense: nonsense\nlanguage: zh-Hant\n---\n# Mine\n")
+    for more in ([], ["--dry-run"]):
+        result = run("push", out, "me/edited", "--card", bad, *more)
+        assert result.exit_code == 1
+        assert "the Hub refuses the metadata of the card (\"license\" must be one of a list, found 'nonsense'" in (
+            result.stderr
+        )
+        assert "from another card with --card" in result.stderr
+    assert set(hub.repos) == {"org/model"}
+    bad.write_text("---\nlicense: mit\n---\n# Mine\n")
+    assert run("push", out, "me/edited", "--card", bad).exit_code == 0
+    assert "# Mine" in assert_published(hub, out)
+    assert hub.requests("POST /api/validate-yaml")
 
 
 def test_what_arrived_otherwise_is_told(hub, out, monkeypatch):
@@ -378,5 +463,12 @@ def test_the_token_is_in_no_file_and_no_output(hub, out):
     assert "hf_writer" not in result.output
     assert not any(b"hf_writer" in (data or b"") for data in contents(hub).values())
     assert not any(b"hf_writer" in data for data in snapshot(Path.cwd()).values())
+    for fault in ({"status": 403}, {"status": 500, "times": 50}):
+        hub.fault("POST .*/commit/", **fault)
+        (out / "notes.md").write_text(str(fault))
+        refused = run("push", out, "me/edited", "--debug")
+        assert refused.exit_code == 1, refused.output
+        assert "Traceback" in refused.output
+        assert "hf_writer" not in refused.output
     # The store of large files, another origin, is never sent the token.
     assert not any(seen.authorized for seen in hub.seen if seen.port == hub.store_port)

@@ -282,17 +282,20 @@ def test_cache_uses_the_ordinary_cache(case):
     assert hub.sent("GET /blob/") <= 3 * 100_000
 
 
-def test_a_full_disk_under_the_cache_is_one_sentence(case, monkeypatch):
+def test_a_full_disk_under_the_cache_is_one_sentence_and_then_gone_on_with(case, monkeypatch):
     _, folder = case
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", str(folder / "cache"))
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
-    result = ablate(folder, "--cache")
+    with monkeypatch.context() as patched:
+        patched.setattr("huggingface_hub.file_download.http_get", full)
+        result = ablate(folder, "--cache")
     assert result.exit_code == 1
     assert result.stderr.strip().endswith("cache: No space left on device")
     assert not (folder / "out").exists()
+    assert ablate(folder, "--cache").exit_code == 0
+    assert_as_expected(folder)
 
 
 def test_errors_say_who_may_read_and_how_to_log_in(case, monkeypatch):
