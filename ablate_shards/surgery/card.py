@@ -35,6 +35,8 @@ _INHERITED = ("license", "license_name", "license_link", "language", "library_na
 #: What begins the name of a measure of the model as it was before: an evaluation has it under ``base``.
 _BASE = "base "
 _VALUES = ("value", "ratio", "rate", "share", "mean")
+#: What tells one adapter from another.
+_ADAPTER_KEYS = ("peft_type", "r", "lora_alpha", "target_modules", "target_parameters", "use_rslora", "use_dora")
 _COUNTS = ("count", "n", "of", "total")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LARGEST = 64 << 20
@@ -241,11 +243,15 @@ def _tables(folder: Path, files: Sequence[str]) -> list[dict[str, Any]]:
     if "ablation.json" in files:
         tables.append(_ablation_table(read_object(folder / "ablation.json")))
     for name, title, said in (
+        ("adapter_config.json", "The adapter", "From PEFT's `adapter_config.json`:"),
         ("merge.json", "The merge", "A LoRA adapter was added to the weights, `W + s·B·A`, shard by shard."),
         ("training.json", "The training", "Trained with peft and transformers, the loss on the responses only."),
     ):
         if name in files:
-            rows = [(key, value) for key, value in _flat(read_object(folder / name)) if key not in ("format", "sha256")]
+            content = read_object(folder / name)
+            if name == "adapter_config.json":
+                content = {key: content.get(key) for key in _ADAPTER_KEYS}
+            rows = [(key, value) for key, value in _flat(content) if key not in ("format", "sha256") and value]
             tables.append({"title": title, "said": said, "rows": rows})
     return tables
 
@@ -281,8 +287,9 @@ def _flat(content: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str
         name = f"{path}{key}"
         if isinstance(value, dict):
             yield from _flat(value, f"{name} ")
-        elif not isinstance(value, list) or (
-            len(value) <= 12 and not any(isinstance(item, dict | list) for item in value)
+        elif value is not None and (
+            not isinstance(value, list)
+            or (len(value) <= 12 and not any(isinstance(item, dict | list) for item in value))
         ):
             yield _plain(name), _plain(value)
 

@@ -1,7 +1,6 @@
 """Where remote checkpoints are: repositories on the Hub, and whatever fsspec reads."""
 
 import dataclasses
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -442,9 +441,9 @@ def quieten_hub(*, bars: bool) -> None:
         UsageError: The client is not installed.
     """
     _need("huggingface_hub", "hub")
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+    from huggingface_hub.utils import disable_progress_bars, logging  # type: ignore[attr-defined]
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if bars:
         disable_progress_bars()
 
