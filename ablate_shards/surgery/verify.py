@@ -413,18 +413,18 @@ class _Comparison:
         dtype = np.dtype(STORED[self._edit.dtype])
         width = self._edit.shape[-1] if self._edit.shape else 1
         row = width * dtype.itemsize
-        # Read in pieces as large as is good for reading, compared in such as take little memory when decoded.
-        whole, part = (max(1, size // row) * row for size in (self._chunk, _CHUNK))
-        self._total += len(data) // dtype.itemsize
-        for first in range(0, len(data), whole):
-            written = memoryview(bytearray(len(data[first : first + whole])))
-            self._written(written, offset + first)
-            for start in range(0, len(written), part):
-                theirs = written[start : start + part]
-                ours = data[first + start :][: len(theirs)]
-                if ours != theirs:
-                    found, expected = (np.frombuffer(raw, dtype).reshape(-1, width) for raw in (theirs, ours))
-                    self._compare(found, expected, offset + first + start)
+        step, rows = (max(1, size // row) for size in (self._chunk, _CHUNK))
+        for first in range(0, len(data), step * row):
+            piece = data[first : first + step * row]
+            written = bytearray(len(piece))
+            self._written(memoryview(written), offset + first)
+            self._total += len(piece) // dtype.itemsize
+            if written != piece:
+                found, expected = (np.frombuffer(raw, dtype).reshape(-1, width) for raw in (written, piece))
+                # A few rows at a time, because decoded they take four times the memory.
+                for start in range(0, len(found), rows):
+                    part = slice(start, start + rows)
+                    self._compare(found[part], expected[part], offset + first + start * row)
 
     def _compare(self, found: np.ndarray, expected: np.ndarray, offset: int) -> None:
         """Compares rows of stored values."""
