@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from raw_checkpoints import snapshot, write_directions, write_llama, write_shard
@@ -123,7 +124,12 @@ def test_a_pull_request_leaves_the_branch_alone(hub, out):
     assert hub.repos["org/theirs"].refs["main"] == before
     assert_published(hub, out, "org/theirs", "refs/pr/1")
     # And the pull request can be pushed to again.
+    (out / "notes.md").write_text("more")
     assert run("push", out, "org/theirs", "--revision", "refs/pr/1", "--message", "Again").exit_code == 0
+    assert hub.repos["org/theirs"].messages[-1] == "Again"
+    assert contents(hub, "org/theirs", "refs/pr/1")["notes.md"] == b"more"
+    assert hub.repos["org/theirs"].refs["main"] == before
+    assert run("verify", "org/model", "org/theirs@refs/pr/1").exit_code == 0
 
 
 def test_a_branch_is_made(hub, out):
@@ -455,6 +461,38 @@ def test_an_existing_card_keeps_what_people_wrote(hub, out):
         assert words in kept
     assert "VANDALISED" not in kept
     assert kept.count("ablate-shards: what follows is generated") == 1
+
+
+def test_the_token_of_a_login_is_used(hub, out, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    (tmp_path / "token").write_text("hf_writer\n")
+    assert run("push", out, "me/edited").exit_code == 0
+    assert_published(hub, out)
+
+
+def test_a_merge_is_verified_with_its_adapter(hub, out, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["down_proj"]})
+    )
+    root = "base_model.model.model.layers.0.mlp.down_proj"
+    factors = {f"{root}.lora_A.weight": np.ones((2, 72)), f"{root}.lora_B.weight": np.ones((32, 2))}
+    write_shard(adapter / "adapter_model.safetensors", factors, "F32")
+    merged = tmp_path / "merged"
+    assert run("merge", "org/model", adapter, merged).exit_code == 0
+    os.utime(merged / "config.json", (time.time() + 5, time.time() + 5))
+    result = run("push", merged, "me/merged", "--adapter", adapter, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["verified"]
+    card = assert_published(hub, merged, "me/merged")
+    for words in ("base_model: org/model", "- lora-merged", "| adapter r | 2 |", "## The merge"):
+        assert words in card
+    (adapter / "adapter_model.safetensors").write_bytes((out.parent / "d.safetensors").read_bytes())
+    (merged / "notes.md").write_text("new")
+    refused = run("push", merged, "me/merged", "--adapter", adapter)
+    assert refused.exit_code == 1
+    assert "notes.md" not in contents(hub, "me/merged")
 
 
 def test_the_token_is_in_no_file_and_no_output(hub, out):

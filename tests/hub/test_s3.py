@@ -1,6 +1,9 @@
 """SOURCE and OUT in S3, as s3fs speaks to it: against moto's server."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import s3fs
@@ -110,6 +113,39 @@ def test_from_s3_to_s3_resumed(s3, tmp_path, monkeypatch):
     assert "already exists; --overwrite" in ablate("s3://bucket/model", "s3://bucket/edited").stderr
     assert ablate("local", "s3://bucket/edited", "--overwrite").exit_code == 0
     assert files(s3, "bucket/edited") == snapshot(tmp_path / "expected")
+
+
+KILLED = """
+import os, signal, sys
+from ablate_shards.cli import main
+from ablate_shards.surgery import objects
+
+send, sent = objects._Target.send, []
+
+def killing(self, path, name):
+    if sent:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sent.append(name)
+    return send(self, path, name)
+
+objects._Target.send = killing
+main(sys.argv[1:])
+"""
+
+
+def test_a_run_that_is_killed_between_shards_goes_on(s3, tmp_path):
+    arguments = ["ablate", "s3://bucket/model", "s3://bucket/edited", "-d", "d.safetensors", "--source-layer", "1"]
+    command = [sys.executable, "-c", KILLED, *arguments, "--layers", "0-1", "--quiet"]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    half = files(s3, "bucket/edited")
+    assert any(name.endswith(".safetensors") for name in half)
+    assert not {"config.json", "model.safetensors.index.json", "ablation.json"} & set(half)
+    assert "is under way or was interrupted" in run("verify", "local", "s3://bucket/edited").stderr
+    assert "half made; --resume goes on with it" in ablate("s3://bucket/model", "s3://bucket/edited").stderr
+    result = ablate("s3://bucket/model", "s3://bucket/edited", "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert weights(files(s3, "bucket/edited")) == weights(snapshot(tmp_path / "expected"))
+    assert run("verify", "local", "s3://bucket/edited").exit_code == 0
 
 
 def test_errors_of_s3_in_one_sentence(s3, monkeypatch):

@@ -225,6 +225,7 @@ def test_a_source_that_has_moved_is_told(case, tmp_path):
     assert len(content["differences"]) == 1
     said = f"the receipt is of commit {first}, and this is {moved}: compare it with org/model@{first}"
     assert said in content["notes"]
+    assert found("org/model", OUT, "--cache") == content
     assert found(f"org/model@{first}", OUT)["differences"] == []
     case.update("org/model", write_llama(tmp_path / "smaller", hidden=HIDDEN))
     refused = run("verify", "org/model", OUT)
