@@ -35,11 +35,12 @@ _INHERITED = ("license", "license_name", "license_link", "language", "library_na
 #: What begins the name of a measure of the model as it was before: an evaluation has it under ``base``.
 _BASE = "base "
 _VALUES = ("value", "ratio", "rate", "share", "mean")
-#: What tells one adapter from another.
-_ADAPTER_KEYS = ("peft_type", "r", "lora_alpha", "target_modules", "target_parameters", "use_rslora", "use_dora")
 _COUNTS = ("count", "n", "of", "total")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LARGEST = 64 << 20
+#: What tells one adapter from another, of all that PEFT writes down.
+_ADAPTER_KEYS = {"peft_type", "r", "lora_alpha", "target_modules", "target_parameters", "use_rslora", "use_dora"}
+_DIGESTS = {"format", "sha256"}
 
 Kind = Literal["ablation", "merge", "adapter"]
 
@@ -248,10 +249,9 @@ def _tables(folder: Path, files: Sequence[str]) -> list[dict[str, Any]]:
         ("training.json", "The training", "Trained with peft and transformers, the loss on the responses only."),
     ):
         if name in files:
-            content = read_object(folder / name)
+            rows = [(key, value) for key, value in _flat(read_object(folder / name)) if value and key not in _DIGESTS]
             if name == "adapter_config.json":
-                content = {key: content.get(key) for key in _ADAPTER_KEYS}
-            rows = [(key, value) for key, value in _flat(content) if key not in ("format", "sha256") and value]
+                rows = [(key, value) for key, value in rows if key in _ADAPTER_KEYS]
             tables.append({"title": title, "said": said, "rows": rows})
     return tables
 

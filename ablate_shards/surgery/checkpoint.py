@@ -448,7 +448,7 @@ class Folder:
             opened.seek(offset)
             while data:
                 if not (count := opened.readinto(data)):
-                    raise CheckpointError(f"{self.shown(file)}: got shorter while it was read")
+                    raise CheckpointError(f"{self.shown(file)}: got shorter while it was read; run again")
                 data = data[count:]
 
     def header(self, file: str) -> tuple[Shard, Mapping[str, str]]:

@@ -177,6 +177,7 @@ def push(folder: Path, repo: str, options: PushOptions, run: ExecuteOptions, pro
         progress.note(f"{published.stale}, so it is verified first")
         _verify(published, options, run, progress)
     store, api = _made(repo, options, store)
+    progress.note(f"sending to {repo} what it has not of {len(published.files) + 1} files")
     with explained(repo):
         operations = [
             CommitOperationAdd(CARD, card.encode()),
@@ -246,7 +247,8 @@ def commit(
 
 def _spare_base(published: Published, repo: str, options: PushOptions) -> None:
     """Refuses to put an edited model where its own base is, unless a branch or a pull request is asked for."""
-    if repo == published.base and options.revision is None and not options.create_pr:
+    own = published.base is not None and repo.lower() == published.base.lower()
+    if own and options.revision is None and not options.create_pr:
         raise UsageError(
             f"{repo}: is what {published.path} was made of, and would be replaced; name another repository, a branch "
             "with --revision, or add --create-pr"
