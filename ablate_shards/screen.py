@@ -136,8 +136,13 @@ class _Bar(_Silence):
         self._show("bytes", total, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
 
     def advance(self, count: int) -> None:
-        if self._progress is not None:
-            self._progress.advance(self._task, count)
+        progress = self._progress
+        if progress is not None:
+            progress.advance(self._task, count)
+            if progress.finished:
+                # What follows may be an upload, with bars of its own.
+                progress.stop()
+                self._progress = None
 
     def count(self, done: int, total: int) -> None:
         if self._progress is None:
