@@ -205,6 +205,15 @@ def test_what_was_published_is_what_its_receipt_says(case, tmp_path):
     assert [difference["where"] for difference in found("org/model", "out")["differences"]] == ["README.md"]
 
 
+@pytest.mark.parametrize("out", ["hub:me/new", "memory://bucket/new"])
+def test_the_command_that_a_run_ends_with_works(case, tmp_path, out):
+    result = run("ablate", "org/model", out, *options(tmp_path))
+    assert result.exit_code == 0, result.stderr
+    source = f"org/model@{case.repos['org/model'].refs['main']}"
+    assert result.stdout.endswith(f"check it with: ablate-shards verify {source} {out}\n")
+    assert run("verify", source, out).exit_code == 0
+
+
 def test_a_revision_stays_what_it_was(case, tmp_path):
     first = case.repos[OUT].refs["main"]
     flip(tmp_path / "out" / SHARD, -1)
