@@ -89,6 +89,7 @@ class Fault:
     answer: Callable[[], Response] | None = None
     cut_after: int | None = None
     hang_up: bool = False
+    garble: bool = False
     flip: bool = False
     pause: float = 0.0
 
@@ -188,6 +189,9 @@ class Hub:
                 # The connection breaks while the request's body is still on its way.
                 await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
                 return
+            if fault and fault.garble:
+                body = await request.body()
+                request._body = body[:-1] + bytes([body[-1] ^ 1])
             if fault and fault.answer:
                 response = fault.answer()
             else:

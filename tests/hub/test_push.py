@@ -302,6 +302,16 @@ def test_a_connection_that_breaks_in_the_middle_of_an_upload(hub, out):
     assert_published(hub, wide)
 
 
+def test_what_arrives_with_a_wrong_checksum_is_refused_and_pushed_again(hub, out):
+    hub.fault("PUT ", garble=True)
+    refused = run("push", out, "me/edited")
+    assert refused.exit_code == 1
+    assert refused.stderr.splitlines()[-1].startswith("error: me/edited: the Hub answered 400 (checksum mismatch)")
+    assert list(contents(hub)) == [".gitattributes"]
+    assert run("push", out, "me/edited").exit_code == 0
+    assert_published(hub, out)
+
+
 def test_a_killed_push_shows_nothing_and_is_resumed(hub, out):
     hub.fault("POST .*/commit/", pause=3, status=503)
     environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}

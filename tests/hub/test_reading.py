@@ -103,9 +103,12 @@ def test_what_inspect_shows_is_what_it_shows_of_the_folder(case):
     assert theirs == ours
 
 
-def test_a_local_path_wins(case):
+def test_a_local_path_wins_unless_the_hub_is_named(case):
     hub, folder = case
     write_llama(folder / "org" / "model", layers=2, hidden=64)
+    assert ablate(folder, source="hub:org/model").exit_code == 0
+    assert_as_expected(folder)
+    hub.seen.clear()
     shown = json.loads(run("inspect", "org/model", "--json").stdout)
     assert shown["hidden_size"] == 64
     assert hub.seen == []
