@@ -136,8 +136,13 @@ class _Bar(_Silence):
         self._show("bytes", total, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
 
     def advance(self, count: int) -> None:
-        if self._progress is not None:
-            self._progress.advance(self._task, count)
+        progress = self._progress
+        if progress is not None:
+            progress.advance(self._task, count)
+            if progress.finished:
+                # What follows may be an upload, with bars of its own.
+                progress.stop()
+                self._progress = None
 
     def count(self, done: int, total: int) -> None:
         if self._progress is None:
@@ -186,8 +191,18 @@ def print_plan(checkpoint: Checkpoint, plan: Plan) -> None:
     _print_left_out(console, plan, checkpoint)
 
 
-def print_results(checkpoint: Checkpoint, plan: Plan, results: Mapping[str, TensorResult], out: Path | str) -> None:
-    """Prints what was measured of the edited tensors, as re-read from the written files; OUT is a folder or a URL."""
+def print_results(
+    checkpoint: Checkpoint, plan: Plan, results: Mapping[str, TensorResult], out: Path | str, url: str | None
+) -> None:
+    """Prints what was measured of the edited tensors, as re-read from the written files.
+
+    Args:
+        checkpoint: The source.
+        plan: What was done.
+        results: What was measured.
+        out: What the user named.
+        url: The commit, where that is a repository.
+    """
     console = _console()
     table = _table(
         "layer",
@@ -219,10 +234,10 @@ def print_results(checkpoint: Checkpoint, plan: Plan, results: Mapping[str, Tens
     console.print(f"{_share(checkpoint, plan, 'edited')}; every other byte is the source's")
     if plan.skipped:
         console.print(f"{_count(len(plan.skipped), 'other writer')} left as they are; the receipt says why")
-    if isinstance(out, str):
-        console.print(f"published at {out}, with its receipt in {RECEIPT_NAME}")
-        return
-    console.print(f"written to {out}, receipt in {out / RECEIPT_NAME}")
+    if url:
+        console.print(f"published at {url}, with its receipt in {RECEIPT_NAME}")
+    else:
+        console.print(f"written to {out}, receipt in {out}/{RECEIPT_NAME}")
     source = "@".join(part for part in checkpoint.origin or (checkpoint.name,) if part)
     console.print(f"check it with: ablate-shards verify {source} {out}")
 
@@ -387,7 +402,7 @@ def print_push(plan: "PushPlan") -> None:
         console.print(f"{plan.unverified}, so it would be verified first")
 
 
-def print_verification(verification: "Verification", source: Path | str, out: Path) -> None:
+def print_verification(verification: "Verification", source: Path | str, out: Path | str) -> None:
     """Prints every difference, or that there is none."""
     console = _console()
     for difference in verification.differences:

@@ -79,8 +79,9 @@ def test_a_new_card_passes_the_check_of_the_hub_and_says_what_was_done(folder):
         "before, at most | 5.000% |",
         "| after, at most | 0.200% |",
         "| largest change of a kept norm | 0.010% |",
+        'pipeline("text-generation", model="me/edited")',
         "vllm serve me/edited",
-        f"ablate-shards verify org/base@{'f' * 40} OUT",
+        f"ablate-shards verify org/base@{'f' * 40} me/edited`",
         "Intended use and limitations",
     ):
         assert words in card
@@ -210,3 +211,33 @@ def test_text_of_strangers_stays_text(folder):
 @pytest.mark.parametrize("text", ["", "no header", "---\n- a\n---\n", "---\na: [\n---\n"])
 def test_metadata_of_what_has_none_is_empty(text):
     assert metadata_of(text) == {}
+
+
+def test_an_adapter_says_what_it_is_and_how_to_run_it(tmp_path):
+    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_parameters": None, "use_rslora": True}))
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    card = model_card(tmp_path, options(kind="adapter", repo="me/adapter", files=files))
+    assert check_card(card) == ([], [])
+    data = metadata_of(card)
+    assert (data["library_name"], data["base_model_relation"], data["base_model"]) == ("peft", "adapter", "org/base")
+    assert data["tags"] == ["ablate-shards", "lora"]
+    for words in (
+        "| r | 16 |",
+        "| lora_alpha | 32 |",
+        "| target_modules | q_proj, v_proj |",
+        "| use_rslora | True |",
+        'AutoPeftModelForCausalLM.from_pretrained("me/adapter")',
+        "vllm serve org/base --enable-lora --lora-modules adapter=me/adapter",
+        "Intended use and limitations",
+    ):
+        assert words in card
+    # Nothing that is not so: no edit of weights, no figures, no empty cells.
+    for words in (
+        "A direction in the weights",
+        "What was measured is above",
+        "target_parameters",
+        "|  |",
+        "ablate-shards verify",
+    ):
+        assert words not in card

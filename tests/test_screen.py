@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from raw_checkpoints import write_directions, write_dump, write_llama
 
+from ablate_shards import screen
 from ablate_shards.cli import cli
 
 
@@ -116,3 +117,17 @@ def test_directions_never_replace_their_dump(tmp_path):
         result = CliRunner().invoke(cli, ["directions", str(dump), str(file), "--overwrite"])
         assert result.exit_code == 2, file
     assert dump.read_bytes() == before
+
+
+def test_a_bar_that_is_full_makes_room(monkeypatch, capsys):
+    """For what follows, such as an upload with bars of its own; and it can begin again."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with screen.progress(quiet=False) as bar:
+        for total in (10, 20):
+            bar.begin(total)
+            bar.advance(total - 1)
+            assert bar._progress is not None
+            bar.advance(1)
+            assert bar._progress is None
+            bar.advance(1)
+    assert "10/10 bytes" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """``ablate``: removes a direction from a checkpoint."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -168,8 +169,8 @@ def ablate(
         if checkpoint.remote.revision:
             progress.note(f"{checkpoint.name} is commit {checkpoint.remote.revision}")
     repo = hub_repository(out)
-    if (quiet or as_json) and (cache or repo is not None):
-        quieten_hub()
+    if cache or repo is not None:
+        quieten_hub(bars=quiet or as_json or not sys.stderr.isatty())
     if (repo is not None or isinstance(out, str)) and (link or cache):
         raise UsageError(f"{out}: --link and --cache are about a folder here; leave them out")
     if private and repo is None:
@@ -193,7 +194,7 @@ def ablate(
         return
     if cache:
         checkpoint = cached(checkpoint)
-    where: Path | str = out
+    url: str | None = None
     results: Mapping[str, Any]
     with progress:
         operation = ablation(checkpoint, plan, found, options)
@@ -208,16 +209,16 @@ def ablate(
             from ablate_shards.surgery.transfer import perform_on_hub
 
             done = perform_on_hub(checkpoint, operation, repo, PushOptions(private=private), run, progress)
-            results, where = done.results, done.url
+            results, url = done.results, done.url
     if as_json:
         print_json(
             {
-                "out": str(where),
+                "out": url or str(out),
                 "tensors": {name: dataclasses.asdict(result) for name, result in results.items()},
             }
         )
     elif not quiet:
-        screen.print_results(checkpoint, plan, results, where)
+        screen.print_results(checkpoint, plan, results, out, url)
 
 
 def _one_source(directions: Path | None, activations: Path | None) -> tuple[Path | None, Path | None]:

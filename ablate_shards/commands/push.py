@@ -1,6 +1,7 @@
 """``push``: publishes an edited checkpoint or an adapter on the Hub."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,12 @@ def push(
     from ablate_shards.surgery.execute import ExecuteOptions
     from ablate_shards.surgery.hub import PushOptions, plan_push
     from ablate_shards.surgery.hub import push as push_folder
-    from ablate_shards.surgery.stores import need_hub, quieten_hub
+    from ablate_shards.surgery.stores import hub_repository, quieten_hub
 
-    need_hub()
+    repo = hub_repository(repo) or repo
     options = PushOptions(**settings)
     progress = screen.progress(quiet=quiet or as_json)
-    if quiet or as_json:
-        quieten_hub()
+    quieten_hub(bars=quiet or as_json or not sys.stderr.isatty())
     if dry_run:
         plan = plan_push(out, repo, options)
         if as_json:
@@ -77,4 +77,5 @@ def push(
     if as_json:
         print_json(dataclasses.asdict(pushed))
     elif not quiet:
-        click.echo(f"{out} is at {pushed.url}; the checksums of {pushed.files} files agree")
+        what = f"{out} is at" if pushed.new else f"nothing was sent: {repo} holds all of {out} already, at"
+        click.echo(f"{what} {pushed.url}; the checksums of {pushed.files} files agree")

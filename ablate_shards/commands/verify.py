@@ -21,7 +21,7 @@ __all__ = ["verify"]
 
 @click.command()
 @click.argument("source", type=SOURCE)
-@click.argument("out", type=PATH)
+@click.argument("out", type=SOURCE)
 @click.option("--adapter", type=PATH, help="Of a merge: the adapter, to compute what it changed again.")
 @resources
 @cache_flag
@@ -30,7 +30,7 @@ __all__ = ["verify"]
 @debug_flag
 def verify(
     source: Path | str,
-    out: Path,
+    out: Path | str,
     *,
     adapter: Path | None,
     device: str,
@@ -42,20 +42,26 @@ def verify(
 ) -> None:
     """Re-read SOURCE and OUT and compare every byte with what the receipt in OUT says.
 
-    The exit code is 1 when anything differs.
+    Either may be elsewhere: a repository on the Hub (org/name[@revision], hub:org/name) or a folder
+    of an object store, which is read by byte ranges, and nothing of it is kept here. The exit code
+    is 1 when anything differs.
     """
     from ablate_shards import screen
     from ablate_shards.surgery.execute import ExecuteOptions
-    from ablate_shards.surgery.stores import cached, open_source
+    from ablate_shards.surgery.stores import cached, open_files, open_source
     from ablate_shards.surgery.verify import verify as verify_checkpoint
 
     progress = screen.progress(quiet=quiet or as_json)
     run = ExecuteOptions(device=device, memory=memory, jobs=jobs)
     checkpoint = open_source(source)
+    files = open_files(out)
+    for each in (checkpoint.files, files):
+        if each.revision:
+            progress.note(f"{each.name} is commit {each.revision}")
     if cache:
         checkpoint = cached(checkpoint)
     with progress:
-        verification = verify_checkpoint(checkpoint, out, run, progress, adapter=adapter)
+        verification = verify_checkpoint(checkpoint, files, run, progress, adapter=adapter)
     if as_json:
         print_json(dataclasses.asdict(verification))
     elif verification.differences or not quiet:

@@ -10,8 +10,20 @@ from typing import Any, Literal
 
 from ablate_shards.errors import HubError
 
-__all__ = ["BEGIN", "END", "CardOptions", "Measure", "metadata_of", "model_card", "read_measures", "read_object"]
+__all__ = [
+    "BEGIN",
+    "CARD",
+    "END",
+    "CardOptions",
+    "Measure",
+    "metadata_of",
+    "model_card",
+    "read_measures",
+    "read_object",
+]
 
+#: The file that the Hub shows as a model's card.
+CARD = "README.md"
 BEGIN = "<!-- ablate-shards: what follows is generated and replaced by the next push -->"
 END = "<!-- ablate-shards: end of what is generated -->"
 
@@ -26,6 +38,9 @@ _VALUES = ("value", "ratio", "rate", "share", "mean")
 _COUNTS = ("count", "n", "of", "total")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LARGEST = 64 << 20
+#: What tells one adapter from another, of all that PEFT writes down.
+_ADAPTER_KEYS = {"peft_type", "r", "lora_alpha", "target_modules", "target_parameters", "use_rslora", "use_dora"}
+_DIGESTS = {"format", "sha256"}
 
 Kind = Literal["ablation", "merge", "adapter"]
 
@@ -229,11 +244,14 @@ def _tables(folder: Path, files: Sequence[str]) -> list[dict[str, Any]]:
     if "ablation.json" in files:
         tables.append(_ablation_table(read_object(folder / "ablation.json")))
     for name, title, said in (
+        ("adapter_config.json", "The adapter", "From PEFT's `adapter_config.json`:"),
         ("merge.json", "The merge", "A LoRA adapter was added to the weights, `W + s·B·A`, shard by shard."),
         ("training.json", "The training", "Trained with peft and transformers, the loss on the responses only."),
     ):
         if name in files:
-            rows = [(key, value) for key, value in _flat(read_object(folder / name)) if key not in ("format", "sha256")]
+            rows = [(key, value) for key, value in _flat(read_object(folder / name)) if value and key not in _DIGESTS]
+            if name == "adapter_config.json":
+                rows = [(key, value) for key, value in rows if key in _ADAPTER_KEYS]
             tables.append({"title": title, "said": said, "rows": rows})
     return tables
 
@@ -269,8 +287,9 @@ def _flat(content: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str
         name = f"{path}{key}"
         if isinstance(value, dict):
             yield from _flat(value, f"{name} ")
-        elif not isinstance(value, list) or (
-            len(value) <= 12 and not any(isinstance(item, dict | list) for item in value)
+        elif value is not None and (
+            not isinstance(value, list)
+            or (len(value) <= 12 and not any(isinstance(item, dict | list) for item in value))
         ):
             yield _plain(name), _plain(value)
 

@@ -4,10 +4,8 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -26,11 +24,11 @@ __all__ = [
     "SKIPPED_FOLDERS",
     "Checkpoint",
     "Files",
+    "Folder",
     "Remote",
     "Shard",
     "TensorInfo",
     "assemble",
-    "at_hand",
     "files_of",
     "fingerprint",
     "is_report",
@@ -122,8 +120,15 @@ class Files(Protocol):
     def name(self) -> str:
         """What messages call the folder."""
 
+    @property
+    def revision(self) -> str | None:
+        """The commit they are of, None where they have no history."""
+
     def walk(self) -> Iterable[tuple[str, str | None]]:
-        """Yields every file, with a reason where it is passed over."""
+        """Yields every file, with a reason where it is passed over; of a folder that is, its name alone."""
+
+    def names(self) -> Iterable[str]:
+        """Returns every file, whatever it is, sorted."""
 
     def shown(self, file: str) -> str:
         """Returns what messages call a file."""
@@ -131,8 +136,21 @@ class Files(Protocol):
     def has(self, file: str) -> bool:
         """Returns whether there is such a file."""
 
+    def size(self, file: str) -> int:
+        """Returns a file's size in bytes."""
+
     def read(self, file: str) -> bytes:
         """Returns a small file's content."""
+
+    def read_into(self, file: str, data: memoryview, offset: int, stop: threading.Event) -> None:
+        """Fills a buffer from an offset of a file; several threads may call it.
+
+        Args:
+            file: The file.
+            data: The buffer.
+            offset: Where to begin.
+            stop: Set when the run has ended elsewhere.
+        """
 
     def header(self, file: str) -> tuple[Shard, Mapping[str, str]]:
         """Returns what ``read_header`` does."""
@@ -143,13 +161,6 @@ class Files(Protocol):
 
 class Remote(Files, Protocol):
     """Files that are not on this machine; they can be read by byte ranges and do not change."""
-
-    @property
-    def revision(self) -> str | None:
-        """The commit they are of, None where they have no history."""
-
-    def size(self, file: str) -> int:
-        """Returns a file's size in bytes."""
 
     def read_range(self, file: str, start: int, end: int) -> bytes:
         """Returns some bytes of a file."""
@@ -206,6 +217,11 @@ class Checkpoint:
     def name(self) -> str:
         """What messages call it."""
         return str(self.path) if self.remote is None else self.remote.name
+
+    @property
+    def files(self) -> Files:
+        """Its files, wherever they are."""
+        return Folder(self.root) if self.remote is None else self.remote
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -281,10 +297,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: expected a .safetensors file or a folder of them")
         shard, metadata = read_header(path)
         _refuse_own_format(str(path), metadata)
-        return _checkpoint(path, _Folder(path.parent), [shard], sidecars=[], left_out=[])
+        return _checkpoint(path, Folder(path.parent), [shard], sidecars=[], left_out=[])
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or folder")
-    return assemble(_Folder(path))
+    return assemble(Folder(path))
 
 
 def assemble(files: Files, remote: Remote | None = None) -> Checkpoint:
@@ -360,14 +376,12 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     Raises:
         OSError: A file is gone.
     """
-    return _fingerprint(checkpoint.remote or _Folder(checkpoint.root), checkpoint.shards, checkpoint.sidecars)
+    return _fingerprint(checkpoint.files, checkpoint.shards, checkpoint.sidecars)
 
 
 def size_of(checkpoint: Checkpoint, file: str) -> int:
     """Returns the size in bytes of one of a checkpoint's files."""
-    if checkpoint.remote is not None:
-        return checkpoint.remote.size(file)
-    return (checkpoint.root / file).stat().st_size
+    return checkpoint.files.size(file)
 
 
 def read_range(checkpoint: Checkpoint, tensor: TensorInfo) -> bytes:
@@ -379,54 +393,70 @@ def read_range(checkpoint: Checkpoint, tensor: TensorInfo) -> bytes:
         return file.read(tensor.end - tensor.start)
 
 
-@contextmanager
-def at_hand(
-    checkpoint: Checkpoint, file: str, beside: Path, stop: threading.Event, advance: Callable[[int], None]
-) -> Iterator[Path]:
-    """Yields a local path of one of a checkpoint's files, fetched for the while where it is remote.
+class Folder:
+    """The files of a folder on this machine.
 
     Args:
-        checkpoint: The checkpoint.
-        file: The file.
-        beside: Where to keep a fetched file meanwhile.
-        stop: Set when the run has ended elsewhere.
-        advance: Hears how many more bytes were fetched.
+        root: The folder.
     """
-    if checkpoint.remote is None:
-        yield checkpoint.root / file
-        return
-    with tempfile.TemporaryDirectory(prefix=".ablate-fetched-", dir=beside) as folder:
-        path = Path(folder) / PurePosixPath(file).name
-        checkpoint.remote.fetch(file, path, stop=stop, advance=advance)
-        yield path
-
-
-class _Folder:
-    """The files of a folder on this machine."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     @property
     def name(self) -> str:
+        """What messages call the folder."""
         return str(self._root)
 
+    @property
+    def revision(self) -> str | None:
+        """None: a folder has no history."""
+        return None
+
     def walk(self) -> Iterable[tuple[str, str | None]]:
+        """Yields every file, with a reason where it is passed over."""
         return _walk(self._root)
 
+    def names(self) -> Iterable[str]:
+        """Returns every file, whatever it is, sorted."""
+        return sorted(path.relative_to(self._root).as_posix() for path in self._root.rglob("*") if path.is_file())
+
     def shown(self, file: str) -> str:
+        """Returns what messages call a file."""
         return str(self._root / file)
 
     def has(self, file: str) -> bool:
+        """Returns whether there is such a file."""
         return (self._root / file).is_file()
 
+    def size(self, file: str) -> int:
+        """Returns a file's size in bytes."""
+        return (self._root / file).stat().st_size
+
     def read(self, file: str) -> bytes:
+        """Returns a small file's content."""
         return (self._root / file).read_bytes()
 
+    def read_into(self, file: str, data: memoryview, offset: int, stop: threading.Event) -> None:
+        """Fills a buffer from an offset of a file.
+
+        Raises:
+            CheckpointError: The file ends before the buffer is full.
+        """
+        del stop
+        with (self._root / file).open("rb", buffering=0) as opened:
+            opened.seek(offset)
+            while data:
+                if not (count := opened.readinto(data)):
+                    raise CheckpointError(f"{self.shown(file)}: got shorter while it was read; run again")
+                data = data[count:]
+
     def header(self, file: str) -> tuple[Shard, Mapping[str, str]]:
+        """Returns what ``read_header`` does."""
         return read_header(self._root / file, file)
 
     def stamp(self, file: str) -> str:
+        """Returns what tells one state of a file from another."""
         stat = (self._root / file).stat()
         return f"{stat.st_size}\0{stat.st_mtime_ns}"
 

@@ -216,14 +216,14 @@ class _Gatherer:
         def read() -> Merging:
             receipt = read_merge_receipt(self._out)
             path = self._out / MERGE_RECEIPT_NAME
-            return Merging(receipt, load(path, MERGE_FORMAT)[0], _digest(path))
+            return Merging(receipt, load(self._out, MERGE_RECEIPT_NAME, MERGE_FORMAT)[0], _digest(path))
 
         return self._try("merge", read)
 
     def _ablation(self, merge: Merging | None) -> Ablation | None:
         def read_at(folder: Path) -> Ablation:
             path = folder / RECEIPT_NAME
-            return Ablation(read_receipt(folder), load(path, FORMAT)[0], _digest(path))
+            return Ablation(read_receipt(folder), load(folder, RECEIPT_NAME, FORMAT)[0], _digest(path))
 
         if (self._out / RECEIPT_NAME).is_file():
             return self._try("ablation", partial(read_at, self._out))

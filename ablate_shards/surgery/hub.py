@@ -1,6 +1,7 @@
 """Publishes an edited checkpoint or an adapter on the Hub: verified, in one commit, and checked after."""
 
 import hashlib
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -110,12 +111,14 @@ class Pushed:
         commit: The commit's hash.
         files: How many files of the folder were checked against the repository.
         verified: Whether the folder was verified first, because its receipt was not fresh.
+        new: Whether there is a commit of it now, or the repository held all of it already.
     """
 
     url: str
     commit: str
     files: int
     verified: bool
+    new: bool
 
 
 def plan_push(folder: Path, repo: str, options: PushOptions) -> PushPlan:
@@ -127,6 +130,7 @@ def plan_push(folder: Path, repo: str, options: PushOptions) -> PushPlan:
         VerifyError: Its receipt cannot be read.
     """
     published = look_at(folder, options.base_model)
+    _spare_base(published, repo, options)
     store = _repository(repo, options)
     card = card_of(published, repo, options, store).encode()
     theirs = store.entries if store else {}
@@ -164,6 +168,7 @@ def push(folder: Path, repo: str, options: PushOptions, run: ExecuteOptions, pro
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     published = look_at(folder, options.base_model)
+    _spare_base(published, repo, options)
     _require_token(repo)
     store = _repository(repo, options)
     deleted = _to_delete(published, repo, options, store)
@@ -172,6 +177,7 @@ def push(folder: Path, repo: str, options: PushOptions, run: ExecuteOptions, pro
         progress.note(f"{published.stale}, so it is verified first")
         _verify(published, options, run, progress)
     store, api = _made(repo, options, store)
+    progress.note(f"sending to {repo} what it has not of {len(published.files) + 1} files")
     with explained(repo):
         operations = [
             CommitOperationAdd(CARD, card.encode()),
@@ -187,7 +193,13 @@ def push(folder: Path, repo: str, options: PushOptions, run: ExecuteOptions, pro
             f"{repo}: {_names(wrong)} did not arrive as in {folder}; push again, and if it stays so, revert commit "
             f"{oid}"
         )
-    return Pushed(url=url, commit=oid, files=len(published.files), verified=published.stale is not None)
+    return Pushed(
+        url=url,
+        commit=oid,
+        files=len(published.files),
+        verified=published.stale is not None,
+        new=oid != store.revision,
+    )
 
 
 def open_for_writing(repo: str, options: PushOptions) -> tuple[HubStore, Any]:
@@ -231,6 +243,16 @@ def commit(
                 # The answer was lost, not the commit; whether it is this one, the checksums tell.
                 return f"{api.endpoint}/{repo}/commit/{head}", str(head)
             patience.wait(error)
+
+
+def _spare_base(published: Published, repo: str, options: PushOptions) -> None:
+    """Refuses to put an edited model where its own base is, unless a branch or a pull request is asked for."""
+    own = published.base is not None and repo.lower() == published.base.lower()
+    if own and options.revision is None and not options.create_pr:
+        raise UsageError(
+            f"{repo}: is what {published.path} was made of, and would be replaced; name another repository, a branch "
+            "with --revision, or add --create-pr"
+        )
 
 
 def _require_token(repo: str) -> None:
@@ -300,7 +322,7 @@ def card_of(published: Published, repo: str, options: PushOptions, store: HubSto
         store: What is there now.
 
     Raises:
-        HubError: The card there is, or a receipt, cannot be read.
+        HubError: The card there is, or a receipt, cannot be read, or the Hub refuses what would be the metadata.
     """
     folder, own = published.path, None
     if (folder / CARD).is_file():
@@ -317,7 +339,7 @@ def card_of(published: Published, repo: str, options: PushOptions, store: HubSto
         existing = own
     elif store is not None and CARD in store.entries:
         existing = RemoteFiles(store).read(CARD).decode("utf-8-sig")
-    return model_card(
+    card = model_card(
         folder,
         CardOptions(
             repo=repo,
@@ -329,6 +351,26 @@ def card_of(published: Published, repo: str, options: PushOptions, store: HubSto
             files=published.files,
         ),
     )
+    _check_metadata(card, repo)
+    return card
+
+
+def _check_metadata(card: str, repo: str) -> None:
+    """Asks the Hub about a card's metadata before anything is made or sent, because it would refuse the commit."""
+    from huggingface_hub import ModelCard
+
+    faults = HubFaults(repo)
+    try:
+        patiently(faults, ModelCard(card).validate)
+    except ValueError as error:
+        try:
+            said = "; ".join(str(each["message"]) for each in json.loads(str(error))["errors"])
+        except (ValueError, LookupError, TypeError):
+            said = " ".join(str(error).split())
+        raise HubError(
+            f"{repo}: the Hub refuses the metadata of the card ({said}); repair README.md, or start from another card "
+            "with --card"
+        ) from error
 
 
 def _base_metadata(base: str, revision: str | None) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from ablate_shards import __version__
-from ablate_shards.errors import AdapterError, ArchitectureError, ExecuteError, PlanError, UsageError, VerifyError
+from ablate_shards.errors import AdapterError, ArchitectureError, ExecuteError, PlanError, UsageError
 from ablate_shards.surgery.adapter import WEIGHTS_NAME, Adapter, LowRank, base_digest, read_adapter
 from ablate_shards.surgery.architecture import Anatomy, dissect
 from ablate_shards.surgery.checkpoint import (
@@ -20,12 +20,13 @@ from ablate_shards.surgery.checkpoint import (
     MERGE_RECEIPT_NAME,
     RECEIPT_NAMES,
     Checkpoint,
+    Files,
     TensorInfo,
     files_of,
 )
 from ablate_shards.surgery.editor import BlockEditor, Channels, Stopped, resolve_device, torch_dtype
 from ablate_shards.surgery.execute import ExecuteOptions, Operation, Progress, perform
-from ablate_shards.surgery.receipt import items, load, number, seal, source_record, typed
+from ablate_shards.surgery.receipt import incomplete, items, load, number, revision_of, seal, source_record, typed
 from ablate_shards.surgery.staging import check_out
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ class MergeReceipt:
     """What the receipt of a merge says that can be checked, as read.
 
     Attributes:
+        revision: The commit of the source, None where it has no history.
         shards: Digests of the source's headers, by shard.
         copied: The files that were copied beside the shards.
         adapter_sha256: Digest of the adapter.
@@ -174,6 +176,7 @@ class MergeReceipt:
         altered: Whether its bytes are not the ones that were written.
     """
 
+    revision: str | None
     shards: Mapping[str, str]
     copied: tuple[str, ...]
     adapter_sha256: str
@@ -730,20 +733,20 @@ def _record(edit: MergeEdit, result: MergeResult) -> dict[str, Any]:
     }
 
 
-def read_merge_receipt(folder: Path) -> MergeReceipt:
-    """Reads the receipt of a merge.
+def read_merge_receipt(folder: Path | Files) -> MergeReceipt:
+    """Reads the receipt of a merge, wherever it is.
 
     Raises:
         VerifyError: There is none, it is of a newer version, or it is not a receipt.
     """
-    path = folder / MERGE_RECEIPT_NAME
-    content, altered = load(path, MERGE_FORMAT)
+    content, altered = load(folder, MERGE_RECEIPT_NAME, MERGE_FORMAT)
     try:
         records = content["tensors"]
         tensors = [_tensor(record) for record in records]
         if len({tensor.name for tensor in tensors}) < len(tensors):
             raise ValueError("records a tensor twice")
         return MergeReceipt(
+            revision=revision_of(content),
             shards={
                 typed(entry, "name", str): typed(entry, "header_sha256", str) for entry in content["source"]["shards"]
             },
@@ -761,7 +764,7 @@ def read_merge_receipt(folder: Path) -> MergeReceipt:
             altered=altered,
         )
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise VerifyError(f"{path}: not a complete receipt ({error}); it was changed after it was written") from error
+        raise incomplete(folder, MERGE_RECEIPT_NAME, error) from error
 
 
 def _tensor(record: Mapping[str, Any]) -> TensorInfo:

@@ -5,16 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ablate_shards.errors import UsageError
-from ablate_shards.surgery.card import Kind, read_object
+from ablate_shards.surgery.card import CARD, Kind, read_object
 from ablate_shards.surgery.checkpoint import MERGE_RECEIPT_NAME, RECEIPT_NAME, read_header
 from ablate_shards.surgery.merge import read_merge_receipt
 from ablate_shards.surgery.receipt import read_receipt
 from ablate_shards.surgery.stores import is_hub_id
 
 __all__ = ["CARD", "Published", "look_at"]
-
-#: The file that the Hub shows as a model's card.
-CARD = "README.md"
 
 _ADAPTER = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"

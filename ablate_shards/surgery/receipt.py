@@ -14,7 +14,7 @@ import numpy as np
 
 from ablate_shards import __version__
 from ablate_shards.errors import VerifyError
-from ablate_shards.surgery.checkpoint import RECEIPT_NAME, Checkpoint
+from ablate_shards.surgery.checkpoint import RECEIPT_NAME, Checkpoint, Files, Folder
 from ablate_shards.surgery.directions import Directions
 from ablate_shards.surgery.plan import BasisKey, Plan, TensorEdit
 from ablate_shards.surgery.recipe import COMPONENTS, PRESERVE, AblateOptions
@@ -23,11 +23,13 @@ __all__ = [
     "FORMAT",
     "Receipt",
     "TensorResult",
+    "incomplete",
     "items",
     "load",
     "number",
     "read_receipt",
     "receipt_text",
+    "revision_of",
     "seal",
     "source_record",
     "typed",
@@ -62,6 +64,7 @@ class Receipt:
     """What a receipt says that can be checked, as read.
 
     Attributes:
+        revision: The commit of the source, None where it has no history.
         shards: Digests of the source's headers, by shard.
         copied: The files that were copied beside the shards.
         edits: The edits it records, one a tensor.
@@ -70,6 +73,7 @@ class Receipt:
         altered: Whether its bytes are not the ones that were written.
     """
 
+    revision: str | None
     shards: Mapping[str, str]
     copied: tuple[str, ...]
     edits: tuple[TensorEdit, ...]
@@ -116,14 +120,13 @@ def receipt_text(
     return seal(content)
 
 
-def read_receipt(folder: Path) -> Receipt:
-    """Reads the receipt of an edited checkpoint.
+def read_receipt(folder: Path | Files) -> Receipt:
+    """Reads the receipt of an edited checkpoint, wherever it is.
 
     Raises:
         VerifyError: There is none, it is of a newer version, or it is not a receipt.
     """
-    path = folder / RECEIPT_NAME
-    content, altered = load(path, FORMAT)
+    content, altered = load(folder, RECEIPT_NAME, FORMAT)
     try:
         shards = {
             typed(entry, "name", str): typed(entry, "header_sha256", str) for entry in content["source"]["shards"]
@@ -133,6 +136,7 @@ def read_receipt(folder: Path) -> Receipt:
         if len(results) < len(edits):
             raise ValueError("records a tensor twice")
         receipt = Receipt(
+            revision=revision_of(content),
             shards=shards,
             copied=items(content["files"], "copied", str),
             edits=edits,
@@ -144,22 +148,21 @@ def read_receipt(folder: Path) -> Receipt:
             altered=altered,
         )
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise VerifyError(f"{path}: not a complete receipt ({error}); it was changed after it was written") from error
+        raise incomplete(folder, RECEIPT_NAME, error) from error
     return receipt
 
 
-def load(path: Path, expected: str) -> tuple[dict[str, Any], bool]:
+def load(folder: Path | Files, name: str, expected: str) -> tuple[dict[str, Any], bool]:
     """Reads the content of a receipt of a given format, and whether its bytes are not the ones that were written.
 
     Raises:
         VerifyError: There is none, it is of a newer version, or it is not a receipt.
     """
-    try:
-        raw = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise VerifyError(
-            f"{path.parent}: holds no {path.name}; only folders made by ablate-shards have one"
-        ) from error
+    files = _files(folder)
+    path = files.shown(name)
+    if not files.has(name):
+        raise VerifyError(f"{files.name}: holds no {name}; only what ablate-shards has made holds one")
+    raw = files.read(name)
     try:
         content: dict[str, Any] = json.loads(raw)
         found = content["format"]
@@ -172,6 +175,21 @@ def load(path: Path, expected: str) -> tuple[dict[str, Any], bool]:
     except (ValueError, RecursionError):
         altered = True
     return content, altered
+
+
+def incomplete(folder: Path | Files, name: str, error: Exception) -> VerifyError:
+    """Returns the error of a receipt that lacks something, or has it otherwise."""
+    path = _files(folder).shown(name)
+    return VerifyError(f"{path}: not a complete receipt ({error}); it was changed after it was written")
+
+
+def revision_of(content: Mapping[str, Any]) -> str | None:
+    """Returns the commit of the source that a receipt names, None where it names none.
+
+    Raises:
+        TypeError: What it names is no text.
+    """
+    return typed(content["source"], "revision", str) if "revision" in content["source"] else None
 
 
 def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -190,6 +208,10 @@ def seal(content: Mapping[str, Any]) -> str:
     body = json.dumps({**content, "sha256": ""}, indent=1, ensure_ascii=False)
     digest = hashlib.sha256(body.encode()).hexdigest()
     return json.dumps({**content, "sha256": digest}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _files(folder: Path | Files) -> Files:
+    return Folder(folder) if isinstance(folder, Path) else folder
 
 
 def _resolved(options: AblateOptions, plan: Plan) -> dict[str, Any]:

@@ -168,6 +168,10 @@ class RemoteFiles:
                 passed.add(folder)
                 yield f"{folder}/", SKIPPED_FOLDERS[folders.parts[skipped]]
 
+    def names(self) -> Iterable[str]:
+        """Returns every file, whatever it is, sorted."""
+        return sorted(self._store.entries)
+
     def shown(self, file: str) -> str:
         """Returns what messages call a file."""
         return f"{self.name}/{file}"
@@ -193,6 +197,17 @@ class RemoteFiles:
     def read_range(self, file: str, start: int, end: int) -> bytes:
         """Returns some bytes of a file."""
         return b"".join(self._range(file, start, end, _CLOCK))
+
+    def read_into(self, file: str, data: memoryview, offset: int, stop: threading.Event) -> None:
+        """Fills a buffer from an offset of a file; see ``checkpoint.Files``.
+
+        Raises:
+            HubError: The file cannot be read.
+            CancelledError: The run has ended elsewhere.
+        """
+        for piece in self._range(file, offset, offset + len(data), stop):
+            data[: len(piece)] = piece
+            data = data[len(piece) :]
 
     def header(self, file: str) -> tuple[Shard, Mapping[str, str]]:
         """Reads one header; the first call reads those of all shards, several at a time."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ablate_shards.errors import CheckpointError, HubError, UsageError
-from ablate_shards.surgery.checkpoint import Checkpoint, fingerprint, open_checkpoint
-from ablate_shards.surgery.remote import Entry, open_remote, patiently
+from ablate_shards.surgery.checkpoint import Checkpoint, Files, Folder, fingerprint, open_checkpoint
+from ablate_shards.surgery.remote import Entry, RemoteFiles, Store, open_remote, patiently
 
 __all__ = [
     "HubFaults",
@@ -19,7 +19,7 @@ __all__ = [
     "hub_pause",
     "hub_repository",
     "is_hub_id",
-    "need_hub",
+    "open_files",
     "open_source",
     "quieten_hub",
 ]
@@ -27,11 +27,13 @@ __all__ = [
 #: The journal of a folder in an object store that is half made; it goes when the folder is complete.
 UNFINISHED = ".ablate-unfinished.json"
 
-_HUB_ID = re.compile(r"(?:hf://)?(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_SCHEME = "hub:"
+_REPO = r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?"
+_HUB_ID = re.compile(_REPO)
+_HUB_PLACE = re.compile(rf"(?:hf://|{_SCHEME})?{_REPO}")
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
 _LONGEST_WAIT = 600.0
 _CHUNK = 1 << 20
-_SCHEME = "hub:"
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 _TOKENS = "https://huggingface.co/settings/tokens"
 
@@ -56,11 +58,36 @@ def hub_repository(out: str | Path) -> str | None:
     return repo
 
 
+def open_files(place: str | Path) -> Files:
+    """Lists the files of a folder, wherever it is; a path that exists here wins over a Hub id.
+
+    Args:
+        place: A folder, a Hub id ``org/name[@revision]`` with or without ``hub:``, or a URL that fsspec reads.
+
+    Returns:
+        The files; none has been read. Those of a Hub id are pinned to a commit.
+
+    Raises:
+        CheckpointError: There is no such folder in the object store, or it is half made.
+        HubError: The repository or the object store cannot be read.
+        UsageError: The package that reads it is not installed.
+    """
+    store = _store(place)
+    return Folder(Path(place)) if store is None else RemoteFiles(store)
+
+
+def _store(place: str | Path) -> Store | None:
+    text = str(place)
+    if not Path(place).exists() and (match := _HUB_PLACE.fullmatch(text)):
+        return HubStore(match["repo"], match["revision"])
+    return _FsspecStore(text) if "://" in text else None
+
+
 def open_source(source: str | Path) -> Checkpoint:
     """Reads every header of a checkpoint, wherever it is; a path that exists here wins over a Hub id.
 
     Args:
-        source: A ``.safetensors`` file, a folder, a Hub id ``org/name[@revision]``, or a URL that fsspec reads.
+        source: A ``.safetensors`` file, a folder, a Hub id as for :func:`open_files`, or a URL that fsspec reads.
 
     Returns:
         The checkpoint; no weight has been read. That of a Hub id is pinned to a commit.
@@ -70,12 +97,8 @@ def open_source(source: str | Path) -> Checkpoint:
         HubError: The repository or the object store cannot be read.
         UsageError: The package that reads it is not installed.
     """
-    text = str(source)
-    if not Path(source).exists() and (match := _HUB_ID.fullmatch(text)):
-        return open_remote(HubStore(match["repo"], match["revision"]))
-    if "://" in text:
-        return open_remote(_FsspecStore(text))
-    return open_checkpoint(Path(source))
+    store = _store(source)
+    return open_checkpoint(Path(source)) if store is None else open_remote(store)
 
 
 def cached(checkpoint: Checkpoint) -> Checkpoint:
@@ -237,8 +260,8 @@ def explain_hub(error: Exception, name: str, file: str | None = None, *, writing
             reason = f"is gated; ask for access at {constants.ENDPOINT}/{repo}, and {_LOG_IN} as who has it"
         case errors.RepositoryNotFoundError() if not writing:
             reason = (
-                f"no such file or folder here, and no repository on the Hub that you may read; check the name, or "
-                f"{_LOG_IN} if it is private"
+                f"no repository on the Hub that you may read, nor a file or folder here; check the name, or {_LOG_IN} "
+                "if it is private"
             )
         case errors.RepositoryNotFoundError():
             reason = f"no repository on the Hub that you may write; check the name, and {_LOG_IN} with a write token"
@@ -255,9 +278,14 @@ def explain_hub(error: Exception, name: str, file: str | None = None, *, writing
         case errors.HfHubHTTPError() if error.response.status_code == 401:
             reason = f"the Hub refuses the token; make one at {_TOKENS}, then {_LOG_IN}"
         case errors.HfHubHTTPError() if error.response.status_code == 403:
-            right = "write to this repository" if writing else "read this repository"
+            verb, right = ("write to", "write") if writing else ("read", "read")
             said = f" ({error.server_message})" if error.server_message else ""
-            reason = f"the token may not {right}{said}; give it the permission to at {_TOKENS}, then {_LOG_IN}"
+            reason = (
+                f"the token may not {verb} this repository{said}; give it {right} access to the repositories of "
+                f"{repo.partition('/')[0]} at {_TOKENS}, then {_LOG_IN}"
+            )
+        case errors.HfHubHTTPError() if error.response.status_code == 404:
+            reason = f"nothing on the Hub that you may {'write' if writing else 'read'}; check the name, or {_LOG_IN}"
         case errors.HfHubHTTPError() if error.response.status_code in (409, 412):
             reason = "someone else has committed meanwhile, so nothing was committed; run again"
         case errors.HfHubHTTPError() if error.response.status_code == 429:
@@ -315,7 +343,14 @@ class FsspecFaults:
             case FileNotFoundError():
                 return HubError(f"{where}: not found; check the name")
             case PermissionError():
-                return HubError(f"{where}: may not be {self._verb} ({error}); check the credentials")
+                return HubError(
+                    f"{where}: may not be {self._verb} ({error}); check the credentials and what they permit"
+                )
+            case _ if "Credentials" in type(error).__name__:
+                return HubError(
+                    f"{where}: cannot be {self._verb} without credentials ({error}); set them as for the store's own "
+                    "client, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile in ~/.aws"
+                )
             case _:
                 return HubError(f"{where}: cannot be {self._verb} ({type(error).__name__}: {error})")
 
@@ -333,7 +368,8 @@ def open_system(url: str) -> tuple[Any, str]:
     try:
         system, root = fsspec.core.url_to_fs(url)
     except ImportError as error:
-        raise UsageError(f"{url}: fsspec needs another package to read {protocol}:// ({error})") from error
+        how = "; `pip install 'ablate-shards[s3]'` brings it" if protocol == "s3" else ""
+        raise UsageError(f"{url}: fsspec needs another package for {protocol}:// ({error}){how}") from error
     except ValueError as error:
         raise UsageError(f"{url}: fsspec knows no {protocol}:// ({error})") from error
     return system, str(root).rstrip("/")
@@ -395,21 +431,21 @@ class _FsspecStore(FsspecFaults):
         )
 
 
-def quieten_hub() -> None:
-    """Keeps the client's progress bars off the screen."""
-    need_hub()
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+def quieten_hub(*, bars: bool) -> None:
+    """Keeps the client's remarks off the screen.
 
-    disable_progress_bars()
-
-
-def need_hub() -> None:
-    """Says how to install huggingface_hub where it is not.
+    Args:
+        bars: Keep its progress bars off as well.
 
     Raises:
-        UsageError: It is not installed.
+        UsageError: The client is not installed.
     """
     _need("huggingface_hub", "hub")
+    from huggingface_hub.utils import disable_progress_bars, logging  # type: ignore[attr-defined]
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if bars:
+        disable_progress_bars()
 
 
 def _need(package: str, extra: str) -> None:

@@ -1,41 +1,46 @@
 """Re-reads a source and its edited copy, and finds whatever the receipt does not account for."""
 
-import filecmp
 import functools
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from ablate_shards.errors import AblateError, UsageError, VerifyError
+from ablate_shards.errors import AblateError, HubError, UsageError, VerifyError
 from ablate_shards.surgery.adapter import read_adapter
+from ablate_shards.surgery.card import BEGIN, CARD
 from ablate_shards.surgery.checkpoint import (
     ITEM_BYTES,
     MERGE_RECEIPT_NAME,
     RECEIPT_NAME,
     RECEIPT_NAMES,
     Checkpoint,
+    Files,
+    Folder,
     Shard,
-    at_hand,
     is_report,
 )
 from ablate_shards.surgery.directions import Directions
-from ablate_shards.surgery.editor import BlockEditor, Channels, Editor, cores, pread_into
+from ablate_shards.surgery.editor import BlockEditor, Channels, Editor, cores
 from ablate_shards.surgery.execute import ExecuteOptions, Progress, untouched
-from ablate_shards.surgery.merge import MergeEditor, plan_merge, read_merge_receipt
+from ablate_shards.surgery.merge import MergeEditor, MergeReceipt, plan_merge, read_merge_receipt
 from ablate_shards.surgery.plan import Edit, TensorEdit, by_shard, resolve_bases
-from ablate_shards.surgery.receipt import read_receipt
+from ablate_shards.surgery.receipt import Receipt, read_receipt
 
 __all__ = ["Difference", "Verification", "verify"]
 
 _CHUNK = 1 << 20
+_READERS = 2
+#: What is elsewhere is asked for in larger pieces, more of them at a time, because every request takes its time.
+_REMOTE_CHUNK = 8 << 20
+_REMOTE_READERS = 6
 #: Elements that may be rounded the other way when another device or library version recomputes an edit.
 _ROUNDING_SHARE = 1e-3
 _ROUNDING_LEAST = 2
@@ -44,6 +49,8 @@ _ROW_TOLERANCE = 1e-6
 _SPACING = {"BF16": 2.0**-7, "F16": 2.0**-10}
 _MEASURE_TOLERANCE = 1e-6
 _OTHER_DIGEST = "the receipt records another digest of its bytes"
+#: What a repository has of its own, whatever is published in it.
+_REPOSITORYS_OWN = (CARD, ".gitattributes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +88,15 @@ class Verification:
 
 
 def verify(
-    checkpoint: Checkpoint, out: Path, run: ExecuteOptions, progress: Progress, *, adapter: Path | None = None
+    checkpoint: Checkpoint, out: Path | Files, run: ExecuteOptions, progress: Progress, *, adapter: Path | None = None
 ) -> Verification:
     """Compares an edited checkpoint with its source and with its receipt, that of an ablation or that of a merge.
 
     Every byte outside the edited tensors must equal the source's; every edited tensor must equal a
     recomputation (to rounding, where another device or library version recomputes it) and the digest and
-    measurements in the receipt. Which tensors and files there are to compare is told by the source.
+    measurements in the receipt. Which tensors and files there are to compare is told by the source. What is not on
+    this machine is read by byte ranges, and nothing of it is kept here. The card of a published model is its own,
+    so that it is a note.
 
     Anyone can edit a receipt and seal it anew. One that was may still say what neither weights nor files show:
     the tool, device, family and recipe of the run, the layer and component of a tensor, what was skipped or left
@@ -100,22 +109,28 @@ def verify(
 
     Args:
         checkpoint: The source.
-        out: The folder to verify.
+        out: The folder to verify, or its files wherever they are.
         run: Where to recompute, and in how much memory.
         progress: Hears how far it has come.
         adapter: What was merged, to compute the changed tensors again.
 
     Raises:
         AdapterError: The adapter cannot be read, or does not fit.
+        HubError: What is elsewhere cannot be read.
         VerifyError: There is no receipt, it is not of this source, or the adapter is not the one it names.
     """
-    claim = _claim(checkpoint, out, adapter)
+    files = Folder(out) if isinstance(out, Path) else out
+    claim = _claim(checkpoint, files, adapter)
+    own = _own_files(files)
     differences = []
     if claim.altered:
         differences.append(Difference(claim.receipt_name, "changed after it was written (its digest does not hold)"))
-    unknown, notes = _compare_names(checkpoint, out, claim)
-    with _Examiner(checkpoint, out, claim, run, progress) as examiner:
-        differences += unknown + examiner.examine()
+    unknown, notes = _compare_names(checkpoint, files, claim, own)
+    with _Examiner(checkpoint, files, claim, run, progress) as examiner:
+        differences += unknown + examiner.examine(own)
+        notes += examiner.notes
+        if differences and (moved := _moved(checkpoint, claim.revision)):
+            notes.append(moved)
         return Verification(
             differences=tuple(differences),
             edited=len(claim.edits),
@@ -136,6 +151,7 @@ class _Claim:
 
     Attributes:
         receipt_name: The receipt's file.
+        revision: The commit of the source that it names.
         copied: The files that were copied beside the shards.
         edits: The edited tensors.
         digests: Digests of their bytes in the output.
@@ -145,6 +161,7 @@ class _Claim:
     """
 
     receipt_name: str
+    revision: str | None
     copied: tuple[str, ...]
     edits: tuple[Edit, ...]
     digests: Mapping[str, str]
@@ -153,27 +170,29 @@ class _Claim:
     altered: bool
 
 
-def _claim(checkpoint: Checkpoint, out: Path, adapter: Path | None) -> _Claim:
-    found = [name for name in RECEIPT_NAMES if (out / name).is_file()]
+def _claim(checkpoint: Checkpoint, out: Files, adapter: Path | None) -> _Claim:
+    found = [name for name in RECEIPT_NAMES if out.has(name)]
     if len(found) > 1:
-        raise VerifyError(f"{out}: holds both {' and '.join(found)}; remove the one that is not of these weights")
+        raise VerifyError(f"{out.name}: holds both {' and '.join(found)}; remove the one that is not of these weights")
     if found == [MERGE_RECEIPT_NAME]:
         return _claim_of_merge(checkpoint, out, adapter)
     claim = _claim_of_ablation(checkpoint, out)
     if adapter is not None:
-        raise UsageError(f"--adapter is about merges, but {out} holds {RECEIPT_NAME}, the receipt of an ablation")
+        raise UsageError(f"--adapter is about merges, but {out.name} holds {RECEIPT_NAME}, the receipt of an ablation")
     return claim
 
 
-def _claim_of_ablation(checkpoint: Checkpoint, out: Path) -> _Claim:
+def _claim_of_ablation(checkpoint: Checkpoint, out: Files) -> _Claim:
+    path = out.shown(RECEIPT_NAME)
     receipt = read_receipt(out)
-    _check_source(checkpoint, receipt.shards, out / RECEIPT_NAME)
+    _check_source(checkpoint, receipt, path)
     for edit in receipt.edits:
         if not _describes(edit, checkpoint, receipt.directions):
-            raise _unfitting(edit.name, out / RECEIPT_NAME)
+            raise _unfitting(edit.name, path)
     bases = resolve_bases(receipt.edits, checkpoint, receipt.directions)
     return _Claim(
         receipt_name=RECEIPT_NAME,
+        revision=receipt.revision,
         copied=receipt.copied,
         edits=receipt.edits,
         digests={name: result.sha256 for name, result in receipt.results.items()},
@@ -185,10 +204,10 @@ def _claim_of_ablation(checkpoint: Checkpoint, out: Path) -> _Claim:
     )
 
 
-def _claim_of_merge(checkpoint: Checkpoint, out: Path, adapter: Path | None) -> _Claim:
-    path = out / MERGE_RECEIPT_NAME
+def _claim_of_merge(checkpoint: Checkpoint, out: Files, adapter: Path | None) -> _Claim:
+    path = out.shown(MERGE_RECEIPT_NAME)
     receipt = read_merge_receipt(out)
-    _check_source(checkpoint, receipt.shards, path)
+    _check_source(checkpoint, receipt, path)
     for name, tensor in receipt.tensors.items():
         if checkpoint.tensors.get(name) != tensor:
             raise _unfitting(name, path)
@@ -207,6 +226,7 @@ def _claim_of_merge(checkpoint: Checkpoint, out: Path, adapter: Path | None) -> 
 
     return _Claim(
         receipt_name=MERGE_RECEIPT_NAME,
+        revision=receipt.revision,
         copied=receipt.copied,
         edits=edits,
         digests={name: result.sha256 for name, result in receipt.results.items()},
@@ -216,15 +236,24 @@ def _claim_of_merge(checkpoint: Checkpoint, out: Path, adapter: Path | None) -> 
     )
 
 
-def _check_source(checkpoint: Checkpoint, shards: Mapping[str, str], path: Path) -> None:
-    if shards != {shard.name: shard.header_sha256 for shard in checkpoint.shards}:
+def _check_source(checkpoint: Checkpoint, receipt: Receipt | MergeReceipt, path: str) -> None:
+    if receipt.shards != {shard.name: shard.header_sha256 for shard in checkpoint.shards}:
+        moved = _moved(checkpoint, receipt.revision)
         raise VerifyError(
             f"{checkpoint.name}: is not the source that {path} names; expected the shards "
-            f"{', '.join(shards)} with the headers it records"
+            f"{', '.join(receipt.shards)} with the headers it records" + (f"; {moved}" if moved else "")
         )
 
 
-def _unfitting(name: str, path: Path) -> VerifyError:
+def _moved(checkpoint: Checkpoint, revision: str | None) -> str | None:
+    """Returns which commit a receipt is of, where the source is another one of its repository."""
+    repo, found = checkpoint.origin or (None, None)
+    if None in (revision, found) or revision == found:
+        return None
+    return f"the receipt is of commit {revision}, and this is {found}: compare it with {repo}@{revision}"
+
+
+def _unfitting(name: str, path: str) -> VerifyError:
     return VerifyError(
         f"{path}: what it records of {name} does not fit the source; it was changed after it was written"
     )
@@ -234,15 +263,19 @@ class _Examiner:
     """Compares shard after shard in threads of its own."""
 
     def __init__(
-        self, checkpoint: Checkpoint, out: Path, claim: _Claim, run: ExecuteOptions, progress: Progress
+        self, checkpoint: Checkpoint, out: Files, claim: _Claim, run: ExecuteOptions, progress: Progress
     ) -> None:
-        self._checkpoint, self._out, self._claim, self._progress = checkpoint, out, claim, progress
+        self._checkpoint, self._source, self._out = checkpoint, checkpoint.files, out
+        self._claim, self._progress = claim, progress
         self._stop = threading.Event()
         self._editor = claim.editor and claim.editor(run, self._stop)
+        here = all(isinstance(files, Folder) for files in (self._source, out))
+        self._chunk = _CHUNK if here else _REMOTE_CHUNK
         self._editors = ThreadPoolExecutor(self._editor.jobs if self._editor else run.jobs or cores())
-        self._readers = ThreadPoolExecutor(2)
+        self._readers = ThreadPoolExecutor(_READERS if here else _REMOTE_READERS)
         self.edits = by_shard(claim.edits)
         self.identical = 0
+        self.notes: list[str] = []
 
     def __enter__(self) -> Self:
         return self
@@ -252,74 +285,89 @@ class _Examiner:
         for pool in (self._readers, self._editors):
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def examine(self) -> list[Difference]:
-        """Returns every difference in the shards and in the files beside them."""
+    def examine(self, own: Collection[str]) -> list[Difference]:
+        """Returns every difference in the shards and in the files beside them.
+
+        Args:
+            own: The files that a repository has of its own.
+        """
         if self._editor:
             self._progress.note(self._editor.reason)
         self._progress.begin(sum(shard.size for shard in self._checkpoint.shards))
         differences: list[Difference] = []
-        for name in self._checkpoint.sidecars:
-            if name in self._claim.copied or (self._out / name).exists():
-                differences += self._compare_sidecar(name)
+        sidecars = {
+            name: self._readers.submit(self._compare_sidecar, name)
+            for name in self._checkpoint.sidecars
+            if name in self._claim.copied or self._out.has(name)
+        }
+        for name, future in sidecars.items():
+            problem = future.result()
+            if problem is not None and name in own:
+                self.notes.append(f"{name} is the repository's own, not the source's")
+            elif problem is not None:
+                differences.append(Difference(name, problem))
         with self._editor.one_thread_each() if self._editor else nullcontext():
             for shard in self._checkpoint.shards:
                 differences += self._examine_shard(shard)
         return differences
 
     def _examine_shard(self, shard: Shard) -> list[Difference]:
-        path = self._out / shard.name
-        if not path.is_file():
+        if not self._out.has(shard.name):
             return [Difference(shard.name, "missing")]
-        if (size := path.stat().st_size) != shard.size:
+        if (size := self._out.size(shard.name)) != shard.size:
             return [Difference(shard.name, f"expected {shard.size} bytes, found {size}")]
-        with self._at_hand(shard.name) as ours, ours.open("rb") as source, path.open("rb") as target:
-            files = (source.fileno(), target.fileno())
-            ranges = [
-                self._readers.submit(self._compare_range, shard, files, start, min(start + _CHUNK, end))
-                for first, end in untouched(shard, self.edits.get(shard.name, ()))
-                for start in range(first, end, _CHUNK)
-            ]
-            edits = {
-                edit.name: self._editors.submit(self._compare_edit, edit, files)
-                for edit in self.edits.get(shard.name, ())
-            }
-            differences = [difference for future in ranges for difference in future.result()]
-            for name, future in edits.items():
-                problem, identical = future.result()
-                if problem is not None:
-                    differences.append(Difference(name, problem))
-                self.identical += identical
-            return differences
+        ranges = [
+            self._readers.submit(self._compare_range, shard, start, min(start + self._chunk, end))
+            for first, end in untouched(shard, self.edits.get(shard.name, ()))
+            for start in range(first, end, self._chunk)
+        ]
+        edits = {edit.name: self._editors.submit(self._compare_edit, edit) for edit in self.edits.get(shard.name, ())}
+        differences = [difference for future in ranges for difference in future.result()]
+        for name, future in edits.items():
+            problem, identical = future.result()
+            if problem is not None:
+                differences.append(Difference(name, problem))
+            self.identical += identical
+        return differences
 
-    def _compare_range(self, shard: Shard, files: tuple[int, int], start: int, end: int) -> list[Difference]:
-        ours, theirs = bytearray(end - start), bytearray(end - start)
-        pread_into(files[0], memoryview(ours), start)
-        pread_into(files[1], memoryview(theirs), start)
+    def _compare_range(self, shard: Shard, start: int, end: int) -> list[Difference]:
+        first = self._first_difference(shard.name, start, end)
         self._progress.advance(end - start)
-        if ours == theirs:
+        if first is None:
             return []
-        first = start + int(np.flatnonzero(np.frombuffer(ours, np.uint8) != np.frombuffer(theirs, np.uint8))[0])
         name = next((tensor.name for tensor in shard.tensors if tensor.start <= first < tensor.end), "the header")
         return [Difference(name, f"differs from the source at byte {first} of {shard.name}, but was not edited")]
 
-    def _compare_edit(self, edit: Edit, files: tuple[int, int]) -> tuple[str | None, bool]:
+    def _first_difference(self, file: str, start: int, end: int) -> int | None:
+        """Returns the offset of the first byte of a range that is not the source's."""
+        ours, theirs = bytearray(end - start), bytearray(end - start)
+        self._source.read_into(file, memoryview(ours), start, self._stop)
+        self._out.read_into(file, memoryview(theirs), start, self._stop)
+        if ours == theirs:
+            return None
+        return start + int(np.flatnonzero(np.frombuffer(ours, np.uint8) != np.frombuffer(theirs, np.uint8))[0])
+
+    def _compare_edit(self, edit: Edit) -> tuple[str | None, bool]:
         """Returns what is wrong with an edited tensor, or whether it is right to the bit."""
+        written = functools.partial(self._out.read_into, edit.shard, stop=self._stop)
         if self._editor is None:
-            digest = self._digest(edit, files[1])
+            digest = self._digest(edit, written)
             return (None, True) if digest == self._claim.digests[edit.name] else (_OTHER_DIGEST, False)
-        comparison = _Comparison(edit, files[1])
+        comparison = _Comparison(edit, written, self._chunk)
 
         def compare(data: memoryview, offset: int) -> None:
             comparison.add(data, offset)
             self._progress.advance(len(data))
 
         channels = Channels(
-            read=functools.partial(pread_into, files[0]),
+            read=functools.partial(self._source.read_into, edit.shard, stop=self._stop),
             write=compare,
-            reread=functools.partial(pread_into, files[1]),
+            reread=written,
         )
         try:
             result = self._editor.edit(edit, channels)
+        except HubError:
+            raise
         except AblateError as error:
             return str(error), False
         problem = comparison.problem()
@@ -328,33 +376,32 @@ class _Examiner:
         problem = problem or self._claim.differ(edit.name, result)
         return problem, problem is None and comparison.differing == 0
 
-    def _digest(self, edit: Edit, target: int) -> str:
+    def _digest(self, edit: Edit, written: Callable[[memoryview, int], None]) -> str:
         digest = hashlib.sha256()
-        for start in range(edit.start, edit.end, _CHUNK):
-            data = bytearray(min(_CHUNK, edit.end - start))
-            pread_into(target, memoryview(data), start)
+        for start in range(edit.start, edit.end, self._chunk):
+            data = bytearray(min(self._chunk, edit.end - start))
+            written(memoryview(data), start)
             digest.update(data)
             self._progress.advance(len(data))
         return digest.hexdigest()
 
-    def _compare_sidecar(self, name: str) -> list[Difference]:
-        theirs = self._out / name
-        with self._at_hand(name) as ours:
-            for path, what in ((ours, "gone from the source"), (theirs, "missing")):
-                if not path.is_file():
-                    return [Difference(name, what)]
-            same = ours.stat().st_size == theirs.stat().st_size and filecmp.cmp(ours, theirs, shallow=False)
-            return [] if same else [Difference(name, "differs from the source")]
-
-    def _at_hand(self, name: str) -> AbstractContextManager[Path]:
-        return at_hand(self._checkpoint, name, self._out.absolute().parent, self._stop, lambda _: None)
+    def _compare_sidecar(self, name: str) -> str | None:
+        for files, what in ((self._source, "gone from the source"), (self._out, "missing")):
+            if not files.has(name):
+                return what
+        size = self._source.size(name)
+        same = size == self._out.size(name) and all(
+            self._first_difference(name, start, min(start + self._chunk, size)) is None
+            for start in range(0, size, self._chunk)
+        )
+        return None if same else "differs from the source"
 
 
 class _Comparison:
     """Counts where a written tensor differs from its recomputation by rounding, and by more."""
 
-    def __init__(self, edit: Edit, target: int) -> None:
-        self._edit, self._target = edit, target
+    def __init__(self, edit: Edit, written: Callable[[memoryview, int], None], chunk: int) -> None:
+        self._edit, self._written, self._chunk = edit, written, chunk
         self.differing = 0
         self._total = 0
         self._wrong: str | None = None
@@ -365,15 +412,19 @@ class _Comparison:
 
         dtype = np.dtype(STORED[self._edit.dtype])
         width = self._edit.shape[-1] if self._edit.shape else 1
-        step = max(1, _CHUNK // (width * dtype.itemsize)) * width * dtype.itemsize
-        for first in range(0, len(data), step):
-            piece = data[first : first + step]
+        row = width * dtype.itemsize
+        step, rows = (max(1, size // row) for size in (self._chunk, _CHUNK))
+        for first in range(0, len(data), step * row):
+            piece = data[first : first + step * row]
             written = bytearray(len(piece))
-            pread_into(self._target, memoryview(written), offset + first)
+            self._written(memoryview(written), offset + first)
             self._total += len(piece) // dtype.itemsize
             if written != piece:
                 found, expected = (np.frombuffer(raw, dtype).reshape(-1, width) for raw in (written, piece))
-                self._compare(found, expected, offset + first)
+                # A few rows at a time, because decoded they take four times the memory.
+                for start in range(0, len(found), rows):
+                    part = slice(start, start + rows)
+                    self._compare(found[part], expected[part], offset + first + start * row)
 
     def _compare(self, found: np.ndarray, expected: np.ndarray, offset: int) -> None:
         """Compares rows of stored values."""
@@ -440,23 +491,31 @@ def _measures_differ(recorded: object, found: object, measures: Iterable[str]) -
     return None
 
 
-def _compare_names(checkpoint: Checkpoint, out: Path, claim: _Claim) -> tuple[list[Difference], list[str]]:
+def _own_files(out: Files) -> Collection[str]:
+    """Returns the files of an output that a repository has of its own, the card that a push made among them."""
+    if out.revision is not None:
+        return [name for name in _REPOSITORYS_OWN if out.has(name)]
+    return [CARD] if out.has(CARD) and BEGIN.encode() in out.read(CARD) else []
+
+
+def _compare_names(
+    checkpoint: Checkpoint, out: Files, claim: _Claim, own: Collection[str]
+) -> tuple[list[Difference], list[str]]:
     differences, notes = [], []
     copied = claim.copied
     for name in sorted({*copied}.symmetric_difference(checkpoint.sidecars)):
         if name in copied:
             what = f"says that {name} was copied, but it is not among the files of {checkpoint.name}"
             differences.append(Difference(claim.receipt_name, what))
-        elif (out / name).exists():
-            differences.append(Difference(claim.receipt_name, f"does not say that {name} was copied, but it is there"))
-        else:
+        elif not out.has(name):
             notes.append(f"{name} was added to the source after the edit")
-    known = {claim.receipt_name, *(shard.name for shard in checkpoint.shards), *checkpoint.sidecars}
-    for path in sorted(out.rglob("*")):
-        name = path.relative_to(out).as_posix()
-        if name in known or is_report(name) or not path.is_file():
+        elif name not in own:
+            differences.append(Difference(claim.receipt_name, f"does not say that {name} was copied, but it is there"))
+    known = {claim.receipt_name, *(shard.name for shard in checkpoint.shards), *checkpoint.sidecars, *own}
+    for name in out.names():
+        if name in known or is_report(name):
             continue
-        if path.suffix == ".safetensors":
+        if name.endswith(".safetensors"):
             differences.append(Difference(name, "weights that the receipt does not account for"))
         else:
             notes.append(f"{name} was added after the edit")

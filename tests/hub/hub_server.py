@@ -88,6 +88,8 @@ class Fault:
     times: int
     answer: Callable[[], Response] | None = None
     cut_after: int | None = None
+    hang_up: bool = False
+    garble: bool = False
     flip: bool = False
     pause: float = 0.0
 
@@ -183,6 +185,13 @@ class Hub:
                 import anyio
 
                 await anyio.sleep(fault.pause)
+            if fault and fault.hang_up:
+                # The connection breaks while the request's body is still on its way.
+                await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
+                return
+            if fault and fault.garble:
+                body = await request.body()
+                request._body = body[:-1] + bytes([body[-1] ^ 1])
             if fault and fault.answer:
                 response = fault.answer()
             else:

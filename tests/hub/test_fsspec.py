@@ -100,4 +100,5 @@ def test_a_package_that_is_missing_is_named(case, monkeypatch):
     monkeypatch.setattr("fsspec.core.url_to_fs", missing)
     result = run("inspect", "s3://bucket/model")
     assert result.exit_code == 2
-    assert "fsspec needs another package to read s3:// (Install s3fs to access S3)" in result.stderr
+    assert "fsspec needs another package for s3:// (Install s3fs to access S3); `pip install" in result.stderr
+    assert "ablate-shards[s3]" in result.stderr

@@ -3,9 +3,13 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from raw_checkpoints import snapshot, write_directions, write_llama, write_shard
@@ -73,13 +77,21 @@ def test_a_push_is_one_commit_of_exactly_the_folder(hub, out):
     assert not hub.requests("GET /blob/org/model")
 
 
-def test_a_second_push_sends_nothing_and_a_changed_receipt_goes_alone(hub, out):
+def test_a_second_push_sends_nothing_and_a_new_file_goes_alone(hub, out):
     assert run("push", out, "me/edited").exit_code == 0
     before = len(hub.repos["me/edited"].commits)
     hub.seen.clear()
-    assert run("push", out, "me/edited").exit_code == 0
+    again = run("push", out, "hub:me/edited")
+    assert again.exit_code == 0
+    assert again.stdout.startswith(f"nothing was sent: me/edited holds all of {out} already, at {hub.endpoint}/")
     assert len(hub.repos["me/edited"].commits) == before
     assert not hub.requests("PUT")
+    assert not json.loads(run("push", out, "me/edited", "--json").stdout)["new"]
+    assert run("push", out, "me/edited", "--quiet").output == ""
+    (out / "notes.md").write_text("new")
+    assert json.loads(run("push", out, "me/edited", "--json").stdout)["new"]
+    assert not hub.requests("PUT")
+    assert contents(hub)["notes.md"] == b"new"
 
 
 def test_multipart_uploads(hub, out):
@@ -112,7 +124,12 @@ def test_a_pull_request_leaves_the_branch_alone(hub, out):
     assert hub.repos["org/theirs"].refs["main"] == before
     assert_published(hub, out, "org/theirs", "refs/pr/1")
     # And the pull request can be pushed to again.
+    (out / "notes.md").write_text("more")
     assert run("push", out, "org/theirs", "--revision", "refs/pr/1", "--message", "Again").exit_code == 0
+    assert hub.repos["org/theirs"].messages[-1] == "Again"
+    assert contents(hub, "org/theirs", "refs/pr/1")["notes.md"] == b"more"
+    assert hub.repos["org/theirs"].refs["main"] == before
+    assert run("verify", "org/model", "org/theirs@refs/pr/1").exit_code == 0
 
 
 def test_a_branch_is_made(hub, out):
@@ -128,6 +145,10 @@ def test_a_dry_run_lists_and_writes_nothing(hub, out):
     before = hub.repos["me/edited"].refs["main"]
     listed = json.loads(run("push", out, "me/edited", "--dry-run", "--json").stdout)
     states = {file["name"]: file["state"] for file in listed["files"]}
+    sizes = {file["name"]: file["size"] for file in listed["files"]}
+    assert sizes == {path.relative_to(out).as_posix(): path.stat().st_size for path in out.rglob("*.*")} | {
+        "README.md": len(listed["card"].encode())
+    }
     assert states["notes.md"] == "new"
     assert states["tokenizer.json"] == states["README.md"] == "changed"
     assert states["model-00001-of-00002.safetensors"] == states["ablation.json"] == "same"
@@ -137,7 +158,8 @@ def test_a_dry_run_lists_and_writes_nothing(hub, out):
     assert "tokenizer.json is newer than ablation.json, so it would be verified first" in shown
     assert run("push", out, "me/other", "--dry-run").exit_code == 0
     assert "me/other" not in hub.repos
-    assert not hub.requests("POST")
+    # Nothing but a question about the card.
+    assert {seen.path for seen in hub.requests("POST")} == {"/api/validate-yaml"}
 
 
 def test_what_is_not_fresh_is_verified_against_the_source(hub, out):
@@ -193,6 +215,19 @@ def test_stale_weights_are_deleted_when_asked(hub, out, tmp_path):
     assert len(hub.repos["me/edited"].commits) == 2
 
 
+def test_the_base_is_not_replaced_by_its_own_edit(hub, out):
+    before = dict(hub.repos["org/model"].refs)
+    for more in ([], ["--dry-run"]):
+        result = run("push", out, "org/model", *more)
+        assert result.exit_code == 2
+        assert "is what" in result.stderr
+        assert "was made of, and would be replaced" in result.stderr
+    assert hub.repos["org/model"].refs == before
+    assert run("push", out, "org/model", "--revision", "edited").exit_code == 0
+    assert hub.repos["org/model"].refs["main"] == before["main"]
+    assert contents(hub, "org/model", "edited").keys() >= snapshot(out).keys()
+
+
 def test_private_does_not_pretend_to_hide(hub, out):
     hub.add("me/edited", out)
     result = run("push", out, "me/edited", "--private")
@@ -204,25 +239,95 @@ def test_permissions_are_explained(hub, out, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
     refused = run("push", out, "me/edited").stderr
     assert "the token may not write to this repository" in refused
-    assert "give it the permission to at https://huggingface.co/settings/tokens" in refused
+    assert "give it write access to the repositories of me at https://huggingface.co/settings/tokens" in refused
     assert "hf_reader" not in refused
     monkeypatch.setenv("HF_TOKEN", "hf_unknown")
     assert "the Hub refuses the token; make one at" in run("push", out, "me/edited").stderr
     monkeypatch.delenv("HF_TOKEN")
     assert "a token is needed to write; log in with `hf auth login` or set HF_TOKEN" in run("push", out, "me/e").stderr
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    hub.fault("POST /api/repos/create", status=404)
+    assert (
+        "nothing on the Hub that you may write; check the name, or log in" in run("push", out, "nobody/edited").stderr
+    )
     assert set(hub.repos) == {"org/model"}
 
 
-@pytest.mark.parametrize(
-    "route",
-    ["POST /api/repos/create", "POST .*/preupload/", "POST .*/batch", "PUT ", "POST .*/verify$", "POST .*/commit/"],
+ROUTES = (
+    "POST /api/repos/create",
+    "POST /api/validate-yaml",
+    "POST .*/preupload/",
+    "POST .*/batch",
+    "PUT ",
+    "POST .*/verify$",
+    "POST .*/commit/",
+    "GET .*/tree/",
 )
-def test_a_busy_hub_is_waited_for(hub, out, route):
-    hub.fault(route, status=503, headers={"Retry-After": "0"})
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_busy_hub_is_waited_for(hub, out, route, status):
+    seconds = "1" if "preupload" in route else "0"
+    hub.fault(route, status=status, headers={"Retry-After": seconds})
+    start = time.monotonic()
+    result = run("push", out, "me/edited")
+    assert result.exit_code == 0, result.stderr
+    assert time.monotonic() - start >= int(seconds)
+    assert_published(hub, out)
+    assert len(hub.repos["me/edited"].commits) == 2
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_connection_that_breaks_is_made_again(hub, out, route):
+    hub.fault(route, hang_up=True)
     result = run("push", out, "me/edited")
     assert result.exit_code == 0, result.stderr
     assert_published(hub, out)
     assert len(hub.repos["me/edited"].commits) == 2
+
+
+def test_a_connection_that_breaks_in_the_middle_of_an_upload(hub, out):
+    """Far into a file, when what the sockets hold is full."""
+    hub.add("org/model", out.parent / "source")
+    wide = out.parent / "wide"
+    write_llama(out.parent / "wide_source", layers=2, hidden=1024, shards=1)
+    write_directions(out.parent / "wide_d.safetensors", layers=2, hidden=1024)
+    options = ("-d", out.parent / "wide_d.safetensors", "--source-layer", "1")
+    assert run("ablate", out.parent / "wide_source", wide, *options).exit_code == 0
+    hub.fault("PUT ", times=2, hang_up=True)
+    result = run("push", wide, "me/edited")
+    assert result.exit_code == 0, result.stderr
+    assert len(hub.requests("PUT ")) == 3
+    assert_published(hub, wide)
+
+
+def test_what_arrives_with_a_wrong_checksum_is_refused_and_pushed_again(hub, out):
+    hub.fault("PUT ", garble=True)
+    refused = run("push", out, "me/edited")
+    assert refused.exit_code == 1
+    assert refused.stderr.splitlines()[-1].startswith("error: me/edited: the Hub answered 400 (checksum mismatch)")
+    assert list(contents(hub)) == [".gitattributes"]
+    assert run("push", out, "me/edited").exit_code == 0
+    assert_published(hub, out)
+
+
+def test_a_killed_push_shows_nothing_and_is_resumed(hub, out):
+    hub.fault("POST .*/commit/", pause=3, status=503)
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "ablate_shards", "push", str(out), "me/edited"]
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not hub.requests("POST .*/commit/"):
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert list(contents(hub)) == [".gitattributes"]
+    assert len(hub.requests("PUT ")) == 2
+    hub.seen.clear()
+    assert run("push", out, "me/edited").exit_code == 0
+    assert not hub.requests("PUT ")
+    assert_published(hub, out)
 
 
 def test_a_lost_answer_makes_no_second_commit(hub, out):
@@ -264,6 +369,23 @@ def test_an_interrupted_push_is_resumed_without_sending_twice(hub, out):
     assert run("push", out, "me/edited").exit_code == 0
     assert not hub.requests("PUT")
     assert_published(hub, out)
+
+
+def test_a_card_that_the_hub_refuses_stops_the_push_before_anything_is_made(hub, out, tmp_path):
+    bad = tmp_path / "bad.md"
+    bad.write_text("---\nlicense: nonsense\nlanguage: zh-Hant\n---\n# Mine\n")
+    for more in ([], ["--dry-run"]):
+        result = run("push", out, "me/edited", "--card", bad, *more)
+        assert result.exit_code == 1
+        assert "the Hub refuses the metadata of the card (\"license\" must be one of a list, found 'nonsense'" in (
+            result.stderr
+        )
+        assert "from another card with --card" in result.stderr
+    assert set(hub.repos) == {"org/model"}
+    bad.write_text("---\nlicense: mit\n---\n# Mine\n")
+    assert run("push", out, "me/edited", "--card", bad).exit_code == 0
+    assert "# Mine" in assert_published(hub, out)
+    assert hub.requests("POST /api/validate-yaml")
 
 
 def test_what_arrived_otherwise_is_told(hub, out, monkeypatch):
@@ -351,11 +473,50 @@ def test_an_existing_card_keeps_what_people_wrote(hub, out):
     assert kept.count("ablate-shards: what follows is generated") == 1
 
 
+def test_the_token_of_a_login_is_used(hub, out, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    (tmp_path / "token").write_text("hf_writer\n")
+    assert run("push", out, "me/edited").exit_code == 0
+    assert_published(hub, out)
+
+
+def test_a_merge_is_verified_with_its_adapter(hub, out, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["down_proj"]})
+    )
+    root = "base_model.model.model.layers.0.mlp.down_proj"
+    factors = {f"{root}.lora_A.weight": np.ones((2, 72)), f"{root}.lora_B.weight": np.ones((32, 2))}
+    write_shard(adapter / "adapter_model.safetensors", factors, "F32")
+    merged = tmp_path / "merged"
+    assert run("merge", "org/model", adapter, merged).exit_code == 0
+    os.utime(merged / "config.json", (time.time() + 5, time.time() + 5))
+    result = run("push", merged, "me/merged", "--adapter", adapter, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["verified"]
+    card = assert_published(hub, merged, "me/merged")
+    for words in ("base_model: org/model", "- lora-merged", "| adapter r | 2 |", "## The merge"):
+        assert words in card
+    (adapter / "adapter_model.safetensors").write_bytes((out.parent / "d.safetensors").read_bytes())
+    (merged / "notes.md").write_text("new")
+    refused = run("push", merged, "me/merged", "--adapter", adapter)
+    assert refused.exit_code == 1
+    assert "notes.md" not in contents(hub, "me/merged")
+
+
 def test_the_token_is_in_no_file_and_no_output(hub, out):
     result = run("push", out, "me/edited", "--debug")
     assert result.exit_code == 0
     assert "hf_writer" not in result.output
     assert not any(b"hf_writer" in (data or b"") for data in contents(hub).values())
     assert not any(b"hf_writer" in data for data in snapshot(Path.cwd()).values())
+    for fault in ({"status": 403}, {"status": 500, "times": 50}):
+        hub.fault("POST .*/commit/", **fault)
+        (out / "notes.md").write_text(str(fault))
+        refused = run("push", out, "me/edited", "--debug")
+        assert refused.exit_code == 1, refused.output
+        assert "Traceback" in refused.output
+        assert "hf_writer" not in refused.output
     # The store of large files, another origin, is never sent the token.
     assert not any(seen.authorized for seen in hub.seen if seen.port == hub.store_port)

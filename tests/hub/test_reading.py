@@ -103,9 +103,12 @@ def test_what_inspect_shows_is_what_it_shows_of_the_folder(case):
     assert theirs == ours
 
 
-def test_a_local_path_wins(case):
+def test_a_local_path_wins_unless_the_hub_is_named(case):
     hub, folder = case
     write_llama(folder / "org" / "model", layers=2, hidden=64)
+    assert ablate(folder, source="hub:org/model").exit_code == 0
+    assert_as_expected(folder)
+    hub.seen.clear()
     shown = json.loads(run("inspect", "org/model", "--json").stdout)
     assert shown["hidden_size"] == 64
     assert hub.seen == []
@@ -282,17 +285,20 @@ def test_cache_uses_the_ordinary_cache(case):
     assert hub.sent("GET /blob/") <= 3 * 100_000
 
 
-def test_a_full_disk_under_the_cache_is_one_sentence(case, monkeypatch):
+def test_a_full_disk_under_the_cache_is_one_sentence_and_then_gone_on_with(case, monkeypatch):
     _, folder = case
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", str(folder / "cache"))
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
-    result = ablate(folder, "--cache")
+    with monkeypatch.context() as patched:
+        patched.setattr("huggingface_hub.file_download.http_get", full)
+        result = ablate(folder, "--cache")
     assert result.exit_code == 1
     assert result.stderr.strip().endswith("cache: No space left on device")
     assert not (folder / "out").exists()
+    assert ablate(folder, "--cache").exit_code == 0
+    assert_as_expected(folder)
 
 
 def test_errors_say_who_may_read_and_how_to_log_in(case, monkeypatch):
@@ -300,7 +306,7 @@ def test_errors_say_who_may_read_and_how_to_log_in(case, monkeypatch):
     for repo_id, settings in (("org/private", {"private": True}), ("org/gated", {"gated": True})):
         hub.add(repo_id, folder / "local", **settings)
     for name, words in {
-        "org/nothing": "no repository on the Hub that you may read; check the name, or log in with `hf auth login`",
+        "org/nothing": "no repository on the Hub that you may read, nor a file or folder here; check the name, or",
         "org/private": "no repository on the Hub that you may read",
         "org/gated": f"is gated; ask for access at {hub.endpoint}/org/gated",
         "org/model@nowhere": "there is no revision nowhere",
@@ -321,7 +327,9 @@ def test_errors_say_who_may_read_and_how_to_log_in(case, monkeypatch):
     )
     assert "the Hub refuses the token; make one at" in run("inspect", "org/model").stderr
     hub.fault("GET /api/models/org/model", status=403)
-    assert "the token may not read this repository" in run("inspect", "org/model").stderr
+    refused = run("inspect", "org/model").stderr
+    assert "the token may not read this repository" in refused
+    assert "give it read access to the repositories of org at https://huggingface.co/settings/tokens" in refused
 
 
 def test_neither_a_path_nor_on_the_hub_is_one_sentence(case, monkeypatch):

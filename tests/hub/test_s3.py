@@ -1,16 +1,19 @@
 """SOURCE and OUT in S3, as s3fs speaks to it: against moto's server."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
+import s3fs
 from click.testing import CliRunner
+from moto.server import ThreadedMotoServer
 from raw_checkpoints import snapshot, write_directions, write_llama
 
 from ablate_shards.cli import cli
 from ablate_shards.surgery import objects, remote
-
-pytest.importorskip("s3fs", reason="needs s3fs")
-moto_server = pytest.importorskip("moto.server", reason="needs moto[server]")
+from ablate_shards.surgery.checkpoint import open_checkpoint
 
 
 def run(*arguments):
@@ -23,7 +26,7 @@ def ablate(source, out, *more):
 
 @pytest.fixture(scope="module")
 def endpoint():
-    server = moto_server.ThreadedMotoServer(port=0, verbose=False)
+    server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
@@ -33,8 +36,6 @@ def endpoint():
 @pytest.fixture
 def s3(endpoint, tmp_path, monkeypatch):
     """A bucket that holds a model, and what ablating it gives in a folder."""
-    import s3fs
-
     for name, value in {
         "AWS_ACCESS_KEY_ID": "nobody",
         "AWS_SECRET_ACCESS_KEY": "nothing",
@@ -114,6 +115,39 @@ def test_from_s3_to_s3_resumed(s3, tmp_path, monkeypatch):
     assert files(s3, "bucket/edited") == snapshot(tmp_path / "expected")
 
 
+KILLED = """
+import os, signal, sys
+from ablate_shards.cli import main
+from ablate_shards.surgery import objects
+
+send, sent = objects._Target.send, []
+
+def killing(self, path, name):
+    if sent:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sent.append(name)
+    return send(self, path, name)
+
+objects._Target.send = killing
+main(sys.argv[1:])
+"""
+
+
+def test_a_run_that_is_killed_between_shards_goes_on(s3, tmp_path):
+    arguments = ["ablate", "s3://bucket/model", "s3://bucket/edited", "-d", "d.safetensors", "--source-layer", "1"]
+    command = [sys.executable, "-c", KILLED, *arguments, "--layers", "0-1", "--quiet"]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    half = files(s3, "bucket/edited")
+    assert any(name.endswith(".safetensors") for name in half)
+    assert not {"config.json", "model.safetensors.index.json", "ablation.json"} & set(half)
+    assert "is under way or was interrupted" in run("verify", "local", "s3://bucket/edited").stderr
+    assert "half made; --resume goes on with it" in ablate("s3://bucket/model", "s3://bucket/edited").stderr
+    result = ablate("s3://bucket/model", "s3://bucket/edited", "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert weights(files(s3, "bucket/edited")) == weights(snapshot(tmp_path / "expected"))
+    assert run("verify", "local", "s3://bucket/edited").exit_code == 0
+
+
 def test_errors_of_s3_in_one_sentence(s3, monkeypatch):
     result = ablate("local", "s3://there-is-no-such-bucket/edited")
     assert result.exit_code == 1
@@ -121,3 +155,42 @@ def test_errors_of_s3_in_one_sentence(s3, monkeypatch):
     assert not s3.exists("there-is-no-such-bucket")
     assert "not found" in run("inspect", "s3://there-is-no-such-bucket/model").stderr
     assert "no such folder" in run("inspect", "s3://bucket/nothing").stderr
+
+
+def test_verify_reads_both_from_s3_and_names_a_changed_bit(s3, tmp_path):
+    assert ablate("s3://bucket/model", "s3://bucket/edited").exit_code == 0
+    before = snapshot(tmp_path)
+    for source in ("s3://bucket/model", "local"):
+        result = run("verify", source, "s3://bucket/edited")
+        assert result.exit_code == 0, result.stderr
+        assert "s3://bucket/edited is what its receipt says" in result.stdout
+    assert snapshot(tmp_path) == before
+    tensors = open_checkpoint(tmp_path / "local").tensors
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.2.mlp.up_proj.weight"):
+        path = f"bucket/edited/{tensors[name].shard}"
+        content = s3.cat_file(path)
+        changed = bytearray(content)
+        changed[tensors[name].start + 1001] ^= 1
+        s3.pipe_file(path, bytes(changed))
+        found = json.loads(run("verify", "s3://bucket/model", "s3://bucket/edited", "--json").stdout)
+        assert [difference["where"] for difference in found["differences"]] == [name]
+        s3.pipe_file(path, content)
+    s3.rm_file("bucket/edited/ablation.json")
+    refused = run("verify", "s3://bucket/model", "s3://bucket/edited")
+    assert refused.exit_code == 1
+    assert "s3://bucket/edited: holds no ablation.json" in refused.stderr
+
+
+def test_credentials_that_are_not_there_are_one_sentence(s3, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs.S3FileSystem.clear_instance_cache()
+    for result in (
+        run("inspect", "s3://bucket/model"),
+        run("verify", "local", "s3://bucket/edited"),
+        ablate("local", "s3://bucket/edited", "--quiet"),
+    ):
+        assert result.exit_code == 1
+        assert "without credentials (Unable to locate credentials); set them as for the store's own" in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
