@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 
-from ablate_shards.errors import CheckpointError
+from ablate_shards.errors import CheckpointError, HubError
 
 __all__ = [
     "ITEM_BYTES",
@@ -153,6 +153,15 @@ class Remote(Files, Protocol):
 
     def read_range(self, file: str, start: int, end: int) -> bytes:
         """Returns some bytes of a file."""
+
+    def stream(self, file: str, start: int, end: int, stop: threading.Event) -> Iterator[bytes]:
+        """Yields some bytes of a file as they come; ends early with an error when ``stop`` is set."""
+
+    def digest(self, file: str) -> tuple["hashlib._Hash", str | None]:
+        """Returns what to feed a file's bytes to, and the digest they then have to have; None where none is known."""
+
+    def altered(self, file: str, found: str) -> HubError:
+        """Returns the error of a file that came with the wrong digest twice."""
 
     def fetch(
         self,

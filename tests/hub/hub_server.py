@@ -123,6 +123,8 @@ class Hub:
         self.multipart_above = 1 << 40
         self.part_size = 1 << 16
         self.xet_store: Path | None = None
+        self.watch: Callable[[str], None] = lambda line: None
+        self.believes = False
         self.parts: dict[str, dict[int, bytes]] = {}
         self.hub_port = self.store_port = 0
 
@@ -176,6 +178,7 @@ class Hub:
         role = self.tokens.get(request.headers.get("authorization", "").removeprefix("Bearer "))
         seen = Seen(request.method, path, request.headers.get("range"), role is not None, scope["server"][1])
         self.seen.append(seen)
+        self.watch(f"{request.method} {path}")
         fault = self._fault(f"{request.method} {path}")
         cut = None
         try:
@@ -358,7 +361,7 @@ class Hub:
         return JSONResponse({})
 
     def _store(self, repo: str, oid: str, data: bytes) -> None:
-        if hashlib.sha256(data).hexdigest() != oid:
+        if not self.believes and hashlib.sha256(data).hexdigest() != oid:
             raise Refused(400, None, "checksum mismatch")
         self.repos[repo].stored[oid] = (len(data), data)
 
