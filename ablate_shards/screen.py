@@ -239,8 +239,8 @@ def print_merge_plan(checkpoint: Checkpoint, plan: "MergePlan") -> None:
         console.print(f"not carried over: {name} ({reason})")
 
 
-def print_merge(checkpoint: Checkpoint, merged: "Merged", adapter: Path, out: Path) -> None:
-    """Prints what a merge changed, and by how much."""
+def print_merge(checkpoint: Checkpoint, merged: "Merged", adapter: Path, out: Path | str) -> None:
+    """Prints what a merge changed, and by how much; OUT is a folder or a URL."""
     console = _console()
     table = _table("layer", "change", "tensors", "rank", "scale", "largest change", right=(0, 3, 4, 5))
     for layer, edits in _merged_by_layer(merged.plan.edits):
@@ -252,6 +252,9 @@ def print_merge(checkpoint: Checkpoint, merged: "Merged", adapter: Path, out: Pa
     if not any(result.change is None or result.change for result in merged.results.values()):
         console.print(f"{adapter} adds nothing: it was saved before it was trained")
     console.print(f"{_share_of(checkpoint, merged.plan.edits)} changed; every other byte is the source's")
+    if isinstance(out, str):
+        console.print(f"published at {out}, with its receipt in {MERGE_RECEIPT_NAME}")
+        return
     console.print(f"written to {out}, receipt in {out / MERGE_RECEIPT_NAME}")
     console.print(f"check it with: ablate-shards verify {checkpoint.name} {out} --adapter {adapter}")
 

@@ -7,7 +7,7 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -24,7 +24,7 @@ from ablate_shards.surgery.checkpoint import (
     files_of,
 )
 from ablate_shards.surgery.editor import BlockEditor, Channels, Stopped, resolve_device, torch_dtype
-from ablate_shards.surgery.execute import ExecuteOptions, Operation, Progress, perform
+from ablate_shards.surgery.execute import Operation
 from ablate_shards.surgery.receipt import items, load, number, seal, source_record, typed
 from ablate_shards.surgery.sections import Section
 from ablate_shards.surgery.staging import check_out
@@ -40,12 +40,11 @@ __all__ = [
     "MERGE_FORMAT",
     "MergeEdit",
     "MergeEditor",
-    "MergeOptions",
     "MergePlan",
     "MergeReceipt",
     "MergeResult",
     "Merged",
-    "merge",
+    "check_merge_out",
     "merging",
     "plan_merge",
     "read_merge_receipt",
@@ -61,19 +60,6 @@ _WRAPPERS = frozenset({"base_model", "language_model", "model", "transformer"})
 _PIECE = 1 << 18
 #: Matrices that a fused stack of experts is stored as, one tensor each, in the order of their rows.
 _UNFUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-
-
-@dataclass(frozen=True, slots=True)
-class MergeOptions:
-    """How to merge, and how to run.
-
-    Attributes:
-        scale: What every update is multiplied by, beside the adapter's own scale.
-        run: How to run, none of which changes a byte of the output on one device.
-    """
-
-    scale: float = 1.0
-    run: ExecuteOptions = field(default_factory=ExecuteOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,30 +174,16 @@ class MergeReceipt:
     altered: bool
 
 
-def merge(checkpoint: Checkpoint, adapter: Path, out: Path, options: MergeOptions, progress: Progress) -> Merged:
-    """Writes the merged checkpoint; OUT appears complete or not at all.
-
-    Args:
-        checkpoint: The base, never opened for writing.
-        adapter: A folder that peft saved.
-        out: The folder to make.
-        options: How to merge, and how to run.
-        progress: Hears how far the run has come.
+def check_merge_out(checkpoint: Checkpoint, adapter: Path, out: Path, *, overwrite: bool) -> None:
+    """Refuses an output folder that would lose something, before anything is read.
 
     Raises:
-        AdapterError: The adapter cannot be read, does not fit, or was trained on another base.
-        ExecuteError: OUT is in the way, the disk is too small, or a tensor cannot be changed.
-        Interrupted: Ctrl-C or SIGTERM; the staged state can be resumed.
-        PlanError: A tensor that the adapter changes cannot be edited.
+        ExecuteError: OUT exists and may not be replaced, or its parent does not exist.
+        UsageError: OUT is, or is in, MODEL or ADAPTER or holds it.
     """
-    check_out(checkpoint.path, files_of(checkpoint), out, overwrite=options.run.overwrite)
+    check_out(checkpoint.path, files_of(checkpoint), out, overwrite=overwrite)
     if out.resolve() in (adapter.resolve(), *adapter.resolve().parents):
         raise UsageError(f"{out}: holds ADAPTER, which would be replaced; name another folder")
-    read = read_adapter(adapter)
-    plan = plan_merge(checkpoint, read, options.scale)
-    for note in plan.notes:
-        progress.note(note)
-    return Merged(plan, perform(checkpoint, merging(checkpoint, read, plan), out, options.run, progress))
 
 
 def merging(checkpoint: Checkpoint, adapter: Adapter, plan: MergePlan) -> Operation[MergeEdit, MergeResult]:
