@@ -26,6 +26,7 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".npz")
 LICENSES = {"apache-2.0", "mit", "other", "llama3.2", "cc-by-4.0"}
 RELATIONS = {"adapter", "finetune", "merge", "quantized"}
 TREE_PAGE = 4
+PIECE = 1 << 20
 
 
 def git_oid(data: bytes) -> str:
@@ -201,8 +202,14 @@ class Hub:
             seen.sent = cut
             await send({"type": "http.response.body", "body": body[:cut], "more_body": True})
             return  # uvicorn closes the connection: the body is shorter than was announced
-        seen.sent = len(body)
-        await send({"type": "http.response.body", "body": body})
+        # In pieces, so that a client that goes away is noticed, and gets no more than it takes.
+        for start in range(0, len(body), PIECE):
+            if start and await request.is_disconnected():
+                return
+            piece = body[start : start + PIECE]
+            seen.sent += len(piece)
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
     def _fault(self, line: str) -> Fault | None:
         for fault in self.faults:
