@@ -142,11 +142,14 @@ class Files(Protocol):
 
 
 class Remote(Files, Protocol):
-    """Files that are not on this machine; they can be read by byte ranges and do not change."""
+    """Files that are not on this machine; they can be read by byte ranges, and what is told of them does not change."""
 
     @property
     def revision(self) -> str | None:
         """The commit they are of, None where they have no history."""
+
+    def now(self) -> "Remote":
+        """Returns the files as they are now, should something else have written them."""
 
     def size(self, file: str) -> int:
         """Returns a file's size in bytes."""
@@ -367,9 +370,11 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """Returns the digest of names, sizes and modification times as they are now, and of the headers read.
 
     Raises:
+        HubError: A remote folder cannot be listed.
         OSError: A file is gone.
     """
-    return _fingerprint(checkpoint.remote or _Folder(checkpoint.root), checkpoint.shards, checkpoint.sidecars)
+    files = checkpoint.remote.now() if checkpoint.remote is not None else _Folder(checkpoint.root)
+    return _fingerprint(files, checkpoint.shards, checkpoint.sidecars)
 
 
 def size_of(checkpoint: Checkpoint, file: str) -> int:

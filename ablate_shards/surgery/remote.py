@@ -11,7 +11,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from ablate_shards.errors import CheckpointError, HubError
 from ablate_shards.surgery.checkpoint import (
@@ -81,6 +81,9 @@ class Store(Faults, Protocol):
 
     def stream(self, file: str, start: int, end: int) -> AbstractContextManager[Iterator[bytes]]:
         """Opens a byte range of a file."""
+
+    def now(self) -> Self:
+        """Returns it as it is now; one that is pinned to a commit is always the same."""
 
 
 class Patience:
@@ -154,6 +157,10 @@ class RemoteFiles:
         """The commit they are of."""
         return self._store.revision
 
+    def now(self) -> "RemoteFiles":
+        """Returns the files as they are now."""
+        return RemoteFiles(self._store.now())
+
     def walk(self) -> Iterable[tuple[str, str | None]]:
         """Yields every file, with a reason where it is passed over."""
         passed = set()
@@ -181,8 +188,8 @@ class RemoteFiles:
         return self._store.entries[file].size
 
     def stamp(self, file: str) -> str:
-        """Returns what tells one state of a file from another."""
-        return self._store.entries[file].stamp
+        """Returns what tells one state of a file from another, nothing of one that is gone."""
+        return self._store.entries[file].stamp if self.has(file) else ""
 
     def read(self, file: str) -> bytes:
         """Returns a small file's content."""

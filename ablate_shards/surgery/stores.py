@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ablate_shards.errors import CheckpointError, HubError, UsageError
 from ablate_shards.surgery.checkpoint import Checkpoint, fingerprint, open_checkpoint
@@ -192,6 +192,10 @@ class HubStore(HubFaults):
                 raise HubError(f"{self.name}/{file}: the server does not answer byte ranges; try --cache")
             # In pieces as they come: larger ones would be lost when the connection breaks.
             yield response.iter_bytes()
+
+    def now(self) -> Self:
+        """Returns itself: a commit does not change."""
+        return self
 
 
 def hub_pause(error: Exception) -> float | None:
@@ -393,6 +397,10 @@ class _FsspecStore(FsspecFaults):
         yield (
             self._system.cat_file(path, start=first, end=min(first + step, end)) for first in range(start, end, step)
         )
+
+    def now(self) -> Self:
+        """Returns the folder as it is now."""
+        return type(self)(self._url)
 
 
 def quieten_hub() -> None:

@@ -181,6 +181,10 @@ def test_errors_before_the_run_write_nothing_anywhere(case):
         result = merge("local", out, adapter="other")
         assert result.exit_code == 1
         assert "expected what fits" in result.stderr
+    hub.seen.clear()
+    for more in (["--dry-run"], ["--scale", "nan"]):
+        assert merge("org/model", "hub:me/merged", *more).exit_code in (0, 1)
+    assert 0 < hub.sent("GET") <= 2 * (len(SHARDS) + 1) * 100_000
     assert "me/merged" not in hub.repos
     assert not hub.requests("POST")
     assert sorted(fsspec.filesystem("memory").store) == before
