@@ -30,7 +30,7 @@ from ablate_shards.surgery.plan import Edit, by_shard
 from ablate_shards.surgery.published import CARD, Published
 from ablate_shards.surgery.remote import patiently
 from ablate_shards.surgery.staging import Staging, locked
-from ablate_shards.surgery.stores import HubFaults, HubStore
+from ablate_shards.surgery.stores import HubFaults, HubStore, is_hub_id
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["Transferred", "perform_on_hub"]
 
 _SENT = "sent.json"
+#: Bytes above which a file beside the shards is not sent from memory.
+_LARGE = 10_000_000
 
 _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R")
@@ -98,9 +100,9 @@ def perform_on_hub(
         raise HubError(f"{repo}: holds weights already ({theirs[0]}); --overwrite replaces them, in one commit")
     edited = {edit.shard for edit in operation.edits}
     on_hub = checkpoint.remote is not None and checkpoint.remote.revision is not None
-    here = tuple(
-        shard for shard in checkpoint.shards if shard.name in edited or (checkpoint.remote is not None and not on_hub)
-    )
+    passing = checkpoint.remote is not None and not on_hub
+    here = tuple(shard for shard in checkpoint.shards if shard.name in edited or passing)
+    here += _large(checkpoint) if passing else ()
     # Beside it, hidden, are the lock and the shard under way.
     place = Path.cwd() / f"hub-{repo.replace('/', '--')}"
     identity = {
@@ -133,7 +135,7 @@ def perform_on_hub(
             *(CommitOperationDelete(name) for name in theirs if name not in own),
         ]
         left = own - sizes.keys() - ledger.digests().keys()
-        copied = _copies(checkpoint, left, by_hub=on_hub)
+        copied = _copies(checkpoint, left, ledger, by_hub=on_hub)
         try:
             with explained(repo):
                 operations = [*ledger.operations(), *copied, *made]
@@ -142,11 +144,11 @@ def perform_on_hub(
             if not on_hub or not _refuses_to_copy(error.__cause__):
                 raise
             progress.note(f"the Hub does not copy files of {checkpoint.name} by itself, so they pass through here")
-            rest = tuple(shard for shard in checkpoint.shards if shard.name in left)
+            rest = (*(shard for shard in checkpoint.shards if shard.name in left), *_large(checkpoint))
             send(_part(checkpoint, rest), operation, run, ledger, progress)
             on_hub = False
             with explained(repo):
-                operations = [*ledger.operations(), *_copies(checkpoint, set(), by_hub=False), *made]
+                operations = [*ledger.operations(), *_copies(checkpoint, set(), ledger, by_hub=False), *made]
                 url, oid = commit(api, repo, operations, options, store, progress)
         expected = ledger.digests()
         if checkpoint.remote is not None and on_hub:
@@ -362,11 +364,18 @@ def _part(checkpoint: Checkpoint, shards: tuple[Shard, ...]) -> Checkpoint:
     return dataclasses.replace(checkpoint, shards=shards, sidecars=())
 
 
-def _copies(checkpoint: Checkpoint, shards: set[str], *, by_hub: bool) -> list[Any]:
-    """Returns how to bring over what is not edited: by the Hub itself, or from this disk."""
+def _large(checkpoint: Checkpoint) -> tuple[Shard, ...]:
+    """Returns the sidecars that may not fit into memory, to be sent as shards are."""
+    sizes = {name: size_of(checkpoint, name) for name in checkpoint.sidecars if name != CARD}
+    return tuple(Shard(name, Path(name), size, "", ()) for name, size in sizes.items() if size > _LARGE)
+
+
+def _copies(checkpoint: Checkpoint, shards: set[str], ledger: _Ledger, *, by_hub: bool) -> list[Any]:
+    """Returns how to bring over what has not been sent: by the Hub itself, or from this disk."""
     from huggingface_hub import CommitOperationAdd, CommitOperationCopy
 
-    names = [*sorted(shards), *(name for name in checkpoint.sidecars if name != CARD)]
+    sent = ledger.digests()
+    names = [*sorted(shards), *(name for name in checkpoint.sidecars if name != CARD and name not in sent)]
     if checkpoint.remote is None:
         return [CommitOperationAdd(name, checkpoint.root / name) for name in names]
     if not by_hub or checkpoint.origin is None:
@@ -391,6 +400,8 @@ def _refuses_to_copy(error: BaseException | None) -> bool:
 def _published(folder: Path, checkpoint: Checkpoint, receipt_name: str, options: PushOptions) -> Published:
     kind: Kind = "merge" if receipt_name == MERGE_RECEIPT_NAME else "ablation"
     base, revision = checkpoint.origin or (None, None)
+    if base is not None and not is_hub_id(base):
+        base = None  # a folder of an object store, which no card can name
     return Published(
         path=folder,
         kind=kind,

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 
+import fsspec
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from hub.hub_server import Fault
-from raw_checkpoints import snapshot, write_directions, write_llama
+from raw_checkpoints import snapshot, write_directions, write_llama, write_shard
 from starlette.responses import JSONResponse
 
 from ablate_shards.cli import cli
@@ -309,11 +311,13 @@ def test_an_upload_that_fails_is_resumed(case):
     assert "the token may not write to this repository" in result.stderr
     assert "--resume goes on" in result.stderr
     assert list(hub.repos["me/edited"].files()) == [".gitattributes"]
-    sent = len(hub.requests("PUT ")) - 1
+    assert len(hub.requests("PUT ")) == 2
     hub.seen.clear()
     assert ablate(folder, "hub:me/edited", "--resume").exit_code == 0
-    assert sent == 1
     assert_published(hub, folder)
+    # One shard had arrived, of one the digest was known, and for the third both passes were still to come.
+    _, known, unknown = ((folder / "local" / name).stat().st_size for name in edited_shards(folder))
+    assert hub.sent("GET /blob/") <= known + 2 * unknown + (len(SHARDS) + 2) * 100_000
 
 
 def test_a_repository_that_holds_weights_is_replaced_when_asked(case):
@@ -361,6 +365,39 @@ def test_what_the_hub_will_not_copy_passes_through_here(case, monkeypatch, refus
     assert_published(hub, folder)
     assert len(hub.requests("PUT ")) == len(SHARDS)
     assert hidden(folder) == []
+
+
+@pytest.mark.parametrize("source", ["org/model", "memory://bucket/model"])
+def test_what_may_not_fit_into_memory_is_sent_as_a_shard_is(case, monkeypatch, source):
+    """A large file beside the shards that the Hub does not copy by itself."""
+    hub, folder = case
+    monkeypatch.setattr(transfer, "_LARGE", 10_000)
+    write_shard(folder / "local" / "extra" / "more.safetensors", {"tower": np.ones((200, 200))})
+    content = (folder / "local" / "extra" / "more.safetensors").read_bytes()
+    hub.update("org/model", folder / "local")
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    for name, data in snapshot(folder / "local").items():
+        store.pipe(f"/bucket/model/{name}", data)
+    hub.fault("POST .*/lfs-files/duplicate", status=403)
+    read = remote.RemoteFiles.read_range
+    asked = []
+
+    def noted(self, file, start, end):
+        asked.append(file)
+        return read(self, file, start, end)
+
+    monkeypatch.setattr(remote.RemoteFiles, "read_range", noted)
+    result = ablate(folder, "hub:me/edited", source=source)
+    assert result.exit_code == 0, result.stderr
+    files = hub.repos["me/edited"].files()
+    assert files["extra/more.safetensors"].data == content
+    assert {name: files[name].data for name in SHARDS} == {
+        name: data for name, data in snapshot(folder / "expected").items() if name in SHARDS
+    }
+    assert "tokenizer.json" in asked
+    assert "extra/more.safetensors" not in asked
+    store.store.clear()
 
 
 def test_what_passes_through_here_is_resumed(case):
