@@ -1,11 +1,11 @@
-"""Measures an ablation from the Hub to the Hub: peak memory, disk, what is fetched, and time, beside a folder's.
+"""Measures ablations and merges from the Hub to the Hub, beside those to a folder: memory, disk, bytes fetched, time.
 
     python benchmarks/transfer.py [--work DIR] [--shard-gib 2] [--matrix-gib 1]
 
 The Hub is the small server of the tests, on localhost, with the real client; uploads go through LFS in parts of
 64 MiB. The checkpoint is one shard in the layout of Llama (hidden 4096) with random weights: a down projection of the
 size asked for, matrices of 32 MiB, and what is not edited. The result is shown only if the repository has the same
-digest as the folder. On localhost the time is that of the machine, not of a network.
+digest as the folder. The adapter has rank 16. On localhost the time is that of the machine, not of a network.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-HIDDEN, LAYERS = 4096, 4
+HIDDEN, LAYERS, RANK = 4096, 4, 16
 SHARD = "model-00001-of-00001.safetensors"
 PART = 64 << 20
 CALL = """
@@ -69,6 +69,16 @@ def write_checkpoint(folder: Path, shard_gib: float, matrix_gib: float) -> int:
         directions[f"direction.layers.{layer}"] = direction / np.linalg.norm(direction)
         directions[f"reference.layers.{layer}"] = rng.standard_normal(HIDDEN, np.float32)
     save_file(directions, folder.parent / "directions.safetensors", {"format": "ablate-shards.directions/1"})
+    adapter = folder.parent / "adapter"
+    adapter.mkdir()
+    factors = {}
+    for tensor, (outer, inner) in tensors.items():
+        if tensor.startswith("model.layers."):
+            name = f"base_model.model.{tensor.removesuffix('.weight')}"
+            factors[f"{name}.lora_A.weight"] = rng.standard_normal((RANK, inner), np.float32) * 0.02
+            factors[f"{name}.lora_B.weight"] = rng.standard_normal((outer, RANK), np.float32) * 0.02
+    save_file(factors, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": RANK}))
     return (folder / SHARD).stat().st_size
 
 
@@ -89,7 +99,7 @@ def on_disk(folder: Path) -> int:
 
 
 def main() -> None:
-    """Prints one line for the folder, and one for the Hub."""
+    """Prints a line for each command and each kind of OUT."""
     from hub.hub_server import Server  # type: ignore[import-not-found]
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,26 +134,35 @@ def main() -> None:
                 disk.append(on_disk(here))
 
         server.hub.watch = watch
-        seconds, memory = run(["ablate", "org/model", "out", *edit], here, environment)
-        with (here / "out" / SHARD).open("rb") as file:
-            expected = hashlib.file_digest(file, "sha256").hexdigest()
-        shutil.rmtree(here / "out")
-        print(f"Hub to folder  {seconds:6.1f} s  peak {memory:4.0f} MiB  fetched {fetched(server, size)}")
-        server.hub.seen.clear()
-        disk.clear()
-        seconds, memory = run(["ablate", "org/model", "hub:me/edited", *edit], here, environment)
-        if server.hub.repos["me/edited"].files()[SHARD].sha256 != expected:
-            raise SystemExit("Hub to Hub   WRONG: the repository does not have the folder's bytes")
-        print(
-            f"Hub to Hub     {seconds:6.1f} s  peak {memory:4.0f} MiB  fetched {fetched(server, size)}  "
-            f"disk at most {max(disk) / 1024:.0f} KiB"
-        )
+        for name, arguments, more in (
+            ("ablate", ["org/model"], edit),
+            ("merge", ["org/model", str(work / "adapter")], ["--quiet"]),
+        ):
+            seen = []
+            for where, out in (("to a folder", "out"), ("to the Hub", f"hub:me/{name}")):
+                server.hub.seen.clear()
+                disk.clear()
+                seconds, memory = run([name, *arguments, out, *more], here, environment)
+                disk.append(on_disk(here))
+                kept = f"{max(disk) / 2**20:5.0f}" if out == "out" else f"{max(disk) / 2**20:5.2f}"
+                seen.append(digest(server, here, out))
+                if seen[0] != seen[-1]:
+                    raise SystemExit(f"{name} {where}: WRONG, the repository does not have the folder's bytes")
+                times = server.hub.sent("GET /blob/") / size
+                print(
+                    f"{name:6} from the Hub {where:11} {seconds:6.1f} s  peak memory {memory:4.0f} MiB  "
+                    f"peak disk {kept} MiB  fetched {times:.2f} times"
+                )
+            shutil.rmtree(here / "out")
     shutil.rmtree(work)
 
 
-def fetched(server: Any, size: int) -> str:
-    """Returns how often the shard's bytes went out."""
-    return f"{server.hub.sent('GET /blob/') / size:.2f} times"
+def digest(server: Any, folder: Path, out: str) -> str:
+    """Returns the SHA-256 of the shard in a folder or a repository."""
+    if out.startswith("hub:"):
+        return str(server.hub.repos[out.removeprefix("hub:")].files()[SHARD].sha256)
+    with (folder / out / SHARD).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

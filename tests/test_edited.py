@@ -78,6 +78,16 @@ def test_the_bytes_and_the_results_of_a_file(folder, preserve, window):
         assert file.read(1) == b""
 
 
+def test_the_form_that_devices_compute_in(folder, monkeypatch):
+    monkeypatch.setattr("ablate_shards.kernels.project.choose_form", lambda *_, **__: ("torch", "asked for"))
+    checkpoint, operation = prepared(folder)
+    results = perform(checkpoint, operation, folder / "out", ExecuteOptions(), Quiet())
+    for window in (0, 1 << 30):
+        with opened(checkpoint, operation, window=window, room=1 << 17) as file:
+            assert file.survey().results == results
+            assert file.read() == snapshot(folder / "out")[SHARD]
+
+
 def test_any_offset_in_any_order(folder):
     checkpoint, operation = prepared(folder)
     perform(checkpoint, operation, folder / "out", ExecuteOptions(), Quiet())

@@ -88,7 +88,7 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
         window: int,
         advance: Callable[[int], None],
     ) -> None:
-        self._shard, self._edits, self._editor = shard, edits, editor
+        self._shard, self._editor = shard, editor
         self._window, self._advance = window, advance
         self._remote = checkpoint.remote
         self._source = _Source(checkpoint, shard)
@@ -264,7 +264,7 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
     def _survey(self) -> tuple[Survey[_R], str | None]:
         """Goes over all of it once; returns the source's digest as well if it is not what its store says."""
         whole = hashlib.sha256()
-        source, expected = (hashlib.sha256(), None)
+        source, expected = hashlib.sha256(), None
         if self._remote is not None:
             source, expected = self._remote.digest(self._shard.name)
         results: dict[str, _R] = {}

@@ -68,11 +68,14 @@ def open_source(source: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: The checkpoint is missing, malformed, incomplete or reaches out of its folder.
         HubError: The repository or the object store cannot be read.
-        UsageError: The package that reads it is not installed.
+        UsageError: It is a part of a repository, or the package that reads it is not installed.
     """
     text = str(source)
     if not Path(source).exists() and (match := _HUB_ID.fullmatch(text)):
         return open_remote(HubStore(match["repo"], match["revision"]))
+    if text.startswith("hf://"):
+        # fsspec would read it as well, but at no commit in particular.
+        raise UsageError(f"{text}: expected a model repository, such as org/name or hf://org/name@revision")
     if "://" in text:
         return open_remote(_FsspecStore(text))
     return open_checkpoint(Path(source))

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeVar, cast
 
 from ablate_shards import __version__
 from ablate_shards.errors import ExecuteError, HubError
@@ -308,12 +308,11 @@ def _addition(name: str, sent: _Sent, file: EditedFile[Any, Any] | None = None) 
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.lfs import UploadInfo
 
-    addition: Any = CommitOperationAdd(name, b"")
-    sample = b""
+    addition, sample = CommitOperationAdd(name, b""), b""
     if file is not None:
-        addition.path_or_fileobj, sample = file, file.sample
+        addition.path_or_fileobj, sample = cast(BinaryIO, file), file.sample
     addition.upload_info = UploadInfo(size=sent.size, sample=sample, sha256=bytes.fromhex(sent.sha256))
-    return addition  # type: ignore[no-any-return]
+    return addition
 
 
 def _stage(
