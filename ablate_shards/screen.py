@@ -234,12 +234,18 @@ def print_results(
     console.print(f"{_share(checkpoint, plan, 'edited')}; every other byte is the source's")
     if plan.skipped:
         console.print(f"{_count(len(plan.skipped), 'other writer')} left as they are; the receipt says why")
-    if url:
-        console.print(f"published at {url}, with its receipt in {RECEIPT_NAME}")
-    else:
-        console.print(f"written to {out}, receipt in {out}/{RECEIPT_NAME}")
+    _print_where(console, checkpoint, out, url, RECEIPT_NAME)
+
+
+def _print_where(
+    console: Console, checkpoint: Checkpoint, out: Path | str, url: str | None, receipt: str, more: str = ""
+) -> None:
+    """Says where the result is, and how to check it."""
+    console.print(
+        f"published at {url}, with its receipt in {receipt}" if url else f"written to {out}, receipt in {out}/{receipt}"
+    )
     source = "@".join(part for part in checkpoint.origin or (checkpoint.name,) if part)
-    console.print(f"check it with: ablate-shards verify {source} {out}")
+    console.print(f"check it with: ablate-shards verify {source} {out}{more}")
 
 
 def print_merge_plan(checkpoint: Checkpoint, plan: "MergePlan") -> None:
@@ -254,8 +260,8 @@ def print_merge_plan(checkpoint: Checkpoint, plan: "MergePlan") -> None:
         console.print(f"not carried over: {name} ({reason})")
 
 
-def print_merge(checkpoint: Checkpoint, merged: "Merged", adapter: Path, out: Path) -> None:
-    """Prints what a merge changed, and by how much."""
+def print_merge(checkpoint: Checkpoint, merged: "Merged", adapter: Path, out: Path | str, url: str | None) -> None:
+    """Prints what a merge changed, and by how much; see :func:`print_results`."""
     console = _console()
     table = _table("layer", "change", "tensors", "rank", "scale", "largest change", right=(0, 3, 4, 5))
     for layer, edits in _merged_by_layer(merged.plan.edits):
@@ -267,8 +273,7 @@ def print_merge(checkpoint: Checkpoint, merged: "Merged", adapter: Path, out: Pa
     if not any(result.change is None or result.change for result in merged.results.values()):
         console.print(f"{adapter} adds nothing: it was saved before it was trained")
     console.print(f"{_share_of(checkpoint, merged.plan.edits)} changed; every other byte is the source's")
-    console.print(f"written to {out}, receipt in {out / MERGE_RECEIPT_NAME}")
-    console.print(f"check it with: ablate-shards verify {checkpoint.name} {out} --adapter {adapter}")
+    _print_where(console, checkpoint, out, url, MERGE_RECEIPT_NAME, f" --adapter {adapter}")
 
 
 def print_inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> None:

@@ -47,7 +47,7 @@ FED = {
     "publish": ("push",),
 }
 #: What a recipe cannot say: where a stage reads and writes, and how its results are shown.
-STAGE = {"model", "dump", "file", "adapter", "source", "out", "against", "reuse", "answers"}
+STAGE = {"private", "model", "dump", "file", "adapter", "source", "out", "against", "reuse", "answers"}
 RUN = {"dry-run", "resume", "overwrite", "push", "link", "sync", "cache", "jobs", "memory", "device"}
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ablate_shards.commands.options import (
     estimation,
     parsed,
     print_json,
+    private_flag,
     quiet_flag,
     recipe_flag,
     resources,
@@ -103,7 +103,7 @@ def _parse_source_layer(text: str) -> Any:
 @resources
 @recipe_flag
 @cache_flag
-@click.option("--private", is_flag=True, help="Make a new repository OUT private.")
+@private_flag
 @click.option("--link", is_flag=True, help="Hard-link shards without an edit; they share their bytes with SOURCE.")
 @sync_flag
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
@@ -146,7 +146,8 @@ def ablate(
     from ablate_shards import screen
     from ablate_shards.surgery.checkpoint import files_of
     from ablate_shards.surgery.directions import EstimatorOptions
-    from ablate_shards.surgery.execute import ExecuteOptions, ablation, perform
+    from ablate_shards.surgery.execute import ExecuteOptions, ablation
+    from ablate_shards.surgery.outputs import carry_out, check_options, is_folder
     from ablate_shards.surgery.plan import make_plan, resolve_bases
     from ablate_shards.surgery.recipe import AblateOptions
     from ablate_shards.surgery.staging import check_out
@@ -163,19 +164,12 @@ def ablate(
         device=device, memory=memory, jobs=jobs, resume=resume, overwrite=overwrite, link=link, sync=sync
     )
     checkpoint = open_source(source)
-    if checkpoint.remote is not None:
-        if link and not cache:
-            raise UsageError(f"--link: {checkpoint.name} is not on this machine; add --cache, or leave --link out")
-        if checkpoint.remote.revision:
-            progress.note(f"{checkpoint.name} is commit {checkpoint.remote.revision}")
-    repo = hub_repository(out)
-    if cache or repo is not None:
+    check_options(checkpoint, out, link=link, cache=cache, private=private)
+    if checkpoint.remote is not None and checkpoint.remote.revision:
+        progress.note(f"{checkpoint.name} is commit {checkpoint.remote.revision}")
+    if cache or hub_repository(out) is not None:
         quieten_hub(bars=quiet or as_json or not sys.stderr.isatty())
-    if (repo is not None or isinstance(out, str)) and (link or cache):
-        raise UsageError(f"{out}: --link and --cache are about a folder here; leave them out")
-    if private and repo is None:
-        raise UsageError(f"--private: {out} is no repository; name one, such as hub:me/model-edited")
-    if not dry_run and repo is None and isinstance(out, Path):
+    if not dry_run and isinstance(out, Path) and is_folder(out):
         check_out(checkpoint.path, files_of(checkpoint), out, overwrite=overwrite)
     estimation = EstimatorOptions(estimator=estimator, rank=rank, winsorize=winsorize)
     found, used = _find_directions(checkpoint, directions, activations, estimation, progress)
@@ -194,22 +188,9 @@ def ablate(
         return
     if cache:
         checkpoint = cached(checkpoint)
-    url: str | None = None
-    results: Mapping[str, Any]
     with progress:
         operation = ablation(checkpoint, plan, found, options)
-        if isinstance(out, str):
-            from ablate_shards.surgery.objects import perform_in_store
-
-            results = perform_in_store(checkpoint, operation, out, run, progress)
-        elif repo is None:
-            results = perform(checkpoint, operation, out, run, progress)
-        else:
-            from ablate_shards.surgery.hub import PushOptions
-            from ablate_shards.surgery.transfer import perform_on_hub
-
-            done = perform_on_hub(checkpoint, operation, repo, PushOptions(private=private), run, progress)
-            results, url = done.results, done.url
+        results, url = carry_out(checkpoint, operation, out, run, progress, private=private)
     if as_json:
         print_json(
             {

@@ -1,6 +1,7 @@
 """``merge``: merges a LoRA adapter into a checkpoint."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import click
@@ -12,11 +13,11 @@ from ablate_shards.commands.options import (
     cache_flag,
     debug_flag,
     print_json,
+    private_flag,
     quiet_flag,
     resources,
     sync_flag,
 )
-from ablate_shards.errors import UsageError
 
 __all__ = ["merge"]
 
@@ -24,7 +25,7 @@ __all__ = ["merge"]
 @click.command()
 @click.argument("model", type=SOURCE)
 @click.argument("adapter", type=PATH)
-@click.argument("out", type=PATH)
+@click.argument("out", type=SOURCE)
 @click.option(
     "--scale",
     type=float,
@@ -34,6 +35,7 @@ __all__ = ["merge"]
 )
 @resources
 @cache_flag
+@private_flag
 @click.option("--link", is_flag=True, help="Hard-link shards without a change; they share their bytes with MODEL.")
 @sync_flag
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
@@ -45,13 +47,14 @@ __all__ = ["merge"]
 def merge(
     model: Path | str,
     adapter: Path,
-    out: Path,
+    out: Path | str,
     *,
     scale: float,
     device: str,
     memory: int,
     jobs: int | None,
     cache: bool,
+    private: bool,
     link: bool,
     sync: bool,
     dry_run: bool,
@@ -63,42 +66,48 @@ def merge(
     """Add a LoRA adapter to the weights of MODEL and write the merged checkpoint to OUT.
 
     MODEL is the checkpoint that ADAPTER was trained on: a .safetensors file, a checkpoint folder, a
-    Hub id org/name[@revision] or a URL that fsspec reads. ADAPTER is a folder that peft saved; OUT
-    is a folder that appears only when complete. No model is built: what the adapter does not name
-    stays as it is, byte for byte.
+    Hub id org/name[@revision] or a URL that fsspec reads. ADAPTER is a folder that peft saved. OUT
+    is a folder that appears only when complete, a repository hub:org/name that gets one commit, or
+    a folder of an object store such as s3://bucket/name. No model is built: what the adapter does
+    not name stays as it is, byte for byte.
     """
     from ablate_shards import screen
     from ablate_shards.surgery.adapter import read_adapter
     from ablate_shards.surgery.execute import ExecuteOptions
-    from ablate_shards.surgery.merge import MergeOptions, plan_merge
-    from ablate_shards.surgery.merge import merge as merge_checkpoint
-    from ablate_shards.surgery.stores import cached, open_source
+    from ablate_shards.surgery.merge import Merged, check_merge_out, merging, plan_merge
+    from ablate_shards.surgery.outputs import carry_out, check_options, is_folder
+    from ablate_shards.surgery.stores import cached, hub_repository, open_source, quieten_hub
 
     progress = screen.progress(quiet=quiet or as_json)
     run = ExecuteOptions(
         device=device, memory=memory, jobs=jobs, resume=resume, overwrite=overwrite, link=link, sync=sync
     )
     checkpoint = open_source(model)
-    if checkpoint.remote is not None:
-        if link and not cache:
-            raise UsageError(f"--link: {checkpoint.name} is not on this machine; add --cache, or leave --link out")
-        if checkpoint.remote.revision:
-            progress.note(f"{checkpoint.name} is commit {checkpoint.remote.revision}")
+    check_options(checkpoint, out, link=link, cache=cache, private=private)
+    if checkpoint.remote is not None and checkpoint.remote.revision:
+        progress.note(f"{checkpoint.name} is commit {checkpoint.remote.revision}")
+    if cache or hub_repository(out) is not None:
+        quieten_hub(bars=quiet or as_json or not sys.stderr.isatty())
+    if not dry_run:
+        if isinstance(out, Path) and is_folder(out):
+            check_merge_out(checkpoint, adapter, out, overwrite=overwrite)
+        if cache:
+            checkpoint = cached(checkpoint)
+    read = read_adapter(adapter)
+    plan = plan_merge(checkpoint, read, scale)
+    for note in plan.notes:
+        progress.note(note)
     if dry_run:
-        plan = plan_merge(checkpoint, read_adapter(adapter), scale)
-        for note in plan.notes:
-            progress.note(note)
         if as_json:
             print_json(plan.as_dict())
         elif not quiet:
             screen.print_merge_plan(checkpoint, plan)
         return
-    if cache:
-        checkpoint = cached(checkpoint)
     with progress:
-        merged = merge_checkpoint(checkpoint, adapter, out, MergeOptions(scale, run), progress)
+        operation = merging(checkpoint, read, plan)
+        results, url = carry_out(checkpoint, operation, out, run, progress, private=private)
     if as_json:
-        results = {name: dataclasses.asdict(result) for name, result in merged.results.items()}
-        print_json({"out": str(out), "tensors": results})
+        tensors = {name: dataclasses.asdict(result) for name, result in results.items()}
+        print_json({"out": url or str(out), "tensors": tensors})
     elif not quiet:
-        screen.print_merge(checkpoint, merged, adapter, out)
+        screen.print_merge(checkpoint, Merged(plan, results), adapter, out, url)

@@ -19,6 +19,7 @@ __all__ = [
     "parse_memory",
     "parsed",
     "print_json",
+    "private_flag",
     "quiet_flag",
     "recipe_flag",
     "resources",
@@ -101,6 +102,7 @@ SOURCE = _Source()
 cache_flag = click.option(
     "--cache", is_flag=True, help="Fetch a SOURCE on the Hub to the ordinary cache first, and read it from there."
 )
+private_flag = click.option("--private", is_flag=True, help="Make a new repository OUT private.")
 sync_flag = click.option(
     "--sync/--no-sync",
     default=True,

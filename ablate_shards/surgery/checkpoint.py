@@ -5,14 +5,14 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 
-from ablate_shards.errors import CheckpointError
+from ablate_shards.errors import CheckpointError, HubError
 
 __all__ = [
     "ITEM_BYTES",
@@ -160,10 +160,22 @@ class Files(Protocol):
 
 
 class Remote(Files, Protocol):
-    """Files that are not on this machine; they can be read by byte ranges and do not change."""
+    """Files that are not on this machine; they can be read by byte ranges, and what is told of them does not change."""
+
+    def now(self) -> "Remote":
+        """Returns the files as they are now, should something else have written them."""
 
     def read_range(self, file: str, start: int, end: int) -> bytes:
         """Returns some bytes of a file."""
+
+    def stream(self, file: str, start: int, end: int, stop: threading.Event) -> Iterator[bytes]:
+        """Yields some bytes of a file as they come; ends early with an error when ``stop`` is set."""
+
+    def digest(self, file: str) -> tuple["hashlib._Hash", str | None]:
+        """Returns what to feed a file's bytes to, and the digest they then have to have; None where none is known."""
+
+    def altered(self, file: str, found: str) -> HubError:
+        """Returns the error of a file that came with the wrong digest twice."""
 
     def fetch(
         self,
@@ -374,9 +386,11 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """Returns the digest of names, sizes and modification times as they are now, and of the headers read.
 
     Raises:
+        HubError: A remote folder cannot be listed.
         OSError: A file is gone.
     """
-    return _fingerprint(checkpoint.files, checkpoint.shards, checkpoint.sidecars)
+    files = checkpoint.files if checkpoint.remote is None else checkpoint.remote.now()
+    return _fingerprint(files, checkpoint.shards, checkpoint.sidecars)
 
 
 def size_of(checkpoint: Checkpoint, file: str) -> int:

@@ -8,10 +8,10 @@ import os
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from ablate_shards.errors import ExecuteError, UsageError
 from ablate_shards.surgery.checkpoint import ITEM_BYTES
 from ablate_shards.surgery.plan import BasisKey, Edit, TensorEdit
 from ablate_shards.surgery.receipt import TensorResult
+from ablate_shards.surgery.sections import AblatedBias, AblatedMatrices, Section, nonfinite
 
 if TYPE_CHECKING:
     import torch
@@ -148,6 +149,14 @@ class BlockEditor(ABC, Generic[_E, _R]):
             AblateError: The tensor cannot be edited.
         """
 
+    @abstractmethod
+    def sections(self, edit: _E) -> Sequence[Section]:
+        """Returns the parts that a tensor is edited in, in the order of their bytes; nothing has been read."""
+
+    @abstractmethod
+    def result(self, edit: _E, measured: Sequence[Any], sha256: str) -> _R:
+        """Returns what was measured of a tensor, from its sections and the digest of what was written."""
+
     def _buffer(self, count: int) -> "torch.Tensor":
         """Returns this thread's buffer, ``[count]`` uint8; one that is kept fragments no memory."""
         import torch
@@ -161,12 +170,15 @@ class BlockEditor(ABC, Generic[_E, _R]):
 
     def _workspace(self) -> "Workspace":
         """Returns this thread's scratch memory."""
-        from ablate_shards.kernels.project import Workspace
-
         if not hasattr(self._kept, "workspace"):
-            self._kept.workspace = Workspace(self._device, self._form, chunks_at_once=self._chunks_at_once)
+            self._kept.workspace = self._new_workspace()
         kept: Workspace = self._kept.workspace
         return kept
+
+    def _new_workspace(self) -> "Workspace":
+        from ablate_shards.kernels.project import Workspace
+
+        return Workspace(self._device, self._form, chunks_at_once=self._chunks_at_once)
 
     def _stream(self) -> contextlib.AbstractContextManager[object]:
         """Gives each job a stream of its own, so that one computes while another reads or writes."""
@@ -203,6 +215,7 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
     ) -> None:
         super().__init__(device, memory, jobs, stop)
         self._bases = bases
+        self._by_width: dict[int, Workspace] = {}
 
     def edit(self, edit: TensorEdit, channels: Channels) -> TensorResult:
         """Ablates one tensor and measures it again from what was written.
@@ -277,12 +290,7 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
             block = load(start, size, channels.read) if kept is None else kept
             projector.apply(block, start)
             if projector.nonfinite:
-                matrix = (base - edit.start) // (rows * row_bytes) + projector.nonfinite_entries[0]
-                where = f"{edit.name}, expert {matrix}" if len(edit.shape) > 2 else edit.name
-                raise ExecuteError(
-                    f"{where}: holds NaN or infinite values, which no projection can edit; "
-                    "fetch its shard again, or leave it out with --layers or --components"
-                )
+                raise nonfinite(edit, (base - edit.start) // (rows * row_bytes) + projector.nonfinite_entries[0])
             raw = buffer[: count * size * row_bytes]
             workspace.arrays.store(block, raw)
             channels.write(raw.data, base + start * row_bytes)
@@ -312,6 +320,45 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
             norm_drift=None,
             degenerate=0,
             sha256=hashlib.sha256(buffer.data).hexdigest(),
+        )
+
+    def sections(self, edit: TensorEdit) -> Sequence[Section]:
+        """Returns a section per matrix, or per as many as fit into a block, and one for a bias."""
+        if edit.kind == "bias":
+            return [AblatedBias(edit, self._bases[edit.basis])]
+        batch, rows, cols = (1,) * (3 - len(edit.shape)) + edit.shape
+        matrix_bytes = (edit.end - edit.start) // max(batch, 1)
+        group = max(1, min(batch, self._room // max(matrix_bytes, 1)))
+        # One workspace for each width: sections that are kept side by side share its scratch memory.
+        workspace = self._by_width.get(cols)
+        if workspace is None:
+            workspace = self._by_width[cols] = self._new_workspace()
+        return [
+            AblatedMatrices(
+                edit,
+                first,
+                (min(group, batch - first), rows, cols),
+                basis=self._bases[edit.basis],
+                workspace=workspace,
+                room=self._room,
+            )
+            for first in range(0, batch, group)
+        ]
+
+    def result(self, edit: TensorEdit, measured: Sequence[Any], sha256: str) -> TensorResult:
+        """Returns what was measured of a tensor."""
+        from ablate_shards.kernels.project import merge, norm_drift
+
+        if edit.kind == "bias":
+            ((before, after),) = measured
+            return TensorResult(before=before, after=after, norm_drift=None, degenerate=0, sha256=sha256)
+        before, after = (merge(part[side] for part in measured) for side in (0, 1))
+        return TensorResult(
+            before=before.component,
+            after=after.component,
+            norm_drift=None if edit.preserve == "none" else norm_drift(before, after),
+            degenerate=sum(part[2] for part in measured),
+            sha256=sha256,
         )
 
     def _bytes(self, count: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ablate_shards.errors import HubError, UsageError
+from ablate_shards.errors import AblateError, HubError, UsageError
 from ablate_shards.surgery.card import CardOptions, Kind, metadata_of, model_card
 from ablate_shards.surgery.execute import ExecuteOptions, Progress
 from ablate_shards.surgery.published import CARD, Published, look_at
@@ -430,6 +430,9 @@ def explained(repo: str) -> Iterator[None]:
     except HubError:
         raise
     except Exception as error:
+        if isinstance(error.__cause__, AblateError):
+            # What was being sent could not be read.
+            raise error.__cause__ from None
         explained = explain_hub(error, repo, writing=True)
         if explained is None and isinstance(error, OSError):
             raise

@@ -6,8 +6,8 @@ import json
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -25,23 +25,27 @@ from ablate_shards.surgery.checkpoint import (
     files_of,
 )
 from ablate_shards.surgery.editor import BlockEditor, Channels, Stopped, resolve_device, torch_dtype
-from ablate_shards.surgery.execute import ExecuteOptions, Operation, Progress, perform
+from ablate_shards.surgery.execute import Operation
 from ablate_shards.surgery.receipt import incomplete, items, load, number, revision_of, seal, source_record, typed
+from ablate_shards.surgery.sections import Section
 from ablate_shards.surgery.staging import check_out
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
+    from ablate_shards.kernels.merge import Merger
+    from ablate_shards.kernels.project import Form
 
 __all__ = [
     "MERGE_FORMAT",
     "MergeEdit",
     "MergeEditor",
-    "MergeOptions",
     "MergePlan",
     "MergeReceipt",
     "MergeResult",
     "Merged",
-    "merge",
+    "check_merge_out",
     "merging",
     "plan_merge",
     "read_merge_receipt",
@@ -57,19 +61,6 @@ _WRAPPERS = frozenset({"base_model", "language_model", "model", "transformer"})
 _PIECE = 1 << 18
 #: Matrices that a fused stack of experts is stored as, one tensor each, in the order of their rows.
 _UNFUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-
-
-@dataclass(frozen=True, slots=True)
-class MergeOptions:
-    """How to merge, and how to run.
-
-    Attributes:
-        scale: What every update is multiplied by, beside the adapter's own scale.
-        run: How to run, none of which changes a byte of the output on one device.
-    """
-
-    scale: float = 1.0
-    run: ExecuteOptions = field(default_factory=ExecuteOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,30 +177,16 @@ class MergeReceipt:
     altered: bool
 
 
-def merge(checkpoint: Checkpoint, adapter: Path, out: Path, options: MergeOptions, progress: Progress) -> Merged:
-    """Writes the merged checkpoint; OUT appears complete or not at all.
-
-    Args:
-        checkpoint: The base, never opened for writing.
-        adapter: A folder that peft saved.
-        out: The folder to make.
-        options: How to merge, and how to run.
-        progress: Hears how far the run has come.
+def check_merge_out(checkpoint: Checkpoint, adapter: Path, out: Path, *, overwrite: bool) -> None:
+    """Refuses an output folder that would lose something, before anything is read.
 
     Raises:
-        AdapterError: The adapter cannot be read, does not fit, or was trained on another base.
-        ExecuteError: OUT is in the way, the disk is too small, or a tensor cannot be changed.
-        Interrupted: Ctrl-C or SIGTERM; the staged state can be resumed.
-        PlanError: A tensor that the adapter changes cannot be edited.
+        ExecuteError: OUT exists and may not be replaced, or its parent does not exist.
+        UsageError: OUT is, or is in, MODEL or ADAPTER or holds it.
     """
-    check_out(checkpoint.path, files_of(checkpoint), out, overwrite=options.run.overwrite)
+    check_out(checkpoint.path, files_of(checkpoint), out, overwrite=overwrite)
     if out.resolve() in (adapter.resolve(), *adapter.resolve().parents):
         raise UsageError(f"{out}: holds ADAPTER, which would be replaced; name another folder")
-    read = read_adapter(adapter)
-    plan = plan_merge(checkpoint, read, options.scale)
-    for note in plan.notes:
-        progress.note(note)
-    return Merged(plan, perform(checkpoint, merging(checkpoint, read, plan), out, options.run, progress))
 
 
 def merging(checkpoint: Checkpoint, adapter: Adapter, plan: MergePlan) -> Operation[MergeEdit, MergeResult]:
@@ -568,98 +545,168 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
             AdapterError: The adapter holds NaN or infinite values.
             ExecuteError: The tensor holds NaN or infinite values, or the sum does not fit its dtype.
         """
+        measured, digest = [], hashlib.sha256()
         with self._stream():
-            squares, before = (self._add if edit.kind == "low-rank" else self._exchange)(edit, channels)
-        digest = hashlib.sha256()
-        buffer = self._buffer(min(self._room, edit.end - edit.start)).numpy().data
-        for start in range(edit.start, edit.end, max(1, len(buffer))):
-            data = buffer[: edit.end - start]
-            channels.reread(data, start)
-            digest.update(data)
+            for section in self.sections(edit):
+                section.gather(channels.read)
+                for offset in range(section.start, section.end, section.block):
+                    raw = self._buffer(min(section.block, section.end - offset)).numpy()
+                    self._go_on()
+                    channels.read(raw.data, offset)
+                    section.edit(raw, offset)
+                    channels.write(raw.data, offset)
+                for offset in range(section.start, section.end, section.block):
+                    raw = self._buffer(min(section.block, section.end - offset)).numpy()
+                    channels.reread(raw.data, offset)
+                    digest.update(raw.data)
+                measured.append(section.measured())
+        return self.result(edit, measured, digest.hexdigest())
+
+    def sections(self, edit: MergeEdit) -> Sequence[Section]:
+        """Returns a section per matrix, and one for a parameter that is added to or replaced."""
+        if edit.kind != "low-rank":
+            return [_Exchange(edit, self._adapter)]
+        factors = _Factors(edit, self._adapter, self._device)
+        return [
+            _Addition(edit, matrix, factors, form=self._form, room=self._room)
+            for matrix in range(edit.experts if edit.expert is None else 1)
+        ]
+
+    def result(self, edit: MergeEdit, measured: Sequence[Any], sha256: str) -> MergeResult:
+        """Returns what was measured of a tensor, from the squared norms of what was added and of what was there."""
+        squares, before = (sum(part[side] for part in measured) for side in (0, 1))
         change = math.sqrt(squares / before) if before else None if squares else 0.0
-        return MergeResult(change=change, sha256=digest.hexdigest())
-
-    def _add(self, edit: MergeEdit, channels: Channels) -> tuple[float, float]:
-        """Adds the update, matrix by matrix; returns the squared norms of the update and of what was there."""
-        from ablate_shards.kernels.merge import Merger, update_norm
-
-        dtype = torch_dtype(edit.dtype)
-        rows, cols = edit.shape[-2:]
-        row_bytes = cols * dtype.itemsize
-        squares = before = 0.0
-        for matrix, (left, right) in enumerate(self._factors(edit)):
-            merger = Merger(left, right, edit.scale, dtype, form=self._form)
-            chunk = merger.chunk_rows
-            block_rows = max(chunk, self._room // max(1, row_bytes) // chunk * chunk)
-            base = edit.start + matrix * rows * row_bytes
-            for start in range(0, rows, block_rows):
-                size = min(block_rows, rows - start)
-                raw = self._buffer(size * row_bytes)
-                self._go_on()
-                channels.read(raw.numpy().data, base + start * row_bytes)
-                stored = raw.view(dtype).view(size, cols)
-                block = stored.to(self._device)
-                merger.apply(block, start)
-                if merger.overflows:
-                    self._refuse(edit, finite=math.isfinite(merger.norm))
-                if block is not stored:
-                    stored.copy_(block)
-                channels.write(raw.numpy().data, base + start * row_bytes)
-            squares += (edit.scale * update_norm(left, right)) ** 2
-            before += merger.norm**2
-        return squares, before
-
-    def _factors(self, edit: MergeEdit) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
-        """Yields left ``[rows, r]`` and right ``[r, cols]`` of each matrix of a tensor, as stored."""
-        down, up = (self._adapter.read(name).to(self._device) for name in edit.source)
-        # Experts lie one after the other along the rows of A, and interleaved along the columns of B.
-        downs = down.view(edit.experts, -1, down.shape[1])
-        ups = up.view(len(up), -1, edit.experts)
-        for expert in range(edit.experts) if edit.expert is None else (edit.expert,):
-            right, left = downs[expert], ups[:, :, expert]
-            if edit.rows is not None:
-                left = left[slice(*edit.rows)]
-            yield (right.mT, left.mT) if edit.transposed else (left, right)
-
-    def _exchange(self, edit: MergeEdit, channels: Channels) -> tuple[float, float]:
-        """Adds to or replaces a parameter piece by piece; returns squared norms as ``_add`` does."""
-        import torch
-
-        from ablate_shards.kernels.reference import round_to
-
-        dtype = torch_dtype(edit.dtype)
-        count = math.prod(edit.shape)
-        squares = before = 0.0
-        for first in range(0, count, _PIECE):
-            size = min(_PIECE, count - first)
-            raw = self._buffer(size * dtype.itemsize)
-            offset = edit.start + first * dtype.itemsize
-            self._go_on()
-            channels.read(raw.numpy().data, offset)
-            stored = raw.view(dtype)
-            old, given = stored.double(), self._adapter.read(edit.source[0], first, size).double()
-            wanted = old + edit.scale * given if edit.kind == "bias" else given
-            if not (wanted.abs() <= torch.finfo(dtype).max).all():
-                self._refuse(edit, finite=bool(old.isfinite().all()))
-            squares += float((wanted - old).square().sum())
-            before += float(old.square().sum())
-            stored.copy_(round_to(wanted, dtype))
-            channels.write(raw.numpy().data, offset)
-        return squares, before
+        return MergeResult(change=change, sha256=sha256)
 
     def _go_on(self) -> None:
         if self._stop.is_set():
             raise Stopped
 
-    def _refuse(self, edit: MergeEdit, *, finite: bool) -> NoReturn:
-        if not finite:
-            raise ExecuteError(
-                f"{edit.name}: holds NaN or infinite values, which nothing can be added to; fetch its shard again"
-            )
+
+class _Factors:
+    """The factors of a tensor's matrices, read when the first of them is asked for."""
+
+    def __init__(self, edit: MergeEdit, adapter: Adapter, device: str) -> None:
+        self._edit, self._adapter, self.device = edit, adapter, device
+        self._read: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def of(self, matrix: int) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Returns left ``[rows, r]`` and right ``[r, cols]`` of a matrix, as stored."""
+        edit = self._edit
+        if self._read is None:
+            down, up = (self._adapter.read(name).to(self.device) for name in edit.source)
+            # Experts lie one after the other along the rows of A, and interleaved along the columns of B.
+            self._read = down.view(edit.experts, -1, down.shape[1]), up.view(len(up), -1, edit.experts)
+        downs, ups = self._read
+        expert = matrix if edit.expert is None else edit.expert
+        right, left = downs[expert], ups[:, :, expert]
+        if edit.rows is not None:
+            left = left[slice(*edit.rows)]
+        return (right.mT, left.mT) if edit.transposed else (left, right)
+
+
+class _Addition:
+    """A matrix that a low-rank update is added to: see ``Section``."""
+
+    gathers = False
+
+    def __init__(self, edit: MergeEdit, matrix: int, factors: _Factors, *, form: "Form", room: int) -> None:
+        self._edit, self._matrix, self._factors, self._form = edit, matrix, factors, form
+        self._room = room
+        rows, cols = edit.shape[-2:]
+        self._row_bytes = cols * ITEM_BYTES[edit.dtype]
+        self.start = edit.start + matrix * rows * self._row_bytes
+        self.end = self.start + rows * self._row_bytes
+        self.block = 0
+        self._squares = 0.0
+        self._merger: Merger | None = None
+
+    def gather(self, read: Callable[[memoryview, int], None]) -> None:
+        """Reads the factors."""
+        from ablate_shards.kernels.merge import Merger, update_norm
+
+        edit = self._edit
+        left, right = self._factors.of(self._matrix)
+        self._merger = Merger(left, right, edit.scale, torch_dtype(edit.dtype), form=self._form)
+        self._squares = (edit.scale * update_norm(left, right)) ** 2
+        chunk = self._merger.chunk_rows
+        self.block = max(chunk, self._room // max(1, self._row_bytes) // chunk * chunk) * max(1, self._row_bytes)
+
+    def edit(self, raw: "np.ndarray", offset: int) -> None:
+        """Adds the update to a block."""
+        import torch
+
+        merger = self._gathered()
+        stored = torch.from_numpy(raw).view(torch_dtype(self._edit.dtype)).view(-1, self._edit.shape[-1])
+        block = stored.to(self._factors.device)
+        merger.apply(block, (offset - self.start) // self._row_bytes)
+        if merger.overflows:
+            _refuse(self._edit, finite=math.isfinite(merger.norm))
+        if block is not stored:
+            stored.copy_(block)
+
+    def measure(self, raw: "np.ndarray", offset: int) -> None:
+        """Does nothing: the norms are known before, and the digest is the caller's."""
+
+    def measured(self) -> tuple[float, float]:
+        """Returns the squared norms of the update and of what was there."""
+        return self._squares, self._gathered().norm ** 2
+
+    def _gathered(self) -> "Merger":
+        if self._merger is None:
+            raise RuntimeError(f"{self._edit.name}: changed before its factors were read")
+        return self._merger
+
+
+class _Exchange:
+    """A parameter that is added to or replaced, piece by piece: see ``Section``."""
+
+    gathers = False
+
+    def __init__(self, edit: MergeEdit, adapter: Adapter) -> None:
+        self._edit, self._adapter = edit, adapter
+        self.start, self.end = edit.start, edit.end
+        self.block = _PIECE * ITEM_BYTES[edit.dtype]
+        self._squares = self._before = 0.0
+
+    def gather(self, read: Callable[[memoryview, int], None]) -> None:
+        """Begins anew."""
+        self._squares = self._before = 0.0
+
+    def edit(self, raw: "np.ndarray", offset: int) -> None:
+        """Adds to or replaces a piece."""
+        import torch
+
+        from ablate_shards.kernels.reference import round_to
+
+        edit, dtype = self._edit, torch_dtype(self._edit.dtype)
+        stored = torch.from_numpy(raw).view(dtype)
+        old = stored.double()
+        given = self._adapter.read(edit.source[0], (offset - edit.start) // dtype.itemsize, len(stored)).double()
+        wanted = old + edit.scale * given if edit.kind == "bias" else given
+        if not (wanted.abs() <= torch.finfo(dtype).max).all():
+            _refuse(edit, finite=bool(old.isfinite().all()))
+        self._squares += float((wanted - old).square().sum())
+        self._before += float(old.square().sum())
+        stored.copy_(round_to(wanted, dtype))
+
+    def measure(self, raw: "np.ndarray", offset: int) -> None:
+        """Does nothing: the norms are known before, and the digest is the caller's."""
+
+    def measured(self) -> tuple[float, float]:
+        """Returns the squared norms of the change and of what was there."""
+        return self._squares, self._before
+
+
+def _refuse(edit: MergeEdit, *, finite: bool) -> NoReturn:
+    if not finite:
         raise ExecuteError(
-            f"{edit.name}: with the adapter added, values lie beyond what {edit.dtype} can hold; "
-            "convert the checkpoint to BF16, or lower --scale"
+            f"{edit.name}: holds NaN or infinite values, which nothing can be added to; fetch its shard again"
         )
+    raise ExecuteError(
+        f"{edit.name}: with the adapter added, values lie beyond what {edit.dtype} can hold; "
+        "convert the checkpoint to BF16, or lower --scale"
+    )
 
 
 # ------------------------------------------------------------------------------------------- receipt

@@ -11,7 +11,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from ablate_shards.errors import CheckpointError, HubError
 from ablate_shards.surgery.checkpoint import (
@@ -81,6 +81,9 @@ class Store(Faults, Protocol):
 
     def stream(self, file: str, start: int, end: int) -> AbstractContextManager[Iterator[bytes]]:
         """Opens a byte range of a file."""
+
+    def now(self) -> Self:
+        """Returns it as it is now; one that is pinned to a commit is always the same."""
 
 
 class Patience:
@@ -154,6 +157,10 @@ class RemoteFiles:
         """The commit they are of."""
         return self._store.revision
 
+    def now(self) -> "RemoteFiles":
+        """Returns the files as they are now."""
+        return RemoteFiles(self._store.now())
+
     def walk(self) -> Iterable[tuple[str, str | None]]:
         """Yields every file, with a reason where it is passed over."""
         passed = set()
@@ -185,8 +192,8 @@ class RemoteFiles:
         return self._store.entries[file].size
 
     def stamp(self, file: str) -> str:
-        """Returns what tells one state of a file from another."""
-        return self._store.entries[file].stamp
+        """Returns what tells one state of a file from another, nothing of one that is gone."""
+        return self._store.entries[file].stamp if self.has(file) else ""
 
     def read(self, file: str) -> bytes:
         """Returns a small file's content."""
@@ -196,7 +203,40 @@ class RemoteFiles:
 
     def read_range(self, file: str, start: int, end: int) -> bytes:
         """Returns some bytes of a file."""
-        return b"".join(self._range(file, start, end, _CLOCK))
+        return b"".join(self.stream(file, start, end, _CLOCK))
+
+    def stream(self, file: str, start: int, end: int, stop: threading.Event) -> Iterator[bytes]:
+        """Yields the bytes of a range, going on where a connection broke."""
+        patience = Patience(self._store, stop)
+        while start < end:
+            try:
+                with self._store.stream(file, start, end) as chunks:
+                    for data in chunks:
+                        if stop.is_set():
+                            raise CancelledError
+                        data = data[: end - start]
+                        start += len(data)
+                        patience.progress()
+                        yield data
+                if start < end:
+                    raise EOFError(f"{self.shown(file)}: ended {end - start} bytes early")
+            except (CancelledError, GeneratorExit):
+                raise
+            except Exception as error:  # noqa: BLE001 - the store knows which errors pass
+                patience.wait(error, file)
+
+    def digest(self, file: str) -> tuple["hashlib._Hash", str | None]:
+        """Returns what to feed a file's bytes to, and the digest they then have to have; None where none is known."""
+        entry = self._store.entries[file]
+        return _digest(entry), entry.digest
+
+    def altered(self, file: str, found: str) -> HubError:
+        """Returns the error of a file that came with the wrong digest twice."""
+        entry = self._store.entries[file]
+        return HubError(
+            f"{self.shown(file)}: arrived twice with the wrong {entry.algorithm} digest {found}, expected "
+            f"{entry.digest}; something between here and there alters it, so try another network or --cache"
+        )
 
     def read_into(self, file: str, data: memoryview, offset: int, stop: threading.Event) -> None:
         """Fills a buffer from an offset of a file; see ``checkpoint.Files``.
@@ -205,7 +245,7 @@ class RemoteFiles:
             HubError: The file cannot be read.
             CancelledError: The run has ended elsewhere.
         """
-        for piece in self._range(file, offset, offset + len(data), stop):
+        for piece in self.stream(file, offset, offset + len(data), stop):
             data[: len(piece)] = piece
             data = data[len(piece) :]
 
@@ -240,7 +280,7 @@ class RemoteFiles:
                 # An edit may have begun before the run was interrupted: only what it touches is fetched again.
                 for start, end in edited:
                     target.seek(start)
-                    for data in self._range(file, start, end, stop):
+                    for data in self.stream(file, start, end, stop):
                         target.write(data)
             found = self._complete(file, target, kept, stop, advance)
             if found is not None:
@@ -249,10 +289,7 @@ class RemoteFiles:
                 found = self._complete(file, target, 0, stop, advance)
             if found is not None:
                 target.truncate(0)
-                raise HubError(
-                    f"{self.shown(file)}: arrived twice with the wrong {entry.algorithm} digest {found}, expected "
-                    f"{entry.digest}; something between here and there alters it, so try another network or --cache"
-                )
+                raise self.altered(file, found)
 
     def _complete(
         self, file: str, target: "_Raw", kept: int, stop: threading.Event, advance: Callable[[int], None]
@@ -262,7 +299,7 @@ class RemoteFiles:
         digest = _digest(entry)
         target.seek(0)
         _feed(digest, target, kept, stop)
-        for data in self._range(file, kept, entry.size, stop):
+        for data in self.stream(file, kept, entry.size, stop):
             digest.update(data)
             target.write(data)
             advance(len(data))
@@ -273,26 +310,6 @@ class RemoteFiles:
         target.seek(0)
         _feed(digest, target, entry.size, stop)
         return None if entry.digest == digest.hexdigest() else digest.hexdigest()
-
-    def _range(self, file: str, start: int, end: int, stop: threading.Event) -> Iterator[bytes]:
-        """Yields the bytes of a range, going on where a connection broke."""
-        patience = Patience(self._store, stop)
-        while start < end:
-            try:
-                with self._store.stream(file, start, end) as chunks:
-                    for data in chunks:
-                        if stop.is_set():
-                            raise CancelledError
-                        data = data[: end - start]
-                        start += len(data)
-                        patience.progress()
-                        yield data
-                if start < end:
-                    raise EOFError(f"{self.shown(file)}: ended {end - start} bytes early")
-            except (CancelledError, GeneratorExit):
-                raise
-            except Exception as error:  # noqa: BLE001 - the store knows which errors pass
-                patience.wait(error, file)
 
     @functools.cached_property
     def _headers(self) -> Mapping[str, tuple[Shard, Mapping[str, str]]]:
@@ -308,10 +325,10 @@ class RemoteFiles:
 
     def _header(self, file: str, stop: threading.Event = _CLOCK) -> tuple[Shard, Mapping[str, str]]:
         size = self.size(file)
-        raw = b"".join(self._range(file, 0, min(size, _FIRST_READ), stop))
+        raw = b"".join(self.stream(file, 0, min(size, _FIRST_READ), stop))
         wanted = 8 + int.from_bytes(raw[:8], "little")
         if len(raw) < wanted <= min(size, 8 + _LARGEST_HEADER):
-            raw += b"".join(self._range(file, len(raw), wanted, stop))
+            raw += b"".join(self.stream(file, len(raw), wanted, stop))
         # The library validates files only: this one has the header and the size, and a hole for the weights.
         with tempfile.NamedTemporaryFile(prefix="ablate-shards-") as hollow:
             hollow.write(raw)

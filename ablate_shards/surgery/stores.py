@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ablate_shards.errors import CheckpointError, HubError, UsageError
 from ablate_shards.surgery.checkpoint import Checkpoint, Files, Folder, fingerprint, open_checkpoint
@@ -80,6 +80,9 @@ def _store(place: str | Path) -> Store | None:
     text = str(place)
     if not Path(place).exists() and (match := _HUB_PLACE.fullmatch(text)):
         return HubStore(match["repo"], match["revision"])
+    if text.startswith("hf://"):
+        # fsspec would read it as well, but at no commit in particular.
+        raise UsageError(f"{text}: expected a model repository, such as org/name or hf://org/name@revision")
     return _FsspecStore(text) if "://" in text else None
 
 
@@ -95,7 +98,7 @@ def open_source(source: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: The checkpoint is missing, malformed, incomplete or reaches out of its folder.
         HubError: The repository or the object store cannot be read.
-        UsageError: The package that reads it is not installed.
+        UsageError: It is a part of a repository, or the package that reads it is not installed.
     """
     store = _store(source)
     return open_checkpoint(Path(source)) if store is None else open_remote(store)
@@ -215,6 +218,10 @@ class HubStore(HubFaults):
                 raise HubError(f"{self.name}/{file}: the server does not answer byte ranges; try --cache")
             # In pieces as they come: larger ones would be lost when the connection breaks.
             yield response.iter_bytes()
+
+    def now(self) -> Self:
+        """Returns itself: a commit does not change."""
+        return self
 
 
 def hub_pause(error: Exception) -> float | None:
@@ -429,6 +436,10 @@ class _FsspecStore(FsspecFaults):
         yield (
             self._system.cat_file(path, start=first, end=min(first + step, end)) for first in range(start, end, step)
         )
+
+    def now(self) -> Self:
+        """Returns the folder as it is now."""
+        return type(self)(self._url)
 
 
 def quieten_hub(*, bars: bool) -> None:

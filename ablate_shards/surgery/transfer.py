@@ -1,19 +1,20 @@
-"""Edits a checkpoint into a repository on the Hub, shard by shard, with no more than one shard on this disk."""
+"""Edits a checkpoint into a repository on the Hub, shard by shard: without a copy here, or with one shard for Xet."""
 
 import dataclasses
 import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeVar, cast
 
 from ablate_shards import __version__
 from ablate_shards.errors import ExecuteError, HubError
 from ablate_shards.surgery.card import Kind
-from ablate_shards.surgery.checkpoint import MERGE_RECEIPT_NAME, Checkpoint, Remote, Shard, fingerprint, size_of
+from ablate_shards.surgery.checkpoint import MERGE_RECEIPT_NAME, Checkpoint, Shard, fingerprint, size_of
+from ablate_shards.surgery.edited import EditedFile
 from ablate_shards.surgery.execute import (
     ExecuteOptions,
     Operation,
@@ -25,15 +26,20 @@ from ablate_shards.surgery.execute import (
     what_is_kept,
 )
 from ablate_shards.surgery.hub import PushOptions, card_of, commit, explained, open_for_writing, warnings_noted
-from ablate_shards.surgery.plan import Edit
+from ablate_shards.surgery.plan import Edit, by_shard
 from ablate_shards.surgery.published import CARD, Published
 from ablate_shards.surgery.remote import patiently
 from ablate_shards.surgery.staging import Staging, locked
-from ablate_shards.surgery.stores import HubFaults, HubStore
+from ablate_shards.surgery.stores import HubFaults, HubStore, is_hub_id
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
 
 __all__ = ["Transferred", "perform_on_hub"]
 
 _SENT = "sent.json"
+#: Bytes above which a file beside the shards is not sent from memory.
+_LARGE = 10_000_000
 
 _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R")
@@ -66,9 +72,11 @@ def perform_on_hub(
 ) -> Transferred[Any]:
     """Carries out an operation into a repository, which shows all of it at once or nothing.
 
-    Edited shards are made one at a time in a folder here, sent, and removed. What is not edited the Hub copies by
-    itself where the source is on the Hub; where it refuses to, it passes through here, shard by shard. One commit at
-    the end makes all of it visible.
+    Edited shards are sent one at a time. Through LFS nothing of them is kept here: each is computed twice from the
+    source's bytes, once for its digest and once while it is sent. Xet takes files alone, so each is made in a folder
+    here, sent and removed; where the disk has no room for one, it goes through LFS. What is not edited the Hub copies
+    by itself where the source is on the Hub; where it refuses to, it passes through here in the same way. One commit
+    at the end makes all of it visible.
 
     Args:
         checkpoint: The source.
@@ -79,7 +87,7 @@ def perform_on_hub(
         progress: Hears how far the run has come.
 
     Raises:
-        ExecuteError: The disk is too small, or a tensor cannot be edited.
+        ExecuteError: A tensor cannot be edited.
         HubError: The repository may not be written, or holds weights already.
         Interrupted: Ctrl-C or SIGTERM; what has been sent need not be sent again.
     """
@@ -92,9 +100,9 @@ def perform_on_hub(
         raise HubError(f"{repo}: holds weights already ({theirs[0]}); --overwrite replaces them, in one commit")
     edited = {edit.shard for edit in operation.edits}
     on_hub = checkpoint.remote is not None and checkpoint.remote.revision is not None
-    here = tuple(
-        shard for shard in checkpoint.shards if shard.name in edited or (checkpoint.remote is not None and not on_hub)
-    )
+    passing = checkpoint.remote is not None and not on_hub
+    here = tuple(shard for shard in checkpoint.shards if shard.name in edited or passing)
+    here += _large(checkpoint) if passing else ()
     # Beside it, hidden, are the lock and the shard under way.
     place = Path.cwd() / f"hub-{repo.replace('/', '--')}"
     identity = {
@@ -112,13 +120,12 @@ def perform_on_hub(
     with sigterm_as_interrupt(), locked(place), ending_early(repo, lambda: what_is_kept(staging), discard):
         sizes = {shard.name: shard.size for shard in here}
         staging = Staging.open(place, identity, sizes, resume=run.resume, overwrite=run.overwrite)
-        _check_disk(staging, max(sizes.values(), default=0))
-        progress.begin(sum(size for name, size in sizes.items() if name not in staging.done))
-        part = dataclasses.replace(checkpoint, shards=here, sidecars=())
-        with _Sender(part, operation, staging, progress, api, repo) as sender:
-            results, device = sender.operate(run)
+        ledger = _Ledger(staging, api, repo, progress)
+        send = _way(staging, checkpoint, progress)
+        device = send(_part(checkpoint, here), operation, run, ledger, progress)
         if fingerprint(checkpoint) != checkpoint.fingerprint:
             raise ExecuteError(f"{checkpoint.name}: changed while it was read; run again when it is at rest")
+        results = ledger.results(operation)
         receipt = staging.folder / operation.receipt_name
         receipt.write_text(operation.receipt(results, device), encoding="utf-8")
         card = card_of(_published(staging.folder, checkpoint, operation.receipt_name, options), repo, options, store)
@@ -127,109 +134,247 @@ def perform_on_hub(
             CommitOperationAdd(operation.receipt_name, receipt.read_bytes()),
             *(CommitOperationDelete(name) for name in theirs if name not in own),
         ]
-        left = own - sizes.keys() - sender.digests().keys()
-        copied = _copies(checkpoint, left, by_hub=on_hub)
+        left = own - sizes.keys() - ledger.digests().keys()
+        copied = _copies(checkpoint, left, ledger, by_hub=on_hub)
         try:
             with explained(repo):
-                operations = [*sender.operations(), *copied, *made]
+                operations = [*ledger.operations(), *copied, *made]
                 url, oid = commit(api, repo, operations, options, store, progress)
         except HubError as error:
-            if checkpoint.remote is None or not on_hub or not _refuses_to_copy(error.__cause__):
+            if not on_hub or not _refuses_to_copy(error.__cause__):
                 raise
             progress.note(f"the Hub does not copy files of {checkpoint.name} by itself, so they pass through here")
-            sender.carry_over(checkpoint.remote, [shard for shard in checkpoint.shards if shard.name in left])
+            rest = (*(shard for shard in checkpoint.shards if shard.name in left), *_large(checkpoint))
+            send(_part(checkpoint, rest), operation, run, ledger, progress)
             on_hub = False
             with explained(repo):
-                operations = [*sender.operations(), *_copies(checkpoint, set(), by_hub=False), *made]
+                operations = [*ledger.operations(), *_copies(checkpoint, set(), ledger, by_hub=False), *made]
                 url, oid = commit(api, repo, operations, options, store, progress)
-        expected = sender.digests()
+        expected = ledger.digests()
         if checkpoint.remote is not None and on_hub:
             expected |= {name: checkpoint.remote.stamp(name) for name in left}
         _check_arrival(repo, oid, expected, checkpoint)
         staging.discard()
-    return Transferred(url, results, sent=len(sender.digests()), copied=len(copied) if on_hub else 0)
+    return Transferred(url, results, sent=len(ledger.digests()), copied=len(copied) if on_hub else 0)
 
 
-class _Sender(Surgeon[_E, Any]):
-    """Edits one shard at a time, sends it, and keeps of it what the commit needs."""
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """What is known of a shard to send.
+
+    Attributes:
+        sha256: Its digest.
+        size: Its bytes.
+        content: What was measured of its edits.
+        arrived: Whether the Hub has it.
+    """
+
+    sha256: str
+    size: int
+    content: dict[str, Any]
+    arrived: bool
+
+
+class _Ledger:
+    """Sends shards, and keeps of them what the commit needs, so that a later run need not send them again."""
+
+    def __init__(self, staging: Staging, api: Any, repo: str, progress: Progress) -> None:
+        self.staging, self.repo = staging, repo
+        self._api, self._progress = api, progress
+        self._path = staging.folder / _SENT
+        written = json.loads(self._path.read_bytes()) if self._path.is_file() else {}
+        self._shards = {name: _Sent(**values) for name, values in written.items()}
+
+    def __getitem__(self, name: str) -> _Sent | None:
+        return self._shards.get(name)
+
+    def arrived(self) -> dict[str, _Sent]:
+        """Returns the shards that the Hub has."""
+        return {name: sent for name, sent in self._shards.items() if sent.arrived}
+
+    def digests(self) -> dict[str, str]:
+        """Returns the SHA-256 of each shard that the Hub has."""
+        return {name: sent.sha256 for name, sent in self.arrived().items()}
+
+    def results(self, operation: Operation[Any, Any]) -> dict[str, Any]:
+        """Returns what was measured, by tensor."""
+        return {
+            tensor: operation.result(**values)
+            for sent in self._shards.values()
+            for tensor, values in sent.content.items()
+        }
+
+    def note(self, name: str, sent: _Sent) -> None:
+        """Writes down, durably, what is known of a shard."""
+        self._shards[name] = sent
+        self._write()
+
+    def forget(self, name: str) -> None:
+        """Strikes a shard out."""
+        del self._shards[name]
+        self._write()
+
+    def send(self, addition: "CommitOperationAdd") -> None:
+        """Sends a shard, unless the Hub has its bytes already."""
+        name = addition.path_in_repo
+        with explained(self.repo), warnings_noted(self._progress):
+            faults = HubFaults(self.repo, writing=True)
+            patiently(faults, lambda: self._api.preupload_lfs_files(self.repo, [addition], free_memory=False))
+        if addition._upload_mode != "lfs":
+            raise HubError(f"{self.repo}: takes {name} for text; add `*.safetensors filter=lfs` to its .gitattributes")
+
+    def operations(self) -> "list[CommitOperationAdd]":
+        """Returns what the commit says of the shards that the Hub has, which need not be here."""
+        operations = []
+        for name, sent in sorted(self.arrived().items()):
+            addition = _addition(name, sent)
+            addition._upload_mode, addition._should_ignore, addition._is_uploaded = "lfs", False, True
+            operations.append(addition)
+        return operations
+
+    def _write(self) -> None:
+        text = json.dumps({name: dataclasses.asdict(sent) for name, sent in self._shards.items()})
+        beside = self._path.with_name(f"{self._path.name}.new")
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(self._path)
+
+
+_Send = Callable[[Checkpoint, Operation[Any, Any], ExecuteOptions, _Ledger, Progress], dict[str, str]]
+
+
+def _way(staging: Staging, checkpoint: Checkpoint, progress: Progress) -> _Send:
+    """Returns how shards are sent: through Xet where there is one and a shard has room here, else through LFS."""
+    from huggingface_hub.utils._runtime import is_xet_available
+
+    if not is_xet_available():
+        return _stream
+    needed, free = max(shard.size for shard in checkpoint.shards), shutil.disk_usage(staging.folder).free
+    if free < needed:
+        progress.note(
+            f"{staging.folder.parent} has {free / 1e9:.2f} GB free, too little for a shard of {needed / 1e9:.2f} GB as "
+            "Xet needs it here, so shards go through LFS, which takes longer"
+        )
+        return _stream
+    return _stage
+
+
+def _stream(
+    checkpoint: Checkpoint, operation: Operation[Any, Any], run: ExecuteOptions, ledger: _Ledger, progress: Progress
+) -> dict[str, str]:
+    """Sends shards that are computed while they are sent; returns what did the arithmetic."""
+    window = run.memory // 2
+    editor = operation.editor(dataclasses.replace(run, memory=run.memory - window, jobs=1), threading.Event())
+    progress.note(editor.reason)
+    identity = editor.identity()
+    ledger.staging.agree({f"the {what}": value for what, value in identity.items()})
+    todo = [shard for shard in checkpoint.shards if shard.name not in ledger.arrived()]
+    progress.begin(sum(shard.size * (1 if ledger[shard.name] else 2) for shard in todo))
+    edits = by_shard(operation.edits)
+    with editor.one_thread_each():
+        for shard in todo:
+            with EditedFile(
+                checkpoint, shard, edits.get(shard.name, ()), editor, window=window, advance=progress.advance
+            ) as file:
+                known = ledger[shard.name] or _known(checkpoint, shard, edited=shard.name in edits)
+                if known is None:
+                    survey = file.survey()
+                    content = {name: dataclasses.asdict(result) for name, result in survey.results.items()}
+                    known = _Sent(survey.sha256, shard.size, content, arrived=False)
+                ledger.note(shard.name, known)
+                ledger.send(_addition(shard.name, known, file))
+                if file.digest not in (None, known.sha256):
+                    ledger.forget(shard.name)
+                    raise HubError(
+                        f"{checkpoint.name}: {shard.name} was not the same when it was read again to be sent; "
+                        "run again when it is at rest"
+                    )
+            ledger.note(shard.name, dataclasses.replace(known, arrived=True))
+    return identity
+
+
+def _known(checkpoint: Checkpoint, shard: Shard, *, edited: bool) -> _Sent | None:
+    """Returns what is known of a shard without reading it: the digest that the Hub has of one that is not edited."""
+    if edited or checkpoint.remote is None:
+        return None
+    digest, expected = checkpoint.remote.digest(shard.name)
+    return _Sent(expected, shard.size, {}, arrived=False) if expected and digest.name == "sha256" else None
+
+
+def _addition(name: str, sent: _Sent, file: EditedFile[Any, Any] | None = None) -> "CommitOperationAdd":
+    """Returns the addition of a shard whose digest is known, so that none is taken of what is given as its content."""
+    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub.lfs import UploadInfo
+
+    addition, sample = CommitOperationAdd(name, b""), b""
+    if file is not None:
+        addition.path_or_fileobj, sample = cast(BinaryIO, file), file.sample
+    addition.upload_info = UploadInfo(size=sent.size, sample=sample, sha256=bytes.fromhex(sent.sha256))
+    return addition
+
+
+def _stage(
+    checkpoint: Checkpoint, operation: Operation[Any, Any], run: ExecuteOptions, ledger: _Ledger, progress: Progress
+) -> dict[str, str]:
+    """Sends shards that are made here one at a time and removed again; returns what did the arithmetic."""
+    staging = ledger.staging
+    made = set(staging.done) - ledger.arrived().keys()
+    staging.done |= {name: sent.content for name, sent in ledger.arrived().items()}
+    progress.begin(sum(shard.size for shard in checkpoint.shards if shard.name not in staging.done))
+    with _Stager(checkpoint, operation, ledger, progress) as stager:
+        for name in sorted(made):
+            stager.send(name)
+        _, identity = stager.operate(run)
+    return identity
+
+
+class _Stager(Surgeon[_E, Any]):
+    """Edits one shard at a time, sends it, and removes it here."""
 
     in_flight = 1
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        operation: Operation[_E, Any],
-        staging: Staging,
-        progress: Progress,
-        api: Any,
-        repo: str,
+        self, checkpoint: Checkpoint, operation: Operation[_E, Any], ledger: _Ledger, progress: Progress
     ) -> None:
-        super().__init__(checkpoint, operation, staging, progress, link=False)
-        self._api, self._repo = api, repo
-        journal = staging.folder / _SENT
-        self._sent: dict[str, dict[str, Any]] = json.loads(journal.read_bytes()) if journal.is_file() else {}
-        for name in staging.done:
-            self._send(name)
+        super().__init__(checkpoint, operation, ledger.staging, progress, link=False)
+        self._ledger = ledger
 
     def complete(self, work: Work[Any]) -> dict[str, Any]:
         """Waits for a shard and sends it."""
         results = super().complete(work)
-        self._send(work.shard.name)
+        self.send(work.shard.name)
         return results
 
-    def operations(self) -> list[Any]:
-        """Returns what the commit says of the shards sent, in this run or in an earlier one."""
-        return [self._operation_of(name) for name in sorted(self._sent)]
-
-    def carry_over(self, remote: Remote, shards: Iterable[Shard]) -> None:
-        """Fetches shards without an edit one at a time, and sends them."""
-        for shard in shards:
-            _check_disk(self._staging, shard.size)
-            path = self._staging.folder / shard.name
-            remote.fetch(shard.name, path, stop=threading.Event(), advance=lambda _: None)
-            self._send(shard.name)
-            path.unlink()
-
-    def digests(self) -> dict[str, str]:
-        """Returns the SHA-256 of each shard sent."""
-        return {name: sent["sha256"] for name, sent in self._sent.items()}
-
-    def _send(self, name: str) -> None:
+    def send(self, name: str) -> None:
+        """Sends a shard that is complete, and removes it here."""
         from huggingface_hub import CommitOperationAdd
 
-        if name in self._sent:
-            return
         path = self._staging.folder / name
         addition = CommitOperationAdd(name, path)
-        with explained(self._repo), warnings_noted(self._progress):
-            faults = HubFaults(self._repo, writing=True)
-            patiently(faults, lambda: self._api.preupload_lfs_files(self._repo, [addition], free_memory=False))
-        if addition._upload_mode != "lfs":
-            raise HubError(f"{self._repo}: takes {name} for text; add `*.safetensors filter=lfs` to its .gitattributes")
-        size = path.stat().st_size
-        self._sent[name] = {"sha256": addition.upload_info.sha256.hex(), "size": size}
-        _write(self._staging.folder / _SENT, json.dumps(self._sent))
-        # A hole of the same size stands for what has been sent: the journal looks for a file of that size.
-        os.truncate(path, 0)
-        os.truncate(path, size)
-
-    def _operation_of(self, name: str) -> Any:
-        """Returns an addition whose content is at the Hub already, and need not be here."""
-        from huggingface_hub import CommitOperationAdd
-        from huggingface_hub.lfs import UploadInfo
-
-        known = self._sent[name]
-        addition = CommitOperationAdd(name, b"")
-        addition.upload_info = UploadInfo(size=known["size"], sample=b"", sha256=bytes.fromhex(known["sha256"]))
-        addition._upload_mode, addition._should_ignore, addition._is_uploaded = "lfs", False, True
-        return addition
+        self._ledger.send(addition)
+        sha256, size = addition.upload_info.sha256.hex(), addition.upload_info.size
+        self._ledger.note(name, _Sent(sha256, size, self._staging.done[name], arrived=True))
+        path.unlink()
 
 
-def _copies(checkpoint: Checkpoint, shards: set[str], *, by_hub: bool) -> list[Any]:
-    """Returns how to bring over what is not edited: by the Hub itself, or from this disk."""
+def _part(checkpoint: Checkpoint, shards: tuple[Shard, ...]) -> Checkpoint:
+    return dataclasses.replace(checkpoint, shards=shards, sidecars=())
+
+
+def _large(checkpoint: Checkpoint) -> tuple[Shard, ...]:
+    """Returns the sidecars that may not fit into memory, to be sent as shards are."""
+    sizes = {name: size_of(checkpoint, name) for name in checkpoint.sidecars if name != CARD}
+    return tuple(Shard(name, Path(name), size, "", ()) for name, size in sizes.items() if size > _LARGE)
+
+
+def _copies(checkpoint: Checkpoint, shards: set[str], ledger: _Ledger, *, by_hub: bool) -> list[Any]:
+    """Returns how to bring over what has not been sent: by the Hub itself, or from this disk."""
     from huggingface_hub import CommitOperationAdd, CommitOperationCopy
 
-    names = [*sorted(shards), *(name for name in checkpoint.sidecars if name != CARD)]
+    sent = ledger.digests()
+    names = [*sorted(shards), *(name for name in checkpoint.sidecars if name != CARD and name not in sent)]
     if checkpoint.remote is None:
         return [CommitOperationAdd(name, checkpoint.root / name) for name in names]
     if not by_hub or checkpoint.origin is None:
@@ -254,6 +399,8 @@ def _refuses_to_copy(error: BaseException | None) -> bool:
 def _published(folder: Path, checkpoint: Checkpoint, receipt_name: str, options: PushOptions) -> Published:
     kind: Kind = "merge" if receipt_name == MERGE_RECEIPT_NAME else "ablation"
     base, revision = checkpoint.origin or (None, None)
+    if base is not None and not is_hub_id(base):
+        base = None  # a folder of an object store, which no card can name
     return Published(
         path=folder,
         kind=kind,
@@ -274,21 +421,3 @@ def _check_arrival(repo: str, oid: str, expected: Mapping[str, str], checkpoint:
         found = entries.get(shard.name)
         if found is None or found.size != shard.size or (digest is not None and found.digest != digest):
             raise HubError(f"{repo}: {shard.name} did not arrive as it was sent; revert commit {oid} and run again")
-
-
-def _check_disk(staging: Staging, needed: int) -> None:
-    free = shutil.disk_usage(staging.folder).free
-    if free < needed:
-        raise ExecuteError(
-            f"{staging.folder}: needs {needed / 1e9:.2f} GB for one shard, but its disk has {free / 1e9:.2f} GB free; "
-            "free some, or run it from a folder on another disk"
-        )
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)

@@ -26,6 +26,7 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".npz")
 LICENSES = {"apache-2.0", "mit", "other", "llama3.2", "cc-by-4.0"}
 RELATIONS = {"adapter", "finetune", "merge", "quantized"}
 TREE_PAGE = 4
+PIECE = 1 << 20
 
 
 def git_oid(data: bytes) -> str:
@@ -125,6 +126,8 @@ class Hub:
         self.multipart_above = 1 << 40
         self.part_size = 1 << 16
         self.xet_store: Path | None = None
+        self.watch: Callable[[str], None] = lambda line: None
+        self.believes = False
         self.parts: dict[str, dict[int, bytes]] = {}
         self.hub_port = self.store_port = 0
 
@@ -178,6 +181,7 @@ class Hub:
         role = self.tokens.get(request.headers.get("authorization", "").removeprefix("Bearer "))
         seen = Seen(request.method, path, request.headers.get("range"), role is not None, scope["server"][1])
         self.seen.append(seen)
+        self.watch(f"{request.method} {path}")
         fault = self._fault(f"{request.method} {path}")
         cut = None
         try:
@@ -207,8 +211,14 @@ class Hub:
             seen.sent = cut
             await send({"type": "http.response.body", "body": body[:cut], "more_body": True})
             return  # uvicorn closes the connection: the body is shorter than was announced
-        seen.sent = len(body)
-        await send({"type": "http.response.body", "body": body})
+        # In pieces, so that a client that goes away is noticed, and gets no more than it takes.
+        for start in range(0, len(body), PIECE):
+            if start and await request.is_disconnected():
+                return
+            piece = body[start : start + PIECE]
+            seen.sent += len(piece)
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
     def _fault(self, line: str) -> Fault | None:
         for fault in self.faults:
@@ -367,7 +377,7 @@ class Hub:
         return JSONResponse({})
 
     def _store(self, repo: str, oid: str, data: bytes) -> None:
-        if hashlib.sha256(data).hexdigest() != oid:
+        if not self.believes and hashlib.sha256(data).hexdigest() != oid:
             raise Refused(400, None, "checksum mismatch")
         self.repos[repo].stored[oid] = (len(data), data)
 

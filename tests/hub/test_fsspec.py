@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from raw_checkpoints import snapshot, write_directions, write_llama
 
 from ablate_shards.cli import cli
-from ablate_shards.surgery import remote
+from ablate_shards.surgery import remote, stores
 
 
 def run(*arguments):
@@ -79,6 +79,59 @@ def test_errors_that_pass_are_waited_for_and_others_told(case, tmp_path, monkeyp
     result = ablate("memory://bucket/model", "other")
     assert result.exit_code == 1
     assert "may not be read (not yours); check the credentials" in result.stderr
+
+
+@pytest.mark.parametrize("out", ["out", "memory://bucket/out"])
+@pytest.mark.parametrize("how", ["changed", "gone"])
+def test_a_source_that_changes_under_the_run_is_refused(case, tmp_path, monkeypatch, out, how):
+    """The last shard is written anew, or removed, once it has been read."""
+    name = sorted(path for path in case.find("/bucket/model") if path.endswith(".safetensors"))[-1]
+    size = case.info(name)["size"]
+    cat = type(case).cat_file
+
+    def then_changed(self, path, start=None, end=None, **settings):
+        data = cat(self, path, start=start, end=end, **settings)
+        if path == name and end == size:
+            self.rm_file(name)
+            if how == "changed":
+                self.pipe_file(name, bytes(size))
+        return data
+
+    assert run("inspect", "memory://bucket/model").exit_code == 0
+    monkeypatch.setattr(remote, "_FIRST_READ", 1000)
+    monkeypatch.setattr(type(case), "cat_file", then_changed)
+    result = ablate("memory://bucket/model", out)
+    assert result.exit_code == 1
+    assert "memory://bucket/model: changed while it was read; run again when it is at rest" in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert case.find("/bucket/out") == []
+
+
+def test_an_interrupted_run_is_resumed_by_byte_range(case, tmp_path, monkeypatch):
+    cat = type(case).cat_file
+    asked = []
+
+    def failing(self, path, start=None, end=None, **settings):
+        if "00002-of" in path:
+            asked.append(start)
+            # The first time it is the header that is looked for.
+            if not healed and start >= 40_000 and start in asked[:-1]:
+                raise PermissionError("not yours any more")
+        return cat(self, path, start=start, end=end, **settings)
+
+    healed = False
+    monkeypatch.setattr(stores, "_CHUNK", 1000)
+    monkeypatch.setattr(type(case), "cat_file", failing)
+    result = ablate("memory://bucket/model", "out")
+    assert result.exit_code == 1
+    assert "may not be read (not yours any more)" in result.stderr
+    assert "--resume goes on" in result.stderr
+    healed, stopped = True, asked[-1]
+    assert stopped > 0
+    asked.clear()
+    assert ablate("memory://bucket/model", "out", "--resume").exit_code == 0
+    assert stopped in asked
+    assert weights(tmp_path / "out") == weights(tmp_path / "expected")
 
 
 def test_names_that_are_none(case):

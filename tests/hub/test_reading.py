@@ -114,6 +114,17 @@ def test_a_local_path_wins_unless_the_hub_is_named(case):
     assert hub.seen == []
 
 
+def test_a_url_of_the_hub_is_its_repository_and_nothing_else(case):
+    hub, _ = case
+    assert run("inspect", "hf://org/model@main", "--json").stdout == run("inspect", "org/model", "--json").stdout
+    hub.seen.clear()
+    for url in ("hf://org/model/folder", "hf://datasets/org/model", "hf://model"):
+        result = run("inspect", url)
+        assert result.exit_code == 2
+        assert f"{url}: expected a model repository, such as org/name or hf://org/name@revision" in result.stderr
+    assert hub.seen == []
+
+
 def test_a_revision_is_pinned_at_the_start(case):
     hub, folder = case
     first = hub.repos["org/model"].refs["main"]

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 
+import fsspec
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from hub.hub_server import Fault
-from raw_checkpoints import snapshot, write_directions, write_llama
+from raw_checkpoints import snapshot, write_directions, write_llama, write_shard
 from starlette.responses import JSONResponse
 
 from ablate_shards.cli import cli
@@ -72,6 +74,11 @@ def assert_published(hub, folder, *, same_receipt=True):
     return card
 
 
+def edited_shards(folder):
+    local, expected = snapshot(folder / "local"), snapshot(folder / "expected")
+    return [name for name in SHARDS if local[name] != expected[name]]
+
+
 def hidden(folder):
     return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
 
@@ -97,9 +104,7 @@ def test_what_is_not_edited_is_neither_fetched_nor_sent(case):
     (duplicated,) = hub.requests("POST /api/models/org/model/lfs-files/duplicate")
     assert duplicated
     files = hub.repos["org/model"].files()
-    edited = [
-        name for name in SHARDS if (folder / "local" / name).read_bytes() != (folder / "expected" / name).read_bytes()
-    ]
+    edited = edited_shards(folder)
     assert 0 < len(edited) < len(SHARDS)
     for name in SHARDS:
         fetched = hub.sent(f"GET /blob/.*{files[name].sha256}")
@@ -107,36 +112,176 @@ def test_what_is_not_edited_is_neither_fetched_nor_sent(case):
     assert len(hub.requests("PUT ")) == len(edited)
 
 
-def test_one_shard_at_a_time_is_on_this_disk(case, monkeypatch):
-    _, folder = case
-    largest = []
-    send = transfer._Sender._send
-
-    def measured(self, name):
-        staged = folder / ".hub-me--edited.ablate-staging"
-        largest.append(sum(path.stat().st_blocks * 512 for path in staged.glob("*.safetensors")))
-        send(self, name)
-
-    monkeypatch.setattr(transfer._Sender, "_send", measured)
-    assert ablate(folder, "hub:me/edited").exit_code == 0
-    assert len(largest) >= 2
-    assert max(largest) <= max(path.stat().st_size for path in (folder / "local").glob("*.safetensors")) + 8192
+def on_disk(*folders):
+    """Returns how many bytes of disk the files below some folders take, but for what the source and the tests have."""
+    own = {"local", "expected"}
+    return sum(
+        path.stat().st_blocks * 512
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file() and not own & set(path.relative_to(folder).parts)
+    )
 
 
-def test_a_local_source_and_xet(case, monkeypatch):
+WITH_SMALL_FILES = """
+import pathlib, resource, signal, sys
+from ablate_shards.surgery.directions import read_directions
+from ablate_shards.surgery.execute import ExecuteOptions, ablation
+from ablate_shards.surgery.hub import PushOptions
+from ablate_shards.surgery.plan import make_plan
+from ablate_shards.surgery.recipe import AblateOptions
+from ablate_shards.surgery.stores import open_source
+from ablate_shards.surgery.transfer import perform_on_hub
+
+class Quiet:
+    def begin(self, total): pass
+    def advance(self, count): pass
+    def note(self, text): pass
+
+checkpoint = open_source("org/model")
+directions = read_directions(pathlib.Path("d.safetensors"))
+options = AblateOptions(layers=frozenset({0, 1}), source_layer=1)
+operation = ablation(checkpoint, make_plan(checkpoint, directions, options), directions, options)
+limit = int(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+perform_on_hub(checkpoint, operation, "me/edited", PushOptions(), ExecuteOptions(), Quiet())
+"""
+
+
+@pytest.mark.parametrize("multipart", [False, True])
+def test_nothing_of_a_shard_is_on_any_disk(case, multipart):
+    """The system itself refuses larger files, wherever they are, and few of what is allowed is there while sending."""
+    hub, folder = case
+    limit = 16384
+    smallest = min(path.stat().st_size for path in (folder / "local").glob("*.safetensors"))
+    assert smallest > 4 * limit
+    if multipart:
+        hub.multipart_above, hub.part_size = 0, 50_000
+    for name in ("home", "temporary"):
+        (folder / name).mkdir()
+    present = []
+    hub.watch = lambda line: present.append(on_disk(folder)) if line.startswith("PUT ") else None
+    before = on_disk(folder)
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(folder / "home"),
+        "HOME": str(folder / "home"),
+        "TMPDIR": str(folder / "temporary"),
+    }
+    command = [sys.executable, "-c", WITH_SMALL_FILES, str(limit)]
+    by_xet = subprocess.run(
+        command, cwd=folder, env=environment | {"HF_HUB_DISABLE_XET": "0"}, capture_output=True, text=True
+    )
+    assert "File too large" in by_xet.stderr
+    shutil.rmtree(folder / ".hub-me--edited.ablate-staging")
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(present) >= 2
+    assert max(present) - before <= 2 * limit
+    assert_published(hub, folder)
+
+
+def test_through_xet_one_shard_at_a_time_is_on_this_disk(case, monkeypatch):
     from huggingface_hub import constants
 
     hub, folder = case
-    assert ablate(folder, "hub:me/edited", source=folder / "local").exit_code == 0
-    assert_published(hub, folder, same_receipt=False)
+    edited = edited_shards(folder)
+    assert ablate(folder, "hub:me/edited").exit_code == 0
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     hub.xet_store = folder / "xet"
     hub.xet_store.mkdir()
+    present = []
+    send = transfer._Ledger.send
+
+    def measured(self, addition):
+        present.append(len(list(self.staging.folder.glob("*.safetensors"))))
+        send(self, addition)
+
+    monkeypatch.setattr(transfer._Ledger, "send", measured)
     assert ablate(folder, "hub:me/by-xet", "--quiet").exit_code == 0
-    found = hub.repos["me/by-xet"].files()
-    assert {name: found[name].sha256 for name in SHARDS} == {
-        name: hub.repos["me/edited"].files()[name].sha256 for name in SHARDS
+    assert present == [1] * len(edited)
+    assert len(edited) > 1
+    found, expected = (hub.repos[name].files() for name in ("me/by-xet", "me/edited"))
+    assert {name: found[name].sha256 for name in SHARDS} == {name: expected[name].sha256 for name in SHARDS}
+    # Where a shard has no room on the disk, it goes through LFS.
+    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    hub.seen.clear()
+    result = ablate(folder, "hub:me/by-lfs")
+    assert result.exit_code == 0, result.stderr
+    assert "so shards go through LFS" in result.stderr
+    assert len(hub.requests("PUT ")) == len(edited)
+    assert {name: hub.repos["me/by-lfs"].files()[name].sha256 for name in SHARDS} == {
+        name: expected[name].sha256 for name in SHARDS
     }
+
+
+@pytest.mark.parametrize("multipart", [False, True])
+def test_each_pass_asks_for_each_byte_once_and_what_is_sent_again_for_its_own(case, multipart):
+    hub, folder = case
+    sizes = [(folder / "local" / name).stat().st_size for name in edited_shards(folder)]
+    again = max(sizes)
+    hub.fault("PUT ", times=1, status=503)
+    if multipart:
+        hub.multipart_above, hub.part_size = 0, 100_000
+        hub.faults.clear()
+        hub.fault("PUT /part/.*/2$", times=1, status=503)
+        again = 2 * hub.part_size
+    assert ablate(folder, "hub:me/edited").exit_code == 0
+    assert_published(hub, folder)
+    headers = len(SHARDS) * 100_000
+    assert 2 * sum(sizes) <= hub.sent("GET /blob/") <= 2 * sum(sizes) + headers + again
+
+
+def test_a_local_source(case):
+    hub, folder = case
+    assert ablate(folder, "hub:me/edited", source=folder / "local").exit_code == 0
+    assert_published(hub, folder, same_receipt=False)
+
+
+def test_what_the_hub_has_already_is_not_sent(case):
+    """Another run has sent the same bytes, and nothing here knows of it."""
+    hub, folder = case
+    assert ablate(folder, "hub:me/edited").exit_code == 0
+    repo = hub.repos["me/edited"]
+    repo.refs["main"] = next(iter(repo.commits))
+    hub.seen.clear()
+    assert ablate(folder, "hub:me/edited").exit_code == 0
+    assert not hub.requests("PUT ")
+    assert_published(hub, folder)
+
+
+def test_a_shard_that_arrives_altered_is_fetched_again_and_then_refused(case):
+    hub, folder = case
+    name = edited_shards(folder)[0]
+    sha = hub.repos["org/model"].files()[name].sha256
+    hub.fault(f"GET /blob/.*{sha}", times=1)  # the header
+    hub.fault(f"GET /blob/.*{sha}", times=1, flip=True)
+    assert ablate(folder, "hub:me/edited").exit_code == 0
+    assert_published(hub, folder)
+    hub.fault(f"GET /blob/.*{sha}", times=1)
+    hub.fault(f"GET /blob/.*{sha}", times=2, flip=True)
+    result = ablate(folder, "hub:me/other")
+    assert result.exit_code == 1
+    assert f"org/model/{name}: arrived twice with the wrong sha256 digest" in result.stderr
+    assert list(hub.repos["me/other"].files()) == [".gitattributes"]
+
+
+def test_bytes_that_differ_between_the_passes_are_not_committed(case):
+    """Altered on the way to be sent, after their digest was found: the Hub is told another digest than it gets."""
+    hub, folder = case
+    name = edited_shards(folder)[0]
+    sha = hub.repos["org/model"].files()[name].sha256
+    hub.believes = True
+    hub.fault(f"GET /blob/.*{sha}", times=3)  # the header, the first pass, the first bytes
+    hub.fault(f"GET /blob/.*{sha}", times=1, flip=True)
+    result = ablate(folder, "hub:me/edited")
+    assert result.exit_code == 1
+    assert f"{name} was not the same when it was read again to be sent" in result.stderr
+    assert list(hub.repos["me/edited"].files()) == [".gitattributes"]
 
 
 def test_a_killed_run_shows_nothing_and_goes_on_with_what_was_sent(case):
@@ -170,11 +315,13 @@ def test_an_upload_that_fails_is_resumed(case):
     assert "the token may not write to this repository" in result.stderr
     assert "--resume goes on" in result.stderr
     assert list(hub.repos["me/edited"].files()) == [".gitattributes"]
-    sent = len(hub.requests("PUT ")) - 1
+    assert len(hub.requests("PUT ")) == 2
     hub.seen.clear()
     assert ablate(folder, "hub:me/edited", "--resume").exit_code == 0
-    assert sent == 1
     assert_published(hub, folder)
+    # One shard had arrived, of one the digest was known, and for the third both passes were still to come.
+    _, known, unknown = ((folder / "local" / name).stat().st_size for name in edited_shards(folder))
+    assert hub.sent("GET /blob/") <= known + 2 * unknown + (len(SHARDS) + 2) * 100_000
 
 
 def test_a_repository_that_holds_weights_is_replaced_when_asked(case):
@@ -216,28 +363,51 @@ def test_what_the_hub_will_not_copy_passes_through_here(case, monkeypatch, refus
         hub.faults.append(Fault("POST .*/lfs-files/duplicate", 1, lambda: answer))
     else:
         hub.fault("POST .*/lfs-files/duplicate", status=403 if refusal == "forbidden" else 404)
-    present = []
-    send = transfer._Sender._send
-
-    def measured(self, name):
-        staged = folder / ".hub-me--edited.ablate-staging"
-        present.append(sum(path.stat().st_blocks * 512 > 16384 for path in staged.glob("*.safetensors")))
-        send(self, name)
-
-    monkeypatch.setattr(transfer._Sender, "_send", measured)
     result = ablate(folder, "hub:me/edited")
     assert result.exit_code == 0, result.stderr
     assert result.stderr.count("so they pass through here") == 1
     assert_published(hub, folder)
-    assert max(present) == 1
-    assert len(present) == len(SHARDS)
+    assert len(hub.requests("PUT ")) == len(SHARDS)
     assert hidden(folder) == []
+
+
+@pytest.mark.parametrize("source", ["org/model", "memory://bucket/model"])
+def test_what_may_not_fit_into_memory_is_sent_as_a_shard_is(case, monkeypatch, source):
+    """A large file beside the shards that the Hub does not copy by itself."""
+    hub, folder = case
+    monkeypatch.setattr(transfer, "_LARGE", 10_000)
+    write_shard(folder / "local" / "extra" / "more.safetensors", {"tower": np.ones((200, 200))})
+    content = (folder / "local" / "extra" / "more.safetensors").read_bytes()
+    hub.update("org/model", folder / "local")
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    for name, data in snapshot(folder / "local").items():
+        store.pipe(f"/bucket/model/{name}", data)
+    hub.fault("POST .*/lfs-files/duplicate", status=403)
+    read = remote.RemoteFiles.read_range
+    asked = []
+
+    def noted(self, file, start, end):
+        asked.append(file)
+        return read(self, file, start, end)
+
+    monkeypatch.setattr(remote.RemoteFiles, "read_range", noted)
+    result = ablate(folder, "hub:me/edited", source=source)
+    assert result.exit_code == 0, result.stderr
+    files = hub.repos["me/edited"].files()
+    assert files["extra/more.safetensors"].data == content
+    assert {name: files[name].data for name in SHARDS} == {
+        name: data for name, data in snapshot(folder / "expected").items() if name in SHARDS
+    }
+    assert "tokenizer.json" in asked
+    assert "extra/more.safetensors" not in asked
+    store.store.clear()
 
 
 def test_what_passes_through_here_is_resumed(case):
     hub, folder = case
     hub.fault("POST .*/lfs-files/duplicate", times=2, status=403)
-    edited = sum((folder / "local" / name).read_bytes() != (folder / "expected" / name).read_bytes() for name in SHARDS)
+    edited = len(edited_shards(folder))
     hub.fault("POST .*/commit/", status=403)
     refused = ablate(folder, "hub:me/edited")
     assert refused.exit_code == 1

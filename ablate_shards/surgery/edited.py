@@ -1,0 +1,355 @@
+"""A shard as it will be when edited, to be read like a file that is nowhere: its bytes are edited when asked for.
+
+An edit is deterministic, so a shard can be read as often as a protocol wants: once to find its digest and to measure
+what the edit does, then once more to send it. Each of these passes asks the source for each byte once; a matrix that
+is larger than the window is asked for as often as its arithmetic needs it, in the first of them alone.
+"""
+
+import bisect
+import hashlib
+import io
+import os
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from ablate_shards.surgery.checkpoint import Checkpoint, Shard
+from ablate_shards.surgery.editor import BlockEditor, pread_into
+from ablate_shards.surgery.execute import untouched
+from ablate_shards.surgery.plan import Edit
+from ablate_shards.surgery.sections import Section
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance, WriteableBuffer
+
+__all__ = ["EditedFile", "Survey"]
+
+_E = TypeVar("_E", bound=Edit)
+_R = TypeVar("_R", bound="DataclassInstance")
+
+_CHUNK = 4 << 20
+#: Sections whose sums stay for the passes after the first: they are a thousandth of the weights that they are of.
+_MOST_KEPT = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Survey(Generic[_R]):
+    """What the first pass over an edited shard finds.
+
+    Attributes:
+        sha256: Digest of all its bytes.
+        results: What was measured of each edited tensor, from these bytes.
+    """
+
+    sha256: str
+    results: Mapping[str, _R]
+
+
+class _Part(NamedTuple):
+    """A byte range of a shard, which may be the section of that number of an edit.
+
+    Attributes:
+        start: Offset of its first byte.
+        end: Offset one past its last byte.
+        edit: The edit, None for bytes that stay as they are.
+        section: The number of the section.
+        gathers: Whether all of it has to be read before its first block can be edited.
+    """
+
+    start: int
+    end: int
+    edit: Any = None
+    section: int = 0
+    gathers: bool = False
+
+
+class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
+    """A seekable file of a shard's bytes, edited; for one thread at a time.
+
+    Args:
+        checkpoint: The source.
+        shard: The shard.
+        edits: Its edits, in the order of their bytes.
+        editor: Carries them out.
+        window: Bytes of a section that are kept so as not to ask the source for them twice.
+        advance: Hears how many more bytes have been read here for the first time, in each pass.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        shard: Shard,
+        edits: Sequence[_E],
+        editor: BlockEditor[_E, _R],
+        *,
+        window: int,
+        advance: Callable[[int], None],
+    ) -> None:
+        self._shard, self._editor = shard, editor
+        self._window, self._advance = window, advance
+        self._remote = checkpoint.remote
+        self._source = _Source(checkpoint, shard)
+        self._parts = sorted(_parts(shard, edits, editor), key=lambda part: (part.start, part.end))
+        # A section that is gathered and does not fit is read more than once: requests for what is before it end there.
+        self._borders = [part.start for part in self._parts if part.gathers and not self._fits(part)]
+        self._ends = [part.end for part in self._parts]
+        self._room = np.empty(0, np.uint8)
+        self._data, self._at, self._position = memoryview(b""), 0, 0
+        self._under_way: tuple[Any, list[Section | None]] = (None, [])
+        self._current: tuple[int, Section | None] = (-1, None)
+        self._kept: dict[int, Section] = {}
+        self._sent, self._sent_to = hashlib.sha256(), 0
+
+    def survey(self) -> Survey[_R]:
+        """Reads all of it, finds its digest and measures its edits.
+
+        Raises:
+            ExecuteError: A tensor cannot be edited.
+            HubError: The source cannot be read, or not with the digest that its store tells of it.
+        """
+        survey, wrong = self._survey()
+        if wrong is not None and self._remote is not None:
+            self._kept.clear()
+            self._advance(-self._shard.size)
+            survey, wrong = self._survey()
+            if wrong is not None:
+                raise self._remote.altered(self._shard.name, wrong)
+        return survey
+
+    @property
+    def sample(self) -> bytes:
+        """Its first bytes, by which a store tells text from weights."""
+        first = bytearray(min(512, self._shard.size))
+        self._source.fill(memoryview(first), 0, len(first))
+        return bytes(first)
+
+    @property
+    def digest(self) -> str | None:
+        """Digest of what was read from the beginning to the end, what was read twice left out; None before the end."""
+        return self._sent.hexdigest() if self._sent_to == self._shard.size else None
+
+    # What follows is a file's.
+
+    def readable(self) -> bool:
+        """Returns that it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Returns that any byte can be gone to."""
+        return True
+
+    def tell(self) -> int:
+        """Returns the offset of the next byte."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Goes to an offset; nothing is read."""
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._shard.size}[whence]
+        if origin + offset < 0:
+            raise ValueError(f"{self._shard.name}: there is no offset {origin + offset}")
+        self._position = origin + offset
+        return self._position
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Returns the next bytes, fewer at the end alone."""
+        left = max(0, self._shard.size - self._position)
+        data = bytearray(left if size is None or size < 0 else min(size, left))
+        self.readinto(data)
+        return bytes(data)
+
+    def readinto(self, buffer: "WriteableBuffer", /) -> int:
+        """Fills a buffer with the next bytes; returns how many, fewer at the end alone."""
+        wanted = memoryview(buffer).cast("B")
+        filled = 0
+        while filled < len(wanted) and self._position < self._shard.size:
+            if not 0 <= self._position - self._at < len(self._data):
+                self._at, self._data = self._load(self._position)
+            data = self._data[self._position - self._at :][: len(wanted) - filled]
+            wanted[filled : filled + len(data)] = data
+            self._note(data)
+            self._position += len(data)
+            filled += len(data)
+        return filled
+
+    def close(self) -> None:
+        """Lets go of the source."""
+        if not self.closed and hasattr(self, "_source"):
+            self._source.close()
+        super().close()
+
+    def _note(self, data: memoryview) -> None:
+        """Takes the digest of bytes that are handed out, once where they are handed out again."""
+        if self._position == 0 and self._sent_to > 0:
+            self._advance(-self._sent_to)
+            self._sent, self._sent_to = hashlib.sha256(), 0
+        if self._position <= self._sent_to:
+            new = data[self._sent_to - self._position :]
+            self._sent.update(new)
+            self._sent_to += len(new)
+            self._advance(len(new))
+
+    def _load(self, position: int) -> tuple[int, memoryview]:
+        """Returns edited bytes around an offset, and where they start."""
+        part = self._parts[bisect.bisect_right(self._ends, position)]
+        if part.edit is None:
+            return position, self._fill(position, min(position + _CHUNK, part.end)).data
+        section = self._gathered(part)
+        if section is None:
+            return part.start, self._whole(part, self._section(part)).data
+        start = position - (position - part.start) % section.block
+        raw = self._fill(start, min(start + section.block, part.end))
+        section.edit(raw, start)
+        return start, raw.data
+
+    def _gathered(self, part: _Part) -> Section | None:
+        """Returns a section that blocks can be edited of one by one, None for one that is better read whole."""
+        known = self._kept.get(part.start) or (self._current[1] if self._current[0] == part.start else None)
+        if known is None and not (part.gathers and self._fits(part)):
+            known = self._section(part)
+            self._gather(part, known)
+            self._current = (part.start, known)
+        return known
+
+    def _gather(self, part: _Part, section: Section) -> None:
+        section.gather(lambda data, offset: self._source.fill(data, offset, part.end))
+        self._keep(part, section)
+
+    def _whole(self, part: _Part, section: Section, digest: "hashlib._Hash | None" = None) -> np.ndarray:
+        """Returns the edited bytes of a section that fits into the window."""
+        raw = self._fill(part.start, part.end)
+        if digest is not None:
+            digest.update(raw.data)
+
+        def read(data: memoryview, offset: int) -> None:
+            data[:] = raw[offset - part.start :][: len(data)].data
+
+        section.gather(read)
+        self._keep(part, section)
+        for offset in range(0, len(raw), section.block):
+            section.edit(raw[offset : offset + section.block], part.start + offset)
+        return raw
+
+    def _keep(self, part: _Part, section: Section) -> None:
+        if section.gathers and section.block < part.end - part.start and len(self._kept) < _MOST_KEPT:
+            self._kept[part.start] = section
+
+    def _section(self, part: _Part) -> Section:
+        """Returns a section of a part; those of one tensor are made together, and let go of one by one."""
+        edit, sections = self._under_way
+        if edit is not part.edit or sections[part.section] is None:
+            sections = list(self._editor.sections(part.edit))
+            self._under_way = (part.edit, sections)
+        section, sections[part.section] = sections[part.section], None
+        if section is None:
+            raise RuntimeError(f"{part.edit.name}: has no section {part.section}")
+        return section
+
+    def _fits(self, part: _Part) -> bool:
+        return part.end - part.start <= self._window
+
+    def _fill(self, start: int, end: int) -> np.ndarray:
+        """Returns bytes of the source, in memory that the next call takes again."""
+        if len(self._room) < end - start:
+            self._room = np.empty(end - start, np.uint8)
+        raw = self._room[: end - start]
+        self._data = memoryview(b"")
+        border = bisect.bisect_right(self._borders, start)
+        until = self._borders[border] if border < len(self._borders) else self._shard.size
+        self._source.fill(raw.data, start, max(end, until))
+        return raw
+
+    def _survey(self) -> tuple[Survey[_R], str | None]:
+        """Goes over all of it once; returns the source's digest as well if it is not what its store says."""
+        whole = hashlib.sha256()
+        source, expected = hashlib.sha256(), None
+        if self._remote is not None:
+            source, expected = self._remote.digest(self._shard.name)
+        results: dict[str, _R] = {}
+        measured: list[Any] = []
+        tensor = hashlib.sha256()
+        for number, part in enumerate(self._parts):
+            if part.edit is None:
+                for start in range(part.start, part.end, _CHUNK):
+                    raw = self._fill(start, min(start + _CHUNK, part.end))
+                    source.update(raw.data)
+                    whole.update(raw.data)
+                    self._advance(len(raw))
+                continue
+            section = self._section(part)
+            for start, raw in self._blocks(part, section, source):
+                whole.update(raw.data)
+                tensor.update(raw.data)
+                section.measure(raw, start)
+                self._advance(len(raw))
+            measured.append(section.measured())
+            if number + 1 == len(self._parts) or self._parts[number + 1].edit is not part.edit:
+                results[part.edit.name] = self._editor.result(part.edit, measured, tensor.hexdigest())
+                measured, tensor = [], hashlib.sha256()
+        wrong = source.hexdigest() if expected not in (None, source.hexdigest()) else None
+        return Survey(whole.hexdigest(), results), wrong
+
+    def _blocks(self, part: _Part, section: Section, source: "hashlib._Hash") -> Iterator[tuple[int, np.ndarray]]:
+        """Yields the edited blocks of a section, and feeds what they were to the digest of the source."""
+        if part.gathers and self._fits(part):
+            whole = self._whole(part, section, source)
+            for offset in range(0, len(whole), section.block):
+                yield part.start + offset, whole[offset : offset + section.block]
+            return
+        self._gather(part, section)
+        for start in range(part.start, part.end, section.block):
+            raw = self._fill(start, min(start + section.block, part.end))
+            source.update(raw.data)
+            section.edit(raw, start)
+            yield start, raw
+
+
+def _parts(shard: Shard, edits: Sequence[_E], editor: BlockEditor[_E, Any]) -> Iterator[_Part]:
+    for start, end in untouched(shard, edits):
+        yield _Part(start, end)
+    for edit in edits:
+        for number, section in enumerate(editor.sections(edit)):
+            yield _Part(section.start, section.end, edit, number, section.gathers)
+
+
+class _Source:
+    """Reads a shard of the source; what is asked for in order comes through one request."""
+
+    def __init__(self, checkpoint: Checkpoint, shard: Shard) -> None:
+        self._file, self._remote = shard.name, checkpoint.remote
+        self._descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC) if self._remote is None else -1
+        self._chunks: Iterator[bytes] = iter(())
+        self._left, self._position = memoryview(b""), 0
+
+    def fill(self, data: memoryview, offset: int, end: int) -> None:
+        """Fills a buffer from an offset; a request that has to be made for it goes on to ``end``."""
+        if self._remote is None:
+            pread_into(self._descriptor, data, offset)
+            return
+        if offset != self._position:
+            self._stop()
+            self._position = offset
+        while data:
+            if not self._left:
+                self._left = memoryview(next(self._chunks, b""))
+            if not self._left:
+                self._chunks = self._remote.stream(self._file, self._position, end, threading.Event())
+                continue
+            count = min(len(data), len(self._left))
+            data[:count] = self._left[:count]
+            data, self._left = data[count:], self._left[count:]
+            self._position += count
+
+    def close(self) -> None:
+        """Ends the request under way, and closes the file."""
+        self._stop()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _stop(self) -> None:
+        if isinstance(self._chunks, Generator):
+            self._chunks.close()
+        self._chunks, self._left = iter(()), memoryview(b"")

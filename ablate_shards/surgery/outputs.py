@@ -1,0 +1,75 @@
+"""Carries operations out to wherever OUT is: a folder, a repository on the Hub, or a folder of an object store."""
+
+from pathlib import Path
+from typing import Any
+
+from ablate_shards.errors import UsageError
+from ablate_shards.surgery.checkpoint import Checkpoint
+from ablate_shards.surgery.execute import ExecuteOptions, Operation, Progress, perform
+from ablate_shards.surgery.stores import hub_repository
+
+__all__ = ["carry_out", "check_options", "is_folder"]
+
+
+def is_folder(out: Path | str) -> bool:
+    """Returns whether an OUT is a folder on this machine.
+
+    Raises:
+        UsageError: It begins as a repository's name does, and is none.
+    """
+    return isinstance(out, Path) and hub_repository(out) is None
+
+
+def check_options(checkpoint: Checkpoint, out: Path | str, *, link: bool, cache: bool, private: bool) -> None:
+    """Refuses options that say nothing about such a SOURCE or such an OUT.
+
+    Raises:
+        UsageError: One does.
+    """
+    if link and not cache and checkpoint.remote is not None:
+        raise UsageError(f"--link: {checkpoint.name} is not on this machine; add --cache, or leave --link out")
+    if (link or cache) and not is_folder(out):
+        raise UsageError(f"{out}: --link and --cache are about a folder here; leave them out")
+    if private and hub_repository(out) is None:
+        raise UsageError(f"--private: {out} is no repository; name one, such as hub:me/model-edited")
+
+
+def carry_out(
+    checkpoint: Checkpoint,
+    operation: Operation[Any, Any],
+    out: Path | str,
+    run: ExecuteOptions,
+    progress: Progress,
+    *,
+    private: bool,
+) -> tuple[dict[str, Any], str | None]:
+    """Carries out an operation; OUT is complete or not there at all.
+
+    Args:
+        checkpoint: The source.
+        operation: What to do.
+        out: A folder, ``hub:org/name``, or a URL that fsspec writes.
+        run: How to run.
+        progress: Hears how far the run has come.
+        private: Make a new repository private.
+
+    Returns:
+        The result of each edit, by tensor, and the commit's URL, where OUT is a repository.
+
+    Raises:
+        ExecuteError: OUT is in the way, the disk is too small, or a tensor cannot be edited.
+        HubError: The repository or the store may not be written.
+        Interrupted: Ctrl-C or SIGTERM; what is complete can be gone on with.
+    """
+    # The ways out of this machine are imported where they are taken.
+    if isinstance(out, str):
+        from ablate_shards.surgery.objects import perform_in_store
+
+        return perform_in_store(checkpoint, operation, out, run, progress), None
+    if (repo := hub_repository(out)) is not None:
+        from ablate_shards.surgery.hub import PushOptions
+        from ablate_shards.surgery.transfer import perform_on_hub
+
+        done = perform_on_hub(checkpoint, operation, repo, PushOptions(private=private), run, progress)
+        return dict(done.results), done.url
+    return perform(checkpoint, operation, out, run, progress), None

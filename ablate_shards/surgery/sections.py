@@ -1,0 +1,207 @@
+"""Edits parts of tensors block by block, for whoever hands the blocks over one at a time and takes them again."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ablate_shards.errors import ExecuteError
+from ablate_shards.surgery.checkpoint import ITEM_BYTES
+from ablate_shards.surgery.plan import TensorEdit
+
+if TYPE_CHECKING:
+    from ablate_shards.kernels.form import Array
+    from ablate_shards.kernels.project import Measure, Meter, ProjectOptions, Projector, Workspace
+
+__all__ = ["AblatedBias", "AblatedMatrices", "Section", "nonfinite"]
+
+
+class Section(Protocol):
+    """A part of a tensor that is edited by itself, one block after the other, and again where that is wanted.
+
+    Attributes:
+        start: Offset of its first byte in the shard.
+        end: Offset one past its last byte.
+        block: Bytes of a block, known once it has been gathered; the last one may be shorter.
+        gathers: Whether all of it is read before its first block can be edited.
+    """
+
+    start: int
+    end: int
+    block: int
+    gathers: bool
+
+    def gather(self, read: Callable[[memoryview, int], None]) -> None:
+        """Learns what has to be known of all of it; ``read`` fills a buffer from the source."""
+
+    def edit(self, raw: np.ndarray, offset: int) -> None:
+        """Edits a block in place, ``[bytes]`` uint8, as read from an offset of the shard.
+
+        Raises:
+            AblateError: The tensor cannot be edited.
+        """
+
+    def measure(self, raw: np.ndarray, offset: int) -> None:
+        """Takes a block as it was written; all of them once, in order."""
+
+    def measured(self) -> Any:
+        """Returns what was measured, for :meth:`BlockEditor.result`."""
+
+
+class AblatedMatrices:
+    """A matrix to ablate, or several of one tensor at once: see ``Section``.
+
+    Args:
+        edit: The tensor.
+        first: The first of the matrices.
+        shape: Matrices, stored rows, stored columns.
+        basis: The basis to remove, ``[k, d]`` float64, orthonormal rows.
+        workspace: Where to compute.
+        room: Bytes that a block may have.
+    """
+
+    gathers = True
+    _meter: "Meter | None" = None
+
+    def __init__(
+        self,
+        edit: TensorEdit,
+        first: int,
+        shape: tuple[int, int, int],
+        *,
+        basis: np.ndarray,
+        workspace: "Workspace",
+        room: int,
+    ) -> None:
+        self._edit, self._first, self._shape = edit, first, shape
+        self._basis, self._workspace, self._room = basis, workspace, room
+        self._row_bytes = shape[2] * ITEM_BYTES[edit.dtype]
+        self.start = edit.start + first * shape[1] * self._row_bytes
+        self.end = self.start + shape[0] * shape[1] * self._row_bytes
+        self.block = 0
+        self._projector: Projector | None = None
+
+    def gather(self, read: Callable[[memoryview, int], None]) -> None:
+        """Takes the sums that the apply pass needs."""
+        from ablate_shards.kernels.project import Projector
+
+        projector = Projector(self._basis, self._shape, self._edit.dtype, self._options, self._workspace)
+        chunk = projector.chunk_rows
+        resident = self.end - self.start <= self._room
+        block = self.end - self.start if resident else max(chunk, self._room // self._row_bytes // chunk * chunk)
+        self.block = max(1, block if resident else block * self._row_bytes)
+        raw = self._workspace.arrays.buffer(min(self.block, self.end - self.start))
+        step = 0
+        while step < projector.passes:
+            for offset in range(self.start, self.end, self.block):
+                data = raw[: self.end - offset]
+                read(data.data, offset)
+                projector.gather(step, self._load(data), self._row(offset))
+            step += 1
+        self._projector = projector
+
+    def edit(self, raw: np.ndarray, offset: int) -> None:
+        """Ablates a block in place.
+
+        Raises:
+            ExecuteError: It holds NaN or infinite values.
+        """
+        projector = self._gathered()
+        block = self._load(raw)
+        projector.apply(block, self._row(offset))
+        if projector.nonfinite:
+            raise nonfinite(self._edit, self._first + projector.nonfinite_entries[0])
+        self._workspace.arrays.store(block, raw)
+
+    def measure(self, raw: np.ndarray, offset: int) -> None:
+        """Takes a block as it was written."""
+        self._meter = self._meter or self._new_meter()
+        self._meter.add(self._load(raw), self._row(offset))
+
+    def measured(self) -> "tuple[Measure, Measure, int]":
+        """Returns the measures before and after, and how many vectors were not rescaled."""
+        meter, self._meter = self._meter or self._new_meter(), None
+        projector = self._gathered()
+        return projector.before(), meter.result(), projector.degenerate
+
+    def _gathered(self) -> "Projector":
+        if self._projector is None:
+            raise RuntimeError(f"{self._edit.name}: edited before it was gathered")
+        return self._projector
+
+    def _new_meter(self) -> "Meter":
+        from ablate_shards.kernels.project import Meter
+
+        return Meter(self._basis, self._shape, self._edit.dtype, self._options, self._workspace)
+
+    @property
+    def _options(self) -> "ProjectOptions":
+        from ablate_shards.kernels.project import ProjectOptions
+
+        edit = self._edit
+        return ProjectOptions(coefficient=edit.coefficient, preserve=edit.preserve, axis=edit.axis)
+
+    def _load(self, raw: np.ndarray) -> "Array":
+        count, _, cols = self._shape
+        rows = len(raw) // max(1, count * self._row_bytes)
+        return self._workspace.arrays.load(raw, self._edit.dtype, (count, rows, cols))
+
+    def _row(self, offset: int) -> int:
+        return (offset - self.start) // self._row_bytes
+
+
+class AblatedBias:
+    """A bias to ablate, in one block: see ``Section``."""
+
+    gathers = False
+
+    def __init__(self, edit: TensorEdit, basis: np.ndarray) -> None:
+        self._edit, self._basis = edit, basis
+        self.start, self.end = edit.start, edit.end
+        self.block = max(1, edit.end - edit.start)
+        self._before = self._after = 0.0
+
+    def gather(self, read: Callable[[memoryview, int], None]) -> None:
+        """Does nothing: the one block is all there is to know."""
+
+    def edit(self, raw: np.ndarray, offset: int) -> None:
+        """Ablates a block in place.
+
+        Raises:
+            ExecuteError: It holds NaN or infinite values.
+        """
+        from ablate_shards.kernels.project import project_vector
+
+        self._before = self._component(raw)
+        if not math.isfinite(self._before):
+            raise ExecuteError(f"{self._edit.name}: holds NaN or infinite values; fetch its shard again")
+        bias = self._stored(raw)
+        bias[...] = project_vector(bias, self._basis, self._edit.coefficient)
+
+    def measure(self, raw: np.ndarray, offset: int) -> None:
+        """Takes a block as it was written."""
+        self._after = self._component(raw)
+
+    def measured(self) -> tuple[float, float]:
+        """Returns the relative component before and after."""
+        return self._before, self._after
+
+    def _component(self, raw: np.ndarray) -> float:
+        from ablate_shards.kernels.project import vector_component
+
+        return vector_component(self._stored(raw), self._basis)
+
+    def _stored(self, raw: np.ndarray) -> np.ndarray:
+        from ablate_shards.kernels.project_numpy import STORED
+
+        return raw.view(STORED[self._edit.dtype]).reshape(self._edit.shape)
+
+
+def nonfinite(edit: TensorEdit, matrix: int) -> ExecuteError:
+    """Returns the error of a matrix that holds what no projection can edit."""
+    where = f"{edit.name}, expert {matrix}" if len(edit.shape) > 2 else edit.name
+    return ExecuteError(
+        f"{where}: holds NaN or infinite values, which no projection can edit; "
+        "fetch its shard again, or leave it out with --layers or --components"
+    )

@@ -1,0 +1,199 @@
+"""A merge whose OUT is a repository or an object store: the same files as in a folder, and the same guarantees."""
+
+import json
+import shutil
+
+import fsspec
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from raw_checkpoints import snapshot, write_llama
+from safetensors.numpy import save_file
+
+from ablate_shards.cli import cli
+from ablate_shards.surgery import remote
+from ablate_shards.surgery.stores import UNFINISHED
+
+HIDDEN = 128
+SHARDS = [f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)]
+STORE = "memory://bucket/merged"
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def write_adapter(folder, hidden=HIDDEN):
+    """Changes two layers of three, so that a shard at least stays as it is."""
+    folder.mkdir()
+    rng = np.random.default_rng(3)
+    tensors = {}
+    for layer in range(2):
+        for module, inner in (("self_attn.o_proj", hidden), ("mlp.down_proj", 2 * hidden + 8)):
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            tensors[f"{name}.lora_A.weight"] = rng.standard_normal((4, inner)).astype(np.float32)
+            tensors[f"{name}.lora_B.weight"] = rng.standard_normal((hidden, 4)).astype(np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "org/model"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    write_llama(folder / "local", hidden=HIDDEN, shards=4)
+    (folder / "local" / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
+    write_adapter(folder / "adapter")
+    return folder
+
+
+@pytest.fixture
+def case(hub, made, tmp_path, monkeypatch):
+    """The model in a folder, on the Hub and in a store, and what merging into the Hub's gives in a folder."""
+    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    hub.add("org/model", tmp_path / "local")
+    if not (made / "expected").exists():
+        assert merge("org/model", made / "expected").exit_code == 0
+    shutil.copytree(made / "expected", tmp_path / "expected", dirs_exist_ok=True)
+    hub.seen.clear()
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    for name, data in snapshot(made / "local").items():
+        store.pipe(f"/bucket/model/{name}", data)
+    yield hub, tmp_path
+    store.store.clear()
+
+
+def merge(source, out, *more, adapter="adapter"):
+    return run("merge", source, adapter, out, *more)
+
+
+def in_store():
+    store = fsspec.filesystem("memory")
+    return {path.removeprefix("/bucket/merged/"): store.cat_file(path) for path in store.find("/bucket/merged")}
+
+
+def assert_published(hub, folder):
+    found = {name: blob.data for name, blob in hub.repos["me/merged"].files().items()}
+    expected = snapshot(folder / "expected")
+    card = found.pop("README.md").decode()
+    del expected["README.md"], found[".gitattributes"]
+    assert found == expected
+    assert found[SHARDS[0]] != (folder / "local" / SHARDS[0]).read_bytes()
+    return card
+
+
+def test_into_a_repository(case):
+    hub, folder = case
+    result = merge("org/model", "hub:me/merged", "--private")
+    assert result.exit_code == 0, result.stderr
+    card = assert_published(hub, folder)
+    assert "base_model: org/model" in card
+    assert "license: mit" in card
+    repo = hub.repos["me/merged"]
+    assert repo.private
+    assert len(repo.commits) == 2
+    assert f"published at {hub.endpoint}/me/merged/commit/{repo.refs['main']}, with its receipt in merge.json" in (
+        result.stdout
+    )
+    local, expected = snapshot(folder / "local"), snapshot(folder / "expected")
+    changed = [name for name in SHARDS if local[name] != expected[name]]
+    assert 0 < len(changed) < len(SHARDS)
+    assert len(hub.requests("PUT ")) == len(changed)
+    # Nothing is gathered, so each pass asks for each byte once.
+    size = sum(len(local[name]) for name in changed)
+    assert 2 * size <= hub.sent("GET /blob/") <= 2 * size + len(SHARDS) * (100_000 + 512)
+    assert run("verify", "org/model", folder / "expected", "--adapter", "adapter").exit_code == 0
+
+
+def test_an_upload_that_fails_is_resumed(case):
+    hub, folder = case
+    hub.fault("PUT ", times=1)
+    hub.fault("PUT ", times=1, status=403)
+    result = merge("org/model", "hub:me/merged")
+    assert result.exit_code == 1
+    assert "the token may not write to this repository" in result.stderr
+    assert "--resume goes on" in result.stderr
+    assert list(hub.repos["me/merged"].files()) == [".gitattributes"]
+    other = merge("org/model", "hub:me/merged", "--resume", "--scale", "0.5")
+    assert "cannot be resumed, because the plan changed" in other.stderr
+    sent = {seen.path for seen in hub.requests("PUT ")}
+    hub.seen.clear()
+    assert merge("org/model", "hub:me/merged", "--resume").exit_code == 0
+    assert len(sent & {seen.path for seen in hub.requests("PUT ")}) == 1
+    assert_published(hub, folder)
+
+
+@pytest.mark.parametrize("source", ["local", "memory://bucket/model", "org/model"])
+def test_into_an_object_store(case, source):
+    _, folder = case
+    result = merge(source, STORE)
+    assert result.exit_code == 0, result.stderr
+    found, expected = in_store(), snapshot(folder / "expected")
+    receipts = [json.loads(files.pop("merge.json")) for files in (found, expected)]
+    assert found == expected
+    assert receipts[0]["tensors"] == receipts[1]["tensors"]
+    assert f"written to {STORE}" in result.stdout
+    assert run("inspect", STORE).exit_code == 0
+
+
+def test_an_interrupted_store_is_resumed(case, monkeypatch):
+    _, folder = case
+    put = type(fsspec.filesystem("memory")).put_file
+
+    def put_file(self, local, path, **settings):
+        if SHARDS[2] in path:
+            raise PermissionError("not yours")
+        return put(self, local, path, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(fsspec.filesystem("memory")), "put_file", put_file)
+        assert "--resume goes on" in merge("local", STORE).stderr
+    assert set(in_store()) == {UNFINISHED, *SHARDS[:2]}
+    assert "half made; --resume goes on with it" in merge("local", STORE).stderr
+    assert merge("local", STORE, "--resume").exit_code == 0
+    assert {name: in_store()[name] for name in SHARDS} == {
+        name: data for name, data in snapshot(folder / "expected").items() if name in SHARDS
+    }
+    assert "already exists; --overwrite replaces it" in merge("local", STORE).stderr
+
+
+def test_errors_before_the_run_write_nothing_anywhere(case):
+    hub, folder = case
+    write_adapter(folder / "other", hidden=64)
+    before = sorted(fsspec.filesystem("memory").store)
+    for out, more, words in (
+        ("hub:nothing", [], "expected a repository such as hub:me/model-edited"),
+        ("hub:me/merged", ["--cache"], "--link and --cache are about a folder here"),
+        (STORE, ["--link"], "--link and --cache are about a folder here"),
+        (STORE, ["--private"], "is no repository; name one"),
+        ("out", ["--private"], "is no repository; name one"),
+        ("memory://bucket/model", [], "may not be the same or lie inside each other"),
+    ):
+        result = merge("memory://bucket/model" if out.endswith("model") else "local", out, *more)
+        assert result.exit_code == 2
+        assert words in result.stderr, result.stderr
+    for out in ("hub:me/merged", STORE):
+        assert merge("local", out, "--dry-run").exit_code == 0
+        result = merge("local", out, adapter="other")
+        assert result.exit_code == 1
+        assert "expected what fits" in result.stderr
+    hub.seen.clear()
+    for more in (["--dry-run"], ["--scale", "nan"]):
+        assert merge("org/model", "hub:me/merged", *more).exit_code in (0, 1)
+    assert 0 < hub.sent("GET") <= 2 * (len(SHARDS) + 1) * 100_000
+    assert "me/merged" not in hub.repos
+    assert not hub.requests("POST")
+    assert sorted(fsspec.filesystem("memory").store) == before
+    assert not (folder / "out").exists()
+
+
+def test_the_result_as_json(case):
+    hub, _ = case
+    found = json.loads(merge("org/model", "hub:me/merged", "--json").stdout)
+    assert found["out"].startswith(f"{hub.endpoint}/me/merged/commit/")
+    assert len(found["tensors"]) == 4
+    assert json.loads(merge("local", STORE, "--json").stdout)["out"] == STORE

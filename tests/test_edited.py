@@ -1,0 +1,229 @@
+"""A shard read as it will be when edited: the same bytes as in a file, from any offset, in any order."""
+
+import dataclasses
+import hashlib
+import os
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+from raw_checkpoints import encode, snapshot, write_directions, write_llama, write_shard
+
+from ablate_shards.errors import ExecuteError
+from ablate_shards.surgery import edited
+from ablate_shards.surgery.checkpoint import open_checkpoint
+from ablate_shards.surgery.directions import read_directions
+from ablate_shards.surgery.edited import EditedFile
+from ablate_shards.surgery.execute import ExecuteOptions, ablation, perform
+from ablate_shards.surgery.plan import by_shard, make_plan
+from ablate_shards.surgery.recipe import AblateOptions
+
+SHARD = "model-00001-of-00001.safetensors"
+
+
+class Quiet:
+    def __init__(self):
+        self.seen = 0
+
+    def begin(self, total): ...
+
+    def advance(self, count):
+        self.seen += count
+
+    def note(self, text): ...
+
+
+def prepared(folder, **options):
+    """Returns a checkpoint and what ablating all of it would be."""
+    checkpoint = open_checkpoint(folder / "model")
+    directions = read_directions(folder / "d.safetensors")
+    options = AblateOptions(source_layer=1, **options)
+    return checkpoint, ablation(checkpoint, make_plan(checkpoint, directions, options), directions, options)
+
+
+def opened(checkpoint, operation, *, window, progress=None, room=None):
+    editor = operation.editor(ExecuteOptions(jobs=1), threading.Event())
+    if room is not None:
+        editor._room = room
+    (shard,) = checkpoint.shards
+    edits = by_shard(operation.edits)[shard.name]
+    return EditedFile(checkpoint, shard, edits, editor, window=window, advance=(progress or Quiet()).advance)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_llama(tmp_path / "model", hidden=512, shards=1)
+    write_directions(tmp_path / "d.safetensors", hidden=512)
+    return tmp_path
+
+
+@pytest.mark.parametrize("preserve", ["rows", "columns", "none"])
+@pytest.mark.parametrize("window", [0, 600_000, 1 << 30])
+def test_the_bytes_and_the_results_of_a_file(folder, preserve, window):
+    """Down to a window into which no matrix fits, and blocks far smaller than a matrix."""
+    checkpoint, operation = prepared(folder, preserve=preserve, components=("attention", "mlp", "embedding"))
+    results = perform(checkpoint, operation, folder / "out", ExecuteOptions(), Quiet())
+    expected = snapshot(folder / "out")[SHARD]
+    assert expected != snapshot(folder / "model")[SHARD]
+    progress = Quiet()
+    with opened(checkpoint, operation, window=window, progress=progress, room=1 << 17) as file:
+        survey = file.survey()
+        assert survey.sha256 == hashlib.sha256(expected).hexdigest()
+        assert survey.results == results
+        assert file.digest is None
+        assert file.read() == expected
+        assert file.digest == survey.sha256
+        assert progress.seen == 2 * len(expected)
+        assert file.read(1) == b""
+
+
+def test_the_form_that_devices_compute_in(folder, monkeypatch):
+    monkeypatch.setattr("ablate_shards.kernels.project.choose_form", lambda *_, **__: ("torch", "asked for"))
+    checkpoint, operation = prepared(folder)
+    results = perform(checkpoint, operation, folder / "out", ExecuteOptions(), Quiet())
+    for window in (0, 1 << 30):
+        with opened(checkpoint, operation, window=window, room=1 << 17) as file:
+            assert file.survey().results == results
+            assert file.read() == snapshot(folder / "out")[SHARD]
+
+
+def test_any_offset_in_any_order(folder):
+    checkpoint, operation = prepared(folder)
+    perform(checkpoint, operation, folder / "out", ExecuteOptions(), Quiet())
+    expected = snapshot(folder / "out")[SHARD]
+    rng = np.random.default_rng(0)
+    for window in (0, 1 << 30):
+        with opened(checkpoint, operation, window=window, room=1 << 17) as file:
+            for offset in [*rng.integers(0, len(expected), 30).tolist(), 0, len(expected), len(expected) + 5]:
+                size = int(rng.integers(0, 200_000))
+                assert file.seek(offset) == offset
+                assert file.read(size) == expected[offset : offset + size]
+                assert file.tell() == max(offset, min(offset + size, len(expected)))
+            assert file.seek(-7, os.SEEK_END) == len(expected) - 7
+            assert file.seek(2, os.SEEK_CUR) == len(expected) - 5
+            assert file.read(-1) == expected[-5:]
+            with pytest.raises(ValueError, match="there is no offset -1"):
+                file.seek(-1)
+
+
+def test_what_is_sent_again_counts_once(folder):
+    """Parts that are sent again, as after a lost connection, and a whole file that begins again."""
+    checkpoint, operation = prepared(folder)
+    progress = Quiet()
+    with opened(checkpoint, operation, window=0, progress=progress) as file:
+        sha256 = file.survey().sha256
+        size = progress.seen
+        for offset, count in ((0, 100_000), (100_000, 50_000), (100_000, 100_000), (150_000, 10)):
+            file.seek(offset)
+            file.read(count)
+        assert progress.seen == size + 200_000
+        file.seek(200_000)
+        file.read()
+        assert (progress.seen, file.digest) == (2 * size, sha256)
+        file.seek(0)
+        file.read(10)
+        assert (progress.seen, file.digest) == (size + 10, None)
+
+
+class Store:
+    """A remote store of one folder's files that counts what it is asked for."""
+
+    revision = None
+
+    def __init__(self, folder):
+        self.folder, self.asked = folder, []
+
+    def stream(self, file, start, end, stop):
+        self.asked.append((start, end))
+        data = (self.folder / file).read_bytes()[start:end]
+        for first in range(0, len(data), 1000):
+            yield data[first : first + 1000]
+
+    def digest(self, file):
+        return hashlib.sha256(), None
+
+
+@pytest.mark.parametrize(("window", "times"), [(1 << 30, 1), (0, 2)])
+def test_each_pass_is_one_request_but_for_what_is_gathered_outside_the_window(folder, window, times):
+    checkpoint, operation = prepared(folder, layers=frozenset({1}), components=("mlp",))
+    (edit,) = operation.edits
+    store = Store(folder / "model")
+    remote = dataclasses.replace(checkpoint, remote=store)
+    with opened(remote, operation, window=window, room=1 << 17) as file:
+        file.survey()
+        size = checkpoint.shards[0].size
+        first = [(0, size)] if times == 1 else [(0, edit.start), (edit.start, edit.end), (edit.start, size)]
+        assert store.asked == first
+        store.asked.clear()
+        file.read()
+        # The second pass has the sums of the first.
+        assert store.asked == ([(0, size)] if times == 1 else [(0, edit.start), (edit.start, size)])
+
+
+def test_memory_is_that_of_blocks_not_of_the_tensor(tmp_path, monkeypatch):
+    """A matrix of 24 MB through a window of 1 MB and blocks of 1 MB."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    hidden, inner = 256, 48_000
+    rng = np.random.default_rng(0)
+    tensors = {
+        "model.embed_tokens.weight": np.zeros((8, hidden)),
+        "model.layers.0.self_attn.o_proj.weight": rng.standard_normal((hidden, hidden)),
+        "model.layers.0.mlp.down_proj.weight": rng.standard_normal((hidden, inner)),
+    }
+    write_shard(folder / SHARD, tensors)
+    (folder / "config.json").write_text(f'{{"model_type": "llama", "hidden_size": {hidden}, "num_hidden_layers": 1}}')
+    write_directions(tmp_path / "d.safetensors", layers=2, hidden=hidden)
+    checkpoint, operation = prepared(tmp_path, layers=frozenset({0}))
+    size = checkpoint.shards[0].size
+    monkeypatch.setattr(edited, "_CHUNK", 1 << 20)
+    with opened(checkpoint, operation, window=1 << 20, room=1 << 20) as file:
+        tracemalloc.start()
+        file.survey()
+        while file.read(1 << 16):
+            pass
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < size // 2
+
+
+def test_experts_are_sections_of_their_own(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    hidden, inner, experts = 64, 48, 6
+    tensors = {
+        "model.embed_tokens.weight": rng.standard_normal((8, hidden)),
+        "model.layers.0.self_attn.o_proj.weight": rng.standard_normal((hidden, hidden)),
+        "model.layers.0.self_attn.o_proj.bias": rng.standard_normal(hidden),
+        "model.layers.0.mlp.experts.down_proj": rng.standard_normal((experts, inner, hidden)),
+        "model.layers.0.mlp.experts.down_proj_bias": rng.standard_normal((experts, hidden)),
+    }
+    write_shard(folder / SHARD, tensors)
+    config = f'{{"model_type": "gpt_oss", "hidden_size": {hidden}, "num_hidden_layers": 1}}'
+    (folder / "config.json").write_text(config)
+    write_directions(tmp_path / "d.safetensors", layers=2, hidden=hidden)
+    checkpoint, operation = prepared(tmp_path, layers=frozenset({0}))
+    assert {edit.kind for edit in operation.edits} == {"weight", "bias"}
+    results = perform(checkpoint, operation, tmp_path / "out", ExecuteOptions(), Quiet())
+    expected = snapshot(tmp_path / "out")[SHARD]
+    for window, room in ((0, 1 << 11), (1 << 12, 1 << 14), (1 << 30, 1 << 20)):
+        with opened(checkpoint, operation, window=window, room=room) as file:
+            assert file.survey().results == results
+            assert file.read() == expected
+            file.seek(len(expected) // 2)
+            assert file.read() == expected[len(expected) // 2 :]
+
+
+def test_values_that_nothing_can_edit_are_named(folder):
+    tensor = open_checkpoint(folder / "model").tensors["model.layers.1.mlp.down_proj.weight"]
+    with (folder / "model" / SHARD).open("r+b") as file:
+        file.seek(tensor.start)
+        file.write(encode(np.array([np.nan]), "BF16"))
+    checkpoint, operation = prepared(folder)
+    with (
+        opened(checkpoint, operation, window=1 << 30) as file,
+        pytest.raises(ExecuteError, match=r"layers\.1\.mlp\.down_proj\.weight: holds NaN or infinite values"),
+    ):
+        file.survey()
