@@ -245,6 +245,7 @@ class Workspace:
 
     def __init__(self, device: "torch.device | str", form: Form, *, chunks_at_once: int = 2) -> None:
         self.arrays = _arrays(device, form, chunks_at_once)
+        self._raw = np.empty(0, np.uint8)
         self._kept: tuple[tuple[int, int], tuple[Arithmetic, Arithmetic]] | None = None
 
     def forms(self, chunk_rows: int, cols: int) -> tuple[Arithmetic, Arithmetic]:
@@ -253,6 +254,12 @@ class Workspace:
             self._kept = None
             self._kept = ((chunk_rows, cols), self.arrays.forms(chunk_rows, cols))
         return self._kept[1]
+
+    def raw(self, count: int) -> np.ndarray:
+        """Return memory ``[count]`` uint8 for bytes on their way from and to a file; the next call takes it again."""
+        if len(self._raw) < count:
+            self._raw = self.arrays.buffer(count)
+        return self._raw[:count]
 
 
 def _arrays(device: "torch.device | str", form: Form, chunks_at_once: int) -> Arrays:
@@ -302,7 +309,7 @@ class _Stream:
         self._dots_in_rows = options.axis == -1
         self._norms_in_rows = (options.preserve == "rows") == (options.axis == -2)
         self._chunk = _chunk_rows(self._cols)
-        self._single, self._double = workspace.forms(self._chunk, self._cols)
+        self._workspace = workspace
         self._arrays, self._xp = workspace.arrays, workspace.arrays.xp
         self._basis = self._pair(self._arrays.state(basis[None]))
         count = len(basis)
@@ -325,6 +332,16 @@ class _Stream:
     def nonfinite_entries(self) -> tuple[int, ...]:
         """The matrices of the batch that hold these vectors."""
         return tuple(self._entries(~self._xp.isfinite(self._squares)))
+
+    # Asked for anew each time: matrices of another width may have taken the scratch memory meanwhile.
+
+    @property
+    def _single(self) -> Arithmetic:
+        return self._workspace.forms(self._chunk, self._cols)[0]
+
+    @property
+    def _double(self) -> Arithmetic:
+        return self._workspace.forms(self._chunk, self._cols)[1]
 
     def _zeros(self, *shape: int) -> Array:
         return self._arrays.zeros(self._batch, *shape)

@@ -3,11 +3,11 @@
 import contextlib
 import gc
 import hashlib
-import math
 import os
 import sys
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +16,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import numpy as np
 
 from ablate_shards.errors import ExecuteError, UsageError
-from ablate_shards.surgery.checkpoint import ITEM_BYTES
 from ablate_shards.surgery.plan import BasisKey, Edit, TensorEdit
 from ablate_shards.surgery.receipt import TensorResult
-from ablate_shards.surgery.sections import AblatedBias, AblatedMatrices, Section, nonfinite
+from ablate_shards.surgery.sections import AblatedBias, AblatedMatrices, Section
 
 if TYPE_CHECKING:
     import torch
 
-    from ablate_shards.kernels.form import Array
-    from ablate_shards.kernels.project import Form, Measure, Workspace
+    from ablate_shards.kernels.project import Form, Workspace
 
 __all__ = [
     "BlockEditor",
@@ -46,6 +44,7 @@ _R = TypeVar("_R")
 _CPU_BLOCK = 1 << 20
 _LEAST_MEMORY_PER_JOB = 8 << 20
 _SCRATCH = 6 << 20
+_ROOM_FOR_TWO_CHUNKS = 16 << 20
 _DEVICE_JOBS = 2
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
 _RENDER_NODES = Path("/dev/dri")
@@ -104,7 +103,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
         wanted = jobs or (cores() if on_cpu else _DEVICE_JOBS)
         self.jobs = max(1, min(wanted, memory // _LEAST_MEMORY_PER_JOB))
         room = max(memory // self.jobs - _SCRATCH, 1 << 20)
-        self._chunks_at_once = 2 if room >= 2 * _CPU_BLOCK else 1
+        self._chunks_at_once = 2 if room >= _ROOM_FOR_TWO_CHUNKS else 1
         # On a CPU larger blocks gain nothing: they only leave the cache. A device holds a block of its own.
         self._room = min(room, _CPU_BLOCK) if on_cpu else room // 2
         self._stop = stop
@@ -134,9 +133,8 @@ class BlockEditor(ABC, Generic[_E, _R]):
         finally:
             torch.set_num_threads(before)
 
-    @abstractmethod
     def edit(self, edit: _E, channels: Channels) -> _R:
-        """Edits one tensor and measures it again from what was written.
+        """Edits one tensor and measures it again from what was written, block by block.
 
         Args:
             edit: What to do.
@@ -149,6 +147,30 @@ class BlockEditor(ABC, Generic[_E, _R]):
             AblateError: The tensor cannot be edited.
         """
 
+        def read(data: memoryview, offset: int) -> None:
+            if self._stop.is_set():
+                raise Stopped
+            channels.read(data, offset)
+
+        measured, digest = [], hashlib.sha256()
+        with self._stream():
+            sections = deque(self.sections(edit))
+            while sections:
+                # What a section has gathered goes with it.
+                section = sections.popleft()
+                section.gather(read)
+                for offset in range(section.start, section.end, section.block):
+                    raw = self._workspace().raw(min(section.block, section.end - offset))
+                    read(raw.data, offset)
+                    section.edit(raw, offset)
+                    channels.write(raw.data, offset)
+                    # Read again at once, while a core's cache still holds it.
+                    channels.reread(raw.data, offset)
+                    digest.update(raw.data)
+                    section.measure(raw, offset)
+                measured.append(section.measured())
+        return self.result(edit, measured, digest.hexdigest())
+
     @abstractmethod
     def sections(self, edit: _E) -> Sequence[Section]:
         """Returns the parts that a tensor is edited in, in the order of their bytes; nothing has been read."""
@@ -157,28 +179,14 @@ class BlockEditor(ABC, Generic[_E, _R]):
     def result(self, edit: _E, measured: Sequence[Any], sha256: str) -> _R:
         """Returns what was measured of a tensor, from its sections and the digest of what was written."""
 
-    def _buffer(self, count: int) -> "torch.Tensor":
-        """Returns this thread's buffer, ``[count]`` uint8; one that is kept fragments no memory."""
-        import torch
-
-        kept: torch.Tensor | None = getattr(self._kept, "buffer", None)
-        if kept is None or len(kept) < count:
-            # Pinned memory is what a device copies from and to at full speed.
-            pinned = self._device.startswith("cuda")
-            kept = self._kept.buffer = torch.empty(count, dtype=torch.uint8, pin_memory=pinned)
-        return kept[:count]
-
     def _workspace(self) -> "Workspace":
-        """Returns this thread's scratch memory."""
-        if not hasattr(self._kept, "workspace"):
-            self._kept.workspace = self._new_workspace()
-        kept: Workspace = self._kept.workspace
-        return kept
-
-    def _new_workspace(self) -> "Workspace":
+        """Returns this thread's scratch memory; what is kept fragments no memory."""
         from ablate_shards.kernels.project import Workspace
 
-        return Workspace(self._device, self._form, chunks_at_once=self._chunks_at_once)
+        if not hasattr(self._kept, "workspace"):
+            self._kept.workspace = Workspace(self._device, self._form, chunks_at_once=self._chunks_at_once)
+        kept: Workspace = self._kept.workspace
+        return kept
 
     def _stream(self) -> contextlib.AbstractContextManager[object]:
         """Gives each job a stream of its own, so that one computes while another reads or writes."""
@@ -215,112 +223,6 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
     ) -> None:
         super().__init__(device, memory, jobs, stop)
         self._bases = bases
-        self._by_width: dict[int, Workspace] = {}
-
-    def edit(self, edit: TensorEdit, channels: Channels) -> TensorResult:
-        """Ablates one tensor and measures it again from what was written.
-
-        Raises:
-            ExecuteError: The tensor holds NaN or infinite values.
-        """
-        with self._stream():
-            return self._edit_bias(edit, channels) if edit.kind == "bias" else self._edit_weight(edit, channels)
-
-    def _edit_weight(self, edit: TensorEdit, channels: Channels) -> TensorResult:
-        from ablate_shards.kernels.project import merge, norm_drift
-
-        batch, rows, cols = (1,) * (3 - len(edit.shape)) + edit.shape
-        matrix_bytes = (edit.end - edit.start) // max(batch, 1)
-        group = max(1, min(batch, self._room // max(matrix_bytes, 1)))
-        digest = hashlib.sha256()
-        before, after, degenerate = [], [], 0
-        for first in range(0, batch, group):
-            shape = (min(group, batch - first), rows, cols)
-            measures = self._edit_group(edit, shape, edit.start + first * matrix_bytes, channels, digest)
-            before.append(measures[0])
-            after.append(measures[1])
-            degenerate += measures[2]
-        whole_before, whole_after = merge(before), merge(after)
-        return TensorResult(
-            before=whole_before.component,
-            after=whole_after.component,
-            norm_drift=None if edit.preserve == "none" else norm_drift(whole_before, whole_after),
-            degenerate=degenerate,
-            sha256=digest.hexdigest(),
-        )
-
-    def _edit_group(
-        self,
-        edit: TensorEdit,
-        shape: tuple[int, int, int],
-        base: int,
-        channels: Channels,
-        digest: "hashlib._Hash",
-    ) -> "tuple[Measure, Measure, int]":
-        """Edits one matrix block by block, or several whole ones at once."""
-        from ablate_shards.kernels.project import Meter, ProjectOptions, Projector
-
-        options = ProjectOptions(coefficient=edit.coefficient, preserve=edit.preserve, axis=edit.axis)
-        basis = self._bases[edit.basis]
-        count, rows, cols = shape
-        row_bytes = cols * ITEM_BYTES[edit.dtype]
-        workspace = self._workspace()
-        projector = Projector(basis, shape, edit.dtype, options, workspace)
-        chunk = projector.chunk_rows
-        resident = count * rows * row_bytes <= self._room
-        block_rows = rows if resident else max(chunk, self._room // row_bytes // chunk * chunk)
-        blocks = [(start, min(block_rows, rows - start)) for start in range(0, rows, block_rows)]
-        buffer = self._bytes(count * min(block_rows, rows) * row_bytes)
-
-        def load(start: int, size: int, fill: Callable[[memoryview, int], None]) -> "Array":
-            if self._stop.is_set():
-                raise Stopped
-            raw = buffer[: count * size * row_bytes]
-            fill(raw.data, base + start * row_bytes)
-            return workspace.arrays.load(raw, edit.dtype, (count, size, cols))
-
-        kept = load(0, rows, channels.read) if resident else None
-        step = 0
-        while step < projector.passes:
-            for start, size in blocks:
-                projector.gather(step, load(start, size, channels.read) if kept is None else kept, start)
-            step += 1
-        meter = Meter(basis, shape, edit.dtype, options, workspace)
-        for start, size in blocks:
-            block = load(start, size, channels.read) if kept is None else kept
-            projector.apply(block, start)
-            if projector.nonfinite:
-                raise nonfinite(edit, (base - edit.start) // (rows * row_bytes) + projector.nonfinite_entries[0])
-            raw = buffer[: count * size * row_bytes]
-            workspace.arrays.store(block, raw)
-            channels.write(raw.data, base + start * row_bytes)
-            # Read again at once, while a core's cache still holds it.
-            block = load(start, size, channels.reread)
-            digest.update(raw.data)
-            meter.add(block, start)
-        return projector.before(), meter.result(), projector.degenerate
-
-    def _edit_bias(self, edit: TensorEdit, channels: Channels) -> TensorResult:
-        from ablate_shards.kernels.project import project_vector, vector_component
-        from ablate_shards.kernels.project_numpy import STORED
-
-        basis = self._bases[edit.basis]
-        buffer = self._bytes(edit.end - edit.start)
-        bias = buffer.view(STORED[edit.dtype]).reshape(edit.shape)
-        channels.read(buffer.data, edit.start)
-        before = vector_component(bias, basis)
-        if not math.isfinite(before):
-            raise ExecuteError(f"{edit.name}: holds NaN or infinite values; fetch its shard again")
-        bias[...] = project_vector(bias, basis, edit.coefficient)
-        channels.write(buffer.data, edit.start)
-        channels.reread(buffer.data, edit.start)
-        return TensorResult(
-            before=before,
-            after=vector_component(bias, basis),
-            norm_drift=None,
-            degenerate=0,
-            sha256=hashlib.sha256(buffer.data).hexdigest(),
-        )
 
     def sections(self, edit: TensorEdit) -> Sequence[Section]:
         """Returns a section per matrix, or per as many as fit into a block, and one for a bias."""
@@ -329,17 +231,13 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
         batch, rows, cols = (1,) * (3 - len(edit.shape)) + edit.shape
         matrix_bytes = (edit.end - edit.start) // max(batch, 1)
         group = max(1, min(batch, self._room // max(matrix_bytes, 1)))
-        # One workspace for each width: sections that are kept side by side share its scratch memory.
-        workspace = self._by_width.get(cols)
-        if workspace is None:
-            workspace = self._by_width[cols] = self._new_workspace()
         return [
             AblatedMatrices(
                 edit,
                 first,
                 (min(group, batch - first), rows, cols),
                 basis=self._bases[edit.basis],
-                workspace=workspace,
+                workspace=self._workspace(),
                 room=self._room,
             )
             for first in range(0, batch, group)
@@ -360,13 +258,6 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
             degenerate=sum(part[2] for part in measured),
             sha256=sha256,
         )
-
-    def _bytes(self, count: int) -> np.ndarray:
-        """Returns this thread's buffer, ``[count]`` uint8; one that is kept fragments no memory."""
-        kept: np.ndarray | None = getattr(self._kept, "bytes", None)
-        if kept is None or len(kept) < count:
-            kept = self._kept.bytes = self._workspace().arrays.buffer(count)
-        return kept[:count]
 
 
 @contextlib.contextmanager

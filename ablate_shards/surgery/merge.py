@@ -24,7 +24,7 @@ from ablate_shards.surgery.checkpoint import (
     TensorInfo,
     files_of,
 )
-from ablate_shards.surgery.editor import BlockEditor, Channels, Stopped, resolve_device, torch_dtype
+from ablate_shards.surgery.editor import BlockEditor, resolve_device, torch_dtype
 from ablate_shards.surgery.execute import Operation
 from ablate_shards.surgery.receipt import incomplete, items, load, number, revision_of, seal, source_record, typed
 from ablate_shards.surgery.sections import Section
@@ -538,30 +538,6 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
             self.reason = f"arithmetic: torch on cpu (merging is done in float64, which not every {found} has)"
         self._adapter = adapter
 
-    def edit(self, edit: MergeEdit, channels: Channels) -> MergeResult:
-        """Changes one tensor, and takes the digest of what was written.
-
-        Raises:
-            AdapterError: The adapter holds NaN or infinite values.
-            ExecuteError: The tensor holds NaN or infinite values, or the sum does not fit its dtype.
-        """
-        measured, digest = [], hashlib.sha256()
-        with self._stream():
-            for section in self.sections(edit):
-                section.gather(channels.read)
-                for offset in range(section.start, section.end, section.block):
-                    raw = self._buffer(min(section.block, section.end - offset)).numpy()
-                    self._go_on()
-                    channels.read(raw.data, offset)
-                    section.edit(raw, offset)
-                    channels.write(raw.data, offset)
-                for offset in range(section.start, section.end, section.block):
-                    raw = self._buffer(min(section.block, section.end - offset)).numpy()
-                    channels.reread(raw.data, offset)
-                    digest.update(raw.data)
-                measured.append(section.measured())
-        return self.result(edit, measured, digest.hexdigest())
-
     def sections(self, edit: MergeEdit) -> Sequence[Section]:
         """Returns a section per matrix, and one for a parameter that is added to or replaced."""
         if edit.kind != "low-rank":
@@ -577,10 +553,6 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
         squares, before = (sum(part[side] for part in measured) for side in (0, 1))
         change = math.sqrt(squares / before) if before else None if squares else 0.0
         return MergeResult(change=change, sha256=sha256)
-
-    def _go_on(self) -> None:
-        if self._stop.is_set():
-            raise Stopped
 
 
 class _Factors:

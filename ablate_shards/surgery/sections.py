@@ -91,7 +91,7 @@ class AblatedMatrices:
         resident = self.end - self.start <= self._room
         block = self.end - self.start if resident else max(chunk, self._room // self._row_bytes // chunk * chunk)
         self.block = max(1, block if resident else block * self._row_bytes)
-        raw = self._workspace.arrays.buffer(min(self.block, self.end - self.start))
+        raw = self._workspace.raw(min(self.block, self.end - self.start))
         step = 0
         while step < projector.passes:
             for offset in range(self.start, self.end, self.block):
