@@ -70,13 +70,10 @@ def measure(given: argparse.Namespace) -> int:
         BenchmarkError: A case needs a GPU, and there is none; or a command failed.
     """
     chosen = [CASES[name] for name in given.cases] or [case for case in CASES.values() if case.gpu == given.gpu]
-    device = None
-    if any(case.gpu for case in chosen):
-        device = machine.gpu()
-        if device is None and not given.tiny:
-            raise BenchmarkError(
-                f"{next(case.name for case in chosen if case.gpu)}: needs a GPU, and torch sees none here"
-            )
+    needy = [case.name for case in chosen if case.gpu]
+    device = machine.gpu() if needy else None
+    if needy and device is None and not given.tiny:
+        raise BenchmarkError(f"{', '.join(needy)}: expected a GPU, and torch sees none; the other cases need none")
     console = Console(markup=False, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console = Console(markup=False, highlight=False, soft_wrap=True, width=FILE_WIDTH)
