@@ -5,14 +5,14 @@ Without CASE, every case that needs no GPU. A contender whose result is wrong ge
 
 import argparse
 import json
-import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import cases, machine, results  # noqa: F401 - cases fills the registry
+from benchmarks import cases, machine, record  # noqa: F401 - cases fills the registry
 from benchmarks.harness import CASES, Bench, BenchmarkError, Case
 
 __all__ = ["main"]
@@ -30,9 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for case in CASES.values():
                 print(f"{case.name:12} {case.summary}")
         elif given.quote:
-            print("\n\n".join(results.markdown(name) for name in given.cases or ["command"]))
+            print("\n\n".join(record.markdown(name) for name in given.cases or ["command"]))
         elif given.chart:
-            results.draw(given.chart)
+            record.draw(given.chart)
         else:
             return measure(given)
     except BenchmarkError as error:
@@ -49,7 +49,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, help="how often each contender is timed")
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, to see that a case runs")
     parser.add_argument("--work", type=Path, default=Path("build/benchmarks"), help="where to write test files")
-    folder = results.FOLDER
+    folder = record.FOLDER
     parser.add_argument("--json", nargs="?", type=Path, const=folder, metavar="FOLDER", help="write CASE.json there")
     parser.add_argument("--list", action="store_true", help="name the cases")
     parser.add_argument("--quote", action="store_true", help="print the result of CASE as Markdown; measure nothing")
@@ -82,22 +82,19 @@ def measure(given: argparse.Namespace) -> int:
 
 
 def run(case: Case, given: argparse.Namespace, device: str | None, console: Console) -> bool:
-    """Runs a case in an empty folder and returns whether every check held."""
-    work = given.work / case.name
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
+    """Runs a case in a folder of its own, which is removed, and returns whether every check held."""
+    given.work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{case.name}-", dir=given.work) as name:
+        work = Path(name)
         console.print(f"\n{case.name}: {case.summary}")
-        bench = Bench(
-            work, runs=given.runs or case.runs, tiny=given.tiny, show=lambda shown: console.print("", shown, sep="\n")
-        )
+        runs = given.runs or case.runs
+        bench = Bench(work, runs=runs, tiny=given.tiny, show=lambda shown: console.print("", shown, sep="\n"))
         case.measure(bench)
-        if given.json:
-            given.json.mkdir(parents=True, exist_ok=True)
-            content = results.as_dict(case, bench, machine.describe(work, device=device))
-            (given.json / f"{case.name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    finally:
-        shutil.rmtree(work)
+        described = machine.describe(work, device=device)
+    if given.json:
+        given.json.mkdir(parents=True, exist_ok=True)
+        content = json.dumps(record.as_dict(case, bench, described), indent=1, ensure_ascii=False)
+        (given.json / f"{case.name}.json").write_text(f"{content}\n")
     return bench.is_right
 
 

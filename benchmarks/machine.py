@@ -20,7 +20,8 @@ def describe(work: Path, *, device: str | None) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        # A case's own result is no change of what the next one measures.
+        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "cpu": _cpu(),

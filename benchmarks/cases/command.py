@@ -71,7 +71,7 @@ class Job:
 
         return writing(name, command, out, against=against, check=check)
 
-    def eager(self, against: str) -> Contender:
+    def eager(self) -> Contender:
         """Returns the usual form: every shard loaded, edited in float32 and saved; it does not sync."""
         source, out, directions = self.work / "source", self.work / "out", self.work / "directions.safetensors"
         layer = self.layout.layers // 2
@@ -79,7 +79,7 @@ class Job:
             "eager float32, not synced",
             [*EAGER, "ablate", source, directions, str(layer), out],
             out,
-            against=against,
+            against=UNSYNCED,
             check=lambda: checks.edit(self.layout, source, directions, layer, out),
         )
 
@@ -90,14 +90,13 @@ class Job:
             copying(self.work / "source", self.work / "copied", against=SYNCED, sync=True),
         ]
 
-    def both(self, *flags: str) -> list[Contender]:
-        """Returns ours and ``cp -r``, with and without a sync, and the eager form."""
+    def both(self) -> list[Contender]:
+        """Returns ours and ``cp -r``, without a sync and with one."""
         without = unsynced("ablate")
         return [
-            *([self.edit(UNSYNCED, *without, *flags)] if without else []),
+            *([self.edit(UNSYNCED, *without)] if without else []),
             copying(self.work / "source", self.work / "copied", against=UNSYNCED, sync=False),
-            self.eager(UNSYNCED),
-            *self.synced(*flags),
+            *self.synced(),
         ]
 
 
@@ -105,7 +104,7 @@ class Job:
 def command(bench: Bench) -> None:
     """Whole command, Qwen3.5-0.8B layout: 1.5 GB, 48 edited tensors."""
     job = Job.prepared(qwen(tiny=bench.tiny), bench.work)
-    bench.race(job.title, job.both(), size=job.size)
+    bench.race(job.title, [*job.both(), job.eager()], size=job.size)
 
 
 @case("command-4gb")
