@@ -20,6 +20,7 @@ __all__ = [
     "amount",
     "case",
     "cells",
+    "mebibytes",
     "race",
     "table",
 ]
@@ -285,6 +286,11 @@ def amount(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e3:.0f} kB"
 
 
+def mebibytes(size: int) -> int:
+    """Returns bytes in MiB, rounded up."""
+    return -(-size // 2**20)
+
+
 def cells(found: Race) -> list[dict[str, str]]:
     """Returns a table as text: per row, what each column says; a column that says nothing is left out."""
     timed = max((len(row.seconds) for row in found.rows), default=0)
@@ -313,7 +319,7 @@ def _cells(row: Row, median: str) -> dict[str, str]:
         f"{least}–{most}",
         "" if row.ratio is None else f"{row.ratio:.2f}",
         "" if row.bandwidth is None else f"{row.bandwidth / 1e9:.3g} GB/s",
-        "" if row.peak is None else f"{'< ' if row.bound else ''}{-(-row.peak // 2**20)} MiB",
+        "" if row.peak is None else f"{'< ' if row.bound else ''}{mebibytes(row.peak)} MiB",
     )
     return {
         "": row.contender,

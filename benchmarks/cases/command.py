@@ -6,13 +6,14 @@ time is shown, and the writers of the first and the last layer are compared with
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import checks
 from benchmarks.checkpoints import Layout, llama, qwen, write, write_directions
-from benchmarks.harness import Bench, Contender, Race, amount, case
+from benchmarks.harness import Bench, Contender, Race, amount, case, mebibytes
 from benchmarks.processes import EAGER, TOOL, copying, remove, unsynced, writing
 
 __all__ = ["SYNCED", "SYNCED_COPY", "fit"]
@@ -39,9 +40,9 @@ class Job:
     @classmethod
     def prepared(cls, layout: Layout, work: Path) -> "Job":
         """Writes the checkpoint and its directions."""
-        size = write(layout, work / "source")
-        write_directions(layout, work / "directions.safetensors")
-        return cls(layout, work, size)
+        job = cls(layout, work, write(layout, work / "source"))
+        write_directions(layout, job.directions)
+        return job
 
     @property
     def title(self) -> str:
@@ -49,45 +50,46 @@ class Job:
         edited = sum(len(self.layout.writers(layer)) for layer in range(self.layout.layers))
         return f"{amount(self.size)}, {self.layout.layers} layers, {edited} tensors edited"
 
-    def edit(self, name: str, *flags: str, against: str | None = None) -> Contender:
+    @property
+    def source(self) -> Path:
+        """The checkpoint."""
+        return self.work / "source"
+
+    @property
+    def out(self) -> Path:
+        """What the edited one is called."""
+        return self.work / "out"
+
+    @property
+    def directions(self) -> Path:
+        """What is removed."""
+        return self.work / "directions.safetensors"
+
+    @property
+    def source_layer(self) -> int:
+        """The layer in the middle, whose direction is removed from every other."""
+        return self.layout.layers // 2
+
+    def fault(self) -> str | None:
+        """Says what is wrong with the edited weights of the first and the last layer."""
+        return checks.edit(self.layout, self.source, self.directions, self.source_layer, self.out)
+
+    def edit(self, name: str, *flags: str) -> Contender:
         """Returns the command of ours with more flags."""
-        source, out, directions = self.work / "source", self.work / "out", self.work / "directions.safetensors"
-        layer = self.layout.layers // 2
-        command: list[str | Path] = [
-            *TOOL,
-            "ablate",
-            source,
-            out,
-            "-d",
-            directions,
-            "--source-layer",
-            str(layer),
-            "--quiet",
-            *flags,
-        ]
-
-        def check() -> str | None:
-            return checks.verified(source, out) or checks.edit(self.layout, source, directions, layer, out)
-
-        return writing(name, command, out, against=against, check=check)
+        how: list[str | Path] = ["-d", self.directions, "--source-layer", str(self.source_layer), "--quiet", *flags]
+        check = partial(checks.first_of, (lambda: checks.verified(self.source, self.out), self.fault))
+        return writing(name, [*TOOL, "ablate", self.source, self.out, *how], self.out, check=check)
 
     def eager(self) -> Contender:
         """Returns the usual form: every shard loaded, edited in float32 and saved; it does not sync."""
-        source, out, directions = self.work / "source", self.work / "out", self.work / "directions.safetensors"
-        layer = self.layout.layers // 2
-        return writing(
-            "eager float32, not synced",
-            [*EAGER, "ablate", source, directions, str(layer), out],
-            out,
-            against=UNSYNCED,
-            check=lambda: checks.edit(self.layout, source, directions, layer, out),
-        )
+        command: list[str | Path] = [*EAGER, "ablate", self.source, self.directions, str(self.source_layer), self.out]
+        return writing("eager float32, not synced", command, self.out, against=UNSYNCED, check=self.fault)
 
     def synced(self, *flags: str) -> list[Contender]:
         """Returns ours and ``cp -r``, both with a sync."""
         return [
             self.edit(SYNCED, *flags),
-            copying(self.work / "source", self.work / "copied", against=SYNCED, sync=True),
+            copying(self.source, self.work / "copied", against=SYNCED, sync=True),
         ]
 
     def both(self) -> list[Contender]:
@@ -95,7 +97,7 @@ class Job:
         without = unsynced("ablate")
         return [
             *([self.edit(UNSYNCED, *without)] if without else []),
-            copying(self.work / "source", self.work / "copied", against=UNSYNCED, sync=False),
+            copying(self.source, self.work / "copied", against=UNSYNCED, sync=False),
             *self.synced(),
         ]
 
@@ -126,11 +128,9 @@ def scaling(bench: Bench) -> None:
         rows = [found[name] for found in bench.races]
         if all(row.seconds for row in rows):
             slope, start = fit(bench.races, name)
-            peaks = [-(-(row.peak or 0) // 2**20) for row in rows]
-            bench.note(
-                f"{name}: {slope:.3f} s per GB and {start:+.2f} s, least squares; peak memory "
-                f"{min(peaks)} to {max(peaks)} MiB"
-            )
+            least, most = (mebibytes(choose(row.peak or 0 for row in rows)) for choose in (min, max))
+            line = f"{slope:.3f} s per GB and {start:+.2f} s, least squares"
+            bench.note(f"{name}: {line}; peak memory {least} to {most} MiB")
 
 
 @case("memory", runs=1)
@@ -142,7 +142,7 @@ def memory(bench: Bench) -> None:
         last = max(job.layout.tensors.values(), key=np.prod) if experts else None
         title = f"{job.title}{f', one of {list(last)}' if last else ''}"
         edits = [job.edit(f"--memory {size}", "--memory", size) for size in ("8MB", "64MB", "256MB")]
-        copy = copying(work / "source", work / "copied", against="--memory 256MB", sync=True)
+        copy = copying(job.source, work / "copied", against="--memory 256MB", sync=True)
         bench.race(title, [*edits, copy], size=job.size)
         remove(work)
 
