@@ -81,9 +81,9 @@ class Job:
         return writing(name, [*TOOL, "ablate", self.source, self.out, *how], self.out, check=check)
 
     def eager(self) -> Contender:
-        """Returns the usual form: every shard loaded, edited in float32 and saved; it does not sync."""
+        """Returns the usual form: every shard loaded, edited in float32 and saved."""
         command: list[str | Path] = [*EAGER, "ablate", self.source, self.directions, str(self.source_layer), self.out]
-        return writing("eager float32, not synced", command, self.out, against=UNSYNCED, check=self.fault)
+        return writing("eager float32, then sync", command, self.out, against=SYNCED, sync=True, check=self.fault)
 
     def synced(self, *flags: str) -> list[Contender]:
         """Returns ours and ``cp -r``, both with a sync."""

@@ -43,15 +43,16 @@ def merge(bench: Bench) -> None:
         [
             *([writing(UNSYNCED, [*ours, *without], out, check=check)] if without else []),
             copying(source, copied, against=UNSYNCED, sync=False),
-            writing(
-                "eager float32, not synced",
-                [*EAGER, "merge", source, adapter, out],
-                out,
-                against=UNSYNCED,
-                check=rounded,
-            ),
             writing(SYNCED, ours, out, check=check),
             copying(source, copied, against=SYNCED, sync=True),
+            writing(
+                "eager float32, then sync",
+                [*EAGER, "merge", source, adapter, out],
+                out,
+                against=SYNCED,
+                sync=True,
+                check=rounded,
+            ),
         ],
         size=size,
     )
