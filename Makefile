@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 COMPILED := hatch_build.py ablate_shards/kernels/native.c ablate_shards/kernels/native_passes.h
 
-.PHONY: demo test lint bench browser docs loaders clean
+.PHONY: demo test lint bench bench-gpu browser docs loaders clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m ablate_shards.data.demo
@@ -18,11 +18,10 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/kernels.py
-	$(BIN)/python benchmarks/directions.py
-	$(BIN)/python benchmarks/command.py
-	$(BIN)/python benchmarks/merge.py
-	$(BIN)/python benchmarks/diff.py
+	$(BIN)/python -m benchmarks
+
+bench-gpu: $(VENV)/.dev
+	$(BIN)/python -m benchmarks --gpu
 
 # Needs a chromium, such as Debian's.
 browser: $(VENV)/.dev

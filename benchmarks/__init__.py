@@ -1,0 +1,1 @@
+"""Speed and memory, measured against what anyone has: ``python -m benchmarks --help``."""

@@ -1,0 +1,12 @@
+"""The registry: importing this fills ``benchmarks.harness.CASES``, in this order."""
+
+# ruff: noqa: I001
+
+from benchmarks.cases import command
+from benchmarks.cases import kernels
+from benchmarks.cases import directions
+from benchmarks.cases import merge
+from benchmarks.cases import diff
+from benchmarks.cases import capture
+
+__all__ = ["capture", "command", "diff", "directions", "kernels", "merge"]
