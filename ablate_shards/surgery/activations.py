@@ -1,6 +1,9 @@
 """Reads activation dumps in bounded memory: which layers, which prompts, chunk by chunk as float64."""
 
 import io
+import math
+import mmap
+import os
 import re
 import zipfile
 import zlib
@@ -8,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import IO, Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -30,8 +33,6 @@ ACTIVATIONS_FORMAT = "ablate-shards.activations/1"
 
 Label = Literal["positive", "negative"]
 
-_Stream: TypeAlias = io.RawIOBase | io.BufferedIOBase
-
 LABELS: tuple[Label, Label] = ("positive", "negative")
 
 #: Files of llm-abliteration; their tensors are pickled.
@@ -44,8 +45,10 @@ _MEASURED = {"positive": "harmful", "negative": "harmless"}
 _MEASURED_NAME = re.compile(r"(?:harmful|harmless)_(?P<index>0|[1-9]\d{0,4})")
 #: What two files of one dump may not contradict each other in.
 _SAME = ("model", "position", "positive_label", "negative_label")
-#: A chunk as stored and as float64 stays in the processor's cache between the steps over it.
+#: A chunk as float64 stays in the processor's cache between the steps over it.
 _CHUNK_BYTES = 4 << 20
+#: How much of a file is mapped at a time, so that what is resident does not grow with it.
+_WINDOW_BYTES = 16 << 20
 _DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 _NPZ_DTYPES = {np.dtype(stored): name for name, stored in _DTYPES.items() if name != "BF16"}
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -55,7 +58,7 @@ _NOT_AN_NPZ = (ValueError, KeyError, OSError, EOFError, RuntimeError, zipfile.Ba
 class _Array(NamedTuple):
     """An array in a file, not read yet.
 
-    ``dtype`` is a key of ``_DTYPES`` or the name of one that cannot be used; ``open`` gives a stream that
+    ``dtype`` is a key of ``_DTYPES`` or the name of one that cannot be used; ``open`` gives a source that
     begins with the array's first byte.
     """
 
@@ -63,7 +66,76 @@ class _Array(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
-    open: Callable[[], _Stream]
+    open: Callable[[], "_Source"]
+
+
+class _Source(Protocol):
+    """Gives the bytes of an array in order."""
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+
+    def __exit__(self, *_: object) -> None:
+        """Closes what it reads."""
+
+    def take(self, count: int) -> memoryview:
+        """Returns so many more bytes, fewer only at the end; the next call may overwrite them."""
+
+
+class _Stream:
+    """Takes from a stream, through one buffer."""
+
+    def __init__(self, stream: IO[bytes], start: int = 0) -> None:
+        self._stream, self._buffer = stream, bytearray()
+        # Not seek, which a compressed stream may do by starting over.
+        self._stream.read(start)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def take(self, count: int) -> memoryview:
+        if len(self._buffer) < count:
+            self._buffer = bytearray(count)
+        whole = memoryview(self._buffer)[:count]
+        rest = whole
+        while rest and (read := self._stream.readinto(rest)):  # type: ignore[attr-defined]
+            rest = rest[read:]
+        return whole[: count - len(rest)]
+
+
+class _Mapped:
+    """Takes from a file without a copy: what it returns is the page cache's own memory, mapped window by window."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._at = start
+        self._low = self._high = 0
+        self._window: mmap.mmap
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def take(self, count: int) -> memoryview:
+        if not self._low <= self._at <= self._at + count <= self._high:
+            # A page that is no longer in the file cannot be touched, so its size is looked at again.
+            size = os.fstat(self._file.fileno()).st_size
+            self._low = self._at // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+            self._high = min(max(self._low + _WINDOW_BYTES, self._at + count), size)
+            if self._at >= self._high:
+                return memoryview(b"")
+            self._window = mmap.mmap(
+                self._file.fileno(), self._high - self._low, access=mmap.ACCESS_READ, offset=self._low
+            )
+        start = self._at - self._low
+        taken = memoryview(self._window)[start : start + count]
+        self._at += len(taken)
+        return taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +191,10 @@ class ActivationDump:
         filled = 0
         for array in self._arrays[label, layer]:
             left = array.shape[0]
-            raw = np.empty((min(len(chunk), left), size), _DTYPES[array.dtype])
-            wide = np.empty(raw.shape, np.uint32) if array.dtype == "BF16" else None
-            with array.open() as stream:
+            with array.open() as source:
                 while left:
                     count = min(left, len(chunk) - filled)
-                    values = raw[:count]
-                    _read_into(stream, values, array)
-                    if wide is not None:
-                        values = _widen(values, wide[:count])
-                    with np.errstate(invalid="ignore"):
-                        chunk[filled : filled + count] = values
+                    _decode(_take(source, array, (count, size)), chunk[filled : filled + count])
                     filled += count
                     left -= count
                     if filled == len(chunk):
@@ -189,7 +254,7 @@ def open_activations(path: Path) -> ActivationDump:
                     f"{file}: {tensor.name} has hidden size {tensor.shape[-1]}, but its metadata say hidden_size "
                     f"{size!r}; capture it again"
                 )
-            opened = partial(_open_at, file, tensor.start)
+            opened = partial(_Mapped, file, tensor.start)
             found.append((_key(tensor.name), _Array(file, tensor.name, tensor.dtype, tensor.shape, opened)))
     if not used:
         raise ActivationsError(f"{path}: none of its {len(files)} safetensors files is an activation dump; {_EXPECTED}")
@@ -231,10 +296,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     found = {}
     for array in _npz_arrays(path):
         _refuse_dtype(array)
-        values = np.empty(array.shape, _DTYPES[array.dtype])
-        with array.open() as stream:
-            _read_into(stream, values, array)
-        found[array.name] = values.astype(np.float64)
+        with array.open() as source:
+            found[array.name] = _take(source, array, array.shape).astype(np.float64)
     return found
 
 
@@ -301,7 +364,7 @@ def _measured_arrays(path: Path) -> list[tuple[tuple[Label, int], _Array]]:
             if values.ndim != 1:
                 raise ActivationsError(f"{path}: {name} has shape {list(values.shape)}, expected [hidden size]")
             dtype = "F64" if values.dtype == np.float64 else str(values.dtype)
-            opened = partial(io.BytesIO, values.tobytes())
+            opened = partial(_open_bytes, values.tobytes())
             found.append(((label, index - 1), _Array(path, name, dtype, (1, len(values)), opened)))
     return found
 
@@ -369,37 +432,36 @@ def _key(name: str) -> tuple[Label, int]:
     return "positive" if label == "positive" else "negative", int(layer)
 
 
-def _open_at(path: Path, start: int) -> _Stream:
-    stream = path.open("rb", buffering=0)
-    stream.seek(start)
-    return stream
+def _open_bytes(raw: bytes) -> _Source:
+    return _Stream(io.BytesIO(raw))
 
 
-def _open_member(path: Path, name: str, start: int) -> _Stream:
+def _open_member(path: Path, name: str, start: int) -> _Source:
     # The stream keeps the file open after its archive is closed.
     with zipfile.ZipFile(path) as archive:
-        stream = cast(io.BufferedIOBase, archive.open(name))
-    stream.read(start)
-    return stream
+        return _Stream(archive.open(name), start)
 
 
-def _read_into(stream: _Stream, values: np.ndarray, array: _Array) -> None:
-    """Fills a C-contiguous array with the next bytes of its file."""
-    view = values.reshape(-1).view(np.uint8).data
-    while view:
-        try:
-            count = stream.readinto(view)
-        except (EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ActivationsError(f"{array.path}: {array.name} is damaged ({error}); save the file again") from error
-        if not count:
-            raise ActivationsError(
-                f"{array.path}: ended inside {array.name}; it was changed while it was read, so start again"
-            )
-        view = view[count:]
+def _take(source: _Source, array: _Array, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the next values of an array as they are stored, bfloat16 as its bits."""
+    stored = np.dtype(_DTYPES[array.dtype])
+    wanted = math.prod(shape) * stored.itemsize
+    try:
+        raw = source.take(wanted)
+    except (EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ActivationsError(f"{array.path}: {array.name} is damaged ({error}); save the file again") from error
+    if len(raw) < wanted:
+        raise ActivationsError(
+            f"{array.path}: ended inside {array.name}; it was changed while it was read, so start again"
+        )
+    return np.frombuffer(raw, stored).reshape(shape)
 
 
-def _widen(values: np.ndarray, wide: np.ndarray) -> np.ndarray:
-    """Returns bfloat16 bits as float32: they are its upper half."""
-    np.copyto(wide, values)
-    np.left_shift(wide, 16, out=wide)
-    return wide.view(np.float32)
+def _decode(stored: np.ndarray, out: np.ndarray) -> None:
+    """Converts stored values to float64; bfloat16's are its bits, the upper half of a float32's."""
+    if stored.dtype == np.uint16:
+        wide = stored.astype(np.uint32)
+        np.left_shift(wide, 16, out=wide)
+        stored = wide.view(np.float32)
+    with np.errstate(invalid="ignore"):
+        np.copyto(out, stored)

@@ -693,9 +693,10 @@ def _score(
 
 def _auc(positive: np.ndarray, negative: np.ndarray) -> float:
     """Probability that a positive lies above a negative, ties counting half (Mann and Whitney, 1947)."""
-    ordered = np.sort(negative)
-    below = np.searchsorted(ordered, positive, "left")
-    upto = np.searchsorted(ordered, positive, "right")
+    # Each search starts where the one before it ended, if the values ascend.
+    ordered, sought = np.sort(negative), np.sort(positive)
+    below = np.searchsorted(ordered, sought, "left")
+    upto = np.searchsorted(ordered, sought, "right")
     return float((below + upto).sum() / (2 * len(positive) * len(negative)))
 
 
