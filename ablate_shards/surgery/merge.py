@@ -11,8 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+import numpy as np
+
 from ablate_shards import __version__
 from ablate_shards.errors import AdapterError, ArchitectureError, ExecuteError, PlanError, UsageError, VerifyError
+from ablate_shards.kernels.form import GREATEST
+from ablate_shards.kernels.merge_numpy import NumpyMerger, update_norm
+from ablate_shards.kernels.project_numpy import STORED, decoded, encode
 from ablate_shards.surgery.adapter import WEIGHTS_NAME, Adapter, LowRank, base_digest, read_adapter
 from ablate_shards.surgery.architecture import Anatomy, dissect
 from ablate_shards.surgery.checkpoint import (
@@ -23,13 +28,13 @@ from ablate_shards.surgery.checkpoint import (
     TensorInfo,
     files_of,
 )
-from ablate_shards.surgery.editor import BlockEditor, Channels, Stopped, resolve_device, torch_dtype
+from ablate_shards.surgery.editor import BlockEditor, Channels, Stopped, find_device, torch_dtype
 from ablate_shards.surgery.execute import ExecuteOptions, Operation, Progress, perform
 from ablate_shards.surgery.receipt import items, load, number, seal, source_record, typed
 from ablate_shards.surgery.staging import check_out
 
 if TYPE_CHECKING:
-    import torch
+    from ablate_shards.kernels.merge import Merger
 
 __all__ = [
     "MERGE_FORMAT",
@@ -320,17 +325,18 @@ class _Planner:
 
     def _holds(self, source: str, tensor: TensorInfo) -> bool:
         """Tells whether a tensor that the adapter carries along equals the base's, in its own precision."""
-        import torch
-
         path = next(shard.path for shard in self._checkpoint.shards if shard.name == tensor.shard)
-        dtype, count = torch_dtype(tensor.dtype), math.prod(tensor.shape)
+        stored, theirs = STORED[tensor.dtype], STORED[self._adapter.tensors[source].dtype]
+        item, count = ITEM_BYTES[tensor.dtype], math.prod(tensor.shape)
         with path.open("rb") as file:
             file.seek(tensor.start)
             for first in range(0, count, _PIECE):
                 size = min(_PIECE, count - first)
-                ours = torch.frombuffer(bytearray(file.read(size * dtype.itemsize)), dtype=dtype)
-                theirs = self._adapter.read(source, first, size)
-                if not torch.equal(ours.to(theirs.dtype), theirs):
+                ours = decoded(np.frombuffer(file.read(size * item), stored), np.float64)
+                rounded = np.empty(size, theirs)
+                with np.errstate(invalid="ignore"):
+                    encode(ours, rounded, ours)
+                if not np.array_equal(decoded(rounded, np.float32), self._adapter.read(source, first, size)):
                     return False
         return True
 
@@ -550,12 +556,14 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
         UsageError: There is no such device.
     """
 
+    has_numpy_form = True
+
     def __init__(self, device: str, memory: int, jobs: int | None, stop: threading.Event, adapter: Adapter) -> None:
-        found = resolve_device(device).type
+        found = find_device(device).partition(":")[0]
         without_float64 = found in ("mps", "xpu")
         super().__init__("cpu" if without_float64 else device, memory, jobs, stop)
         if without_float64:
-            self.reason = f"arithmetic: torch on cpu (merging is done in float64, which not every {found} has)"
+            self.reason = f"arithmetic: {self._form} on cpu (merging needs float64, which not every {found} has)"
         self._adapter = adapter
 
     def edit(self, edit: MergeEdit, channels: Channels) -> MergeResult:
@@ -568,7 +576,7 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
         with self._stream():
             squares, before = (self._add if edit.kind == "low-rank" else self._exchange)(edit, channels)
         digest = hashlib.sha256()
-        buffer = self._buffer(min(self._room, edit.end - edit.start)).numpy().data
+        buffer = self._raw(min(self._room, edit.end - edit.start)).data
         for start in range(edit.start, edit.end, max(1, len(buffer))):
             data = buffer[: edit.end - start]
             channels.reread(data, start)
@@ -578,71 +586,93 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
 
     def _add(self, edit: MergeEdit, channels: Channels) -> tuple[float, float]:
         """Adds the update, matrix by matrix; returns the squared norms of the update and of what was there."""
-        from ablate_shards.kernels.merge import Merger, update_norm
-
-        dtype = torch_dtype(edit.dtype)
         rows, cols = edit.shape[-2:]
-        row_bytes = cols * dtype.itemsize
+        row_bytes = cols * ITEM_BYTES[edit.dtype]
         squares = before = 0.0
         for matrix, (left, right) in enumerate(self._factors(edit)):
-            merger = Merger(left, right, edit.scale, dtype, form=self._form)
+            merger = self._merger(left, right, edit)
             chunk = merger.chunk_rows
             block_rows = max(chunk, self._room // max(1, row_bytes) // chunk * chunk)
             base = edit.start + matrix * rows * row_bytes
             for start in range(0, rows, block_rows):
                 size = min(block_rows, rows - start)
-                raw = self._buffer(size * row_bytes)
+                raw = self._raw(size * row_bytes)
                 self._go_on()
-                channels.read(raw.numpy().data, base + start * row_bytes)
-                stored = raw.view(dtype).view(size, cols)
-                block = stored.to(self._device)
-                merger.apply(block, start)
+                channels.read(raw.data, base + start * row_bytes)
+                self._apply(merger, raw, edit.dtype, (size, cols), start)
                 if merger.overflows:
                     self._refuse(edit, finite=math.isfinite(merger.norm))
-                if block is not stored:
-                    stored.copy_(block)
-                channels.write(raw.numpy().data, base + start * row_bytes)
+                channels.write(raw.data, base + start * row_bytes)
             squares += (edit.scale * update_norm(left, right)) ** 2
             before += merger.norm**2
         return squares, before
 
-    def _factors(self, edit: MergeEdit) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
+    def _merger(self, left: np.ndarray, right: np.ndarray, edit: MergeEdit) -> "Merger | NumpyMerger":
+        if self._form == "numpy":
+            return NumpyMerger(left, right, edit.scale, edit.dtype)
+        import torch
+
+        from ablate_shards.kernels.merge import Merger
+
+        there = [torch.from_numpy(np.ascontiguousarray(factor)).to(self._device) for factor in (left, right)]
+        return Merger(there[0], there[1], edit.scale, torch_dtype(edit.dtype), form=self._form)
+
+    def _apply(
+        self, merger: "Merger | NumpyMerger", raw: np.ndarray, dtype: str, shape: tuple[int, int], start: int
+    ) -> None:
+        """Changes rows in place, given as the bytes that are stored."""
+        if isinstance(merger, NumpyMerger):
+            merger.apply(raw.view(STORED[dtype]).reshape(shape), start)
+            return
+        import torch
+
+        stored = torch.from_numpy(raw).view(torch_dtype(dtype)).view(shape)
+        block = stored.to(self._device)
+        merger.apply(block, start)
+        if block is not stored:
+            stored.copy_(block)
+
+    def _factors(self, edit: MergeEdit) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields left ``[rows, r]`` and right ``[r, cols]`` of each matrix of a tensor, as stored."""
-        down, up = (self._adapter.read(name).to(self._device) for name in edit.source)
+        down, up = (self._adapter.read(name) for name in edit.source)
         # Experts lie one after the other along the rows of A, and interleaved along the columns of B.
-        downs = down.view(edit.experts, -1, down.shape[1])
-        ups = up.view(len(up), -1, edit.experts)
+        downs = down.reshape(edit.experts, -1, down.shape[1])
+        ups = up.reshape(len(up), -1, edit.experts)
         for expert in range(edit.experts) if edit.expert is None else (edit.expert,):
             right, left = downs[expert], ups[:, :, expert]
             if edit.rows is not None:
                 left = left[slice(*edit.rows)]
-            yield (right.mT, left.mT) if edit.transposed else (left, right)
+            yield (right.T, left.T) if edit.transposed else (left, right)
 
     def _exchange(self, edit: MergeEdit, channels: Channels) -> tuple[float, float]:
         """Adds to or replaces a parameter piece by piece; returns squared norms as ``_add`` does."""
-        import torch
-
-        from ablate_shards.kernels.reference import round_to
-
-        dtype = torch_dtype(edit.dtype)
-        count = math.prod(edit.shape)
+        item, count = ITEM_BYTES[edit.dtype], math.prod(edit.shape)
         squares = before = 0.0
         for first in range(0, count, _PIECE):
             size = min(_PIECE, count - first)
-            raw = self._buffer(size * dtype.itemsize)
-            offset = edit.start + first * dtype.itemsize
+            raw = self._raw(size * item)
+            offset = edit.start + first * item
             self._go_on()
-            channels.read(raw.numpy().data, offset)
-            stored = raw.view(dtype)
-            old, given = stored.double(), self._adapter.read(edit.source[0], first, size).double()
+            channels.read(raw.data, offset)
+            stored = raw.view(STORED[edit.dtype])
+            old, given = decoded(stored, np.float64), self._adapter.read(edit.source[0], first, size).astype(np.float64)
             wanted = old + edit.scale * given if edit.kind == "bias" else given
-            if not (wanted.abs() <= torch.finfo(dtype).max).all():
-                self._refuse(edit, finite=bool(old.isfinite().all()))
-            squares += float((wanted - old).square().sum())
-            before += float(old.square().sum())
-            stored.copy_(round_to(wanted, dtype))
-            channels.write(raw.numpy().data, offset)
+            if not (np.abs(wanted) <= GREATEST[edit.dtype]).all():
+                self._refuse(edit, finite=bool(np.isfinite(old).all()))
+            squares += float(np.square(wanted - old).sum())
+            before += float(np.square(old).sum())
+            encode(wanted, stored, old)
+            channels.write(raw.data, offset)
         return squares, before
+
+    def _raw(self, count: int) -> np.ndarray:
+        """Returns this thread's buffer, ``[count]`` uint8."""
+        if self._form != "numpy":
+            return self._buffer(count).numpy()
+        kept: np.ndarray | None = getattr(self._kept, "raw", None)
+        if kept is None or len(kept) < count:
+            kept = self._kept.raw = np.empty(count, np.uint8)
+        return kept[:count]
 
     def _go_on(self) -> None:
         if self._stop.is_set():
