@@ -56,6 +56,10 @@ _WEISZFELD_STEPS = 200
 _WEISZFELD_TOLERANCE = 1e-7
 _WEISZFELD_SMOOTHING = 1e-4
 _NO_DISTANCE = 1e-100
+#: Eigenvectors that the search for one of nearly the same matrix starts from, and when it ends.
+_START = 8
+_EIGEN_STEPS = 50
+_EIGEN_TOLERANCE = 1e-12
 _NAME = re.compile(r"(?P<kind>direction|reference)\.layers\.(?P<layer>0|[1-9]\d{0,4})")
 _GGUF_NAME = re.compile(r"direction\.(?P<layer>0|[1-9]\d{0,4})")
 _MEASURED_NAME = re.compile(r"(?P<kind>refuse|harmful|harmless)_(?P<index>0|[1-9]\d{0,4})")
@@ -388,33 +392,44 @@ class _Layer:
     def _singular(self, gaps: np.ndarray) -> np.ndarray:
         """Returns the top right singular vectors of each subset's uncentred paired differences.
 
-        They come from the smaller Gram matrix, in float64: of pairs where these are few, else ``[d, d]``.
+        They come from the smaller Gram matrix, in float64: of pairs where these are few, else ``[d, d]``. That of a
+        subset is part of the one of all pairs, or what is left when the other pairs are taken away. Only the first
+        vector of a subset is used, for the scores.
 
         Args:
             gaps: ``[subsets, d]``, the difference of the means, on whose side the vectors are put.
 
         Returns:
-            ``[subsets, k, d]``.
+            ``[subsets, k, d]``, of which all but the first subset have only their first vector.
         """
         size, pairs = self._dump.hidden_size, self._counts["positive"]
         few = np.concatenate(list(self._differences(self._subsets[0]))) if pairs <= size else None
-        bases = np.zeros((len(gaps), self._options.rank, size))
+        whole = self._gram(self._subsets[0]) if few is None else few @ few.T
+        values, vectors = np.linalg.eigh(whole)
+        rank = self._options.rank
+        if values[-rank] <= _NOTHING_LEFT**2 * values[-1]:
+            raise DirectionsError(
+                f"{self._where}: the paired differences span fewer than {rank} dimensions; lower --rank"
+            )
+        bases = np.zeros((len(gaps), rank, size))
         for number, (subset, gap) in enumerate(zip(self._subsets, gaps, strict=True)):
-            if few is not None:
-                rows = few[np.resize(subset, pairs)]
-                values, vectors = np.linalg.eigh(rows @ rows.T)
-                found = vectors.T[::-1][: self._options.rank] @ rows
+            member = np.resize(subset, pairs) if few is not None else slice(None)
+            if not number:
+                found = vectors.T[::-1][:rank]
+            elif few is not None:
+                found = _leading(whole[member][:, member], vectors[member, -_START:])[None]
             else:
-                values, vectors = np.linalg.eigh(sum(rows.T @ rows for rows in self._differences(subset)))
-                found = vectors.T[::-1][: self._options.rank]
-            if not number and values[-self._options.rank] <= _NOTHING_LEFT**2 * values[-1]:
-                raise DirectionsError(
-                    f"{self._where}: the paired differences span fewer than {self._options.rank} dimensions; "
-                    "lower --rank"
-                )
-            found = _orthonormal(found)
+                found = _leading(whole - self._gram(~subset), vectors[:, -_START:])[None]
+            found = _orthonormal(found if few is None else found @ few[member])
             bases[number, : len(found)] = found * np.where(found @ gap < 0, -1.0, 1.0)[:, None]
         return bases
+
+    def _gram(self, subset: np.ndarray) -> np.ndarray:
+        """Returns the Gram matrix ``[d, d]`` of the paired differences of the prompts in some groups."""
+        total = np.zeros((self._dump.hidden_size,) * 2)
+        for rows in self._differences(subset):
+            total += rows.T @ rows
+        return total
 
     def _differences(self, subset: np.ndarray) -> Iterator[np.ndarray]:
         """Yields the paired differences of the prompts in some groups, ``[pairs, d]``."""
@@ -689,6 +704,30 @@ def _score(
         contrast=float(np.linalg.norm(gap)) / max(*norms, _TINY),
         purity=float(np.linalg.norm(_project_out(direction, _unit(negative)[None]))),
     )
+
+
+def _leading(gram: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Returns the unit eigenvector of the largest eigenvalue, by subspace iteration from vectors near it.
+
+    A residual that is small beside the distance to the next eigenvalue bounds the error (Parlett, "The symmetric
+    eigenvalue problem", 1980, section 11.7). Where that takes too many steps, all eigenvectors are computed.
+
+    Args:
+        gram: ``[n, n]``, symmetric, no eigenvalue negative.
+        start: ``[n, m]``.
+    """
+    block = start
+    for _ in range(_EIGEN_STEPS if min(start.shape) > 1 else 0):
+        block = np.linalg.qr(block)[0]
+        image = gram @ block
+        values, turn = np.linalg.eigh(block.T @ image)
+        vector: np.ndarray = block @ turn[:, -1]
+        residual = np.linalg.norm(image @ turn[:, -1] - values[-1] * vector)
+        if residual <= _EIGEN_TOLERANCE * (values[-1] - values[-2]):
+            return vector
+        block = image
+    largest: np.ndarray = np.linalg.eigh(gram)[1][:, -1]
+    return largest
 
 
 def _auc(positive: np.ndarray, negative: np.ndarray) -> float:
