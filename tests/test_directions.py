@@ -284,6 +284,7 @@ def test_chunks_and_threads_change_nothing_that_matters(tmp_path, monkeypatch, o
 @pytest.mark.parametrize("options", [MEAN, MEDIAN, SVD, EstimatorOptions(winsorize=0.9)])
 def test_memory_does_not_grow_with_the_dump(tmp_path, monkeypatch, options):
     monkeypatch.setattr(activations, "_CHUNK_BYTES", 64 << 10)
+    monkeypatch.setattr(directions, "_KEPT_BYTES", 64 << 10)
     monkeypatch.setattr(directions, "_WEISZFELD_STEPS", 3)
     monkeypatch.setattr(directions, "_WORKERS", 1)
     size, prompts, peaks = 64, 4000, []

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
@@ -23,6 +23,7 @@ __all__ = [
     "LABELS",
     "MEASUREMENT_SUFFIXES",
     "ActivationDump",
+    "Kept",
     "Label",
     "open_activations",
     "read_npz",
@@ -32,6 +33,8 @@ __all__ = [
 ACTIVATIONS_FORMAT = "ablate-shards.activations/1"
 
 Label = Literal["positive", "negative"]
+
+_Stream: TypeAlias = io.RawIOBase | io.BufferedIOBase
 
 LABELS: tuple[Label, Label] = ("positive", "negative")
 
@@ -45,10 +48,8 @@ _MEASURED = {"positive": "harmful", "negative": "harmless"}
 _MEASURED_NAME = re.compile(r"(?:harmful|harmless)_(?P<index>0|[1-9]\d{0,4})")
 #: What two files of one dump may not contradict each other in.
 _SAME = ("model", "position", "positive_label", "negative_label")
-#: A chunk as float64 stays in the processor's cache between the steps over it.
+#: A chunk as stored and as float64 stays in the processor's cache between the steps over it.
 _CHUNK_BYTES = 4 << 20
-#: How much of a file is mapped at a time, so that what is resident does not grow with it.
-_WINDOW_BYTES = 16 << 20
 _DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 _NPZ_DTYPES = {np.dtype(stored): name for name, stored in _DTYPES.items() if name != "BF16"}
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -58,84 +59,16 @@ _NOT_AN_NPZ = (ValueError, KeyError, OSError, EOFError, RuntimeError, zipfile.Ba
 class _Array(NamedTuple):
     """An array in a file, not read yet.
 
-    ``dtype`` is a key of ``_DTYPES`` or the name of one that cannot be used; ``open`` gives a source that
-    begins with the array's first byte.
+    ``dtype`` is a key of ``_DTYPES`` or the name of one that cannot be used; ``open`` gives a stream that
+    begins with the array's first byte, which is byte ``start`` of a plain file.
     """
 
     path: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
-    open: Callable[[], "_Source"]
-
-
-class _Source(Protocol):
-    """Gives the bytes of an array in order."""
-
-    def __enter__(self) -> Self:
-        """Returns itself."""
-
-    def __exit__(self, *_: object) -> None:
-        """Closes what it reads."""
-
-    def take(self, count: int) -> memoryview:
-        """Returns so many more bytes, fewer only at the end; the next call may overwrite them."""
-
-
-class _Stream:
-    """Takes from a stream, through one buffer."""
-
-    def __init__(self, stream: IO[bytes], start: int = 0) -> None:
-        self._stream, self._buffer = stream, bytearray()
-        # Not seek, which a compressed stream may do by starting over.
-        self._stream.read(start)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
-
-    def take(self, count: int) -> memoryview:
-        if len(self._buffer) < count:
-            self._buffer = bytearray(count)
-        whole = memoryview(self._buffer)[:count]
-        rest = whole
-        while rest and (read := self._stream.readinto(rest)):  # type: ignore[attr-defined]
-            rest = rest[read:]
-        return whole[: count - len(rest)]
-
-
-class _Mapped:
-    """Takes from a file without a copy: what it returns is the page cache's own memory, mapped window by window."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        self._file = path.open("rb", buffering=0)
-        self._at = start
-        self._low = self._high = 0
-        self._window: mmap.mmap
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def take(self, count: int) -> memoryview:
-        if not self._low <= self._at <= self._at + count <= self._high:
-            # A page that is no longer in the file cannot be touched, so its size is looked at again.
-            size = os.fstat(self._file.fileno()).st_size
-            self._low = self._at // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-            self._high = min(max(self._low + _WINDOW_BYTES, self._at + count), size)
-            if self._at >= self._high:
-                return memoryview(b"")
-            self._window = mmap.mmap(
-                self._file.fileno(), self._high - self._low, access=mmap.ACCESS_READ, offset=self._low
-            )
-        start = self._at - self._low
-        taken = memoryview(self._window)[start : start + count]
-        self._at += len(taken)
-        return taken
+    open: Callable[[], _Stream]
+    start: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +104,16 @@ class ActivationDump:
             array = next(arrays)
         return f"{array.path}: {array.name}, prompt {prompt}"
 
-    def chunks(self, layer: int, label: Label, *, multiple: int = 1) -> Iterator[np.ndarray]:
+    def chunks(
+        self, layer: int, label: Label, *, multiple: int = 1, kept: "Kept | None" = None
+    ) -> Iterator[np.ndarray]:
         """Yields a layer's activations of one label in bounded memory, whatever files they lie in.
 
         Args:
             layer: The layer.
             label: The label.
             multiple: What the number of prompts in every chunk but the last is a multiple of.
+            kept: Where what is read stays for the next pass over the same layer and label.
 
         Yields:
             ``[prompts, d]`` float64, not checked for NaN; the next chunk overwrites it.
@@ -187,21 +123,95 @@ class ActivationDump:
         """
         size = self.hidden_size
         rows = max(1, _CHUNK_BYTES // (8 * size * multiple)) * multiple
-        chunk = np.empty((min(rows, sum(array.shape[0] for array in self._arrays[label, layer])), size))
+        kept = Kept(0) if kept is None else kept
+        chunk = kept.scratch("chunk", (min(rows, self.counts(layer)[LABELS.index(label)]), size), "<f8")
         filled = 0
-        for array in self._arrays[label, layer]:
-            left = array.shape[0]
-            with array.open() as source:
-                while left:
-                    count = min(left, len(chunk) - filled)
-                    _decode(_take(source, array, (count, size)), chunk[filled : filled + count])
-                    filled += count
-                    left -= count
-                    if filled == len(chunk):
-                        yield chunk
-                        filled = 0
+        for values in self._pieces(layer, label, len(chunk), kept):
+            if values.dtype == np.uint16:
+                # The bits of bfloat16 are the upper half of a float32's.
+                wide = kept.scratch("wide", values.shape, "<u4")
+                np.copyto(wide, values)
+                np.left_shift(wide, 16, out=wide)
+                values = wide.view(np.float32)
+            with np.errstate(invalid="ignore"):
+                chunk[filled : filled + len(values)] = values
+            filled += len(values)
+            if filled == len(chunk):
+                yield chunk
+                filled = 0
         if filled:
             yield chunk[:filled]
+
+    def _pieces(self, layer: int, label: Label, rows: int, kept: "Kept") -> Iterator[np.ndarray]:
+        """Yields a layer's activations of one label as they are stored, no piece across the end of a chunk."""
+        arrays = self._arrays[label, layer]
+        key = self.path, layer, label, rows
+        if kept.key == key:
+            yield from kept.pieces
+            return
+        kept.begin(sum(_size(array) for array in arrays))
+        filled = 0
+        for array in arrays:
+            done, (prompts, size) = 0, array.shape
+            mapped = _mapped(array, array.start) if kept.fits and array.start is not None else None
+            with array.open() as stream:
+                while done < prompts:
+                    count = min(prompts - done, rows - filled)
+                    if mapped is not None:
+                        values = mapped[done : done + count]
+                    elif kept.fits:
+                        values = np.empty((count, size), _DTYPES[array.dtype])
+                    else:
+                        values = kept.scratch("stored", (count, size), _DTYPES[array.dtype])
+                    if mapped is None:
+                        _read_into(stream, values, array)
+                    kept.add(values)
+                    yield values
+                    filled = (filled + count) % rows
+                    done += count
+        kept.end(key)
+
+
+class Kept:
+    """A layer's activations of one label as stored, from one pass to the next, if they fit.
+
+    Those in a plain file are mapped and never copied.
+
+    Args:
+        room: Bytes that they may take.
+
+    Attributes:
+        key: What the pieces are of, None where they did not fit or were not read to the end.
+        pieces: What was read.
+        fits: Whether what is being read fits.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._scratch: dict[str, np.ndarray] = {}
+        self.key: object = None
+        self.pieces: list[np.ndarray] = []
+        self.fits = False
+
+    def begin(self, total: int) -> None:
+        """Forgets what it holds, to take so many bytes."""
+        self.key, self.pieces, self.fits = None, [], total <= self._room
+
+    def add(self, piece: np.ndarray) -> None:
+        """Takes the next piece."""
+        if self.fits:
+            self.pieces.append(piece)
+
+    def end(self, key: object) -> None:
+        """Says that all of it was read."""
+        self.key = key if self.fits else None
+
+    def scratch(self, use: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """Returns memory that the next call for the same use returns again: new memory costs as much as reading."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if len(self._scratch.get(use, ())) < size:
+            self._scratch[use] = np.empty(size, np.uint8)
+        return self._scratch[use][:size].view(dtype).reshape(shape)
 
 
 def open_activations(path: Path) -> ActivationDump:
@@ -254,8 +264,9 @@ def open_activations(path: Path) -> ActivationDump:
                     f"{file}: {tensor.name} has hidden size {tensor.shape[-1]}, but its metadata say hidden_size "
                     f"{size!r}; capture it again"
                 )
-            opened = partial(_Mapped, file, tensor.start)
-            found.append((_key(tensor.name), _Array(file, tensor.name, tensor.dtype, tensor.shape, opened)))
+            opened = partial(_open_at, file, tensor.start)
+            array = _Array(file, tensor.name, tensor.dtype, tensor.shape, opened, tensor.start)
+            found.append((_key(tensor.name), array))
     if not used:
         raise ActivationsError(f"{path}: none of its {len(files)} safetensors files is an activation dump; {_EXPECTED}")
     return _dump(path, metadata, found, means_only=False)
@@ -296,8 +307,10 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     found = {}
     for array in _npz_arrays(path):
         _refuse_dtype(array)
-        with array.open() as source:
-            found[array.name] = _take(source, array, array.shape).astype(np.float64)
+        values = np.empty(array.shape, _DTYPES[array.dtype])
+        with array.open() as stream:
+            _read_into(stream, values, array)
+        found[array.name] = values.astype(np.float64)
     return found
 
 
@@ -364,7 +377,7 @@ def _measured_arrays(path: Path) -> list[tuple[tuple[Label, int], _Array]]:
             if values.ndim != 1:
                 raise ActivationsError(f"{path}: {name} has shape {list(values.shape)}, expected [hidden size]")
             dtype = "F64" if values.dtype == np.float64 else str(values.dtype)
-            opened = partial(_open_bytes, values.tobytes())
+            opened = partial(io.BytesIO, values.tobytes())
             found.append(((label, index - 1), _Array(path, name, dtype, (1, len(values)), opened)))
     return found
 
@@ -432,36 +445,52 @@ def _key(name: str) -> tuple[Label, int]:
     return "positive" if label == "positive" else "negative", int(layer)
 
 
-def _open_bytes(raw: bytes) -> _Source:
-    return _Stream(io.BytesIO(raw))
+def _open_at(path: Path, start: int) -> _Stream:
+    stream = path.open("rb", buffering=0)
+    stream.seek(start)
+    return stream
 
 
-def _open_member(path: Path, name: str, start: int) -> _Source:
+def _open_member(path: Path, name: str, start: int) -> _Stream:
     # The stream keeps the file open after its archive is closed.
     with zipfile.ZipFile(path) as archive:
-        return _Stream(archive.open(name), start)
+        stream = cast(io.BufferedIOBase, archive.open(name))
+    stream.read(start)
+    return stream
 
 
-def _take(source: _Source, array: _Array, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns the next values of an array as they are stored, bfloat16 as its bits."""
-    stored = np.dtype(_DTYPES[array.dtype])
-    wanted = math.prod(shape) * stored.itemsize
-    try:
-        raw = source.take(wanted)
-    except (EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ActivationsError(f"{array.path}: {array.name} is damaged ({error}); save the file again") from error
-    if len(raw) < wanted:
-        raise ActivationsError(
-            f"{array.path}: ended inside {array.name}; it was changed while it was read, so start again"
-        )
-    return np.frombuffer(raw, stored).reshape(shape)
+def _size(array: _Array) -> int:
+    return math.prod(array.shape) * np.dtype(_DTYPES[array.dtype]).itemsize
 
 
-def _decode(stored: np.ndarray, out: np.ndarray) -> None:
-    """Converts stored values to float64; bfloat16's are its bits, the upper half of a float32's."""
-    if stored.dtype == np.uint16:
-        wide = stored.astype(np.uint32)
-        np.left_shift(wide, 16, out=wide)
-        stored = wide.view(np.float32)
-    with np.errstate(invalid="ignore"):
-        np.copyto(out, stored)
+def _mapped(array: _Array, start: int) -> np.ndarray:
+    """Returns an array of a plain file where the page cache holds it, without a copy."""
+    low, end = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY, start + _size(array)
+    if start == end:
+        return np.empty(array.shape, _DTYPES[array.dtype])
+    with array.path.open("rb") as file:
+        # To touch what is no longer in the file would end the process.
+        if os.fstat(file.fileno()).st_size < end:
+            raise _ended(array)
+        window = mmap.mmap(file.fileno(), end - low, access=mmap.ACCESS_READ, offset=low)
+    count = math.prod(array.shape)
+    return np.frombuffer(window, _DTYPES[array.dtype], count, start - low).reshape(array.shape)
+
+
+def _ended(array: _Array) -> ActivationsError:
+    return ActivationsError(
+        f"{array.path}: ended inside {array.name}; it was changed while it was read, so start again"
+    )
+
+
+def _read_into(stream: _Stream, values: np.ndarray, array: _Array) -> None:
+    """Fills a C-contiguous array with the next bytes of its file."""
+    view = values.reshape(-1).view(np.uint8).data
+    while view:
+        try:
+            count = stream.readinto(view)
+        except (EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ActivationsError(f"{array.path}: {array.name} is damaged ({error}); save the file again") from error
+        if not count:
+            raise _ended(array)
+        view = view[count:]

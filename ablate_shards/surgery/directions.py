@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -18,6 +19,7 @@ from ablate_shards.surgery.activations import (
     LABELS,
     MEASUREMENT_SUFFIXES,
     ActivationDump,
+    Kept,
     Label,
     read_npz,
     read_pickled_tensors,
@@ -44,6 +46,8 @@ Estimator = Literal["mean-difference", "geometric-median", "svd"]
 
 _FOLDS = 5
 _WORKERS = 4
+#: What of a layer's activations of one label is read once and kept for the next pass; each worker keeps both labels.
+_KEPT_BYTES = 32 << 20
 #: Where in the stack the best layer is looked for, as a share of the last layer's index.
 _MIDDLE = (0.4, 0.9)
 _NOTHING_LEFT = 1e-6
@@ -214,8 +218,15 @@ def compute_directions(
     basis, reference, scores = {}, {}, {}
     # The svd estimator spends its time in LAPACK, which has threads of its own, and needs a Gram matrix in each.
     workers = 1 if options.estimator == "svd" else min(_WORKERS, os.cpu_count() or 1)
+    local = threading.local()
+
+    def solve(layer: int) -> tuple[np.ndarray, np.ndarray, LayerScore]:
+        if not hasattr(local, "kept"):
+            local.kept = {label: Kept(_KEPT_BYTES) for label in LABELS}
+        return _Layer(dump, layer, options, local.kept).solve()
+
     with ThreadPoolExecutor(workers) as pool:
-        solved = pool.map(lambda layer: _Layer(dump, layer, options).solve(), dump.layers)
+        solved = pool.map(solve, dump.layers)
         for done, layer in enumerate(dump.layers, 1):
             basis[layer], reference[layer], scores[layer] = next(solved)
             if progress is not None:
@@ -233,8 +244,8 @@ class _Layer:
     all of them; all but each fold; each half.
     """
 
-    def __init__(self, dump: ActivationDump, layer: int, options: EstimatorOptions) -> None:
-        self._dump, self._layer, self._options = dump, layer, options
+    def __init__(self, dump: ActivationDump, layer: int, options: EstimatorOptions, kept: Mapping[Label, Kept]) -> None:
+        self._dump, self._layer, self._options, self._kept = dump, layer, options, kept
         self._where = f"{dump.path}: layer {layer}"
         self._counts = dict(zip(LABELS, dump.counts(layer), strict=True))
         fewest = min(self._counts.values())
@@ -289,7 +300,8 @@ class _Layer:
         groups = self._subsets.shape[1]
         limits = self._limits[label]
         done = 0
-        for number, values in enumerate(self._dump.chunks(self._layer, label, multiple=groups)):
+        chunks = self._dump.chunks(self._layer, label, multiple=groups, kept=self._kept[label])
+        for number, values in enumerate(chunks):
             if self._options.winsorize is not None:
                 if number == len(limits):
                     self._check(label, values, done)
