@@ -17,10 +17,13 @@ from ablate_shards.kernels.project_numpy import decode, decoded, encode
 
 __all__ = ["NumpyMerger", "update_norm"]
 
-TILE_ELEMENTS, TILE_COLS = 1 << 16, 4096
-"""Three float32 copies of a tile stay in a core's second-level cache."""
+TILE_ELEMENTS, TILE_COLS = 1 << 18, 4096
+"""Smaller tiles would stay in a core's own cache, but threads would then wait for the interpreter at every step."""
 
 STRIP_ROWS = 16
+AGAIN_ELEMENTS = 1 << 16
+"""Of the factors of elements that are computed again, at a time."""
+
 PRODUCT = 1 << 18
 """Multiplications in one product at most. OpenBLAS puts larger ones on several threads, which here would wait for each
 other, and in float64 could let the result depend on how many there are."""
@@ -114,7 +117,7 @@ class NumpyMerger:
         if len(again) > MOST_AGAIN * part.size:
             self._add_exactly(part, left, columns)
             return
-        piece = max(1, TILE_ELEMENTS // max(1, self._rank))
+        piece = max(1, AGAIN_ELEMENTS // max(1, self._rank))
         for low in range(0, len(again), piece):
             row, column = np.divmod(again[low : low + piece], part.shape[1])
             exact = decoded(part[row, column], np.float64)
