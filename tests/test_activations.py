@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from ablate_shards.errors import ActivationsError
 from ablate_shards.surgery import activations
-from ablate_shards.surgery.activations import LABELS, open_activations, read_npz, read_pickled_tensors
+from ablate_shards.surgery.activations import LABELS, Kept, open_activations, read_npz, read_pickled_tensors
 
 FORMAT = {"format": "ablate-shards.activations/1"}
 HIDDEN = 16
@@ -259,8 +259,36 @@ def test_a_file_that_shrinks_meanwhile_is_refused(tmp_path):
     path = write(tmp_path / "dump.safetensors", arrays())
     dump = open_activations(path)
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ActivationsError, match=r"ended inside positive\.layers\.1"):
-        read(dump, 1, "positive")
+    for room in (0, 1 << 20):
+        with pytest.raises(ActivationsError, match=r"ended inside positive\.layers\.1"):
+            read(dump, 1, "positive", kept=Kept(room))
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("kind", ["F32", "BF16", "npz", "folder"])
+def test_what_fits_is_kept_for_the_next_pass(tmp_path, kind):
+    path, tensors = tmp_path / ("dump.npz" if kind == "npz" else "dump.safetensors"), arrays(prompts=23)
+    if kind == "npz":
+        np.savez_compressed(path, **tensors)
+    elif kind == "folder":
+        for number, dtype in enumerate((np.float16, np.float64)):
+            write(tmp_path / f"{number}.safetensors", {name: values.astype(dtype) for name, values in tensors.items()})
+        path = tmp_path
+    else:
+        write_shard(path, tensors, kind, FORMAT)
+    dump, kept, none = open_activations(path), Kept(1 << 20), Kept(0)
+    expected = read(dump, 0, "positive")
+    assert len(expected) == dump.counts(0)[0]
+    for _ in range(2):
+        for holder in (kept, none):
+            np.testing.assert_array_equal(read(dump, 0, "positive", kept=holder), expected)
+            assert not np.array_equal(read(dump, 1, "positive", kept=holder), expected)
+    np.testing.assert_array_equal(read(dump, 0, "positive", kept=kept), expected)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    np.testing.assert_array_equal(read(dump, 0, "positive", kept=kept), expected)
+    with pytest.raises(FileNotFoundError):
+        read(dump, 0, "positive", kept=none)
 
 
 def npz(path, member, header=None, compression=zipfile.ZIP_STORED):

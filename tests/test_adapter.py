@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from raw_checkpoints import write_llama
@@ -32,8 +33,12 @@ def test_a_plain_adapter_is_read(tmp_path):
         None,
     )
     assert adapter.shape(update.down) == (4, 8)
-    assert torch.equal(adapter.read(update.up), PLAIN[f"{MODULE}.lora_B.weight"])
+    assert np.array_equal(adapter.read(update.up), PLAIN[f"{MODULE}.lora_B.weight"])
     assert adapter.read(update.up, 5, 3).shape == (3,)
+    half = {name: values.bfloat16() for name, values in PLAIN.items()}
+    narrow = read_adapter(write(tmp_path / "b", half)).read(update.up)
+    assert narrow.dtype == np.float32
+    assert np.array_equal(narrow, half[update.up].float())
     assert adapter.scaling(update.module) == (4, 2.0)
     assert adapter.base is None
 

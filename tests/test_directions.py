@@ -189,6 +189,41 @@ def test_svd_recovers_a_planted_plane(tmp_path, pairs):
     assert abs(np.linalg.svd(centred)[2][0] @ exact[0]) < 0.99
 
 
+@pytest.mark.parametrize("pairs", [35, 60], ids=["Gram of pairs", "Gram of features"])
+def test_svd_is_scored_by_the_vectors_of_what_was_not_held_out(tmp_path, pairs):
+    size = 40
+    shared, concept = normal(pairs, size, seed=1) * 3, unit(normal(size))
+    gaps = 4 * concept + normal(pairs, size, seed=2)
+    score = compute(dump(tmp_path / "dump.safetensors", shared + gaps, shared, dtype=np.float64), SVD).scores[0]
+    vectors = []
+    for kept in [np.arange(pairs) % 5 != fold for fold in range(5)] + [np.arange(pairs) % 2 == half for half in (0, 1)]:
+        first = np.linalg.svd(gaps[kept])[2][0]
+        vectors.append((first * np.sign(first @ gaps[kept].mean(0)), kept))
+    assert score.split_half == pytest.approx(vectors[5][0] @ vectors[6][0], rel=1e-10)
+    along = [], []
+    for vector, kept in vectors[:5]:
+        middle = (shared + gaps / 2)[kept].mean(0)
+        for values, found in zip((shared + gaps, shared), along, strict=True):
+            found.extend((values[~kept] - middle) @ vector)
+    above, below = map(np.array, along)
+    signal = (above.mean() - below.mean()) / np.sqrt((above.var(ddof=1) + below.var(ddof=1)) / 2)
+    assert score.signal_to_noise == pytest.approx(signal, rel=1e-10)
+
+
+@pytest.mark.parametrize("gap", [2.0, 1e-3, 0.0], ids=["far", "near", "none"])
+def test_the_leading_eigenvector_is_found_whatever_the_gap(monkeypatch, gap):
+    basis = orthonormal(normal(60, 60))
+    values = np.concatenate([[1 + gap], np.linspace(1, 0.9, 59)])
+    gram, computed = basis.T * values @ basis, []
+    eigh = np.linalg.eigh
+    monkeypatch.setattr(np.linalg, "eigh", lambda matrix: computed.append(len(matrix)) or eigh(matrix))
+    found = directions._leading(gram, basis[:8].T + normal(60, 8, seed=1) * 0.05)
+    assert np.linalg.norm(gram @ found - values[0] * found) < 1e-11
+    assert np.linalg.norm(found) == pytest.approx(1)
+    # All of them are computed only where the search takes too long.
+    assert (60 in computed) == (gap < 2)
+
+
 def test_held_out_scores_do_not_flatter(tmp_path):
     """Far more features than prompts separate any labels in sample."""
     held_out = []
@@ -249,6 +284,7 @@ def test_chunks_and_threads_change_nothing_that_matters(tmp_path, monkeypatch, o
 @pytest.mark.parametrize("options", [MEAN, MEDIAN, SVD, EstimatorOptions(winsorize=0.9)])
 def test_memory_does_not_grow_with_the_dump(tmp_path, monkeypatch, options):
     monkeypatch.setattr(activations, "_CHUNK_BYTES", 64 << 10)
+    monkeypatch.setattr(directions, "_KEPT_BYTES", 64 << 10)
     monkeypatch.setattr(directions, "_WEISZFELD_STEPS", 3)
     monkeypatch.setattr(directions, "_WORKERS", 1)
     size, prompts, peaks = 64, 4000, []

@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from raw_checkpoints import llama_tensors, snapshot, write_directions, write_shard
+from raw_checkpoints import HIDDEN, llama_tensors, snapshot, write_directions, write_shard
 
 from ablate_shards.surgery import editor
 from ablate_shards.surgery.checkpoint import open_checkpoint
@@ -47,8 +47,24 @@ def test_ablate_resume_and_verify(tmp_path, dtype):
     assert "element [31, 71]" in run_without_torch("verify", source, out, "--device", "cpu", code=1)
 
 
+def test_merge_and_verify(tmp_path):
+    source, adapter, out = (tmp_path / name for name in ("source", "adapter", "out"))
+    for folder in (source, adapter):
+        folder.mkdir()
+    write_shard(source / "model.safetensors", llama_tensors(), "BF16")
+    (source / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    rng, shapes = np.random.default_rng(0), {"A": (4, HIDDEN), "B": (HIDDEN, 4)}
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {f"{module}.lora_{letter}.weight": rng.standard_normal(shape) for letter, shape in shapes.items()}
+    write_shard(adapter / "adapter_model.safetensors", factors, "F32")
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    assert "numpy on cpu" in run_without_torch("merge", source, adapter, out, "--device", "cpu")
+    assert (out / "model.safetensors").read_bytes() != (source / "model.safetensors").read_bytes()
+    run_without_torch("verify", source, out, "--adapter", adapter, "--device", "cpu")
+
+
 def test_what_needs_torch_says_so_or_imports_it(tmp_path):
-    # So that the test above would notice an import: without torch this device cannot be looked for.
+    # So that the tests above would notice an import: without torch this device cannot be looked for.
     write_shard(tmp_path / "model.safetensors", llama_tensors())
     directions = write_directions(tmp_path / "d.safetensors")
     found = run_without_torch(

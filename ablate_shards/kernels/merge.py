@@ -6,7 +6,7 @@
 Everything between the stored value and the stored result is float64: the rank is small, so that this costs
 little, and no cancellation between ``W`` and the update can then reach the rounding to the storage dtype. The
 tiles of the torch form follow from the shape alone and the Triton form adds in the order of the rank, hence the
-result does not depend on block sizes or threads.
+result does not depend on block sizes or threads. On a CPU, ``merge_numpy`` does the same without torch.
 """
 
 import math

@@ -46,6 +46,7 @@ __all__ = [
     "Form",
     "Measure",
     "Meter",
+    "OnCpu",
     "Preserve",
     "ProjectOptions",
     "ProjectReport",
@@ -61,7 +62,8 @@ __all__ = [
 
 _Weight = TypeVar("_Weight", np.ndarray, "Tensor")
 
-Form = Literal["reference", "native", "torch", "triton"]
+Form = Literal["reference", "native", "numpy", "torch", "triton"]
+OnCpu = Literal["native", "numpy", "torch"]
 
 CHUNK_ROWS = 512
 CHUNK_ELEMENTS = 128 * 3584
@@ -162,22 +164,22 @@ def norm_drift(before: Measure, after: Measure) -> float:
 
 
 def choose_form(
-    device: "torch.device | str", *, form: Form | Literal["auto"] = "auto", native: bool = False
+    device: "torch.device | str", *, form: Form | Literal["auto"] = "auto", on_cpu: OnCpu = "torch"
 ) -> tuple[Form, str]:
     """Choose the form that suits a device, and say why in a few words.
 
     Args:
         device: Where the blocks will be.
         form: A form to insist on, or ``auto``.
-        native: Whether there is a native form of what is to be done, as there is of an ablation.
+        on_cpu: The form that what is to be done has on a CPU: ``native`` for an ablation, ``numpy`` for a merge.
     """
     kind = str(device).partition(":")[0]
     if form != "auto":
         return form, "asked for"
-    if kind == "cpu" and native:
-        if is_built():
-            return "native", "a CPU needs no torch for this"
+    if kind == "cpu" and on_cpu == "native" and not is_built():
         return "torch", "no C compiler was there to build the native form"
+    if kind == "cpu" and on_cpu != "torch":
+        return on_cpu, "a CPU needs no torch for this"
     if kind not in ("cuda", "xpu"):
         return "torch", f"Triton does not run on {kind}"
     try:
@@ -263,7 +265,7 @@ class Workspace:
 
 
 def _arrays(device: "torch.device | str", form: Form, chunks_at_once: int) -> Arrays:
-    if form == "native":
+    if form in ("native", "numpy"):
         return NativeArrays()
     # Torch and Triton are imported only where they run.
     import torch
@@ -766,7 +768,7 @@ def project(
         PlanError: The dtype is not one of the three.
     """
     device = "cpu" if isinstance(weight, np.ndarray) else weight.device
-    chosen, _ = choose_form(device, form=form, native=True)
+    chosen, _ = choose_form(device, form=form, on_cpu="native")
     dtype = stored_dtype(weight)
     if dtype is None:
         raise PlanError(f"dtype: expected bfloat16, float16 or float32, found {weight.dtype}")

@@ -1,6 +1,9 @@
 """Reads activation dumps in bounded memory: which layers, which prompts, chunk by chunk as float64."""
 
 import io
+import math
+import mmap
+import os
 import re
 import zipfile
 import zlib
@@ -20,6 +23,7 @@ __all__ = [
     "LABELS",
     "MEASUREMENT_SUFFIXES",
     "ActivationDump",
+    "Kept",
     "Label",
     "open_activations",
     "read_npz",
@@ -56,7 +60,7 @@ class _Array(NamedTuple):
     """An array in a file, not read yet.
 
     ``dtype`` is a key of ``_DTYPES`` or the name of one that cannot be used; ``open`` gives a stream that
-    begins with the array's first byte.
+    begins with the array's first byte, which is byte ``start`` of a plain file.
     """
 
     path: Path
@@ -64,6 +68,7 @@ class _Array(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     open: Callable[[], _Stream]
+    start: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +104,16 @@ class ActivationDump:
             array = next(arrays)
         return f"{array.path}: {array.name}, prompt {prompt}"
 
-    def chunks(self, layer: int, label: Label, *, multiple: int = 1) -> Iterator[np.ndarray]:
+    def chunks(
+        self, layer: int, label: Label, *, multiple: int = 1, kept: "Kept | None" = None
+    ) -> Iterator[np.ndarray]:
         """Yields a layer's activations of one label in bounded memory, whatever files they lie in.
 
         Args:
             layer: The layer.
             label: The label.
             multiple: What the number of prompts in every chunk but the last is a multiple of.
+            kept: Where what is read stays for the next pass over the same layer and label.
 
         Yields:
             ``[prompts, d]`` float64, not checked for NaN; the next chunk overwrites it.
@@ -115,28 +123,95 @@ class ActivationDump:
         """
         size = self.hidden_size
         rows = max(1, _CHUNK_BYTES // (8 * size * multiple)) * multiple
-        chunk = np.empty((min(rows, sum(array.shape[0] for array in self._arrays[label, layer])), size))
+        kept = Kept(0) if kept is None else kept
+        chunk = kept.scratch("chunk", (min(rows, self.counts(layer)[LABELS.index(label)]), size), "<f8")
         filled = 0
-        for array in self._arrays[label, layer]:
-            left = array.shape[0]
-            raw = np.empty((min(len(chunk), left), size), _DTYPES[array.dtype])
-            wide = np.empty(raw.shape, np.uint32) if array.dtype == "BF16" else None
-            with array.open() as stream:
-                while left:
-                    count = min(left, len(chunk) - filled)
-                    values = raw[:count]
-                    _read_into(stream, values, array)
-                    if wide is not None:
-                        values = _widen(values, wide[:count])
-                    with np.errstate(invalid="ignore"):
-                        chunk[filled : filled + count] = values
-                    filled += count
-                    left -= count
-                    if filled == len(chunk):
-                        yield chunk
-                        filled = 0
+        for values in self._pieces(layer, label, len(chunk), kept):
+            if values.dtype == np.uint16:
+                # The bits of bfloat16 are the upper half of a float32's.
+                wide = kept.scratch("wide", values.shape, "<u4")
+                np.copyto(wide, values)
+                np.left_shift(wide, 16, out=wide)
+                values = wide.view(np.float32)
+            with np.errstate(invalid="ignore"):
+                chunk[filled : filled + len(values)] = values
+            filled += len(values)
+            if filled == len(chunk):
+                yield chunk
+                filled = 0
         if filled:
             yield chunk[:filled]
+
+    def _pieces(self, layer: int, label: Label, rows: int, kept: "Kept") -> Iterator[np.ndarray]:
+        """Yields a layer's activations of one label as they are stored, no piece across the end of a chunk."""
+        arrays = self._arrays[label, layer]
+        key = self.path, layer, label, rows
+        if kept.key == key:
+            yield from kept.pieces
+            return
+        kept.begin(sum(_size(array) for array in arrays))
+        filled = 0
+        for array in arrays:
+            done, (prompts, size) = 0, array.shape
+            mapped = _mapped(array, array.start) if kept.fits and array.start is not None else None
+            with array.open() as stream:
+                while done < prompts:
+                    count = min(prompts - done, rows - filled)
+                    if mapped is not None:
+                        values = mapped[done : done + count]
+                    elif kept.fits:
+                        values = np.empty((count, size), _DTYPES[array.dtype])
+                    else:
+                        values = kept.scratch("stored", (count, size), _DTYPES[array.dtype])
+                    if mapped is None:
+                        _read_into(stream, values, array)
+                    kept.add(values)
+                    yield values
+                    filled = (filled + count) % rows
+                    done += count
+        kept.end(key)
+
+
+class Kept:
+    """A layer's activations of one label as stored, from one pass to the next, if they fit.
+
+    Those in a plain file are mapped and never copied.
+
+    Args:
+        room: Bytes that they may take.
+
+    Attributes:
+        key: What the pieces are of, None where they did not fit or were not read to the end.
+        pieces: What was read.
+        fits: Whether what is being read fits.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._scratch: dict[str, np.ndarray] = {}
+        self.key: object = None
+        self.pieces: list[np.ndarray] = []
+        self.fits = False
+
+    def begin(self, total: int) -> None:
+        """Forgets what it holds, to take so many bytes."""
+        self.key, self.pieces, self.fits = None, [], total <= self._room
+
+    def add(self, piece: np.ndarray) -> None:
+        """Takes the next piece."""
+        if self.fits:
+            self.pieces.append(piece)
+
+    def end(self, key: object) -> None:
+        """Says that all of it was read."""
+        self.key = key if self.fits else None
+
+    def scratch(self, use: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """Returns memory that the next call for the same use returns again: new memory costs as much as reading."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if len(self._scratch.get(use, ())) < size:
+            self._scratch[use] = np.empty(size, np.uint8)
+        return self._scratch[use][:size].view(dtype).reshape(shape)
 
 
 def open_activations(path: Path) -> ActivationDump:
@@ -190,7 +265,8 @@ def open_activations(path: Path) -> ActivationDump:
                     f"{size!r}; capture it again"
                 )
             opened = partial(_open_at, file, tensor.start)
-            found.append((_key(tensor.name), _Array(file, tensor.name, tensor.dtype, tensor.shape, opened)))
+            array = _Array(file, tensor.name, tensor.dtype, tensor.shape, opened, tensor.start)
+            found.append((_key(tensor.name), array))
     if not used:
         raise ActivationsError(f"{path}: none of its {len(files)} safetensors files is an activation dump; {_EXPECTED}")
     return _dump(path, metadata, found, means_only=False)
@@ -383,6 +459,30 @@ def _open_member(path: Path, name: str, start: int) -> _Stream:
     return stream
 
 
+def _size(array: _Array) -> int:
+    return math.prod(array.shape) * np.dtype(_DTYPES[array.dtype]).itemsize
+
+
+def _mapped(array: _Array, start: int) -> np.ndarray:
+    """Returns an array of a plain file where the page cache holds it, without a copy."""
+    low, end = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY, start + _size(array)
+    if start == end:
+        return np.empty(array.shape, _DTYPES[array.dtype])
+    with array.path.open("rb") as file:
+        # To touch what is no longer in the file would end the process.
+        if os.fstat(file.fileno()).st_size < end:
+            raise _ended(array)
+        window = mmap.mmap(file.fileno(), end - low, access=mmap.ACCESS_READ, offset=low)
+    count = math.prod(array.shape)
+    return np.frombuffer(window, _DTYPES[array.dtype], count, start - low).reshape(array.shape)
+
+
+def _ended(array: _Array) -> ActivationsError:
+    return ActivationsError(
+        f"{array.path}: ended inside {array.name}; it was changed while it was read, so start again"
+    )
+
+
 def _read_into(stream: _Stream, values: np.ndarray, array: _Array) -> None:
     """Fills a C-contiguous array with the next bytes of its file."""
     view = values.reshape(-1).view(np.uint8).data
@@ -392,14 +492,5 @@ def _read_into(stream: _Stream, values: np.ndarray, array: _Array) -> None:
         except (EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ActivationsError(f"{array.path}: {array.name} is damaged ({error}); save the file again") from error
         if not count:
-            raise ActivationsError(
-                f"{array.path}: ended inside {array.name}; it was changed while it was read, so start again"
-            )
+            raise _ended(array)
         view = view[count:]
-
-
-def _widen(values: np.ndarray, wide: np.ndarray) -> np.ndarray:
-    """Returns bfloat16 bits as float32: they are its upper half."""
-    np.copyto(wide, values)
-    np.left_shift(wide, 16, out=wide)
-    return wide.view(np.float32)

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from ablate_shards.errors import AdapterError, CheckpointError
+from ablate_shards.kernels.project_numpy import STORED, decoded
 from ablate_shards.surgery.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, read_header
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["CONFIG_NAME", "TRAINING_NAME", "WEIGHTS_NAME", "Adapter", "LowRank", "base_digest", "read_adapter"]
 
@@ -122,8 +122,8 @@ class Adapter:
         """Returns the shape of one of its tensors."""
         return self.tensors[name].shape
 
-    def read(self, name: str, first: int = 0, count: int | None = None) -> "torch.Tensor":
-        """Reads one tensor in its own dtype, or some of its elements, flat.
+    def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
+        """Reads one tensor, or some of its elements, flat; float32 holds whatever an adapter is stored in.
 
         Args:
             name: The tensor.
@@ -133,20 +133,17 @@ class Adapter:
         Raises:
             AdapterError: It holds NaN or infinite values.
         """
-        import torch
-
         info = self.tensors[name]
-        dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[info.dtype]
-        size = info.end - info.start if count is None else count * dtype.itemsize
-        raw = bytearray(size)
+        wanted = math.prod(info.shape) if count is None else count
+        stored = np.empty(wanted, STORED[info.dtype])
         with (self.path / WEIGHTS_NAME).open("rb") as file:
-            file.seek(info.start + first * dtype.itemsize)
-            if file.readinto(raw) != size:
+            file.seek(info.start + first * stored.itemsize)
+            if file.readinto(stored.data.cast("B") if wanted else bytearray()) != stored.nbytes:
                 raise AdapterError(f"{self.path / WEIGHTS_NAME}: ended early while {name} was read; it was changed")
-        values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-        if values.numel() and not math.isfinite(float(values.sum(dtype=torch.float64))):
+        values = decoded(stored, np.float32)
+        if not math.isfinite(float(values.sum(dtype=np.float64))):
             raise AdapterError(f"{self.path / WEIGHTS_NAME}: {name} holds NaN or infinite values; train it again")
-        return values.view(info.shape) if count is None else values
+        return values.reshape(info.shape) if count is None else values
 
     def _by_pattern(self, which: str, key: str, default: float) -> float:
         for pattern, value in self.config[which].items():

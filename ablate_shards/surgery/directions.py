@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -18,6 +19,7 @@ from ablate_shards.surgery.activations import (
     LABELS,
     MEASUREMENT_SUFFIXES,
     ActivationDump,
+    Kept,
     Label,
     read_npz,
     read_pickled_tensors,
@@ -44,6 +46,8 @@ Estimator = Literal["mean-difference", "geometric-median", "svd"]
 
 _FOLDS = 5
 _WORKERS = 4
+#: What of a layer's activations of one label is read once and kept for the next pass; each worker keeps both labels.
+_KEPT_BYTES = 32 << 20
 #: Where in the stack the best layer is looked for, as a share of the last layer's index.
 _MIDDLE = (0.4, 0.9)
 _NOTHING_LEFT = 1e-6
@@ -56,6 +60,10 @@ _WEISZFELD_STEPS = 200
 _WEISZFELD_TOLERANCE = 1e-7
 _WEISZFELD_SMOOTHING = 1e-4
 _NO_DISTANCE = 1e-100
+#: Eigenvectors that the search for one of nearly the same matrix starts from, and when it ends.
+_START = 8
+_EIGEN_STEPS = 50
+_EIGEN_TOLERANCE = 1e-12
 _NAME = re.compile(r"(?P<kind>direction|reference)\.layers\.(?P<layer>0|[1-9]\d{0,4})")
 _GGUF_NAME = re.compile(r"direction\.(?P<layer>0|[1-9]\d{0,4})")
 _MEASURED_NAME = re.compile(r"(?P<kind>refuse|harmful|harmless)_(?P<index>0|[1-9]\d{0,4})")
@@ -210,8 +218,15 @@ def compute_directions(
     basis, reference, scores = {}, {}, {}
     # The svd estimator spends its time in LAPACK, which has threads of its own, and needs a Gram matrix in each.
     workers = 1 if options.estimator == "svd" else min(_WORKERS, os.cpu_count() or 1)
+    local = threading.local()
+
+    def solve(layer: int) -> tuple[np.ndarray, np.ndarray, LayerScore]:
+        if not hasattr(local, "kept"):
+            local.kept = {label: Kept(_KEPT_BYTES) for label in LABELS}
+        return _Layer(dump, layer, options, local.kept).solve()
+
     with ThreadPoolExecutor(workers) as pool:
-        solved = pool.map(lambda layer: _Layer(dump, layer, options).solve(), dump.layers)
+        solved = pool.map(solve, dump.layers)
         for done, layer in enumerate(dump.layers, 1):
             basis[layer], reference[layer], scores[layer] = next(solved)
             if progress is not None:
@@ -229,8 +244,8 @@ class _Layer:
     all of them; all but each fold; each half.
     """
 
-    def __init__(self, dump: ActivationDump, layer: int, options: EstimatorOptions) -> None:
-        self._dump, self._layer, self._options = dump, layer, options
+    def __init__(self, dump: ActivationDump, layer: int, options: EstimatorOptions, kept: Mapping[Label, Kept]) -> None:
+        self._dump, self._layer, self._options, self._kept = dump, layer, options, kept
         self._where = f"{dump.path}: layer {layer}"
         self._counts = dict(zip(LABELS, dump.counts(layer), strict=True))
         fewest = min(self._counts.values())
@@ -285,7 +300,8 @@ class _Layer:
         groups = self._subsets.shape[1]
         limits = self._limits[label]
         done = 0
-        for number, values in enumerate(self._dump.chunks(self._layer, label, multiple=groups)):
+        chunks = self._dump.chunks(self._layer, label, multiple=groups, kept=self._kept[label])
+        for number, values in enumerate(chunks):
             if self._options.winsorize is not None:
                 if number == len(limits):
                     self._check(label, values, done)
@@ -388,33 +404,44 @@ class _Layer:
     def _singular(self, gaps: np.ndarray) -> np.ndarray:
         """Returns the top right singular vectors of each subset's uncentred paired differences.
 
-        They come from the smaller Gram matrix, in float64: of pairs where these are few, else ``[d, d]``.
+        They come from the smaller Gram matrix, in float64: of pairs where these are few, else ``[d, d]``. That of a
+        subset is part of the one of all pairs, or what is left when the other pairs are taken away. Only the first
+        vector of a subset is used, for the scores.
 
         Args:
             gaps: ``[subsets, d]``, the difference of the means, on whose side the vectors are put.
 
         Returns:
-            ``[subsets, k, d]``.
+            ``[subsets, k, d]``, of which all but the first subset have only their first vector.
         """
         size, pairs = self._dump.hidden_size, self._counts["positive"]
         few = np.concatenate(list(self._differences(self._subsets[0]))) if pairs <= size else None
-        bases = np.zeros((len(gaps), self._options.rank, size))
+        whole = self._gram(self._subsets[0]) if few is None else few @ few.T
+        values, vectors = np.linalg.eigh(whole)
+        rank = self._options.rank
+        if values[-rank] <= _NOTHING_LEFT**2 * values[-1]:
+            raise DirectionsError(
+                f"{self._where}: the paired differences span fewer than {rank} dimensions; lower --rank"
+            )
+        bases = np.zeros((len(gaps), rank, size))
         for number, (subset, gap) in enumerate(zip(self._subsets, gaps, strict=True)):
-            if few is not None:
-                rows = few[np.resize(subset, pairs)]
-                values, vectors = np.linalg.eigh(rows @ rows.T)
-                found = vectors.T[::-1][: self._options.rank] @ rows
+            member = np.resize(subset, pairs) if few is not None else slice(None)
+            if not number:
+                found = vectors.T[::-1][:rank]
+            elif few is not None:
+                found = _leading(whole[member][:, member], vectors[member, -_START:])[None]
             else:
-                values, vectors = np.linalg.eigh(sum(rows.T @ rows for rows in self._differences(subset)))
-                found = vectors.T[::-1][: self._options.rank]
-            if not number and values[-self._options.rank] <= _NOTHING_LEFT**2 * values[-1]:
-                raise DirectionsError(
-                    f"{self._where}: the paired differences span fewer than {self._options.rank} dimensions; "
-                    "lower --rank"
-                )
-            found = _orthonormal(found)
+                found = _leading(whole - self._gram(~subset), vectors[:, -_START:])[None]
+            found = _orthonormal(found if few is None else found @ few[member])
             bases[number, : len(found)] = found * np.where(found @ gap < 0, -1.0, 1.0)[:, None]
         return bases
+
+    def _gram(self, subset: np.ndarray) -> np.ndarray:
+        """Returns the Gram matrix ``[d, d]`` of the paired differences of the prompts in some groups."""
+        total = np.zeros((self._dump.hidden_size,) * 2)
+        for rows in self._differences(subset):
+            total += rows.T @ rows
+        return total
 
     def _differences(self, subset: np.ndarray) -> Iterator[np.ndarray]:
         """Yields the paired differences of the prompts in some groups, ``[pairs, d]``."""
@@ -691,11 +718,36 @@ def _score(
     )
 
 
+def _leading(gram: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Returns the unit eigenvector of the largest eigenvalue, by subspace iteration from vectors near it.
+
+    A residual that is small beside the distance to the next eigenvalue bounds the error (Parlett, "The symmetric
+    eigenvalue problem", 1980, section 11.7). Where that takes too many steps, all eigenvectors are computed.
+
+    Args:
+        gram: ``[n, n]``, symmetric, no eigenvalue negative.
+        start: ``[n, m]``.
+    """
+    block = start
+    for _ in range(_EIGEN_STEPS if min(start.shape) > 1 else 0):
+        block = np.linalg.qr(block)[0]
+        image = gram @ block
+        values, turn = np.linalg.eigh(block.T @ image)
+        vector: np.ndarray = block @ turn[:, -1]
+        residual = np.linalg.norm(image @ turn[:, -1] - values[-1] * vector)
+        if residual <= _EIGEN_TOLERANCE * (values[-1] - values[-2]):
+            return vector
+        block = image
+    largest: np.ndarray = np.linalg.eigh(gram)[1][:, -1]
+    return largest
+
+
 def _auc(positive: np.ndarray, negative: np.ndarray) -> float:
     """Probability that a positive lies above a negative, ties counting half (Mann and Whitney, 1947)."""
-    ordered = np.sort(negative)
-    below = np.searchsorted(ordered, positive, "left")
-    upto = np.searchsorted(ordered, positive, "right")
+    # Each search starts where the one before it ended, if the values ascend.
+    ordered, sought = np.sort(negative), np.sort(positive)
+    below = np.searchsorted(ordered, sought, "left")
+    upto = np.searchsorted(ordered, sought, "right")
     return float((below + upto).sum() / (2 * len(positive) * len(negative)))
 
 

@@ -23,7 +23,7 @@ from ablate_shards.surgery.sections import AblatedBias, AblatedMatrices, Section
 if TYPE_CHECKING:
     import torch
 
-    from ablate_shards.kernels.project import Form, Workspace
+    from ablate_shards.kernels.project import Form, OnCpu, Workspace
 
 __all__ = [
     "BlockEditor",
@@ -41,6 +41,7 @@ __all__ = [
 _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R")
 
+_WITHOUT_TORCH = ("native", "numpy")
 _CPU_BLOCK = 1 << 20
 _LEAST_MEMORY_PER_JOB = 8 << 20
 _SCRATCH = 6 << 20
@@ -79,7 +80,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
         stop: Set when the run should end early.
 
     Attributes:
-        has_native_form: Whether there is a native form of the arithmetic, which on a CPU needs no torch.
+        on_cpu: The form that the arithmetic has on a CPU.
         jobs: Tensors to edit at a time, fewer than asked for where memory is short.
         reason: One line that says what does the arithmetic, and why.
 
@@ -87,15 +88,15 @@ class BlockEditor(ABC, Generic[_E, _R]):
         UsageError: There is no such device.
     """
 
-    has_native_form: ClassVar[bool] = False
+    on_cpu: ClassVar["OnCpu"] = "torch"
 
     def __init__(self, device: str, memory: int, jobs: int | None, stop: threading.Event) -> None:
         from ablate_shards.kernels.project import choose_form
 
         self._device = find_device(device)
         self._form: Form
-        self._form, why = choose_form(self._device, native=self.has_native_form)
-        if self._form != "native":
+        self._form, why = choose_form(self._device, on_cpu=self.on_cpu)
+        if self._form not in _WITHOUT_TORCH:
             with _no_collections():
                 import torch  # noqa: F401 - before there are threads, which would wait for it
         self.reason = f"arithmetic: {self._form} on {self._device} ({why})"
@@ -112,7 +113,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
     def identity(self) -> dict[str, str]:
         """Returns what decides the last bit of a result, for the receipt and for resuming."""
         identity = {"device": self._device.partition(":")[0], "form": self._form}
-        if self._form == "native":
+        if self._form in _WITHOUT_TORCH:
             return identity
         import torch
 
@@ -120,8 +121,8 @@ class BlockEditor(ABC, Generic[_E, _R]):
 
     @contextlib.contextmanager
     def one_thread_each(self) -> Iterator[None]:
-        """Keeps torch to one thread per job: no oversubscription, and sums in one order; the native form has one."""
-        if self._form == "native":
+        """Keeps torch to one thread per job: no oversubscription, and sums in one order; other forms have one."""
+        if self._form in _WITHOUT_TORCH:
             yield
             return
         import torch
@@ -211,7 +212,7 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
         UsageError: There is no such device.
     """
 
-    has_native_form = True
+    on_cpu = "native"
 
     def __init__(
         self,

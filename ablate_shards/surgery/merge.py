@@ -11,8 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+import numpy as np
+
 from ablate_shards import __version__
 from ablate_shards.errors import AdapterError, ArchitectureError, ExecuteError, PlanError, UsageError
+from ablate_shards.kernels.form import GREATEST
+from ablate_shards.kernels.merge_numpy import NumpyMerger, update_norm
+from ablate_shards.kernels.project_numpy import STORED, decoded, encode
 from ablate_shards.surgery.adapter import WEIGHTS_NAME, Adapter, LowRank, base_digest, read_adapter
 from ablate_shards.surgery.architecture import Anatomy, dissect
 from ablate_shards.surgery.checkpoint import (
@@ -24,16 +29,13 @@ from ablate_shards.surgery.checkpoint import (
     TensorInfo,
     files_of,
 )
-from ablate_shards.surgery.editor import BlockEditor, resolve_device, torch_dtype
+from ablate_shards.surgery.editor import BlockEditor, find_device, torch_dtype
 from ablate_shards.surgery.execute import Operation
 from ablate_shards.surgery.receipt import incomplete, items, load, number, revision_of, seal, source_record, typed
 from ablate_shards.surgery.sections import Section
 from ablate_shards.surgery.staging import check_out
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     from ablate_shards.kernels.merge import Merger
     from ablate_shards.kernels.project import Form
 
@@ -300,17 +302,18 @@ class _Planner:
 
     def _holds(self, source: str, tensor: TensorInfo) -> bool:
         """Tells whether a tensor that the adapter carries along equals the base's, in its own precision."""
-        import torch
-
         path = next(shard.path for shard in self._checkpoint.shards if shard.name == tensor.shard)
-        dtype, count = torch_dtype(tensor.dtype), math.prod(tensor.shape)
+        stored, theirs = STORED[tensor.dtype], STORED[self._adapter.tensors[source].dtype]
+        item, count = ITEM_BYTES[tensor.dtype], math.prod(tensor.shape)
         with path.open("rb") as file:
             file.seek(tensor.start)
             for first in range(0, count, _PIECE):
                 size = min(_PIECE, count - first)
-                ours = torch.frombuffer(bytearray(file.read(size * dtype.itemsize)), dtype=dtype)
-                theirs = self._adapter.read(source, first, size)
-                if not torch.equal(ours.to(theirs.dtype), theirs):
+                ours = decoded(np.frombuffer(file.read(size * item), stored), np.float64)
+                rounded = np.empty(size, theirs)
+                with np.errstate(invalid="ignore"):
+                    encode(ours, rounded, ours)
+                if not np.array_equal(decoded(rounded, np.float32), self._adapter.read(source, first, size)):
                     return False
         return True
 
@@ -530,21 +533,23 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
         UsageError: There is no such device.
     """
 
+    on_cpu = "numpy"
+
     def __init__(self, device: str, memory: int, jobs: int | None, stop: threading.Event, adapter: Adapter) -> None:
-        found = resolve_device(device).type
+        found = find_device(device).partition(":")[0]
         without_float64 = found in ("mps", "xpu")
         super().__init__("cpu" if without_float64 else device, memory, jobs, stop)
         if without_float64:
-            self.reason = f"arithmetic: torch on cpu (merging is done in float64, which not every {found} has)"
+            self.reason = f"arithmetic: {self._form} on cpu (merging needs float64, which not every {found} has)"
         self._adapter = adapter
 
     def sections(self, edit: MergeEdit) -> Sequence[Section]:
         """Returns a section per matrix, and one for a parameter that is added to or replaced."""
         if edit.kind != "low-rank":
             return [_Exchange(edit, self._adapter)]
-        factors = _Factors(edit, self._adapter, self._device)
+        factors = _Factors(edit, self._adapter)
         return [
-            _Addition(edit, matrix, factors, form=self._form, room=self._room)
+            _Addition(edit, matrix, factors, form=self._form, device=self._device, room=self._room)
             for matrix in range(edit.experts if edit.expert is None else 1)
         ]
 
@@ -558,23 +563,23 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
 class _Factors:
     """The factors of a tensor's matrices, read when the first of them is asked for."""
 
-    def __init__(self, edit: MergeEdit, adapter: Adapter, device: str) -> None:
-        self._edit, self._adapter, self.device = edit, adapter, device
-        self._read: tuple[torch.Tensor, torch.Tensor] | None = None
+    def __init__(self, edit: MergeEdit, adapter: Adapter) -> None:
+        self._edit, self._adapter = edit, adapter
+        self._read: tuple[np.ndarray, np.ndarray] | None = None
 
-    def of(self, matrix: int) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Returns left ``[rows, r]`` and right ``[r, cols]`` of a matrix, as stored."""
+    def of(self, matrix: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns left ``[rows, r]`` and right ``[r, cols]`` of a matrix, float32."""
         edit = self._edit
         if self._read is None:
-            down, up = (self._adapter.read(name).to(self.device) for name in edit.source)
+            down, up = (self._adapter.read(name) for name in edit.source)
             # Experts lie one after the other along the rows of A, and interleaved along the columns of B.
-            self._read = down.view(edit.experts, -1, down.shape[1]), up.view(len(up), -1, edit.experts)
+            self._read = down.reshape(edit.experts, -1, down.shape[1]), up.reshape(len(up), -1, edit.experts)
         downs, ups = self._read
         expert = matrix if edit.expert is None else edit.expert
         right, left = downs[expert], ups[:, :, expert]
         if edit.rows is not None:
             left = left[slice(*edit.rows)]
-        return (right.mT, left.mT) if edit.transposed else (left, right)
+        return (right.T, left.T) if edit.transposed else (left, right)
 
 
 class _Addition:
@@ -582,49 +587,63 @@ class _Addition:
 
     gathers = False
 
-    def __init__(self, edit: MergeEdit, matrix: int, factors: _Factors, *, form: "Form", room: int) -> None:
-        self._edit, self._matrix, self._factors, self._form = edit, matrix, factors, form
-        self._room = room
+    def __init__(
+        self, edit: MergeEdit, matrix: int, factors: _Factors, *, form: "Form", device: str, room: int
+    ) -> None:
+        self._edit, self._matrix, self._factors = edit, matrix, factors
+        self._form, self._device, self._room = form, device, room
         rows, cols = edit.shape[-2:]
         self._row_bytes = cols * ITEM_BYTES[edit.dtype]
         self.start = edit.start + matrix * rows * self._row_bytes
         self.end = self.start + rows * self._row_bytes
         self.block = 0
         self._squares = 0.0
-        self._merger: Merger | None = None
+        self._merger: Merger | NumpyMerger | None = None
 
     def gather(self, read: Callable[[memoryview, int], None]) -> None:
         """Reads the factors."""
-        from ablate_shards.kernels.merge import Merger, update_norm
-
-        edit = self._edit
         left, right = self._factors.of(self._matrix)
-        self._merger = Merger(left, right, edit.scale, torch_dtype(edit.dtype), form=self._form)
-        self._squares = (edit.scale * update_norm(left, right)) ** 2
+        self._merger = self._new_merger(left, right)
+        self._squares = (self._edit.scale * update_norm(left, right)) ** 2
         chunk = self._merger.chunk_rows
         self.block = max(chunk, self._room // max(1, self._row_bytes) // chunk * chunk) * max(1, self._row_bytes)
 
-    def edit(self, raw: "np.ndarray", offset: int) -> None:
+    def edit(self, raw: np.ndarray, offset: int) -> None:
         """Adds the update to a block."""
-        import torch
+        merger, dtype = self._gathered(), self._edit.dtype
+        shape, start = (-1, self._edit.shape[-1]), (offset - self.start) // self._row_bytes
+        if isinstance(merger, NumpyMerger):
+            merger.apply(raw.view(STORED[dtype]).reshape(shape), start)
+        else:
+            import torch
 
-        merger = self._gathered()
-        stored = torch.from_numpy(raw).view(torch_dtype(self._edit.dtype)).view(-1, self._edit.shape[-1])
-        block = stored.to(self._factors.device)
-        merger.apply(block, (offset - self.start) // self._row_bytes)
+            stored = torch.from_numpy(raw).view(torch_dtype(dtype)).view(shape)
+            block = stored.to(self._device)
+            merger.apply(block, start)
+            if block is not stored:
+                stored.copy_(block)
         if merger.overflows:
             _refuse(self._edit, finite=math.isfinite(merger.norm))
-        if block is not stored:
-            stored.copy_(block)
 
-    def measure(self, raw: "np.ndarray", offset: int) -> None:
+    def measure(self, raw: np.ndarray, offset: int) -> None:
         """Does nothing: the norms are known before, and the digest is the caller's."""
 
     def measured(self) -> tuple[float, float]:
         """Returns the squared norms of the update and of what was there."""
         return self._squares, self._gathered().norm ** 2
 
-    def _gathered(self) -> "Merger":
+    def _new_merger(self, left: np.ndarray, right: np.ndarray) -> "Merger | NumpyMerger":
+        edit = self._edit
+        if self._form == "numpy":
+            return NumpyMerger(left, right, edit.scale, edit.dtype)
+        import torch
+
+        from ablate_shards.kernels.merge import Merger
+
+        there = [torch.from_numpy(np.ascontiguousarray(factor)).to(self._device) for factor in (left, right)]
+        return Merger(there[0], there[1], edit.scale, torch_dtype(edit.dtype), form=self._form)
+
+    def _gathered(self) -> "Merger | NumpyMerger":
         if self._merger is None:
             raise RuntimeError(f"{self._edit.name}: changed before its factors were read")
         return self._merger
@@ -645,24 +664,20 @@ class _Exchange:
         """Begins anew."""
         self._squares = self._before = 0.0
 
-    def edit(self, raw: "np.ndarray", offset: int) -> None:
+    def edit(self, raw: np.ndarray, offset: int) -> None:
         """Adds to or replaces a piece."""
-        import torch
-
-        from ablate_shards.kernels.reference import round_to
-
-        edit, dtype = self._edit, torch_dtype(self._edit.dtype)
-        stored = torch.from_numpy(raw).view(dtype)
-        old = stored.double()
-        given = self._adapter.read(edit.source[0], (offset - edit.start) // dtype.itemsize, len(stored)).double()
+        edit, stored = self._edit, raw.view(STORED[self._edit.dtype])
+        old = decoded(stored, np.float64)
+        first = (offset - edit.start) // stored.itemsize
+        given = self._adapter.read(edit.source[0], first, len(stored)).astype(np.float64)
         wanted = old + edit.scale * given if edit.kind == "bias" else given
-        if not (wanted.abs() <= torch.finfo(dtype).max).all():
-            _refuse(edit, finite=bool(old.isfinite().all()))
-        self._squares += float((wanted - old).square().sum())
-        self._before += float(old.square().sum())
-        stored.copy_(round_to(wanted, dtype))
+        if not (np.abs(wanted) <= GREATEST[edit.dtype]).all():
+            _refuse(edit, finite=bool(np.isfinite(old).all()))
+        self._squares += float(np.square(wanted - old).sum())
+        self._before += float(np.square(old).sum())
+        encode(wanted, stored, old)
 
-    def measure(self, raw: "np.ndarray", offset: int) -> None:
+    def measure(self, raw: np.ndarray, offset: int) -> None:
         """Does nothing: the norms are known before, and the digest is the caller's."""
 
     def measured(self) -> tuple[float, float]:

@@ -86,7 +86,7 @@ def contest(
     from ablate_shards.kernels.project import Form, ProjectOptions, choose_form
     from benchmarks.eager import ablated
 
-    chosen = form or choose_form(device, native=True)[0]
+    chosen = form or choose_form(device, on_cpu="native")[0]
     options = ProjectOptions(1.0, preserve)
     generator = torch.Generator().manual_seed(0)
     weight = (0.02 * torch.randn(shape, generator=generator)).bfloat16()
@@ -195,8 +195,8 @@ class Pool:
 
 
 def runs_on(form: "Form", device: str) -> bool:
-    """Whether a form runs on a device: torch's everywhere, Triton's on a GPU, all others on a CPU."""
-    return form == "torch" or (form != "reference" and (form == "triton") == (device != "cpu"))
+    """Whether a form runs on a device: torch's everywhere, Triton's on a GPU, the native one on a CPU."""
+    return form == "torch" or (form not in ("reference", "numpy") and (form == "triton") == (device != "cpu"))
 
 
 def ablate(weight: "Tensor", basis: np.ndarray, options: "ProjectOptions", form: "Form", kept: threading.local) -> None:

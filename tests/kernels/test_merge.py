@@ -1,18 +1,25 @@
-"""The torch and Triton forms of the low-rank update against the float64 reference."""
+"""The NumPy, torch and Triton forms of the low-rank update against the float64 reference."""
 
+import hashlib
 import math
+import os
+import subprocess
+import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ablate_shards.errors import PlanError
-from ablate_shards.kernels import reference
+from ablate_shards.kernels import merge_numpy, reference
 from ablate_shards.kernels.merge import TILE_COLS, TILE_ROWS, Merger, merge, update_norm
+from ablate_shards.kernels.merge_numpy import NumpyMerger
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 FACTORS = (torch.bfloat16, torch.float32)
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -43,6 +50,104 @@ def assert_accurate(result, weight, left, right, scale=1.0, *, strict=False):
     assert ((result.double() - exact).abs() <= unit).all()
 
 
+def as_stored(weight):
+    """Returns a view of a tensor's values, bfloat16 as its bits."""
+    return weight.view(torch.uint16).numpy() if weight.dtype == torch.bfloat16 else weight.numpy()
+
+
+def with_numpy(weight, left, right, scale=1.0, *, block_rows=1):
+    """Returns the result of the NumPy form, and what computed it."""
+    result = weight.clone(memory_format=torch.contiguous_format)
+    merger = NumpyMerger(left.float().numpy(), right.float().numpy(), scale, STORED[weight.dtype])
+    step = -(-block_rows // merger.chunk_rows) * merger.chunk_rows
+    for start in range(0, len(result), step):
+        merger.apply(as_stored(result)[start : start + step], start)
+    return result, merger
+
+
+def is_rounded(result, weight, left, right, scale=1.0):
+    """Which elements are the exact sum correctly rounded, as far as float64 can tell on which side of a tie it is."""
+    exact = reference.merge(weight, left, right, scale)
+    tie = 1e-12 * reference.merge(weight.abs(), left.abs(), right.abs(), abs(scale))
+    least, most = (reference.round_to(exact + side, weight.dtype) for side in (-tie, tie))
+    return (least <= result) & (result <= most)
+
+
+@quick
+@given(
+    rows=st.integers(1, 2 * TILE_ROWS + 3),
+    cols=st.sampled_from([1, 7, 64, 300, 4096, 4100]),
+    rank=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    factor=st.sampled_from(FACTORS),
+    size=st.sampled_from([0.0, 1e-3, 1.0, 1e4]),
+    scale=st.sampled_from([1.0, 2.0, -0.37]),
+    block_rows=st.integers(1, 400),
+)
+def test_the_numpy_form_rounds_every_element_as_the_exact_sum(rows, cols, rank, dtype, factor, size, scale, block_rows):
+    weight, left, right = make(rows, cols, rank, dtype, factor=factor, size=size, seed=rows)
+    result, merger = with_numpy(weight, left, right, scale, block_rows=block_rows)
+    assert is_rounded(result, weight, left, right, scale).all()
+    assert not merger.overflows
+    again, other = with_numpy(weight, left, right, scale, block_rows=1000)
+    assert torch.equal(again, result)
+    assert other.norm == merger.norm
+
+
+@pytest.mark.parametrize("rank", [4, 64])
+def test_without_its_bound_float32_would_round_some_the_other_way(monkeypatch, rank):
+    weight, left, right = make(1000, 3000, rank, torch.bfloat16, size=1.0)
+    # In some places next to nothing is left of large terms.
+    left[:, 1], right[1] = left[:, 0], -right[0] * (1 + 2.0**-9)
+    again = []
+    flatnonzero = np.flatnonzero
+    monkeypatch.setattr(np, "flatnonzero", lambda mask: again.append(flatnonzero(mask)) or again[-1])
+    result, _ = with_numpy(weight, left, right, 0.3)
+    assert is_rounded(result, weight, left, right, 0.3).all()
+    assert 0 < sum(map(len, again)) < merge_numpy.MOST_AGAIN * weight.numel()
+    monkeypatch.setattr(merge_numpy, "UNIT", 0.0)
+    careless, _ = with_numpy(weight, left, right, 0.3)
+    assert not is_rounded(careless, weight, left, right, 0.3).all()
+
+
+THREADS = """
+import hashlib
+import numpy as np
+from ablate_shards.kernels.merge_numpy import NumpyMerger, update_norm
+
+digest = hashlib.sha256()
+rng = np.random.default_rng(0)
+for rows, cols in ((500, 1000), (40, 9000)):
+    for rank in (3, 16, 80):
+        left = rng.standard_normal((rows, rank), np.float32) * 0.01
+        right = rng.standard_normal((rank, cols), np.float32)
+        for dtype, stored in (("BF16", np.uint16), ("F16", np.float16), ("F32", np.float32)):
+            weight = rng.standard_normal((rows, cols), np.float32)
+            weight = weight.view(np.uint32) >> 16 if dtype == "BF16" else weight
+            weight = weight.astype(stored)
+            merger = NumpyMerger(left, right, 0.7, dtype)
+            merger.apply(weight, 0)
+            digest.update(weight.data)
+            digest.update(f"{merger.norm} {update_norm(left, right)}".encode())
+print(digest.hexdigest())
+"""
+
+
+def test_no_thread_count_of_blas_shows_in_the_numpy_form():
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", THREADS],
+            env=os.environ | {"OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for threads in ("1", "2", "3")
+    }
+    assert len(digests) == 1
+    assert len(digests.pop().strip()) == hashlib.sha256().digest_size * 2
+
+
 @quick
 @given(
     rows=st.integers(1, 2 * TILE_ROWS + 3),
@@ -71,6 +176,7 @@ def test_a_large_matrix_is_accurate_and_a_float32_sum_would_not_be(dtype):
     left[:, 63], right[63] = -left[:, 0], right[0]
     result = merge(weight, left, right, form="torch")
     assert_accurate(result, weight, left, right, strict=True)
+    assert is_rounded(with_numpy(weight, left, right)[0], weight, left, right).all()
     careless = (weight.float() + left @ right).to(dtype)
     with pytest.raises(AssertionError):
         assert_accurate(careless, weight, left, right, strict=True)
@@ -117,18 +223,20 @@ def test_threads_do_not_change_a_bit():
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # from the interpreter, which is NumPy
-@pytest.mark.parametrize("form", ["torch", "triton"])
+@pytest.mark.parametrize("form", ["numpy", "torch", "triton"])
 def test_norms_and_overflow_are_seen(form, triton_device):
     weight, left, right = (part.to(triton_device) for part in make(200, 300, 3, torch.float16))
 
     def merger_of(block, scale):
+        if form == "numpy":
+            return with_numpy(block.cpu(), left.cpu(), right.cpu(), scale)[1]
         merger = Merger(left, right, scale, torch.float16, form=form)
         for start in range(0, 200, merger.chunk_rows):
             merger.apply(block[start : start + merger.chunk_rows], start)
         return merger
 
     merger = merger_of(weight.clone(), 1.0)
-    assert merger.norm == pytest.approx(float(weight.double().norm()), rel=1e-12)
+    assert merger.norm == pytest.approx(float(weight.double().norm()), rel=1e-6 if form == "numpy" else 1e-12)
     assert not merger.overflows
     assert merger_of(weight.clone(), 1e9).overflows
     for bad in (math.nan, math.inf):
@@ -141,8 +249,11 @@ def test_norms_and_overflow_are_seen(form, triton_device):
 
 def test_the_norm_of_an_update_needs_no_product():
     _, left, right = make(50, 60, 7, torch.float32)
-    assert update_norm(left, right) == pytest.approx(float((left.double() @ right.double()).norm()), rel=1e-12)
+    whole = float((left.double() @ right.double()).norm())
+    assert update_norm(left, right) == pytest.approx(whole, rel=1e-12)
     assert update_norm(torch.zeros(5, 2), right[:2]) == 0.0
+    assert merge_numpy.update_norm(left.numpy(), right.numpy()) == pytest.approx(whole, rel=1e-12)
+    assert merge_numpy.update_norm(np.zeros((5, 2)), right[:2].numpy()) == 0.0
 
 
 def test_what_does_not_fit_is_refused():

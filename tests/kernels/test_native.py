@@ -139,7 +139,7 @@ def compiled(monkeypatch, tmp_path):
 
 def test_the_library_is_built_here():
     assert is_built()
-    assert choose_form("cpu", native=True)[0] == "native"
+    assert choose_form("cpu", on_cpu="native")[0] == "native"
 
 
 def test_the_instructions_of_a_cpu_do_not_show(compiled):
@@ -159,7 +159,7 @@ def test_without_a_compiler_torch_does_the_arithmetic(compiled, tmp_path):
     assert "no-such-compiler" in str(compiled("", compiler="no-such-compiler"))
     assert not (tmp_path / "_native.so").exists()
     assert not is_built()
-    assert choose_form("cpu", native=True) == ("torch", "no C compiler was there to build the native form")
+    assert choose_form("cpu", on_cpu="native") == ("torch", "no C compiler was there to build the native form")
     weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
     basis = torch.eye(16, dtype=torch.float64)[:1]
     result, _ = project(weight, basis, ProjectOptions(1.0, "columns"))

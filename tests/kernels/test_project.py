@@ -675,14 +675,14 @@ class TestRefusals:
 
 class TestForm:
     def test_choice_says_why(self):
-        assert choose_form("cpu", native=True) == ("native", "a CPU needs no torch for this")
+        assert choose_form("cpu", on_cpu="native") == ("native", "a CPU needs no torch for this")
         assert choose_form(CPU) == ("torch", "Triton does not run on cpu")
         assert choose_form(CPU, form="reference") == ("reference", "asked for")
-        assert choose_form("mps", native=True)[0] == "torch"
+        assert choose_form("mps", on_cpu="native")[0] == "torch"
 
     def test_choice_without_triton(self, monkeypatch):
         pytest.importorskip("triton")
-        assert choose_form("cuda:1", native=True)[0] == "triton"
+        assert choose_form("cuda:1", on_cpu="native")[0] == "triton"
         monkeypatch.setitem(sys.modules, "triton", None)
         assert choose_form(torch.device("cuda")) == ("torch", "triton is not installed")
 

@@ -1,0 +1,232 @@
+"""The low-rank update in NumPy on a CPU: float32 where that cannot show, float64 where it could.
+
+Most of ``W + s·L·R`` rounds to the same bfloat16 whether it is computed in float32 or exactly. A bound on the error of
+float32 tells which elements do: those whose rounding is the same at both ends of the interval that the bound leaves.
+The others, a few in a thousand, are computed again in float64. So every result is the exact sum correctly rounded,
+as far as float64 can tell, and neither blocks nor threads can change it. ``docs/math.md`` derives the bound. float16
+and float32 leave too little room for it, and are computed in float64 throughout.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ablate_shards.kernels.form import GREATEST
+from ablate_shards.kernels.project_numpy import decode, decoded, encode
+
+__all__ = ["NumpyMerger", "update_norm"]
+
+TILE_ELEMENTS, TILE_COLS = 1 << 18, 4096
+"""Smaller tiles would stay in a core's own cache, but threads would then wait for the interpreter at every step."""
+
+STRIP_ROWS = 16
+AGAIN_ELEMENTS = 1 << 16
+"""Of the factors of elements that are computed again, at a time."""
+
+PRODUCT = 1 << 18
+"""Multiplications in one product at most. OpenBLAS puts larger ones on several threads, which here would wait for each
+other, and in float64 could let the result depend on how many there are."""
+
+UNIT = 2.0**-24
+LEAST = 2.0**-149
+MOST_AGAIN = 1 / 16
+"""Share of a tile from which on all of it is computed in float64."""
+
+LEAST_SINGLE, MOST_SINGLE = 1e-15, 1e15
+"""Greatest weights between which float32 sums of squares neither underflow nor overflow."""
+
+
+class NumpyMerger:
+    """Adds one low-rank update to one matrix, in one pass over row blocks, as :class:`Merger` does.
+
+    Args:
+        left: ``[rows, r]`` float32, any strides.
+        right: ``[r, cols]`` float32, any strides.
+        scale: The ``s`` above.
+        dtype: What the matrix is stored in: BF16, F16 or F32.
+    """
+
+    def __init__(self, left: np.ndarray, right: np.ndarray, scale: float, dtype: str) -> None:
+        self._left = np.multiply(left, scale, dtype=np.float64, order="C")
+        self._right = right
+        self._dtype = dtype
+        self._rank, cols = right.shape
+        self._width = max(1, min(cols, TILE_COLS))
+        self._tile_rows: int = max(1, TILE_ELEMENTS // self._width // STRIP_ROWS) * STRIP_ROWS
+        most = max(16, PRODUCT // STRIP_ROWS // max(1, self._rank) // 16 * 16)
+        self._panel = math.ceil(self._width / math.ceil(self._width / most) / 16) * 16
+        self._columns: dict[int, _Columns] = {}
+        self._kept: dict[tuple[str, np.dtype[Any]], np.ndarray] = {}
+        self._squares = 0.0
+        self._overflows = False
+
+    @property
+    def chunk_rows(self) -> int:
+        """Blocks start at a multiple of this, and all but the last are a multiple of it long."""
+        return self._tile_rows
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of what was there before, of all blocks so far; not finite where a value was not."""
+        return math.sqrt(self._squares)
+
+    @property
+    def overflows(self) -> bool:
+        """Whether a result lies beyond what the storage dtype can hold, or a value was not finite."""
+        return self._overflows
+
+    def apply(self, block: np.ndarray, start: int) -> None:
+        """Adds the update to rows in place.
+
+        Args:
+            block: ``[rows, cols]`` as stored, bfloat16 as its bits.
+            start: The first of its rows.
+        """
+        with np.errstate(all="ignore"):
+            for low in range(0, len(block), self._tile_rows):
+                strip = block[low : low + self._tile_rows]
+                left = self._left[start + low : start + low + len(strip)]
+                for first in range(0, block.shape[1], self._width):
+                    self._add(strip[:, first : first + self._width], left, self._columns_from(first))
+
+    def _add(self, part: np.ndarray, left: np.ndarray, columns: "_Columns") -> None:
+        """Adds the update to one tile."""
+        weight = _greatest(part)
+        if not math.isfinite(weight):
+            self._squares, self._overflows = math.inf, True
+            return
+        # Neither an element of the product nor the sum of the sizes of its terms is greater (Cauchy and Schwarz).
+        product = math.sqrt(float(np.vecdot(left, left).max()) * columns.square)
+        reach = weight + product
+        if self._dtype != "BF16" or not LEAST_SINGLE < weight < MOST_SINGLE or not reach < GREATEST["BF16"] / 2:
+            self._add_exactly(part, left, columns)
+            return
+        error = UNIT * (1.01 * (self._rank + 1) * product + 2.02 * reach) + (self._rank + 2) * LEAST * (1 + reach)
+        margin = np.nextafter(np.float32(error), np.float32(np.inf))
+        old, total = self._room(part.shape, "old", np.float32), self._product(left, columns, np.float32)
+        decode(part, old)
+        squares = float(np.vecdot(old, old).sum(dtype=np.float64))
+        np.add(old, total, out=total)
+        np.subtract(total, margin, out=old)
+        np.add(total, margin, out=total)
+        least, most = (self._room(part.shape, name, np.uint16) for name in ("least", "most"))
+        _round(old, least)
+        _round(total, most)
+        again = np.flatnonzero(least != most)
+        if len(again) > MOST_AGAIN * part.size:
+            self._add_exactly(part, left, columns)
+            return
+        piece = max(1, AGAIN_ELEMENTS // max(1, self._rank))
+        for low in range(0, len(again), piece):
+            row, column = np.divmod(again[low : low + piece], part.shape[1])
+            exact = decoded(part[row, column], np.float64)
+            exact += np.vecdot(left[row], columns.right[column])
+            rounded = np.empty(len(exact), np.uint16)
+            encode(exact, rounded, exact)
+            least[row, column] = rounded
+        np.copyto(part, least)
+        self._squares += squares
+
+    def _add_exactly(self, part: np.ndarray, left: np.ndarray, columns: "_Columns") -> None:
+        """Adds the update to one tile in float64."""
+        old, total = self._room(part.shape, "old", np.float64), self._product(left, columns, np.float64)
+        decode(part, old)
+        self._squares += float(np.vecdot(old, old).sum())
+        np.add(old, total, out=total)
+        self._overflows |= max(float(total.max()), -float(total.min())) > GREATEST[self._dtype]
+        encode(total, part, old)
+
+    def _product(self, left: np.ndarray, columns: "_Columns", precision: type[np.floating]) -> np.ndarray:
+        """Returns the product of the factors of one tile, in scratch memory, strip by strip and panel by panel."""
+        strips, panels = math.ceil(len(left) / STRIP_ROWS), columns.panels(precision)
+        rows = np.zeros((strips * STRIP_ROWS, self._rank), precision)
+        rows[: len(left)] = left
+        whole = self._room((len(rows), len(panels) * self._panel), "product", precision)
+        tiles = whole.reshape(strips, STRIP_ROWS, len(panels), self._panel).swapaxes(1, 2)
+        np.matmul(rows.reshape(strips, 1, STRIP_ROWS, self._rank), panels, out=tiles)
+        return whole[: len(left), : len(columns.right)]
+
+    def _columns_from(self, first: int) -> "_Columns":
+        if first not in self._columns:
+            self._columns[first] = _Columns(self._right[:, first : first + self._width], self._panel)
+        return self._columns[first]
+
+    def _room(self, shape: tuple[int, ...], name: str, dtype: Any) -> np.ndarray:
+        """Returns scratch memory that is kept from tile to tile."""
+        size = math.prod(shape)
+        key = name, np.dtype(dtype)
+        if key not in self._kept or len(self._kept[key]) < size:
+            self._kept[key] = np.empty(size, dtype)
+        return self._kept[key][:size].reshape(shape)
+
+
+class _Columns:
+    """The right factor of the columns of a tile.
+
+    Args:
+        right: ``[r, width]``, any strides.
+        panel: Columns of one product.
+
+    Attributes:
+        right: ``[width, r]`` float64.
+        square: The greatest squared norm of a column.
+    """
+
+    def __init__(self, right: np.ndarray, panel: int) -> None:
+        self.right = np.array(right.T, np.float64, order="C")
+        self.square = float(np.vecdot(self.right, self.right).max())
+        self._panel = panel
+        self._panels: dict[type[np.floating], np.ndarray] = {}
+
+    def panels(self, precision: type[np.floating]) -> np.ndarray:
+        """Returns the factor as ``[panels, r, columns]``, the last one filled up with zeros."""
+        if precision not in self._panels:
+            width, rank = self.right.shape
+            count = math.ceil(width / self._panel)
+            filled = np.zeros((count * self._panel, rank), precision)
+            filled[:width] = self.right
+            self._panels[precision] = np.ascontiguousarray(filled.reshape(count, self._panel, rank).swapaxes(1, 2))
+        return self._panels[precision]
+
+
+def update_norm(left: np.ndarray, right: np.ndarray) -> float:
+    """Returns the Frobenius norm of ``left @ right`` without forming it: ``|LR|² = tr(LᵀL RRᵀ)``.
+
+    Args:
+        left: ``[rows, r]``.
+        right: ``[r, cols]``.
+    """
+    return math.sqrt(max(0.0, float((_gram(left) * _gram(right.T)).sum())))
+
+
+def _gram(factor: np.ndarray) -> np.ndarray:
+    """Returns ``FᵀF`` of ``[rows, r]`` in float64, in products that no thread count can change."""
+    rank = factor.shape[1]
+    step = max(STRIP_ROWS, PRODUCT // max(1, rank * rank))
+    total = np.zeros((rank, rank))
+    for low in range(0, len(factor), step):
+        part = factor[low : low + step].astype(np.float64)
+        total += part.T @ part
+    return total
+
+
+def _greatest(stored: np.ndarray) -> float:
+    """Returns the greatest magnitude, infinite where a value is not finite."""
+    if stored.dtype == np.float32:
+        greatest = float(np.abs(stored).max())
+    else:
+        # Magnitudes are in the order of the bits below the sign.
+        bits = stored.view(np.uint16)
+        negative, positive = int(bits.max()), int(bits.view(np.int16).max())
+        most = np.array([max(negative & 0x7FFF if negative >= 0x8000 else 0, positive, 0)], np.uint16)
+        greatest = float(decoded(most.view(stored.dtype), np.float64)[0])
+    return greatest if math.isfinite(greatest) else math.inf
+
+
+def _round(values: np.ndarray, out: np.ndarray) -> None:
+    """Rounds float32, which is overwritten, to the nearest bfloat16, a tie away from zero."""
+    bits = values.view(np.uint32)
+    np.add(bits, 0x8000, out=bits)
+    np.right_shift(bits, 16, out=bits)
+    np.copyto(out, bits, casting="unsafe")
