@@ -284,13 +284,20 @@ def _stream(
                     content = {name: dataclasses.asdict(result) for name, result in survey.results.items()}
                     known = _Sent(survey.sha256, shard.size, content, arrived=False)
                 ledger.note(shard.name, known)
-                ledger.send(_addition(shard.name, known, file))
+                refusal = None
+                try:
+                    ledger.send(_addition(shard.name, known, file))
+                except HubError as error:
+                    refusal = error
                 if file.digest not in (None, known.sha256):
+                    # Neither pass can be trusted; the next run begins with the first.
                     ledger.forget(shard.name)
                     raise HubError(
                         f"{checkpoint.name}: {shard.name} was not the same when it was read again to be sent; "
                         "run again when it is at rest"
-                    )
+                    ) from refusal
+                if refusal is not None:
+                    raise refusal
             ledger.note(shard.name, dataclasses.replace(known, arrived=True))
     return identity
 

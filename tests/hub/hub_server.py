@@ -201,7 +201,7 @@ class Hub:
             else:
                 response = await self._answer(request, path, role)
                 if fault and fault.flip and response.body:
-                    response.body = response.body[:-1] + bytes([response.body[-1] ^ 1])
+                    response.body = bytes(response.body[:-1]) + bytes([response.body[-1] ^ 1])
                 cut = fault.cut_after if fault else None
         except Refused as refusal:
             response = refusal.response
@@ -209,13 +209,13 @@ class Hub:
         await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
         if cut is not None and cut < len(body):
             seen.sent = cut
-            await send({"type": "http.response.body", "body": body[:cut], "more_body": True})
+            await send({"type": "http.response.body", "body": bytes(body[:cut]), "more_body": True})
             return  # uvicorn closes the connection: the body is shorter than was announced
         # In pieces, so that a client that goes away is noticed, and gets no more than it takes.
         for start in range(0, len(body), PIECE):
             if start and await request.is_disconnected():
                 return
-            piece = body[start : start + PIECE]
+            piece = bytes(body[start : start + PIECE])
             seen.sent += len(piece)
             await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
@@ -488,7 +488,7 @@ def _ranged(request: Request, data: bytes, headers: dict) -> Response:
     start, end = int(match[1]), min(int(match[2] or len(data) - 1), len(data) - 1)
     if start >= len(data):
         return Response(status_code=416, headers={"Content-Range": f"bytes */{len(data)}"})
-    return Response(data[start : end + 1], 206, headers | {"Content-Range": f"bytes {start}-{end}/{len(data)}"})
+    return Response(memoryview(data)[start : end + 1], 206, headers | {"Content-Range": f"bytes {start}-{end}/{len(data)}"})
 
 
 def check_card(content: str) -> tuple[list[str], list[str]]:

@@ -270,18 +270,23 @@ def test_a_shard_that_arrives_altered_is_fetched_again_and_then_refused(case):
     assert list(hub.repos["me/other"].files()) == [".gitattributes"]
 
 
-def test_bytes_that_differ_between_the_passes_are_not_committed(case):
+@pytest.mark.parametrize("believes", [True, False])
+def test_bytes_that_differ_between_the_passes_are_not_committed(case, believes):
     """Altered on the way to be sent, after their digest was found: the Hub is told another digest than it gets."""
     hub, folder = case
     name = edited_shards(folder)[0]
     sha = hub.repos["org/model"].files()[name].sha256
-    hub.believes = True
+    hub.believes = believes
     hub.fault(f"GET /blob/.*{sha}", times=3)  # the header, the first pass, the first bytes
     hub.fault(f"GET /blob/.*{sha}", times=1, flip=True)
     result = ablate(folder, "hub:me/edited")
     assert result.exit_code == 1
     assert f"{name} was not the same when it was read again to be sent" in result.stderr
     assert list(hub.repos["me/edited"].files()) == [".gitattributes"]
+    if believes:
+        hub.repos["me/edited"].stored.clear()
+    assert ablate(folder, "hub:me/edited", "--resume").exit_code == 0
+    assert_published(hub, folder)
 
 
 def test_a_killed_run_shows_nothing_and_goes_on_with_what_was_sent(case):
