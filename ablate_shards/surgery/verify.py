@@ -349,7 +349,10 @@ class _Examiner:
 
     def _compare_edit(self, edit: Edit) -> tuple[str | None, bool]:
         """Returns what is wrong with an edited tensor, or whether it is right to the bit."""
-        written = functools.partial(self._out.read_into, edit.shard, stop=self._stop)
+        source, written = (
+            _Ahead(functools.partial(files.read_into, edit.shard, stop=self._stop), edit.end, self._chunk)
+            for files in (self._source, self._out)
+        )
         if self._editor is None:
             digest = self._digest(edit, written)
             return (None, True) if digest == self._claim.digests[edit.name] else (_OTHER_DIGEST, False)
@@ -360,7 +363,7 @@ class _Examiner:
             self._progress.advance(len(data))
 
         channels = Channels(
-            read=functools.partial(self._source.read_into, edit.shard, stop=self._stop),
+            read=source,
             write=compare,
             reread=written,
         )
@@ -395,6 +398,22 @@ class _Examiner:
             for start in range(0, size, self._chunk)
         )
         return None if same else "differs from the source"
+
+
+class _Ahead:
+    """Reads a range in large pieces, and gives of the last one what is asked for, as often as it is."""
+
+    def __init__(self, read: Callable[[memoryview, int], None], end: int, piece: int) -> None:
+        self._read, self._end, self._piece = read, end, piece
+        self._kept, self._start = memoryview(b""), 0
+
+    def __call__(self, data: memoryview, offset: int) -> None:
+        low = offset - self._start
+        if not 0 <= low <= low + len(data) <= len(self._kept):
+            self._kept = memoryview(bytearray(max(len(data), min(self._piece, self._end - offset))))
+            self._read(self._kept, offset)
+            self._start, low = offset, 0
+        data[:] = self._kept[low : low + len(data)]
 
 
 class _Comparison:
