@@ -479,7 +479,9 @@ def _ranged(request: Request, data: bytes, headers: dict) -> Response:
     start, end = int(match[1]), min(int(match[2] or len(data) - 1), len(data) - 1)
     if start >= len(data):
         return Response(status_code=416, headers={"Content-Range": f"bytes */{len(data)}"})
-    return Response(memoryview(data)[start : end + 1], 206, headers | {"Content-Range": f"bytes {start}-{end}/{len(data)}"})
+    return Response(
+        memoryview(data)[start : end + 1], 206, headers | {"Content-Range": f"bytes {start}-{end}/{len(data)}"}
+    )
 
 
 def check_card(content: str) -> tuple[list[str], list[str]]:
