@@ -103,9 +103,11 @@ class Arrays(Protocol):
 
     Attributes:
         xp: ``numpy`` or ``torch``.
+        chunk_elements: Elements that a chunk has at most, unless one row has more.
     """
 
     xp: ModuleType
+    chunk_elements: int
 
     def forms(self, chunk_rows: int, cols: int) -> tuple[Arithmetic, Arithmetic]:
         """Return the arithmetic for matrices cut into chunks: in float32, and in float64."""

@@ -66,8 +66,6 @@ Form = Literal["reference", "native", "numpy", "torch", "triton"]
 OnCpu = Literal["native", "numpy", "torch"]
 
 CHUNK_ROWS = 512
-CHUNK_ELEMENTS = 128 * 3584
-"""Of a chunk: 1.8 MiB of float32 scratch, and twice that where float64 is needed."""
 BLOCK_ELEMENTS = 1 << 22
 ORTHONORMAL = 1e-9
 AMPLIFICATION = {"BF16": 8.0, "F16": 2.0, "F32": 4.0}
@@ -310,7 +308,7 @@ class _Stream:
         self._dtype = dtype
         self._dots_in_rows = options.axis == -1
         self._norms_in_rows = (options.preserve == "rows") == (options.axis == -2)
-        self._chunk = _chunk_rows(self._cols)
+        self._chunk = _chunk_rows(self._cols, workspace.arrays.chunk_elements)
         self._workspace = workspace
         self._arrays, self._xp = workspace.arrays, workspace.arrays.xp
         self._basis = self._pair(self._arrays.state(basis[None]))
@@ -879,8 +877,8 @@ def _count(mask: Array | None) -> int:
     return 0 if mask is None else int(mask.sum())
 
 
-def _chunk_rows(cols: int) -> int:
+def _chunk_rows(cols: int, elements: int) -> int:
     """Return how many stored rows make a chunk: little memory, and whole groups of what float32 can sum."""
-    rows = max(1, min(CHUNK_ROWS, CHUNK_ELEMENTS // max(1, cols)))
+    rows = max(1, min(CHUNK_ROWS, elements // max(1, cols)))
     multiple = GROUP_ROWS if rows > GROUP_ROWS else 8
     return rows - rows % multiple if rows > multiple else rows

@@ -13,14 +13,14 @@ from types import ModuleType
 
 import numpy as np
 
-from ablate_shards.kernels.form import in_range, stored_dtype
+from ablate_shards.kernels.form import in_range
 from ablate_shards.kernels.project_numpy import STORED
 
 __all__ = ["LIBRARY", "NativeArrays", "NativeForm", "is_built"]
 
 LIBRARY = Path(__file__).with_name("_native.so")
 _VERSION = 1
-_DTYPES = {"BF16": 0, "F16": 1, "F32": 2}
+_DTYPES = {np.dtype(STORED[name]): number for number, name in enumerate(("BF16", "F16", "F32"))}
 _PRECISIONS: dict[type[np.floating], str] = {np.float32: "single", np.float64: "double"}
 _UNSCALED, _BY_ROW, _BY_COLUMN = range(3)
 
@@ -150,6 +150,7 @@ class NativeArrays:
     """Blocks and sums in NumPy arrays; :class:`Arrays` says what the methods do."""
 
     xp: ModuleType = np
+    chunk_elements = 1 << 20
 
     def forms(self, chunk_rows: int, cols: int) -> tuple[NativeForm, NativeForm]:
         """Return the arithmetic in float32 and in float64."""
@@ -201,4 +202,4 @@ def _described(block: np.ndarray) -> tuple[int, int, _Shape]:
     if column != block.itemsize and block.shape[2] > 1:
         raise ValueError(f"columns: expected {block.itemsize} bytes from one to the next, found {column}")
     shape = _Shape(*block.shape, matrix // block.itemsize, row // block.itemsize)
-    return _DTYPES[stored_dtype(block) or ""], block.ctypes.data, shape
+    return _DTYPES[block.dtype], block.ctypes.data, shape

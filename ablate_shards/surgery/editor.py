@@ -42,7 +42,7 @@ _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R")
 
 _WITHOUT_TORCH = ("native", "numpy")
-_CPU_BLOCK = 1 << 20
+_CPU_BLOCK = 2 << 20
 _LEAST_MEMORY_PER_JOB = 8 << 20
 _SCRATCH = 6 << 20
 _ROOM_FOR_TWO_CHUNKS = 16 << 20
