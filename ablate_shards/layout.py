@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 from rich.bar import Bar
 from rich.cells import cell_len
+from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Column", "Row", "Stack", "bar", "output", "print_table", "say"]
+__all__ = ["Column", "Row", "Stack", "bar", "output", "print_key", "print_table", "say"]
 
 _FILE_WIDTH = 160
 _GAP = 2
@@ -95,6 +96,11 @@ def bar(value: float | None, most: float, style: str = "cyan") -> RenderableType
     return Bar(most, 0, value, color=style)
 
 
+def print_key(screen: Console, entries: Sequence[tuple[str, str, str]]) -> None:
+    """Prints what the parts of a bar stand for: name, glyph and style of each."""
+    screen.print(Columns([Text.assemble((glyph, style), f" {name}") for name, glyph, style in entries], padding=(0, 2)))
+
+
 def print_table(screen: Console, columns: Sequence[Column], rows: Sequence[Row], *, title: str | None = None) -> None:
     """Prints a table that fits; columns for which the screen is too narrow are named below it."""
     shown, cells, widths = _fit(columns, [row.cells for row in rows], screen.width)
@@ -108,7 +114,7 @@ def print_table(screen: Console, columns: Sequence[Column], rows: Sequence[Row],
         table.add_row(*(texts[place] for place in shown), style=row.style or None)
     screen.print(table)
     if left := [column.name for place, column in enumerate(columns) if place not in shown and column.name]:
-        say(screen, f"a wider screen, or --json, also shows: {', '.join(left)}", "dim")
+        say(screen, f"a wider screen also shows: {', '.join(left)}", "dim")
 
 
 def _fit(

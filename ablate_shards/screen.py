@@ -16,10 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.text import Text
 
 from ablate_shards.errors import DirectionsError
-from ablate_shards.layout import Column, Row, Stack, bar, output, print_table, say
+from ablate_shards.layout import Column, Row, Stack, bar, output, print_key, print_table, say
 from ablate_shards.surgery.architecture import Anatomy, Writer, split_layer
 from ablate_shards.surgery.checkpoint import MERGE_RECEIPT_NAME, RECEIPT_NAME, Checkpoint, TensorInfo
 from ablate_shards.surgery.directions import Directions, score_table
@@ -323,10 +322,7 @@ def _print_writers(screen: Console, checkpoint: Checkpoint, anatomy: Anatomy) ->
     shares["rest"] = max(0.0, 1 - sum(shares.values()))
     looks = {**_PARTS, "embedding": ("▒", "green"), "rest": ("░", "bright_black")}
     screen.print(Stack([(share, *looks[part]) for part, share in shares.items()], 1.0), width=min(screen.width, _WIDE))
-    key = Text("all bytes: ")
-    for number, (part, share) in enumerate(shares.items()):
-        key.append(", " if number else "").append(*looks[part]).append(f" {part} {share:.1%}")
-    screen.print(key, soft_wrap=not screen.is_terminal)
+    print_key(screen, [(f"{part} {share:.1%}", *looks[part]) for part, share in shares.items()])
     if gains := sorted({_short_names([writer.gain]) for writer in anatomy.writers if writer.gain}):
         say(screen, f"post-norm gains taken into account: {', '.join(gains)}")
     tied = " (tied to the output head)" if anatomy.tied else ""
