@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rich.bar import Bar
 from rich.cells import cell_len
@@ -66,26 +66,23 @@ class Stack:
 
     Attributes:
         parts: Amount, glyph and style of each.
-        whole: What the full width stands for.
-        least: Whether every part that is not nothing is shown, however small.
+        whole: What the full width stands for; every part that is not nothing is shown, however small.
     """
 
     parts: Sequence[tuple[float, str, str]]
     whole: float
-    least: bool = field(default=True)
 
     def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
         """Yields the bar, as wide as there is room."""
-        width = options.max_width
         total = sum(amount for amount, *_ in self.parts)
-        length = min(width, max(1, round(width * total / self.whole))) if total > 0 and self.whole > 0 else 0
-        text, done, ends = Text(no_wrap=True), 0.0, 0
-        for amount, glyph, style in self.parts:
+        shown = [part for part in self.parts if part[0] > 0]
+        length = min(options.max_width, max(len(shown), round(options.max_width * total / (self.whole or 1))))
+        text, done, start = Text(no_wrap=True), 0.0, 0
+        for left, (amount, glyph, style) in zip(range(len(shown) - 1, -1, -1), shown, strict=True):
             done += amount
-            end = round(length * done / total) if total > 0 else 0
-            end = min(length, max(end, ends + 1)) if amount > 0 else max(end, ends)
-            text.append(glyph * (end - ends), style)
-            ends = end
+            end = max(start + 1, min(round(length * done / total), length - left))
+            text.append(glyph * (end - start), style)
+            start = end
         yield text
 
 

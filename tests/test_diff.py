@@ -539,7 +539,7 @@ def test_the_table_fits_and_has_no_colour(tmp_path, directions, monkeypatch):
     result = run("diff", DEMO, tmp_path / "out", "-d", directions)
     assert result.exit_code == 0, result.output
     assert "\x1b" not in result.stdout
-    assert "1.00 with layer 4" in result.stdout
+    assert "1.00 layer 4" in result.stdout
     assert "out_proj" in result.stdout
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "70")
