@@ -129,7 +129,7 @@ def _print(found: "Evaluation", out: Path) -> None:
     }
     for outcomes, of_sides, looks in (
         (_VERDICTS, verdicts, _LOOKS),
-        (_OUTCOMES, controls, {"exact": _LOOKS["neutral"]}),
+        (_OUTCOMES, controls, {"exact": ("━", "cyan")}),
     ):
         if any(of_sides.values()):
             columns, rows = _table(outcomes, of_sides, changes, looks)
