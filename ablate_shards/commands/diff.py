@@ -18,6 +18,7 @@ from ablate_shards.commands.options import (
     print_json,
     quiet_flag,
 )
+from ablate_shards.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,6 +60,8 @@ _MOST_LINES = 8
     "--jobs", type=click.IntRange(min=1), default=None, help="Tensors compared at a time.  [default: one per core]"
 )
 @click.option("--all", "show_all", is_flag=True, help="Print every row and every name, however many there are.")
+@click.option("--report", type=PATH, metavar="FOLDER", help="Write diff.html and its plots there too.")
+@click.option("--open", "show", is_flag=True, help="Open that page in the browser.")
 @click.option("--exit-code", is_flag=True, help="Exit with 1 if anything differs, as `git diff --exit-code` does.")
 @as_json_flag
 @quiet_flag
@@ -72,6 +75,8 @@ def diff(
     memory: int,
     jobs: int | None,
     show_all: bool,
+    report: Path | None,
+    show: bool,
     exit_code: bool,
     as_json: bool,
     quiet: bool,
@@ -85,6 +90,8 @@ def diff(
     from ablate_shards.surgery.diff import diff as compare
     from ablate_shards.surgery.directions import read_directions
 
+    if show and report is None:
+        raise UsageError("--open shows a page, which --report FOLDER writes; give both")
     progress = screen.progress(quiet=quiet or as_json)
     given = read_directions(directions) if directions else None
     one, other = _open(first), _open(second)
@@ -94,8 +101,23 @@ def diff(
         print_json(dataclasses.asdict(found))
     elif not quiet:
         _show(found, most=None if show_all else _MOST_ROWS)
+    if report is not None:
+        _write_page(found, report, directions, show=show, quiet=quiet or as_json)
     if exit_code and not found.same:
         raise click.exceptions.Exit(1)
+
+
+def _write_page(found: "Diff", folder: Path, directions: Path | None, *, show: bool, quiet: bool) -> None:
+    from ablate_shards.surgery.report import report_comparison
+
+    made = report_comparison(found, folder, directions)
+    if not quiet:
+        for _, reason in made.missing:
+            click.echo(reason, err=True)
+        plots = f", {len(made.plots)} plots to {made.plots[0].parent}" if made.plots else ""
+        click.echo(f"written to {made.page}{plots}")
+    if show:
+        click.launch(made.page.resolve().as_uri())
 
 
 def _open(source: Path | str) -> "Checkpoint":
@@ -123,7 +145,7 @@ def _show(found: "Diff", most: int | None) -> None:
     ):
         _print_list(screen, title, names, lines)
     tensors = found.equal + len(found.tensors)
-    say(screen, f"{tensors} tensors in both, {found.equal} of them equal to the byte")
+    say(screen, f"{tensors} tensor{'' if tensors == 1 else 's'} in both, {found.equal} of them equal to the byte")
     for line in found.verdict:
         say(screen, line, "bold")
 
