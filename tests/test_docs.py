@@ -35,6 +35,10 @@ def test_the_reference_is_up_to_date():
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     assert (DOCS / "cli.md").read_text(encoding="utf-8") == module.reference(), "run: python docs/generate_cli.py"
+    keys = (DOCS / "recipe-keys.md").read_text(encoding="utf-8")
+    assert keys == module.recipe_reference(), "run: python docs/generate_cli.py"
+    assert keys.count("| `") == sum(map(len, TABLES.values()))
+    assert module.FED == FED
 
 
 #: The commands that each table of a recipe feeds.
