@@ -19,11 +19,13 @@ FED = {
     "evaluate": ("evaluate",),
     "publish": ("push",),
 }
-#: Arguments, which have no help of their own.
-ARGUMENTS = {
-    "source": "A `.safetensors` file, a folder or a Hub id.",
-    "out": "The folder to make.  [default: the recipe's name]",
-    "repo": "The repository on the Hub.",
+#: What a recipe means by a key where a command's help speaks of something else.
+SAID = {
+    ("source", "source"): "Checkpoint to edit: a `.safetensors` file, a folder or a Hub id.",
+    ("source", "out"): "Folder for the result. [default: the recipe's name]",
+    ("directions", "pairs"): "Pairs of prompts, as JSON Lines: captured from the source.",
+    ("lora", "data"): "Instructions and responses, as JSON Lines.",
+    ("publish", "repo"): "The repository on the Hub.",
 }
 
 
@@ -62,6 +64,8 @@ def recipe_reference() -> str:
 
 
 def _meaning(table: str, key: str) -> str:
+    if said := SAID.get((table, key)):
+        return said
     for name in FED[table]:
         command = cli.commands[name]
         context = click.Context(command, info_name=name)
@@ -69,7 +73,7 @@ def _meaning(table: str, key: str) -> str:
             record = parameter.get_help_record(context)
             if record is not None and f"--{key}" in parameter.opts:
                 return _cell(record[1])
-    return ARGUMENTS[key]
+    raise LookupError(f"[{table}] {key}: no command has such a flag")
 
 
 def _cell(text: str) -> str:
