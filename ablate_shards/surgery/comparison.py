@@ -38,7 +38,7 @@ def comparison_data(found: Diff) -> dict[str, Any]:
             for (layer, component), tensors in sorted(cells.items())
             for largest in [max(tensors, key=_size)]
         ]
-    telling = sorted((tensor for tensor in found.tensors if len(tensor.shares) > 1), key=_size, reverse=True)
+    telling = sorted((tensor for tensor in found.tensors if tensor.shares), key=_size, reverse=True)
     if telling:
         data["spectra"] = [
             {"name": tensor.name, "shares": [_short(share) for share in tensor.shares]}

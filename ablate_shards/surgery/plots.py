@@ -244,6 +244,7 @@ def _spectra(figure: "Figure", data: Mapping[str, Any]) -> None:
             places, np.maximum(row["shares"], 1e-6), color=_BLUE, alpha=0.4, linewidth=1, marker="o", markersize=2
         )
     axes.set_yscale("log")
+    axes.set_ylim(min(0.01, axes.get_ylim()[0]), 1.3)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("singular value of the difference")

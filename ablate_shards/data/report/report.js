@@ -206,7 +206,7 @@
   if (data.spectra) {
     charts.spectra = (width) => {
       const points = data.spectra.flatMap((row) => row.shares.map((share, place) => ({ ...row, share: Math.max(1e-6, share), place: place + 1 })));
-      const ticks = powers([...points.map((point) => point.share), 1]);
+      const ticks = powers([...points.map((point) => point.share), 0.01, 1]);
       return Plot.plot({
         width, height: 190, marginLeft: 52, marginBottom: 32, marginTop: 14,
         x: { label: "singular value", labelAnchor: "right", ticks: unique(points.map((point) => point.place)), tickFormat: "d", inset: 8 },
