@@ -45,3 +45,12 @@ def test_it_says_what_differs_and_shows_values(visit):
     page.get_by_text("Every changed tensor").click()
     assert page.locator("#changed tbody tr:visible").count() == 16
     check_names(visit(), CHARTS)
+
+
+def test_it_fits_a_sheet(visit):
+    page = visit("dark", width=43 * 16)
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print")
+    assert page.locator("#changed tbody tr:visible").count() == 16
+    assert page.evaluate("document.documentElement.scrollWidth") <= 43 * 16
+    assert page.pdf().startswith(b"%PDF")

@@ -159,6 +159,9 @@ def test_paper_has_all_that_is_folded_and_keeps_its_colours(visit):
     assert mark.evaluate("node => getComputedStyle(node).printColorAdjust") == "exact"
     # Charts are drawn as wide as a sheet, not drawn for a screen and shrunk.
     assert page.locator("#edits svg").evaluate("node => Number(node.getAttribute('width'))") <= 42 * 16
+    page.set_viewport_size({"width": 43 * 16, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 43 * 16, "a table is wider than a sheet"
+    page.set_viewport_size({"width": 1280, "height": 900})
     page.emulate_media(media="screen")
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("details[open]").count() == 0
