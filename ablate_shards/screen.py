@@ -305,11 +305,9 @@ def _print_writers(screen: Console, checkpoint: Checkpoint, anatomy: Anatomy) ->
         )
         for layer in dict.fromkeys(layers)
     ]
-    brief = _leaves_of
     columns = (
         _LAYER,
-        Column("attention", wraps=True, brief=brief),
-        Column("mlp", wraps=True, brief=brief),
+        *(Column(part, wraps=True, brief=_leaves_of) for part in _PARTS),
         Column("bytes", right=True, rank=1),
         Column("", rank=2, bar=True),
     )

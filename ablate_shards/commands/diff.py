@@ -162,11 +162,9 @@ def _print_table(screen: "Console", tensors: Sequence["TensorDiff"], most: int |
     ranked = sorted(groups, key=lambda group: -max(map(_size, groups[group])))
     shown = sorted(ranked[:most], key=lambda group: _in_order(groups[group][0]))
     largest = max(map(_size, tensors))
-    described = [column for column in _COLUMNS if "-d" not in column.name or any(each.alignment for each in tensors)]
-    columns = [
-        Column(each.name.removesuffix(" (-d)"), right=each.right, rank=each.rank, wraps=not each.right)
-        for each in described
-    ]
+    aligned = any(tensor.alignment for tensor in tensors)
+    described = [column for column in _COLUMNS if aligned or not column.aligned]
+    columns = [Column(each.name, right=each.right, rank=each.rank, wraps=not each.right) for each in described]
     columns.insert(_BAR_PLACE, Column("", rank=1, bar=True))
     rows = []
     for group in (groups[place] for place in shown):
@@ -188,12 +186,16 @@ def _in_order(tensor: "TensorDiff") -> tuple[bool, int, str, str, str]:
 
 
 class _Column(NamedTuple):
-    """A column of the table, what it says of some tensors, and its rank where the screen is too narrow for all."""
+    """A column of the table, what it says of some tensors, and its rank where the screen is too narrow for all.
+
+    An aligned one speaks of given directions.
+    """
 
     name: str
     cell: Callable[[Sequence["TensorDiff"]], str]
     rank: int = 0
     right: bool = True
+    aligned: bool = False
 
 
 def _size(tensor: "TensorDiff") -> float:
@@ -273,9 +275,9 @@ _COLUMNS = (
     _Column("change", lambda group: group[0].kind, 2, right=False),
     _Column("tensors", _leaves, 3, right=False),
     _Column("rank", _rank, 4),
-    _Column("closest direction (-d)", _best_direction, 5),
+    _Column("closest direction", _best_direction, 5, aligned=True),
     _Column("coefficient", _coefficient, 6),
-    _Column("its own (-d)", _own_direction, 7),
+    _Column("its own", _own_direction, 7, aligned=True),
     _Column("energy", _energy, 8),
     _Column("values", _changed, 9),
     _Column("largest change", lambda group: f"{max(tensor.largest for tensor in group):.2g}", 10),
