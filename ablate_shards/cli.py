@@ -1,5 +1,6 @@
 """The command line: its commands, and how their errors are told."""
 
+import os
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from ablate_shards.commands.push import push
 from ablate_shards.commands.report import report
 from ablate_shards.commands.run import run
 from ablate_shards.commands.verify import verify
+from ablate_shards.encoding import speak_plainly
 from ablate_shards.errors import AblateError, UsageError
 
 __all__ = ["cli", "main"]
@@ -73,12 +75,15 @@ class _Commands(click.Group):
 )
 @click.version_option(__version__, message="ablate-shards %(version)s")
 @debug_flag
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Edit language-model checkpoints as raw safetensors shards, and prove what was edited.
 
     `ablate-shards SOURCE OUT -a DUMP` removes the direction that an activation dump shows;
     `ablate-shards SOURCE OUT -d FILE` removes one that was computed before.
     """
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
 
 
 for command in (ablate, capture, diff, directions, evaluate, finetune, inspect, merge, push, report, run, verify):
@@ -87,4 +92,5 @@ for command in (ablate, capture, diff, directions, evaluate, finetune, inspect, 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; ends the process with 0 (done), 1 (failed) or 2 (wrong usage)."""
+    speak_plainly()
     cli(args=args, prog_name="ablate-shards")

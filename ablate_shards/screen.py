@@ -16,9 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
 
 from ablate_shards.errors import DirectionsError
+from ablate_shards.layout import Column, Row, Stack, bar, output, print_key, print_table, say
 from ablate_shards.surgery.architecture import Anatomy, Writer, split_layer
 from ablate_shards.surgery.checkpoint import MERGE_RECEIPT_NAME, RECEIPT_NAME, Checkpoint, TensorInfo
 from ablate_shards.surgery.directions import Directions, score_table
@@ -47,8 +47,12 @@ __all__ = [
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _MOST_NAMES = 12
-_FILE_WIDTH = 160
+_WIDE, _MOST_BAR = 80, 40
 _NO_LAYER = "–"
+#: Glyph and style of the bytes of each part of a layer.
+_PARTS = {"attention": ("█", "cyan"), "mlp": ("▓", "blue")}
+#: The columns of scores in their order, and which are left out first where a screen is narrow.
+_SCORES = (("signal_to_noise", 0), ("auc", 1), ("purity", 2), ("cosine", 3), ("split_half", 4), ("contrast", 5))
 
 
 class ScreenProgress(Protocol):
@@ -133,7 +137,8 @@ class _Bar(_Silence):
             self._progress = None
 
     def begin(self, total: int) -> None:
-        self._show("bytes", total, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        columns = (DownloadColumn(), TimeRemainingColumn(), TransferSpeedColumn())
+        self._show("bytes", total, *columns[: self._console.width // 20])
 
     def advance(self, count: int) -> None:
         progress = self._progress
@@ -146,8 +151,7 @@ class _Bar(_Silence):
 
     def count(self, done: int, total: int) -> None:
         if self._progress is None:
-            columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
-            self._show(self._counted, total, *columns)
+            self._show(self._counted, total, TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
         if self._progress is not None:
             self._progress.update(self._task, completed=done)
 
@@ -155,40 +159,43 @@ class _Bar(_Silence):
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _show(self, what: str, total: int, *columns: Any) -> None:
-        self._progress = Progress(TextColumn(what), *columns, console=self._console, transient=True)
+        bar = BarColumn(None if self._console.width < _WIDE else _MOST_BAR)
+        self._progress = Progress(TextColumn(what), bar, *columns, console=self._console, transient=True)
         self._task = self._progress.add_task(what, total=total)
         self._progress.start()
 
 
 def print_plan(checkpoint: Checkpoint, plan: Plan) -> None:
     """Prints what a run would edit, a line per layer and component, and what it would leave."""
-    console = _console()
-    table = _table(
-        "layer",
-        "component",
-        "tensors",
-        "axis",
-        "source layer",
-        "α",
-        "preserve",
-        "bytes",
-        right=(0, 2, 4, 5, 7),
+    screen = output()
+    columns = (
+        _LAYER,
+        Column("component"),
+        _TENSORS,
+        Column("axis", rank=4),
+        Column("source layer", right=True, rank=1),
+        Column("coefficient", right=True, rank=2),
+        Column("preserve", rank=3),
+        Column("bytes", right=True, rank=5),
     )
-    for edits in _by_layer(plan.edits):
-        first = edits[0]
-        table.add_row(
-            _layer_name(first),
-            first.component,
-            _short_names([edit.name for edit in edits]),
-            "out" if first.axis == -2 else "in",
-            str(first.basis.source_layer),
-            f"{first.coefficient:g}",
-            first.preserve,
-            _size(sum(edit.end - edit.start for edit in edits)),
+    rows = [
+        Row(
+            (
+                _layer_name(edits[0]),
+                edits[0].component,
+                _short_names([edit.name for edit in edits]),
+                "out" if edits[0].axis == -2 else "in",
+                str(edits[0].basis.source_layer),
+                f"{edits[0].coefficient:g}",
+                edits[0].preserve,
+                _size(sum(edit.end - edit.start for edit in edits)),
+            )
         )
-    console.print(table)
-    console.print(_share(checkpoint, plan, "would be edited"))
-    _print_left_out(console, plan, checkpoint)
+        for edits in _by_layer(plan.edits)
+    ]
+    print_table(screen, columns, rows)
+    say(screen, _share(checkpoint, plan, "would be edited"))
+    _print_left_out(screen, plan, checkpoint)
 
 
 def print_results(
@@ -203,21 +210,21 @@ def print_results(
         out: What the user named.
         url: The commit, where that is a repository.
     """
-    console = _console()
-    table = _table(
-        "layer",
-        "component",
-        "tensors",
-        "component before",
-        "after",
-        "norm drift",
-        "degenerate",
-        right=(0, 3, 4, 5, 6),
+    screen = output()
+    columns = (
+        _LAYER,
+        Column("component"),
+        _TENSORS,
+        Column("component before", right=True),
+        Column("after", right=True),
+        Column("norm drift", right=True, rank=1),
+        Column("degenerate", right=True, rank=2),
     )
+    rows = []
     for edits in _by_layer(plan.edits):
         measured = [results[edit.name] for edit in edits]
         drifts = [result.norm_drift for result in measured if result.norm_drift is not None]
-        table.add_row(
+        cells = (
             _layer_name(edits[0]),
             edits[0].component,
             _short_names([edit.name for edit in edits]),
@@ -226,93 +233,122 @@ def print_results(
             f"{max(drifts):.3%}" if drifts else "–",
             str(sum(result.degenerate for result in measured)),
         )
-    console.print(table)
-    console.print(
+        rows.append(Row(cells))
+    print_table(screen, columns, rows)
+    say(
+        screen,
         "component: share of a weight's norm along the direction; norm drift: largest change of a kept norm; "
-        "degenerate: vectors too parallel to the direction to keep their norm"
+        "degenerate: vectors too parallel to the direction to keep their norm",
+        "dim",
     )
-    console.print(f"{_share(checkpoint, plan, 'edited')}; every other byte is the source's")
+    say(screen, f"{_share(checkpoint, plan, 'edited')}; every other byte is the source's")
     if plan.skipped:
-        console.print(f"{_count(len(plan.skipped), 'other writer')} left as they are; the receipt says why")
-    _print_where(console, checkpoint, out, url, RECEIPT_NAME)
+        say(screen, f"{_count(len(plan.skipped), 'other writer')} left as they are; the receipt says why")
+    _print_where(screen, checkpoint, out, url, RECEIPT_NAME)
 
 
 def _print_where(
-    console: Console, checkpoint: Checkpoint, out: Path | str, url: str | None, receipt: str, more: str = ""
+    screen: Console, checkpoint: Checkpoint, out: Path | str, url: str | None, receipt: str, more: str = ""
 ) -> None:
     """Says where the result is, and how to check it."""
-    console.print(
+    place = (
         f"published at {url}, with its receipt in {receipt}" if url else f"written to {out}, receipt in {out}/{receipt}"
     )
+    _print_line(screen, place)
     source = "@".join(part for part in checkpoint.origin or (checkpoint.name,) if part)
-    console.print(f"check it with: ablate-shards verify {source} {out}{more}")
+    _print_line(screen, f"check it with: ablate-shards verify {source} {out}{more}")
 
 
 def print_merge_plan(checkpoint: Checkpoint, plan: "MergePlan") -> None:
     """Prints what a merge would change, a line per layer and kind of change."""
-    console = _console()
-    table = _table("layer", "change", "tensors", "rank", "scale", "bytes", right=(0, 3, 4, 5))
-    for layer, edits in _merged_by_layer(plan.edits):
-        table.add_row(layer, edits[0].kind, *_merge_cells(edits), _size(sum(edit.end - edit.start for edit in edits)))
-    console.print(table)
-    console.print(f"{_share_of(checkpoint, plan.edits)} would be changed")
+    screen = output()
+    rows = [
+        Row((layer, edits[0].kind, *_merge_cells(edits), _size(sum(edit.end - edit.start for edit in edits))))
+        for layer, edits in _merged_by_layer(plan.edits)
+    ]
+    print_table(screen, (*_MERGED, Column("bytes", right=True, rank=3)), rows)
+    say(screen, f"{_share_of(checkpoint, plan.edits)} would be changed")
     for name, reason in checkpoint.left_out:
-        console.print(f"not carried over: {name} ({reason})")
+        say(screen, f"not carried over: {name} ({reason})")
 
 
 def print_merge(checkpoint: Checkpoint, merged: "Merged", adapter: Path, out: Path | str, url: str | None) -> None:
     """Prints what a merge changed, and by how much; see :func:`print_results`."""
-    console = _console()
-    table = _table("layer", "change", "tensors", "rank", "scale", "largest change", right=(0, 3, 4, 5))
+    screen = output()
+    rows = []
     for layer, edits in _merged_by_layer(merged.plan.edits):
         changes = [merged.results[edit.name].change for edit in edits]
         known = [change for change in changes if change is not None]
-        table.add_row(layer, edits[0].kind, *_merge_cells(edits), f"{max(known):.3%}" if known else "–")
-    console.print(table)
-    console.print("change: norm of what was added, relative to the norm of the weight")
+        rows.append(Row((layer, edits[0].kind, *_merge_cells(edits), f"{max(known):.3%}" if known else "–")))
+    print_table(screen, (*_MERGED, Column("largest change", right=True)), rows)
+    say(screen, "change: norm of what was added, relative to the norm of the weight", "dim")
     if not any(result.change is None or result.change for result in merged.results.values()):
-        console.print(f"{adapter} adds nothing: it was saved before it was trained")
-    console.print(f"{_share_of(checkpoint, merged.plan.edits)} changed; every other byte is the source's")
-    _print_where(console, checkpoint, out, url, MERGE_RECEIPT_NAME, f" --adapter {adapter}")
+        say(screen, f"{adapter} adds nothing: it was saved before it was trained")
+    say(screen, f"{_share_of(checkpoint, merged.plan.edits)} changed; every other byte is the source's")
+    _print_where(screen, checkpoint, out, url, MERGE_RECEIPT_NAME, f" --adapter {adapter}")
 
 
 def print_inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> None:
     """Prints layers and the writers found in each, what is left out and why, sizes and dtypes."""
-    console = _console()
+    screen = output()
     if anatomy is not None:
-        table = _table("layer", "attention", "mlp", "bytes", right=(0, 3))
-        cells: dict[tuple[str, str], list[str]] = defaultdict(list)
-        sizes: Counter[str] = Counter()
-        for writer in anatomy.writers:
-            row = _layer_name(writer)
-            cells[row, writer.component].append(writer.name)
-            tensor = checkpoint.tensors[writer.name]
-            sizes[row] += tensor.end - tensor.start
-        rows = [*map(str, anatomy.layers), *(row for row, component in cells if component != "embedding")]
-        for row in dict.fromkeys(rows):
-            table.add_row(
-                row,
-                _short_names(cells[row, "attention"]) or "none",
-                _short_names(cells[row, "mlp"]) or "none",
-                _size(sizes[row]),
-            )
-        console.print(table)
-        gains = sorted({_short_names([writer.gain]) for writer in anatomy.writers if writer.gain})
-        if gains:
-            console.print(f"post-norm gains taken into account: {', '.join(gains)}")
-        tied = " (tied to the output head)" if anatomy.tied else ""
-        console.print(f"embedding: {_short_names(cells[_NO_LAYER, 'embedding']) or 'none'}{tied}")
-        for note in anatomy.notes:
-            console.print(note)
-        _print_reasons(console, ((item.name, item.reason) for item in anatomy.left_out))
+        _print_writers(screen, checkpoint, anatomy)
     summary = inspection(checkpoint, anatomy)
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in summary["dtypes"].items())
-    console.print(
+    say(
+        screen,
         f"{summary['family'] or 'unknown architecture'}: {_count(len(checkpoint.shards), 'shard')}, "
-        f"{_count(len(checkpoint.tensors), 'tensor')} ({dtypes}), {_size(summary['bytes'])}"
+        f"{_count(len(checkpoint.tensors), 'tensor')} ({dtypes}), {_size(summary['bytes'])}",
     )
     for name, reason in checkpoint.left_out:
-        console.print(f"not carried over: {name} ({reason})")
+        say(screen, f"not carried over: {name} ({reason})")
+
+
+def _print_writers(screen: Console, checkpoint: Checkpoint, anatomy: Anatomy) -> None:
+    """Prints the writers of each layer with a bar of their bytes, and what share of the checkpoint they are."""
+    cells: dict[tuple[str, str], list[str]] = defaultdict(list)
+    sizes: Counter[tuple[str, str]] = Counter()
+    for writer in anatomy.writers:
+        place = _layer_name(writer), writer.component
+        cells[place].append(writer.name)
+        tensor = checkpoint.tensors[writer.name]
+        sizes[place] += tensor.end - tensor.start
+    layers = [*map(str, anatomy.layers), *(row for row, component in cells if component != "embedding")]
+    most = max((sum(sizes[layer, part] for part in _PARTS) for layer in layers), default=0)
+    rows = [
+        Row(
+            (
+                layer,
+                *(_short_names(cells[layer, part]) or "none" for part in _PARTS),
+                _size(sum(sizes[layer, part] for part in _PARTS)),
+                Stack([(sizes[layer, part], *look) for part, look in _PARTS.items()], most),
+            )
+        )
+        for layer in dict.fromkeys(layers)
+    ]
+    columns = (
+        _LAYER,
+        *(Column(part, wraps=True, brief=_leaves_of) for part in _PARTS),
+        Column("bytes", right=True, rank=1),
+        Column("", rank=2, bar=True),
+    )
+    print_table(screen, columns, rows)
+    whole = sum(tensor.end - tensor.start for tensor in checkpoint.tensors.values())
+    shares = {
+        part: sum(size for (_, component), size in sizes.items() if component == part) / whole if whole else 0.0
+        for part in (*_PARTS, "embedding")
+    }
+    shares["rest"] = max(0.0, 1 - sum(shares.values()))
+    looks = {**_PARTS, "embedding": ("▒", "green"), "rest": ("░", "bright_black")}
+    screen.print(Stack([(share, *looks[part]) for part, share in shares.items()], 1.0), width=min(screen.width, _WIDE))
+    print_key(screen, [(f"{part} {share:.1%}", *looks[part]) for part, share in shares.items()])
+    if gains := sorted({_short_names([writer.gain]) for writer in anatomy.writers if writer.gain}):
+        say(screen, f"post-norm gains taken into account: {', '.join(gains)}")
+    tied = " (tied to the output head)" if anatomy.tied else ""
+    say(screen, f"embedding: {_short_names(cells[_NO_LAYER, 'embedding']) or 'none'}{tied}")
+    for note in anatomy.notes:
+        say(screen, note)
+    _print_reasons(screen, ((item.name, item.reason) for item in anatomy.left_out))
 
 
 def inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> dict[str, Any]:
@@ -327,6 +363,8 @@ def inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> dict[str, Any
         "family": anatomy.family if anatomy else None,
         "hidden_size": anatomy.hidden_size if anatomy else None,
         "layers": list(anatomy.layers) if anatomy else [],
+        "tied": anatomy.tied if anatomy else None,
+        "notes": list(anatomy.notes) if anatomy else [],
         "shards": [{"name": shard.name, "bytes": shard.size} for shard in checkpoint.shards],
         "tensors": len(checkpoint.tensors),
         "bytes": sum(shard.size for shard in checkpoint.shards),
@@ -352,24 +390,32 @@ def inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> dict[str, Any
 
 def print_scores(directions: Directions, file: Path) -> None:
     """Prints the score table of directions that were just written."""
-    console = _console()
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    rows = score_table(directions)
-    for column in rows[0] if rows else ():
-        table.add_column(column.replace("_", " "), justify="right")
-    table.add_column("")
+    screen = output()
     best = _best_layer(directions)
-    for row in rows:
-        cells = (
-            "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-            for value in row.values()
+    scored = score_table(directions)
+    most = max((row["signal_to_noise"] or 0.0 for row in scored), default=0.0)
+    rows = [
+        Row(
+            (
+                str(row["layer"]),
+                *(_score(row[column]) for column, _ in _SCORES[:1]),
+                bar(row["signal_to_noise"], most, "green" if row["layer"] == best else "cyan"),
+                *(_score(row[column]) for column, _ in _SCORES[1:]),
+                "best" if row["layer"] == best else "",
+            ),
+            "bold" if row["layer"] == best else "",
         )
-        is_best = row["layer"] == best
-        table.add_row(*cells, "best" if is_best else "", style="bold" if is_best else None)
-    console.print(table)
-    console.print("higher is better, except for the cosine, which is that of the two means")
+        for row in scored
+    ]
+    headings = [Column(column.replace("_", " "), right=True, rank=rank) for column, rank in _SCORES]
+    print_table(screen, (_LAYER, headings[0], Column("", bar=True), *headings[1:], Column("")), rows)
+    say(screen, "the bar is the signal to noise; higher is better, except for the cosine, that of the two means", "dim")
     known = f"best layer: {best}" if best is not None else "the best layer is not known, choose it with --source-layer"
-    console.print(f"{known}; written to {file}")
+    _print_line(screen, f"{known}; written to {file}")
+
+
+def _score(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _best_layer(directions: Directions) -> int | None:
@@ -391,41 +437,40 @@ def scores(directions: Directions) -> dict[str, Any]:
 
 def print_push(plan: "PushPlan") -> None:
     """Prints what a push would send, and what of it the repository has already."""
-    console = _console()
-    table = _table("file", "size", "on the Hub", right=(1,))
-    for file in plan.files:
-        table.add_row(file.name, _size(file.size), file.state)
-    for name in plan.deleted:
-        table.add_row(name, "–", "would be deleted")
-    console.print(table)
+    screen = output()
+    rows = [Row((file.name, _size(file.size), file.state)) for file in plan.files]
+    rows += [Row((name, "–", "would be deleted")) for name in plan.deleted]
+    print_table(screen, (Column("file"), Column("size", right=True), Column("on the Hub")), rows)
     sent = [file for file in plan.files if file.state != "same"]
-    console.print(
+    say(
+        screen,
         f"{plan.repo} {'exists' if plan.exists else 'would be made'}: {_count(len(sent), 'file')} of "
-        f"{len(plan.files)} would be sent, {_size(sum(file.size for file in sent))}"
+        f"{len(plan.files)} would be sent, {_size(sum(file.size for file in sent))}",
     )
     if plan.unverified is not None:
-        console.print(f"{plan.unverified}, so it would be verified first")
+        say(screen, f"{plan.unverified}, so it would be verified first")
 
 
 def print_verification(verification: "Verification", source: Path | str, out: Path | str) -> None:
     """Prints every difference, or that there is none."""
-    console = _console()
+    screen = output()
     for difference in verification.differences:
-        console.print(f"{difference.where}: {difference.what}")
+        say(screen, f"{difference.where}: {difference.what}")
     for note in verification.notes:
-        console.print(note)
+        say(screen, note)
     if verification.differences:
-        console.print(f"{out} is not what its receipt says: {_count(len(verification.differences), 'difference')}")
+        say(screen, f"{out} is not what its receipt says: {_count(len(verification.differences), 'difference')}")
         return
     equal = f"{out} is what its receipt says: {_size(verification.untouched_bytes)} equal {source}"
     edited = _count(verification.edited, "edited tensor")
     if not verification.recomputed:
-        console.print(f"{equal}, {edited} with the digests it records; --adapter computes them again")
+        say(screen, f"{equal}, {edited} with the digests it records; --adapter computes them again")
         return
     rounded = verification.edited - verification.identical
-    console.print(
+    say(
+        screen,
         f"{equal}, {edited} recomputed, {verification.identical} to the bit"
-        + (f" and {rounded} to rounding" if rounded else "")
+        + (f" and {rounded} to rounding" if rounded else ""),
     )
 
 
@@ -458,18 +503,18 @@ def _merge_cells(edits: "Sequence[MergeEdit]") -> tuple[str, str, str]:
     )
 
 
-def _print_left_out(console: Console, plan: Plan, checkpoint: Checkpoint) -> None:
-    _print_reasons(console, ((skip.name, skip.reason) for skip in plan.skipped))
+def _print_left_out(screen: Console, plan: Plan, checkpoint: Checkpoint) -> None:
+    _print_reasons(screen, ((skip.name, skip.reason) for skip in plan.skipped))
     for name, reason in checkpoint.left_out:
-        console.print(f"not carried over: {name} ({reason})")
+        say(screen, f"not carried over: {name} ({reason})")
 
 
-def _print_reasons(console: Console, reasons: Iterable[tuple[str, str]]) -> None:
+def _print_reasons(screen: Console, reasons: Iterable[tuple[str, str]]) -> None:
     names: dict[str, list[str]] = defaultdict(list)
     for name, reason in reasons:
         names[reason].append(name)
     for reason, members in names.items():
-        console.print(f"not edited: {_fold(map(_numbers_folded, members))} ({reason})")
+        say(screen, f"not edited: {_fold(map(_numbers_folded, members))} ({reason})")
 
 
 def _by_layer(edits: Sequence[TensorEdit]) -> list[list[TensorEdit]]:
@@ -488,6 +533,16 @@ def _layer_name(item: TensorEdit | Writer) -> str:
 def _short_names(names: Iterable[str]) -> str:
     """Returns names within their layer, such as ``128 x mlp.experts.*.down_proj``."""
     return _fold(_numbers_folded(split_layer(name)[1]) for name in names)
+
+
+def _leaves_of(names: str) -> str:
+    """Returns names as ``_short_names`` makes them without the modules that lead to them."""
+    return ", ".join(re.sub(r"\S+\.(?=[^.\s])", "", name) for name in names.split(", "))
+
+
+def _print_line(screen: Console, text: str) -> None:
+    """Prints a line that is to be copied: the terminal may break it, this does not."""
+    screen.print(text, soft_wrap=True)
 
 
 def _fold(names: Iterable[str]) -> str:
@@ -513,13 +568,12 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _table(*columns: str, right: Sequence[int]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number in right else "left", overflow="fold")
-    return table
-
-
-def _console() -> Console:
-    console = Console(markup=False, highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(markup=False, highlight=False, soft_wrap=True, width=_FILE_WIDTH)
+_LAYER = Column("layer", right=True)
+_TENSORS = Column("tensors", wraps=True, brief=_leaves_of)
+_MERGED = (
+    _LAYER,
+    Column("change"),
+    _TENSORS,
+    Column("rank", right=True, rank=1),
+    Column("scale", right=True, rank=2),
+)

@@ -313,6 +313,20 @@ def test_rounded_twice_is_rounding(tmp_path):
     assert {tensor.kind for tensor in found.tensors} == {"rounding"}
     assert max(tensor.units for tensor in found.tensors) == 1
     assert "3 tensors differ by rounding only" in found.verdict[0]
+    for name in ("nearest", "cut"):
+        one = load_file(tmp_path / f"{name}.safetensors")["w0"]
+        save_file({"w0": one}, tmp_path / f"one-{name}.safetensors")
+    alone = compare(tmp_path / "one-nearest.safetensors", tmp_path / "one-cut.safetensors")
+    assert re.match(r"1 tensor differs by rounding only \(\S+ of its values", alone.verdict[0])
+    told = run("diff", tmp_path / "one-nearest.safetensors", tmp_path / "one-cut.safetensors").stdout
+    assert "1 tensor in both, 0 of them" in told
+
+
+def test_one_edit_is_one_edit(tmp_path, directions):
+    run(DEMO, tmp_path / "out", "-d", directions, "--layers", 3, "--components", "mlp", "-q", "--source-layer", 4)
+    assert (
+        compare(DEMO, tmp_path / "out").verdict[0].startswith("rank-1 edit of 1 residual writer in layer 3, consistent")
+    )
 
 
 def test_what_transformers_loses_is_named(tmp_path):
@@ -539,7 +553,7 @@ def test_the_table_fits_and_has_no_colour(tmp_path, directions, monkeypatch):
     result = run("diff", DEMO, tmp_path / "out", "-d", directions)
     assert result.exit_code == 0, result.output
     assert "\x1b" not in result.stdout
-    assert "1.00 with layer 4" in result.stdout
+    assert "1.00 layer 4" in result.stdout
     assert "out_proj" in result.stdout
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "70")

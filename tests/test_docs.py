@@ -11,6 +11,10 @@ from ablate_shards.surgery.recipe import TABLES, read_recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
 NO_KEY = {"recipe", "json", "quiet", "debug", "help"}
+SPECIFICATION = importlib.util.spec_from_file_location("generate_cli", DOCS / "generate_cli.py")
+GENERATE = importlib.util.module_from_spec(SPECIFICATION)
+SPECIFICATION.loader.exec_module(GENERATE)
+FED = GENERATE.FED
 
 
 def long_names(command):
@@ -31,21 +35,12 @@ def test_everything_has_help(name):
 
 
 def test_the_reference_is_up_to_date():
-    specification = importlib.util.spec_from_file_location("generate_cli", DOCS / "generate_cli.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    assert (DOCS / "cli.md").read_text(encoding="utf-8") == module.reference(), "run: python docs/generate_cli.py"
+    assert (DOCS / "cli.md").read_text(encoding="utf-8") == GENERATE.reference(), "run: python docs/generate_cli.py"
+    keys = (DOCS / "recipe-keys.md").read_text(encoding="utf-8")
+    assert keys == GENERATE.recipe_reference(), "run: python docs/generate_cli.py"
+    assert keys.count("| `") == sum(map(len, TABLES.values()))
 
 
-#: The commands that each table of a recipe feeds.
-FED = {
-    "source": ("run", "ablate"),
-    "directions": ("capture", "directions", "ablate"),
-    "ablate": ("ablate",),
-    "lora": ("finetune", "merge"),
-    "evaluate": ("evaluate",),
-    "publish": ("push",),
-}
 #: What a recipe cannot say: where a stage reads and writes, and how its results are shown.
 STAGE = {"private", "model", "dump", "file", "adapter", "source", "out", "against", "reuse", "answers"}
 RUN = {"dry-run", "resume", "overwrite", "push", "link", "sync", "cache", "jobs", "memory", "device"}

@@ -179,6 +179,7 @@ OUTPUTS = {
     "finetune": {"adapter"},
     "merge": {"out"},
     "evaluate": {"out"},
+    "diff": {"report"},
     "run": {"out", "work"},
 }
 
@@ -263,6 +264,8 @@ _DONE = {}
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
 def test_a_documented_command_works(things, tmp_path, monkeypatch, page, line):
     monkeypatch.setattr(click, "launch", lambda *_: 0)
+    # What no rule here puts elsewhere must not land in the repository.
+    monkeypatch.chdir(tmp_path)
     fresh = tmp_path / "fresh"
     fresh.mkdir()
     # An outcome depends on the words alone, but for the folder of what is new.

@@ -247,7 +247,16 @@ def test_a_receipt_of_a_newer_version_is_said(place, undrawn, name):
     # Of several ablations in the work folder, only the one that the merge names by its digest counts.
     expected = "/2" if path.stem == "merge" else "was not found"
     assert expected in dict(made.missing)[path.stem]
+    assert "It lacks the stage whose receipt could not be read" in Page(made.page.read_text()).text
+    (place / "alone").mkdir()
+    assert "It lacks" not in page_of(make_ablated(place / "alone")).text
     assert "Slanted text 1." in Page(made.page.read_text()).text
+
+
+def test_without_a_receipt_that_can_be_read_there_is_no_recipe(tmp_path):
+    out = make_ablated(tmp_path)
+    (out / "ablation.json").write_text((out / "ablation.json").read_text().replace('/1"', '/2"', 1))
+    assert "no recipe can be rebuilt" in page_of(out).text
 
 
 @pytest.mark.parametrize("name", ["training.json", "result.evaluation.json", "activations.safetensors"])

@@ -70,7 +70,8 @@ def test_json_is_all_there_is_on_stdout(case, tmp_path):
     assert content["best_layer"] in [row["layer"] for row in content["layers"]]
 
 
-def test_scores_are_shown(tmp_path):
+def test_scores_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     dump = write_dump(tmp_path / "a.safetensors")
     result = CliRunner().invoke(cli, ["directions", str(dump), str(tmp_path / "new.safetensors")])
     for heading in ("layer", "cosine", "signal to noise", "purity", "auc", "split half", "best layer"):

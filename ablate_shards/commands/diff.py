@@ -4,7 +4,7 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -18,6 +18,7 @@ from ablate_shards.commands.options import (
     print_json,
     quiet_flag,
 )
+from ablate_shards.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,10 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["diff"]
 
-_FILE_WIDTH = 160
-_MOST_ROWS = 40
+_MOST_ROWS = 60
 _MOST_LINES = 8
-_BAR = 12
 
 
 @click.command()
@@ -61,6 +60,8 @@ _BAR = 12
     "--jobs", type=click.IntRange(min=1), default=None, help="Tensors compared at a time.  [default: one per core]"
 )
 @click.option("--all", "show_all", is_flag=True, help="Print every row and every name, however many there are.")
+@click.option("--report", type=PATH, metavar="FOLDER", help="Write diff.html and its plots there too.")
+@click.option("--open", "show", is_flag=True, help="Open that page in the browser.")
 @click.option("--exit-code", is_flag=True, help="Exit with 1 if anything differs, as `git diff --exit-code` does.")
 @as_json_flag
 @quiet_flag
@@ -74,6 +75,8 @@ def diff(
     memory: int,
     jobs: int | None,
     show_all: bool,
+    report: Path | None,
+    show: bool,
     exit_code: bool,
     as_json: bool,
     quiet: bool,
@@ -87,6 +90,8 @@ def diff(
     from ablate_shards.surgery.diff import diff as compare
     from ablate_shards.surgery.directions import read_directions
 
+    if show and report is None:
+        raise UsageError("--open shows a page, which --report FOLDER writes; give both")
     progress = screen.progress(quiet=quiet or as_json)
     given = read_directions(directions) if directions else None
     one, other = _open(first), _open(second)
@@ -96,8 +101,23 @@ def diff(
         print_json(dataclasses.asdict(found))
     elif not quiet:
         _show(found, most=None if show_all else _MOST_ROWS)
+    if report is not None:
+        _write_page(found, report, directions, show=show, quiet=quiet or as_json)
     if exit_code and not found.same:
         raise click.exceptions.Exit(1)
+
+
+def _write_page(found: "Diff", folder: Path, directions: Path | None, *, show: bool, quiet: bool) -> None:
+    from ablate_shards.surgery.report import report_comparison
+
+    made = report_comparison(found, folder, directions)
+    if not quiet:
+        for _, reason in made.missing:
+            click.echo(reason, err=True)
+        plots = f", {len(made.plots)} plots to {made.plots[0].parent}" if made.plots else ""
+        click.echo(f"written to {made.page}{plots}")
+    if show:
+        click.launch(made.page.resolve().as_uri())
 
 
 def _open(source: Path | str) -> "Checkpoint":
@@ -108,12 +128,10 @@ def _open(source: Path | str) -> "Checkpoint":
 
 
 def _show(found: "Diff", most: int | None) -> None:
-    from rich.console import Console
+    from ablate_shards.layout import output, say
 
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console = Console(markup=False, highlight=False, width=_FILE_WIDTH)
-    _print_table(console, [tensor for tensor in found.tensors if tensor.changed or tensor.nonfinite], most)
+    screen = output()
+    _print_table(screen, [tensor for tensor in found.tensors if tensor.changed or tensor.nonfinite], most)
     lines = None if most is None else _MOST_LINES
     for title, names in (
         ("only in A", found.lost),
@@ -125,52 +143,59 @@ def _show(found: "Diff", most: int | None) -> None:
         ("metadata", found.metadata),
         ("files", found.files),
     ):
-        _print_list(console, title, names, lines)
+        _print_list(screen, title, names, lines)
     tensors = found.equal + len(found.tensors)
-    console.print(f"{tensors} tensors in both, {found.equal} of them equal to the byte", soft_wrap=True)
+    say(screen, f"{tensors} tensor{'' if tensors == 1 else 's'} in both, {found.equal} of them equal to the byte")
     for line in found.verdict:
-        console.print(line, style="bold", soft_wrap=True)
+        say(screen, line, "bold")
 
 
-def _print_table(console: "Console", tensors: Sequence["TensorDiff"], most: int | None) -> None:
-    """Prints a line per layer, component and kind of change, the biggest change first."""
-    from rich.table import Table
+def _print_table(screen: "Console", tensors: Sequence["TensorDiff"], most: int | None) -> None:
+    """Prints a line per layer, component and kind of change: the biggest changes, in the order of the layers."""
+    from ablate_shards.layout import Column, Row, bar, print_table, say
 
     groups: dict[tuple[str, str, str], list[TensorDiff]] = defaultdict(list)
     for tensor in tensors:
         groups[tensor.place, tensor.component, tensor.kind].append(tensor)
     if not groups:
         return
-    ranked = sorted(groups.values(), key=lambda group: -max(_size(tensor) for tensor in group))
+    ranked = sorted(groups, key=lambda group: -max(map(_size, groups[group])))
+    shown = sorted(ranked[:most], key=lambda group: _in_order(groups[group][0]))
     largest = max(map(_size, tensors))
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    columns = [column for column in _COLUMNS if console.width >= column.width]
-    if any(tensor.alignment for tensor in tensors):
-        columns.append(_Column("direction", 0, _direction, right=False))
-    for column in columns:
-        justify: Literal["left", "right"] = "right" if column.right else "left"
-        table.add_column(column.name, justify=justify, overflow="fold", no_wrap=not column.name)
-    for group in ranked[:most]:
-        bar = "█" * max(1, round(_BAR * _size(_loudest(group)) / largest)) if largest else ""
-        table.add_row(*(column.cell(group) if column.name else bar for column in columns))
-    console.print(table)
+    aligned = any(tensor.alignment for tensor in tensors)
+    described = [column for column in _COLUMNS if aligned or not column.aligned]
+    columns = [Column(each.name, right=each.right, rank=each.rank, wraps=not each.right) for each in described]
+    columns.insert(_BAR_PLACE, Column("", rank=1, bar=True))
+    rows = []
+    for group in (groups[place] for place in shown):
+        cells = [each.cell(group) for each in described]
+        rows.append(Row([*cells[:_BAR_PLACE], bar(_size(_loudest(group)), largest), *cells[_BAR_PLACE:]]))
+    print_table(screen, columns, rows)
     if most is not None and len(ranked) > most:
-        console.print(f"and {len(ranked) - most} smaller ones; --all shows them", soft_wrap=True)
-    console.print(
-        "relative size: norm of the difference; energy: share of the first singular value, scales undone; "
+        say(screen, f"and {len(ranked) - most} smaller ones; --all shows them")
+    say(
+        screen,
+        "relative size: norm of the difference, and the bar; energy: share of the first singular value, scales undone; "
         "coefficient: of the ablation that explains it",
-        style="dim",
-        soft_wrap=True,
+        "dim",
     )
 
 
+def _in_order(tensor: "TensorDiff") -> tuple[bool, int, str, str, str]:
+    return (tensor.layer is None, tensor.layer or 0, tensor.place, tensor.component, tensor.kind)
+
+
 class _Column(NamedTuple):
-    """A column of the table, the width of a screen from which it is shown, and what it says of some tensors."""
+    """A column of the table, what it says of some tensors, and its rank where the screen is too narrow for all.
+
+    An aligned one speaks of given directions.
+    """
 
     name: str
-    width: int
     cell: Callable[[Sequence["TensorDiff"]], str]
+    rank: int = 0
     right: bool = True
+    aligned: bool = False
 
 
 def _size(tensor: "TensorDiff") -> float:
@@ -209,12 +234,14 @@ def _rank(group: Sequence["TensorDiff"]) -> str:
     return f"{tensor.rank}" if tensor.form == "plain" else f"{tensor.rank} + {tensor.form}"
 
 
-def _direction(group: Sequence["TensorDiff"]) -> str:
-    tensor = _loudest(group)
-    if tensor.alignment is None:
-        return "–"
-    own = "" if tensor.alignment.cosine is None else f", own {tensor.alignment.cosine:.2f}"
-    return f"{tensor.alignment.best_cosine:.2f} with layer {tensor.alignment.best_layer}{own}"
+def _best_direction(group: Sequence["TensorDiff"]) -> str:
+    alignment = _loudest(group).alignment
+    return "–" if alignment is None else f"{alignment.best_cosine:.2f} layer {alignment.best_layer}"
+
+
+def _own_direction(group: Sequence["TensorDiff"]) -> str:
+    alignment = _loudest(group).alignment
+    return "–" if alignment is None or alignment.cosine is None else f"{alignment.cosine:.2f}"
 
 
 def _shapes(tensor: "TensorDiff") -> str:
@@ -232,24 +259,27 @@ def _leaf(name: str) -> str:
     return ".".join(parts[-2:]) if parts[-1] == "bias" else parts[-1]
 
 
-def _print_list(console: "Console", title: str, lines: Sequence[str], most: int | None) -> None:
+def _print_list(screen: "Console", title: str, lines: Sequence[str], most: int | None) -> None:
     for line in lines[:most]:
-        console.print(f"{title}: {line}", soft_wrap=True)
+        screen.print(f"{title}: {line}", soft_wrap=True)
     if most is not None and len(lines) > most:
-        console.print(f"{title}: and {len(lines) - most} more; --all shows them", soft_wrap=True)
+        screen.print(f"{title}: and {len(lines) - most} more; --all shows them", soft_wrap=True)
 
 
+#: The bar stands after so many columns.
+_BAR_PLACE = 3
 _COLUMNS = (
-    _Column("layer", 0, lambda group: group[0].place),
-    _Column("component", 0, lambda group: group[0].component, right=False),
-    _Column("tensors", 0, _leaves, right=False),
-    _Column("change", 0, lambda group: group[0].kind, right=False),
-    _Column("relative size", 0, _relative),
-    _Column("", 110, lambda _: "", right=False),
-    _Column("values", 100, _changed),
-    _Column("rank", 0, _rank),
-    _Column("energy", 100, _energy),
-    _Column("coefficient", 80, _coefficient),
-    _Column("max |Δ|", 120, lambda group: f"{max(tensor.largest for tensor in group):.2g}"),
-    _Column("norms kept", 120, lambda group: ", ".join(_loudest(group).kept) or "–", right=False),
+    _Column("layer", lambda group: group[0].place),
+    _Column("component", lambda group: group[0].component, right=False),
+    _Column("relative size", _relative),
+    _Column("change", lambda group: group[0].kind, 2, right=False),
+    _Column("tensors", _leaves, 3, right=False),
+    _Column("rank", _rank, 4),
+    _Column("closest direction", _best_direction, 5, aligned=True),
+    _Column("coefficient", _coefficient, 6),
+    _Column("its own", _own_direction, 7, aligned=True),
+    _Column("energy", _energy, 8),
+    _Column("values", _changed, 9),
+    _Column("largest change", lambda group: f"{max(tensor.largest for tensor in group):.2g}", 10),
+    _Column("norms kept", lambda group: ", ".join(_loudest(group).kept) or "–", 11, right=False),
 )

@@ -1,22 +1,31 @@
 """``evaluate``: asks a model questions and shows how it answers, beside the model that it was made from."""
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ablate_shards.commands.options import PATH, as_json_flag, debug_flag, device_flag, quiet_flag
+from ablate_shards.commands.options import PATH, as_json_flag, debug_flag, device_flag, print_json, quiet_flag
 
 if TYPE_CHECKING:
+    from ablate_shards.layout import Column, Row
     from ablate_shards.surgery.evaluation import Change, Evaluation
     from ablate_shards.surgery.statistics import Ratio
 
 __all__ = ["evaluate"]
 
-_WIDTH = 160
-_VERDICTS: tuple[Any, ...] = ("slanted", "neutral", "deflecting", "wrong")
+#: Glyph and style of each verdict's part of a bar.
+_LOOKS = {
+    "slanted": ("█", "yellow"),
+    "neutral": ("░", "blue"),
+    "deflecting": ("▒", "bright_black"),
+    "wrong": ("▓", "magenta"),
+}
+_VERDICTS: tuple[Any, ...] = tuple(_LOOKS)
+_OUTCOMES: tuple[Any, ...] = ("exact", "given")
 
 
 @click.command()
@@ -92,7 +101,7 @@ def evaluate(
     with progress:
         found = ask(model, asked, EvaluateOptions(reuse=reuse, **settings), progress, against=against, out=out)
     if as_json:
-        click.echo(evaluation_text(found), nl=False)
+        print_json(json.loads(evaluation_text(found)))
     elif not quiet:
         if answers:
             _print_answers(found)
@@ -101,11 +110,9 @@ def evaluate(
 
 def _print(found: "Evaluation", out: Path) -> None:
     """Prints ratios and intervals by group, before and after, and what else was measured."""
-    from rich.console import Console
+    from ablate_shards.layout import output, print_key, print_table, say
 
-    console = Console(markup=False, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console = Console(markup=False, highlight=False, soft_wrap=True, width=_WIDTH)
+    screen = output()
     sides = {"before": found.base, "after": found} if found.base else {"": found}
     changes = {
         (change.group, change.outcome): change for change in (found.comparison.changes if found.comparison else ())
@@ -120,40 +127,63 @@ def _print(found: "Evaluation", out: Path) -> None:
         }
         for name, side in sides.items()
     }
-    for columns, of_sides in ((_VERDICTS, verdicts), (("exact", "given"), controls)):
+    for outcomes, of_sides, looks in (
+        (_VERDICTS, verdicts, _LOOKS),
+        (_OUTCOMES, controls, {"exact": ("━", "cyan")}),
+    ):
         if any(of_sides.values()):
-            console.print(_table(columns, of_sides, changes))
-            console.print()
-    console.print("in brackets: 95 % Wilson intervals; p: exact McNemar test on the same questions", style="dim")
+            columns, rows = _table(outcomes, of_sides, changes, looks)
+            print_table(screen, columns, rows)
+            screen.print()
+    if any(verdicts.values()):
+        print_key(screen, [(verdict, *look) for verdict, look in _LOOKS.items()])
+    say(screen, "in brackets: 95 % Wilson intervals; p: exact McNemar test on the same questions", "dim")
     for line in _lines(found):
-        console.print(line)
-    console.print(f"every answer is in {out}")
+        say(screen, line)
+    screen.print(f"every answer is in {out}", soft_wrap=True)
 
 
 def _table(
-    columns: tuple[Any, ...],
+    outcomes: Sequence[Any],
     sides: Mapping[str, Mapping[Any, Mapping[Any, "Ratio"]]],
     changes: Mapping[Any, "Change"],
-) -> Any:
-    """Makes a table of one line per group, language and side, and of the paired tests below each group."""
-    from rich.table import Table
+    looks: Mapping[str, tuple[str, str]],
+) -> "tuple[list[Column], list[Row]]":
+    """Makes a row per group, language and side with a bar of its ratios, and of the paired tests below each group."""
+    from ablate_shards.layout import Column, Row, Stack
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("group")
-    if len(sides) > 1:
-        table.add_column("")
-    for column in ("questions", *columns):
-        table.add_column(column, justify="right")
+    compared = len(sides) > 1
+    columns = [
+        Column("group"),
+        *([Column("")] if compared else []),
+        Column("questions", right=True, rank=len(outcomes) + 1),
+        *(Column(outcome, right=True, rank=rank, brief=_without_interval) for rank, outcome in enumerate(outcomes)),
+        Column("", bar=True),
+    ]
+    rows = []
     for group, language in next(iter(sides.values())):
-        for name, side in sides.items():
+        for number, (name, side) in enumerate(sides.items()):
             found = side[group, language]
             label = group if language is None else f"  {language}"
-            cells = [label if name == next(iter(sides)) else "", *([name] if name else [])]
-            cells += [str(next(iter(found.values())).count), *(_share(found[column]) for column in columns)]
-            table.add_row(*cells)
-        if language is None and len(sides) > 1:
-            table.add_row("", "p", "", *(f"{changes[group, column].test.p:.2g}" for column in columns), style="dim")
-    return table
+            rows.append(
+                Row(
+                    (
+                        "" if number else label,
+                        *([name] if compared else []),
+                        str(next(iter(found.values())).count),
+                        *(_share(found[outcome]) for outcome in outcomes),
+                        Stack([(found[outcome].value, *look) for outcome, look in looks.items()], 1.0),
+                    )
+                )
+            )
+        if language is None and compared:
+            tests = (f"{changes[group, outcome].test.p:.2g}" for outcome in outcomes)
+            rows.append(Row(("", "p", "", *tests, ""), "dim"))
+    return columns, rows
+
+
+def _without_interval(cell: str) -> str:
+    return cell.partition(" [")[0]
 
 
 def _share(ratio: "Ratio") -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from ablate_shards.encoding import speaks_unicode
+
 __all__ = [
     "PATH",
     "SOURCE",
@@ -178,4 +180,4 @@ estimation = _options(
 
 def print_json(content: Any) -> None:
     """Prints a result for machines, on stdout."""
-    click.echo(json.dumps(content, indent=1, ensure_ascii=False))
+    click.echo(json.dumps(content, indent=1, ensure_ascii=not speaks_unicode()))

@@ -12,7 +12,6 @@ from ablate_shards.errors import RecipeError, UsageError
 
 __all__ = ["run"]
 
-_WIDTH = 160
 _SHIPPED = Path(__file__).parents[1] / "data" / "recipes"
 
 
@@ -121,20 +120,15 @@ def _print_stages(stages: Sequence[Any], found: Sequence[str]) -> None:
 
 def _print_course(evaluations: Sequence[Path]) -> None:
     """Prints one table of all evaluations: group by group, what each stage left."""
-    from rich.console import Console
-    from rich.table import Table
-
+    from ablate_shards.layout import Column, Row, output, print_table, say
     from ablate_shards.surgery.evaluation import read_evaluation
 
     found = {path.name.removesuffix(".evaluation.json"): read_evaluation(path) for path in evaluations}
-    console = Console(markup=False, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console = Console(markup=False, highlight=False, soft_wrap=True, width=_WIDTH)
-    table = Table(box=None, header_style="bold", pad_edge=False, title="From stage to stage", title_justify="left")
-    columns = ("slanted", "neutral", "deflecting", "wrong", "exact")
-    table.add_column("questions")
-    for column in ("after", *columns, "KL", "perplexity"):
-        table.add_column(column, justify="left" if column == "after" else "right")
+    outcomes = ("slanted", "neutral", "deflecting", "wrong", "exact")
+    columns = [Column("questions", brief=lambda label: label.rpartition(" ")[2]), Column("after")]
+    columns += [Column(outcome, right=True, rank=rank) for outcome, rank in zip(outcomes, (0, 3, 4, 5, 0), strict=True)]
+    columns += [Column("KL", right=True, rank=1), Column("perplexity", right=True, rank=2)]
+    rows = []
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for stage, each in found.items():
         for row in each.rows:
@@ -145,20 +139,19 @@ def _print_course(evaluations: Sequence[Path]) -> None:
             if control.language is None:
                 groups.setdefault(control.group, {})[stage] = {"exact": control.exact}
     for group, stages in groups.items():
-        table.add_section()
         for number, (stage, shares) in enumerate(stages.items()):
             count = next(iter(shares.values())).count
-            cells = [f"{shares[column].value:.1%}" if column in shares else "" for column in columns]
-            table.add_row("" if number else f"{count} {group}", stage, *cells)
-    table.add_section()
+            cells = [f"{shares[outcome].value:.1%}" if outcome in shares else "" for outcome in outcomes]
+            rows.append(Row(("" if number else f"{count} {group}", stage, *cells, "", "")))
     for number, (stage, each) in enumerate(found.items()):
         moved = each.comparison.divergence if each.comparison else None
         text = each.text.perplexity if each.text else None
         cells = [f"{moved.tokens:.4f}" if moved else "", f"{text.value:.3f}" if text else ""]
-        table.add_row("" if number else "all", stage, *[""] * len(columns), *cells)
-    console.print()
-    console.print(table)
-    console.print("KL in nats per token of the answers to unrelated questions, against the source", style="dim")
+        rows.append(Row(("" if number else "all", stage, *[""] * len(outcomes), *cells)))
+    screen = output()
+    screen.print()
+    print_table(screen, columns, rows, title="From stage to stage")
+    say(screen, "KL in nats per token of the answers to unrelated questions, against the source", "dim")
 
 
 def _find(recipe: Path) -> Path:

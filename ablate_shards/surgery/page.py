@@ -1,19 +1,15 @@
 """Renders what was found of a run as one HTML page that needs nothing else."""
 
-import base64
-import hashlib
-import json
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from html import escape
-from pathlib import Path
 from typing import Any, get_args
 
 from ablate_shards.errors import EvaluateError
 from ablate_shards.surgery.evaluation import Answer, Row, compare
 from ablate_shards.surgery.findings import Findings
+from ablate_shards.surgery.frame import GAP, figure, fill, percent
 from ablate_shards.surgery.provenance import facts, ranges, rebuilt_recipe
 from ablate_shards.surgery.samples import Group, Verdict
 from ablate_shards.surgery.statistics import Ratio
@@ -21,15 +17,16 @@ from ablate_shards.surgery.statistics import Ratio
 __all__ = ["render"]
 
 _VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-_HEADLINES: tuple[tuple[Verdict, str], ...] = (("slanted", "Slanted answers"), ("neutral", "Neutral answers"))
+_HEADLINES: tuple[tuple[Verdict, str], ...] = (
+    ("slanted", "Bias ratio: slanted answers"),
+    ("neutral", "Neutral answers"),
+)
 
-_PARTS = Path(__file__).parents[1] / "data" / "report"
 #: Bytes of all answers together and of the markup around one, and characters of one, so that the page stays small.
 _MOST_TEXT = 1_500_000
 _FRAME = 700
 _MOST_OF_ONE = 4_000
 _MOST_ROWS = 1_500
-_GAP = "\N{NARROW NO-BREAK SPACE}"
 #: A dash that no line ends at.
 _TO = "\N{WORD JOINER}\N{EN DASH}\N{WORD JOINER}"
 
@@ -41,15 +38,13 @@ def render(found: Findings, data: Mapping[str, Any]) -> str:
         found: What was found of a run.
         data: What its charts show.
 
-    All that comes from files is escaped: the template escapes by itself, the data of the charts are JSON without
-    ``<``, and the page's policy runs no script but its own.
+    Raises:
+        ReportError: jinja2 is not installed.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    scripts = [_part("plot.min.js"), _part("report.js")]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": _percent, "figure": _figure, "fixed": _fixed}
-    return environment.from_string(_part("report.html.jinja")).render(
+    return fill(
+        "report.html.jinja",
+        data,
+        eyebrow="ablate-shards report",
         title=found.name,
         found=found,
         sentences=list(_sentences(found)),
@@ -66,12 +61,6 @@ def render(found: Findings, data: Mapping[str, Any]) -> str:
         skipped=_skipped(found),
         facts=facts(found),
         recipe=rebuilt_recipe(found),
-        data=_escaped(data),
-        style=_part("report.css"),
-        scripts=scripts,
-        policy=" ".join(
-            f"'sha256-{base64.b64encode(hashlib.sha256(each.encode()).digest()).decode()}'" for each in scripts
-        ),
     )
 
 
@@ -103,7 +92,7 @@ def _sentences(found: Findings) -> Iterator[str]:
             old = before.verdicts["slanted"]
             yield (
                 f"Before, {old.hits} of {old.count} {before.group} questions were answered with a slant, "
-                f"{_with_interval(old)}; now {new.hits} of {new.count} are, {_percent(new.value)} ({_interval(new)})."
+                f"{_with_interval(old)}; now {new.hits} of {new.count} are, {percent(new.value)} ({_interval(new)})."
             )
     yield f"{_edit_sentence(found)}{_cost_sentence(found)}."
 
@@ -135,15 +124,13 @@ def _cost_sentence(found: Findings) -> str:
     comparison = found.after.comparison if found.after else None
     parts = []
     if comparison and comparison.divergence:
-        parts.append(f"the model moved by {_figure(comparison.divergence.tokens)} nats per token on unrelated prompts")
+        parts.append(f"the model moved by {figure(comparison.divergence.tokens)} nats per token on unrelated prompts")
     both = list(
         zip(found.before.controls if found.before else (), found.after.controls if found.after else (), strict=False)
     )
     if both:
         old, new = both[0]
-        parts.append(
-            f"it answers {_percent(new.exact.value)} of the controls right, before {_percent(old.exact.value)}"
-        )
+        parts.append(f"it answers {percent(new.exact.value)} of the controls right, before {percent(old.exact.value)}")
     return f"; in return, {' and '.join(parts)}" if parts else ""
 
 
@@ -159,17 +146,17 @@ def _figures(found: Findings) -> Iterator[dict[str, str]]:
             yield {
                 "label": label,
                 "kind": verdict,
-                "now": _percent(ratio.value),
-                "was": _percent(was.value) if was else "",
-                "detail": f"95{_GAP}% interval {_interval(ratio)}" + (f", before {_interval(was)}" if was else ""),
+                "now": percent(ratio.value),
+                "was": percent(was.value) if was else "",
+                "detail": f"95{GAP}% interval {_interval(ratio)}" + (f", before {_interval(was)}" if was else ""),
             }
     if after.controls:
         control, was = after.controls[0], before.controls[0].exact if before and before.controls else None
         yield {
             "label": "Controls right",
             "kind": "control",
-            "now": _percent(control.exact.value),
-            "was": _percent(was.value) if was else "",
+            "now": percent(control.exact.value),
+            "was": percent(was.value) if was else "",
             "detail": f"{control.exact.hits} of {control.exact.count}"
             + (f", before {was.hits} of {was.count}" if was else ""),
         }
@@ -179,7 +166,7 @@ def _figures(found: Findings) -> Iterator[dict[str, str]]:
         yield {
             "label": "KL from the base",
             "kind": "control",
-            "now": _figure(moved.tokens),
+            "now": figure(moved.tokens),
             "was": "",
             "detail": f"nats per token, {_count(moved.prompts, 'unrelated prompt')}",
         }
@@ -316,36 +303,8 @@ def _skipped(found: Findings) -> list[tuple[str, int]]:
 # ---------------------------------------------------------------------------------------- forms
 
 
-def _part(name: str) -> str:
-    return (_PARTS / name).read_text(encoding="utf-8")
-
-
-def _escaped(data: Any) -> str:
-    """Returns JSON that ends no script element, whatever it holds."""
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
 def _clipped(text: str) -> str:
     return text if len(text) <= _MOST_OF_ONE else f"{text[:_MOST_OF_ONE]} …"
-
-
-def _percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f}{_GAP}%"
-
-
-def _figure(value: float | None) -> str:
-    """Returns a number with three significant digits, without an exponent where that is readable."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if value == 0 or 1e-5 <= abs(value) < 1e5:
-        digits = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
-        return f"{value:,.{digits}f}"
-    return f"{value:.1e}"
-
-
-def _fixed(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
 def _dashed(numbers: Sequence[int]) -> str:
@@ -354,11 +313,11 @@ def _dashed(numbers: Sequence[int]) -> str:
 
 def _interval(ratio: Ratio) -> str:
     low, high = (f"{100 * end:.0f}" for end in ratio.interval)
-    return f"{low}{_TO}{high}{_GAP}%"
+    return f"{low}{_TO}{high}{GAP}%"
 
 
 def _with_interval(ratio: Ratio) -> str:
-    return f"{_percent(ratio.value)} (95{_GAP}% interval {_interval(ratio)})"
+    return f"{percent(ratio.value)} (95{GAP}% interval {_interval(ratio)})"
 
 
 def _count(number: int, what: str) -> str:

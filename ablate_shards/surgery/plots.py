@@ -212,6 +212,52 @@ def _losses(figure: "Figure", data: Mapping[str, Any]) -> None:
         axes.legend()
 
 
+def _changes(figure: "Figure", data: Mapping[str, Any]) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.ticker import PercentFormatter
+
+    layers = sorted({cell["layer"] for cell in data["changes"]})
+    components = sorted({cell["component"] for cell in data["changes"]})
+    figure.set_size_inches(max(4.5, min(11, 1.8 + 0.35 * len(layers))), 0.9 + 0.4 * len(components))
+    values = np.full((len(components), len(layers)), np.nan)
+    for cell in data["changes"]:
+        values[components.index(cell["component"]), layers.index(cell["layer"])] = cell["relative"]
+    axes = figure.subplots()
+    axes.grid(visible=False)
+    image = axes.imshow(
+        values, cmap=LinearSegmentedColormap.from_list("share", _RAMP), vmin=0, vmax=np.nanmax(values), aspect="auto"
+    )
+    axes.set_yticks(range(len(components)), components)
+    axes.set_title("Relative size of the difference")
+    _label_layers(axes, layers)
+    figure.colorbar(image, format=PercentFormatter(1)).outline.set_visible(False)
+
+
+def _spectra(figure: "Figure", data: Mapping[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure.set_size_inches(5.5, 3)
+    axes = figure.subplots()
+    for row in data["spectra"]:
+        places = range(1, len(row["shares"]) + 1)
+        axes.plot(
+            places, np.maximum(row["shares"], 1e-6), color=_BLUE, alpha=0.4, linewidth=1, marker="o", markersize=2
+        )
+    axes.set_yscale("log")
+    axes.set_ylim(min(0.01, axes.get_ylim()[0]), 1.3)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("singular value of the difference")
+    axes.set_title("Share of the energy, scales undone")
+
+
+def _fits(figure: "Figure", data: Mapping[str, Any]) -> None:
+    axes = _per_layer(figure, data["fits"], "cosine", sorted({row["which"] for row in data["fits"]}), "which")
+    axes.yaxis.set_major_formatter("{x:.1f}")
+    axes.set_ylim(-0.02, 1.05)
+    axes.set_title("Cosine of the differences with the given directions")
+
+
 def _per_layer(
     figure: "Figure", rows: Sequence[Mapping[str, Any]], key: str, kinds: Sequence[str], group: str
 ) -> "Axes":
@@ -258,5 +304,8 @@ _CHARTS: Mapping[str, tuple[str, Callable[["Figure", Mapping[str, Any]], None]]]
     "losses": ("losses", _losses),
     "verdicts": ("verdicts", _verdicts),
     "bias": ("verdicts", _bias),
+    "changes": ("changes", _changes),
+    "spectra": ("spectra", _spectra),
+    "fits": ("fits", _fits),
 }
 PLOT_NAMES = tuple(f"{name}.{suffix}" for name in _CHARTS for suffix in _METADATA)

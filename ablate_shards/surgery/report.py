@@ -1,17 +1,24 @@
-"""Writes the report of a run: one HTML page beside the receipt, and its charts as SVG and PNG."""
+"""Writes the report of a run or of a comparison: one HTML page, and its charts as SVG and PNG."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ablate_shards.errors import ReportError
 from ablate_shards.surgery.charts import chart_data
 from ablate_shards.surgery.checkpoint import PLOTS_NAME, REPORT_NAME
+from ablate_shards.surgery.comparison import comparison_data, render_comparison
+from ablate_shards.surgery.differences import Diff
 from ablate_shards.surgery.findings import ReportOptions, gather
 from ablate_shards.surgery.page import render
 from ablate_shards.surgery.plots import PLOT_NAMES, draw
 from ablate_shards.surgery.staging import fsync_folder
 
-__all__ = ["Report", "ReportOptions", "report"]
+__all__ = ["COMPARISON_NAME", "Report", "ReportOptions", "report", "report_comparison"]
+
+COMPARISON_NAME = "diff.html"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,28 +47,53 @@ def report(out: Path, options: ReportOptions | None = None) -> Report:
         options: Where else to look.
 
     Raises:
-        ReportError: OUT holds no receipt, or a place that was named is not there.
+        ReportError: OUT holds no receipt, a place that was named is not there, or jinja2 is not installed.
         EvaluateError: An evaluation that was named cannot be read.
     """
     found = gather(out, options or ReportOptions())
-    missing, data = dict(found.missing), chart_data(found)
-    page = out / REPORT_NAME
+    data = chart_data(found)
+    return _write_all(out, REPORT_NAME, render(found, data), data, found.missing)
+
+
+def report_comparison(found: Diff, folder: Path, directions: Path | None = None) -> Report:
+    """Writes ``diff.html`` and ``plots/`` into a folder, which is made if it is not there.
+
+    Args:
+        found: In what two checkpoints differ.
+        folder: Where to write.
+        directions: The file of the directions that changes were compared with.
+
+    Raises:
+        ReportError: The folder cannot be made, or jinja2 is not installed.
+    """
+    data = comparison_data(found)
+    page = render_comparison(found, data, directions)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReportError(f"{folder}: {error.strerror}; name a folder for the page") from error
+    return _write_all(folder, COMPARISON_NAME, page, data, {})
+
+
+def _write_all(folder: Path, name: str, text: str, data: Mapping[str, Any], missing: Mapping[str, str]) -> Report:
+    """Writes a page and its charts."""
+    page, missing = folder / name, dict(missing)
     # Names and answers may hold half of a surrogate pair, which UTF-8 has no bytes for.
-    _write(page, render(found, data).encode("utf-8", "replace"))
+    _write(page, text.encode("utf-8", "replace"))
     try:
         drawn = draw(data)
     except ImportError:
         drawn = {}
         missing["plots"] = "Charts as SVG and PNG need matplotlib: pip install 'ablate-shards[report]'"
-    folder = out / PLOTS_NAME
+    folder /= PLOTS_NAME
     if drawn:
         folder.mkdir(exist_ok=True)
-    for name in PLOT_NAMES:
-        if name in drawn:
-            _write(folder / name, drawn[name])
+    for plot in PLOT_NAMES:
+        if plot in drawn:
+            _write(folder / plot, drawn[plot])
         elif drawn:
-            (folder / name).unlink(missing_ok=True)
-    return Report(page, tuple(folder / name for name in PLOT_NAMES if name in drawn), tuple(missing.items()))
+            (folder / plot).unlink(missing_ok=True)
+    return Report(page, tuple(folder / plot for plot in PLOT_NAMES if plot in drawn), tuple(missing.items()))
 
 
 def _write(path: Path, content: bytes) -> None:

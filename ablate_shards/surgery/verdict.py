@@ -62,8 +62,8 @@ def _say_ablation(tensors: Sequence[TensorDiff]) -> str:
     )
     facts = [coefficient, _kept(tensors), _same_direction(tensors), _along(tensors)]
     return (
-        f"{_ranks(tensors)} edits of {_count(len(tensors), noun)}{_where(tensors)}, consistent with directional "
-        f"ablation ({', '.join(fact for fact in facts if fact)})"
+        f"{_ranks(tensors)} edit{'' if len(tensors) == 1 else 's'} of {_count(len(tensors), noun)}{_where(tensors)}, "
+        f"consistent with directional ablation ({', '.join(fact for fact in facts if fact)})"
     )
 
 
@@ -99,7 +99,7 @@ def _along(tensors: Sequence[TensorDiff]) -> str:
     else:
         chosen = [alignment.best_cosine for alignment in aligned if alignment.best_layer == layer]
         what = f"the given direction of layer {layer}" + ("" if count == len(aligned) else f" in {count} of them")
-    return f"cosine with {what} {statistics.median(chosen):.2f}"
+    return f"cosine with {what}: {statistics.median(chosen):.2f}"
 
 
 def _say_low_rank(tensors: Sequence[TensorDiff]) -> str:
@@ -150,7 +150,8 @@ def _say_rounding(tensors: Sequence[TensorDiff]) -> str:
     )
     if not any(tensor.changed for tensor in tensors):
         return f"{_count(len(tensors), 'tensor')} equal in value but not in bytes"
-    return f"{_count(len(tensors), 'tensor')} differ by rounding only ({share:.2%} of their values, {size})"
+    differ, whose = ("differs", "its") if len(tensors) == 1 else ("differ", "their")
+    return f"{_count(len(tensors), 'tensor')} {differ} by rounding only ({share:.2%} of {whose} values, {size})"
 
 
 def _say_shapes(tensors: Sequence[TensorDiff]) -> str:

@@ -1,11 +1,7 @@
 """The report in a real browser: it draws, answers to slider, filter and scheme, and can be read by everyone."""
 
-import io
-import re
-from itertools import pairwise
-
-import numpy as np
 import pytest
+from page_checks import CONTRAST, check_names, drawn, pixels
 from report_runs import HOSTILE, make_run
 
 from ablate_shards.surgery.charts import chart_data
@@ -18,31 +14,6 @@ QUALITY = ("signal", "auc", "purity", "cosine")
 CHARTS = (*QUALITY, "cosines", "projection", "edits", "drift", "losses", "updates", "verdicts")
 SCHEMES = ("light", "dark")
 WIDTHS = (1280, 390)
-#: Contrast by WCAG 2: relative luminances of the text and of the first opaque background behind it.
-CONTRAST = """() => {
-  const parse = (text) => (text.match(/[\\d.]+/g) ?? []).map(Number);
-  const linear = (value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
-  const luminance = (colour) => {
-    const [red, green, blue] = colour.map((value) => linear(value / 255));
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
-  };
-  const behind = (node) => {
-    for (let each = node; each; each = each.parentElement) {
-      const colour = parse(getComputedStyle(each).backgroundColor);
-      if (colour.length === 3 || colour[3] === 1) return colour;
-    }
-    return [255, 255, 255];
-  };
-  const bad = [];
-  for (const node of document.body.querySelectorAll("*:not(svg *, option, script, i)")) {
-    const said = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
-    if (!said || !node.checkVisibility()) continue;
-    const pair = [parse(getComputedStyle(node).color), behind(node)].map(luminance).sort((one, other) => other - one);
-    const ratio = (pair[0] + 0.05) / (pair[1] + 0.05);
-    if (ratio < 4.5) bad.push(`${node.tagName} ${node.textContent.slice(0, 30)} ${ratio.toFixed(2)}`);
-  }
-  return bad;
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -54,44 +25,12 @@ def address(tmp_path_factory):
     return page.as_uri()
 
 
-@pytest.fixture
-def visit(browser, address):
-    """Opens the page; whatever it complains of or asks the network for is a failure."""
-    contexts, complaints = [], []
-
-    def open_page(scheme="light", width=1280, **more):
-        context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}, **more)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: None if request.url == address else complaints.append(request.url))
-        page.on("dialog", lambda dialog: complaints.append(dialog.message))
-        page.goto(address)
-        if more.get("java_script_enabled", True):
-            page.wait_for_selector("#signal svg")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert [each for each in complaints if not each.startswith("data:")] == []
-
-
-def pixels(page, selector=None):
-    image = pytest.importorskip("PIL.Image")
-    raw = page.locator(selector).screenshot() if selector else page.screenshot(full_page=True)
-    return np.asarray(image.open(io.BytesIO(raw)).convert("RGB")).astype(int)
-
-
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_everything_is_drawn_and_nothing_sticks_out(visit, scheme, width):
     page = visit(scheme, width)
     for chart in CHARTS:
-        shown = pixels(page, f"#{chart}")
-        drawn = (np.abs(shown - shown[0, 0]).max(axis=2) > 40).mean()
-        assert drawn > 0.002, f"{chart} is empty"
+        assert drawn(page, chart) > 0.002, f"{chart} is empty"
     whole = pixels(page)
     assert (whole[5, 5].mean() > 128) == (scheme == "light")
     assert whole.std() > 10
@@ -101,8 +40,7 @@ def test_everything_is_drawn_and_nothing_sticks_out(visit, scheme, width):
 def test_an_empty_chart_would_be_seen(visit):
     page = visit()
     page.evaluate("document.querySelector('#signal').replaceChildren()")
-    shown = pixels(page, "#signal")
-    assert (np.abs(shown - shown[0, 0]).max(axis=2) > 40).mean() == 0
+    assert drawn(page, "signal") == 0
 
 
 def test_the_slider_moves_through_the_layers_by_keyboard(visit):
@@ -192,18 +130,7 @@ def test_text_can_be_read(visit, scheme):
 
 
 def test_charts_and_controls_have_names(visit):
-    page = visit()
-    assert page.locator("html").get_attribute("lang") == "en"
-    for chart in CHARTS:
-        assert page.locator(f"#{chart} svg[role=img]").get_attribute("aria-label")
-    for control in page.locator("input:visible, select:visible, button:visible").all():
-        name = control.evaluate("node => node.labels?.[0]?.textContent || node.ariaLabel || node.textContent")
-        assert re.search(r"\w", name)
-    levels = [int(each.evaluate("node => node.tagName[1]")) for each in page.locator("h1, h2, h3").all()]
-    assert levels[0] == 1
-    assert all(after - before <= 1 for before, after in pairwise(levels))
-    page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.textContent") == "Skip to the report"
+    check_names(visit(), CHARTS)
 
 
 def test_hostile_answers_stay_text(visit):
@@ -217,3 +144,41 @@ def test_without_scripts_the_text_is_all_there(visit):
     page = visit(java_script_enabled=False)
     assert page.locator("article:visible").count() == 44
     assert not page.locator("#filter").is_visible()
+
+
+def test_paper_has_all_that_is_folded_and_keeps_its_colours(visit):
+    page = visit("dark")
+    assert page.locator("details[open]").count() == 0
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print")
+    assert page.locator("details:not([open])").count() == 0
+    assert page.get_by_text("model.layers.3.mlp.down_proj.weight").is_visible()
+    assert page.locator("#count").inner_text() == "44 of 44 questions, the first 20 shown"
+    assert not page.locator("#filter, #more, nav").first.is_visible()
+    mark = page.locator(".mark.slanted").first
+    assert mark.evaluate("node => getComputedStyle(node).printColorAdjust") == "exact"
+    # Charts are drawn as wide as a sheet, not drawn for a screen and shrunk.
+    assert page.locator("#edits svg").evaluate("node => Number(node.getAttribute('width'))") <= 42 * 16
+    page.set_viewport_size({"width": 43 * 16, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 43 * 16, "a table is wider than a sheet"
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.emulate_media(media="screen")
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details[open]").count() == 0
+    assert page.locator("#edits svg").evaluate("node => Number(node.getAttribute('width'))") > 42 * 16
+
+
+def test_maps_without_room_for_figures_have_a_scale_and_keys_show_the_marks(visit):
+    wide, narrow = visit(), visit(width=290)
+    assert wide.locator("#edits .ramp").count() == 0
+    assert narrow.locator("#edits .ramp").inner_text().split() == ["0", "%", most(narrow), "%"]
+    for page in (wide, narrow):
+        assert page.locator("#drift .key .mark").evaluate_all("all => all.map(each => each.className)") == [
+            "mark circle",
+            "mark diamond",
+        ]
+
+
+def most(page):
+    cells = page.evaluate("JSON.parse(document.getElementById('data').textContent).edits")
+    return f"{100 * max(max(cell['before'], cell['after']) for cell in cells):.1f}"

@@ -60,7 +60,7 @@
       const side = Math.min(width, 460);
       const cells = layers.flatMap((y, row) => layers.slice(0, row + 1).map((x, column) => ({ x, y, value: values[row][column] })));
       const written = side / layers.length > 38;
-      return Plot.plot({
+      const plot = Plot.plot({
         width: side, height: side - 10, marginLeft: 34, marginBottom: 34, marginTop: 6, marginRight: 6, padding: layers.length > 24 ? 0 : 0.06,
         x: { label: "layer", ticks: layerTicks(layers, side), tickSize: 0 },
         y: { label: null, ticks: layerTicks(layers, side), tickSize: 0 },
@@ -71,6 +71,7 @@
           Plot.tip(cells, Plot.pointer({ x: "x", y: "y", maxRadius: Infinity, title: (cell) => `layers ${cell.x} and ${cell.y}\ncosine ${cell.value.toFixed(3).replace("-", "−")}`, ...tip() })),
         ],
       });
+      return [plot, ...(written ? [] : [ramp(["−1", "0", "1"], ["slanted-fill", "low", "high"])])];
     };
   }
 
@@ -107,29 +108,49 @@
     tell();
   }
 
-  const components = (rows) => ["embedding", "attention", "mlp"].flatMap((name) => unique(rows.map((row) => row.component)).filter((each) => each.startsWith(name)).sort());
+  const components = (rows) => {
+    const order = ["embedding", "attention", "mlp"];
+    const place = (name) => (order.findIndex((each) => name.startsWith(each)) + order.length + 1) % (order.length + 1);
+    return unique(rows.map((row) => row.component)).sort((one, other) => place(one) - place(other) || (one < other ? -1 : 1));
+  };
+
+  const tensors = (cell) => (cell.count > 1 ? ` (${cell.count} tensors)` : "");
+  const map = (cells, width, facets, title) => {
+    const rows = components(cells);
+    const layers = unique(cells.map((cell) => cell.layer)).sort((one, other) => one - other);
+    const most = Math.max(...cells.map((cell) => cell.value)) || 1;
+    const written = (width - 150) / layers.length > 40;
+    const across = { x: "layer", y: "component", ...(facets ? { fy: "when" } : {}) };
+    const plot = Plot.plot({
+      width, height: 60 + (facets ? 2 : 1) * rows.length * 34 + 16, marginLeft: Math.min(110, 40 + 7 * Math.max(...rows.map((row) => row.length))), marginRight: facets ? 52 : 8, marginBottom: 32, marginTop: 6,
+      padding: 0.08,
+      x: { label: "layer", ticks: layerTicks(layers, width - 150), tickSize: 0, domain: layers },
+      y: { label: null, domain: rows, tickSize: 0 },
+      ...(facets ? { fy: { domain: facets, label: null, padding: 0.12 } } : {}),
+      color: { type: "linear", domain: [0, most], range: [colour("low"), colour("high")] },
+      marks: [
+        Plot.cell(cells, { ...across, fill: "value", rx: 2 }),
+        ...(written ? [Plot.text(cells, { ...across, text: (cell) => percent(cell.value), fill: (cell) => (cell.value > 0.68 * most ? colour("paper") : colour("ink")), fontSize: 11 })] : []),
+        Plot.tip(cells, Plot.pointer({ ...across, maxRadius: Infinity, title, ...tip() })),
+      ],
+    });
+    return [plot, ...(written ? [] : [ramp([percent(0, 0), percent(most)], ["low", "high"])])];
+  };
+  const ramp = (ends, colours) => {
+    const box = document.createElement("p");
+    box.className = "key ramp";
+    const strip = document.createElement("span");
+    strip.className = "strip";
+    strip.style.background = `linear-gradient(to right, ${colours.map((name) => colour(name)).join(", ")})`;
+    const words = ends.map((end) => Object.assign(document.createElement("span"), { textContent: end }));
+    strip.append(...words);
+    box.append(strip);
+    return box;
+  };
 
   if (data.edits) {
-    charts.edits = (width) => {
-      const rows = components(data.edits);
-      const layers = unique(data.edits.map((cell) => cell.layer)).sort((one, other) => one - other);
-      const cells = data.edits.flatMap((cell) => ["before", "after"].map((when) => ({ ...cell, when, value: cell[when] })));
-      const most = Math.max(...cells.map((cell) => cell.value));
-      const written = (width - 150) / layers.length > 40;
-      return Plot.plot({
-        width, height: 60 + 2 * rows.length * 34 + 16, marginLeft: Math.min(110, 40 + 7 * Math.max(...rows.map((row) => row.length))), marginRight: 52, marginBottom: 32, marginTop: 6,
-        padding: 0.08,
-        x: { label: "layer", ticks: layerTicks(layers, width - 150), tickSize: 0, domain: layers },
-        y: { label: null, domain: rows, tickSize: 0 },
-        fy: { domain: ["before", "after"], label: null, padding: 0.12 },
-        color: { type: "linear", domain: [0, most || 1], range: [colour("low"), colour("high")] },
-        marks: [
-          Plot.cell(cells, { x: "layer", y: "component", fy: "when", fill: "value", rx: 2 }),
-          ...(written ? [Plot.text(cells, { x: "layer", y: "component", fy: "when", text: (cell) => percent(cell.value), fill: (cell) => (cell.value > 0.68 * most ? colour("paper") : colour("ink")), fontSize: 11 })] : []),
-          Plot.tip(cells, Plot.pointer({ x: "layer", y: "component", fy: "when", maxRadius: Infinity, title: (cell) => `layer ${cell.layer}, ${cell.names}${cell.count > 1 ? ` (${cell.count} tensors)` : ""}\nbefore ${percent(cell.before, 3)}\nafter ${percent(cell.after, 3)}`, ...tip() })),
-        ],
-      });
-    };
+    const cells = data.edits.flatMap((cell) => ["before", "after"].map((when) => ({ ...cell, when, value: cell[when] })));
+    charts.edits = (width) => map(cells, width, ["before", "after"], (cell) => `layer ${cell.layer}, ${cell.names}${tensors(cell)}\nbefore ${percent(cell.before, 3)}\nafter ${percent(cell.after, 3)}`);
     charts.drift = (width) => {
       const rows = data.edits.filter((cell) => cell.drift != null);
       if (!rows.length) return "No norms were to be kept.";
@@ -139,13 +160,13 @@
 
   const series = ["neutral-fill", "slanted-fill", "wrong-fill", "deflecting", "accent", "ink"];
   const symbols = ["circle", "diamond", "square", "triangle", "cross", "star"];
-  const perLayer = (rows, key, group, width, title, digits) => {
+  const perLayer = (rows, key, group, width, title, digits, scale = { tickFormat: (value) => percent(value, digits) }) => {
     const kinds = group === "component" ? components(rows) : unique(rows.map((row) => row[group])).sort();
     const layers = unique(rows.map((row) => row.layer)).sort((one, other) => one - other);
     const plot = Plot.plot({
       width, height: 190, marginLeft: 52, marginBottom: 32, marginTop: 14,
       x: { label: "layer", ticks: layerTicks(layers, width), tickFormat: "d", labelAnchor: "right", inset: 8 },
-      y: { label: null, grid: true, ticks: 4, zero: true, nice: true, tickFormat: (value) => percent(value, digits) },
+      y: { label: null, grid: true, ticks: 4, zero: true, nice: true, ...scale },
       color: { domain: kinds, range: kinds.map((_, index) => colour(series[index % series.length])) },
       symbol: { domain: kinds, range: kinds.map((_, index) => symbols[index % symbols.length]) },
       marks: [
@@ -153,15 +174,15 @@
         Plot.tip(rows, Plot.pointer({ x: "layer", y: key, title, ...tip() })),
       ],
     });
-    return [plot, legend(kinds.map((kind, index) => [kind, colour(series[index % series.length])]))];
+    return [plot, legend(kinds.map((kind, index) => [kind, colour(series[index % series.length]), symbols[index % symbols.length]]))];
   };
 
   const legend = (entries) => {
     const box = document.createElement("p");
     box.className = "key";
-    for (const [name, fill] of entries) {
+    for (const [name, fill, symbol] of entries) {
       const mark = document.createElement("span");
-      mark.className = "mark";
+      mark.className = `mark ${symbol ?? ""}`;
       mark.style.background = fill;
       const entry = document.createElement("span");
       entry.append(mark, name);
@@ -175,6 +196,32 @@
     const short = (name) => (kinds.length > 6 ? name.split(".")[0] : name);
     const rows = data.updates.map((row) => ({ ...row, kind: short(row.name) }));
     charts.updates = (width) => perLayer(rows, "change", "kind", width, (row) => `layer ${row.layer}, ${row.name}\nchanged by ${percent(row.change, 3)}`, 1);
+  }
+
+  if (data.changes) {
+    const cells = data.changes.map((cell) => ({ ...cell, value: cell.relative }));
+    charts.changes = (width) => map(cells, width, null, (cell) => `layer ${cell.layer}, ${cell.names}${tensors(cell)}\nrelative size ${percent(cell.relative, 3)}\n${cell.kind}${cell.rank ? `, rank ${cell.rank}` : ""}`);
+  }
+
+  if (data.spectra) {
+    charts.spectra = (width) => {
+      const points = data.spectra.flatMap((row) => row.shares.map((share, place) => ({ ...row, share: Math.max(1e-6, share), place: place + 1 })));
+      const ticks = powers([...points.map((point) => point.share), 0.01, 1]);
+      return Plot.plot({
+        width, height: 190, marginLeft: 52, marginBottom: 32, marginTop: 14,
+        x: { label: "singular value", labelAnchor: "right", ticks: unique(points.map((point) => point.place)), tickFormat: "d", inset: 8 },
+        y: { label: null, grid: true, type: "log", domain: [ticks[0], 1], ticks, tickFormat: (value) => `${number(100 * value)} %` },
+        marks: [
+          Plot.lineY(points, { x: "place", y: "share", z: "name", stroke: colour("accent"), strokeOpacity: 0.35 }),
+          Plot.dot(points, { x: "place", y: "share", r: 2, fill: colour("accent"), fillOpacity: 0.6 }),
+          Plot.tip(points, Plot.pointer({ x: "place", y: "share", title: (point) => `${point.name}\nsingular value ${point.place}: ${percent(point.share, 2)} of the energy`, ...tip() })),
+        ],
+      });
+    };
+  }
+
+  if (data.fits) {
+    charts.fits = (width) => perLayer(data.fits, "cosine", "which", width, (row) => `${row.name}\n${row.which}${row.of == null ? "" : `, layer ${row.of}`}\ncosine ${row.cosine.toFixed(3)}`, 2, { tickFormat: String, domain: [0, 1] });
   }
 
   if (data.losses) {
@@ -268,9 +315,19 @@
   system.addEventListener("change", () => { name(); drawAll(); });
   name();
   let chosen;
-  addEventListener("beforeprint", () => { chosen = root.dataset.theme; root.dataset.theme = "light"; drawAll(); });
+  let closed = [];
+  addEventListener("beforeprint", () => {
+    chosen = root.dataset.theme;
+    root.dataset.theme = "light";
+    root.classList.add("paper");
+    closed = [...document.querySelectorAll("details:not([open]):not(.long)")];
+    closed.forEach((each) => { each.open = true; });
+    drawAll();
+  });
   addEventListener("afterprint", () => {
     if (chosen) root.dataset.theme = chosen; else delete root.dataset.theme;
+    root.classList.remove("paper");
+    closed.forEach((each) => { each.open = false; });
     drawAll();
   });
 

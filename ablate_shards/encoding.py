@@ -1,0 +1,33 @@
+"""How text gets to a terminal that does not speak UTF-8."""
+
+import codecs
+import sys
+from io import TextIOWrapper
+
+__all__ = ["speak_plainly", "speaks_unicode"]
+
+_PLAIN = {
+    "–": "-", "—": "-", "−": "-", "→": "->", "×": "x", "·": ".", "…": "...", "‖": "||", "‘": "'", "’": "'",
+    "α": "alpha", "Δ": "delta", "≤": "<=", "≥": ">=", "━": "-", "╸": "-", "╺": "-",
+    "█": "#", "▉": "#", "▊": "#", "▋": "#", "▌": "#", "▍": " ", "▎": " ", "▏": " ", "▓": "x", "▒": ":", "░": ".",
+}  # fmt: skip
+
+
+def speaks_unicode() -> bool:
+    """Says whether stdout can show every character."""
+    return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "").startswith("utf")
+
+
+def speak_plainly() -> None:
+    """Lets stdout and stderr show what their encoding cannot in characters that it can, instead of failing."""
+    codecs.register_error("ablate-shards.plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="ablate-shards.plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lost = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(each) or each.encode("ascii", "backslashreplace").decode() for each in lost), error.end
