@@ -53,8 +53,8 @@ def opened(checkpoint, operation, *, window, progress=None, room=None):
 
 @pytest.fixture
 def folder(tmp_path):
-    write_llama(tmp_path / "model", hidden=512, shards=1)
-    write_directions(tmp_path / "d.safetensors", hidden=512)
+    write_llama(tmp_path / "model", hidden=640, shards=1)
+    write_directions(tmp_path / "d.safetensors", hidden=640)
     return tmp_path
 
 

@@ -359,8 +359,8 @@ class TestDeterminism:
 
     @modes
     def test_long_rows_and_many_directions(self, form, preserve, axis):
-        basis = make_basis(4, 40 if axis == -2 else 20000)
-        weight = make_weight(basis, 20000 if axis == -2 else 40, torch.float32, axis=axis, batch=1)
+        basis = make_basis(4, 40 if axis == -2 else 40000)
+        weight = make_weight(basis, 40000 if axis == -2 else 40, torch.float32, axis=axis, batch=1)
         options = ProjectOptions(0.5, preserve, axis)
         whole, projector = run(weight, basis, options, form=form)
         assert projector.chunk_rows < 40
