@@ -150,7 +150,7 @@ class NativeArrays:
     """Blocks and sums in NumPy arrays; :class:`Arrays` says what the methods do."""
 
     xp: ModuleType = np
-    chunk_elements = 1 << 20
+    chunk_elements = 1 << 19
 
     def forms(self, chunk_rows: int, cols: int) -> tuple[NativeForm, NativeForm]:
         """Return the arithmetic in float32 and in float64."""

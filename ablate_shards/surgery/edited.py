@@ -214,7 +214,7 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
         return known
 
     def _gather(self, part: _Part, section: Section) -> None:
-        section.gather(lambda data, offset: self._source.fill(data, offset, part.end))
+        section.gather(lambda offset, count: self._fill(offset, offset + count, part.end))
         self._keep(part, section)
 
     def _whole(self, part: _Part, section: Section, digest: "hashlib._Hash | None" = None) -> np.ndarray:
@@ -223,10 +223,7 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
         if digest is not None:
             digest.update(raw.data)
 
-        def read(data: memoryview, offset: int) -> None:
-            data[:] = raw[offset - part.start :][: len(data)].data
-
-        section.gather(read)
+        section.gather(lambda offset, count: raw[offset - part.start :][:count])
         self._keep(part, section)
         for offset in range(0, len(raw), section.block):
             section.edit(raw[offset : offset + section.block], part.start + offset)
@@ -250,14 +247,21 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
     def _fits(self, part: _Part) -> bool:
         return part.end - part.start <= self._window
 
-    def _fill(self, start: int, end: int) -> np.ndarray:
-        """Returns bytes of the source, in memory that the next call takes again."""
+    def _fill(self, start: int, end: int, until: int | None = None) -> np.ndarray:
+        """Returns bytes of the source, in memory that the next call takes again.
+
+        Args:
+            start: Offset of the first.
+            end: Offset one past the last.
+            until: Where a request that has to be made for them ends; where they are next read twice, if None.
+        """
         if len(self._room) < end - start:
             self._room = np.empty(end - start, np.uint8)
         raw = self._room[: end - start]
         self._data = memoryview(b"")
         border = bisect.bisect_right(self._borders, start)
-        until = self._borders[border] if border < len(self._borders) else self._shard.size
+        if until is None:
+            until = self._borders[border] if border < len(self._borders) else self._shard.size
         self._source.fill(raw.data, start, max(end, until))
         return raw
 

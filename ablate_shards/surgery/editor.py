@@ -42,7 +42,7 @@ _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R")
 
 _WITHOUT_TORCH = ("native", "numpy")
-_CPU_BLOCK = 2 << 20
+_CPU_BLOCK = 1 << 20
 _LEAST_MEMORY_PER_JOB = 8 << 20
 _SCRATCH = 6 << 20
 _ROOM_FOR_TWO_CHUNKS = 16 << 20
@@ -105,7 +105,8 @@ class BlockEditor(ABC, Generic[_E, _R]):
         self.jobs = max(1, min(wanted, memory // _LEAST_MEMORY_PER_JOB))
         room = max(memory // self.jobs - _SCRATCH, 1 << 20)
         self._chunks_at_once = 2 if room >= _ROOM_FOR_TWO_CHUNKS else 1
-        # On a CPU larger blocks gain nothing: they only leave the cache. A device holds a block of its own.
+        # On a CPU larger blocks gain nothing, nor does a whole tensor: they leave the cache, and reading a block again
+        # takes no longer than fetching it from memory. A device holds a block of its own.
         self._room = min(room, _CPU_BLOCK) if on_cpu else room // 2
         self._stop = stop
         self._kept = threading.local()
@@ -148,10 +149,12 @@ class BlockEditor(ABC, Generic[_E, _R]):
             AblateError: The tensor cannot be edited.
         """
 
-        def read(data: memoryview, offset: int) -> None:
+        def read(offset: int, count: int) -> np.ndarray:
             if self._stop.is_set():
                 raise Stopped
-            channels.read(data, offset)
+            raw = self._workspace().raw(count)
+            channels.read(raw.data, offset)
+            return raw
 
         measured, digest = [], hashlib.sha256()
         with self._stream():
@@ -161,8 +164,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
                 section = sections.popleft()
                 section.gather(read)
                 for offset in range(section.start, section.end, section.block):
-                    raw = self._workspace().raw(min(section.block, section.end - offset))
-                    read(raw.data, offset)
+                    raw = read(offset, min(section.block, section.end - offset))
                     section.edit(raw, offset)
                     channels.write(raw.data, offset)
                     # Read again at once, while a core's cache still holds it.

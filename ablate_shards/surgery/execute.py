@@ -57,8 +57,9 @@ __all__ = [
 _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R", bound="DataclassInstance")
 
-_COPY_CHUNK = 32 << 20
+_COPY_CHUNK = 4 << 20
 _FALLBACK_CHUNK = 1 << 20
+_MANY_CORES = 4
 _SHARDS_IN_FLIGHT = 3
 _FICLONE = 0x40049409
 _NOT_HERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
@@ -255,6 +256,18 @@ class Work(Generic[_R]):
     copies: list[Future[None]]
     fetched: Future[None] | None = None
     edits: list[Future[tuple[str, _R]]] = field(default_factory=list)
+    _turn: threading.Lock = field(default_factory=threading.Lock)
+    _writing: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Lets one thread at a time write to the shard, as the kernel does, which lets the others burn their cores."""
+        with self._turn:  # so that who has just written does not overtake who waits
+            self._writing.acquire()
+        try:
+            yield
+        finally:
+            self._writing.release()
 
 
 class Surgeon(Generic[_E, _R]):
@@ -303,14 +316,14 @@ class Surgeon(Generic[_E, _R]):
             for content in self._staging.done.values()
             for name, values in content.items()
         }
-        copiers = self._pool(min(2, cores()) if self._checkpoint.remote is None else self.in_flight)
+        # With few cores the edits need them more.
+        copiers = self._pool((1 if cores() < _MANY_CORES else 2) if self._checkpoint.remote is None else self.in_flight)
         sidecars = [copiers.submit(self._copy_sidecar, name) for name in self._checkpoint.sidecars]
-        todo = (
-            self._start_copy(shard, copiers)
-            for shard in self._checkpoint.shards
-            if shard.name not in self._staging.done
-        )
-        under_way = deque(itertools.islice(todo, self.in_flight))
+        shards = (shard for shard in self._checkpoint.shards if shard.name not in self._staging.done)
+        # Edits begin with the first shard, copying with the last: one file takes one writer at a time.
+        first = reversed(list(itertools.islice(shards, self.in_flight)))
+        under_way = deque(reversed([self._start_copy(shard, copiers) for shard in first]))
+        todo = (self._start_copy(shard, copiers) for shard in shards)
         # Only now is torch imported, if at all: the copying above needs neither it nor the interpreter lock.
         editor = self._operation.editor(run, self._stop)
         self._progress.note(editor.reason)
@@ -351,12 +364,13 @@ class Surgeon(Generic[_E, _R]):
             self._progress.advance(sum(end - start for start, end in ranges))
             return Work(shard, source, target, [])
         _allocate(target, shard.size)
-        copies = [
-            copiers.submit(self._copy, source, target, start, min(start + _COPY_CHUNK, end))
+        work: Work[_R] = Work(shard, source, target, [])
+        work.copies += [
+            copiers.submit(self._copy, work, start, min(start + _COPY_CHUNK, end))
             for first, end in ranges
             for start in range(first, end, _COPY_CHUNK)
         ]
-        return Work(shard, source, target, copies)
+        return work
 
     def _start_fetch(
         self, shard: Shard, path: Path, edited: list[tuple[int, int]], copiers: ThreadPoolExecutor
@@ -393,7 +407,8 @@ class Surgeon(Generic[_E, _R]):
             work.fetched.result()
 
         def write(data: memoryview, offset: int) -> None:
-            pwrite_all(work.target, data, offset)
+            with work.writing():
+                pwrite_all(work.target, data, offset)
             if work.fetched is None:
                 self._progress.advance(len(data))
 
@@ -406,12 +421,13 @@ class Surgeon(Generic[_E, _R]):
         self._staging.start_writing(work.target, edit.start, edit.end)
         return edit.name, result
 
-    def _copy(self, source: int, target: int, start: int, end: int) -> None:
+    def _copy(self, work: Work[_R], start: int, end: int) -> None:
         if self._stop.is_set():
             raise Stopped
-        _copy_range(source, target, start, end)
+        with work.writing():
+            _copy_range(work.source, work.target, start, end)
         # The disk is busy from the start, and what is left to wait for at the end is little.
-        self._staging.start_writing(target, start, end)
+        self._staging.start_writing(work.target, start, end)
         self._progress.advance(end - start)
 
     def _copy_sidecar(self, name: str) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -32,7 +32,7 @@ from ablate_shards.surgery.checkpoint import (
 from ablate_shards.surgery.editor import BlockEditor, find_device, torch_dtype
 from ablate_shards.surgery.execute import Operation
 from ablate_shards.surgery.receipt import incomplete, items, load, number, revision_of, seal, source_record, typed
-from ablate_shards.surgery.sections import Section
+from ablate_shards.surgery.sections import Reader, Section
 from ablate_shards.surgery.staging import check_out
 
 if TYPE_CHECKING:
@@ -600,7 +600,7 @@ class _Addition:
         self._squares = 0.0
         self._merger: Merger | NumpyMerger | None = None
 
-    def gather(self, read: Callable[[memoryview, int], None]) -> None:
+    def gather(self, read: Reader) -> None:
         """Reads the factors."""
         left, right = self._factors.of(self._matrix)
         self._merger = self._new_merger(left, right)
@@ -660,7 +660,7 @@ class _Exchange:
         self.block = _PIECE * ITEM_BYTES[edit.dtype]
         self._squares = self._before = 0.0
 
-    def gather(self, read: Callable[[memoryview, int], None]) -> None:
+    def gather(self, read: Reader) -> None:
         """Begins anew."""
         self._squares = self._before = 0.0
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from ablate_shards.kernels.form import Array
     from ablate_shards.kernels.project import Measure, Meter, ProjectOptions, Projector, Workspace
 
-__all__ = ["AblatedBias", "AblatedMatrices", "Section", "nonfinite"]
+__all__ = ["AblatedBias", "AblatedMatrices", "Reader", "Section"]
+
+
+Reader: TypeAlias = Callable[[int, int], np.ndarray]
+"""Returns bytes of the source, from an offset and that many, in memory that the next call may take again."""
 
 
 class Section(Protocol):
@@ -32,8 +36,8 @@ class Section(Protocol):
     block: int
     gathers: bool
 
-    def gather(self, read: Callable[[memoryview, int], None]) -> None:
-        """Learns what has to be known of all of it; ``read`` fills a buffer from the source."""
+    def gather(self, read: Reader) -> None:
+        """Learns what has to be known of all of it."""
 
     def edit(self, raw: np.ndarray, offset: int) -> None:
         """Edits a block in place, ``[bytes]`` uint8, as read from an offset of the shard.
@@ -82,7 +86,7 @@ class AblatedMatrices:
         self.block = 0
         self._projector: Projector | None = None
 
-    def gather(self, read: Callable[[memoryview, int], None]) -> None:
+    def gather(self, read: Reader) -> None:
         """Takes the sums that the apply pass needs."""
         from ablate_shards.kernels.project import Projector
 
@@ -91,12 +95,10 @@ class AblatedMatrices:
         resident = self.end - self.start <= self._room
         block = self.end - self.start if resident else max(chunk, self._room // self._row_bytes // chunk * chunk)
         self.block = max(1, block if resident else block * self._row_bytes)
-        raw = self._workspace.raw(min(self.block, self.end - self.start))
         step = 0
         while step < projector.passes:
             for offset in range(self.start, self.end, self.block):
-                data = raw[: self.end - offset]
-                read(data.data, offset)
+                data = read(offset, min(self.block, self.end - offset))
                 projector.gather(step, self._load(data), self._row(offset))
             step += 1
         self._projector = projector
@@ -162,7 +164,7 @@ class AblatedBias:
         self.block = max(1, edit.end - edit.start)
         self._before = self._after = 0.0
 
-    def gather(self, read: Callable[[memoryview, int], None]) -> None:
+    def gather(self, read: Reader) -> None:
         """Does nothing: the one block is all there is to know."""
 
     def edit(self, raw: np.ndarray, offset: int) -> None:
