@@ -185,7 +185,7 @@ def test_an_error_that_stays_leaves_nothing(case, made, monkeypatch):
     def broken(*_):
         raise objects.ExecuteError("no good")
 
-    monkeypatch.setattr(objects, "fingerprint", broken)
+    monkeypatch.setattr(objects, "check_unchanged", broken)
     assert "no good" in ablate(made / "local", OUT).stderr
     assert files(case) == {}
 
