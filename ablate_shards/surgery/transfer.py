@@ -115,10 +115,13 @@ def perform_on_hub(
         ]
         left = own - sizes.keys() - ledger.digests().keys()
         copied = _copies(checkpoint, left, ledger, by_hub=on_hub)
-        try:
+
+        def publish() -> tuple[str, str]:
             with explained(repo):
-                operations = [*ledger.operations(), *copied, *made]
-                url, oid = commit(api, repo, operations, options, store, progress)
+                return commit(api, repo, [*ledger.operations(), *copied, *made], options, store, progress)
+
+        try:
+            url, oid = publish()
         except HubError as error:
             if not on_hub or not _refuses_to_copy(error.__cause__):
                 raise
@@ -126,9 +129,8 @@ def perform_on_hub(
             rest = (*(shard for shard in checkpoint.shards if shard.name in left), *_large(checkpoint))
             send(_part(checkpoint, rest), operation, run, ledger, progress)
             on_hub = False
-            with explained(repo):
-                operations = [*ledger.operations(), *_copies(checkpoint, set(), ledger, by_hub=False), *made]
-                url, oid = commit(api, repo, operations, options, store, progress)
+            copied = _copies(checkpoint, set(), ledger, by_hub=False)
+            url, oid = publish()
         expected = ledger.digests()
         if checkpoint.remote is not None and on_hub:
             expected |= {name: checkpoint.remote.stamp(name) for name in left}

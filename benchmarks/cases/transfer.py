@@ -136,9 +136,7 @@ class Job:
         disk: list[int] = []
         hub.watch = lambda _: disk.append(on_disk(self.here))
         environment = {
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
+            **hub.environment,
             "HF_TOKEN": "hf_writer",
             **dict.fromkeys(("HF_HOME", "HOME", "TMPDIR"), here),
         }
