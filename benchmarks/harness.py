@@ -181,7 +181,8 @@ class Bench:
     Args:
         work: An empty folder, removed after the case.
         runs: How often each contender is timed.
-        tiny: Whether to take the smallest sizes, to see that a case runs; its times mean nothing.
+        tiny: Whether to take the smallest sizes and no run but those that count, to see that a case runs; its times
+            mean nothing.
         show: Takes each table and each note as it comes.
 
     Attributes:
@@ -196,7 +197,7 @@ class Bench:
 
     def race(self, title: str, contenders: Sequence[Contender], *, size: int | None = None) -> Race:
         """Checks and times contenders over the same data, and shows the table."""
-        found = Race(title, race(contenders, self.runs), size)
+        found = Race(title, race(contenders, self.runs, first_counts=self.tiny), size)
         self.races.append(found)
         self._show(table(found))
         return found
@@ -250,21 +251,27 @@ def case(
     return register
 
 
-def race(contenders: Sequence[Contender], runs: int) -> tuple[Row, ...]:
+def race(contenders: Sequence[Contender], runs: int, *, first_counts: bool = False) -> tuple[Row, ...]:
     """Runs and checks each contender once, then times those that are right, in turns.
 
     Every other round goes backwards, so that none always follows the same one. A contender whose check finds
     something is not timed at all, and one that is compared with it gets no ratio.
+
+    Args:
+        contenders: What is timed.
+        runs: How often each.
+        first_counts: Whether the run that is checked is one of them, though nothing has been read or imported before.
     """
+    first: dict[str, Sample] = {}
     wrong: dict[str, str | None] = {}
     for contender in contenders:
         contender.before()
-        contender.run()
+        first[contender.name] = contender.run()
         wrong[contender.name] = contender.check()
         contender.after()
     right = [contender for contender in contenders if wrong[contender.name] is None]
-    samples: dict[str, list[Sample]] = {contender.name: [] for contender in right}
-    for number in range(runs):
+    samples = {contender.name: [first[contender.name]] if first_counts else [] for contender in right}
+    for number in range(runs - first_counts):
         for contender in right if number % 2 == 0 else reversed(right):
             contender.before()
             samples[contender.name].append(contender.run())

@@ -93,4 +93,9 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-    subprocess.run(["sync", "-f", path.parent], check=True)
+    settle(path.parent)
+
+
+def settle(folder: Path) -> None:
+    """Waits until a file system has nothing left to write back."""
+    subprocess.run(["sync", "-f", folder], check=True)

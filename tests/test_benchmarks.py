@@ -13,7 +13,7 @@ import pytest
 import torch
 from hub.hub_server import Server
 
-from benchmarks import checks, record
+from benchmarks import checks, processes, record
 from benchmarks.__main__ import main
 from benchmarks.cases import command as command_cases
 from benchmarks.cases import diff as diff_cases
@@ -29,6 +29,12 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ROW = {"contender", "wrong", "seconds", "median", "least", "most", "against", "ratio", "peak_bytes", "peak_is_bound"}
 MACHINE = {"date", "commit", "dirty", "python", "packages", "cpu", "cores", "kernel", "file_system", "device"}
+
+
+@pytest.fixture(autouse=True)
+def unsettled(monkeypatch):
+    """What other processes write meanwhile is not waited for."""
+    monkeypatch.setattr(processes, "settle", lambda folder: None)
 
 
 def scripted(name, seconds, log=None, **more):
@@ -54,6 +60,13 @@ def test_contenders_take_turns_and_every_other_round_goes_backwards():
     log = []
     race([scripted(name, [1, 1, 1], log) for name in "abc"], 3)
     assert "".join(log) == "abc" + "abc" + "cba" + "abc"
+
+
+def test_the_run_that_is_checked_counts_where_times_mean_nothing():
+    log = []
+    rows = race([scripted(name, [1, 1], log, check=lambda: log.append("?")) for name in "ab"], 2, first_counts=True)
+    assert log == ["a", "?", "b", "?", "a", "b"]
+    assert [row.seconds for row in rows] == [(0.0, 1)] * 2
 
 
 def test_a_peak_is_the_largest_of_all_runs():
