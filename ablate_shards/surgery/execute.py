@@ -201,6 +201,7 @@ def perform(
     check_out(checkpoint.path, files_of(checkpoint), out, overwrite=run.overwrite)
     out = out.resolve() if out.is_symlink() else out
     sizes = {shard.name: shard.size for shard in checkpoint.shards}
+    identity = operation.identity_on(checkpoint)
     if run.device != "auto":
         find_device(run.device)
     staging: Staging | None = None
@@ -210,14 +211,7 @@ def perform(
             staging.discard()
 
     with sigterm_as_interrupt(), locked(out), ending_early(out, lambda: what_is_kept(staging), discard):
-        staging = Staging.open(
-            out,
-            operation.identity_on(checkpoint),
-            sizes,
-            resume=run.resume,
-            overwrite=run.overwrite,
-            sync=run.sync,
-        )
+        staging = Staging.open(out, identity, sizes, resume=run.resume, overwrite=run.overwrite, sync=run.sync)
         _check_disk(checkpoint, operation.edits, staging, link=run.link)
         progress.begin(_bytes_to_write(checkpoint, staging))
         with Surgeon(checkpoint, operation, staging, progress, link=run.link) as surgeon:

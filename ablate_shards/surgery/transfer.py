@@ -116,12 +116,12 @@ def perform_on_hub(
         left = own - sizes.keys() - ledger.digests().keys()
         copied = _copies(checkpoint, left, ledger, by_hub=on_hub)
 
-        def publish() -> tuple[str, str]:
+        def publish(copied: list[Any]) -> tuple[str, str]:
             with explained(repo):
                 return commit(api, repo, [*ledger.operations(), *copied, *made], options, store, progress)
 
         try:
-            url, oid = publish()
+            url, oid = publish(copied)
         except HubError as error:
             if not on_hub or not _refuses_to_copy(error.__cause__):
                 raise
@@ -129,8 +129,7 @@ def perform_on_hub(
             rest = (*(shard for shard in checkpoint.shards if shard.name in left), *_large(checkpoint))
             send(_part(checkpoint, rest), operation, run, ledger, progress)
             on_hub = False
-            copied = _copies(checkpoint, set(), ledger, by_hub=False)
-            url, oid = publish()
+            url, oid = publish(_copies(checkpoint, set(), ledger, by_hub=False))
         expected = ledger.digests()
         if checkpoint.remote is not None and on_hub:
             expected |= {name: checkpoint.remote.stamp(name) for name in left}
