@@ -342,7 +342,7 @@ class TestChecksCanFail:
 def test_the_line_goes_through_every_run(tmp_path):
     races = []
     for size in (1, 2, 4):
-        bench = Bench(tmp_path, runs=2, tiny=True, show=lambda _: None)
+        bench = Bench(tmp_path, runs=2, tiny=False, show=lambda _: None)
         races.append(bench.race(str(size), [scripted("ours", [size + 0.4, size + 0.6])], size=size * 10**9))
     assert command_cases.fit(races, "ours") == pytest.approx((1.0, 0.5))
 
