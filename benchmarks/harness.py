@@ -38,11 +38,15 @@ class Sample:
         seconds: Wall-clock time.
         peak: Peak resident bytes of the processes that ran; None where no process was started.
         bound: Whether the peak is only known to be no more than that.
+        disk: The most bytes of disk that were taken at a time; None where nobody looked.
+        fetched: Bytes that were fetched; None where nobody counted.
     """
 
     seconds: float
     peak: int | None = None
     bound: bool = False
+    disk: int | None = None
+    fetched: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,8 @@ class Row:
         peak: Largest peak of its processes in bytes.
         bound: Whether that is only known to be no more.
         moved: Bytes read and written in a run.
+        disk: Largest peak of its disk in bytes.
+        fetched: Most bytes that a run fetched.
     """
 
     contender: str
@@ -91,6 +97,8 @@ class Row:
     peak: int | None = None
     bound: bool = False
     moved: int = 0
+    disk: int | None = None
+    fetched: int | None = None
 
     @property
     def median(self) -> float:
@@ -118,6 +126,8 @@ class Row:
             "peak_is_bound": self.bound,
             "bytes_moved": self.moved or None,
             "bytes_per_second": self.bandwidth,
+            "peak_disk_bytes": self.disk,
+            "bytes_fetched": self.fetched,
         }
 
     @staticmethod
@@ -132,6 +142,8 @@ class Row:
             found["peak_bytes"],
             found["peak_is_bound"],
             found["bytes_moved"] or 0,
+            found["peak_disk_bytes"],
+            found["bytes_fetched"],
         )
 
 
@@ -142,7 +154,7 @@ class Race:
     Attributes:
         title: What they ran on.
         rows: One per contender.
-        size: The bytes of what they ran on, where time against bytes is meant to be told.
+        size: The bytes of what they ran on, where time against bytes or what is fetched of them is meant to be told.
     """
 
     title: str
@@ -169,7 +181,8 @@ class Bench:
     Args:
         work: An empty folder, removed after the case.
         runs: How often each contender is timed.
-        tiny: Whether to take the smallest sizes, to see that a case runs; its times mean nothing.
+        tiny: Whether to take the smallest sizes and no run but those that count, to see that a case runs; its times
+            mean nothing.
         show: Takes each table and each note as it comes.
 
     Attributes:
@@ -184,7 +197,7 @@ class Bench:
 
     def race(self, title: str, contenders: Sequence[Contender], *, size: int | None = None) -> Race:
         """Checks and times contenders over the same data, and shows the table."""
-        found = Race(title, race(contenders, self.runs), size)
+        found = Race(title, race(contenders, self.runs, first_counts=self.tiny), size)
         self.races.append(found)
         self._show(table(found))
         return found
@@ -223,7 +236,7 @@ class Case:
 
 
 CASES: dict[str, Case] = {}
-COLUMNS = ("spread", "ours/this", "bandwidth", "peak memory")
+COLUMNS = ("spread", "ours/this", "bandwidth", "peak memory", "peak disk", "fetched")
 
 
 def case(
@@ -238,21 +251,27 @@ def case(
     return register
 
 
-def race(contenders: Sequence[Contender], runs: int) -> tuple[Row, ...]:
+def race(contenders: Sequence[Contender], runs: int, *, first_counts: bool = False) -> tuple[Row, ...]:
     """Runs and checks each contender once, then times those that are right, in turns.
 
     Every other round goes backwards, so that none always follows the same one. A contender whose check finds
     something is not timed at all, and one that is compared with it gets no ratio.
+
+    Args:
+        contenders: What is timed.
+        runs: How often each.
+        first_counts: Whether the run that is checked is one of them, though nothing has been read or imported before.
     """
+    first: dict[str, Sample] = {}
     wrong: dict[str, str | None] = {}
     for contender in contenders:
         contender.before()
-        contender.run()
+        first[contender.name] = contender.run()
         wrong[contender.name] = contender.check()
         contender.after()
     right = [contender for contender in contenders if wrong[contender.name] is None]
-    samples: dict[str, list[Sample]] = {contender.name: [] for contender in right}
-    for number in range(runs):
+    samples = {contender.name: [first[contender.name]] if first_counts else [] for contender in right}
+    for number in range(runs - first_counts):
         for contender in right if number % 2 == 0 else reversed(right):
             contender.before()
             samples[contender.name].append(contender.run())
@@ -278,6 +297,8 @@ def _row(contender: Contender, wrong: str | None, samples: Mapping[str, Sequence
         highest.peak,
         highest.bound,
         contender.moved,
+        max((sample.disk for sample in own if sample.disk is not None), default=None),
+        max((sample.fetched for sample in own if sample.fetched is not None), default=None),
     )
 
 
@@ -294,7 +315,7 @@ def mebibytes(size: int) -> int:
 def cells(found: Race) -> list[dict[str, str]]:
     """Returns a table as text: per row, what each column says; a column that says nothing is left out."""
     timed = max((len(row.seconds) for row in found.rows), default=0)
-    shown = [_cells(row, f"median of {timed}") for row in found.rows]
+    shown = [_cells(row, f"median of {timed}", found.size) for row in found.rows]
     empty = {name for name in shown[0] if not any(row[name] for row in shown)} - {""}
     return [{name: text for name, text in row.items() if name not in empty} for row in shown]
 
@@ -310,7 +331,7 @@ def table(found: Race) -> Table:
     return shown
 
 
-def _cells(row: Row, median: str) -> dict[str, str]:
+def _cells(row: Row, median: str, size: int | None) -> dict[str, str]:
     if row.wrong is not None:
         return {"": f"{row.contender}: WRONG, no speed: {row.wrong}", **dict.fromkeys((median, *COLUMNS), "")}
     scale, unit, digits = _unit(row.median)
@@ -320,6 +341,8 @@ def _cells(row: Row, median: str) -> dict[str, str]:
         "" if row.ratio is None else f"{row.ratio:.2f}",
         "" if row.bandwidth is None else f"{row.bandwidth / 1e9:.3g} GB/s",
         "" if row.peak is None else f"{'< ' if row.bound else ''}{mebibytes(row.peak)} MiB",
+        "" if row.disk is None else amount(row.disk),
+        "" if row.fetched is None or not size else f"{row.fetched / size:.2f} times",
     )
     return {
         "": row.contender,

@@ -5,12 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.harness import BenchmarkError, Contender, Sample
 
-__all__ = ["EAGER", "TOOL", "copying", "reading", "remove", "run", "unsynced", "writing"]
+__all__ = ["EAGER", "TOOL", "Command", "copying", "reading", "remove", "run", "unsynced", "writing"]
 
 TOOL = (sys.executable, "-m", "ablate_shards")
 EAGER = (sys.executable, "-P", str(Path(__file__).with_name("eager.py")))
@@ -21,8 +21,13 @@ SLACK = 2**20
 Command = Sequence[str | Path]
 
 
-def run(*commands: Command) -> Sample:
+def run(*commands: Command, folder: Path | None = None, environment: Mapping[str, str] | None = None) -> Sample:
     """Runs commands one after another.
+
+    Args:
+        commands: The commands.
+        folder: Where they run, this process's folder if None.
+        environment: Variables that they have besides this process's.
 
     Raises:
         BenchmarkError: One failed; it has what the command said.
@@ -31,8 +36,9 @@ def run(*commands: Command) -> Sample:
     for command in commands:
         words += [*([";"] if words else []), *map(str, command)]
     # A tool that is installed has its byte code: it is kept here too, whatever this shell says.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    done = subprocess.run([*LAUNCH, *words], capture_output=True, text=True, env=environment)
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    variables |= environment or {}
+    done = subprocess.run([*LAUNCH, *words], capture_output=True, text=True, cwd=folder, env=variables)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise BenchmarkError(f"{' ; '.join(' '.join(map(str, command)) for command in commands)} failed: {said}")
@@ -87,4 +93,9 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-    subprocess.run(["sync", "-f", path.parent], check=True)
+    settle(path.parent)
+
+
+def settle(folder: Path) -> None:
+    """Waits until a file system has nothing left to write back."""
+    subprocess.run(["sync", "-f", folder], check=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,22 +11,30 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub.hub_server import Server
 
-from benchmarks import checks, record
+from benchmarks import checks, processes, record
 from benchmarks.__main__ import main
 from benchmarks.cases import command as command_cases
 from benchmarks.cases import diff as diff_cases
 from benchmarks.cases import directions as directions_cases
 from benchmarks.cases import merge as merge_cases
+from benchmarks.cases import transfer as transfer_cases
 from benchmarks.cases.kernels import Pool
 from benchmarks.checkpoints import llama, qwen, shards, write
-from benchmarks.harness import CASES, Bench, BenchmarkError, Case, Contender, Sample, race
+from benchmarks.harness import CASES, Bench, BenchmarkError, Case, Contender, Race, Sample, cells, race
 from benchmarks.processes import EAGER, TOOL, run, unsynced
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ROW = {"contender", "wrong", "seconds", "median", "least", "most", "against", "ratio", "peak_bytes", "peak_is_bound"}
 MACHINE = {"date", "commit", "dirty", "python", "packages", "cpu", "cores", "kernel", "file_system", "device"}
+
+
+@pytest.fixture(autouse=True)
+def unsettled(monkeypatch):
+    """What other processes write meanwhile is not waited for."""
+    monkeypatch.setattr(processes, "settle", lambda folder: None)
 
 
 def scripted(name, seconds, log=None, **more):
@@ -53,10 +62,25 @@ def test_contenders_take_turns_and_every_other_round_goes_backwards():
     assert "".join(log) == "abc" + "abc" + "cba" + "abc"
 
 
+def test_the_run_that_is_checked_counts_where_times_mean_nothing():
+    log = []
+    rows = race([scripted(name, [1, 1], log, check=lambda: log.append("?")) for name in "ab"], 2, first_counts=True)
+    assert log == ["a", "?", "b", "?", "a", "b"]
+    assert [row.seconds for row in rows] == [(0.0, 1)] * 2
+
+
 def test_a_peak_is_the_largest_of_all_runs():
     peaks = iter([1, 5, 9, 7])
     (row,) = race([Contender("ours", lambda: Sample(1.0, next(peaks)))], 3)
     assert row.peak == 9
+
+
+def test_what_is_fetched_is_told_as_a_multiple_of_the_source():
+    disk = iter([10_000, 3000, 7000])
+    rows = race([Contender("ours", lambda: Sample(1.0, disk=next(disk), fetched=250)), scripted("cp", [1, 1])], 2)
+    ours, copy = cells(Race("", rows, 100))
+    assert (ours["peak disk"], ours["fetched"]) == ("7 kB", "2.50 times")
+    assert (copy["peak disk"], copy["fetched"]) == ("", "")
 
 
 def test_a_contender_is_checked_once_before_it_is_timed_and_cleaned_up_after_every_run():
@@ -282,6 +306,20 @@ class TestChecksCanFail:
             "0 tensors are said to differ, and 8 do"
         )
 
+    def test_a_transfer_of_other_bytes(self, tmp_path):
+        with Server() as server:
+            job = transfer_cases.Job(server, transfer_cases.one_shard(64, 2**17, 2**16), tmp_path, 2**16)
+            write(job.layout, job.source)
+            folder, repository = job.ablations()
+            shutil.copytree(job.source, job.out)
+            assert "ablation.json" in folder.check()
+            server.hub.add(transfer_cases.TARGET, job.out)
+            assert repository.check() is None
+            with shards(job.out)[0].open("ab") as shard:
+                shard.write(b"more")
+            server.hub.add(transfer_cases.TARGET, job.out)
+            assert repository.check() == "the repository does not hold the bytes of the folder"
+
     def test_values_that_are_a_unit_off(self):
         exact = torch.linspace(1, 2, 1000, dtype=torch.float64)
         found = exact.bfloat16()
@@ -304,7 +342,7 @@ class TestChecksCanFail:
 def test_the_line_goes_through_every_run(tmp_path):
     races = []
     for size in (1, 2, 4):
-        bench = Bench(tmp_path, runs=2, tiny=True, show=lambda _: None)
+        bench = Bench(tmp_path, runs=2, tiny=False, show=lambda _: None)
         races.append(bench.race(str(size), [scripted("ours", [size + 0.4, size + 0.6])], size=size * 10**9))
     assert command_cases.fit(races, "ours") == pytest.approx((1.0, 0.5))
 

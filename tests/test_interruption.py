@@ -8,16 +8,11 @@ import sys
 import time
 
 import pytest
-from click.testing import CliRunner
+from command_line import run
 from raw_checkpoints import snapshot, write_directions, write_llama
 
-from ablate_shards.cli import cli
 from ablate_shards.surgery import execute as execute_module
 from ablate_shards.surgery.staging import locked
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

@@ -6,17 +6,12 @@ import json
 import operator
 
 import pytest
-from click.testing import CliRunner
+from command_line import run
 from raw_checkpoints import write_directions, write_llama
 
-from ablate_shards.cli import cli
 from ablate_shards.errors import VerifyError
 from ablate_shards.surgery.checkpoint import open_checkpoint
 from ablate_shards.surgery.receipt import read_receipt, seal
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

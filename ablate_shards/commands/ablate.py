@@ -169,7 +169,7 @@ def ablate(
         progress.note(f"{checkpoint.name} is commit {checkpoint.remote.revision}")
     if cache or hub_repository(out) is not None:
         quieten_hub(bars=quiet or as_json or not sys.stderr.isatty())
-    if not dry_run and isinstance(out, Path) and is_folder(out):
+    if not dry_run and is_folder(out):
         check_out(checkpoint.path, files_of(checkpoint), out, overwrite=overwrite)
     estimation = EstimatorOptions(estimator=estimator, rank=rank, winsorize=winsorize)
     found, used = _find_directions(checkpoint, directions, activations, estimation, progress)

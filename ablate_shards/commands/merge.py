@@ -89,7 +89,7 @@ def merge(
     if cache or hub_repository(out) is not None:
         quieten_hub(bars=quiet or as_json or not sys.stderr.isatty())
     if not dry_run:
-        if isinstance(out, Path) and is_folder(out):
+        if is_folder(out):
             check_merge_out(checkpoint, adapter, out, overwrite=overwrite)
         if cache:
             checkpoint = cached(checkpoint)

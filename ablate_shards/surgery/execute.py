@@ -46,6 +46,7 @@ __all__ = [
     "Surgeon",
     "Work",
     "ablation",
+    "check_unchanged",
     "ending_early",
     "execute",
     "perform",
@@ -107,7 +108,7 @@ class Operation(Generic[_E, _R]):
 
     Attributes:
         edits: The tensors to edit.
-        identity: What must be equal for an interrupted run to be gone on with, by what to call it.
+        identity: What of it must be equal for an interrupted run to be gone on with, by what to call it.
         editor: Makes the editor of a run that ends early when the event is set.
         result: Makes a result of the fields that the journal kept of it.
         receipt_name: The file in OUT that says what was done.
@@ -120,6 +121,14 @@ class Operation(Generic[_E, _R]):
     result: Callable[..., _R]
     receipt_name: str
     receipt: Callable[[Mapping[str, _R], Mapping[str, str]], str]
+
+    def identity_on(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """Returns all that must be equal for an interrupted run on a checkpoint to be gone on with."""
+        return {
+            **self.identity,
+            "the source": checkpoint.fingerprint,
+            "the version of ablate-shards": __version__,
+        }
 
 
 def execute(
@@ -193,11 +202,7 @@ def perform(
     check_out(checkpoint.path, files_of(checkpoint), out, overwrite=run.overwrite)
     out = out.resolve() if out.is_symlink() else out
     sizes = {shard.name: shard.size for shard in checkpoint.shards}
-    identity = {
-        **operation.identity,
-        "the source": checkpoint.fingerprint,
-        "the version of ablate-shards": __version__,
-    }
+    identity = operation.identity_on(checkpoint)
     if run.device != "auto":
         find_device(run.device)
     staging: Staging | None = None
@@ -212,8 +217,7 @@ def perform(
         progress.begin(_bytes_to_write(checkpoint, staging))
         with Surgeon(checkpoint, operation, staging, progress, link=run.link) as surgeon:
             results, identity = surgeon.operate(run)
-        if fingerprint(checkpoint) != checkpoint.fingerprint:
-            raise ExecuteError(f"{checkpoint.name}: changed while it was read; run again when it is at rest")
+        check_unchanged(checkpoint)
         with (staging.folder / operation.receipt_name).open("w", encoding="utf-8") as file:
             file.write(operation.receipt(results, identity))
             file.flush()
@@ -237,6 +241,16 @@ def ending_early(out: object, kept: Callable[[], str], discard: Callable[[], Non
     except Exception:
         discard()
         raise
+
+
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """Compares a source that has been read with what it was before.
+
+    Raises:
+        ExecuteError: It has changed.
+    """
+    if fingerprint(checkpoint) != checkpoint.fingerprint:
+        raise ExecuteError(f"{checkpoint.name}: changed while it was read; run again when it is at rest")
 
 
 def what_is_kept(staging: Staging | None) -> str:
@@ -360,7 +374,7 @@ class Surgeon(Generic[_E, _R]):
             return Work(shard, source, self._hold(os.open(path, os.O_RDONLY | os.O_CLOEXEC)), [])
         target = self._hold(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
         ranges = list(untouched(shard, edits))
-        if clone(source, target):
+        if _clone(source, target):
             self._progress.advance(sum(end - start for start, end in ranges))
             return Work(shard, source, target, [])
         _allocate(target, shard.size)
@@ -487,7 +501,7 @@ def _shares_blocks(checkpoint: Checkpoint, staging: Staging) -> bool:
     if checkpoint.remote is not None:
         return False
     with checkpoint.shards[0].path.open("rb") as source, path.open("wb") as target:
-        shares = clone(source.fileno(), target.fileno())
+        shares = _clone(source.fileno(), target.fileno())
     path.unlink()
     return shares
 
@@ -503,7 +517,7 @@ def _link(source: Path, target: Path) -> bool:
     return True
 
 
-def clone(source: int, target: int) -> bool:
+def _clone(source: int, target: int) -> bool:
     """Makes an empty file share another's blocks until either is written to; False where the filesystem cannot."""
     try:
         fcntl.ioctl(target, _FICLONE, source)

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ablate_shards import __version__
 from ablate_shards.errors import AblateError, ExecuteError, HubError, UsageError
-from ablate_shards.surgery.checkpoint import RECEIPT_NAMES, Checkpoint, fingerprint, size_of
+from ablate_shards.surgery.checkpoint import RECEIPT_NAMES, Checkpoint, size_of
 from ablate_shards.surgery.execute import (
     ExecuteOptions,
     Operation,
     Progress,
     Surgeon,
     Work,
+    check_unchanged,
     ending_early,
     sigterm_as_interrupt,
 )
@@ -67,11 +67,6 @@ def perform_in_store(
     source = target.path_of(checkpoint)
     # Beside it, hidden, are the lock and the shard under way.
     place = Path.cwd() / f"store-{re.sub(r'[^A-Za-z0-9.]+', '--', target.url)}"
-    identity = {
-        **operation.identity,
-        "the source": checkpoint.fingerprint,
-        "the version of ablate-shards": __version__,
-    }
     journal: _Journal | None = None
     staging: Staging | None = None
 
@@ -88,7 +83,7 @@ def perform_in_store(
 
     with sigterm_as_interrupt(), locked(place), ending_early(target.url, kept, discard):
         try:
-            found = _open_journal(target, run, identity)
+            found = _open_journal(target, run, operation.identity_on(checkpoint))
             staging = Staging.open(place, found.identity, {}, resume=False, overwrite=True)
             edited = {edit.shard for edit in operation.edits}
             by_store = {shard.name for shard in checkpoint.shards if source is not None and shard.name not in edited}
@@ -106,8 +101,7 @@ def perform_in_store(
             part = dataclasses.replace(checkpoint, shards=here)
             with _Sender(part, operation, staging, progress, target, found) as sender:
                 results, device = sender.operate(run)
-            if fingerprint(checkpoint) != checkpoint.fingerprint:
-                raise ExecuteError(f"{checkpoint.name}: changed while it was read; run again when it is at rest")
+            check_unchanged(checkpoint)
             receipt = staging.folder / operation.receipt_name
             receipt.write_text(operation.receipt(results, device), encoding="utf-8")
             for name in [*sorted(checkpoint.sidecars, key=_found_first), operation.receipt_name]:

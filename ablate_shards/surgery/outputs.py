@@ -1,7 +1,7 @@
 """Carries operations out to wherever OUT is: a folder, a repository on the Hub, or a folder of an object store."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ablate_shards.errors import UsageError
 from ablate_shards.surgery.checkpoint import Checkpoint
@@ -11,7 +11,7 @@ from ablate_shards.surgery.stores import hub_repository
 __all__ = ["carry_out", "check_options", "is_folder"]
 
 
-def is_folder(out: Path | str) -> bool:
+def is_folder(out: Path | str) -> TypeGuard[Path]:
     """Returns whether an OUT is a folder on this machine.
 
     Raises:
@@ -70,6 +70,5 @@ def carry_out(
         from ablate_shards.surgery.hub import PushOptions
         from ablate_shards.surgery.transfer import perform_on_hub
 
-        done = perform_on_hub(checkpoint, operation, repo, PushOptions(private=private), run, progress)
-        return dict(done.results), done.url
+        return perform_on_hub(checkpoint, operation, repo, PushOptions(private=private), run, progress)
     return perform(checkpoint, operation, out, run, progress), None

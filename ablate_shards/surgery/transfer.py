@@ -8,12 +8,11 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
-from ablate_shards import __version__
-from ablate_shards.errors import ExecuteError, HubError
+from ablate_shards.errors import HubError
 from ablate_shards.surgery.card import Kind
-from ablate_shards.surgery.checkpoint import MERGE_RECEIPT_NAME, Checkpoint, Shard, fingerprint, size_of
+from ablate_shards.surgery.checkpoint import MERGE_RECEIPT_NAME, Checkpoint, Shard, size_of
 from ablate_shards.surgery.edited import EditedFile
 from ablate_shards.surgery.execute import (
     ExecuteOptions,
@@ -21,6 +20,7 @@ from ablate_shards.surgery.execute import (
     Progress,
     Surgeon,
     Work,
+    check_unchanged,
     ending_early,
     sigterm_as_interrupt,
     what_is_kept,
@@ -35,31 +35,13 @@ from ablate_shards.surgery.stores import HubFaults, HubStore, is_hub_id
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
-__all__ = ["Transferred", "perform_on_hub"]
+__all__ = ["perform_on_hub"]
 
 _SENT = "sent.json"
 #: Bytes above which a file beside the shards is not sent from memory.
 _LARGE = 10_000_000
 
 _E = TypeVar("_E", bound=Edit)
-_R = TypeVar("_R")
-
-
-@dataclass(frozen=True, slots=True)
-class Transferred(Generic[_R]):
-    """What a transfer did.
-
-    Attributes:
-        url: The commit.
-        results: The result of each edit, by tensor.
-        sent: How many shards were edited here and sent.
-        copied: How many files the Hub copied by itself.
-    """
-
-    url: str
-    results: Mapping[str, _R]
-    sent: int
-    copied: int
 
 
 def perform_on_hub(
@@ -69,7 +51,7 @@ def perform_on_hub(
     options: PushOptions,
     run: ExecuteOptions,
     progress: Progress,
-) -> Transferred[Any]:
+) -> tuple[dict[str, Any], str]:
     """Carries out an operation into a repository, which shows all of it at once or nothing.
 
     Edited shards are sent one at a time. Through LFS nothing of them is kept here: each is computed twice from the
@@ -85,6 +67,9 @@ def perform_on_hub(
         options: How to publish.
         run: How to run; ``overwrite`` replaces weights that the repository has.
         progress: Hears how far the run has come.
+
+    Returns:
+        The result of each edit, by tensor, and the commit's URL.
 
     Raises:
         ExecuteError: A tensor cannot be edited.
@@ -105,12 +90,7 @@ def perform_on_hub(
     here += _large(checkpoint) if passing else ()
     # Beside it, hidden, are the lock and the shard under way.
     place = Path.cwd() / f"hub-{repo.replace('/', '--')}"
-    identity = {
-        **operation.identity,
-        "the source": checkpoint.fingerprint,
-        "the repository": repo,
-        "the version of ablate-shards": __version__,
-    }
+    identity = {**operation.identity_on(checkpoint), "the repository": repo}
     staging: Staging | None = None
 
     def discard() -> None:
@@ -123,8 +103,7 @@ def perform_on_hub(
         ledger = _Ledger(staging, api, repo, progress)
         send = _way(staging, checkpoint, progress)
         device = send(_part(checkpoint, here), operation, run, ledger, progress)
-        if fingerprint(checkpoint) != checkpoint.fingerprint:
-            raise ExecuteError(f"{checkpoint.name}: changed while it was read; run again when it is at rest")
+        check_unchanged(checkpoint)
         results = ledger.results(operation)
         receipt = staging.folder / operation.receipt_name
         receipt.write_text(operation.receipt(results, device), encoding="utf-8")
@@ -136,10 +115,13 @@ def perform_on_hub(
         ]
         left = own - sizes.keys() - ledger.digests().keys()
         copied = _copies(checkpoint, left, ledger, by_hub=on_hub)
-        try:
+
+        def publish(copied: list[Any]) -> tuple[str, str]:
             with explained(repo):
-                operations = [*ledger.operations(), *copied, *made]
-                url, oid = commit(api, repo, operations, options, store, progress)
+                return commit(api, repo, [*ledger.operations(), *copied, *made], options, store, progress)
+
+        try:
+            url, oid = publish(copied)
         except HubError as error:
             if not on_hub or not _refuses_to_copy(error.__cause__):
                 raise
@@ -147,15 +129,13 @@ def perform_on_hub(
             rest = (*(shard for shard in checkpoint.shards if shard.name in left), *_large(checkpoint))
             send(_part(checkpoint, rest), operation, run, ledger, progress)
             on_hub = False
-            with explained(repo):
-                operations = [*ledger.operations(), *_copies(checkpoint, set(), ledger, by_hub=False), *made]
-                url, oid = commit(api, repo, operations, options, store, progress)
+            url, oid = publish(_copies(checkpoint, set(), ledger, by_hub=False))
         expected = ledger.digests()
         if checkpoint.remote is not None and on_hub:
             expected |= {name: checkpoint.remote.stamp(name) for name in left}
         _check_arrival(repo, oid, expected, checkpoint)
         staging.discard()
-    return Transferred(url, results, sent=len(ledger.digests()), copied=len(copied) if on_hub else 0)
+    return results, url
 
 
 @dataclass(frozen=True, slots=True)

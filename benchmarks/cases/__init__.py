@@ -8,5 +8,6 @@ from benchmarks.cases import directions
 from benchmarks.cases import merge
 from benchmarks.cases import diff
 from benchmarks.cases import capture
+from benchmarks.cases import transfer
 
-__all__ = ["capture", "command", "diff", "directions", "kernels", "merge"]
+__all__ = ["capture", "command", "diff", "directions", "kernels", "merge", "transfer"]

@@ -15,7 +15,7 @@ from benchmarks.checkpoints import Layout, qwen, read, write
 from benchmarks.harness import Bench, amount, case
 from benchmarks.processes import EAGER, TOOL, copying, unsynced, writing
 
-__all__: list[str] = []
+__all__ = ["RANK", "fault", "write_adapter"]
 
 TARGETS = tuple(f"{name}_proj.weight" for name in ("gate", "up", "mlp.down", "q", "k", "v", "self_attn.o"))
 RANK, ALPHA = 16, 32
@@ -66,7 +66,8 @@ def targets(layout: Layout, layer: int) -> dict[str, tuple[int, ...]]:
 
 def module(tensor: str) -> str:
     """Returns what peft calls the module of a tensor."""
-    return f"base_model.model.model.{tensor.removeprefix('model.language_model.').removesuffix('.weight')}"
+    inside = tensor.removeprefix("model.").removeprefix("language_model.").removesuffix(".weight")
+    return f"base_model.model.model.{inside}"
 
 
 def write_adapter(layout: Layout, folder: Path) -> int:

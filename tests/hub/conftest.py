@@ -1,7 +1,25 @@
-"""Points the real client at a Hub on localhost."""
+"""Points the real client at a Hub on localhost, and makes a store in memory."""
 
+import fsspec
 import pytest
 from hub.hub_server import Server
+
+from ablate_shards.surgery import remote
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """What is tried again is tried again soon."""
+    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
+
+
+@pytest.fixture
+def store():
+    """A store in memory, empty."""
+    found = fsspec.filesystem("memory")
+    found.store.clear()
+    yield found
+    found.store.clear()
 
 
 @pytest.fixture(scope="session")

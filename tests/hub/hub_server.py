@@ -139,6 +139,11 @@ class Hub:
     def store(self) -> str:
         return f"http://127.0.0.1:{self.store_port}"
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables by which another process takes this for the Hub, and sends through LFS."""
+        return {"HF_ENDPOINT": self.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+
     def add(self, repo_id: str, folder: Path, **settings) -> Repo:
         """Makes a repository of a folder's files."""
         repo = self.repos[repo_id] = Repo(**settings)

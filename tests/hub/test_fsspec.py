@@ -2,32 +2,22 @@
 
 import json
 
-import fsspec
 import pytest
-from click.testing import CliRunner
+from command_line import run
+from hub.object_store import fill
 from raw_checkpoints import snapshot, write_directions, write_llama
 
-from ablate_shards.cli import cli
 from ablate_shards.surgery import remote, stores
 
 
-def run(*arguments):
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
-
-
 @pytest.fixture
-def case(tmp_path, monkeypatch):
+def case(store, tmp_path, monkeypatch):
     """A model in a store of its own, and what ablating it gives."""
-    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
     monkeypatch.chdir(tmp_path)
-    store = fsspec.filesystem("memory")
-    store.store.clear()
-    for name, data in snapshot(write_llama(tmp_path / "local", hidden=128)).items():
-        store.pipe(f"/bucket/model/{name}", data)
+    fill(store, "/bucket/model", write_llama(tmp_path / "local", hidden=128))
     write_directions(tmp_path / "d.safetensors", hidden=128)
     assert ablate(tmp_path / "local", "expected").exit_code == 0
-    yield store
-    store.store.clear()
+    return store
 
 
 def ablate(source, out, *more):

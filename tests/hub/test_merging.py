@@ -3,24 +3,18 @@
 import json
 import shutil
 
-import fsspec
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command_line import run
+from hub.object_store import fill, held
 from raw_checkpoints import snapshot, write_llama
 from safetensors.numpy import save_file
 
-from ablate_shards.cli import cli
-from ablate_shards.surgery import remote
 from ablate_shards.surgery.stores import UNFINISHED
 
 HIDDEN = 128
 SHARDS = [f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)]
 STORE = "memory://bucket/merged"
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 def write_adapter(folder, hidden=HIDDEN):
@@ -49,9 +43,8 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def case(hub, made, tmp_path, monkeypatch):
+def case(hub, store, made, tmp_path, monkeypatch):
     """The model in a folder, on the Hub and in a store, and what merging into the Hub's gives in a folder."""
-    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     hub.add("org/model", tmp_path / "local")
@@ -59,21 +52,12 @@ def case(hub, made, tmp_path, monkeypatch):
         assert merge("org/model", made / "expected").exit_code == 0
     shutil.copytree(made / "expected", tmp_path / "expected", dirs_exist_ok=True)
     hub.seen.clear()
-    store = fsspec.filesystem("memory")
-    store.store.clear()
-    for name, data in snapshot(made / "local").items():
-        store.pipe(f"/bucket/model/{name}", data)
-    yield hub, tmp_path
-    store.store.clear()
+    fill(store, "/bucket/model", made / "local")
+    return hub, tmp_path
 
 
 def merge(source, out, *more, adapter="adapter"):
     return run("merge", source, adapter, out, *more)
-
-
-def in_store():
-    store = fsspec.filesystem("memory")
-    return {path.removeprefix("/bucket/merged/"): store.cat_file(path) for path in store.find("/bucket/merged")}
 
 
 def assert_published(hub, folder):
@@ -128,11 +112,11 @@ def test_an_upload_that_fails_is_resumed(case):
 
 
 @pytest.mark.parametrize("source", ["local", "memory://bucket/model", "org/model"])
-def test_into_an_object_store(case, source):
+def test_into_an_object_store(case, store, source):
     _, folder = case
     result = merge(source, STORE)
     assert result.exit_code == 0, result.stderr
-    found, expected = in_store(), snapshot(folder / "expected")
+    found, expected = held(store, "/bucket/merged"), snapshot(folder / "expected")
     receipts = [json.loads(files.pop("merge.json")) for files in (found, expected)]
     assert found == expected
     assert receipts[0]["tensors"] == receipts[1]["tensors"]
@@ -140,9 +124,9 @@ def test_into_an_object_store(case, source):
     assert run("inspect", STORE).exit_code == 0
 
 
-def test_an_interrupted_store_is_resumed(case, monkeypatch):
+def test_an_interrupted_store_is_resumed(case, store, monkeypatch):
     _, folder = case
-    put = type(fsspec.filesystem("memory")).put_file
+    put = type(store).put_file
 
     def put_file(self, local, path, **settings):
         if SHARDS[2] in path:
@@ -150,21 +134,20 @@ def test_an_interrupted_store_is_resumed(case, monkeypatch):
         return put(self, local, path, **settings)
 
     with monkeypatch.context() as patched:
-        patched.setattr(type(fsspec.filesystem("memory")), "put_file", put_file)
+        patched.setattr(type(store), "put_file", put_file)
         assert "--resume goes on" in merge("local", STORE).stderr
-    assert set(in_store()) == {UNFINISHED, *SHARDS[:2]}
+    assert set(held(store, "/bucket/merged")) == {UNFINISHED, *SHARDS[:2]}
     assert "half made; --resume goes on with it" in merge("local", STORE).stderr
     assert merge("local", STORE, "--resume").exit_code == 0
-    assert {name: in_store()[name] for name in SHARDS} == {
-        name: data for name, data in snapshot(folder / "expected").items() if name in SHARDS
-    }
+    found, expected = held(store, "/bucket/merged"), snapshot(folder / "expected")
+    assert [found[name] for name in SHARDS] == [expected[name] for name in SHARDS]
     assert "already exists; --overwrite replaces it" in merge("local", STORE).stderr
 
 
-def test_errors_before_the_run_write_nothing_anywhere(case):
+def test_errors_before_the_run_write_nothing_anywhere(case, store):
     hub, folder = case
     write_adapter(folder / "other", hidden=64)
-    before = sorted(fsspec.filesystem("memory").store)
+    before = sorted(store.store)
     for out, more, words in (
         ("hub:nothing", [], "expected a repository such as hub:me/model-edited"),
         ("hub:me/merged", ["--cache"], "--link and --cache are about a folder here"),
@@ -187,7 +170,7 @@ def test_errors_before_the_run_write_nothing_anywhere(case):
     assert 0 < hub.sent("GET") <= 2 * (len(SHARDS) + 1) * 100_000
     assert "me/merged" not in hub.repos
     assert not hub.requests("POST")
-    assert sorted(fsspec.filesystem("memory").store) == before
+    assert sorted(store.store) == before
     assert not (folder / "out").exists()
 
 

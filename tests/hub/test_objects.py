@@ -2,22 +2,17 @@
 
 import json
 
-import fsspec
 import pytest
-from click.testing import CliRunner
+from command_line import run
+from hub.object_store import fill, held
 from raw_checkpoints import snapshot, write_directions, write_llama
 
-from ablate_shards.cli import cli
-from ablate_shards.surgery import objects, remote
+from ablate_shards.surgery import objects
 from ablate_shards.surgery.stores import UNFINISHED
 
 OUT = "memory://bucket/edited"
 SHARDS = [f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)]
 FOUND_FIRST = ("config.json", "model.safetensors.index.json", "ablation.json")
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -30,29 +25,20 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def case(made, tmp_path, monkeypatch):
+def case(store, made, tmp_path, monkeypatch):
     """A model in a folder and in a store, and what ablating two of its layers gives."""
-    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d.safetensors").write_bytes((made / "d.safetensors").read_bytes())
-    store = fsspec.filesystem("memory")
-    store.store.clear()
-    for name, data in snapshot(made / "local").items():
-        store.pipe(f"/bucket/model/{name}", data)
-    yield store
-    store.store.clear()
+    fill(store, "/bucket/model", made / "local")
+    return store
 
 
 def ablate(source, out, *more, directions="d.safetensors"):
     return run("ablate", source, out, "-d", directions, "--source-layer", "1", "--layers", "0-1", *more)
 
 
-def files(store, folder="/bucket/edited"):
-    return {path.removeprefix(f"{folder}/"): store.cat_file(path) for path in store.find(folder)}
-
-
 def assert_complete(store, made, *, receipt=True):
-    found, expected = files(store), snapshot(made / "expected")
+    found, expected = held(store, "/bucket/edited"), snapshot(made / "expected")
     if not receipt:
         del found["ablation.json"], expected["ablation.json"]
     assert found == expected
@@ -77,7 +63,7 @@ def test_the_same_bytes_as_in_a_folder(case, made, tmp_path, source):
     assert result.exit_code == 0, result.stderr
     assert_complete(case, made, receipt=source == "folder")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.safetensors"]
-    assert snapshot(made / "local") == files(case, "/bucket/model")
+    assert snapshot(made / "local") == held(case, "/bucket/model")
     # What was written can be read.
     assert run("inspect", OUT).exit_code == 0
 
@@ -105,7 +91,7 @@ def test_what_tells_of_a_checkpoint_comes_last(case, made, monkeypatch):
     assert all((made / "local" / name).read_bytes() == (made / "expected" / name).read_bytes() for name in copied)
 
 
-def test_one_shard_at_a_time_is_on_this_disk(case, made, tmp_path, monkeypatch):
+def test_one_shard_at_a_time_is_on_this_disk(case, made, monkeypatch):
     present = []
     send = objects._Target.send
 
@@ -124,7 +110,7 @@ def test_an_interrupted_run_is_resumed_with_what_arrived(case, made, monkeypatch
     assert result.exit_code == 1
     assert f"{OUT}: may not be written (not yours); check the credentials" in result.stderr
     assert "--resume goes on" in result.stderr
-    assert set(files(case)) == {UNFINISHED, *SHARDS[:2]}
+    assert set(held(case, "/bucket/edited")) == {UNFINISHED, *SHARDS[:2]}
     healed()
     assert "half made; --resume goes on with it" in ablate(made / "local", OUT).stderr
     assert "is under way or was interrupted" in run("inspect", OUT).stderr
@@ -164,18 +150,18 @@ def test_only_what_a_run_has_made_is_replaced(case, made, monkeypatch):
     for more in ([], ["--overwrite"], ["--resume"]):
         refused = ablate(made / "local", OUT, *more)
         assert "holds no ablation.json or merge.json, so it is not replaced" in refused.stderr
-    assert files(case) == {"thesis.txt": b"mine"}
+    assert held(case, "/bucket/edited") == {"thesis.txt": b"mine"}
     case.rm("/bucket/edited", recursive=True)
     write = ablate(made / "local", OUT, "--coefficient", "0.5")
     assert write.exit_code == 0
     case.pipe("/bucket/edited/extra.txt", b"of the old one")
-    before = files(case)
+    before = held(case, "/bucket/edited")
     assert "already exists; --overwrite replaces it" in ablate(made / "local", OUT).stderr
-    assert files(case) == before
+    assert held(case, "/bucket/edited") == before
     healed = failing(monkeypatch, case, SHARDS[0], PermissionError("not yours"))
     assert ablate(made / "local", OUT, "--overwrite").exit_code == 1
     # The old one is not to be taken for complete either.
-    assert not set(FOUND_FIRST) & set(files(case))
+    assert not set(FOUND_FIRST) & set(held(case, "/bucket/edited"))
     healed()
     assert ablate(made / "local", OUT, "--resume").exit_code == 0
     assert_complete(case, made)
@@ -185,9 +171,9 @@ def test_an_error_that_stays_leaves_nothing(case, made, monkeypatch):
     def broken(*_):
         raise objects.ExecuteError("no good")
 
-    monkeypatch.setattr(objects, "fingerprint", broken)
+    monkeypatch.setattr(objects, "check_unchanged", broken)
     assert "no good" in ablate(made / "local", OUT).stderr
-    assert files(case) == {}
+    assert held(case, "/bucket/edited") == {}
 
 
 def test_errors_that_pass_are_waited_for(case, made, monkeypatch):

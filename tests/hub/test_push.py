@@ -11,17 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command_line import run
 from raw_checkpoints import snapshot, write_directions, write_llama, write_shard
 
-from ablate_shards.cli import cli
-from ablate_shards.surgery import remote
-
 BASE_CARD = "---\nlicense: apache-2.0\nlanguage: [en, zh]\npipeline_tag: text-generation\n---\n\n# Base\n"
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +30,6 @@ def made(tmp_path_factory):
 @pytest.fixture
 def out(hub, made, tmp_path, monkeypatch):
     """An edited checkpoint whose source is on the Hub, and a token that may write."""
-    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     hub.add("org/model", made / "source")
     if not (made / "out").exists():
@@ -314,7 +306,7 @@ def test_what_arrives_with_a_wrong_checksum_is_refused_and_pushed_again(hub, out
 
 def test_a_killed_push_shows_nothing_and_is_resumed(hub, out):
     hub.fault("POST .*/commit/", pause=3, status=503)
-    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment = os.environ | hub.environment
     command = [sys.executable, "-m", "ablate_shards", "push", str(out), "me/edited"]
     child = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60

@@ -10,18 +10,10 @@ import sys
 import time
 
 import pytest
-from click.testing import CliRunner
+from command_line import run
 from raw_checkpoints import snapshot, write_directions, write_llama
 
-from ablate_shards.cli import cli
-from ablate_shards.surgery import remote
-
 SHARD = "model-00002-of-00003.safetensors"
-TOKEN = "hf_reader"
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +27,8 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def case(hub, made, tmp_path, monkeypatch):
+def case(hub, made, tmp_path):
     """The same, and the model on the Hub."""
-    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     hub.add("org/model", tmp_path / "local")
     return hub, tmp_path
@@ -227,7 +218,7 @@ def test_a_killed_run_goes_on_where_it_was(case):
     hub, folder = case
     hub.fault(f"GET .*/resolve/.*{SHARD}", times=1)
     hub.fault(f"GET .*/resolve/.*{SHARD}", times=1, pause=5)
-    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment = os.environ | hub.environment
     command = [sys.executable, "-m", "ablate_shards", "ablate", "org/model", "out", "-d", "d.safetensors"]
     child = subprocess.Popen([*command, "--source-layer", "1", "--quiet"], cwd=folder, env=environment)
     journal = folder / ".out.ablate-staging" / ".journal.jsonl"

@@ -7,17 +7,13 @@ import sys
 
 import pytest
 import s3fs
-from click.testing import CliRunner
+from command_line import run
+from hub.object_store import fill, held
 from moto.server import ThreadedMotoServer
 from raw_checkpoints import snapshot, write_directions, write_llama
 
-from ablate_shards.cli import cli
-from ablate_shards.surgery import objects, remote
+from ablate_shards.surgery import objects
 from ablate_shards.surgery.checkpoint import open_checkpoint
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 def ablate(source, out, *more):
@@ -45,24 +41,17 @@ def s3(endpoint, tmp_path, monkeypatch):
         "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
     monkeypatch.chdir(tmp_path)
     s3fs.S3FileSystem.clear_instance_cache()
     store = s3fs.S3FileSystem()
     if store.exists("bucket"):
         store.rm("bucket", recursive=True)
     store.mkdir("bucket")
-    for name, data in snapshot(write_llama(tmp_path / "local", hidden=128, shards=4)).items():
-        store.pipe(f"bucket/model/{name}", data)
+    fill(store, "bucket/model", write_llama(tmp_path / "local", hidden=128, shards=4))
     write_directions(tmp_path / "d.safetensors", hidden=128)
     assert ablate("local", "expected").exit_code == 0
     yield store
     s3fs.S3FileSystem.clear_instance_cache()
-
-
-def files(store, folder):
-    store.invalidate_cache()
-    return {path.removeprefix(f"{folder}/"): store.cat_file(path) for path in store.find(folder)}
 
 
 def weights(content):
@@ -77,7 +66,7 @@ def test_from_s3_to_a_folder_and_back(s3, tmp_path):
     assert run("verify", "s3://bucket/model", "out").exit_code == 0
     result = ablate("local", "s3://bucket/edited")
     assert result.exit_code == 0, result.stderr
-    assert files(s3, "bucket/edited") == expected
+    assert held(s3, "bucket/edited") == expected
 
 
 def test_from_s3_to_s3_resumed(s3, tmp_path, monkeypatch):
@@ -94,7 +83,7 @@ def test_from_s3_to_s3_resumed(s3, tmp_path, monkeypatch):
     stopped = ablate("s3://bucket/model", "s3://bucket/edited")
     assert stopped.exit_code == 1
     assert "--resume goes on" in stopped.stderr
-    assert not {"config.json", "ablation.json"} & set(files(s3, "bucket/edited"))
+    assert not {"config.json", "ablation.json"} & set(held(s3, "bucket/edited"))
     sent = []
 
     def noted(self, path, name):
@@ -107,12 +96,12 @@ def test_from_s3_to_s3_resumed(s3, tmp_path, monkeypatch):
     assert [name for name in sent if name.endswith(".safetensors")] == [
         f"model-0000{number}-of-00004.safetensors" for number in (2, 3)
     ]
-    found = files(s3, "bucket/edited")
+    found = held(s3, "bucket/edited")
     assert weights(found) == weights(snapshot(tmp_path / "expected"))
     assert json.loads(found["ablation.json"])["source"]["name"] == "s3://bucket/model"
     assert "already exists; --overwrite" in ablate("s3://bucket/model", "s3://bucket/edited").stderr
     assert ablate("local", "s3://bucket/edited", "--overwrite").exit_code == 0
-    assert files(s3, "bucket/edited") == snapshot(tmp_path / "expected")
+    assert held(s3, "bucket/edited") == snapshot(tmp_path / "expected")
 
 
 KILLED = """
@@ -137,18 +126,18 @@ def test_a_run_that_is_killed_between_shards_goes_on(s3, tmp_path):
     arguments = ["ablate", "s3://bucket/model", "s3://bucket/edited", "-d", "d.safetensors", "--source-layer", "1"]
     command = [sys.executable, "-c", KILLED, *arguments, "--layers", "0-1", "--quiet"]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    half = files(s3, "bucket/edited")
+    half = held(s3, "bucket/edited")
     assert any(name.endswith(".safetensors") for name in half)
     assert not {"config.json", "model.safetensors.index.json", "ablation.json"} & set(half)
     assert "is under way or was interrupted" in run("verify", "local", "s3://bucket/edited").stderr
     assert "half made; --resume goes on with it" in ablate("s3://bucket/model", "s3://bucket/edited").stderr
     result = ablate("s3://bucket/model", "s3://bucket/edited", "--resume")
     assert result.exit_code == 0, result.stderr
-    assert weights(files(s3, "bucket/edited")) == weights(snapshot(tmp_path / "expected"))
+    assert weights(held(s3, "bucket/edited")) == weights(snapshot(tmp_path / "expected"))
     assert run("verify", "local", "s3://bucket/edited").exit_code == 0
 
 
-def test_errors_of_s3_in_one_sentence(s3, monkeypatch):
+def test_errors_of_s3_in_one_sentence(s3):
     result = ablate("local", "s3://there-is-no-such-bucket/edited")
     assert result.exit_code == 1
     assert "there is no such bucket; make it first" in result.stderr

@@ -9,22 +9,17 @@ import subprocess
 import sys
 import time
 
-import fsspec
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command_line import run
 from hub.hub_server import Fault
+from hub.object_store import fill
 from raw_checkpoints import snapshot, write_directions, write_llama, write_shard
 from starlette.responses import JSONResponse
 
-from ablate_shards.cli import cli
 from ablate_shards.surgery import remote, transfer
 
 SHARDS = [f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)]
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +35,6 @@ def made(tmp_path_factory):
 @pytest.fixture
 def case(hub, made, tmp_path, monkeypatch):
     """The model on the Hub, and what ablating two of its layers gives: a shard of it at least stays as it is."""
-    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     hub.add("org/model", tmp_path / "local")
@@ -165,9 +159,7 @@ def test_nothing_of_a_shard_is_on_any_disk(case, multipart):
     before = on_disk(folder)
     environment = {
         **os.environ,
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
+        **hub.environment,
         "HF_HOME": str(folder / "home"),
         "HOME": str(folder / "home"),
         "TMPDIR": str(folder / "temporary"),
@@ -292,7 +284,7 @@ def test_bytes_that_differ_between_the_passes_are_not_committed(case, believes):
 def test_a_killed_run_shows_nothing_and_goes_on_with_what_was_sent(case):
     hub, folder = case
     hub.fault("POST .*/commit/", times=1, pause=3, status=503)
-    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment = os.environ | hub.environment
     command = [sys.executable, "-m", "ablate_shards", "ablate", "org/model", "hub:me/edited", *options(folder)]
     child = subprocess.Popen([str(word) for word in command], cwd=folder, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
@@ -360,7 +352,7 @@ def test_a_commit_by_someone_else_is_not_overwritten(case, monkeypatch):
 
 
 @pytest.mark.parametrize("refusal", ["forbidden", "not there", "failed"])
-def test_what_the_hub_will_not_copy_passes_through_here(case, monkeypatch, refusal):
+def test_what_the_hub_will_not_copy_passes_through_here(case, refusal):
     hub, folder = case
     if refusal == "failed":
         files = hub.repos["org/model"].commits.values()
@@ -377,17 +369,14 @@ def test_what_the_hub_will_not_copy_passes_through_here(case, monkeypatch, refus
 
 
 @pytest.mark.parametrize("source", ["org/model", "memory://bucket/model"])
-def test_what_may_not_fit_into_memory_is_sent_as_a_shard_is(case, monkeypatch, source):
+def test_what_may_not_fit_into_memory_is_sent_as_a_shard_is(case, store, monkeypatch, source):
     """A large file beside the shards that the Hub does not copy by itself."""
     hub, folder = case
     monkeypatch.setattr(transfer, "_LARGE", 10_000)
     write_shard(folder / "local" / "extra" / "more.safetensors", {"tower": np.ones((200, 200))})
     content = (folder / "local" / "extra" / "more.safetensors").read_bytes()
     hub.update("org/model", folder / "local")
-    store = fsspec.filesystem("memory")
-    store.store.clear()
-    for name, data in snapshot(folder / "local").items():
-        store.pipe(f"/bucket/model/{name}", data)
+    fill(store, "/bucket/model", folder / "local")
     hub.fault("POST .*/lfs-files/duplicate", status=403)
     read = remote.RemoteFiles.read_range
     asked = []
@@ -406,7 +395,6 @@ def test_what_may_not_fit_into_memory_is_sent_as_a_shard_is(case, monkeypatch, s
     }
     assert "tokenizer.json" in asked
     assert "extra/more.safetensors" not in asked
-    store.store.clear()
 
 
 def test_what_passes_through_here_is_resumed(case):

@@ -4,15 +4,14 @@ import json
 import shutil
 import tempfile
 
-import fsspec
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command_line import run
 from hub.hub_server import small_blob
+from hub.object_store import fill
 from raw_checkpoints import HIDDEN, snapshot, write_directions, write_llama, write_shard
 
-from ablate_shards.cli import cli
-from ablate_shards.surgery import remote, verify
+from ablate_shards.surgery import verify
 from ablate_shards.surgery.checkpoint import open_checkpoint
 from ablate_shards.surgery.receipt import seal
 from ablate_shards.surgery.stores import UNFINISHED
@@ -20,10 +19,6 @@ from ablate_shards.surgery.stores import UNFINISHED
 SHARD = "model-00002-of-00002.safetensors"
 OUT = "me/edited"
 STORE = "memory://bucket/edited"
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 def found(*arguments):
@@ -59,9 +54,8 @@ def write_adapter(folder):
 
 
 @pytest.fixture
-def case(hub, made, tmp_path, monkeypatch):
+def case(hub, store, made, tmp_path, monkeypatch):
     """A model on the Hub and in a store, and what ablating it gives in all three places."""
-    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     hub.add("org/model", made / "local")
     if not (made / "out").exists():
@@ -69,27 +63,21 @@ def case(hub, made, tmp_path, monkeypatch):
         assert run("ablate", "org/model", made / "out", *options(made)).exit_code == 0
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     hub.add(OUT, tmp_path / "out")
-    store = fsspec.filesystem("memory")
-    store.store.clear()
-    for folder, name in (("out", "edited"), ("local", "model")):
-        for file, data in snapshot(tmp_path / folder).items():
-            store.pipe(f"/bucket/{name}/{file}", data)
+    fill(store, "/bucket/edited", tmp_path / "out")
+    fill(store, "/bucket/model", tmp_path / "local")
     hub.seen.clear()
-    yield hub
-    store.store.clear()
+    return hub
 
 
 def options(folder):
     return ["-d", folder / "d.safetensors", "--source-layer", "1"]
 
 
-def damaged(hub, folder):
+def damaged(hub, store, folder):
     """Puts what a folder holds now in the other two places."""
     hub.update(OUT, folder)
-    store = fsspec.filesystem("memory")
     store.rm("/bucket/edited", recursive=True)
-    for file, data in snapshot(folder).items():
-        store.pipe(f"/bucket/edited/{file}", data)
+    fill(store, "/bucket/edited", folder)
 
 
 def flip(path, offset):
@@ -126,7 +114,7 @@ def test_nothing_is_kept_here_and_each_byte_is_asked_for_in_pieces(case, tmp_pat
     assert all(hub.sent(f"GET /blob/{OUT}/{digest}") > 0 for digest in weights)
 
 
-def test_a_single_changed_bit_is_named_wherever_it_is(case, tmp_path):
+def test_a_single_changed_bit_is_named_wherever_it_is(case, store, tmp_path):
     hub, out = case, tmp_path / "out"
     tensors = open_checkpoint(out).tensors
     edited = "model.layers.2.mlp.down_proj.weight"
@@ -140,7 +128,7 @@ def test_a_single_changed_bit_is_named_wherever_it_is(case, tmp_path):
         ("ablation.json", 700, "ablation.json"),
     ):
         flip(out / file, offset)
-        damaged(hub, out)
+        damaged(hub, store, out)
         results = [run("verify", "org/model", place, "--json") for place in ("out", OUT, STORE)]
         assert [result.exit_code for result in results] == [1, 1, 1]
         if results[0].stdout:
@@ -154,35 +142,35 @@ def test_a_single_changed_bit_is_named_wherever_it_is(case, tmp_path):
             assert said[0] == said[1] == said[2]
             assert named in said[0]
         flip(out / file, offset)
-    damaged(hub, out)
+    damaged(hub, store, out)
     assert found("org/model", OUT)["differences"] == []
 
 
-def test_files_missing_cut_and_added(case, tmp_path):
+def test_files_missing_cut_and_added(case, store, tmp_path):
     hub, out = case, tmp_path / "out"
     (out / "tokenizer.json").unlink()
     (out / "later.txt").write_text("later")
     (out / "report.html").write_text("drawn of it")
     shutil.copyfile(out / SHARD, out / "more.safetensors")
     (out / SHARD).write_bytes((out / SHARD).read_bytes()[:-1])
-    damaged(hub, out)
+    damaged(hub, store, out)
     local = found("org/model", "out")
     assert {difference["where"] for difference in local["differences"]} == {"tokenizer.json", SHARD, "more.safetensors"}
     assert local["notes"] == ["later.txt was added after the edit"]
     for place in (OUT, STORE):
         assert found("org/model", place) == local
     (out / SHARD).unlink()
-    damaged(hub, out)
+    damaged(hub, store, out)
     assert {"where": SHARD, "what": "missing"} in found("local", OUT)["differences"]
 
 
-def test_a_receipt_that_lies_is_found(case, tmp_path):
+def test_a_receipt_that_lies_is_found(case, store, tmp_path):
     hub, out = case, tmp_path / "out"
     content = json.loads((out / "ablation.json").read_text())
     del content["sha256"]
     content["tensors"][0]["after"] /= 3
     (out / "ablation.json").write_text(seal(content))
-    damaged(hub, out)
+    damaged(hub, store, out)
     for place in (OUT, STORE):
         (difference,) = found("org/model", place)["differences"]
         assert difference["where"] == content["tensors"][0]["name"]
@@ -214,10 +202,10 @@ def test_the_command_that_a_run_ends_with_works(case, tmp_path, out):
     assert run("verify", source, out).exit_code == 0
 
 
-def test_a_revision_stays_what_it_was(case, tmp_path):
+def test_a_revision_stays_what_it_was(case, store, tmp_path):
     first = case.repos[OUT].refs["main"]
     flip(tmp_path / "out" / SHARD, -1)
-    damaged(case, tmp_path / "out")
+    damaged(case, store, tmp_path / "out")
     assert found("org/model", OUT)["differences"] != []
     result = run("verify", "org/model", f"hub:{OUT}@{first}")
     assert result.exit_code == 0
@@ -282,8 +270,7 @@ def test_what_cannot_be_read_is_an_error_and_no_difference(case, place):
     assert last.startswith(f"error: {place}/{SHARD}: the Hub answered 503")
 
 
-def test_errors_say_what_and_where(case, tmp_path, monkeypatch):
-    store = fsspec.filesystem("memory")
+def test_errors_say_what_and_where(case, store, tmp_path, monkeypatch):
     store.pipe(f"/bucket/half/{UNFINISHED}", b"{}")
     case.add("me/private", tmp_path / "out", private=True)
     case.add("me/gated", tmp_path / "out", gated=True)
