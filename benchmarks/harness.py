@@ -142,8 +142,9 @@ class Row:
             found["peak_bytes"],
             found["peak_is_bound"],
             found["bytes_moved"] or 0,
-            found["peak_disk_bytes"],
-            found["bytes_fetched"],
+            # Older results do not hold these.
+            found.get("peak_disk_bytes"),
+            found.get("bytes_fetched"),
         )
 
 
