@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ablate_shards.kernels.form import GREATEST
-from ablate_shards.kernels.project_numpy import decode, decoded, encode
+from ablate_shards.kernels.stored import decode, decoded, encode
 
 __all__ = ["NumpyMerger", "update_norm"]
 

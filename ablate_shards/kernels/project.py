@@ -35,8 +35,8 @@ from ablate_shards.kernels.form import (
     stored_dtype,
 )
 from ablate_shards.kernels.project_native import NativeArrays, is_built
-from ablate_shards.kernels.project_numpy import decoded, encode
 from ablate_shards.kernels.reference import DEGENERATE, Preserve
+from ablate_shards.kernels.stored import decoded, encode
 
 if TYPE_CHECKING:
     import torch

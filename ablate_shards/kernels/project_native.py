@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 
 from ablate_shards.kernels.form import in_range
-from ablate_shards.kernels.project_numpy import STORED
+from ablate_shards.kernels.stored import STORED
 
 __all__ = ["LIBRARY", "NativeArrays", "NativeForm", "is_built"]
 

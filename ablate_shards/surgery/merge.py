@@ -17,7 +17,7 @@ from ablate_shards import __version__
 from ablate_shards.errors import AdapterError, ArchitectureError, ExecuteError, PlanError, UsageError
 from ablate_shards.kernels.form import GREATEST
 from ablate_shards.kernels.merge_numpy import NumpyMerger, update_norm
-from ablate_shards.kernels.project_numpy import STORED, decoded, encode
+from ablate_shards.kernels.stored import STORED, decoded, encode
 from ablate_shards.surgery.adapter import WEIGHTS_NAME, Adapter, LowRank, base_digest, read_adapter
 from ablate_shards.surgery.architecture import Anatomy, dissect
 from ablate_shards.surgery.checkpoint import (

@@ -195,7 +195,7 @@ class AblatedBias:
         return vector_component(self._stored(raw), self._basis)
 
     def _stored(self, raw: np.ndarray) -> np.ndarray:
-        from ablate_shards.kernels.project_numpy import STORED
+        from ablate_shards.kernels.stored import STORED
 
         return raw.view(STORED[self._edit.dtype]).reshape(self._edit.shape)
 

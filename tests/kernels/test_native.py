@@ -13,7 +13,7 @@ import torch
 from ablate_shards.kernels import project_native, reference
 from ablate_shards.kernels.project import ProjectOptions, choose_form, project
 from ablate_shards.kernels.project_native import NativeForm, is_built
-from ablate_shards.kernels.project_numpy import STORED, decoded, encode
+from ablate_shards.kernels.stored import STORED, decoded, encode
 
 ROOT = Path(__file__).parents[2]
 HALVES = {"bfloat16": (np.uint16, torch.bfloat16), "float16": (np.float16, torch.float16)}
