@@ -30,7 +30,10 @@ def check_options(checkpoint: Checkpoint, out: Path | str, *, link: bool, cache:
         raise UsageError(f"--link: {checkpoint.name} is not on this machine; add --cache, or leave --link out")
     if (link or cache) and not is_folder(out):
         raise UsageError(f"{out}: --link and --cache are about a folder here; leave them out")
-    if private and hub_repository(out) is None:
+    repo, origin = hub_repository(out), checkpoint.origin
+    if repo is not None and origin is not None and repo.lower() == origin[0].lower():
+        raise UsageError(f"{out}: OUT and SOURCE may not be the same repository; name another one")
+    if private and repo is None:
         raise UsageError(f"--private: {out} is no repository; name one, such as hub:me/model-edited")
 
 

@@ -428,6 +428,7 @@ def test_wrong_usage(case, monkeypatch):
         ("hub:me/edited@main", [], "expected a repository such as hub:me/model-edited"),
         ("hub:me/edited", ["--cache"], "--link and --cache are about a folder here"),
         (folder / "out", ["--private"], "is no repository; name one"),
+        ("hub:org/Model", ["--overwrite"], "OUT and SOURCE may not be the same repository"),
     ):
         result = ablate(folder, out, *more)
         assert result.exit_code == 2
