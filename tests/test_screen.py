@@ -1,12 +1,10 @@
 """What a person sees: a bar on a terminal, plain lines elsewhere, nothing when asked for nothing."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from click.testing import CliRunner
+from command_line import on_terminal
 from raw_checkpoints import write_directions, write_dump, write_llama
 
 from ablate_shards import screen
@@ -21,23 +19,7 @@ def case(tmp_path):
 
 
 def test_a_terminal_gets_a_bar_that_leaves_nothing_behind(case):
-    main_end, terminal = os.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ablate_shards", *case],
-        stdout=subprocess.DEVNULL,
-        stderr=terminal,
-        env=environment,
-    )
-    os.close(terminal)
-    seen = b""
-    while True:
-        try:
-            seen += os.read(main_end, 4096)
-        except OSError:  # the terminal is closed when the process ends
-            break
-    os.close(main_end)
-    assert process.wait() == 0
+    seen = on_terminal("stderr", *case, width=100)
     assert b"bytes" in seen
     assert b"\x1b[" in seen
     assert b"% of" not in seen

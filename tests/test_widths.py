@@ -3,13 +3,13 @@
 import io
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
 
 import pytest
 from click.testing import CliRunner
+from command_line import on_terminal
 from raw_checkpoints import write_dump, write_llama
 from report_runs import evaluation
 from rich.cells import cell_len
@@ -168,22 +168,7 @@ def test_a_terminal_without_utf_8_gets_what_it_can_show(place, command, encoding
 
 @pytest.mark.parametrize("command", ["inspect", "directions", "diff"])
 def test_a_narrow_terminal_breaks_sentences_between_words(place, command):
-    main_end, terminal = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ablate_shards", *map(str, words_for(place, command))],
-        stdout=terminal,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "40"},
-    )
-    os.close(terminal)
-    seen = b""
-    while True:
-        try:
-            seen += os.read(main_end, 4096)
-        except OSError:  # the terminal is closed when the process ends
-            break
-    os.close(main_end)
-    assert process.wait() == 0
+    seen = on_terminal("stdout", *words_for(place, command), width=40)
     assert b"\x1b[" in seen
     plain = re.sub(r"\x1b\[[\d;]*m", "", seen.decode())
     # Names of files stay whole, to be copied.

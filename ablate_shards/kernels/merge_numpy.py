@@ -123,7 +123,7 @@ class NumpyMerger:
             exact = decoded(part[row, column], np.float64)
             exact += np.vecdot(left[row], columns.right[column])
             rounded = np.empty(len(exact), np.uint16)
-            encode(exact, rounded, exact)
+            encode(exact, rounded)
             least[row, column] = rounded
         np.copyto(part, least)
         self._squares += squares
@@ -135,7 +135,7 @@ class NumpyMerger:
         self._squares += float(np.vecdot(old, old).sum())
         np.add(old, total, out=total)
         self._overflows |= max(float(total.max()), -float(total.min())) > GREATEST[self._dtype]
-        encode(total, part, old)
+        encode(total, part)
 
     def _product(self, left: np.ndarray, columns: "_Columns", precision: type[np.floating]) -> np.ndarray:
         """Returns the product of the factors of one tile, in scratch memory, strip by strip and panel by panel."""

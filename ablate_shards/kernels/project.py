@@ -813,7 +813,7 @@ def project_vector(bias: np.ndarray, basis: np.ndarray, coefficient: float) -> n
     for line in basis:
         moved -= coefficient * np.sum(vector * line, axis=-1, keepdims=True) * line
     result = np.empty_like(bias)
-    encode(moved, result, vector)
+    encode(moved, result)
     return result
 
 

@@ -41,35 +41,19 @@ def decoded(stored: np.ndarray, precision: type[np.floating]) -> np.ndarray:
     return out
 
 
-def encode(values: np.ndarray, out: np.ndarray, scratch: np.ndarray) -> None:
-    """Round to the nearest stored value, ties to even.
-
-    From float32, what lies beyond the greatest finite value becomes infinite or, in float16, anything; from float64
-    it becomes the greatest finite value.
+def encode(values: np.ndarray, out: np.ndarray) -> None:
+    """Round to the nearest stored value, ties to even; what lies beyond the greatest finite one becomes that one.
 
     Args:
-        values: float32 or float64; may be overwritten.
+        values: float64; is overwritten.
         out: uint16 (the bits of bfloat16), float16 or float32, of that shape.
-        scratch: Of the shape and dtype of the values; is overwritten.
     """
-    if values.dtype == np.float64:
-        limit = GREATEST[stored_dtype(out) or "F32"]
-        np.clip(values, -limit, limit, out=values)
-        if out.dtype == np.uint16:
-            single = _to_odd(values)
-            encode(single, out, np.empty_like(single))
-        else:
-            out[...] = values
-    elif out.dtype == np.uint16:
-        bits, carry = values.view(np.uint32), scratch.view(np.uint32)
-        np.right_shift(bits, 16, out=carry)
-        np.bitwise_and(carry, 1, out=carry)
-        np.add(carry, 0x7FFF, out=carry)
-        np.add(carry, bits, out=carry)
-        np.right_shift(carry, 16, out=carry)
-        np.copyto(out, carry, casting="unsafe")
-    elif out.dtype == np.float16:
-        _encode_half(values, out.view(np.uint16), scratch)
+    limit = GREATEST[stored_dtype(out) or "F32"]
+    np.clip(values, -limit, limit, out=values)
+    if out.dtype == np.uint16:
+        bits = _to_odd(values).view(np.uint32)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        out[...] = bits >> 16
     else:
         out[...] = values
 
@@ -81,26 +65,6 @@ _HALF_FACTOR = np.float32(2.0**112)
 def _has_nonfinite(stored: np.ndarray) -> bool:
     bits = stored.view(np.uint16)
     return bool(bits.max(initial=0) >= 0xFC00 or bits.view(np.int16).max(initial=0) >= 0x7C00)
-
-
-def _encode_half(values: np.ndarray, out: np.ndarray, scratch: np.ndarray) -> None:
-    """Round float32 to the bits of float16 by adding and subtracting what leaves only the wanted digits.
-
-    One and a half times ``2**13`` times the power of two below ``|x|`` has ten digits of ``x`` in front of its last
-    one, whatever the sign of ``x``; below the least normal number the digits end where they end there.
-    """
-    given, bits = values.view(np.uint32), scratch.view(np.uint32)
-    np.right_shift(given, 16, out=bits)
-    np.copyto(out, bits, casting="unsafe")
-    np.bitwise_and(out, 0x8000, out=out)
-    np.bitwise_and(given, 0x7F800000, out=bits)
-    np.multiply(scratch, np.float32(1.5 * 2**13), out=scratch)
-    np.maximum(scratch, np.float32(1.5 * 2**-1), out=scratch)
-    np.add(values, scratch, out=values)
-    np.subtract(values, scratch, out=values)
-    np.multiply(values, 1 / _HALF_FACTOR, out=values)
-    np.right_shift(given, 13, out=bits)
-    np.bitwise_or(out, bits, out=out, casting="unsafe")
 
 
 def _to_odd(values: np.ndarray) -> np.ndarray:

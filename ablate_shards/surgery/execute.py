@@ -497,9 +497,9 @@ def _check_disk(checkpoint: Checkpoint, edits: Iterable[Edit], staging: Staging,
 
 def _shares_blocks(checkpoint: Checkpoint, staging: Staging) -> bool:
     """Whether the shards of OUT can share the source's blocks, told by a file that is then removed."""
-    path = staging.folder / ".shared"
     if checkpoint.remote is not None:
         return False
+    path = staging.folder / ".shared"
     with checkpoint.shards[0].path.open("rb") as source, path.open("wb") as target:
         shares = _clone(source.fileno(), target.fileno())
     path.unlink()

@@ -312,7 +312,7 @@ class _Planner:
                 ours = decoded(np.frombuffer(file.read(size * item), stored), np.float64)
                 rounded = np.empty(size, theirs)
                 with np.errstate(invalid="ignore"):
-                    encode(ours, rounded, ours)
+                    encode(ours, rounded)
                 if not np.array_equal(decoded(rounded, np.float32), self._adapter.read(source, first, size)):
                     return False
         return True
@@ -675,7 +675,7 @@ class _Exchange:
             _refuse(edit, finite=bool(np.isfinite(old).all()))
         self._squares += float(np.square(wanted - old).sum())
         self._before += float(np.square(old).sum())
-        encode(wanted, stored, old)
+        encode(wanted, stored)
 
     def measure(self, raw: np.ndarray, offset: int) -> None:
         """Does nothing: the norms are known before, and the digest is the caller's."""

@@ -29,7 +29,7 @@ def torch_bits(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 def in_c(values: np.ndarray, kind: type) -> np.ndarray:
     """Rounds values as the update does, which multiplies what is stored by them: ones."""
     ones = np.empty(values.shape, kind)
-    encode(np.ones(values.shape, np.float32), ones, np.empty(values.shape, np.float32))
+    encode(np.ones(values.shape), ones)
     block, nothing = ones[None, None], np.zeros((1, 0, 1), values.dtype)
     form = NativeForm(values.dtype.type, 1)
     form.update(block, block, values[None, None], nothing, np.zeros((1, 0, len(values)), values.dtype))
@@ -39,7 +39,7 @@ def in_c(values: np.ndarray, kind: type) -> np.ndarray:
 def in_numpy(values: np.ndarray, kind: type) -> np.ndarray:
     out = np.empty(values.shape, kind)
     with np.errstate(all="ignore"):
-        encode(values.copy(), out, np.empty_like(values))
+        encode(values.astype(np.float64), out)
     return out
 
 
@@ -107,7 +107,7 @@ def digest_of_edits() -> str:
             basis[line, line :: len(basis)] = len(basis[line, line :: len(basis)]) ** -0.5
         values = rng.standard_normal((rows, cols), np.float32)
         weight = np.empty((rows, cols), STORED[dtype])
-        encode(values, weight, np.empty_like(values))
+        encode(values.astype(np.float64), weight)
         for preserve, coefficient in itertools.product(("rows", "columns"), (1.0, 2.5)):
             result, report = project(weight, basis, ProjectOptions(coefficient, preserve, axis))
             digest.update(result.data)
