@@ -18,14 +18,23 @@
 enum { BF16, F16, F32 };
 enum { UNSCALED, BY_ROW, BY_COLUMN };
 
-/* Columns of a strip, which stays in the first-level cache with its factors and sums; rows added at once, and how many
-   times in float32 before the sums go on in float64; sums down the columns taken at once; sums along a row. */
-enum { STRIP = 512, ROWS = 4, GROUP = 8, LINES = 4, LANES = 16 };
+/* Columns of a strip, which stays in the first-level cache with its factors and sums; rows added at once, and in all
+   in float32 before the sums go on in float64; sums down the columns taken at once; sums along a row. */
+enum { STRIP = 512, ROWS = 4, GROUP = 32, LINES = 4, LANES = 16 };
+
+/* Squared norms between which float32 sums neither underflow nor overflow: form.py. */
+#define LOW 1e-30
+#define HIGH 1e30
+/* Of a squared norm: less than this is left of a vector too close to the directions to be rescaled: reference.py. */
+#define DEGENERATE 1e-6
 
 typedef struct {
     int64_t batch, rows, cols;
     int64_t matrix_stride, row_stride; /* in elements; columns are adjacent */
 } Shape;
+
+
+typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
 
 INLINE float from_bits(uint32_t bits) {
     float value;
@@ -45,10 +54,21 @@ INLINE uint64_t to_bits64(double value) {
     return bits;
 }
 
+/* What rows lose their component by. The directions and the norms begin with the block's first row. */
+typedef struct {
+    int64_t rows, count; /* of the whole matrix; directions */
+    double coefficient, amplification, largest_norm;
+    const double *basis, *squares; /* [count, rows], [matrices, rows] */
+    const double *gram;            /* Q Qᵀ [matrices, count, count] */
+    const float *mixed_single;     /* Q [matrices, count, cols] */
+    const double *mixed_double;
+} Move;
+
 INLINE int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
 
-INLINE int64_t offset(int dtype, const Shape *shape, int64_t entry, int64_t row, int64_t col) {
-    return (entry * shape->matrix_stride + row * shape->row_stride + col) * (dtype == F32 ? 4 : 2);
+INLINE const void *at(int dtype, const void *block, const Shape *shape, int64_t entry, int64_t row, int64_t col) {
+    const int64_t element = entry * shape->matrix_stride + row * shape->row_stride + col;
+    return (const char *)block + element * (dtype == F32 ? 4 : 2);
 }
 
 /* Returns `count` values as float32, which holds each exactly: decoded into `tile`, or where they are. */
@@ -109,6 +129,13 @@ INLINE void encode_double(int dtype, const double *values, int64_t count, void *
     }
 }
 
+#define FOR_EACH_DTYPE(CALL)      \
+    switch (dtype) {              \
+    case BF16: CALL(BF16); break; \
+    case F16: CALL(F16); break;   \
+    case F32: CALL(F32); break;   \
+    }
+
 #define REAL float
 #define NAME(function) function##_single
 #include "native_passes.h"
@@ -119,8 +146,52 @@ INLINE void encode_double(int dtype, const double *values, int64_t count, void *
 #define NAME(function) function##_double
 #include "native_passes.h"
 
+INLINE void mix_of(int dtype, const void *block, const Shape *shape, int64_t chunk, int is_double, const double *basis,
+                   int64_t rows, int64_t count, int mixed, double *squares, double *into) {
+    const int64_t lines = mixed ? 2 * count : count;
+    for (int64_t entry = 0; entry < shape->batch; entry++) {
+        double *norms = squares + entry * rows, *sums = into + entry * lines * shape->cols;
+        for (int64_t low = 0; low < shape->rows; low += chunk)
+            for (int64_t first = low, stop = least(low + chunk, shape->rows); first < stop; first += GROUP) {
+                const int64_t end = least(first + GROUP, stop);
+                if (is_double ||
+                    !mix_group_single(dtype, block, shape, entry, first, end, basis, rows, count, mixed, norms, sums))
+                    mix_group_double(dtype, block, shape, entry, first, end, basis, rows, count, mixed, norms, sums);
+            }
+    }
+}
+
+INLINE int64_t move_of(int dtype, void *block, const Shape *shape, int is_double, const Move *move) {
+    int64_t parallel = 0;
+    for (int64_t entry = 0; entry < shape->batch; entry++)
+        for (int64_t row = 0; row < shape->rows; row++)
+            if (is_double || move_row_single(dtype, block, shape, entry, row, move, &parallel))
+                move_row_double(dtype, block, shape, entry, row, move, &parallel);
+    return parallel;
+}
+
+/* Takes the squared norms of rows [matrices, rows], and adds to R W [matrices, count, cols]: with `mixed` to
+   [matrices, 2 * count, cols], whose second half is Q = R W / |W_i|. `basis` is R [count, rows] from the block's first
+   row on, as are the norms; `chunk` is the number of rows that a block is a multiple of. */
+CLONES void ablate_mix(int dtype, const void *block, const Shape *shape, int64_t chunk, int is_double,
+                       const double *basis, int64_t rows, int64_t count, int mixed, double *squares, double *into) {
+#define CALL(kind) mix_of(kind, block, shape, chunk, is_double, basis, rows, count, mixed, squares, into)
+    FOR_EACH_DTYPE(CALL)
+#undef CALL
+}
+
+/* Removes from every row its share of Q, and gives it back its norm; returns how many were too close to the directions
+   for that. What float32 cannot carry is done in float64. */
+CLONES int64_t ablate_move(int dtype, void *block, const Shape *shape, int is_double, const Move *move) {
+    int64_t parallel = 0;
+#define CALL(kind) parallel = move_of(kind, block, shape, is_double, move)
+    FOR_EACH_DTYPE(CALL)
+#undef CALL
+    return parallel;
+}
+
 /* Counts up when the arguments of a function change: a library that was built before is not used. */
 #ifndef VERSION
-#define VERSION 1
+#define VERSION 2
 #endif
 const int ablate_version = VERSION;

@@ -34,7 +34,7 @@ from ablate_shards.kernels.form import (
     in_range,
     stored_dtype,
 )
-from ablate_shards.kernels.project_native import NativeArrays, is_built
+from ablate_shards.kernels.project_native import NativeArrays, NativeForm, is_built
 from ablate_shards.kernels.reference import DEGENERATE, Preserve
 from ablate_shards.kernels.stored import decoded, encode
 
@@ -368,6 +368,9 @@ class _Stream:
     def _measure(self, piece: _Piece) -> None:
         """Take the squared norms and the components of a piece."""
         entries, span = piece.entries, piece.span
+        if isinstance(piece.form, NativeForm) and self._norms_in_rows and not self._dots_in_rows:
+            self._mix(piece, piece.form)
+            return
         if self._dots_in_rows:
             sums = self._row_sums(piece, self._basis, squares=self._norms_in_rows)
             self._dots[entries, :, span] = sums[:, : self._dots.shape[1]]
@@ -379,6 +382,12 @@ class _Stream:
             if self._norms_in_rows:
                 self._squares[entries, span] = self._row_sums(piece, None, squares=True)[:, 0]
             self._add_columns(piece, self._basis.part(span), self._column_sums, squares=not self._norms_in_rows)
+
+    def _mix(self, piece: _Piece, form: NativeForm) -> None:
+        """Take row norms and column sums at once."""
+        entries = piece.entries
+        basis, squares, into = self._basis.double[0], self._squares[entries], self._column_sums[entries]
+        form.mix(piece.view, basis, piece.span.start, squares, into)
 
     def _row_sums(self, piece: _Piece, weights: _Pair | None, *, squares: bool) -> Array:
         """Row sums of a piece ``[matrices, k (+ 1), rows]``, float64, with unsafe chunks done exactly."""
@@ -586,6 +595,9 @@ class Projector(_Stream):
 
     def _mix_and_measure(self, piece: _Piece) -> None:
         """Take row norms, then ``RW`` and ``Q`` at once."""
+        if isinstance(piece.form, NativeForm):
+            self._mix(piece, piece.form)
+            return
         squares = self._row_sums(piece, None, squares=True)[:, 0]
         self._squares[piece.entries, piece.span] = squares
         basis = self._basis.double[..., piece.span]
@@ -607,7 +619,7 @@ class Projector(_Stream):
                 doubtful = ~(((self._squares > LOW) & (self._squares < HIGH)) | (self._squares == 0))
         elif self._norms_in_rows:
             self._gram = self._mixed_gram()
-            self._mixed_pair = self._pair(self._mixed)
+            self._mixed_pair = self._pair(self._arrays.clone(self._mixed))
             # |U_i| is at least |1 - a|R_iᵀQ||; where that is no help, a probe tells before the apply pass.
             moved = abs(self._options.coefficient) * self._xp.sqrt(self._heights(slice(None), slice(None)))
             near = self._entries(1 + moved > self._amplification * abs(1 - moved))
@@ -711,6 +723,13 @@ class Projector(_Stream):
             source: What to read: the view of the piece, or a copy of it.
         """
         entries, span, form = piece.entries, piece.span, piece.form
+        if isinstance(form, NativeForm) and self._options.preserve == "rows":
+            if self._options.coefficient != 0:
+                mixed, gram, squares = self._mixed_pair.entries(entries), self._gram[entries], self._squares[entries]
+                limits = (self._options.coefficient, self._amplification, self._largest_norm)
+                basis = self._basis.double[0]
+                self._degenerate += form.move(piece.view, basis, span.start, squares, gram, mixed, limits)
+            return
         given = piece._replace(view=source)
         if self._options.preserve == "rows":
             columns = self._mixed_pair.entries(entries)

@@ -19,7 +19,7 @@ from ablate_shards.kernels.stored import STORED
 __all__ = ["LIBRARY", "NativeArrays", "NativeForm", "is_built"]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_VERSION = 1
+_VERSION = 2
 _DTYPES = {np.dtype(STORED[name]): number for number, name in enumerate(("BF16", "F16", "F32"))}
 _PRECISIONS: dict[type[np.floating], str] = {np.float32: "single", np.float64: "double"}
 _UNSCALED, _BY_ROW, _BY_COLUMN = range(3)
@@ -29,6 +29,16 @@ class _Shape(ctypes.Structure):
     """A block: matrices, rows, columns, and from one matrix or row to the next in elements."""
 
     _fields_ = tuple((name, ctypes.c_int64) for name in ("batch", "rows", "cols", "matrix_stride", "row_stride"))
+
+
+class _Move(ctypes.Structure):
+    """What rows lose their component by: ``Move`` in ``native.c``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "count")),
+        *((name, ctypes.c_double) for name in ("coefficient", "amplification", "largest_norm")),
+        *((name, ctypes.c_void_p) for name in ("basis", "squares", "gram", "mixed_single", "mixed_double")),
+    )
 
 
 def is_built() -> bool:
@@ -48,6 +58,10 @@ def _library() -> ctypes.CDLL | None:
     address, count, flag, shape = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.POINTER(_Shape)
     sums = (flag, address, shape, address, count, count, flag, address)
     update = (flag, address, shape, address, shape, address, flag, address, count, address, count, count)
+    library.ablate_mix.argtypes = (flag, address, shape, count, flag, address, count, count, flag, address, address)
+    library.ablate_mix.restype = None
+    library.ablate_move.argtypes = (flag, address, shape, flag, ctypes.POINTER(_Move))
+    library.ablate_move.restype = count
     for precision in _PRECISIONS.values():
         for name, arguments in (("rows", sums), ("columns", sums), ("update", update)):
             function = getattr(library, f"ablate_{name}_{precision}")
@@ -71,6 +85,7 @@ class NativeForm:
         if library is None:
             raise RuntimeError(f"{LIBRARY}: not built; install the package again where there is a C compiler")
         self._precision, self._chunk_rows = precision, chunk_rows
+        self._mix, self._move = library.ablate_mix, library.ablate_move
         self._rows, self._columns, self._update = (
             getattr(library, f"ablate_{name}_{_PRECISIONS[precision]}") for name in ("rows", "columns", "update")
         )
@@ -130,6 +145,55 @@ class NativeForm:
         self._update(
             *_described(block), address, shape, where, scaled, *rows.described(), *columns.described(), rows.count
         )
+
+    def mix(self, block: np.ndarray, basis: np.ndarray, first: int, squares: np.ndarray, into: np.ndarray) -> None:
+        """Take the squared norms of rows, and with them what is added up along the directions.
+
+        Args:
+            block: ``[matrices, rows, cols]``, as stored.
+            basis: ``[k, all rows]`` float64.
+            first: The block's first row.
+            squares: Where the squared norms go, ``[matrices, all rows]`` float64.
+            into: What to add to, float64: ``R W`` ``[matrices, k, cols]``, or ``[matrices, 2k, cols]`` with ``Q``.
+        """
+        count, rows = basis.shape
+        self._mix(
+            *_described(block), self._chunk_rows, self.is_double, basis.ctypes.data + 8 * first, rows, count,
+            into.shape[1] > count, squares.ctypes.data + 8 * first, into.ctypes.data,
+        )  # fmt: skip
+
+    def move(
+        self,
+        block: np.ndarray,
+        basis: np.ndarray,
+        first: int,
+        squares: np.ndarray,
+        gram: np.ndarray,
+        mixed: tuple[np.ndarray, np.ndarray],
+        limits: tuple[float, float, float],
+    ) -> int:
+        """Ablate rows in place and keep their norms.
+
+        Args:
+            block: ``[matrices, rows, cols]``, as stored.
+            basis: ``[k, all rows]`` float64.
+            first: The block's first row.
+            squares: Squared norms ``[matrices, all rows]``, float64.
+            gram: ``Q Qᵀ``, ``[matrices, k, k]`` float64.
+            mixed: ``Q`` ``[matrices, k, cols]`` in float32 and in float64.
+            limits: The coefficient, and up to which amplification and norm float32 is trusted.
+
+        Returns:
+            How many rows were too close to the directions to be rescaled.
+        """
+        count, rows = basis.shape
+        at = 8 * first
+        single, double = mixed
+        move = _Move(
+            rows, count, *limits, basis.ctypes.data + at, squares.ctypes.data + at, gram.ctypes.data,
+            single.ctypes.data, double.ctypes.data,
+        )  # fmt: skip
+        return int(self._move(*_described(block), self.is_double, move))
 
 
 class _Factors:
