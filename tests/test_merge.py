@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from click.testing import CliRunner
 from raw_checkpoints import decode, snapshot, write_directions, write_llama
 from safetensors.torch import load_file, save_file
@@ -214,7 +215,7 @@ def test_every_other_byte_stays(tmp_path, base, adapter):
     receipt = json.loads((out / "merge.json").read_text())
     assert {record["name"] for record in receipt["tensors"]} == changed
     record = receipt["tensors"][0]
-    assert record["sha256"] == hashlib.sha256(ours[record["name"]]).hexdigest()
+    assert record["blake3"] == blake3(ours[record["name"]]).hexdigest()
     assert (record["rank"], record["scale"]) == (4, 2.0)
     weight, moved = (decode(raw[record["name"]], "BF16", record["shape"]) for raw in (theirs, ours))
     assert record["change"] == pytest.approx(np.linalg.norm(moved - weight) / np.linalg.norm(weight), rel=1e-2)
@@ -360,7 +361,7 @@ def test_verify_with_the_adapter_sees_through_a_forged_receipt(tmp_path, base, a
     digests = {record["name"]: record for record in json.loads((other / "merge.json").read_text())["tensors"]}
 
     def forge(content):
-        content["tensors"] = [{**record, "sha256": digests[record["name"]]["sha256"]} for record in content["tensors"]]
+        content["tensors"] = [{**record, "blake3": digests[record["name"]]["blake3"]} for record in content["tensors"]]
 
     change_receipt(out, forge)
     run("verify", base, out)

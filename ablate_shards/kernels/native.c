@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#pragma GCC diagnostic ignored "-Wpsabi" /* no vector leaves this file */
+
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(NO_CLONES)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
+from blake3 import blake3
 
 from ablate_shards.surgery.checkpoint import Checkpoint, Shard
 from ablate_shards.surgery.editor import BlockEditor, pread_into
@@ -273,7 +274,7 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
             source, expected = self._remote.digest(self._shard.name)
         results: dict[str, _R] = {}
         measured: list[Any] = []
-        tensor = hashlib.sha256()
+        tensor = blake3()
         for number, part in enumerate(self._parts):
             if part.edit is None:
                 for start in range(part.start, part.end, _CHUNK):
@@ -291,7 +292,7 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
             measured.append(section.measured())
             if number + 1 == len(self._parts) or self._parts[number + 1].edit is not part.edit:
                 results[part.edit.name] = self._editor.result(part.edit, measured, tensor.hexdigest())
-                measured, tensor = [], hashlib.sha256()
+                measured, tensor = [], blake3()
         wrong = source.hexdigest() if expected not in (None, source.hexdigest()) else None
         return Survey(whole.hexdigest(), results), wrong
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import hashlib
 import os
 import sys
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
+from blake3 import blake3
 
 from ablate_shards.errors import ExecuteError, UsageError
 from ablate_shards.surgery.plan import BasisKey, Edit, TensorEdit
@@ -156,7 +156,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
             channels.read(raw.data, offset)
             return raw
 
-        measured, digest = [], hashlib.sha256()
+        measured, digest = [], blake3()
         with self._stream():
             sections = deque(self.sections(edit))
             while sections:
@@ -179,7 +179,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
         """Returns the parts that a tensor is edited in, in the order of their bytes; nothing has been read."""
 
     @abstractmethod
-    def result(self, edit: _E, measured: Sequence[Any], sha256: str) -> _R:
+    def result(self, edit: _E, measured: Sequence[Any], digest: str) -> _R:
         """Returns what was measured of a tensor, from its sections and the digest of what was written."""
 
     def _workspace(self) -> "Workspace":
@@ -246,20 +246,20 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
             for first in range(0, batch, group)
         ]
 
-    def result(self, edit: TensorEdit, measured: Sequence[Any], sha256: str) -> TensorResult:
+    def result(self, edit: TensorEdit, measured: Sequence[Any], digest: str) -> TensorResult:
         """Returns what was measured of a tensor."""
         from ablate_shards.kernels.project import merge, norm_drift
 
         if edit.kind == "bias":
             ((before, after),) = measured
-            return TensorResult(before=before, after=after, norm_drift=None, degenerate=0, sha256=sha256)
+            return TensorResult(before=before, after=after, norm_drift=None, degenerate=0, blake3=digest)
         before, after = (merge(part[side] for part in measured) for side in (0, 1))
         return TensorResult(
             before=before.component,
             after=after.component,
             norm_drift=None if edit.preserve == "none" else norm_drift(before, after),
             degenerate=sum(part[2] for part in measured),
-            sha256=sha256,
+            blake3=digest,
         )
 
 

@@ -134,11 +134,11 @@ class MergeResult:
     Attributes:
         change: Norm of what was added, relative to the norm of what was there, before rounding; None where
             that was zero.
-        sha256: Digest of the tensor's bytes in the output, as re-read from the written file.
+        blake3: Digest of the tensor's bytes in the output, as re-read from the written file.
     """
 
     change: float | None
-    sha256: str
+    blake3: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -553,11 +553,11 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
             for matrix in range(edit.experts if edit.expert is None else 1)
         ]
 
-    def result(self, edit: MergeEdit, measured: Sequence[Any], sha256: str) -> MergeResult:
+    def result(self, edit: MergeEdit, measured: Sequence[Any], digest: str) -> MergeResult:
         """Returns what was measured of a tensor, from the squared norms of what was added and of what was there."""
         squares, before = (sum(part[side] for part in measured) for side in (0, 1))
         change = math.sqrt(squares / before) if before else None if squares else 0.0
-        return MergeResult(change=change, sha256=sha256)
+        return MergeResult(change=change, blake3=digest)
 
 
 class _Factors:
@@ -791,7 +791,7 @@ def read_merge_receipt(folder: Path | Files) -> MergeReceipt:
             results={
                 tensor.name: MergeResult(
                     change=None if record["change"] is None else number(record, "change"),
-                    sha256=typed(record, "sha256", str),
+                    blake3=typed(record, "blake3", str),
                 )
                 for tensor, record in zip(tensors, records, strict=True)
             },

@@ -49,14 +49,14 @@ class TensorResult:
         after: The same in the output.
         norm_drift: Largest relative change of a preserved norm; None where none is preserved.
         degenerate: Vectors whose component was removed without rescaling.
-        sha256: Digest of the tensor's bytes in the output.
+        blake3: Digest of the tensor's bytes in the output.
     """
 
     before: float
     after: float
     norm_drift: float | None
     degenerate: int
-    sha256: str
+    blake3: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +288,7 @@ def _result(record: Mapping[str, Any]) -> TensorResult:
         after=number(record, "after"),
         norm_drift=None if record["norm_drift"] is None else number(record, "norm_drift"),
         degenerate=typed(record, "degenerate", int),
-        sha256=typed(record, "sha256", str),
+        blake3=typed(record, "blake3", str),
     )
 
 

@@ -1,7 +1,6 @@
 """Re-reads a source and its edited copy, and finds whatever the receipt does not account for."""
 
 import functools
-import hashlib
 import math
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from blake3 import blake3
 
 from ablate_shards.errors import AblateError, HubError, UsageError, VerifyError
 from ablate_shards.surgery.adapter import read_adapter
@@ -195,7 +195,7 @@ def _claim_of_ablation(checkpoint: Checkpoint, out: Files) -> _Claim:
         revision=receipt.revision,
         copied=receipt.copied,
         edits=receipt.edits,
-        digests={name: result.sha256 for name, result in receipt.results.items()},
+        digests={name: result.blake3 for name, result in receipt.results.items()},
         editor=lambda run, stop: Editor(run.device, run.memory, run.jobs, stop, bases),
         differ=lambda name, found: _measures_differ(
             receipt.results[name], found, ("before", "after", "norm_drift", "degenerate")
@@ -229,7 +229,7 @@ def _claim_of_merge(checkpoint: Checkpoint, out: Files, adapter: Path | None) ->
         revision=receipt.revision,
         copied=receipt.copied,
         edits=edits,
-        digests={name: result.sha256 for name, result in receipt.results.items()},
+        digests={name: result.blake3 for name, result in receipt.results.items()},
         editor=editor,
         differ=lambda name, found: _measures_differ(receipt.results[name], found, ("change",)),
         altered=receipt.altered,
@@ -374,13 +374,13 @@ class _Examiner:
         except AblateError as error:
             return str(error), False
         problem = comparison.problem()
-        if problem is None and result.sha256 != self._claim.digests[edit.name]:
+        if problem is None and result.blake3 != self._claim.digests[edit.name]:
             problem = _OTHER_DIGEST
         problem = problem or self._claim.differ(edit.name, result)
         return problem, problem is None and comparison.differing == 0
 
     def _digest(self, edit: Edit, written: Callable[[memoryview, int], None]) -> str:
-        digest = hashlib.sha256()
+        digest = blake3()
         for start in range(edit.start, edit.end, self._chunk):
             data = bytearray(min(self._chunk, edit.end - start))
             written(memoryview(data), start)
