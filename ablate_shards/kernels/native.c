@@ -1,4 +1,5 @@
-/* The sums and the update of an ablation on a CPU, for project_native.py, which says what each argument is.
+/* The sums and updates of an ablation on a CPU, and those of directions, for project_native.py, which says what each
+ * argument is.
  *
  * Everything is added in an order that the shape alone decides, and no product is contracted with a sum: every CPU
  * gives the same bytes, whatever its vectors' width. native_passes.h holds the loops, once per precision.
@@ -22,7 +23,7 @@ enum { UNSCALED, BY_ROW, BY_COLUMN };
 
 /* Columns of a strip, which stays in the first-level cache with its factors and sums; rows added at once, and in all
    in float32 before the sums go on in float64; sums down the columns taken at once; sums along a row. */
-enum { STRIP = 512, ROWS = 4, GROUP = 32, LINES = 4, LANES = 16 };
+enum { STRIP = 512, ROWS = 4, GROUP = 32, LINES = 4, LANES = 16, EIGHT = 8 };
 
 /* Squared norms between which float32 sums neither underflow nor overflow: form.py. */
 #define LOW 1e-30
@@ -37,6 +38,9 @@ typedef struct {
 
 
 typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
+
+typedef double Doubles __attribute__((vector_size(EIGHT * sizeof(double))));
+typedef float Singles __attribute__((vector_size(EIGHT * sizeof(float))));
 
 INLINE float from_bits(uint32_t bits) {
     float value;
@@ -68,9 +72,11 @@ typedef struct {
 
 INLINE int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
 
+INLINE int64_t item_bytes(int dtype) { return dtype == F32 ? 4 : 2; }
+
 INLINE const void *at(int dtype, const void *block, const Shape *shape, int64_t entry, int64_t row, int64_t col) {
     const int64_t element = entry * shape->matrix_stride + row * shape->row_stride + col;
-    return (const char *)block + element * (dtype == F32 ? 4 : 2);
+    return (const char *)block + element * item_bytes(dtype);
 }
 
 /* Returns `count` values as float32, which holds each exactly: decoded into `tile`, or where they are. */
@@ -192,8 +198,92 @@ CLONES int64_t ablate_move(int dtype, void *block, const Shape *shape, int is_do
     return parallel;
 }
 
+INLINE Doubles eight(const float *values) {
+    Singles single;
+    memcpy(&single, values, sizeof single);
+    return __builtin_convertvector(single, Doubles);
+}
+
+/* Adds `lines` rows, 1 or ROWS, to a sum. */
+INLINE void add_rows(int64_t lines, const float *const *rows, int64_t size, double *sums) {
+    const float *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
+    for (int64_t j = 0; j < size; j++)
+        sums[j] += lines == ROWS ? ((double)a[j] + b[j]) + ((double)c[j] + d[j]) : a[j];
+}
+
+/* Adds the products of `lines` rows, 1 or ROWS, with a weight to one sum each, in as many lanes. */
+INLINE void dot_rows(int64_t lines, const float *const *rows, int64_t size, const double *weight, Doubles *sums) {
+    const int64_t whole = size - size % EIGHT;
+    const float *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
+    for (int64_t j = 0; j < whole; j += EIGHT) {
+        Doubles by;
+        memcpy(&by, weight + j, sizeof by);
+        sums[0] += by * eight(a + j);
+        if (lines < ROWS) continue;
+        sums[1] += by * eight(b + j);
+        sums[2] += by * eight(c + j);
+        sums[3] += by * eight(d + j);
+    }
+    for (int64_t i = 0; i < lines; i++)
+        for (int64_t j = whole; j < size; j++) sums[i][j - whole] += weight[j] * rows[i][j];
+}
+
+/* What is asked for of `lines` rows of a group: sums, if there are any to add to, or products with the weight. */
+INLINE void lines_of(int dtype, int64_t lines, const void *block, const Shape *shape, int64_t row, int64_t groups,
+                     double *sums, const double *weight, double *out) {
+    float tiles[ROWS][STRIP];
+    Doubles dots[ROWS] = {{0}};
+    for (int64_t low = 0; low < shape->cols; low += STRIP) {
+        const int64_t size = least(STRIP, shape->cols - low);
+        const float *rows[ROWS] = {0};
+        for (int64_t i = 0; i < lines; i++)
+            rows[i] = decode(dtype, at(dtype, block, shape, 0, row + i * groups, low), size, tiles[i]);
+        if (sums)
+            add_rows(lines, rows, size, sums + low);
+        else
+            dot_rows(lines, rows, size, weight + low, dots);
+    }
+    for (int64_t i = 0; i < lines && !sums; i++) {
+        for (int width = EIGHT / 2; width; width /= 2)
+            for (int lane = 0; lane < width; lane++) dots[i][lane] += dots[i][lane + width];
+        out[row + i * groups] = dots[i][0];
+    }
+}
+
+/* A round is one row of each group; as many as the second-level cache holds are taken group by group. */
+INLINE void groups_of(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups, double *sums,
+                      const double *weights, double *out) {
+    const int64_t rounds = ROWS * groups;
+    for (int64_t start = 0; start < shape->rows; start += rounds)
+        for (int64_t phase = 0; phase < groups; phase++) {
+            const int64_t group = (first + phase) % groups * shape->cols, end = least(start + rounds, shape->rows);
+            double *into = sums ? sums + group : NULL;
+            const double *weight = sums ? NULL : weights + group;
+            int64_t row = start + phase;
+            for (; row + (ROWS - 1) * groups < end; row += ROWS * groups)
+                lines_of(dtype, ROWS, block, shape, row, groups, into, weight, out);
+            for (; row < end; row += groups) lines_of(dtype, 1, block, shape, row, groups, into, weight, out);
+        }
+}
+
+/* Adds rows to the sums of their groups [groups, cols]: row i is in group (first + i) mod groups. */
+CLONES void ablate_group_sums(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups,
+                              double *into) {
+#define CALL(kind) groups_of(kind, block, shape, first, groups, into, NULL, NULL)
+    FOR_EACH_DTYPE(CALL)
+#undef CALL
+}
+
+/* Takes the product of each row with the weight of its group [groups, cols]. */
+CLONES void ablate_group_dots(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups,
+                              const double *weights, double *out) {
+#define CALL(kind) groups_of(kind, block, shape, first, groups, NULL, weights, out)
+    FOR_EACH_DTYPE(CALL)
+#undef CALL
+}
+
 /* Counts up when the arguments of a function change: a library that was built before is not used. */
 #ifndef VERSION
-#define VERSION 2
+#define VERSION 3
 #endif
 const int ablate_version = VERSION;

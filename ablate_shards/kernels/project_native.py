@@ -19,7 +19,7 @@ from ablate_shards.kernels.stored import STORED
 __all__ = ["LIBRARY", "NativeArrays", "NativeForm", "is_built"]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_VERSION = 2
+_VERSION = 3
 _DTYPES = {np.dtype(STORED[name]): number for number, name in enumerate(("BF16", "F16", "F32"))}
 _PRECISIONS: dict[type[np.floating], str] = {np.float32: "single", np.float64: "double"}
 _UNSCALED, _BY_ROW, _BY_COLUMN = range(3)
@@ -62,11 +62,36 @@ def _library() -> ctypes.CDLL | None:
     library.ablate_mix.restype = None
     library.ablate_move.argtypes = (flag, address, shape, flag, ctypes.POINTER(_Move))
     library.ablate_move.restype = count
+    library.ablate_group_sums.argtypes = (flag, address, shape, count, count, address)
+    library.ablate_group_sums.restype = None
+    library.ablate_group_dots.argtypes = (flag, address, shape, count, count, address, address)
+    library.ablate_group_dots.restype = None
     for precision in _PRECISIONS.values():
         for name, arguments in (("rows", sums), ("columns", sums), ("update", update)):
             function = getattr(library, f"ablate_{name}_{precision}")
             function.argtypes, function.restype = arguments, None
     return library
+
+
+def add_group_sums(block: np.ndarray, first: int, into: np.ndarray) -> bool:
+    """Do what :func:`~ablate_shards.kernels.grouped.add_group_sums` does; False, and nothing, where it cannot be."""
+    library = _for_groups(block)
+    if library is not None:
+        library.ablate_group_sums(*_described(block[None]), first, len(into), into.ctypes.data)
+    return library is not None
+
+
+def group_dots(block: np.ndarray, first: int, weights: np.ndarray, out: np.ndarray) -> bool:
+    """Write to ``out`` what :func:`~ablate_shards.kernels.grouped.group_dots` returns; False where it cannot be."""
+    library = _for_groups(block)
+    if library is not None:
+        weights = np.ascontiguousarray(weights)
+        library.ablate_group_dots(*_described(block[None]), first, len(weights), weights.ctypes.data, out.ctypes.data)
+    return library is not None
+
+
+def _for_groups(block: np.ndarray) -> ctypes.CDLL | None:
+    return _library() if block.size and block.dtype in _DTYPES and block.flags.aligned else None
 
 
 class NativeForm:

@@ -126,7 +126,7 @@ class ActivationDump:
         kept = Kept(0) if kept is None else kept
         chunk = kept.scratch("chunk", (min(rows, self.counts(layer)[LABELS.index(label)]), size), "<f8")
         filled = 0
-        for values in self._pieces(layer, label, len(chunk), kept):
+        for values in self._pieces(layer, label, kept, rows=len(chunk)):
             if values.dtype == np.uint16:
                 # The bits of bfloat16 are the upper half of a float32's.
                 wide = kept.scratch("wide", values.shape, "<u4")
@@ -142,8 +142,16 @@ class ActivationDump:
         if filled:
             yield chunk[:filled]
 
-    def _pieces(self, layer: int, label: Label, rows: int, kept: "Kept") -> Iterator[np.ndarray]:
-        """Yields a layer's activations of one label as they are stored, no piece across the end of a chunk."""
+    def stored(self, layer: int, label: Label, *, kept: "Kept") -> Iterator[np.ndarray]:
+        """Yields what :meth:`chunks` does as it is stored, and all of an array at once where it is mapped.
+
+        Yields:
+            ``[prompts, d]`` uint16 (the bits of bfloat16) or any float; the next array may overwrite it.
+        """
+        return self._pieces(layer, label, kept, rows=None)
+
+    def _pieces(self, layer: int, label: Label, kept: "Kept", *, rows: int | None) -> Iterator[np.ndarray]:
+        """Yields activations as stored, no piece across the end of so many rows."""
         arrays = self._arrays[label, layer]
         key = self.path, layer, label, rows
         if kept.key == key:
@@ -154,9 +162,10 @@ class ActivationDump:
         for array in arrays:
             done, (prompts, size) = 0, array.shape
             mapped = _mapped(array, array.start) if kept.fits and array.start is not None else None
+            most = rows or (prompts if mapped is not None else max(1, _CHUNK_BYTES // (8 * size)))
             with array.open() as stream:
                 while done < prompts:
-                    count = min(prompts - done, rows - filled)
+                    count = min(prompts - done, most - filled)
                     if mapped is not None:
                         values = mapped[done : done + count]
                     elif kept.fits:
@@ -167,7 +176,7 @@ class ActivationDump:
                         _read_into(stream, values, array)
                     kept.add(values)
                     yield values
-                    filled = (filled + count) % rows
+                    filled = (filled + count) % most if rows else 0
                     done += count
         kept.end(key)
 

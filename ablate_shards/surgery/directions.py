@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from ablate_shards.errors import ActivationsError, CheckpointError, DirectionsError, UsageError
+from ablate_shards.kernels.grouped import add_group_sums, group_dots
 from ablate_shards.surgery.activations import (
     LABELS,
     MEASUREMENT_SUFFIXES,
@@ -292,13 +293,9 @@ class _Layer:
         score = LayerScore(score.layer, score.cosine, score.contrast, score.purity, *measured)
         return bases[0].astype(np.float32), negative[0].astype(np.float32), score
 
-    def _rounds(self, label: Label) -> Iterator[np.ndarray]:
-        """Yields the (winsorised) activations as ``[rounds, groups, d]``, the last perhaps of fewer groups.
-
-        The next array overwrites the one before it.
-        """
-        groups = self._subsets.shape[1]
-        limits = self._limits[label]
+    def _chunks(self, label: Label) -> Iterator[np.ndarray]:
+        """Yields the (winsorised) activations, ``[prompts, d]`` float64; the next overwrites them."""
+        groups, limits = self._subsets.shape[1], self._limits[label]
         done = 0
         chunks = self._dump.chunks(self._layer, label, multiple=groups, kept=self._kept[label])
         for number, values in enumerate(chunks):
@@ -308,33 +305,47 @@ class _Layer:
                     limits.append(np.quantile(np.abs(values), self._options.winsorize, axis=1, keepdims=True))
                 np.clip(values, -limits[number], limits[number], out=values)
             done += len(values)
+            yield values
+
+    def _rounds(self, label: Label) -> Iterator[np.ndarray]:
+        """Yields the same as ``[rounds, groups, d]``, the last perhaps of fewer groups."""
+        groups = self._subsets.shape[1]
+        for values in self._chunks(label):
             whole = len(values) // groups * groups
             if whole:
                 yield values[:whole].reshape(-1, groups, values.shape[1])
             if whole < len(values):
                 yield values[None, whole:]
 
+    def _blocks(self, label: Label) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields the same as stored where nothing is winsorised, each array with the number of its first prompt."""
+        stored = self._dump.stored(self._layer, label, kept=self._kept[label])
+        done = 0
+        for values in stored if self._options.winsorize is None else self._chunks(label):
+            yield done, values
+            done += len(values)
+
     def _means(self, label: Label) -> np.ndarray:
         """Returns the mean of each subset, ``[subsets, d]``."""
-        groups = self._subsets.shape[1]
+        groups, count = self._subsets.shape[1], self._counts[label]
         sums = np.zeros((groups, self._dump.hidden_size))
-        done = 0
-        for block in self._rounds(label):
-            with np.errstate(invalid="ignore", over="ignore"):
-                added = block.sum(0)
-                # A value that is not finite makes a sum that is not, so sums are all that need a look.
-                if not np.abs(added).max() <= _LARGEST:
-                    self._check(label, block.reshape(-1, block.shape[2]), done)
-            sums[: block.shape[1]] += added
-            done += block.shape[0] * block.shape[1]
-        sizes = (self._counts[label] + groups - 1 - np.arange(groups)) // groups
+        with np.errstate(invalid="ignore", over="ignore"):
+            for first, block in self._blocks(label):
+                add_group_sums(block, first, sums)
+            # A value that is not finite makes a sum that is not, so sums are all that need a look.
+            if not np.abs(sums).max() <= _LARGEST:
+                done = 0
+                for values in self._chunks(label):
+                    self._check(label, values, done)
+                    done += len(values)
+        sizes = (count + groups - 1 - np.arange(groups)) // groups
         means: np.ndarray = (self._subsets @ sums) / (self._subsets @ sizes)[:, None]
         return means
 
     def _check(self, label: Label, values: np.ndarray, done: int) -> None:
         """Refuses prompts with values that are not finite, or whose sums would not be as float32."""
         largest = np.abs(values).max(axis=1)
-        if not (usable := largest <= _LARGEST / len(values)).all():
+        if not (usable := largest <= _LARGEST / self._counts[label]).all():
             prompt = int(np.argmin(usable))
             raise ActivationsError(
                 f"{self._dump.origin(self._layer, label, done + prompt)}: holds {largest[prompt]:.3g}, expected finite "
@@ -354,8 +365,8 @@ class _Layer:
         positive, negative = (
             np.concatenate(
                 [
-                    (np.vecdot(block, directions[: block.shape[1]]) - offsets[: block.shape[1]]).ravel()
-                    for block in self._rounds(label)
+                    group_dots(block, first, directions) - offsets[(first + np.arange(len(block))) % len(offsets)]
+                    for first, block in self._blocks(label)
                 ]
             )
             for label in LABELS
