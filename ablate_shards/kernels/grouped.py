@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ablate_shards.kernels import project_native
+from ablate_shards.kernels import native
 from ablate_shards.kernels.stored import decoded
 
 __all__ = ["add_group_sums", "group_dots"]
@@ -23,7 +23,7 @@ def add_group_sums(block: np.ndarray, first: int, into: np.ndarray) -> None:
         first: The index of the first row.
         into: What to add to, ``[groups, d]`` float64.
     """
-    if project_native.add_group_sums(block, first, into):
+    if native.add_group_sums(block, first, into):
         return
     for start, values in _exact(block):
         for phase in range(len(into)):
@@ -39,7 +39,7 @@ def group_dots(block: np.ndarray, first: int, weights: np.ndarray) -> np.ndarray
         weights: ``[groups, d]`` float64.
     """
     out = np.empty(len(block))
-    if project_native.group_dots(block, first, weights, out):
+    if native.group_dots(block, first, weights, out):
         return out
     for start, values in _exact(block):
         found = out[start : start + len(values)]

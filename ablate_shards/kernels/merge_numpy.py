@@ -1,4 +1,4 @@
-"""The low-rank update in NumPy on a CPU: float32 where that cannot show, float64 where it could.
+"""The low-rank update on a CPU, in NumPy and C: float32 where that cannot show, float64 where it could.
 
 Most of ``W + s·L·R`` rounds to the same bfloat16 whether it is computed in float32 or exactly. A bound on the error of
 float32 tells which elements do: those whose rounding is the same at both ends of the interval that the bound leaves.
@@ -8,11 +8,12 @@ and float32 leave too little room for it, and are computed in float64 throughout
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ablate_shards.kernels.form import GREATEST
+from ablate_shards.kernels.native import add_exactly, add_rounded, greatest_bits
 from ablate_shards.kernels.stored import decode, decoded, encode
 
 __all__ = ["NumpyMerger", "update_norm"]
@@ -97,36 +98,73 @@ class NumpyMerger:
             self._squares, self._overflows = math.inf, True
             return
         # Neither an element of the product nor the sum of the sizes of its terms is greater (Cauchy and Schwarz).
-        product = math.sqrt(float(np.vecdot(left, left).max()) * columns.square)
+        norms = np.sqrt(np.vecdot(left, left))
+        product = float(norms.max()) * columns.greatest
         reach = weight + product
         if self._dtype != "BF16" or not LEAST_SINGLE < weight < MOST_SINGLE or not reach < GREATEST["BF16"] / 2:
             self._add_exactly(part, left, columns)
             return
-        error = UNIT * (1.01 * (self._rank + 1) * product + 2.02 * reach) + (self._rank + 2) * LEAST * (1 + reach)
-        margin = np.nextafter(np.float32(error), np.float32(np.inf))
-        old, total = self._room(part.shape, "old", np.float32), self._product(left, columns, np.float32)
-        decode(part, old)
-        squares = float(np.vecdot(old, old).sum(dtype=np.float64))
-        np.add(old, total, out=total)
-        np.subtract(total, margin, out=old)
-        np.add(total, margin, out=total)
-        least, most = (self._room(part.shape, name, np.uint16) for name in ("least", "most"))
-        _round(old, least)
-        _round(total, most)
-        again = np.flatnonzero(least != most)
+        margin = _Margin(
+            rows=_up(UNIT * (1.01 * (self._rank + 1) + 2.02) * norms),
+            columns=columns.norms,
+            slope=float(_up(UNIT * 2.02)),
+            least=float(_up((self._rank + 4) * LEAST * (1 + reach))),
+        )
+        result = self._room(part.shape, "result", np.uint16)
+        again, squares = self._add_single(part, self._product(left, columns, np.float32), margin, weight, result)
         if len(again) > MOST_AGAIN * part.size:
             self._add_exactly(part, left, columns)
             return
+        self._again(part, left, columns, again, result)
+        np.copyto(part, result)
+        self._squares += squares
+
+    def _add_single(
+        self, part: np.ndarray, added: np.ndarray, margin: "_Margin", weight: float, out: np.ndarray
+    ) -> tuple[np.ndarray, float]:
+        """Rounds what float32 makes of a tile.
+
+        Args:
+            part: The tile, whose greatest magnitude is ``weight``.
+            added: The product, in float32; is overwritten.
+            margin: How far their sum may be off.
+            weight: As above.
+            out: Where it goes.
+
+        Returns:
+            Where the rounding is not sure, or enough of that to tell that it is too much; and the sum of squares of
+            what was there.
+        """
+        unsure = self._room((int(MOST_AGAIN * part.size) + 65,), "unsure", np.int64)
+        if found := add_rounded(part, added, margin.rows, margin.columns, margin.slope, margin.least, out, unsure):
+            count, squares = found
+            return unsure[:count], squares
+        old, most = self._room(part.shape, "old", np.float32), self._room(part.shape, "most", np.uint16)
+        decode(part, old)
+        squares = float(np.vecdot(old, old).sum(dtype=np.float64))
+        greatest = np.float32(float(margin.rows.max()) * float(margin.columns.max()) + margin.slope * weight)
+        greatest += np.float32(margin.least)
+        np.add(old, added, out=added)
+        np.subtract(added, greatest, out=old)
+        np.add(added, greatest, out=added)
+        _round(old, out)
+        _round(added, most)
+        return np.flatnonzero(out != most), squares
+
+    def _again(
+        self, part: np.ndarray, left: np.ndarray, columns: "_Columns", places: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Rounds what float64 makes of some elements of a tile."""
+        if add_exactly(part, left, columns.right, places, out):
+            return
         piece = max(1, AGAIN_ELEMENTS // max(1, self._rank))
-        for low in range(0, len(again), piece):
-            row, column = np.divmod(again[low : low + piece], part.shape[1])
+        for low in range(0, len(places), piece):
+            row, column = np.divmod(places[low : low + piece], part.shape[1])
             exact = decoded(part[row, column], np.float64)
             exact += np.vecdot(left[row], columns.right[column])
             rounded = np.empty(len(exact), np.uint16)
             encode(exact, rounded)
-            least[row, column] = rounded
-        np.copyto(part, least)
-        self._squares += squares
+            out[row, column] = rounded
 
     def _add_exactly(self, part: np.ndarray, left: np.ndarray, columns: "_Columns") -> None:
         """Adds the update to one tile in float64."""
@@ -161,6 +199,22 @@ class NumpyMerger:
         return self._kept[key][:size].reshape(shape)
 
 
+class _Margin(NamedTuple):
+    """How far the float32 sum of an element ``w`` may be off: ``rows * columns + slope |w| + least``.
+
+    Attributes:
+        rows: ``[rows]`` float32.
+        columns: ``[cols]`` float32.
+        slope: As above.
+        least: As above.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    slope: float
+    least: float
+
+
 class _Columns:
     """The right factor of the columns of a tile.
 
@@ -170,12 +224,14 @@ class _Columns:
 
     Attributes:
         right: ``[width, r]`` float64.
-        square: The greatest squared norm of a column.
+        norms: Norm of every column, ``[width]`` float32, rounded up.
+        greatest: The greatest of them.
     """
 
     def __init__(self, right: np.ndarray, panel: int) -> None:
         self.right = np.array(right.T, np.float64, order="C")
-        self.square = float(np.vecdot(self.right, self.right).max())
+        self.norms = _up(np.sqrt(np.vecdot(self.right, self.right)))
+        self.greatest = float(self.norms.max())
         self._panel = panel
         self._panels: dict[type[np.floating], np.ndarray] = {}
 
@@ -211,15 +267,18 @@ def _gram(factor: np.ndarray) -> np.ndarray:
     return total
 
 
+def _up(values: np.ndarray | float) -> np.ndarray:
+    """Returns float32 that is not less."""
+    return np.nextafter(np.asarray(values, np.float32), np.float32(np.inf))
+
+
 def _greatest(stored: np.ndarray) -> float:
     """Returns the greatest magnitude, infinite where a value is not finite."""
     if stored.dtype == np.float32:
         greatest = float(np.abs(stored).max())
     else:
         # Magnitudes are in the order of the bits below the sign.
-        bits = stored.view(np.uint16)
-        negative, positive = int(bits.max()), int(bits.view(np.int16).max())
-        most = np.array([max(negative & 0x7FFF if negative >= 0x8000 else 0, positive, 0)], np.uint16)
+        most = np.array([greatest_bits(stored)], np.uint16)
         greatest = float(decoded(most.view(stored.dtype), np.float64)[0])
     return greatest if math.isfinite(greatest) else math.inf
 

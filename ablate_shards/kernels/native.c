@@ -1,4 +1,4 @@
-/* The sums and updates of an ablation on a CPU, and those of directions, for project_native.py, which says what each
+/* The sums and updates of an ablation on a CPU, and those of directions, for native.py, which says what each
  * argument is.
  *
  * Everything is added in an order that the shape alone decides, and no product is contracted with a sum: every CPU
@@ -23,7 +23,7 @@ enum { UNSCALED, BY_ROW, BY_COLUMN };
 
 /* Columns of a strip, which stays in the first-level cache with its factors and sums; rows added at once, and in all
    in float32 before the sums go on in float64; sums down the columns taken at once; sums along a row. */
-enum { STRIP = 512, ROWS = 4, GROUP = 32, LINES = 4, LANES = 16, EIGHT = 8 };
+enum { STRIP = 512, ROWS = 4, GROUP = 32, LINES = 4, LANES = 16, EIGHT = 8, PIECE = 64 };
 
 /* Squared norms between which float32 sums neither underflow nor overflow: form.py. */
 #define LOW 1e-30
@@ -282,8 +282,73 @@ CLONES void ablate_group_dots(int dtype, const void *block, const Shape *shape, 
 #undef CALL
 }
 
+/* Tells the bits of the greatest magnitude among bfloat16 or float16 values. */
+CLONES int ablate_greatest(const uint16_t *block, const Shape *shape) {
+    uint16_t most = 0;
+    for (int64_t row = 0; row < shape->rows; row++) {
+        const uint16_t *values = block + row * shape->row_stride;
+        for (int64_t j = 0; j < shape->cols; j++) {
+            const uint16_t size = values[j] & 0x7FFF;
+            most = size > most ? size : most;
+        }
+    }
+    return most;
+}
+
+/* Adds to bfloat16 values what float32 knows to within a margin: rounded, to `out`, where both ends of what the sum may
+   be are rounded alike. The margin of a value is the products of what its row and its column, and it itself, may be off
+   by, and a least one. Lists where they are not, and returns how many that are: it ends early where more than `most` are, and
+   may list PIECE beyond that. Adds the squares of the values. Rows of what is added begin `stride` after each other. */
+CLONES int64_t ablate_add(const uint16_t *block, const Shape *shape, const float *added, int64_t stride,
+                          const float *row_margin, const float *column_margin, float slope, float margin, uint16_t *out,
+                          int64_t *unsure, int64_t most, double *squares) {
+    float tile[STRIP];
+    uint16_t least_bits[STRIP], most_bits[STRIP];
+    int64_t count = 0;
+    for (int64_t row = 0; row < shape->rows; row++)
+        for (int64_t low = 0; low < shape->cols; low += STRIP) {
+            const int64_t size = least(STRIP, shape->cols - low), at = row * shape->cols + low;
+            const float *values = decode(BF16, block + row * shape->row_stride + low, size, tile);
+            const float *by = added + row * stride + low;
+            *squares += strip_single(NULL, values, size);
+            for (int64_t j = 0; j < size; j++) {
+                const float sum = values[j] + by[j];
+                const float off = row_margin[row] * column_margin[low + j] + (slope * fabsf(values[j]) + margin);
+                least_bits[j] = (uint16_t)((to_bits(sum - off) + 0x8000) >> 16);
+                most_bits[j] = (uint16_t)((to_bits(sum + off) + 0x8000) >> 16);
+            }
+            memcpy(out + at, least_bits, size * sizeof *out);
+            for (int64_t first = 0; first < size; first += PIECE) {
+                const int64_t end = least(first + PIECE, size);
+                uint16_t differs = 0;
+                for (int64_t j = first; j < end; j++) differs |= least_bits[j] ^ most_bits[j];
+                if (!differs) continue;
+                if (count > most) return count;
+                for (int64_t j = first; j < end; j++) {
+                    unsure[count] = at + j;
+                    count += least_bits[j] != most_bits[j];
+                }
+            }
+        }
+    return count;
+}
+
+/* Adds to the bfloat16 values that a list names what a row of the left factor [rows, rank] and one of the right
+   [cols, rank] make together, in float64. */
+void ablate_add_exactly(const uint16_t *block, const Shape *shape, const double *left, const double *right,
+                        int64_t rank, const int64_t *places, int64_t count, uint16_t *out) {
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t row = places[i] / shape->cols, col = places[i] % shape->cols;
+        const double *one = left + row * rank, *other = right + col * rank;
+        float value;
+        double sum = *decode(BF16, block + row * shape->row_stride + col, 1, &value);
+        for (int64_t k = 0; k < rank; k++) sum += one[k] * other[k];
+        encode_double(BF16, &sum, 1, out + places[i]);
+    }
+}
+
 /* Counts up when the arguments of a function change: a library that was built before is not used. */
 #ifndef VERSION
-#define VERSION 3
+#define VERSION 4
 #endif
 const int ablate_version = VERSION;

@@ -34,7 +34,7 @@ from ablate_shards.kernels.form import (
     in_range,
     stored_dtype,
 )
-from ablate_shards.kernels.project_native import NativeArrays, NativeForm, is_built
+from ablate_shards.kernels.native import NativeArrays, NativeForm, is_built
 from ablate_shards.kernels.reference import DEGENERATE, Preserve
 from ablate_shards.kernels.stored import decoded, encode
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ablate_shards.kernels import project_native
+from ablate_shards.kernels import native
 from ablate_shards.kernels.grouped import add_group_sums, group_dots
 from ablate_shards.kernels.stored import STORED, decoded, encode
 
@@ -11,7 +11,7 @@ from ablate_shards.kernels.stored import STORED, decoded, encode
 @pytest.fixture(params=["C", "NumPy"])
 def form(request, monkeypatch):
     if request.param == "NumPy":
-        monkeypatch.setattr(project_native, "_library", lambda: None)
+        monkeypatch.setattr(native, "_library", lambda: None)
     return request.param
 
 

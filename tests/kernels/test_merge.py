@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ablate_shards.errors import PlanError
-from ablate_shards.kernels import merge_numpy, reference
+from ablate_shards.kernels import merge_numpy, native, reference
 from ablate_shards.kernels.merge import TILE_COLS, TILE_ROWS, Merger, merge, update_norm
 from ablate_shards.kernels.merge_numpy import NumpyMerger
 
@@ -94,20 +94,33 @@ def test_the_numpy_form_rounds_every_element_as_the_exact_sum(rows, cols, rank, 
     assert other.norm == merger.norm
 
 
+@pytest.mark.parametrize("is_built", [True, False])
 @pytest.mark.parametrize("rank", [4, 64])
-def test_without_its_bound_float32_would_round_some_the_other_way(monkeypatch, rank):
+def test_without_its_bound_float32_would_round_some_the_other_way(monkeypatch, rank, is_built):
+    if not is_built:
+        monkeypatch.setattr(native, "_library", lambda: None)
     weight, left, right = make(1000, 3000, rank, torch.bfloat16, size=1.0)
     # In some places next to nothing is left of large terms.
     left[:, 1], right[1] = left[:, 0], -right[0] * (1 + 2.0**-9)
     again = []
-    flatnonzero = np.flatnonzero
-    monkeypatch.setattr(np, "flatnonzero", lambda mask: again.append(flatnonzero(mask)) or again[-1])
+    single = NumpyMerger._add_single
+    monkeypatch.setattr(NumpyMerger, "_add_single", lambda *given: again.append(single(*given)) or again[-1])
     result, _ = with_numpy(weight, left, right, 0.3)
     assert is_rounded(result, weight, left, right, 0.3).all()
-    assert 0 < sum(map(len, again)) < merge_numpy.MOST_AGAIN * weight.numel()
+    assert 0 < sum(len(unsure) for unsure, _ in again) < merge_numpy.MOST_AGAIN * weight.numel()
     monkeypatch.setattr(merge_numpy, "UNIT", 0.0)
     careless, _ = with_numpy(weight, left, right, 0.3)
     assert not is_rounded(careless, weight, left, right, 0.3).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_compiler_changes_no_bit(monkeypatch, dtype):
+    weight, left, right = make(333, 4500, 16, dtype, size=1.0)
+    compiled, merger = with_numpy(weight, left, right, 0.3)
+    monkeypatch.setattr(native, "_library", lambda: None)
+    result, other = with_numpy(weight, left, right, 0.3)
+    assert torch.equal(result, compiled)
+    assert other.norm == pytest.approx(merger.norm, rel=1e-7)
 
 
 THREADS = """

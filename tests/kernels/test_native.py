@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from ablate_shards.kernels import project_native, reference
+from ablate_shards.kernels import native, reference
+from ablate_shards.kernels.native import NativeForm, is_built
 from ablate_shards.kernels.project import ProjectOptions, choose_form, project
-from ablate_shards.kernels.project_native import NativeForm, is_built
 from ablate_shards.kernels.stored import STORED, decoded, encode
 
 ROOT = Path(__file__).parents[2]
@@ -128,13 +128,13 @@ def compiled(monkeypatch, tmp_path):
         monkeypatch.setenv("CC", compiler)
         monkeypatch.setenv("CFLAGS", flags)
         problem = hook.compile_library(ROOT, tmp_path / "_native.so")
-        monkeypatch.setattr(project_native, "LIBRARY", tmp_path / "_native.so")
-        project_native._library.cache_clear()
+        monkeypatch.setattr(native, "LIBRARY", tmp_path / "_native.so")
+        native._library.cache_clear()
         return problem
 
     yield build
     monkeypatch.undo()
-    project_native._library.cache_clear()
+    native._library.cache_clear()
 
 
 def test_the_library_is_built_here():

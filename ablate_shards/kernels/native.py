@@ -19,9 +19,10 @@ from ablate_shards.kernels.stored import STORED
 __all__ = ["LIBRARY", "NativeArrays", "NativeForm", "is_built"]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_VERSION = 3
+_VERSION = 4
 _DTYPES = {np.dtype(STORED[name]): number for number, name in enumerate(("BF16", "F16", "F32"))}
 _PRECISIONS: dict[type[np.floating], str] = {np.float32: "single", np.float64: "double"}
+_PIECE = 64
 _UNSCALED, _BY_ROW, _BY_COLUMN = range(3)
 
 
@@ -66,6 +67,15 @@ def _library() -> ctypes.CDLL | None:
     library.ablate_group_sums.restype = None
     library.ablate_group_dots.argtypes = (flag, address, shape, count, count, address, address)
     library.ablate_group_dots.restype = None
+    library.ablate_greatest.argtypes = (address, shape)
+    library.ablate_greatest.restype = flag
+    library.ablate_add.argtypes = (
+        *(address, shape, address, count, address, address, ctypes.c_float, ctypes.c_float),
+        *(address, address, count, address),
+    )
+    library.ablate_add.restype = count
+    library.ablate_add_exactly.argtypes = (address, shape, address, address, count, address, count, address)
+    library.ablate_add_exactly.restype = None
     for precision in _PRECISIONS.values():
         for name, arguments in (("rows", sums), ("columns", sums), ("update", update)):
             function = getattr(library, f"ablate_{name}_{precision}")
@@ -87,6 +97,76 @@ def group_dots(block: np.ndarray, first: int, weights: np.ndarray, out: np.ndarr
     if library is not None:
         weights = np.ascontiguousarray(weights)
         library.ablate_group_dots(*_described(block[None]), first, len(weights), weights.ctypes.data, out.ctypes.data)
+    return library is not None
+
+
+def greatest_bits(block: np.ndarray) -> int:
+    """Return the bits of the greatest magnitude among bfloat16 or float16 values ``[rows, cols]``."""
+    library = _library()
+    if library is None:
+        return int((block.view(np.uint16) & 0x7FFF).max())
+    _, address, shape = _described(block.view(np.uint16)[None])
+    return int(library.ablate_greatest(address, shape))
+
+
+def add_rounded(
+    block: np.ndarray,
+    added: np.ndarray,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    slope: float,
+    least: float,
+    out: np.ndarray,
+    unsure: np.ndarray,
+) -> tuple[int, float] | None:
+    """Add to bfloat16 values what is known to within a margin, where the sum is rounded alike at both of its ends.
+
+    The margin of element ``w`` in row ``i`` and column ``j`` is ``rows[i] * columns[j] + slope |w| + least``.
+
+    Args:
+        block: ``[rows, cols]`` uint16, the bits of bfloat16.
+        added: ``[rows, cols]`` float32, rows of adjacent columns.
+        rows: ``[rows]`` float32.
+        columns: ``[cols]`` float32.
+        slope: As above.
+        least: As above.
+        out: Where the sums go, ``[rows, cols]`` uint16, adjacent.
+        unsure: Where to list the elements that are not rounded alike, int64; all but its last 64 places are filled
+            before the rest of the block is left undone.
+
+    Returns:
+        How many were listed, and the sum of squares of what was there; None, and nothing is done, where the library was
+        not built.
+    """
+    library = _library()
+    if library is None:
+        return None
+    squares = ctypes.c_double(0)
+    _, address, shape = _described(block[None])
+    count = library.ablate_add(
+        address, shape, added.ctypes.data, added.strides[0] // added.itemsize, rows.ctypes.data, columns.ctypes.data,
+        slope, least, out.ctypes.data, unsure.ctypes.data, len(unsure) - _PIECE, ctypes.addressof(squares),
+    )  # fmt: skip
+    return int(count), squares.value
+
+
+def add_exactly(block: np.ndarray, left: np.ndarray, right: np.ndarray, places: np.ndarray, out: np.ndarray) -> bool:
+    """Add a low-rank product to some bfloat16 values in float64; False, and nothing, where the library was not built.
+
+    Args:
+        block: ``[rows, cols]`` uint16, the bits of bfloat16.
+        left: ``[rows, r]`` float64, adjacent.
+        right: ``[cols, r]`` float64, adjacent.
+        places: Which values, int64, counted along the rows.
+        out: Where the sums go, rounded, ``[rows, cols]`` uint16, adjacent.
+    """
+    library = _library()
+    if library is not None:
+        _, address, shape = _described(block[None])
+        library.ablate_add_exactly(
+            address, shape, left.ctypes.data, right.ctypes.data, left.shape[1], places.ctypes.data, len(places),
+            out.ctypes.data,
+        )  # fmt: skip
     return library is not None
 
 
