@@ -11,7 +11,8 @@
 
 #pragma GCC diagnostic ignored "-Wpsabi" /* no vector leaves this file */
 
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(NO_CLONES)
+/* Clang up to 17 gives what it makes of these another name. */
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && !defined(NO_CLONES)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONES

@@ -51,11 +51,16 @@ def is_built() -> bool:
 def _library() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(LIBRARY))
-        version = ctypes.c_int.in_dll(library, "ablate_version").value
-    except (OSError, ValueError):
+        if ctypes.c_int.in_dll(library, "ablate_version").value != _VERSION:
+            return None
+        _declare(library)
+    except (OSError, ValueError, AttributeError):  # there is none, or it lacks something
         return None
-    if version != _VERSION:
-        return None
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Say what each function takes and returns."""
     address, count, flag, shape = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.POINTER(_Shape)
     sums = (flag, address, shape, address, count, count, flag, address)
     update = (flag, address, shape, address, shape, address, flag, address, count, address, count, count)
@@ -80,7 +85,6 @@ def _library() -> ctypes.CDLL | None:
         for name, arguments in (("rows", sums), ("columns", sums), ("update", update)):
             function = getattr(library, f"ablate_{name}_{precision}")
             function.argtypes, function.restype = arguments, None
-    return library
 
 
 def add_group_sums(block: np.ndarray, first: int, into: np.ndarray) -> bool:

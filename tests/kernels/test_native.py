@@ -173,6 +173,11 @@ def test_a_library_of_another_version_is_not_used(compiled):
     assert not is_built()
 
 
+def test_a_library_that_lacks_a_function_is_not_used(compiled):
+    assert compiled("-O0 -DNO_CLONES -Dablate_move=by_another_name") is None
+    assert not is_built()
+
+
 def test_a_thread_count_does_not_show():
     ours = digest_of_edits()
     found: list[str] = []
