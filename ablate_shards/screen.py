@@ -1,24 +1,16 @@
-"""What a person sees: progress on stderr, tables on stdout."""
+"""What a person sees of a result: tables on stdout."""
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from ablate_shards.errors import DirectionsError
 from ablate_shards.layout import Column, Row, Stack, bar, output, print_key, print_table, say
+from ablate_shards.progress import size_of
 from ablate_shards.surgery.architecture import Anatomy, Writer, split_layer
 from ablate_shards.surgery.checkpoint import MERGE_RECEIPT_NAME, RECEIPT_NAME, Checkpoint, TensorInfo
 from ablate_shards.surgery.directions import Directions, score_table
@@ -41,128 +33,17 @@ __all__ = [
     "print_results",
     "print_scores",
     "print_verification",
-    "progress",
     "scores",
 ]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _MOST_NAMES = 12
-_WIDE, _MOST_BAR = 80, 40
+_WIDE = 80
 _NO_LAYER = "–"
 #: Glyph and style of the bytes of each part of a layer.
 _PARTS = {"attention": ("█", "cyan"), "mlp": ("▓", "blue")}
 #: The columns of scores in their order, and which are left out first where a screen is narrow.
 _SCORES = (("signal_to_noise", 0), ("auc", 1), ("purity", 2), ("cosine", 3), ("split_half", 4), ("contrast", 5))
-
-
-class ScreenProgress(Protocol):
-    """Shows how far a command has come, on stderr."""
-
-    def __enter__(self) -> Self:
-        """Starts showing."""
-
-    def __exit__(self, *_: object) -> None:
-        """Leaves the screen as it should stay."""
-
-    def begin(self, total: int) -> None:
-        """Starts counting towards so many bytes."""
-
-    def advance(self, count: int) -> None:
-        """Counts so many bytes more."""
-
-    def count(self, done: int, total: int) -> None:
-        """Shows that some of so many are done: of layers, or of what the bar was made to count."""
-
-    def note(self, text: str) -> None:
-        """Shows one line."""
-
-
-def progress(*, quiet: bool, counted: str = "layers") -> ScreenProgress:
-    """Returns a bar for a terminal, plain lines for anything else, silence where quiet."""
-    console = Console(stderr=True)
-    if quiet:
-        return _Silence()
-    return _Bar(console, counted) if console.is_terminal else _Lines(console)
-
-
-class _Silence:
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def begin(self, total: int) -> None:
-        pass
-
-    def advance(self, count: int) -> None:
-        pass
-
-    def count(self, done: int, total: int) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-
-class _Lines(_Silence):
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._total, self._done, self._told = 0, 0, 0
-
-    def begin(self, total: int) -> None:
-        self._total, self._done, self._told = total, 0, 0
-
-    def advance(self, count: int) -> None:
-        self._done += count
-        quarter = 4 * self._done // self._total if self._total else 0
-        if quarter > self._told:
-            self._told = quarter
-            self.note(f"{25 * quarter} % of {_size(self._total)}")
-
-    def note(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-class _Bar(_Silence):
-    def __init__(self, console: Console, counted: str) -> None:
-        self._console = console
-        self._counted = counted
-        self._progress: Progress | None = None
-        self._task = TaskID(0)
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-    def begin(self, total: int) -> None:
-        columns = (DownloadColumn(), TimeRemainingColumn(), TransferSpeedColumn())
-        self._show("bytes", total, *columns[: self._console.width // 20])
-
-    def advance(self, count: int) -> None:
-        progress = self._progress
-        if progress is not None:
-            progress.advance(self._task, count)
-            if progress.finished:
-                # What follows may be an upload, with bars of its own.
-                progress.stop()
-                self._progress = None
-
-    def count(self, done: int, total: int) -> None:
-        if self._progress is None:
-            self._show(self._counted, total, TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
-        if self._progress is not None:
-            self._progress.update(self._task, completed=done)
-
-    def note(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _show(self, what: str, total: int, *columns: Any) -> None:
-        bar = BarColumn(None if self._console.width < _WIDE else _MOST_BAR)
-        self._progress = Progress(TextColumn(what), bar, *columns, console=self._console, transient=True)
-        self._task = self._progress.add_task(what, total=total)
-        self._progress.start()
 
 
 def print_plan(checkpoint: Checkpoint, plan: Plan) -> None:
@@ -188,7 +69,7 @@ def print_plan(checkpoint: Checkpoint, plan: Plan) -> None:
                 str(edits[0].basis.source_layer),
                 f"{edits[0].coefficient:g}",
                 edits[0].preserve,
-                _size(sum(edit.end - edit.start for edit in edits)),
+                size_of(sum(edit.end - edit.start for edit in edits)),
             )
         )
         for edits in _by_layer(plan.edits)
@@ -263,7 +144,7 @@ def print_merge_plan(checkpoint: Checkpoint, plan: "MergePlan") -> None:
     """Prints what a merge would change, a line per layer and kind of change."""
     screen = output()
     rows = [
-        Row((layer, edits[0].kind, *_merge_cells(edits), _size(sum(edit.end - edit.start for edit in edits))))
+        Row((layer, edits[0].kind, *_merge_cells(edits), size_of(sum(edit.end - edit.start for edit in edits))))
         for layer, edits in _merged_by_layer(plan.edits)
     ]
     print_table(screen, (*_MERGED, Column("bytes", right=True, rank=3)), rows)
@@ -298,7 +179,7 @@ def print_inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> None:
     say(
         screen,
         f"{summary['family'] or 'unknown architecture'}: {_count(len(checkpoint.shards), 'shard')}, "
-        f"{_count(len(checkpoint.tensors), 'tensor')} ({dtypes}), {_size(summary['bytes'])}",
+        f"{_count(len(checkpoint.tensors), 'tensor')} ({dtypes}), {size_of(summary['bytes'])}",
     )
     for name, reason in checkpoint.left_out:
         say(screen, f"not carried over: {name} ({reason})")
@@ -320,7 +201,7 @@ def _print_writers(screen: Console, checkpoint: Checkpoint, anatomy: Anatomy) ->
             (
                 layer,
                 *(_short_names(cells[layer, part]) or "none" for part in _PARTS),
-                _size(sum(sizes[layer, part] for part in _PARTS)),
+                size_of(sum(sizes[layer, part] for part in _PARTS)),
                 Stack([(sizes[layer, part], *look) for part, look in _PARTS.items()], most),
             )
         )
@@ -438,14 +319,14 @@ def scores(directions: Directions) -> dict[str, Any]:
 def print_push(plan: "PushPlan") -> None:
     """Prints what a push would send, and what of it the repository has already."""
     screen = output()
-    rows = [Row((file.name, _size(file.size), file.state)) for file in plan.files]
+    rows = [Row((file.name, size_of(file.size), file.state)) for file in plan.files]
     rows += [Row((name, "–", "would be deleted")) for name in plan.deleted]
     print_table(screen, (Column("file"), Column("size", right=True), Column("on the Hub")), rows)
     sent = [file for file in plan.files if file.state != "same"]
     say(
         screen,
         f"{plan.repo} {'exists' if plan.exists else 'would be made'}: {_count(len(sent), 'file')} of "
-        f"{len(plan.files)} would be sent, {_size(sum(file.size for file in sent))}",
+        f"{len(plan.files)} would be sent, {size_of(sum(file.size for file in sent))}",
     )
     if plan.unverified is not None:
         say(screen, f"{plan.unverified}, so it would be verified first")
@@ -461,7 +342,7 @@ def print_verification(verification: "Verification", source: Path | str, out: Pa
     if verification.differences:
         say(screen, f"{out} is not what its receipt says: {_count(len(verification.differences), 'difference')}")
         return
-    equal = f"{out} is what its receipt says: {_size(verification.untouched_bytes)} equal {source}"
+    equal = f"{out} is what its receipt says: {size_of(verification.untouched_bytes)} equal {source}"
     edited = _count(verification.edited, "edited tensor")
     if not verification.recomputed:
         say(screen, f"{equal}, {edited} with the digests it records; --adapter computes them again")
@@ -481,7 +362,7 @@ def _share(checkpoint: Checkpoint, plan: Plan, what: str) -> str:
 def _share_of(checkpoint: Checkpoint, edits: Sequence[Edit]) -> str:
     edited = sum(edit.end - edit.start for edit in edits)
     whole = sum(shard.size for shard in checkpoint.shards)
-    return f"{len(edits)} of {len(checkpoint.tensors)} tensors ({_size(edited)} of {_size(whole)})"
+    return f"{len(edits)} of {len(checkpoint.tensors)} tensors ({size_of(edited)} of {size_of(whole)})"
 
 
 def _merged_by_layer(edits: "Sequence[MergeEdit]") -> "list[tuple[str, list[MergeEdit]]]":
@@ -555,13 +436,6 @@ def _fold(names: Iterable[str]) -> str:
 
 def _numbers_folded(name: str) -> str:
     return _NUMBER.sub("*", name).removesuffix(".weight")
-
-
-def _size(count: int) -> str:
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count} bytes"
 
 
 def _count(number: int, noun: str) -> str:

@@ -7,8 +7,8 @@ from click.testing import CliRunner
 from command_line import on_terminal
 from raw_checkpoints import write_directions, write_dump, write_llama
 
-from ablate_shards import screen
 from ablate_shards.cli import cli
+from ablate_shards.progress import show_progress
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_directions_never_replace_their_dump(tmp_path):
 def test_a_bar_that_is_full_makes_room(monkeypatch, capsys):
     """For what follows, such as an upload with bars of its own; and it can begin again."""
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with screen.progress(quiet=False) as bar:
+    with show_progress(quiet=False) as bar:
         for total in (10, 20):
             bar.begin(total)
             bar.advance(total - 1)

@@ -143,7 +143,7 @@ def ablate(
     gets one commit, or a folder of an object store such as s3://bucket/name. Without -d or -a,
     directions.safetensors or activations.safetensors beside the weights is used.
     """
-    from ablate_shards import screen
+    from ablate_shards.progress import show_progress
     from ablate_shards.surgery.checkpoint import files_of
     from ablate_shards.surgery.directions import EstimatorOptions
     from ablate_shards.surgery.execute import ExecuteOptions, ablation
@@ -153,7 +153,7 @@ def ablate(
     from ablate_shards.surgery.staging import check_out
     from ablate_shards.surgery.stores import cached, hub_repository, open_source, quieten_hub
 
-    progress = screen.progress(quiet=quiet or as_json)
+    progress = show_progress(quiet=quiet or as_json)
     directions, activations = _one_source(directions, activations)
     options = AblateOptions(
         **settings,
@@ -184,7 +184,9 @@ def ablate(
         if as_json:
             print_json(plan.as_dict())
         elif not quiet:
-            screen.print_plan(checkpoint, plan)
+            from ablate_shards.screen import print_plan
+
+            print_plan(checkpoint, plan)
         return
     if cache:
         checkpoint = cached(checkpoint)
@@ -199,7 +201,9 @@ def ablate(
             }
         )
     elif not quiet:
-        screen.print_results(checkpoint, plan, results, out, url)
+        from ablate_shards.screen import print_results
+
+        print_results(checkpoint, plan, results, out, url)
 
 
 def _one_source(directions: Path | None, activations: Path | None) -> tuple[Path | None, Path | None]:

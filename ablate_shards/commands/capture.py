@@ -66,12 +66,12 @@ def capture(model: Path, dump: Path, *, pairs: Path, as_json: bool, quiet: bool,
     MODEL is a checkpoint folder with its tokenizer; DUMP is a .safetensors file, or a folder of one
     shard per layer. It appears only when complete.
     """
-    from ablate_shards import screen
+    from ablate_shards.progress import show_progress
     from ablate_shards.surgery.capture import CaptureOptions
     from ablate_shards.surgery.capture import capture as capture_stream
     from ablate_shards.surgery.samples import load_pairs
 
-    progress = screen.progress(quiet=quiet or as_json)
+    progress = show_progress(quiet=quiet or as_json)
     prompts = load_pairs(pairs)
     with progress:
         captured = capture_stream(model, dump, prompts, CaptureOptions(**settings), progress)

@@ -85,14 +85,14 @@ def diff(
 
     Tensors are matched by name, then by their values. A and B may be sharded, named and typed differently.
     """
-    from ablate_shards import screen
+    from ablate_shards.progress import show_progress
     from ablate_shards.surgery.diff import DiffOptions
     from ablate_shards.surgery.diff import diff as compare
     from ablate_shards.surgery.directions import read_directions
 
     if show and report is None:
         raise UsageError("--open shows a page, which --report FOLDER writes; give both")
-    progress = screen.progress(quiet=quiet or as_json)
+    progress = show_progress(quiet=quiet or as_json)
     given = read_directions(directions) if directions else None
     one, other = _open(first), _open(second)
     with progress:

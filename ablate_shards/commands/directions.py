@@ -31,7 +31,7 @@ def directions(
     quiet: bool,
 ) -> None:
     """Compute directions from the activation DUMP, write them to FILE and show their scores."""
-    from ablate_shards import screen
+    from ablate_shards.progress import show_progress
     from ablate_shards.surgery.activations import open_activations
     from ablate_shards.surgery.directions import EstimatorOptions, compute_directions, write_directions
 
@@ -42,7 +42,7 @@ def directions(
     if file.exists() and (not overwrite or file.resolve() in (dump.resolve(), *dump.resolve().glob("*.safetensors"))):
         way_out = "name another file" if overwrite else "--overwrite replaces it"
         raise UsageError(f"{file}: already exists{' and belongs to the dump' if overwrite else ''}; {way_out}")
-    progress = screen.progress(quiet=quiet or as_json)
+    progress = show_progress(quiet=quiet or as_json)
     with progress:
         found = compute_directions(
             open_activations(dump),
@@ -51,6 +51,10 @@ def directions(
         )
     write_directions(found, file)
     if as_json:
-        print_json(screen.scores(found))
+        from ablate_shards.screen import scores
+
+        print_json(scores(found))
     elif not quiet:
-        screen.print_scores(found, file)
+        from ablate_shards.screen import print_scores
+
+        print_scores(found, file)

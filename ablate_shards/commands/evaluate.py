@@ -88,14 +88,14 @@ def evaluate(
     Keys to endpoints are read from ABLATE_SHARDS_API_KEY and ABLATE_SHARDS_JUDGE_API_KEY. Ctrl-C or a
     failure keeps what was answered, and the same command goes on from there.
     """
-    from ablate_shards import screen
     from ablate_shards.data.tw_civic import QUESTIONS
+    from ablate_shards.progress import show_progress
     from ablate_shards.surgery.evaluate import EvaluateOptions, default_out
     from ablate_shards.surgery.evaluate import evaluate as ask
     from ablate_shards.surgery.evaluation import evaluation_text
     from ablate_shards.surgery.samples import load_questions
 
-    progress = screen.progress(quiet=quiet or as_json, counted="questions")
+    progress = show_progress(quiet=quiet or as_json, counted="questions")
     out = out or default_out(model)
     asked = load_questions(questions or QUESTIONS)
     with progress:

@@ -79,13 +79,13 @@ def finetune(model: Path, adapter: Path, *, data: Path, as_json: bool, quiet: bo
     MODEL is a checkpoint folder with tokenizer and chat template; ADAPTER is a peft folder that
     appears only when complete.
     """
-    from ablate_shards import screen
+    from ablate_shards.progress import show_progress
     from ablate_shards.surgery.finetune import FinetuneOptions
     from ablate_shards.surgery.finetune import finetune as train
     from ablate_shards.surgery.samples import load_instructions
 
     options = FinetuneOptions(**settings)
-    progress = screen.progress(quiet=quiet or as_json, counted="steps")
+    progress = show_progress(quiet=quiet or as_json, counted="steps")
     samples = load_instructions(data)
     with progress:
         done = train(model, adapter, samples, options, progress)

@@ -71,14 +71,14 @@ def merge(
     a folder of an object store such as s3://bucket/name. No model is built: what the adapter does
     not name stays as it is, byte for byte.
     """
-    from ablate_shards import screen
+    from ablate_shards.progress import show_progress
     from ablate_shards.surgery.adapter import read_adapter
     from ablate_shards.surgery.execute import ExecuteOptions
     from ablate_shards.surgery.merge import Merged, check_merge_out, merging, plan_merge
     from ablate_shards.surgery.outputs import carry_out, check_options, is_folder
     from ablate_shards.surgery.stores import cached, hub_repository, open_source, quieten_hub
 
-    progress = screen.progress(quiet=quiet or as_json)
+    progress = show_progress(quiet=quiet or as_json)
     run = ExecuteOptions(
         device=device, memory=memory, jobs=jobs, resume=resume, overwrite=overwrite, link=link, sync=sync
     )
@@ -101,7 +101,9 @@ def merge(
         if as_json:
             print_json(plan.as_dict())
         elif not quiet:
-            screen.print_merge_plan(checkpoint, plan)
+            from ablate_shards.screen import print_merge_plan
+
+            print_merge_plan(checkpoint, plan)
         return
     with progress:
         operation = merging(checkpoint, read, plan)
@@ -110,4 +112,6 @@ def merge(
         tensors = {name: dataclasses.asdict(result) for name, result in results.items()}
         print_json({"out": url or str(out), "tensors": tensors})
     elif not quiet:
-        screen.print_merge(checkpoint, Merged(plan, results), adapter, out, url)
+        from ablate_shards.screen import print_merge
+
+        print_merge(checkpoint, Merged(plan, results), adapter, out, url)

@@ -55,7 +55,7 @@ def push(
     receipt is fresh, sent in one commit, and compared with the Hub's checksums after. The token is
     that of `hf auth login` or HF_TOKEN. A push that was interrupted is resumed by pushing again.
     """
-    from ablate_shards import screen
+    from ablate_shards.progress import show_progress
     from ablate_shards.surgery.execute import ExecuteOptions
     from ablate_shards.surgery.hub import PushOptions, plan_push
     from ablate_shards.surgery.hub import push as push_folder
@@ -63,14 +63,16 @@ def push(
 
     repo = hub_repository(repo) or repo
     options = PushOptions(**settings)
-    progress = screen.progress(quiet=quiet or as_json)
+    progress = show_progress(quiet=quiet or as_json)
     quieten_hub(bars=quiet or as_json or not sys.stderr.isatty())
     if dry_run:
         plan = plan_push(out, repo, options)
         if as_json:
             print_json(dataclasses.asdict(plan))
         elif not quiet:
-            screen.print_push(plan)
+            from ablate_shards.screen import print_push
+
+            print_push(plan)
         return
     with progress:
         pushed = push_folder(out, repo, options, ExecuteOptions(device=device, memory=memory, jobs=jobs), progress)

@@ -46,12 +46,12 @@ def verify(
     of an object store, which is read by byte ranges, and nothing of it is kept here. The exit code
     is 1 when anything differs.
     """
-    from ablate_shards import screen
+    from ablate_shards.progress import show_progress
     from ablate_shards.surgery.execute import ExecuteOptions
     from ablate_shards.surgery.stores import cached, open_files, open_source
     from ablate_shards.surgery.verify import verify as verify_checkpoint
 
-    progress = screen.progress(quiet=quiet or as_json)
+    progress = show_progress(quiet=quiet or as_json)
     run = ExecuteOptions(device=device, memory=memory, jobs=jobs)
     checkpoint = open_source(source)
     files = open_files(out)
@@ -65,6 +65,8 @@ def verify(
     if as_json:
         print_json(dataclasses.asdict(verification))
     elif verification.differences or not quiet:
-        screen.print_verification(verification, source, out)
+        from ablate_shards.screen import print_verification
+
+        print_verification(verification, source, out)
     if verification.differences:
         raise click.exceptions.Exit(1)
