@@ -11,7 +11,7 @@
 
 #pragma GCC diagnostic ignored "-Wpsabi" /* no vector leaves this file */
 
-/* Clang up to 17 gives what it makes of these another name. */
+/* Some versions of Clang give the clones of a function another name than its own. */
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && !defined(NO_CLONES)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -37,9 +37,7 @@ typedef struct {
     int64_t matrix_stride, row_stride; /* in elements; columns are adjacent */
 } Shape;
 
-
 typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
-
 typedef double Doubles __attribute__((vector_size(EIGHT * sizeof(double))));
 typedef float Singles __attribute__((vector_size(EIGHT * sizeof(float))));
 
@@ -251,19 +249,19 @@ INLINE void lines_of(int dtype, int64_t lines, const void *block, const Shape *s
     }
 }
 
-/* A round is one row of each group; as many as the second-level cache holds are taken group by group. */
+/* Takes ROWS rows of each group after one another, so that memory is read in order. */
 INLINE void groups_of(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups, double *sums,
                       const double *weights, double *out) {
-    const int64_t rounds = ROWS * groups;
-    for (int64_t start = 0; start < shape->rows; start += rounds)
-        for (int64_t phase = 0; phase < groups; phase++) {
-            const int64_t group = (first + phase) % groups * shape->cols, end = least(start + rounds, shape->rows);
+    for (int64_t start = 0; start < shape->rows; start += ROWS * groups)
+        for (int64_t row = start; row < least(start + groups, shape->rows); row++) {
+            const int64_t group = (first + row) % groups * shape->cols;
             double *into = sums ? sums + group : NULL;
             const double *weight = sums ? NULL : weights + group;
-            int64_t row = start + phase;
-            for (; row + (ROWS - 1) * groups < end; row += ROWS * groups)
+            if (row + (ROWS - 1) * groups < shape->rows)
                 lines_of(dtype, ROWS, block, shape, row, groups, into, weight, out);
-            for (; row < end; row += groups) lines_of(dtype, 1, block, shape, row, groups, into, weight, out);
+            else
+                for (int64_t one = row; one < shape->rows; one += groups)
+                    lines_of(dtype, 1, block, shape, one, groups, into, weight, out);
         }
 }
 
@@ -296,10 +294,10 @@ CLONES int ablate_greatest(const uint16_t *block, const Shape *shape) {
     return most;
 }
 
-/* Adds to bfloat16 values what float32 knows to within a margin: rounded, to `out`, where both ends of what the sum may
-   be are rounded alike. The margin of a value is the products of what its row and its column, and it itself, may be off
-   by, and a least one. Lists where they are not, and returns how many that are: it ends early where more than `most` are, and
-   may list PIECE beyond that. Adds the squares of the values. Rows of what is added begin `stride` after each other. */
+/* Adds to bfloat16 values what float32 knows to within a margin, rounds the sums to `out`, and lists where the two ends
+   of the margin are rounded apart: returns how many these are, and ends early once there are more than `most`; up to
+   PIECE more are listed. native.py says what the margin is made of. Rows of what is added begin `stride` after each
+   other. Adds up the squares of the values. */
 CLONES int64_t ablate_add(const uint16_t *block, const Shape *shape, const float *added, int64_t stride,
                           const float *row_margin, const float *column_margin, float slope, float margin, uint16_t *out,
                           int64_t *unsure, int64_t most, double *squares) {

@@ -50,7 +50,7 @@ INLINE void NAME(rows_of)(int dtype, const void *block, const Shape *shape, cons
         }
 }
 
-/* Adds the weighted sums down the columns of a group of rows, and those of squares as line `squares`, if there is one. */
+/* Adds the weighted sums down the columns of a group of rows; line `squares`, if there is one, is that of squares. */
 INLINE void NAME(group_of)(int dtype, const void *block, const Shape *shape, int64_t entry, int64_t first, int64_t end,
                            REAL weights[LINES][GROUP], int64_t lines, int64_t squares, double *const *into) {
     float tiles[ROWS][STRIP];
@@ -83,7 +83,7 @@ INLINE void NAME(group_of)(int dtype, const void *block, const Shape *shape, int
 INLINE void NAME(columns_of)(int dtype, const void *block, const Shape *shape, const REAL *weights, int64_t stride,
                              int64_t count, int squares, double *into) {
     const int64_t lines = count + squares;
-    REAL group[LINES][GROUP] = {0};
+    REAL group[LINES][GROUP];
     double *sums[LINES];
     for (int64_t entry = 0; entry < shape->batch; entry++)
         for (int64_t first = 0; first < shape->rows; first += GROUP)
@@ -92,8 +92,8 @@ INLINE void NAME(columns_of)(int dtype, const void *block, const Shape *shape, c
                 for (int64_t line = 0; line < size; line++) {
                     sums[line] = into + (entry * lines + start + line) * shape->cols;
                     const REAL *weight = weights + entry * stride + (start + line) * shape->rows;
-                    for (int64_t row = first; row < end && start + line < count; row++)
-                        group[line][row - first] = weight[row];
+                    for (int64_t row = first; row < first + GROUP; row++)
+                        group[line][row - first] = row < end && start + line < count ? weight[row] : 0;
                 }
                 NAME(group_of)(dtype, block, shape, entry, first, end, group, size, count - start, sums);
             }
