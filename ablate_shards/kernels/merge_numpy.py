@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ablate_shards.kernels.form import GREATEST
-from ablate_shards.kernels.native import add_exactly, add_rounded, greatest_bits
+from ablate_shards.kernels.native import PIECE, add_exactly, add_rounded, greatest_bits
 from ablate_shards.kernels.stored import decode, decoded, encode
 
 __all__ = ["NumpyMerger", "update_norm"]
@@ -135,7 +135,7 @@ class NumpyMerger:
             Where the rounding is not sure, or enough of that to tell that it is too much; and the sum of squares of
             what was there.
         """
-        unsure = self._room((int(MOST_AGAIN * part.size) + 65,), "unsure", np.int64)
+        unsure = self._room((int(MOST_AGAIN * part.size) + 1 + PIECE,), "unsure", np.int64)
         if found := add_rounded(part, added, margin.rows, margin.columns, margin.slope, margin.least, out, unsure):
             count, squares = found
             return unsure[:count], squares

@@ -1,5 +1,4 @@
-/* The sums and updates of an ablation on a CPU, and those of directions, for native.py, which says what each
- * argument is.
+/* Sums and updates on a CPU, of ablations, directions and merges, for native.py, which says what each argument is.
  *
  * Everything is added in an order that the shape alone decides, and no product is contracted with a sum: every CPU
  * gives the same bytes, whatever its vectors' width. native_passes.h holds the loops, once per precision.

@@ -1,4 +1,4 @@
-"""The sums and the update of an ablation in C, on a CPU: the same bytes on every one.
+"""What C does on a CPU for ablations, directions and merges: the same bytes on every one.
 
 ``native.c`` is compiled when the package is installed, where there is a C compiler. What it computes depends on no
 instruction set, no number of threads and no library, so that a receipt can be checked to the bit on another machine.
@@ -16,14 +16,27 @@ import numpy as np
 from ablate_shards.kernels.form import in_range
 from ablate_shards.kernels.stored import STORED
 
-__all__ = ["LIBRARY", "NativeArrays", "NativeForm", "is_built"]
+__all__ = [
+    "LIBRARY",
+    "PIECE",
+    "NativeArrays",
+    "NativeForm",
+    "add_exactly",
+    "add_group_sums",
+    "add_rounded",
+    "greatest_bits",
+    "group_dots",
+    "is_built",
+]
 
 LIBRARY = Path(__file__).with_name("_native.so")
 _VERSION = 4
 _DTYPES = {np.dtype(STORED[name]): number for number, name in enumerate(("BF16", "F16", "F32"))}
 _PRECISIONS: dict[type[np.floating], str] = {np.float32: "single", np.float64: "double"}
-_PIECE = 64
 _UNSCALED, _BY_ROW, _BY_COLUMN = range(3)
+
+PIECE = 64
+"""Elements that :func:`add_rounded` looks at together."""
 
 
 class _Shape(ctypes.Structure):
@@ -135,8 +148,8 @@ def add_rounded(
         slope: As above.
         least: As above.
         out: Where the sums go, ``[rows, cols]`` uint16, adjacent.
-        unsure: Where to list the elements that are not rounded alike, int64; all but its last 64 places are filled
-            before the rest of the block is left undone.
+        unsure: Where to list the elements that are not rounded alike, int64; all but its last ``PIECE`` places are
+            filled before the rest of the block is left undone.
 
     Returns:
         How many were listed, and the sum of squares of what was there; None, and nothing is done, where the library was
@@ -149,7 +162,7 @@ def add_rounded(
     _, address, shape = _described(block[None])
     count = library.ablate_add(
         address, shape, added.ctypes.data, added.strides[0] // added.itemsize, rows.ctypes.data, columns.ctypes.data,
-        slope, least, out.ctypes.data, unsure.ctypes.data, len(unsure) - _PIECE, ctypes.addressof(squares),
+        slope, least, out.ctypes.data, unsure.ctypes.data, len(unsure) - PIECE, ctypes.addressof(squares),
     )  # fmt: skip
     return int(count), squares.value
 

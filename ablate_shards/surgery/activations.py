@@ -8,6 +8,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -143,7 +144,7 @@ class ActivationDump:
             yield chunk[:filled]
 
     def stored(self, layer: int, label: Label, *, kept: "Kept") -> Iterator[np.ndarray]:
-        """Yields what :meth:`chunks` does as it is stored, and all of an array at once where it is mapped.
+        """Yields what :meth:`chunks` does as it is stored, and all of an array at once where it is kept.
 
         Yields:
             ``[prompts, d]`` uint16 (the bits of bfloat16) or any float; the next array may overwrite it.
@@ -153,32 +154,22 @@ class ActivationDump:
     def _pieces(self, layer: int, label: Label, kept: "Kept", *, rows: int | None) -> Iterator[np.ndarray]:
         """Yields activations as stored, no piece across the end of so many rows."""
         arrays = self._arrays[label, layer]
-        key = self.path, layer, label, rows
-        if kept.key == key:
-            yield from kept.pieces
-            return
-        kept.begin(sum(_size(array) for array in arrays))
+        kept.take((self.path, layer, label), arrays)
         filled = 0
-        for array in arrays:
+        for number, array in enumerate(arrays):
             done, (prompts, size) = 0, array.shape
-            mapped = _mapped(array, array.start) if kept.fits and array.start is not None else None
-            most = rows or (prompts if mapped is not None else max(1, _CHUNK_BYTES // (8 * size)))
-            with array.open() as stream:
+            most = rows or (prompts if kept.fits else max(1, _CHUNK_BYTES // (8 * size)))
+            with nullcontext(kept.arrays[number]) if kept.fits else array.open() as source:
                 while done < prompts:
                     count = min(prompts - done, most - filled)
-                    if mapped is not None:
-                        values = mapped[done : done + count]
-                    elif kept.fits:
-                        values = np.empty((count, size), _DTYPES[array.dtype])
+                    if isinstance(source, np.ndarray):
+                        values = source[done : done + count]
                     else:
                         values = kept.scratch("stored", (count, size), _DTYPES[array.dtype])
-                    if mapped is None:
-                        _read_into(stream, values, array)
-                    kept.add(values)
+                        _read_into(source, values, array)
                     yield values
                     filled = (filled + count) % most if rows else 0
                     done += count
-        kept.end(key)
 
 
 class Kept:
@@ -190,30 +181,25 @@ class Kept:
         room: Bytes that they may take.
 
     Attributes:
-        key: What the pieces are of, None where they did not fit or were not read to the end.
-        pieces: What was read.
-        fits: Whether what is being read fits.
+        fits: Whether what was asked for last fits.
+        arrays: What was read, if so.
     """
 
     def __init__(self, room: int) -> None:
         self._room = room
         self._scratch: dict[str, np.ndarray] = {}
-        self.key: object = None
-        self.pieces: list[np.ndarray] = []
+        self._key: object = None
         self.fits = False
+        self.arrays: list[np.ndarray] = []
 
-    def begin(self, total: int) -> None:
-        """Forgets what it holds, to take so many bytes."""
-        self.key, self.pieces, self.fits = None, [], total <= self._room
-
-    def add(self, piece: np.ndarray) -> None:
-        """Takes the next piece."""
+    def take(self, key: object, arrays: Iterable[_Array]) -> None:
+        """Reads arrays if they fit and are not those that it holds by this key."""
+        if key == self._key:
+            return
+        self._key, self.arrays, self.fits = None, [], sum(_size(array) for array in arrays) <= self._room
         if self.fits:
-            self.pieces.append(piece)
-
-    def end(self, key: object) -> None:
-        """Says that all of it was read."""
-        self.key = key if self.fits else None
+            self.arrays = [_whole(array) for array in arrays]
+            self._key = key
 
     def scratch(self, use: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         """Returns memory that the next call for the same use returns again: new memory costs as much as reading."""
@@ -470,6 +456,16 @@ def _open_member(path: Path, name: str, start: int) -> _Stream:
 
 def _size(array: _Array) -> int:
     return math.prod(array.shape) * np.dtype(_DTYPES[array.dtype]).itemsize
+
+
+def _whole(array: _Array) -> np.ndarray:
+    """Returns an array as stored: mapped, or read where its file is not a plain one."""
+    if array.start is not None:
+        return _mapped(array, array.start)
+    values = np.empty(array.shape, _DTYPES[array.dtype])
+    with array.open() as stream:
+        _read_into(stream, values, array)
+    return values
 
 
 def _mapped(array: _Array, start: int) -> np.ndarray:
