@@ -56,4 +56,4 @@ $(VENV)/.loaders: $(VENV)/.dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build dist ablate_shards/kernels/_native.so
+	rm -rf $(VENV) demo build dist ablate_shards/kernels/_native*.so

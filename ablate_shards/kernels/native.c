@@ -10,20 +10,26 @@
 
 #pragma GCC diagnostic ignored "-Wpsabi" /* no vector leaves this file */
 
-/* Some versions of Clang give the clones of a function another name than its own. */
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && !defined(NO_CLONES)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
 #define INLINE static inline __attribute__((always_inline))
 
 enum { BF16, F16, F32 };
 enum { UNSCALED, BY_ROW, BY_COLUMN };
 
+/* Float32 values in a vector of this CPU. */
+#if defined(__AVX512F__)
+enum { WIDTH = 16 };
+#elif defined(__AVX__)
+enum { WIDTH = 8 };
+#else
+enum { WIDTH = 4 };
+#endif
+
 /* Columns of a strip, which stays in the first-level cache with its factors and sums; rows added at once, and in all
-   in float32 before the sums go on in float64; sums down the columns taken at once; sums along a row. */
-enum { STRIP = 512, ROWS = 4, GROUP = 32, LINES = 4, LANES = 16, EIGHT = 8, PIECE = 64 };
+   in float32 before the sums go on in float64; sums down the columns taken at once; sums along a row, columns taken at
+   once, and vectors of each half of these. */
+enum { STRIP = 512, ROWS = 4, GROUP = 32, LINES = 4, LANES = 16, PAIR = 2 * LANES, VECTORS = LANES / WIDTH };
+/* Sums along a row of a dump, vectors of them, and columns of a merge looked at together. */
+enum { EIGHT = 8, EIGHTS = 2 * EIGHT / WIDTH, PIECE = 64 };
 
 /* Squared norms between which float32 sums neither underflow nor overflow: form.py. */
 #define LOW 1e-30
@@ -36,9 +42,10 @@ typedef struct {
     int64_t matrix_stride, row_stride; /* in elements; columns are adjacent */
 } Shape;
 
-typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
-typedef double Doubles __attribute__((vector_size(EIGHT * sizeof(double))));
-typedef float Singles __attribute__((vector_size(EIGHT * sizeof(float))));
+typedef uint32_t Words __attribute__((vector_size(WIDTH * sizeof(uint32_t))));
+typedef float Floats __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef double Doubles __attribute__((vector_size(WIDTH / 2 * sizeof(double))));
+typedef float Singles __attribute__((vector_size(WIDTH / 2 * sizeof(float))));
 
 INLINE float from_bits(uint32_t bits) {
     float value;
@@ -64,11 +71,14 @@ typedef struct {
     double coefficient, amplification, largest_norm;
     const double *basis, *squares; /* [count, rows], [matrices, rows] */
     const double *gram;            /* Q Qᵀ [matrices, count, count] */
-    const float *mixed_single;     /* Q [matrices, count, cols] */
+    const float *mixed_single; /* Q [matrices, count, cols] */
     const double *mixed_double;
+    double *scratch; /* room for Q of one matrix in both precisions, with whole PAIRs of columns */
 } Move;
 
 INLINE int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
+
+INLINE int64_t whole_pairs(int64_t cols) { return (cols + PAIR - 1) / PAIR * PAIR; }
 
 INLINE int64_t item_bytes(int dtype) { return dtype == F32 ? 4 : 2; }
 
@@ -77,62 +87,89 @@ INLINE const void *at(int dtype, const void *block, const Shape *shape, int64_t 
     return (const char *)block + element * item_bytes(dtype);
 }
 
-/* Returns `count` values as float32, which holds each exactly: decoded into `tile`, or where they are. */
-INLINE const float *decode(int dtype, const void *stored, int64_t count, float *tile) {
-    const uint16_t *half = stored;
-    if (dtype == F32) return stored;
-    if (dtype == BF16)
-        for (int64_t j = 0; j < count; j++) tile[j] = from_bits((uint32_t)half[j] << 16);
+/* Returns stored values, of which there are at least PAIR: where they are, or in `part` with zeros after `size`. */
+INLINE const void *padded(int dtype, const void *stored, int64_t size, void *part) {
+    if (size >= PAIR) return stored;
+    memset(part, 0, PAIR * sizeof(float));
+    return memcpy(part, stored, size * item_bytes(dtype));
+}
+
+INLINE Floats from_halves(Words half) {
+    /* The bits of a half, read as those of a float32, are off by a factor; NaN and infinity need the exponent. */
+    const Words sign = (half & 0x8000) << 16, digits = (half & 0x7FFF) << 13;
+    const Words special = (Words)(digits >= 0x7C00u << 13) & 0x7F800000u;
+    return (Floats)((Words)((Floats)digits * 0x1p112f) | special | sign);
+}
+
+/* Rounds to nearest, ties to even. */
+INLINE Words to_halves(Words bits) {
+    /* One and a half times 2^13 times the power of two below |x| leaves ten digits behind the first; below the least
+       normal number the digits end where they end there. */
+    const Floats normal = (Floats)(bits & 0x7F800000u) * 0x1.8p13f, least_normal = (Floats){0} + 0x1.8p-1f;
+    const Words above = (Words)(normal > least_normal);
+    const Floats shift = (Floats)(((Words)normal & above) | ((Words)least_normal & ~above));
+    const Words digits = (Words)((((Floats)bits + shift) - shift) * 0x1p-112f) & 0x7FFFFFFFu;
+    return digits >> 13 | (bits >> 16 & 0x8000u);
+}
+
+/* Returns of PAIR values a vector of either half, number `part`, as float32, which holds each exactly. Of values of two
+   bytes one half are those at even places: no instruction has to move a value across a vector. */
+INLINE void decode(int dtype, const void *stored, int part, Floats values[2]) {
+    Words words;
+    if (dtype == F32) {
+        memcpy(values, (const float *)stored + part * WIDTH, sizeof *values);
+        memcpy(values + 1, (const float *)stored + LANES + part * WIDTH, sizeof *values);
+        return;
+    }
+    memcpy(&words, (const uint16_t *)stored + 2 * part * WIDTH, sizeof words);
+    values[0] = dtype == BF16 ? (Floats)(words << 16) : from_halves(words & 0xFFFF);
+    values[1] = dtype == BF16 ? (Floats)(words & 0xFFFF0000u) : from_halves(words >> 16);
+}
+
+/* Stores what is rounded, the bits of float32 or of the two bytes: the reverse of decode(). */
+INLINE void store(int dtype, const Words bits[2], int part, void *stored) {
+    const Words words = bits[0] | bits[1] << 16;
+    if (dtype == F32)
+        for (int i = 0; i < 2; i++) memcpy((float *)stored + i * LANES + part * WIDTH, bits + i, sizeof *bits);
     else
-        /* The bits of a half, read as those of a float32, are off by a factor; NaN and infinity need the exponent. */
-        for (int64_t j = 0; j < count; j++) {
-            const uint32_t sign = (uint32_t)(half[j] & 0x8000) << 16, digits = (uint32_t)(half[j] & 0x7FFF) << 13;
-            const uint32_t special = -(uint32_t)(digits >= 0x7C00u << 13) & 0x7F800000u;
-            tile[j] = from_bits(to_bits(from_bits(digits) * 0x1p112f) | special | sign);
-        }
-    return tile;
+        memcpy((uint16_t *)stored + 2 * part * WIDTH, &words, sizeof words);
 }
 
-/* Rounds to the nearest stored value, ties to even; float32 values must be below the greatest finite one. */
-INLINE void encode_single(int dtype, const float *values, int64_t count, void *stored) {
-    uint16_t *half = stored;
-    if (dtype == F32) memcpy(stored, values, count * sizeof *values);
-    if (dtype == BF16)
-        for (int64_t j = 0; j < count; j++) {
-            const uint32_t bits = to_bits(values[j]);
-            half[j] = (uint16_t)((bits + (0x7FFF + (bits >> 16 & 1))) >> 16);
-        }
-    if (dtype == F16)
-        /* One and a half times 2^13 times the power of two below |x| leaves ten digits behind the first; below the
-           least normal number the digits end where they end there. */
-        for (int64_t j = 0; j < count; j++) {
-            const float normal = from_bits(to_bits(values[j]) & 0x7F800000u) * 0x1.8p13f;
-            const float shift = normal > 0x1.8p-1f ? normal : 0x1.8p-1f;
-            const uint32_t bits = to_bits(((values[j] + shift) - shift) * 0x1p-112f) & 0x7FFFFFFFu;
-            half[j] = (uint16_t)(bits >> 13 | (to_bits(values[j]) >> 16 & 0x8000u));
-        }
+/* Rounds to the nearest stored values, ties to even; they must be below the greatest finite one. */
+INLINE void encode_single(int dtype, const Floats values[2], int part, void *stored) {
+    Words bits[2] = {(Words)values[0], (Words)values[1]};
+    for (int i = 0; i < 2; i++) {
+        if (dtype == BF16) bits[i] = (bits[i] + (0x7FFF + (bits[i] >> 16 & 1))) >> 16;
+        if (dtype == F16) bits[i] = to_halves(bits[i]);
+    }
+    store(dtype, bits, part, stored);
 }
 
-/* Rounds to the nearest stored value, ties to even; what lies beyond the greatest finite value becomes that value. */
-INLINE void encode_double(int dtype, const double *values, int64_t count, void *stored) {
-    uint16_t *half = stored;
-    float *single = stored;
+/* Rounds to the bits of the nearest stored value, ties to even; what lies beyond the greatest finite value becomes that
+   value. */
+INLINE uint32_t round_double(int dtype, double value) {
     const double limit = dtype == BF16 ? 0x1.fep127 : dtype == F16 ? 65504.0 : 0x1.fffffep127;
     const int drop = dtype == BF16 ? 45 : 42, bias = dtype == BF16 ? 127 : 15;
     /* Added to less than the least normal number, the shift leaves the stored digits as the last ones. */
     const double least_normal = dtype == BF16 ? 0x1p-126 : 0x1p-14, shift = dtype == BF16 ? 0x1p-81 : 0x1p28;
-    for (int64_t j = 0; j < count; j++) {
-        const double size = fabs(values[j]) < limit ? fabs(values[j]) : limit;
-        if (dtype == F32) {
-            single[j] = (float)copysign(size, values[j]);
-            continue;
-        }
-        const uint64_t bits = to_bits64(size), sign = to_bits64(values[j]) >> 48 & 0x8000;
-        const uint64_t rebased = bits - ((uint64_t)(1023 - bias) << 52);
-        const uint64_t normal = (rebased + ((bits >> drop & 1) + ((1ull << (drop - 1)) - 1))) >> drop;
-        const uint64_t tiny = to_bits64(size + shift), is_tiny = -(uint64_t)(size < least_normal);
-        half[j] = (uint16_t)((((normal ^ tiny) & is_tiny) ^ normal) | sign);
-    }
+    const double size = fabs(value) < limit ? fabs(value) : limit;
+    if (dtype == F32) return to_bits((float)copysign(size, value));
+    const uint64_t bits = to_bits64(size), sign = to_bits64(value) >> 48 & 0x8000;
+    const uint64_t rebased = bits - ((uint64_t)(1023 - bias) << 52);
+    const uint64_t normal = (rebased + ((bits >> drop & 1) + ((1ull << (drop - 1)) - 1))) >> drop;
+    const uint64_t tiny = to_bits64(size + shift), is_tiny = -(uint64_t)(size < least_normal);
+    return (uint16_t)((((normal ^ tiny) & is_tiny) ^ normal) | sign);
+}
+
+/* Rounds two vectors of float64. */
+INLINE void encode_double(int dtype, const void *values, int part, void *stored) {
+    double exact[2 * WIDTH];
+    uint32_t rounded[2 * WIDTH];
+    Words bits[2];
+    memcpy(exact, values, sizeof exact);
+    for (int lane = 0; lane < 2 * WIDTH; lane++) rounded[lane] = round_double(dtype, exact[lane]);
+    memcpy(bits, rounded, sizeof bits);
+    store(dtype, bits, part, stored);
 }
 
 #define FOR_EACH_DTYPE(CALL)      \
@@ -144,12 +181,19 @@ INLINE void encode_double(int dtype, const double *values, int64_t count, void *
 
 #define REAL float
 #define NAME(function) function##_single
+#define PASS INLINE
+#define FOR_THE_DTYPE(CALL) FOR_EACH_DTYPE(CALL)
 #include "native_passes.h"
 #undef REAL
 #undef NAME
+#undef PASS
+#undef FOR_THE_DTYPE
 
+/* What float32 cannot carry is little: it is compiled once for all dtypes. */
 #define REAL double
 #define NAME(function) function##_double
+#define PASS static __attribute__((noinline))
+#define FOR_THE_DTYPE(CALL) CALL(dtype);
 #include "native_passes.h"
 
 INLINE void mix_of(int dtype, const void *block, const Shape *shape, int64_t chunk, int is_double, const double *basis,
@@ -168,18 +212,26 @@ INLINE void mix_of(int dtype, const void *block, const Shape *shape, int64_t chu
 }
 
 INLINE int64_t move_of(int dtype, void *block, const Shape *shape, int is_double, const Move *move) {
+    const int64_t count = move->count, size = count * whole_pairs(shape->cols);
     int64_t parallel = 0;
-    for (int64_t entry = 0; entry < shape->batch; entry++)
-        for (int64_t row = 0; row < shape->rows; row++)
-            if (is_double || move_row_single(dtype, block, shape, entry, row, move, &parallel))
-                move_row_double(dtype, block, shape, entry, row, move, &parallel);
+    for (int64_t entry = 0; entry < shape->batch; entry++) {
+        const int64_t start = entry * count * shape->cols;
+        const float *single =
+            arranged_single(dtype, move->mixed_single + start, count, shape->cols, (float *)(move->scratch + size));
+        const double *exact = NULL;
+        for (int64_t row = 0; row < shape->rows; row++) {
+            if (!is_double && !move_row_single(dtype, block, shape, entry, row, move, single, &parallel)) continue;
+            if (!exact) exact = arranged_double(dtype, move->mixed_double + start, count, shape->cols, move->scratch);
+            move_row_double(dtype, block, shape, entry, row, move, exact, &parallel);
+        }
+    }
     return parallel;
 }
 
 /* Takes the squared norms of rows [matrices, rows], and adds to R W [matrices, count, cols]: with `mixed` to
    [matrices, 2 * count, cols], whose second half is Q = R W / |W_i|. `basis` is R [count, rows] from the block's first
    row on, as are the norms; `chunk` is the number of rows that a block is a multiple of. */
-CLONES void ablate_mix(int dtype, const void *block, const Shape *shape, int64_t chunk, int is_double,
+void ablate_mix(int dtype, const void *block, const Shape *shape, int64_t chunk, int is_double,
                        const double *basis, int64_t rows, int64_t count, int mixed, double *squares, double *into) {
 #define CALL(kind) mix_of(kind, block, shape, chunk, is_double, basis, rows, count, mixed, squares, into)
     FOR_EACH_DTYPE(CALL)
@@ -188,7 +240,7 @@ CLONES void ablate_mix(int dtype, const void *block, const Shape *shape, int64_t
 
 /* Removes from every row its share of Q, and gives it back its norm; returns how many were too close to the directions
    for that. What float32 cannot carry is done in float64. */
-CLONES int64_t ablate_move(int dtype, void *block, const Shape *shape, int is_double, const Move *move) {
+int64_t ablate_move(int dtype, void *block, const Shape *shape, int is_double, const Move *move) {
     int64_t parallel = 0;
 #define CALL(kind) parallel = move_of(kind, block, shape, is_double, move)
     FOR_EACH_DTYPE(CALL)
@@ -196,7 +248,22 @@ CLONES int64_t ablate_move(int dtype, void *block, const Shape *shape, int is_do
     return parallel;
 }
 
-INLINE Doubles eight(const float *values) {
+/* Returns `count` values as float32 in their own order: decoded into `tile`, or where they are. */
+INLINE const float *in_order(int dtype, const void *stored, int64_t count, float *tile) {
+    const uint16_t *half = stored;
+    if (dtype == F32) return stored;
+    if (dtype == BF16)
+        for (int64_t j = 0; j < count; j++) tile[j] = from_bits((uint32_t)half[j] << 16);
+    else
+        for (int64_t j = 0; j < count; j++) {
+            const uint32_t sign = (uint32_t)(half[j] & 0x8000) << 16, digits = (uint32_t)(half[j] & 0x7FFF) << 13;
+            const uint32_t special = -(uint32_t)(digits >= 0x7C00u << 13) & 0x7F800000u;
+            tile[j] = from_bits(to_bits(from_bits(digits) * 0x1p112f) | special | sign);
+        }
+    return tile;
+}
+
+INLINE Doubles widened(const float *values) {
     Singles single;
     memcpy(&single, values, sizeof single);
     return __builtin_convertvector(single, Doubles);
@@ -209,42 +276,41 @@ INLINE void add_rows(int64_t lines, const float *const *rows, int64_t size, doub
         sums[j] += lines == ROWS ? ((double)a[j] + b[j]) + ((double)c[j] + d[j]) : a[j];
 }
 
-/* Adds the products of `lines` rows, 1 or ROWS, with a weight to one sum each, in as many lanes. */
-INLINE void dot_rows(int64_t lines, const float *const *rows, int64_t size, const double *weight, Doubles *sums) {
+/* Adds the products of `lines` rows, 1 or ROWS, with a weight to one sum each, in EIGHT lanes. */
+INLINE void dot_rows(int64_t lines, const float *const *rows, int64_t size, const double *weight,
+                     Doubles sums[ROWS][EIGHTS]) {
     const int64_t whole = size - size % EIGHT;
-    const float *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
-    for (int64_t j = 0; j < whole; j += EIGHT) {
-        Doubles by;
-        memcpy(&by, weight + j, sizeof by);
-        sums[0] += by * eight(a + j);
-        if (lines < ROWS) continue;
-        sums[1] += by * eight(b + j);
-        sums[2] += by * eight(c + j);
-        sums[3] += by * eight(d + j);
-    }
+    for (int64_t j = 0; j < whole; j += EIGHT)
+        for (int part = 0; part < EIGHTS; part++) {
+            const int64_t start = j + part * (EIGHT / EIGHTS);
+            Doubles by;
+            memcpy(&by, weight + start, sizeof by);
+            for (int64_t i = 0; i < lines; i++) sums[i][part] += by * widened(rows[i] + start);
+        }
     for (int64_t i = 0; i < lines; i++)
-        for (int64_t j = whole; j < size; j++) sums[i][j - whole] += weight[j] * rows[i][j];
+        for (int64_t j = whole; j < size; j++) ((double *)sums[i])[j - whole] += weight[j] * rows[i][j];
 }
 
 /* What is asked for of `lines` rows of a group: sums, if there are any to add to, or products with the weight. */
 INLINE void lines_of(int dtype, int64_t lines, const void *block, const Shape *shape, int64_t row, int64_t groups,
                      double *sums, const double *weight, double *out) {
     float tiles[ROWS][STRIP];
-    Doubles dots[ROWS] = {{0}};
+    Doubles dots[ROWS][EIGHTS] = {{{0}}};
     for (int64_t low = 0; low < shape->cols; low += STRIP) {
         const int64_t size = least(STRIP, shape->cols - low);
         const float *rows[ROWS] = {0};
         for (int64_t i = 0; i < lines; i++)
-            rows[i] = decode(dtype, at(dtype, block, shape, 0, row + i * groups, low), size, tiles[i]);
+            rows[i] = in_order(dtype, at(dtype, block, shape, 0, row + i * groups, low), size, tiles[i]);
         if (sums)
             add_rows(lines, rows, size, sums + low);
         else
             dot_rows(lines, rows, size, weight + low, dots);
     }
     for (int64_t i = 0; i < lines && !sums; i++) {
+        double *lanes = (double *)dots[i];
         for (int width = EIGHT / 2; width; width /= 2)
-            for (int lane = 0; lane < width; lane++) dots[i][lane] += dots[i][lane + width];
-        out[row + i * groups] = dots[i][0];
+            for (int lane = 0; lane < width; lane++) lanes[lane] += lanes[lane + width];
+        out[row + i * groups] = lanes[0];
     }
 }
 
@@ -265,7 +331,7 @@ INLINE void groups_of(int dtype, const void *block, const Shape *shape, int64_t 
 }
 
 /* Adds rows to the sums of their groups [groups, cols]: row i is in group (first + i) mod groups. */
-CLONES void ablate_group_sums(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups,
+void ablate_group_sums(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups,
                               double *into) {
 #define CALL(kind) groups_of(kind, block, shape, first, groups, into, NULL, NULL)
     FOR_EACH_DTYPE(CALL)
@@ -273,7 +339,7 @@ CLONES void ablate_group_sums(int dtype, const void *block, const Shape *shape, 
 }
 
 /* Takes the product of each row with the weight of its group [groups, cols]. */
-CLONES void ablate_group_dots(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups,
+void ablate_group_dots(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups,
                               const double *weights, double *out) {
 #define CALL(kind) groups_of(kind, block, shape, first, groups, NULL, weights, out)
     FOR_EACH_DTYPE(CALL)
@@ -281,7 +347,7 @@ CLONES void ablate_group_dots(int dtype, const void *block, const Shape *shape, 
 }
 
 /* Tells the bits of the greatest magnitude among bfloat16 or float16 values. */
-CLONES int ablate_greatest(const uint16_t *block, const Shape *shape) {
+int ablate_greatest(const uint16_t *block, const Shape *shape) {
     uint16_t most = 0;
     for (int64_t row = 0; row < shape->rows; row++) {
         const uint16_t *values = block + row * shape->row_stride;
@@ -297,7 +363,7 @@ CLONES int ablate_greatest(const uint16_t *block, const Shape *shape) {
    of the margin are rounded apart: returns how many these are, and ends early once there are more than `most`; up to
    PIECE more are listed. native.py says what the margin is made of. Rows of what is added begin `stride` after each
    other. Adds up the squares of the values. */
-CLONES int64_t ablate_add(const uint16_t *block, const Shape *shape, const float *added, int64_t stride,
+int64_t ablate_add(const uint16_t *block, const Shape *shape, const float *added, int64_t stride,
                           const float *row_margin, const float *column_margin, float slope, float margin, uint16_t *out,
                           int64_t *unsure, int64_t most, double *squares) {
     float tile[STRIP];
@@ -306,9 +372,10 @@ CLONES int64_t ablate_add(const uint16_t *block, const Shape *shape, const float
     for (int64_t row = 0; row < shape->rows; row++)
         for (int64_t low = 0; low < shape->cols; low += STRIP) {
             const int64_t size = least(STRIP, shape->cols - low), at = row * shape->cols + low;
-            const float *values = decode(BF16, block + row * shape->row_stride + low, size, tile);
+            const uint16_t *stored = block + row * shape->row_stride + low;
+            const float *values = in_order(BF16, stored, size, tile);
             const float *by = added + row * stride + low;
-            *squares += strip_single(NULL, values, size);
+            *squares += strip_single(BF16, NULL, stored, size);
             for (int64_t j = 0; j < size; j++) {
                 const float sum = values[j] + by[j];
                 const float off = row_margin[row] * column_margin[low + j] + (slope * fabsf(values[j]) + margin);
@@ -338,15 +405,26 @@ void ablate_add_exactly(const uint16_t *block, const Shape *shape, const double 
     for (int64_t i = 0; i < count; i++) {
         const int64_t row = places[i] / shape->cols, col = places[i] % shape->cols;
         const double *one = left + row * rank, *other = right + col * rank;
-        float value;
-        double sum = *decode(BF16, block + row * shape->row_stride + col, 1, &value);
+        double sum = from_bits((uint32_t)block[row * shape->row_stride + col] << 16);
         for (int64_t k = 0; k < rank; k++) sum += one[k] * other[k];
-        encode_double(BF16, &sum, 1, out + places[i]);
+        out[places[i]] = (uint16_t)round_double(BF16, sum);
     }
+}
+
+/* Tells how many float32 values a vector of the CPU it runs on has, of the widths that this file is compiled for. */
+int ablate_vector_width(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return 16;
+    if (__builtin_cpu_supports("avx2")) return 8;
+#endif
+    return 4;
 }
 
 /* Counts up when the arguments of a function change: a library that was built before is not used. */
 #ifndef VERSION
-#define VERSION 4
+#define VERSION 5
 #endif
 const int ablate_version = VERSION;

@@ -5,6 +5,7 @@ instruction set, no number of threads and no library, so that a receipt can be c
 """
 
 import ctypes
+import math
 from collections.abc import Callable, Container
 from contextlib import AbstractContextManager
 from functools import cache
@@ -30,10 +31,13 @@ __all__ = [
 ]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_VERSION = 4
+_VERSION = 5
 _DTYPES = {np.dtype(STORED[name]): number for number, name in enumerate(("BF16", "F16", "F32"))}
 _PRECISIONS: dict[type[np.floating], str] = {np.float32: "single", np.float64: "double"}
 _UNSCALED, _BY_ROW, _BY_COLUMN = range(3)
+
+_VARIANTS = {8: "avx2", 16: "avx512"}
+_PAIR = 32
 
 PIECE = 64
 """Elements that :func:`add_rounded` looks at together."""
@@ -51,7 +55,7 @@ class _Move(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "count")),
         *((name, ctypes.c_double) for name in ("coefficient", "amplification", "largest_norm")),
-        *((name, ctypes.c_void_p) for name in ("basis", "squares", "gram", "mixed_single", "mixed_double")),
+        *((name, ctypes.c_void_p) for name in ("basis", "squares", "gram", "mixed_single", "mixed_double", "scratch")),
     )
 
 
@@ -62,8 +66,19 @@ def is_built() -> bool:
 
 @cache
 def _library() -> ctypes.CDLL | None:
+    """Return the library with the widest vectors that this CPU has, or none."""
+    library = _load(LIBRARY)
+    width = library.ablate_vector_width() if library else 0
+    for least, name in sorted(_VARIANTS.items(), reverse=True):
+        faster = _load(LIBRARY.with_stem(f"{LIBRARY.stem}_{name}")) if width >= least else None
+        if faster is not None:
+            return faster
+    return library
+
+
+def _load(path: Path) -> ctypes.CDLL | None:
     try:
-        library = ctypes.CDLL(str(LIBRARY))
+        library = ctypes.CDLL(str(path))
         if ctypes.c_int.in_dll(library, "ablate_version").value != _VERSION:
             return None
         _declare(library)
@@ -75,8 +90,10 @@ def _library() -> ctypes.CDLL | None:
 def _declare(library: ctypes.CDLL) -> None:
     """Say what each function takes and returns."""
     address, count, flag, shape = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.POINTER(_Shape)
-    sums = (flag, address, shape, address, count, count, flag, address)
-    update = (flag, address, shape, address, shape, address, flag, address, count, address, count, count)
+    columns = (flag, address, shape, address, count, count, flag, address)
+    update = (flag, address, shape, address, shape, address, flag, address, count, address, count, count, address)
+    library.ablate_vector_width.argtypes = ()
+    library.ablate_vector_width.restype = flag
     library.ablate_mix.argtypes = (flag, address, shape, count, flag, address, count, count, flag, address, address)
     library.ablate_mix.restype = None
     library.ablate_move.argtypes = (flag, address, shape, flag, ctypes.POINTER(_Move))
@@ -95,7 +112,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.ablate_add_exactly.argtypes = (address, shape, address, address, count, address, count, address)
     library.ablate_add_exactly.restype = None
     for precision in _PRECISIONS.values():
-        for name, arguments in (("rows", sums), ("columns", sums), ("update", update)):
+        for name, arguments in (("rows", (*columns, address)), ("columns", columns), ("update", update)):
             function = getattr(library, f"ablate_{name}_{precision}")
             function.argtypes, function.restype = arguments, None
 
@@ -221,7 +238,10 @@ class NativeForm:
         """Reduce along each row."""
         factors = _Factors(weights)
         sums = np.empty((len(block), factors.count + squares, block.shape[1]))
-        self._rows(*_described(block), *factors.described(), factors.count, squares, sums.ctypes.data)
+        scratch = self._scratch(block, factors.count)
+        self._rows(
+            *_described(block), *factors.described(), factors.count, squares, scratch.ctypes.data, sums.ctypes.data
+        )
         return sums
 
     def add_columns(
@@ -264,9 +284,15 @@ class NativeForm:
             scaled = _BY_ROW if scale.shape[1:] == (block.shape[1], 1) else _BY_COLUMN
         _, address, shape = _described(source)
         where, _ = scales.described()
+        scratch = self._scratch(block, rows.count + 1)
         self._update(
-            *_described(block), address, shape, where, scaled, *rows.described(), *columns.described(), rows.count
-        )
+            *_described(block), address, shape, where, scaled, *rows.described(), *columns.described(), rows.count,
+            scratch.ctypes.data,
+        )  # fmt: skip
+
+    def _scratch(self, block: np.ndarray, lines: int) -> np.ndarray:
+        """Return room for so many factors of each column, in the order and the number that the library wants."""
+        return np.empty((lines, _whole_pairs(block)), self._precision)
 
     def mix(self, block: np.ndarray, basis: np.ndarray, first: int, squares: np.ndarray, into: np.ndarray) -> None:
         """Take the squared norms of rows, and with them what is added up along the directions.
@@ -311,9 +337,10 @@ class NativeForm:
         count, rows = basis.shape
         at = 8 * first
         single, double = mixed
+        scratch = np.empty((2 * count, _whole_pairs(block)))
         move = _Move(
             rows, count, *limits, basis.ctypes.data + at, squares.ctypes.data + at, gram.ctypes.data,
-            single.ctypes.data, double.ctypes.data,
+            single.ctypes.data, double.ctypes.data, scratch.ctypes.data,
         )  # fmt: skip
         return int(self._move(*_described(block), self.is_double, move))
 
@@ -380,6 +407,11 @@ class NativeArrays:
     def quiet(self) -> AbstractContextManager[None]:
         """Let what is out of range pass without a warning."""
         return np.errstate(all="ignore")
+
+
+def _whole_pairs(block: np.ndarray) -> int:
+    columns: int = block.shape[2]
+    return math.ceil(columns / _PAIR) * _PAIR
 
 
 def _described(block: np.ndarray) -> tuple[int, int, _Shape]:

@@ -117,7 +117,7 @@ def digest_of_edits() -> str:
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
-    """Compiles the library anew, as another CPU would run it, and uses it."""
+    """Compiles the library anew, for every CPU alone, and uses it."""
     spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
     assert spec is not None
     assert spec.loader is not None
@@ -127,10 +127,11 @@ def compiled(monkeypatch, tmp_path):
     def build(flags: str, compiler: str = "cc") -> str | None:
         monkeypatch.setenv("CC", compiler)
         monkeypatch.setenv("CFLAGS", flags)
-        problem = hook.compile_library(ROOT, tmp_path / "_native.so")
+        monkeypatch.setattr(hook, "VARIANTS", {})
+        _, problem = hook.compile_libraries(ROOT, tmp_path / "_native.so")
         monkeypatch.setattr(native, "LIBRARY", tmp_path / "_native.so")
         native._library.cache_clear()
-        return problem
+        return problem or None
 
     yield build
     monkeypatch.undo()
@@ -142,16 +143,33 @@ def test_the_library_is_built_here():
     assert choose_form("cpu", on_cpu="native")[0] == "native"
 
 
-def test_the_instructions_of_a_cpu_do_not_show(compiled):
-    ours = digest_of_edits()
-    assert compiled("-DNO_CLONES") is None
-    assert digest_of_edits() == ours
+def test_the_vectors_of_a_cpu_do_not_show(monkeypatch):
+    paths = sorted(native.LIBRARY.parent.glob("_native*.so"))
+    assert native.LIBRARY in paths
+    digests = set()
+    for path in paths:
+        width = {"_native_avx2": 8, "_native_avx512": 16}.get(path.stem, 4)
+        if native._load(native.LIBRARY).ablate_vector_width() < width:
+            continue
+        monkeypatch.setattr(native, "LIBRARY", path)
+        monkeypatch.setattr(native, "_VARIANTS", {})
+        native._library.cache_clear()
+        assert Path(native._library()._name) == path
+        digests.add(digest_of_edits())
+        monkeypatch.undo()
+    native._library.cache_clear()
+    assert len(digests) == 1
+
+
+@pytest.mark.skipif("avx2" not in Path("/proc/cpuinfo").read_text(), reason="needs a CPU with AVX2")
+def test_the_widest_vectors_of_a_cpu_are_used():
+    assert Path(native._library()._name).stem in {"_native_avx2", "_native_avx512"}
 
 
 @pytest.mark.skipif("fma" not in Path("/proc/cpuinfo").read_text(), reason="needs a CPU with fused multiply-adds")
 def test_contracted_products_would_show(compiled):
     ours = digest_of_edits()
-    assert compiled("-DNO_CLONES -mfma -ffp-contract=fast") is None
+    assert compiled("-mfma -ffp-contract=fast") is None
     assert digest_of_edits() != ours
 
 
@@ -169,12 +187,12 @@ def test_without_a_compiler_torch_does_the_arithmetic(compiled, tmp_path):
 
 
 def test_a_library_of_another_version_is_not_used(compiled):
-    assert compiled("-O0 -DNO_CLONES -DVERSION=0") is None
+    assert compiled("-O0 -DVERSION=0") is None
     assert not is_built()
 
 
 def test_a_library_that_lacks_a_function_is_not_used(compiled):
-    assert compiled("-O0 -DNO_CLONES -Dablate_move=by_another_name") is None
+    assert compiled("-O0 -Dablate_move=by_another_name") is None
     assert not is_built()
 
 
