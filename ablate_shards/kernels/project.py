@@ -12,6 +12,7 @@ from the shape alone, hence the result does not depend on block sizes, batching 
 cannot carry (strong cancellation, squares out of range) is done again in float64.
 """
 
+import contextlib
 import importlib
 import math
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -803,15 +804,16 @@ def project(
     wanted = max(1, BLOCK_ELEMENTS // max(1, shape[0] * shape[2])) if block_rows is None else block_rows
     step_rows = -(-wanted // chunk) * chunk
     result = workspace.arrays.clone(given.reshape(shape))
-    step = 0
-    while step < projector.passes:
+    with _one_thread(chosen):
+        step = 0
+        while step < projector.passes:
+            for start in range(0, rows, step_rows):
+                projector.gather(step, result[:, start : start + step_rows], start)
+            step += 1
         for start in range(0, rows, step_rows):
-            projector.gather(step, result[:, start : start + step_rows], start)
-        step += 1
-    for start in range(0, rows, step_rows):
-        block = result[:, start : start + step_rows]
-        projector.apply(block, start)
-        meter.add(block, start)
+            block = result[:, start : start + step_rows]
+            projector.apply(block, start)
+            meter.add(block, start)
     written[...] = result.reshape(weight.shape)
     before, after = projector.before(), meter.result()
     return out, ProjectReport(before, after, norm_drift(before, after), projector.degenerate)
@@ -842,6 +844,14 @@ def vector_component(bias: np.ndarray, basis: np.ndarray) -> float:
     total = float(np.sum(vector * vector))
     along = math.fsum(float(np.sum(np.sum(vector * line, axis=-1) ** 2)) for line in basis)
     return math.sqrt(along / total) if total != 0 else 0.0
+
+
+def _one_thread(form: Form) -> contextlib.AbstractContextManager[None]:
+    if form != "torch":
+        return contextlib.nullcontext()
+    from ablate_shards.kernels.project_torch import one_thread
+
+    return one_thread()
 
 
 def _stored(values: "np.ndarray | Tensor", form: Form) -> Array:

@@ -415,13 +415,12 @@ class _Comparer:
 
     def _one_thread_each(self) -> None:
         """Keeps torch to one thread per tensor once something differs; where nothing does, it is never loaded."""
-        import torch
+        from ablate_shards.kernels.project_torch import one_thread
 
         with self._lock:
             if not self._single:
                 self._single = True
-                self._stack.callback(torch.set_num_threads, torch.get_num_threads())
-                torch.set_num_threads(1)
+                self._stack.enter_context(one_thread())
 
     def _blocks(self, ours: TensorInfo, theirs: TensorInfo, first: int, shape: tuple[int, int]) -> "Blocks":
         """Returns what yields a matrix by row blocks, from memory after the first time if it fits."""

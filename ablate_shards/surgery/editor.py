@@ -120,20 +120,13 @@ class BlockEditor(ABC, Generic[_E, _R]):
 
         return identity | {"version of torch": torch.__version__.split("+")[0]}
 
-    @contextlib.contextmanager
-    def one_thread_each(self) -> Iterator[None]:
+    def one_thread_each(self) -> contextlib.AbstractContextManager[None]:
         """Keeps torch to one thread per job: no oversubscription, and sums in one order; other forms have one."""
         if self._form in _WITHOUT_TORCH:
-            yield
-            return
-        import torch
+            return contextlib.nullcontext()
+        from ablate_shards.kernels.project_torch import one_thread
 
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+        return one_thread()
 
     def edit(self, edit: _E, channels: Channels) -> _R:
         """Edits one tensor and measures it again from what was written, block by block.

@@ -335,7 +335,8 @@ class TestDeterminism:
         assert np.array_equal(joined.norms, measure.norms)
         torch.set_num_threads(2)
         try:
-            assert torch.equal(run(weight, basis, options, form=form)[0], whole)
+            assert torch.equal(project(weight, basis, options, form=form)[0], whole)
+            assert torch.get_num_threads() == 2
         finally:
             torch.set_num_threads(1)
         assert not torch.equal(whole, weight)
