@@ -23,6 +23,7 @@ from ablate_shards.commands.run import run
 from ablate_shards.commands.verify import verify
 from ablate_shards.encoding import speak_plainly
 from ablate_shards.errors import AblateError, UsageError
+from ablate_shards.startup import rarer_collections
 
 __all__ = ["cli", "main"]
 
@@ -92,5 +93,6 @@ for command in (ablate, capture, diff, directions, evaluate, finetune, inspect, 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; ends the process with 0 (done), 1 (failed) or 2 (wrong usage)."""
+    rarer_collections()
     speak_plainly()
     cli(args=args, prog_name="ablate-shards")

@@ -23,6 +23,7 @@ from ablate_shards.commands.options import (
     sync_flag,
 )
 from ablate_shards.errors import UsageError
+from ablate_shards.startup import one_blas_thread
 
 __all__ = ["ablate"]
 
@@ -143,6 +144,8 @@ def ablate(
     gets one commit, or a folder of an object store such as s3://bucket/name. Without -d or -a,
     directions.safetensors or activations.safetensors beside the weights is used.
     """
+    if activations is None:
+        one_blas_thread()
     from ablate_shards.progress import show_progress
     from ablate_shards.surgery.checkpoint import files_of
     from ablate_shards.surgery.directions import EstimatorOptions

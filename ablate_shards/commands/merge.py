@@ -18,6 +18,7 @@ from ablate_shards.commands.options import (
     resources,
     sync_flag,
 )
+from ablate_shards.startup import one_blas_thread
 
 __all__ = ["merge"]
 
@@ -71,6 +72,7 @@ def merge(
     a folder of an object store such as s3://bucket/name. No model is built: what the adapter does
     not name stays as it is, byte for byte.
     """
+    one_blas_thread()
     from ablate_shards.progress import show_progress
     from ablate_shards.surgery.adapter import read_adapter
     from ablate_shards.surgery.execute import ExecuteOptions

@@ -15,6 +15,7 @@ from ablate_shards.commands.options import (
     quiet_flag,
     resources,
 )
+from ablate_shards.startup import one_blas_thread
 
 __all__ = ["verify"]
 
@@ -46,6 +47,7 @@ def verify(
     of an object store, which is read by byte ranges, and nothing of it is kept here. The exit code
     is 1 when anything differs.
     """
+    one_blas_thread()
     from ablate_shards.progress import show_progress
     from ablate_shards.surgery.execute import ExecuteOptions
     from ablate_shards.surgery.stores import cached, open_files, open_source

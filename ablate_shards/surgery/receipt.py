@@ -205,9 +205,10 @@ def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def seal(content: Mapping[str, Any]) -> str:
     """Returns a receipt's content as canonical JSON that carries its own digest."""
+    end = '""\n}'
     body = json.dumps({**content, "sha256": ""}, indent=1, ensure_ascii=False)
     digest = hashlib.sha256(body.encode()).hexdigest()
-    return json.dumps({**content, "sha256": digest}, indent=1, ensure_ascii=False) + "\n"
+    return f'{body.removesuffix(end)}"{digest}"\n}}\n'
 
 
 def _files(folder: Path | Files) -> Files:

@@ -37,7 +37,11 @@ class Section(Protocol):
     gathers: bool
 
     def gather(self, read: Reader) -> None:
-        """Learns what has to be known of all of it."""
+        """Learns what has to be known of all of it.
+
+        Raises:
+            AblateError: The tensor cannot be edited.
+        """
 
     def edit(self, raw: np.ndarray, offset: int) -> None:
         """Edits a block in place, ``[bytes]`` uint8, as read from an offset of the shard.
@@ -50,7 +54,11 @@ class Section(Protocol):
         """Takes a block as it was written; all of them once, in order."""
 
     def measured(self) -> Any:
-        """Returns what was measured, for :meth:`BlockEditor.result`."""
+        """Returns what was measured, for :meth:`BlockEditor.result`.
+
+        Raises:
+            AblateError: The tensor cannot be edited.
+        """
 
 
 class AblatedMatrices:
@@ -87,7 +95,11 @@ class AblatedMatrices:
         self._projector: Projector | None = None
 
     def gather(self, read: Reader) -> None:
-        """Takes the sums that the apply pass needs."""
+        """Takes the sums that the apply pass needs.
+
+        Raises:
+            ExecuteError: It holds NaN or infinite values.
+        """
         from ablate_shards.kernels.project import Projector
 
         projector = Projector(self._basis, self._shape, self._edit.dtype, self._options, self._workspace)
@@ -102,18 +114,12 @@ class AblatedMatrices:
                 projector.gather(step, self._load(data), self._row(offset))
             step += 1
         self._projector = projector
+        self._check_finite(projector)
 
     def edit(self, raw: np.ndarray, offset: int) -> None:
-        """Ablates a block in place.
-
-        Raises:
-            ExecuteError: It holds NaN or infinite values.
-        """
-        projector = self._gathered()
+        """Ablates a block in place."""
         block = self._load(raw)
-        projector.apply(block, self._row(offset))
-        if projector.nonfinite:
-            raise nonfinite(self._edit, self._first + projector.nonfinite_entries[0])
+        self._gathered().apply(block, self._row(offset))
         self._workspace.arrays.store(block, raw)
 
     def measure(self, raw: np.ndarray, offset: int) -> None:
@@ -122,10 +128,19 @@ class AblatedMatrices:
         self._meter.add(self._load(raw), self._row(offset))
 
     def measured(self) -> "tuple[Measure, Measure, int]":
-        """Returns the measures before and after, and how many vectors were not rescaled."""
+        """Returns the measures before and after, and how many vectors were not rescaled.
+
+        Raises:
+            ExecuteError: It holds NaN or infinite values.
+        """
         meter, self._meter = self._meter or self._new_meter(), None
         projector = self._gathered()
+        self._check_finite(projector)  # some norms are known only once all blocks are edited
         return projector.before(), meter.result(), projector.degenerate
+
+    def _check_finite(self, projector: "Projector") -> None:
+        if projector.nonfinite:
+            raise nonfinite(self._edit, self._first + projector.nonfinite_entries[0])
 
     def _gathered(self) -> "Projector":
         if self._projector is None:
