@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 from ablate_shards import __version__
 from ablate_shards.errors import ExecuteError, HubError, Interrupted
@@ -57,11 +57,12 @@ __all__ = [
 
 _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R", bound="DataclassInstance")
+_T = TypeVar("_T")
 
-_COPY_CHUNK = 4 << 20
+_COPY_CHUNK = 32 << 20
 _FALLBACK_CHUNK = 1 << 20
 _MANY_CORES = 4
-_SHARDS_IN_FLIGHT = 3
+_SHARDS_IN_FLIGHT = 4
 _FICLONE = 0x40049409
 _NOT_HERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
@@ -155,6 +156,7 @@ def execute(
         What was measured of each edited tensor, as re-read from the written files.
 
     Raises:
+        DirectionsError: Nothing is left of a direction, or a reference mean is missing.
         ExecuteError: OUT is in the way, the disk is too small, or a tensor cannot be edited.
         Interrupted: Ctrl-C or SIGTERM; the staged state can be resumed.
     """
@@ -164,16 +166,14 @@ def execute(
 def ablation(
     checkpoint: Checkpoint, plan: Plan, directions: Directions, options: AblateOptions
 ) -> Operation[TensorEdit, TensorResult]:
-    """Returns the operation that carries out a plan.
-
-    Raises:
-        DirectionsError: Nothing is left of a direction, or a reference mean is missing.
-    """
-    bases = resolve_bases(plan.edits, checkpoint, directions)
+    """Returns the operation that carries out a plan; its editor finds whether anything is left of a direction."""
     return Operation(
         edits=plan.edits,
         identity={"the plan": plan.sha256()},
-        editor=lambda run, stop: Editor(run.device, run.memory, run.jobs, stop, bases),
+        # Copying has begun by then.
+        editor=lambda run, stop: Editor(
+            run.device, run.memory, run.jobs, stop, resolve_bases(plan.edits, checkpoint, directions)
+        ),
         result=TensorResult,
         receipt_name=RECEIPT_NAME,
         receipt=lambda results, device: receipt_text(checkpoint, plan, options, directions, results, device),
@@ -260,16 +260,32 @@ def what_is_kept(staging: Staging | None) -> str:
     return f"what is complete is kept in {staging.folder}, and the same command with --resume goes on"
 
 
-@dataclass(slots=True)
+class _Task(Generic[_T]):
+    """Something to do to a shard, and the result of it."""
+
+    def __init__(self, do: Callable[[], _T]) -> None:
+        self._do, self.future = do, Future[_T]()
+
+    def run(self) -> None:
+        try:
+            self.future.set_result(self._do())
+        except BaseException as error:  # noqa: BLE001 - whoever waits for the result hears of it
+            self.future.set_exception(error)
+
+
+@dataclass(slots=True, eq=False)
 class Work(Generic[_R]):
     """One shard under way; one that is fetched is edited in place, once it is all there."""
 
     shard: Shard
     source: int
     target: int
-    copies: list[Future[None]]
+    copies: list[Future[None]] = field(default_factory=list)
     fetched: Future[None] | None = None
     edits: list[Future[tuple[str, _R]]] = field(default_factory=list)
+    to_copy: deque[_Task[None]] = field(default_factory=deque)
+    to_edit: deque[_Task[tuple[str, _R]]] = field(default_factory=deque)
+    writers: int = 0
     _turn: threading.Lock = field(default_factory=threading.Lock)
     _writing: threading.Lock = field(default_factory=threading.Lock)
 
@@ -310,6 +326,8 @@ class Surgeon(Generic[_E, _R]):
         self._checkpoint, self._operation, self._edits = checkpoint, operation, by_shard(operation.edits)
         self._staging, self._progress, self._link = staging, progress, link
         self._stop = threading.Event()
+        self._under_way: list[Work[_R]] = []
+        self._choosing = threading.Lock()
         self._pools: list[ThreadPoolExecutor] = []
         self._open: list[int] = []
 
@@ -334,10 +352,7 @@ class Surgeon(Generic[_E, _R]):
         copiers = self._pool((1 if cores() < _MANY_CORES else 2) if self._checkpoint.remote is None else self.in_flight)
         sidecars = [copiers.submit(self._copy_sidecar, name) for name in self._checkpoint.sidecars]
         shards = (shard for shard in self._checkpoint.shards if shard.name not in self._staging.done)
-        # Edits begin with the first shard, copying with the last: one file takes one writer at a time.
-        first = reversed(list(itertools.islice(shards, self.in_flight)))
-        under_way = deque(reversed([self._start_copy(shard, copiers) for shard in first]))
-        todo = (self._start_copy(shard, copiers) for shard in shards)
+        under_way = deque(self._start_copy(shard, copiers) for shard in itertools.islice(shards, self.in_flight))
         # Only now is torch imported, if at all: the copying above needs neither it nor the interpreter lock.
         editor = self._operation.editor(run, self._stop)
         self._progress.note(editor.reason)
@@ -349,9 +364,9 @@ class Surgeon(Generic[_E, _R]):
                 self._start_edits(work, editor, editors)
             while under_way:
                 results |= self.complete(under_way.popleft())
-                for work in itertools.islice(todo, 1):
-                    self._start_edits(work, editor, editors)
-                    under_way.append(work)
+                for shard in itertools.islice(shards, 1):
+                    under_way.append(self._start_copy(shard, copiers))
+                    self._start_edits(under_way[-1], editor, editors)
         for future in sidecars:
             future.result()
         return results, identity
@@ -371,19 +386,23 @@ class Surgeon(Generic[_E, _R]):
         source = self._hold(os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC))
         if linked:
             self._progress.advance(shard.size)
-            return Work(shard, source, self._hold(os.open(path, os.O_RDONLY | os.O_CLOEXEC)), [])
+            return Work(shard, source, self._hold(os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
         target = self._hold(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
         ranges = list(untouched(shard, edits))
+        work: Work[_R] = Work(shard, source, target)
         if _clone(source, target):
             self._progress.advance(sum(end - start for start, end in ranges))
-            return Work(shard, source, target, [])
+            return work
         _allocate(target, shard.size)
-        work: Work[_R] = Work(shard, source, target, [])
-        work.copies += [
-            copiers.submit(self._copy, work, start, min(start + _COPY_CHUNK, end))
+        tasks = [
+            _Task(functools.partial(self._copy, work, start, min(start + _COPY_CHUNK, end)))
             for first, end in ranges
             for start in range(first, end, _COPY_CHUNK)
         ]
+        work.copies += [task.future for task in tasks]
+        self._start(work, work.to_copy, tasks)
+        for _ in tasks:
+            copiers.submit(self._copy_next)
         return work
 
     def _start_fetch(
@@ -400,14 +419,46 @@ class Surgeon(Generic[_E, _R]):
             self._checkpoint.remote.fetch(name, path, stop=self._stop, advance=advance, edited=edited)
 
     def _start_edits(self, work: Work[_R], editor: BlockEditor[_E, _R], editors: ThreadPoolExecutor) -> None:
-        for edit in self._edits.get(work.shard.name, ()):
-            work.edits.append(editors.submit(self._edit, edit, work, editor))
+        edits = self._edits.get(work.shard.name, ())
+        tasks = [_Task(functools.partial(self._edit, edit, work, editor)) for edit in edits]
+        work.edits += [task.future for task in tasks]
+        self._start(work, work.to_edit, tasks)
+        for _ in tasks:
+            editors.submit(self._edit_next)
+
+    def _start(self, work: Work[_R], queue: deque[_Task[_T]], tasks: Iterable[_Task[_T]]) -> None:
+        with self._choosing:
+            queue.extend(tasks)
+            if work not in self._under_way:
+                self._under_way.append(work)
+
+    def _copy_next(self) -> None:
+        self._run_next(lambda work: work.to_copy, -1)
+
+    def _edit_next(self) -> None:
+        self._run_next(lambda work: work.to_edit, 1)
+
+    def _run_next(self, queue: Callable[[Work[_R]], deque[Any]], order: int) -> None:
+        """Does what waits at the shard with the fewest writers: a file takes one at a time, and the others would wait.
+
+        Of shards with as many, edits go to the first and copying to the last.
+        """
+        with self._choosing:
+            work = min((work for work in self._under_way[::order] if queue(work)), key=lambda work: work.writers)
+            task = queue(work).popleft()
+            work.writers += 1
+        task.run()
+        with self._choosing:
+            work.writers -= 1
 
     def complete(self, work: Work[_R]) -> dict[str, _R]:
         """Waits for a shard, makes it durable and writes it down; returns what was measured."""
         for future in work.copies:
             future.result()
         results = dict(future.result() for future in work.edits)
+        with self._choosing:
+            if work in self._under_way:
+                self._under_way.remove(work)
         self._staging.fsync(work.target)
         self._staging.fsync_folder((self._staging.folder / work.shard.name).parent)
         for descriptor in (work.source, work.target):
