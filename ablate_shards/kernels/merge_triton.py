@@ -5,12 +5,13 @@ Every program owns a tile and adds in the order of the rank, so that no block si
 
 # Triton types its kernels itself, from the arguments of a launch.
 # ruff: noqa: ANN001
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator"
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 from triton import knobs
 
 __all__ = ["add_product"]
@@ -82,8 +83,10 @@ def add_product(block: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Ten
     rows, cols = block.shape
     tiles = triton.cdiv(rows, BLOCK_M) * triton.cdiv(cols, BLOCK_N)
     squares, largest = torch.empty(2, tiles, dtype=torch.float64, device=block.device)
-    add_product_kernel[(tiles,)](
-        block, left, right, squares, largest, rows, cols, left.shape[1], *block.stride(),
-        ROUND_BF16=INTERPRETED and block.dtype == torch.bfloat16, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-    )  # fmt: skip
+    # Triton launches on the current device.
+    with device_of(block):
+        add_product_kernel[(tiles,)](
+            block, left, right, squares, largest, rows, cols, left.shape[1], *block.stride(),
+            ROUND_BF16=INTERPRETED and block.dtype == torch.bfloat16, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        )  # fmt: skip
     return squares.sum(), largest.max()

@@ -56,8 +56,13 @@ __all__ = [
     "choose_form",
     "merge",
     "norm_drift",
+    "on_host",
+    "one_thread",
+    "orthonormal",
     "project",
     "project_vector",
+    "stored_view",
+    "stream",
     "vector_component",
 ]
 
@@ -153,6 +158,21 @@ def merge(measures: Iterable[Measure]) -> Measure:
         along=tuple(value for part in parts for value in part.along),
         total=tuple(value for part in parts for value in part.total),
     )
+
+
+def orthonormal(basis: np.ndarray) -> np.ndarray:
+    """Return directions ``[k, d]`` as contiguous float64.
+
+    Raises:
+        DirectionsError: Their rows are not orthonormal.
+    """
+    basis = np.ascontiguousarray(basis, np.float64)
+    error = float(np.abs(basis @ basis.T - np.eye(len(basis))).max())
+    if not error <= ORTHONORMAL:
+        raise DirectionsError(
+            f"directions: expected orthonormal rows, found a deviation of {error:.1e}; orthonormalise them in float64"
+        )
+    return basis
 
 
 def norm_drift(before: Measure, after: Measure) -> float:
@@ -298,13 +318,7 @@ class _Stream:
                 f"directions: expected [k, {residual}] for a weight of shape {list(shape)} "
                 f"with the residual axis {options.axis}, found {list(basis.shape)}"
             )
-        basis = np.ascontiguousarray(basis, np.float64)
-        error = float(np.abs(basis @ basis.T - np.eye(len(basis))).max())
-        if not error <= ORTHONORMAL:
-            raise DirectionsError(
-                f"directions: expected orthonormal rows, found a deviation of {error:.1e}; "
-                "orthonormalise them in float64"
-            )
+        basis = orthonormal(basis)
         self._options = options
         self._dtype = dtype
         self._dots_in_rows = options.axis == -1
@@ -790,33 +804,46 @@ def project(
     dtype = stored_dtype(weight)
     if dtype is None:
         raise PlanError(f"dtype: expected bfloat16, float16 or float32, found {weight.dtype}")
-    given, directions = _stored(weight, chosen), _on_host(basis)
+    given, directions = stored_view(weight, chosen), on_host(basis)
     if out is None:
         out = np.empty_like(weight) if isinstance(weight, np.ndarray) else weight.new_empty(weight.shape)
-    written = _stored(out, chosen)
+    written = stored_view(out, chosen)
     if chosen == "reference":
         return out, _project_by_definition(given, directions, options, written)
     workspace = Workspace(device, chosen)
     shape = (math.prod(weight.shape[:-2]), weight.shape[-2], weight.shape[-1])
     projector = Projector(directions, shape, dtype, options, workspace)
     meter = Meter(directions, shape, dtype, options, workspace)
-    rows, chunk = shape[1], projector.chunk_rows
-    wanted = max(1, BLOCK_ELEMENTS // max(1, shape[0] * shape[2])) if block_rows is None else block_rows
-    step_rows = -(-wanted // chunk) * chunk
     result = workspace.arrays.clone(given.reshape(shape))
-    with _one_thread(chosen):
-        step = 0
-        while step < projector.passes:
-            for start in range(0, rows, step_rows):
-                projector.gather(step, result[:, start : start + step_rows], start)
-            step += 1
-        for start in range(0, rows, step_rows):
-            block = result[:, start : start + step_rows]
-            projector.apply(block, start)
-            meter.add(block, start)
+    with one_thread(chosen):
+        stream(projector, result, block_rows=block_rows, meter=meter)
     written[...] = result.reshape(weight.shape)
     before, after = projector.before(), meter.result()
     return out, ProjectReport(before, after, norm_drift(before, after), projector.degenerate)
+
+
+def stream(projector: Projector, weight: Array, *, block_rows: int | None = None, meter: Meter | None = None) -> None:
+    """Ablate a weight ``[matrices, rows, cols]`` in memory, in place, in the form that a projector has.
+
+    Args:
+        projector: A new one, for this shape.
+        weight: As the projector's form takes it.
+        block_rows: Rows that one step covers, rounded up to whole chunks; None for what caches like.
+        meter: Measures the result.
+    """
+    matrices, rows, cols = weight.shape
+    wanted = max(1, BLOCK_ELEMENTS // max(1, matrices * cols)) if block_rows is None else block_rows
+    step_rows = -(-wanted // projector.chunk_rows) * projector.chunk_rows
+    blocks = [(start, weight[:, start : start + step_rows]) for start in range(0, rows, step_rows)]
+    step = 0
+    while step < projector.passes:
+        for start, block in blocks:
+            projector.gather(step, block, start)
+        step += 1
+    for start, block in blocks:
+        projector.apply(block, start)
+        if meter is not None:
+            meter.add(block, start)
 
 
 def project_vector(bias: np.ndarray, basis: np.ndarray, coefficient: float) -> np.ndarray:
@@ -846,15 +873,16 @@ def vector_component(bias: np.ndarray, basis: np.ndarray) -> float:
     return math.sqrt(along / total) if total != 0 else 0.0
 
 
-def _one_thread(form: Form) -> contextlib.AbstractContextManager[None]:
+def one_thread(form: Form) -> contextlib.AbstractContextManager[None]:
+    """Keep torch to one thread, where a form is torch's: what several add up depends on how many there are."""
     if form != "torch":
         return contextlib.nullcontext()
-    from ablate_shards.kernels.project_torch import one_thread
+    from ablate_shards.kernels import project_torch
 
-    return one_thread()
+    return project_torch.one_thread()
 
 
-def _stored(values: "np.ndarray | Tensor", form: Form) -> Array:
+def stored_view(values: "np.ndarray | Tensor", form: Form) -> Array:
     """Return a view of a weight that a form understands."""
     if isinstance(values, np.ndarray):
         if form != "native":
@@ -867,7 +895,8 @@ def _stored(values: "np.ndarray | Tensor", form: Form) -> Array:
     return (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy()
 
 
-def _on_host(basis: Array) -> np.ndarray:
+def on_host(basis: Array) -> np.ndarray:
+    """Return directions as float64 in NumPy."""
     return np.asarray(basis if isinstance(basis, np.ndarray) else basis.cpu(), np.float64)
 
 

@@ -1,12 +1,13 @@
 """The sums and the update of an ablation as Triton kernels, over whole blocks of a batch of matrices.
 
 Every program adds in a fixed order and owns what it writes, so there are no atomics and no order to chance.
-The sizes of the reductions are constants; only the update is autotuned, whose sizes cannot change a bit.
+The sizes of the reductions are constants; only the update is autotuned, whose sizes cannot change a bit. Triton launches
+on the current device, hence each launch makes that of its block the current one.
 """
 
 # Triton types its kernels itself, from the arguments of a launch.
 # ruff: noqa: ANN001, SIM102
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator"
 
 from collections.abc import Callable, Container
 
@@ -14,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 from triton import knobs
 
 from ablate_shards.kernels.form import HIGH, LOW, Arithmetic, in_range
@@ -218,10 +220,11 @@ class TritonForm:
         lines = count + squares
         out = torch.empty(batch, lines, rows, dtype=torch.float32, device=block.device)
         blocks = triton.cdiv(rows, ROWS_BLOCK_M)
-        row_sums_kernel[(batch * blocks, max(1, count))](
-            block, weights, out, rows, cols, *block.stride(), stride, blocks,
-            K=count, LINES=lines, SQUARES=squares, BLOCK_M=ROWS_BLOCK_M, BLOCK_N=ROWS_BLOCK_N,
-        )  # fmt: skip
+        with device_of(block):
+            row_sums_kernel[(batch * blocks, max(1, count))](
+                block, weights, out, rows, cols, *block.stride(), stride, blocks,
+                K=count, LINES=lines, SQUARES=squares, BLOCK_M=ROWS_BLOCK_M, BLOCK_N=ROWS_BLOCK_N,
+            )  # fmt: skip
         return out.to(self._state).double()
 
     def add_columns(
@@ -240,11 +243,12 @@ class TritonForm:
         lines, chunks = count + squares, triton.cdiv(rows, self._chunk_rows)
         partial = torch.empty(batch, chunks, lines, cols, dtype=torch.float32, device=block.device)
         blocks = triton.cdiv(cols, COLUMNS_BLOCK_N)
-        column_sums_kernel[(batch * chunks * blocks, max(1, count))](
-            block, weights, partial, rows, cols, *block.stride(), stride, weights.stride(-2), chunks, blocks,
-            K=count, LINES=lines, SQUARES=squares, CHUNK_ROWS=self._chunk_rows,
-            BLOCK_M=COLUMNS_BLOCK_M, BLOCK_N=COLUMNS_BLOCK_N,
-        )  # fmt: skip
+        with device_of(block):
+            column_sums_kernel[(batch * chunks * blocks, max(1, count))](
+                block, weights, partial, rows, cols, *block.stride(), stride, weights.stride(-2), chunks, blocks,
+                K=count, LINES=lines, SQUARES=squares, CHUNK_ROWS=self._chunk_rows,
+                BLOCK_M=COLUMNS_BLOCK_M, BLOCK_N=COLUMNS_BLOCK_N,
+            )  # fmt: skip
         if unsafe is None:
             sums = partial[:, :, -1]
             failed = [] if in_range(sums) else (~((sums > LOW) & (sums < HIGH))).any(dim=2).nonzero().tolist()
@@ -252,9 +256,10 @@ class TritonForm:
         if not unsafe and into.device == block.device:
             length = lines * cols
             blocks = triton.cdiv(length, COMBINE_BLOCK)
-            combine_kernel[(batch * blocks,)](
-                partial, into, chunks, length, into.stride(0), blocks, BLOCK=COMBINE_BLOCK
-            )
+            with device_of(block):
+                combine_kernel[(batch * blocks,)](
+                    partial, into, chunks, length, into.stride(0), blocks, BLOCK=COMBINE_BLOCK
+                )
             return
         for entry in range(batch):
             for chunk in range(chunks):
@@ -279,12 +284,13 @@ class TritonForm:
         def grid(meta: dict[str, int]) -> tuple[int]:
             return (batch * triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(cols, meta["BLOCK_N"]),)
 
-        update_kernel[grid](
-            source, block, scale, row_factor, column_factor, rows, cols, *source.stride(), *block.stride(),
-            scale.stride(0) if len(scale) > 1 else 0,
-            row_stride, row_factor.stride(-2), column_stride,
-            K=count, SCALE=kind, ROUND_BF16=INTERPRETED and block.dtype == torch.bfloat16,
-        )  # fmt: skip
+        with device_of(block):
+            update_kernel[grid](
+                source, block, scale, row_factor, column_factor, rows, cols, *source.stride(), *block.stride(),
+                scale.stride(0) if len(scale) > 1 else 0,
+                row_stride, row_factor.stride(-2), column_stride,
+                K=count, SCALE=kind, ROUND_BF16=INTERPRETED and block.dtype == torch.bfloat16,
+            )  # fmt: skip
 
 
 def _dense(weights: Tensor | None, block: Tensor) -> tuple[Tensor, int, int]:

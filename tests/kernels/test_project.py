@@ -26,8 +26,10 @@ from ablate_shards.kernels.project import (
     norm_drift,
     project,
     project_vector,
+    stream,
     vector_component,
 )
+from ablate_shards.kernels.resident import Ablation, project_
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -151,14 +153,7 @@ def run(
     shape = tuple(weight.shape)
     workspace = Workspace(result.device, form, chunks_at_once=chunks_at_once)
     projector = Projector(basis.numpy(), shape, stored_dtype(weight), options, workspace)
-    step_rows = math.ceil(block_rows / projector.chunk_rows) * projector.chunk_rows
-    step = 0
-    while step < projector.passes:
-        for start in range(0, shape[1], step_rows):
-            projector.gather(step, weight[:, start : start + step_rows], start)
-        step += 1
-    for start in range(0, shape[1], step_rows):
-        projector.apply(weight[:, start : start + step_rows], start)
+    stream(projector, weight, block_rows=block_rows)
     return result, projector
 
 
@@ -308,6 +303,146 @@ class TestTriton:
         options = ProjectOptions(1.0, "rows")
         result, _ = project(weight.cuda(), basis, options, form="torch")
         assert_accurate(result, weight, basis, options)
+
+
+def assert_in_place(
+    weights: list[Tensor], basis: Tensor, options: ProjectOptions, *, form: str, device: torch.device = CPU
+) -> list[Tensor]:
+    """Ablate copies of weights in place, check them, and return them."""
+    edited = [weight.to(device, copy=True) for weight in weights]
+    count = project_(edited, basis, options, form=form)
+    for weight, result in zip(weights, edited, strict=True):
+        rows, cols = weight.shape[-2:]
+        assert_accurate(result.reshape(-1, rows, cols), weight.reshape(-1, rows, cols), basis, options)
+    assert count == sum(project(weight, basis, options, form="torch")[1].degenerate for weight in weights)
+    return edited
+
+
+in_place = pytest.mark.parametrize("form", ["native", "torch", "triton"])
+
+
+class TestInPlace:
+    @in_place
+    @modes
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_meets_the_tolerance(self, form, preserve, axis, dtype, triton_device):
+        basis = make_basis(1, 72)
+        weights = [make_weight(basis, 296, dtype, axis=axis, seed=seed) for seed in (1, 2)]
+        weights.append(make_weight(basis, 40, dtype, axis=axis)[0])
+        device = triton_device if form == "triton" else CPU
+        assert_in_place(weights, basis, ProjectOptions(2.5, preserve, axis), form=form, device=device)
+
+    @modes
+    @pytest.mark.parametrize("shape", [(300, 600), (40, 2200), (513, 8)], ids=str)
+    def test_tiles_that_matrices_do_not_fill(self, preserve, axis, shape, triton_device):
+        basis = make_basis(1, shape[0])
+        weights = [make_weight(basis, shape[1], torch.bfloat16, axis=axis, batch=1)]
+        assert_in_place(weights, basis, ProjectOptions(1.0, preserve, axis), form="triton", device=triton_device)
+
+    @pytest.mark.parametrize("preserve", PRESERVES)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_vectors_that_float32_does_not_carry(self, preserve, dtype, triton_device):
+        basis = make_basis(1, 48)
+        weight = make_weight(basis, 64, dtype)
+        weight[0, :, 3] = 0
+        weight[0, :, 4] = basis[0]
+        weight[1, 5] = 0
+        weight[1, 7] *= 1e-4
+        near = make_weight(basis, 64, dtype, mix=30.0)
+        plain = make_weight(basis, 64, dtype, seed=5)
+        assert_in_place(
+            [weight, near, plain], basis, ProjectOptions(1.0, preserve), form="triton", device=triton_device
+        )
+
+    def test_rows_that_lie_along_the_direction(self, triton_device):
+        basis = torch.zeros(1, 16, dtype=torch.float64)
+        basis[0, 2] = 1
+        weight = make_weight(make_basis(1, 16), 32, torch.bfloat16)
+        options = ProjectOptions(1.0, "rows")
+        (result,) = assert_in_place([weight], basis, options, form="triton", device=triton_device)
+        # Rows without a share in the direction keep their bytes.
+        assert torch.equal(result.cpu()[:, 3:].view(torch.int16), weight[:, 3:].view(torch.int16))
+
+    @pytest.mark.parametrize("preserve", PRESERVES)
+    def test_what_the_direction_does_not_touch_keeps_its_bytes(self, preserve, triton_device):
+        basis = torch.zeros(1, 16, dtype=torch.float64)
+        basis[0, 2] = 1
+        weight = make_weight(make_basis(1, 16), 32, torch.bfloat16)
+        weight[:, 2] = 0
+        weight[:, 5, ::3] = -0.0
+        edited = weight.to(triton_device, copy=True)
+        project_([edited], basis, ProjectOptions(1.0, preserve), form="triton")
+        assert torch.equal(edited.cpu().view(torch.int16), weight.view(torch.int16))
+
+    @in_place
+    def test_strides_leading_dimensions_and_ties(self, form, triton_device):
+        basis = make_basis(1, 24)
+        options = ProjectOptions(1.0, "columns")
+        device = triton_device if form == "triton" else CPU
+        stacked = make_weight(basis, 50, torch.bfloat16, batch=6).view(2, 3, 24, 50)
+        for strided in (stacked.mT.contiguous().mT, stacked.transpose(0, 1)):
+            assert_in_place([strided], basis, options, form=form, device=device)
+        assert project_([stacked[..., :0].to(device)], basis, options, form=form) == 0
+        tied = make_weight(basis, 48, torch.bfloat16).to(device)
+        expected = tied.clone()
+        project_([expected], basis, options, form=form)
+        project_([tied, tied, tied.view_as(tied)], basis, options, form=form)
+        assert torch.equal(tied, expected)
+
+    def test_several_directions_and_no_coefficient(self, triton_device):
+        weights = [make_weight(make_basis(3, 24), 48, torch.bfloat16)]
+        for basis, coefficient in ((make_basis(3, 24), 1.0), (make_basis(1, 24), 0.0)):
+            assert_in_place(weights, basis, ProjectOptions(coefficient), form="triton", device=triton_device)
+
+    def test_what_does_not_fit_changes_nothing(self, triton_device):
+        basis = make_basis(1, 24)
+        weights = [make_weight(basis, 16, torch.bfloat16).to(triton_device) for _ in range(2)]
+        before = [weight.clone() for weight in weights]
+        with pytest.raises(DirectionsError, match=r"expected \[k, 23\] for a weight of shape \[2, 23, 16\]"):
+            project_([weights[0], weights[1][:, 1:]], basis, ProjectOptions(), form="triton")
+        with pytest.raises(DirectionsError, match="orthonormal"):
+            project_(weights, 2 * basis, ProjectOptions(), form="triton")
+        with pytest.raises(PlanError, match=r"found torch\.float64"):
+            project_([*weights, weights[0].double()], basis, ProjectOptions(), form="triton")
+        with pytest.raises(PlanError, match="in place, found reference"):
+            project_(weights, basis, ProjectOptions(), form="reference")
+        assert all(map(torch.equal, weights, before))
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    @pytest.mark.parametrize("preserve", PRESERVES)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("shape", [(1024, 3584), (2048, 1408), (4096, 14336)], ids=str)
+    def test_ten_runs_at_size_agree_to_the_bit(self, preserve, dtype, shape):
+        basis = make_basis(1, shape[0])
+        weights = [make_weight(basis, shape[1], dtype, batch=count, seed=count) for count in (1, 3)]
+        options = ProjectOptions(1.0, preserve)
+        first = assert_in_place(weights, basis, options, form="triton", device=torch.device("cuda"))
+        for _ in range(9):
+            again = [weight.cuda() for weight in weights]
+            project_(again, basis, options, form="triton")
+            assert all(map(torch.equal, again, first))
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    @pytest.mark.parametrize("preserve", PRESERVES)
+    def test_replays_of_a_graph(self, preserve):
+        basis = make_basis(1, 1024)
+        weight = make_weight(basis, 3584, torch.bfloat16)
+        options = ProjectOptions(1.0, preserve)
+        expected = weight.cuda()
+        project_([expected], basis, options, form="triton")
+        edited = weight.cuda()
+        ablation = Ablation([edited], basis, options, form="triton")
+        ablation.launch()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ablation.launch()
+        for _ in range(3):
+            edited.copy_(weight)
+            graph.replay()
+            assert ablation.settle() == 0
+            assert torch.equal(edited, expected)
 
 
 @forms
