@@ -72,6 +72,9 @@ class Ablation:
         options: As :func:`project_` takes them.
         form: As :func:`project_` takes it.
 
+    Attributes:
+        resident: What the kernels ablate.
+
     Raises:
         DirectionsError: As :func:`project_` does.
         PlanError: As :func:`project_` does.
@@ -103,11 +106,11 @@ class Ablation:
                 together.setdefault((weight.device, weight.dtype, weight.shape[-2:]), []).append(weight)
             else:
                 self._streamed.append((weight, chosen))
-        self._resident = [self._placed(group) for group in together.values()]
+        self.resident = [self._placed(group) for group in together.values()]
 
     def launch(self) -> None:
         """Ablate what the kernels take, without waiting for the device."""
-        for resident in self._resident:
+        for resident in self.resident:
             resident.launch()
 
     def settle(self) -> int:
@@ -117,7 +120,7 @@ class Ablation:
             How many vectors were so nearly parallel to the directions that they were not rescaled.
         """
         degenerate = 0
-        for resident in self._resident:
+        for resident in self.resident:
             for matrix, columns in resident.odd():
                 if columns is None:
                     degenerate += self._stream(matrix, "triton")

@@ -1,8 +1,9 @@
 """The ablation kernels in place on weights in memory, against a copy on the device and the eager float32 form.
 
-A run ablates a pool of different bf16 matrices that no cache holds, in whole on a GPU, in blocks on as many CPU
-threads as there are cores, as the command does. Bandwidths count one read and one write of every byte, so that
-``ours/this`` of 1.25 beside the copy means 80 % of what the device can do. Ten runs must agree to the bit.
+A run ablates a pool of different bf16 matrices that no cache holds: on a CPU in blocks, on as many threads as there are
+cores, as the command does; on a GPU in whole, where ``project_`` takes all of them at once. Bandwidths count one read
+and one write of every byte, so that ``ours/this`` of 1.25 beside the copy means 80 % of what the device can do. Ten
+runs must agree to the bit.
 """
 
 import functools
@@ -11,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Self, get_args
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -23,13 +24,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ablate_shards.kernels.project import Form, Preserve, ProjectOptions
+    from ablate_shards.kernels.resident import Ablation
 
 __all__: list[str] = []
 
 REPEATS = 10
 COPY = "copy on the device"
-#: What the command hands to a kernel at a time on a CPU.
-BLOCK_ELEMENTS = 1 << 22
 
 
 @case("kernels", runs=9)
@@ -54,23 +54,15 @@ def kernels_on_gpu(bench: Bench) -> None:
     for preserve in ("columns", "rows"):
         shares = []
         for shape in shapes:
-            found = contest(bench, shape, preserve, device, pool_bytes=pool_bytes, form="triton")
+            found = contest_in_place(bench, shape, preserve, device, pool_bytes=pool_bytes)
             if (ratio := found[COPY].ratio) is not None:
                 shares.append(1 / ratio)
         if shares:
             bench.note(f"{preserve}: {min(shares):.0%} to {max(shares):.0%} of the copy bandwidth")
 
 
-def contest(
-    bench: Bench,
-    shape: tuple[int, int, int],
-    preserve: "Preserve",
-    device: str,
-    *,
-    pool_bytes: int,
-    form: "Form | None" = None,
-) -> Race:
-    """Races every form that runs on a device against the copy and the eager form.
+def contest(bench: Bench, shape: tuple[int, int, int], preserve: "Preserve", device: str, *, pool_bytes: int) -> None:
+    """Races every form that runs on a CPU against the copy and the eager form.
 
     Args:
         bench: Takes the table.
@@ -78,46 +70,105 @@ def contest(
         preserve: Which norms stay.
         device: Where.
         pool_bytes: The least that the matrices of a run take together.
-        form: The form that the others are compared with; None takes the one that the command takes.
     """
-    import torch
+    from ablate_shards.kernels.project import choose_form
 
-    from ablate_shards.kernels import reference
-    from ablate_shards.kernels.project import Form, ProjectOptions, choose_form
-    from benchmarks.eager import ablated
-
-    chosen = form or choose_form(device, on_cpu="native")[0]
-    options = ProjectOptions(1.0, preserve)
-    generator = torch.Generator().manual_seed(0)
-    weight = (0.02 * torch.randn(shape, generator=generator)).bfloat16()
-    basis = torch.nn.functional.normalize(torch.randn(1, shape[1], generator=generator, dtype=torch.float64))
-    exact, _ = reference.ablate(weight, basis, preserve=preserve)
-    directions = basis.to(device)
-    threads = (os.cpu_count() or 1) if device == "cpu" and chosen != "triton" else 1
-    pool = Pool(weight.to(device), threads, pool_bytes)
-
-    def accuracy() -> str | None:
-        return against_exact(pool.targets[0], exact)
-
-    def ours(name: "Form", against: str | None) -> Contender:
-        kept = threading.local()
-        run = pool.each(lambda _, target: ablate(target, basis.numpy(), options, name, kept))
-        check = functools.partial(first_of, (lambda: pool.repeats(run), accuracy))
-        return Contender(name, run, against, check, before=pool.restore, moved=pool.moved)
-
-    def eager(source: "Tensor", target: "Tensor") -> None:
-        target.data = ablated(source, directions, preserve=preserve)
-
-    with pool:
-        return bench.race(
-            f"bf16 {list(shape if shape[0] > 1 else shape[1:])}, {preserve}, on {device}, {threads} at a time",
+    chosen = choose_form(device, on_cpu="native")[0]
+    threads = os.cpu_count() or 1
+    task = Task(shape, preserve, device)
+    with Pool(task.weight, threads, pool_bytes) as pool:
+        bench.race(
+            f"bf16 {task.size}, {preserve}, on {device}, {threads} at a time",
             [
-                ours(chosen, None),
-                *(ours(name, chosen) for name in get_args(Form) if runs_on(name, device) and name != chosen),
-                Contender("eager float32", pool.each(eager), chosen, accuracy, moved=pool.moved),
+                task.streamed(pool, chosen, chosen, None),
+                *([task.streamed(pool, "torch", "torch", chosen)] if chosen != "torch" else []),
+                task.eager(pool, chosen),
                 Contender(COPY, pool.each(lambda source, target: target.copy_(source)), chosen, moved=pool.moved),
             ],
         )
+
+
+def contest_in_place(
+    bench: Bench, shape: tuple[int, int, int], preserve: "Preserve", device: str, *, pool_bytes: int
+) -> Race:
+    """Races ``project_`` against the copy, the streamed forms and the eager one; arguments as above."""
+    from ablate_shards.kernels.resident import Ablation
+
+    ours = "project_"
+    task = Task(shape, preserve, device)
+    with Pool(task.weight, 1, pool_bytes) as pool:
+        ablation = Ablation(pool.targets, task.basis, task.options, form="triton")
+        run = pool.at_once(ablation.launch)
+        check = functools.partial(
+            first_of, (lambda: pool.repeats(run), lambda: unfinished(ablation), lambda: task.accuracy(pool))
+        )
+        return bench.race(
+            f"bf16 {task.size}, {preserve}, on {device}, {len(pool.targets)} at once",
+            [
+                Contender(ours, run, None, check, before=pool.restore, moved=pool.moved),
+                task.streamed(pool, "triton", "triton, streamed one by one", ours),
+                task.streamed(pool, "torch", "torch, streamed one by one", ours),
+                task.eager(pool, ours),
+                Contender(COPY, pool.at_once(pool.restore), ours, moved=pool.moved),
+            ],
+        )
+
+
+class Task:
+    """An ablation of a random bf16 weight along one direction, and its exact result.
+
+    Args:
+        shape: Matrices, residual axis, features.
+        preserve: Which norms stay.
+        device: Where.
+
+    Attributes:
+        size: The shape, as a title says it.
+        options: The ablation's.
+        weight: On the device.
+        basis: ``[1, residual axis]`` float64.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], preserve: "Preserve", device: str) -> None:
+        import torch
+
+        from ablate_shards.kernels import reference
+        from ablate_shards.kernels.project import ProjectOptions
+
+        generator = torch.Generator().manual_seed(0)
+        weight = (0.02 * torch.randn(shape, generator=generator)).bfloat16()
+        basis = torch.nn.functional.normalize(torch.randn(1, shape[1], generator=generator, dtype=torch.float64))
+        self._exact, _ = reference.ablate(weight, basis, preserve=preserve)
+        self._directions = basis.to(device)
+        self.size = list(shape if shape[0] > 1 else shape[1:])
+        self.options = ProjectOptions(1.0, preserve)
+        self.weight, self.basis = weight.to(device), basis.numpy()
+
+    def accuracy(self, pool: "Pool") -> str | None:
+        """Says whether the first result of a run is wrong."""
+        return against_exact(pool.targets[0], self._exact)
+
+    def streamed(self, pool: "Pool", form: "Form", name: str, against: str | None) -> Contender:
+        """Streams one matrix after the other through a form."""
+        kept = threading.local()
+        run = pool.each(lambda _, target: ablate(target, self.basis, self.options, form, kept))
+        check = functools.partial(first_of, (lambda: pool.repeats(run), lambda: self.accuracy(pool)))
+        return Contender(name, run, against, check, before=pool.restore, moved=pool.moved)
+
+    def eager(self, pool: "Pool", against: str) -> Contender:
+        """Follows the definition in float32."""
+        from benchmarks.eager import ablated
+
+        def work(source: "Tensor", target: "Tensor") -> None:
+            target.copy_(ablated(source, self._directions, preserve=self.options.preserve))
+
+        return Contender("eager float32", pool.each(work), against, lambda: self.accuracy(pool), moved=pool.moved)
+
+
+def unfinished(ablation: "Ablation") -> str | None:
+    """Says whether the kernels left something to the streamed form, which their time does not hold."""
+    count = sum(len(resident.odd()) for resident in ablation.resident)
+    return f"{count} matrices were left to the streamed form" if count else None
 
 
 class Pool:
@@ -136,8 +187,9 @@ class Pool:
 
     def __init__(self, weight: "Tensor", threads: int, least: int) -> None:
         count = max(threads, -(-least // weight.nbytes // threads) * threads)
-        self.sources = [weight.clone() for _ in range(count)]
-        self.targets = [weight.clone() for _ in range(count)]
+        # Clones in one piece: a copy of all of them is one copy.
+        self._source, self._target = (weight.expand(count, *weight.shape).clone() for _ in range(2))
+        self.sources, self.targets = list(self._source), list(self._target)
         self.moved = 2 * count * weight.nbytes
         self._threads, self._is_on_gpu = threads, weight.is_cuda
         self._executor = ThreadPoolExecutor(threads)
@@ -159,21 +211,39 @@ class Pool:
 
     def restore(self) -> None:
         """Makes the targets what they were."""
-        for source, target in zip(self.sources, self.targets, strict=True):
-            target.copy_(source)
+        self._target.copy_(self._source)
+
+    def at_once(self, work: Callable[[], object]) -> Callable[[], Sample]:
+        """Returns what times some work on all targets; on a GPU by its clock, replaying what the work launches."""
+        if not self._is_on_gpu:
+            return self._timed(work)
+        import torch
+
+        replays: list[torch.cuda.CUDAGraph] = []
+
+        def run() -> Sample:
+            if not replays:
+                # Compiles, which a graph cannot hold.
+                work()
+                self.restore()
+                self._settle()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    work()
+                replays.append(graph)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            replays[0].replay()
+            end.record()
+            end.synchronize()
+            return Sample(start.elapsed_time(end) / 1e3)
+
+        return run
 
     def each(self, work: "Callable[[Tensor, Tensor], object]") -> Callable[[], Sample]:
         """Returns what times some work on every source and its target."""
         everywhere = map if self._threads == 1 else self._executor.map
-
-        def run() -> Sample:
-            self._settle()
-            start = time.perf_counter()
-            list(everywhere(work, self.sources, self.targets))
-            self._settle()
-            return Sample(time.perf_counter() - start)
-
-        return run
+        return self._timed(lambda: list(everywhere(work, self.sources, self.targets)))
 
     def repeats(self, run: Callable[[], Sample]) -> str | None:
         """Says in which of ten runs the bits differ from those that the last run left."""
@@ -187,6 +257,16 @@ class Pool:
                 return f"run {number} of {REPEATS} on the same weights gives other bits"
         return None
 
+    def _timed(self, work: Callable[[], object]) -> Callable[[], Sample]:
+        def run() -> Sample:
+            self._settle()
+            start = time.perf_counter()
+            work()
+            self._settle()
+            return Sample(time.perf_counter() - start)
+
+        return run
+
     def _settle(self) -> None:
         if self._is_on_gpu:
             import torch
@@ -194,29 +274,11 @@ class Pool:
             torch.cuda.synchronize()
 
 
-def runs_on(form: "Form", device: str) -> bool:
-    """Whether a form runs on a device: torch's everywhere, Triton's on a GPU, the native one on a CPU."""
-    return form == "torch" or (form not in ("reference", "numpy") and (form == "triton") == (device != "cpu"))
-
-
 def ablate(weight: "Tensor", basis: np.ndarray, options: "ProjectOptions", form: "Form", kept: threading.local) -> None:
     """Ablates a weight in place, with scratch memory that each thread keeps from one to the next."""
-    import torch
-
-    from ablate_shards.kernels.project import Projector, Workspace
+    from ablate_shards.kernels.project import Projector, Workspace, stored_view, stream
 
     if not hasattr(kept, "workspace"):
         kept.workspace = Workspace(weight.device, form)
     projector = Projector(basis, (weight.shape[0], weight.shape[1], weight.shape[2]), "BF16", options, kept.workspace)
-    stored = weight if form in ("torch", "triton") else weight.view(torch.uint16).numpy()
-    rows = weight.shape[1]
-    if not weight.is_cuda:
-        rows = max(1, BLOCK_ELEMENTS // weight[:, 0].numel() // projector.chunk_rows) * projector.chunk_rows
-    blocks = [(start, stored[:, start : start + rows]) for start in range(0, weight.shape[1], rows)]
-    step = 0
-    while step < projector.passes:
-        for start, block in blocks:
-            projector.gather(step, block, start)
-        step += 1
-    for start, block in blocks:
-        projector.apply(block, start)
+    stream(projector, stored_view(weight, form), block_rows=weight.shape[1] if weight.is_cuda else None)
