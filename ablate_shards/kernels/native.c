@@ -7,6 +7,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #pragma GCC diagnostic ignored "-Wpsabi" /* no vector leaves this file */
 
@@ -46,6 +49,8 @@ typedef uint32_t Words __attribute__((vector_size(WIDTH * sizeof(uint32_t))));
 typedef float Floats __attribute__((vector_size(WIDTH * sizeof(float))));
 typedef double Doubles __attribute__((vector_size(WIDTH / 2 * sizeof(double))));
 typedef float Singles __attribute__((vector_size(WIDTH / 2 * sizeof(float))));
+typedef uint32_t Bits __attribute__((vector_size(WIDTH / 2 * sizeof(uint32_t))));
+typedef uint16_t Shorts __attribute__((vector_size(WIDTH / 2 * sizeof(uint16_t))));
 
 INLINE float from_bits(uint32_t bits) {
     float value;
@@ -248,63 +253,67 @@ int64_t ablate_move(int dtype, void *block, const Shape *shape, int is_double, c
     return parallel;
 }
 
-/* Returns `count` values as float32 in their own order: decoded into `tile`, or where they are. */
-INLINE const float *in_order(int dtype, const void *stored, int64_t count, float *tile) {
-    const uint16_t *half = stored;
-    if (dtype == F32) return stored;
-    if (dtype == BF16)
-        for (int64_t j = 0; j < count; j++) tile[j] = from_bits((uint32_t)half[j] << 16);
-    else
-        for (int64_t j = 0; j < count; j++) {
-            const uint32_t sign = (uint32_t)(half[j] & 0x8000) << 16, digits = (uint32_t)(half[j] & 0x7FFF) << 13;
-            const uint32_t special = -(uint32_t)(digits >= 0x7C00u << 13) & 0x7F800000u;
-            tile[j] = from_bits(to_bits(from_bits(digits) * 0x1p112f) | special | sign);
-        }
-    return tile;
-}
+/* Compilers make of __builtin_convertvector, where it widens, several instructions for the one that there is. */
+#if defined(__AVX512F__)
+#define WIDENED(words) ((Bits)_mm256_cvtepu16_epi32((__m128i)(words)))
+#define DOUBLED(values) ((Doubles)_mm512_cvtps_pd((__m256)(values)))
+#elif defined(__AVX2__)
+#define WIDENED(words) ((Bits)_mm_cvtepu16_epi32(_mm_cvtsi64_si128((int64_t)(words))))
+#define DOUBLED(values) ((Doubles)_mm256_cvtps_pd((__m128)(values)))
+#else
+#define WIDENED(words) __builtin_convertvector(words, Bits)
+#define DOUBLED(values) __builtin_convertvector(values, Doubles)
+#endif
 
-INLINE Doubles widened(const float *values) {
+/* Returns a vector of stored values in their own order, as float64. */
+INLINE Doubles exact(int dtype, const void *stored) {
     Singles single;
-    memcpy(&single, values, sizeof single);
-    return __builtin_convertvector(single, Doubles);
+    Shorts halves;
+    if (dtype == F32) {
+        memcpy(&single, stored, sizeof single);
+        return DOUBLED(single);
+    }
+    memcpy(&halves, stored, sizeof halves);
+    const Bits bits = WIDENED(halves);
+    if (dtype == BF16) return DOUBLED((Singles)(bits << 16));
+    const Bits sign = (bits & 0x8000) << 16, digits = (bits & 0x7FFF) << 13;
+    const Bits special = (Bits)(digits >= 0x7C00u << 13) & 0x7F800000u;
+    return DOUBLED((Singles)((Bits)((Singles)digits * 0x1p112f) | special | sign));
 }
 
-/* Adds `lines` rows, 1 or ROWS, to a sum. */
-INLINE void add_rows(int64_t lines, const float *const *rows, int64_t size, double *sums) {
-    const float *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
-    for (int64_t j = 0; j < size; j++)
-        sums[j] += lines == ROWS ? ((double)a[j] + b[j]) + ((double)c[j] + d[j]) : a[j];
-}
-
-/* Adds the products of `lines` rows, 1 or ROWS, with a weight to one sum each, in EIGHT lanes. */
-INLINE void dot_rows(int64_t lines, const float *const *rows, int64_t size, const double *weight,
-                     Doubles sums[ROWS][EIGHTS]) {
-    const int64_t whole = size - size % EIGHT;
-    for (int64_t j = 0; j < whole; j += EIGHT)
-        for (int part = 0; part < EIGHTS; part++) {
-            const int64_t start = j + part * (EIGHT / EIGHTS);
-            Doubles by;
-            memcpy(&by, weight + start, sizeof by);
-            for (int64_t i = 0; i < lines; i++) sums[i][part] += by * widened(rows[i] + start);
-        }
-    for (int64_t i = 0; i < lines; i++)
-        for (int64_t j = whole; j < size; j++) ((double *)sums[i])[j - whole] += weight[j] * rows[i][j];
+/* Adds EIGHT columns of `lines` rows, 1 or ROWS, to their sums, or their products with a weight to EIGHT lanes of each
+   row. */
+INLINE void eight_of(int dtype, int64_t lines, const char *const *rows, int64_t col, double *sums, const double *weight,
+                     Doubles dots[ROWS][EIGHTS]) {
+    for (int part = 0; part < EIGHTS; part++) {
+        const int64_t start = col + part * (EIGHT / EIGHTS);
+        Doubles values[ROWS], other;
+        for (int64_t i = 0; i < lines; i++) values[i] = exact(dtype, rows[i] + start * item_bytes(dtype));
+        memcpy(&other, (sums ? sums : weight) + start, sizeof other);
+        if (sums) {
+            other += lines == ROWS ? (values[0] + values[1]) + (values[2] + values[3]) : values[0];
+            memcpy(sums + start, &other, sizeof other);
+        } else
+            for (int64_t i = 0; i < lines; i++) dots[i][part] += other * values[i];
+    }
 }
 
 /* What is asked for of `lines` rows of a group: sums, if there are any to add to, or products with the weight. */
 INLINE void lines_of(int dtype, int64_t lines, const void *block, const Shape *shape, int64_t row, int64_t groups,
                      double *sums, const double *weight, double *out) {
-    float tiles[ROWS][STRIP];
+    const int64_t whole = shape->cols - shape->cols % EIGHT, rest = shape->cols - whole;
+    const char *rows[ROWS] = {0}, *ends[ROWS];
+    char copies[ROWS][EIGHT * sizeof(float)] = {{0}};
+    double end[EIGHT] = {0};
     Doubles dots[ROWS][EIGHTS] = {{{0}}};
-    for (int64_t low = 0; low < shape->cols; low += STRIP) {
-        const int64_t size = least(STRIP, shape->cols - low);
-        const float *rows[ROWS] = {0};
+    for (int64_t i = 0; i < lines; i++) rows[i] = at(dtype, block, shape, 0, row + i * groups, 0);
+    for (int64_t col = 0; col < whole; col += EIGHT) eight_of(dtype, lines, rows, col, sums, weight, dots);
+    if (rest) {
         for (int64_t i = 0; i < lines; i++)
-            rows[i] = in_order(dtype, at(dtype, block, shape, 0, row + i * groups, low), size, tiles[i]);
-        if (sums)
-            add_rows(lines, rows, size, sums + low);
-        else
-            dot_rows(lines, rows, size, weight + low, dots);
+            ends[i] = memcpy(copies[i], rows[i] + whole * item_bytes(dtype), rest * item_bytes(dtype));
+        memcpy(end, (sums ? sums : weight) + whole, rest * sizeof *end);
+        eight_of(dtype, lines, ends, 0, sums ? end : NULL, end, dots);
+        if (sums) memcpy(sums + whole, end, rest * sizeof *end);
     }
     for (int64_t i = 0; i < lines && !sums; i++) {
         double *lanes = (double *)dots[i];
@@ -366,14 +375,14 @@ int ablate_greatest(const uint16_t *block, const Shape *shape) {
 int64_t ablate_add(const uint16_t *block, const Shape *shape, const float *added, int64_t stride,
                           const float *row_margin, const float *column_margin, float slope, float margin, uint16_t *out,
                           int64_t *unsure, int64_t most, double *squares) {
-    float tile[STRIP];
+    float values[STRIP];
     uint16_t least_bits[STRIP], most_bits[STRIP];
     int64_t count = 0;
     for (int64_t row = 0; row < shape->rows; row++)
         for (int64_t low = 0; low < shape->cols; low += STRIP) {
             const int64_t size = least(STRIP, shape->cols - low), at = row * shape->cols + low;
             const uint16_t *stored = block + row * shape->row_stride + low;
-            const float *values = in_order(BF16, stored, size, tile);
+            for (int64_t j = 0; j < size; j++) values[j] = from_bits((uint32_t)stored[j] << 16);
             const float *by = added + row * stride + low;
             *squares += strip_single(BF16, NULL, stored, size);
             for (int64_t j = 0; j < size; j++) {
