@@ -44,6 +44,8 @@ __all__ = [
     "Operation",
     "Progress",
     "Surgeon",
+    "Task",
+    "UnderWay",
     "Work",
     "ablation",
     "check_unchanged",
@@ -260,13 +262,14 @@ def what_is_kept(staging: Staging | None) -> str:
     return f"what is complete is kept in {staging.folder}, and the same command with --resume goes on"
 
 
-class _Task(Generic[_T]):
+class Task(Generic[_T]):
     """Something to do to a shard, and the result of it."""
 
     def __init__(self, do: Callable[[], _T]) -> None:
         self._do, self.future = do, Future[_T]()
 
     def run(self) -> None:
+        """Does it, once."""
         try:
             self.future.set_result(self._do())
         except BaseException as error:  # noqa: BLE001 - whoever waits for the result hears of it
@@ -283,8 +286,8 @@ class Work(Generic[_R]):
     copies: list[Future[None]] = field(default_factory=list)
     fetched: Future[None] | None = None
     edits: list[Future[tuple[str, _R]]] = field(default_factory=list)
-    to_copy: deque[_Task[None]] = field(default_factory=deque)
-    to_edit: deque[_Task[tuple[str, _R]]] = field(default_factory=deque)
+    to_copy: deque[Task[None]] = field(default_factory=deque)
+    to_edit: deque[Task[tuple[str, _R]]] = field(default_factory=deque)
     writers: int = 0
     _turn: threading.Lock = field(default_factory=threading.Lock)
     _writing: threading.Lock = field(default_factory=threading.Lock)
@@ -298,6 +301,55 @@ class Work(Generic[_R]):
             yield
         finally:
             self._writing.release()
+
+
+class UnderWay(Generic[_R]):
+    """The shards under way, and which of their tasks to do next.
+
+    A file takes one writer at a time, and the others would wait: what is next is at the shard with the fewest writers.
+    Of shards with as many, edits go to the first and copying to the last.
+    """
+
+    def __init__(self) -> None:
+        self._works: list[Work[_R]] = []
+        self._choosing = threading.Lock()
+
+    def add(
+        self,
+        work: Work[_R],
+        *,
+        copies: Iterable[Task[None]] = (),
+        edits: Iterable[Task[tuple[str, _R]]] = (),
+    ) -> None:
+        """Lets tasks of a shard wait for their turn."""
+        with self._choosing:
+            work.to_copy.extend(copies)
+            work.to_edit.extend(edits)
+            if work not in self._works:
+                self._works.append(work)
+
+    def remove(self, work: Work[_R]) -> None:
+        """Forgets a shard that has no task left, if it was ever added."""
+        with self._choosing:
+            if work in self._works:
+                self._works.remove(work)
+
+    def copy_next(self) -> None:
+        """Copies what is next; something must wait."""
+        self._run_next(lambda work: work.to_copy, -1)
+
+    def edit_next(self) -> None:
+        """Edits what is next; something must wait."""
+        self._run_next(lambda work: work.to_edit, 1)
+
+    def _run_next(self, queue: Callable[[Work[_R]], deque[Any]], order: int) -> None:
+        with self._choosing:
+            work = min((work for work in self._works[::order] if queue(work)), key=lambda work: work.writers)
+            task = queue(work).popleft()
+            work.writers += 1
+        task.run()
+        with self._choosing:
+            work.writers -= 1
 
 
 class Surgeon(Generic[_E, _R]):
@@ -326,8 +378,7 @@ class Surgeon(Generic[_E, _R]):
         self._checkpoint, self._operation, self._edits = checkpoint, operation, by_shard(operation.edits)
         self._staging, self._progress, self._link = staging, progress, link
         self._stop = threading.Event()
-        self._under_way: list[Work[_R]] = []
-        self._choosing = threading.Lock()
+        self._under_way: UnderWay[_R] = UnderWay()
         self._pools: list[ThreadPoolExecutor] = []
         self._open: list[int] = []
 
@@ -395,14 +446,14 @@ class Surgeon(Generic[_E, _R]):
             return work
         _allocate(target, shard.size)
         tasks = [
-            _Task(functools.partial(self._copy, work, start, min(start + _COPY_CHUNK, end)))
+            Task(functools.partial(self._copy, work, start, min(start + _COPY_CHUNK, end)))
             for first, end in ranges
             for start in range(first, end, _COPY_CHUNK)
         ]
         work.copies += [task.future for task in tasks]
-        self._start(work, work.to_copy, tasks)
+        self._under_way.add(work, copies=tasks)
         for _ in tasks:
-            copiers.submit(self._copy_next)
+            copiers.submit(self._under_way.copy_next)
         return work
 
     def _start_fetch(
@@ -420,45 +471,18 @@ class Surgeon(Generic[_E, _R]):
 
     def _start_edits(self, work: Work[_R], editor: BlockEditor[_E, _R], editors: ThreadPoolExecutor) -> None:
         edits = self._edits.get(work.shard.name, ())
-        tasks = [_Task(functools.partial(self._edit, edit, work, editor)) for edit in edits]
+        tasks = [Task(functools.partial(self._edit, edit, work, editor)) for edit in edits]
         work.edits += [task.future for task in tasks]
-        self._start(work, work.to_edit, tasks)
+        self._under_way.add(work, edits=tasks)
         for _ in tasks:
-            editors.submit(self._edit_next)
-
-    def _start(self, work: Work[_R], queue: deque[_Task[_T]], tasks: Iterable[_Task[_T]]) -> None:
-        with self._choosing:
-            queue.extend(tasks)
-            if work not in self._under_way:
-                self._under_way.append(work)
-
-    def _copy_next(self) -> None:
-        self._run_next(lambda work: work.to_copy, -1)
-
-    def _edit_next(self) -> None:
-        self._run_next(lambda work: work.to_edit, 1)
-
-    def _run_next(self, queue: Callable[[Work[_R]], deque[Any]], order: int) -> None:
-        """Does what waits at the shard with the fewest writers: a file takes one at a time, and the others would wait.
-
-        Of shards with as many, edits go to the first and copying to the last.
-        """
-        with self._choosing:
-            work = min((work for work in self._under_way[::order] if queue(work)), key=lambda work: work.writers)
-            task = queue(work).popleft()
-            work.writers += 1
-        task.run()
-        with self._choosing:
-            work.writers -= 1
+            editors.submit(self._under_way.edit_next)
 
     def complete(self, work: Work[_R]) -> dict[str, _R]:
         """Waits for a shard, makes it durable and writes it down; returns what was measured."""
         for future in work.copies:
             future.result()
         results = dict(future.result() for future in work.edits)
-        with self._choosing:
-            if work in self._under_way:
-                self._under_way.remove(work)
+        self._under_way.remove(work)
         self._staging.fsync(work.target)
         self._staging.fsync_folder((self._staging.folder / work.shard.name).parent)
         for descriptor in (work.source, work.target):
