@@ -46,7 +46,7 @@ def project_(
 
     Args:
         weights: ``[..., rows, cols]`` each, of any shapes, strides and devices; bfloat16, float16 or float32. A weight
-            that is given twice, as tied ones are, is ablated once.
+            that is given twice, as tied ones are, is ablated once. Parameters are edited behind autograd's back.
         basis: ``[k, d]``, orthonormal rows, ``d`` the length of every weight's residual axis.
         options: The coefficient, the norms to preserve, the residual axis.
         form: ``native``, ``torch``, ``triton``, or what suits each weight's device.
@@ -160,6 +160,6 @@ class Ablation:
 
 
 def _once(weights: "Sequence[Tensor]") -> "list[Tensor]":
-    """Leave out what is given a second time."""
-    places = {(weight.device, weight.data_ptr(), weight.shape, weight.stride()): weight for weight in weights}
+    """Leave out what is given a second time, and what records gradients."""
+    places = {(weight.device, weight.data_ptr(), weight.shape, weight.stride()): weight.detach() for weight in weights}
     return list(places.values())

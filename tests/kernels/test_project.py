@@ -383,8 +383,8 @@ class TestInPlace:
         for strided in (stacked.mT.contiguous().mT, stacked.transpose(0, 1)):
             assert_in_place([strided], basis, options, form=form, device=device)
         assert project_([stacked[..., :0].to(device)], basis, options, form=form) == 0
-        tied = make_weight(basis, 48, torch.bfloat16).to(device)
-        expected = tied.clone()
+        tied = torch.nn.Parameter(make_weight(basis, 48, torch.bfloat16).to(device))
+        expected = tied.detach().clone()
         project_([expected], basis, options, form=form)
         project_([tied, tied, tied.view_as(tied)], basis, options, form=form)
         assert torch.equal(tied, expected)
