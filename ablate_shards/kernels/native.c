@@ -31,8 +31,9 @@ enum { WIDTH = 4 };
    in float32 before the sums go on in float64; sums down the columns taken at once; sums along a row, columns taken at
    once, and vectors of each half of these. */
 enum { STRIP = 512, ROWS = 4, GROUP = 32, LINES = 4, LANES = 16, PAIR = 2 * LANES, VECTORS = LANES / WIDTH };
-/* Sums along a row of a dump, vectors of them, and columns of a merge looked at together. */
-enum { EIGHT = 8, EIGHTS = 2 * EIGHT / WIDTH, PIECE = 64 };
+/* Sums along a row of a dump, vectors of them, and the bytes by which its rows are fetched ahead of their use; columns
+   of a merge looked at together. */
+enum { EIGHT = 8, EIGHTS = 2 * EIGHT / WIDTH, AHEAD = 512, PIECE = 64 };
 
 /* Squared norms between which float32 sums neither underflow nor overflow: form.py. */
 #define LOW 1e-30
@@ -307,7 +308,10 @@ INLINE void lines_of(int dtype, int64_t lines, const void *block, const Shape *s
     double end[EIGHT] = {0};
     Doubles dots[ROWS][EIGHTS] = {{{0}}};
     for (int64_t i = 0; i < lines; i++) rows[i] = at(dtype, block, shape, 0, row + i * groups, 0);
-    for (int64_t col = 0; col < whole; col += EIGHT) eight_of(dtype, lines, rows, col, sums, weight, dots);
+    for (int64_t col = 0; col < whole; col += EIGHT) {
+        for (int64_t i = 0; i < lines; i++) __builtin_prefetch(rows[i] + col * item_bytes(dtype) + AHEAD);
+        eight_of(dtype, lines, rows, col, sums, weight, dots);
+    }
     if (rest) {
         for (int64_t i = 0; i < lines; i++)
             ends[i] = memcpy(copies[i], rows[i] + whole * item_bytes(dtype), rest * item_bytes(dtype));
