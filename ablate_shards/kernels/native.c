@@ -33,7 +33,7 @@ enum { WIDTH = 4 };
 enum { STRIP = 512, ROWS = 4, GROUP = 32, LINES = 4, LANES = 16, PAIR = 2 * LANES, VECTORS = LANES / WIDTH };
 /* Sums along a row of a dump, vectors of them, and the bytes by which its rows are fetched ahead of their use; columns
    of a merge looked at together. */
-enum { EIGHT = 8, EIGHTS = 2 * EIGHT / WIDTH, AHEAD = 512, PIECE = 64 };
+enum { EIGHT = 8, EIGHTS = 2 * EIGHT / WIDTH, AHEAD = 2048, PIECE = 64 };
 
 /* Squared norms between which float32 sums neither underflow nor overflow: form.py. */
 #define LOW 1e-30

@@ -362,19 +362,16 @@ class _Layer:
         unseen = 1 + np.arange(self._subsets.shape[1]) % self._folds
         offsets = np.vecdot(vectors, middles)[unseen]
         directions = vectors[unseen]
-        positive, negative = (
-            np.concatenate(
-                [
-                    group_dots(block, first, directions) - offsets[(first + np.arange(len(block))) % len(offsets)]
-                    for first, block in self._blocks(label)
-                ]
-            )
-            for label in LABELS
-        )
+        positive, negative = (self._along(label, directions, offsets) for label in LABELS)
         spread = math.sqrt((float(positive.var(ddof=1)) + float(negative.var(ddof=1))) / 2)
         gap = float(positive.mean() - negative.mean())
         signal = gap / spread if spread > _NO_SPREAD * abs(gap) else None
         return signal, _auc(positive, negative), float(vectors[-2] @ vectors[-1])
+
+    def _along(self, label: Label, directions: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """Returns how far each prompt lies along its group's direction ``[groups, d]``, from the group's offset."""
+        along = np.concatenate([group_dots(block, first, directions) for first, block in self._blocks(label)])
+        return along - np.tile(offsets, len(along) // len(offsets) + 1)[: len(along)]
 
     def _medians(self, label: Label, means: np.ndarray) -> np.ndarray:
         """Returns the geometric median of each subset, ``[subsets, d]``, from their means.
@@ -757,9 +754,10 @@ def _auc(positive: np.ndarray, negative: np.ndarray) -> float:
     """Probability that a positive lies above a negative, ties counting half (Mann and Whitney, 1947)."""
     # Each search starts where the one before it ended, if the values ascend.
     ordered, sought = np.sort(negative), np.sort(positive)
-    below = np.searchsorted(ordered, sought, "left")
     upto = np.searchsorted(ordered, sought, "right")
-    return float((below + upto).sum() / (2 * len(positive) * len(negative)))
+    tied = ordered[upto - 1] == sought
+    ties = upto[tied] - np.searchsorted(ordered, sought[tied], "left")
+    return float((2 * upto.sum() - ties.sum()) / (2 * len(positive) * len(negative)))
 
 
 def _project_out(vectors: np.ndarray, axes: np.ndarray) -> np.ndarray:
