@@ -150,7 +150,7 @@ resources = _options(
         "--jobs",
         type=click.IntRange(min=1),
         default=None,
-        help="Tensors edited at a time.  [default: one per core; 2 on a GPU]",
+        help="Tensors, or parts of large ones, edited at a time.  [default: one per core; 2 on a GPU]",
     ),
 )
 estimation = _options(

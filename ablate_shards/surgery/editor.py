@@ -1,6 +1,7 @@
 """Edits one tensor at a time, in blocks that fit a memory budget, and measures what was written."""
 
 import contextlib
+import functools
 import gc
 import os
 import sys
@@ -29,6 +30,7 @@ __all__ = [
     "BlockEditor",
     "Channels",
     "Editor",
+    "Part",
     "Stopped",
     "cores",
     "find_device",
@@ -43,6 +45,8 @@ _R = TypeVar("_R")
 
 _WITHOUT_TORCH = ("native", "numpy")
 _CPU_BLOCK = 1 << 20
+#: Bytes of a tensor after which another thread may go on, and those that are read again at once for its digest.
+_PART, _REREAD = 32 << 20, 1 << 20
 _LEAST_MEMORY_PER_JOB = 8 << 20
 _SCRATCH = 6 << 20
 _ROOM_FOR_TWO_CHUNKS = 16 << 20
@@ -76,7 +80,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
     Args:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
         memory: Bytes for all buffers of all jobs together.
-        jobs: Tensors edited at a time, one per available core if None.
+        jobs: Tensors, or parts of large ones, edited at a time, one per available core if None.
         stop: Set when the run should end early.
 
     Attributes:
@@ -141,19 +145,55 @@ class BlockEditor(ABC, Generic[_E, _R]):
         Raises:
             AblateError: The tensor cannot be edited.
         """
+        digest = blake3()
+        measured = self._edit(deque(self.sections(edit)), channels, digest)
+        return self.result(edit, measured, digest.hexdigest())
+
+    def parts(self, edit: _E, channels: Channels) -> "list[Part[_R]]":
+        """Returns what :meth:`edit` does, cut into parts that several threads may do at once, in any order.
+
+        Args:
+            edit: What to do.
+            channels: Where the bytes come from and go to; called from several threads.
+
+        Returns:
+            The parts in the order of their bytes. The last to end returns what was measured.
+        """
+        groups: list[deque[Section]] = [deque()]
+        for section in self.sections(edit):
+            if groups[-1] and groups[-1][-1].end - groups[-1][0].start >= _PART:
+                groups.append(deque())
+            groups[-1].append(section)
+        if len(groups) == 1:
+            return [Part(edit.start, edit.end, functools.partial(self.edit, edit, channels))]
+        ranges = [(group[0].start, group[-1].end) for group in groups]
+
+        def reread(number: int, digest: blake3) -> None:
+            start, end = ranges[number]
+            for offset in range(start, end, _REREAD):
+                raw = self._raw(min(_REREAD, end - offset))
+                channels.reread(raw.data, offset)
+                digest.update(raw.data)
+
+        parted = _Parted(len(groups), reread)
+
+        def do(number: int) -> _R | None:
+            whole = parted.complete(number, self._edit(groups[number], channels, None))
+            return None if whole is None else self.result(edit, *whole)
+
+        return [Part(start, end, functools.partial(do, number)) for number, (start, end) in enumerate(ranges)]
+
+    def _edit(self, sections: deque[Section], channels: Channels, digest: blake3 | None) -> list[Any]:
+        """Edits sections, and returns what each measured; they are used up, since what one has gathered takes room."""
 
         def read(offset: int, count: int) -> np.ndarray:
-            if self._stop.is_set():
-                raise Stopped
-            raw = self._workspace().raw(count)
+            raw = self._raw(count)
             channels.read(raw.data, offset)
             return raw
 
-        measured, digest = [], blake3()
+        measured = []
         with self._stream():
-            sections = deque(self.sections(edit))
             while sections:
-                # What a section has gathered goes with it.
                 section = sections.popleft()
                 section.gather(read)
                 for offset in range(section.start, section.end, section.block):
@@ -162,10 +202,21 @@ class BlockEditor(ABC, Generic[_E, _R]):
                     channels.write(raw.data, offset)
                     # Read again at once, while a core's cache still holds it.
                     channels.reread(raw.data, offset)
-                    digest.update(raw.data)
+                    if digest is not None:
+                        digest.update(raw.data)
                     section.measure(raw, offset)
                 measured.append(section.measured())
-        return self.result(edit, measured, digest.hexdigest())
+        return measured
+
+    def _raw(self, count: int) -> np.ndarray:
+        """Returns memory of this thread, which the next call takes again.
+
+        Raises:
+            Stopped: The run has ended elsewhere.
+        """
+        if self._stop.is_set():
+            raise Stopped
+        return self._workspace().raw(count)
 
     @abstractmethod
     def sections(self, edit: _E) -> Sequence[Section]:
@@ -193,13 +244,65 @@ class BlockEditor(ABC, Generic[_E, _R]):
         return torch.Stream(self._device)
 
 
+@dataclass(frozen=True, slots=True)
+class Part(Generic[_R]):
+    """A part of a tensor that a thread edits by itself.
+
+    Attributes:
+        start: Offset of its first byte in the shard.
+        end: Offset one past its last byte.
+        do: Edits it, and returns what was measured of the tensor if all of it is done.
+    """
+
+    start: int
+    end: int
+    do: Callable[[], _R | None]
+
+
+class _Parted:
+    """What several threads measure of a tensor's parts, and the digest, which goes on in the order of the bytes.
+
+    Whoever completes a part takes the digest as far as there are parts complete.
+
+    Args:
+        parts: How many there are.
+        reread: Feeds the digest with a part, by its number.
+    """
+
+    def __init__(self, parts: int, reread: Callable[[int, blake3], None]) -> None:
+        self._measured: list[list[Any] | None] = [None] * parts
+        self._reread, self._digest, self._digested = reread, blake3(), 0
+        self._digesting = threading.Lock()
+
+    def complete(self, number: int, measured: list[Any]) -> tuple[list[Any], str] | None:
+        """Takes what was measured of a part.
+
+        Returns:
+            All that was measured and the digest, if every part is complete and this call was the one to see it.
+        """
+        self._measured[number] = measured
+        while self._is_next_complete() and self._digesting.acquire(blocking=False):
+            try:
+                while self._is_next_complete():
+                    self._reread(self._digested, self._digest)
+                    self._digested += 1
+                    if self._digested == len(self._measured):
+                        return [one for part in self._measured for one in part or ()], self._digest.hexdigest()
+            finally:
+                self._digesting.release()
+        return None
+
+    def _is_next_complete(self) -> bool:
+        return self._digested < len(self._measured) and self._measured[self._digested] is not None
+
+
 class Editor(BlockEditor[TensorEdit, TensorResult]):
     """Removes directions from tensors.
 
     Args:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
         memory: Bytes for all buffers of all jobs together.
-        jobs: Tensors edited at a time, one per available core if None.
+        jobs: Tensors, or parts of large ones, edited at a time, one per available core if None.
         stop: Set when the run should end early.
         bases: The bases to remove, ``[k, d]`` float64, orthonormal rows.
 
@@ -233,7 +336,7 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
                 first,
                 (min(group, batch - first), rows, cols),
                 basis=self._bases[edit.basis],
-                workspace=self._workspace(),
+                workspace=self._workspace,
                 room=self._room,
             )
             for first in range(0, batch, group)

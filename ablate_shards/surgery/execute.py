@@ -25,6 +25,7 @@ from ablate_shards.surgery.editor import (
     BlockEditor,
     Channels,
     Editor,
+    Part,
     Stopped,
     cores,
     find_device,
@@ -76,7 +77,7 @@ class ExecuteOptions:
     Attributes:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
         memory: Bytes that all working buffers may take together.
-        jobs: Tensors edited at a time, one per available core if None.
+        jobs: Tensors, or parts of large ones, edited at a time, one per available core if None.
         resume: Go on with an interrupted run.
         overwrite: Replace a folder that an earlier run made.
         link: Make shards without an edit hard links to the source's, which share their bytes for good.
@@ -285,9 +286,9 @@ class Work(Generic[_R]):
     target: int
     copies: list[Future[None]] = field(default_factory=list)
     fetched: Future[None] | None = None
-    edits: list[Future[tuple[str, _R]]] = field(default_factory=list)
+    edits: list[Future[tuple[str, _R] | None]] = field(default_factory=list)
     to_copy: deque[Task[None]] = field(default_factory=deque)
-    to_edit: deque[Task[tuple[str, _R]]] = field(default_factory=deque)
+    to_edit: deque[Task[tuple[str, _R] | None]] = field(default_factory=deque)
     writers: int = 0
     _turn: threading.Lock = field(default_factory=threading.Lock)
     _writing: threading.Lock = field(default_factory=threading.Lock)
@@ -319,7 +320,7 @@ class UnderWay(Generic[_R]):
         work: Work[_R],
         *,
         copies: Iterable[Task[None]] = (),
-        edits: Iterable[Task[tuple[str, _R]]] = (),
+        edits: Iterable[Task[tuple[str, _R] | None]] = (),
     ) -> None:
         """Lets tasks of a shard wait for their turn."""
         with self._choosing:
@@ -470,31 +471,6 @@ class Surgeon(Generic[_E, _R]):
             self._checkpoint.remote.fetch(name, path, stop=self._stop, advance=advance, edited=edited)
 
     def _start_edits(self, work: Work[_R], editor: BlockEditor[_E, _R], editors: ThreadPoolExecutor) -> None:
-        edits = self._edits.get(work.shard.name, ())
-        tasks = [Task(functools.partial(self._edit, edit, work, editor)) for edit in edits]
-        work.edits += [task.future for task in tasks]
-        self._under_way.add(work, edits=tasks)
-        for _ in tasks:
-            editors.submit(self._under_way.edit_next)
-
-    def complete(self, work: Work[_R]) -> dict[str, _R]:
-        """Waits for a shard, makes it durable and writes it down; returns what was measured."""
-        for future in work.copies:
-            future.result()
-        results = dict(future.result() for future in work.edits)
-        self._under_way.remove(work)
-        self._staging.fsync(work.target)
-        self._staging.fsync_folder((self._staging.folder / work.shard.name).parent)
-        for descriptor in (work.source, work.target):
-            self._open.remove(descriptor)
-            os.close(descriptor)
-        self._staging.record(work.shard.name, {name: dataclasses.asdict(result) for name, result in results.items()})
-        return results
-
-    def _edit(self, edit: _E, work: Work[_R], editor: BlockEditor[_E, _R]) -> tuple[str, _R]:
-        if work.fetched is not None:
-            work.fetched.result()
-
         def write(data: memoryview, offset: int) -> None:
             with work.writing():
                 pwrite_all(work.target, data, offset)
@@ -506,9 +482,36 @@ class Surgeon(Generic[_E, _R]):
             write=write,
             reread=functools.partial(pread_into, work.target),
         )
-        result = editor.edit(edit, channels)
-        self._staging.start_writing(work.target, edit.start, edit.end)
-        return edit.name, result
+        tasks = [
+            Task(functools.partial(self._edit, edit.name, part, work))
+            for edit in self._edits.get(work.shard.name, ())
+            for part in editor.parts(edit, channels)
+        ]
+        work.edits += [task.future for task in tasks]
+        self._under_way.add(work, edits=tasks)
+        for _ in tasks:
+            editors.submit(self._under_way.edit_next)
+
+    def complete(self, work: Work[_R]) -> dict[str, _R]:
+        """Waits for a shard, makes it durable and writes it down; returns what was measured."""
+        for future in work.copies:
+            future.result()
+        results = dict(filter(None, [future.result() for future in work.edits]))
+        self._under_way.remove(work)
+        self._staging.fsync(work.target)
+        self._staging.fsync_folder((self._staging.folder / work.shard.name).parent)
+        for descriptor in (work.source, work.target):
+            self._open.remove(descriptor)
+            os.close(descriptor)
+        self._staging.record(work.shard.name, {name: dataclasses.asdict(result) for name, result in results.items()})
+        return results
+
+    def _edit(self, name: str, part: Part[_R], work: Work[_R]) -> tuple[str, _R] | None:
+        if work.fetched is not None:
+            work.fetched.result()
+        result = part.do()
+        self._staging.start_writing(work.target, part.start, part.end)
+        return None if result is None else (name, result)
 
     def _copy(self, work: Work[_R], start: int, end: int) -> None:
         if self._stop.is_set():

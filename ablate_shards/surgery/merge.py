@@ -525,7 +525,7 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
     Args:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
         memory: Bytes for all buffers of all jobs together.
-        jobs: Tensors changed at a time, one per available core if None.
+        jobs: Tensors, or parts of large ones, changed at a time, one per available core if None.
         stop: Set when the run should end early.
         adapter: What to merge.
 

@@ -69,7 +69,7 @@ class AblatedMatrices:
         first: The first of the matrices.
         shape: Matrices, stored rows, stored columns.
         basis: The basis to remove, ``[k, d]`` float64, orthonormal rows.
-        workspace: Where to compute.
+        workspace: Returns where to compute, which is the calling thread's own.
         room: Bytes that a block may have.
     """
 
@@ -83,7 +83,7 @@ class AblatedMatrices:
         shape: tuple[int, int, int],
         *,
         basis: np.ndarray,
-        workspace: "Workspace",
+        workspace: "Callable[[], Workspace]",
         room: int,
     ) -> None:
         self._edit, self._first, self._shape = edit, first, shape
@@ -102,7 +102,7 @@ class AblatedMatrices:
         """
         from ablate_shards.kernels.project import Projector
 
-        projector = Projector(self._basis, self._shape, self._edit.dtype, self._options, self._workspace)
+        projector = Projector(self._basis, self._shape, self._edit.dtype, self._options, self._workspace())
         chunk = projector.chunk_rows
         resident = self.end - self.start <= self._room
         block = self.end - self.start if resident else max(chunk, self._room // self._row_bytes // chunk * chunk)
@@ -120,7 +120,7 @@ class AblatedMatrices:
         """Ablates a block in place."""
         block = self._load(raw)
         self._gathered().apply(block, self._row(offset))
-        self._workspace.arrays.store(block, raw)
+        self._workspace().arrays.store(block, raw)
 
     def measure(self, raw: np.ndarray, offset: int) -> None:
         """Takes a block as it was written."""
@@ -150,7 +150,7 @@ class AblatedMatrices:
     def _new_meter(self) -> "Meter":
         from ablate_shards.kernels.project import Meter
 
-        return Meter(self._basis, self._shape, self._edit.dtype, self._options, self._workspace)
+        return Meter(self._basis, self._shape, self._edit.dtype, self._options, self._workspace())
 
     @property
     def _options(self) -> "ProjectOptions":
@@ -162,7 +162,7 @@ class AblatedMatrices:
     def _load(self, raw: np.ndarray) -> "Array":
         count, _, cols = self._shape
         rows = len(raw) // max(1, count * self._row_bytes)
-        return self._workspace.arrays.load(raw, self._edit.dtype, (count, rows, cols))
+        return self._workspace().arrays.load(raw, self._edit.dtype, (count, rows, cols))
 
     def _row(self, offset: int) -> int:
         return (offset - self.start) // self._row_bytes
