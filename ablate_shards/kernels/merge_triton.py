@@ -88,5 +88,6 @@ def add_product(block: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Ten
         add_product_kernel[(tiles,)](
             block, left, right, squares, largest, rows, cols, left.shape[1], *block.stride(),
             ROUND_BF16=INTERPRETED and block.dtype == torch.bfloat16, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return squares.sum(), largest.max()

@@ -164,9 +164,11 @@ def orthonormal(basis: np.ndarray) -> np.ndarray:
     """Return directions ``[k, d]`` as contiguous float64.
 
     Raises:
-        DirectionsError: Their rows are not orthonormal.
+        DirectionsError: There are none, or their rows are not orthonormal.
     """
     basis = np.ascontiguousarray(basis, np.float64)
+    if basis.ndim != 2 or not len(basis):
+        raise DirectionsError(f"directions: expected [k, d] with at least one row, found {list(basis.shape)}")
     error = float(np.abs(basis @ basis.T - np.eye(len(basis))).max())
     if not error <= ORTHONORMAL:
         raise DirectionsError(

@@ -2,7 +2,8 @@
 
 Every program adds in a fixed order and owns what it writes, so there are no atomics and no order to chance.
 The sizes of the reductions are constants; only the update is autotuned, whose sizes cannot change a bit. Triton
-launches on the current device, hence each launch makes that of its block the current one.
+launches on the current device, hence each launch makes that of its block the current one. Each says that a product may
+be fused with a sum, because what Triton does otherwise depends on its version.
 """
 
 # Triton types its kernels itself, from the arguments of a launch.
@@ -224,6 +225,7 @@ class TritonForm:
             row_sums_kernel[(batch * blocks, max(1, count))](
                 block, weights, out, rows, cols, *block.stride(), stride, blocks,
                 K=count, LINES=lines, SQUARES=squares, BLOCK_M=ROWS_BLOCK_M, BLOCK_N=ROWS_BLOCK_N,
+                enable_fp_fusion=True,
             )  # fmt: skip
         return out.to(self._state).double()
 
@@ -247,7 +249,7 @@ class TritonForm:
             column_sums_kernel[(batch * chunks * blocks, max(1, count))](
                 block, weights, partial, rows, cols, *block.stride(), stride, weights.stride(-2), chunks, blocks,
                 K=count, LINES=lines, SQUARES=squares, CHUNK_ROWS=self._chunk_rows,
-                BLOCK_M=COLUMNS_BLOCK_M, BLOCK_N=COLUMNS_BLOCK_N,
+                BLOCK_M=COLUMNS_BLOCK_M, BLOCK_N=COLUMNS_BLOCK_N, enable_fp_fusion=True,
             )  # fmt: skip
         if unsafe is None:
             sums = partial[:, :, -1]
@@ -258,7 +260,7 @@ class TritonForm:
             blocks = triton.cdiv(length, COMBINE_BLOCK)
             with device_of(block):
                 combine_kernel[(batch * blocks,)](
-                    partial, into, chunks, length, into.stride(0), blocks, BLOCK=COMBINE_BLOCK
+                    partial, into, chunks, length, into.stride(0), blocks, BLOCK=COMBINE_BLOCK, enable_fp_fusion=True
                 )
             return
         for entry in range(batch):
@@ -289,7 +291,7 @@ class TritonForm:
                 source, block, scale, row_factor, column_factor, rows, cols, *source.stride(), *block.stride(),
                 scale.stride(0) if len(scale) > 1 else 0,
                 row_stride, row_factor.stride(-2), column_stride,
-                K=count, SCALE=kind, ROUND_BF16=INTERPRETED and block.dtype == torch.bfloat16,
+                K=count, SCALE=kind, ROUND_BF16=INTERPRETED and block.dtype == torch.bfloat16, enable_fp_fusion=True,
             )  # fmt: skip
 
 

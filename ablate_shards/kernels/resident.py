@@ -7,12 +7,14 @@ as little as can be, and the rest goes through the streamed form.
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from ablate_shards.errors import DirectionsError, PlanError
 from ablate_shards.kernels.form import stored_dtype
+from ablate_shards.kernels.native import is_built
 from ablate_shards.kernels.project import (
     Form,
     ProjectOptions,
@@ -47,6 +49,7 @@ def project_(
     Args:
         weights: ``[..., rows, cols]`` each, of any shapes, strides and devices; bfloat16, float16 or float32. A weight
             that is given twice, as tied ones are, is ablated once. Parameters are edited behind autograd's back.
+            What is on a GPU is edited on the current stream.
         basis: ``[k, d]``, orthonormal rows, ``d`` the length of every weight's residual axis.
         options: The coefficient, the norms to preserve, the residual axis.
         form: ``native``, ``torch``, ``triton``, or what suits each weight's device.
@@ -56,7 +59,8 @@ def project_(
 
     Raises:
         DirectionsError: The basis does not fit a weight, or is not orthonormal; nothing is changed.
-        PlanError: A weight's dtype is none of the three, or the form cannot work in place; nothing is changed.
+        PlanError: A weight's dtype is none of the three, weights share memory without being the same, or the form
+            cannot work in place or where a weight is; nothing is changed.
     """
     ablation = Ablation(weights, basis, options, form=form)
     ablation.launch()
@@ -65,6 +69,9 @@ def project_(
 
 class Ablation:
     """What :func:`project_` does, in two parts, of which the first may be captured in a CUDA graph.
+
+    One launches and settles on the stream where one makes it, after one another if there are several. A capture needs a
+    launch of weights of the same shapes before it, in which Triton compiles.
 
     Args:
         weights: As :func:`project_` takes them; they must stay where they are.
@@ -94,14 +101,8 @@ class Ablation:
         self._streamed: list[tuple[Tensor, Form]] = []
         together: dict[tuple[torch.device, torch.dtype, torch.Size], list[Tensor]] = {}
         for weight in _once(weights):
-            if stored_dtype(weight) is None:
-                raise PlanError(f"dtype: expected bfloat16, float16 or float32, found {weight.dtype}")
-            if weight.shape[options.axis] != self._basis.shape[1]:
-                raise DirectionsError(
-                    f"directions: expected [k, {weight.shape[options.axis]}] for a weight of shape "
-                    f"{list(weight.shape)} with the residual axis {options.axis}, found {list(self._basis.shape)}"
-                )
             chosen, _ = choose_form(weight.device, form=form, on_cpu="native")
+            self._check(weight, chosen)
             if chosen == "triton" and self._is_simple(weight):
                 together.setdefault((weight.device, weight.dtype, weight.shape[-2:]), []).append(weight)
             else:
@@ -130,11 +131,29 @@ class Ablation:
                     matrix[:, columns] = part
         return degenerate + sum(self._stream(weight, form) for weight, form in self._streamed)
 
+    def _check(self, weight: "Tensor", form: Form) -> None:
+        """Refuse what cannot be ablated, before anything is."""
+        shape = list(weight.shape)
+        if stored_dtype(weight) is None:
+            raise PlanError(f"dtype: expected bfloat16, float16 or float32, found {weight.dtype}")
+        if len(shape) < 2:
+            raise PlanError(f"weights: expected [..., rows, cols], found {shape}")
+        if shape[self._options.axis] != self._basis.shape[1]:
+            raise DirectionsError(
+                f"directions: expected [k, {shape[self._options.axis]}] for a weight of shape {shape} with the "
+                f"residual axis {self._options.axis}, found {list(self._basis.shape)}"
+            )
+        if any(size > 1 and not stride for size, stride in zip(shape, weight.stride(), strict=True)):
+            raise PlanError(f"weights: one of shape {shape} is expanded from fewer elements; ablate these")
+        if (problem := _unusable(form, weight.device.type)) is not None:
+            raise PlanError(f"form: {form} {problem}, found a weight on {weight.device}; leave the form out")
+
     def _is_simple(self, weight: "Tensor") -> bool:
-        """Whether the kernels take a weight."""
+        """Whether the kernels take a weight; they square the coefficient in float32."""
         from ablate_shards.kernels.resident_triton import fits
 
-        return len(self._basis) == 1 and self._options.axis == -2 and self._options.coefficient != 0 and fits(weight)
+        fine = len(self._basis) == 1 and self._options.axis == -2 and 0 < abs(self._options.coefficient) <= 1e6
+        return fine and fits(weight)
 
     def _placed(self, weights: "list[Tensor]") -> "Resident":
         import torch
@@ -160,6 +179,55 @@ class Ablation:
 
 
 def _once(weights: "Sequence[Tensor]") -> "list[Tensor]":
-    """Leave out what is given a second time, and what records gradients."""
-    places = {(weight.device, weight.data_ptr(), weight.shape, weight.stride()): weight.detach() for weight in weights}
-    return list(places.values())
+    """Leave out what is given a second time, and what records gradients.
+
+    Raises:
+        PlanError: Some share memory without being the same.
+    """
+    places = {
+        (weight.device, weight.data_ptr(), weight.dtype, weight.shape, weight.stride()): weight.detach()
+        for weight in weights
+    }
+    found = list(places.values())
+    under_way: list[tuple[str, int, int, int]] = []
+    for span in sorted((str(one.device), *_span(one), number) for number, one in enumerate(found) if one.numel()):
+        device, start, _, number = span
+        under_way = [other for other in under_way if other[0] == device and other[2] > start]
+        for *_, other in under_way:
+            if np.shares_memory(_layout(found[other]), _layout(found[number])):
+                shapes = " and ".join(str(list(found[one].shape)) for one in sorted((other, number)))
+                raise PlanError(f"weights: those of shape {shapes} share memory; give one of them")
+        under_way.append(span)
+    return found
+
+
+def _span(weight: "Tensor") -> tuple[int, int]:
+    """Return where a weight's memory begins and ends."""
+    reach = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+    return weight.data_ptr(), weight.data_ptr() + (reach + 1) * weight.element_size()
+
+
+def _layout(weight: "Tensor") -> np.ndarray:
+    """Return what NumPy has to know of memory to tell what lies in it; it reads nothing there."""
+    size = weight.element_size()
+    interface = {
+        "version": 3,
+        "typestr": f"|V{size}",
+        "shape": tuple(weight.shape),
+        "strides": tuple(size * stride for stride in weight.stride()),
+        "data": (weight.data_ptr(), False),
+    }
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
+
+
+def _unusable(form: Form, device: str) -> str | None:
+    """Say why a form cannot ablate on a kind of device, if it cannot."""
+    if form == "native":
+        return None if device == "cpu" and is_built() else "needs a CPU, and a C compiler when it was installed"
+    if form != "triton":
+        return None
+    try:
+        from ablate_shards.kernels.resident_triton import INTERPRETED
+    except ImportError:
+        return "needs the package triton"
+    return None if INTERPRETED or device != "cpu" else "needs a GPU"

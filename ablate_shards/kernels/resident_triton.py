@@ -467,6 +467,8 @@ def turn_kernel(
 def fits(weight: Tensor) -> bool:
     """Whether the kernels take a weight ``[..., rows, cols]``: 16 bits, contiguous, aligned, of whole vectors."""
     rows, cols = weight.shape[-2:]
+    if INTERPRETED and weight.device.type != "cpu":
+        return False
     return (
         weight.dtype in (torch.bfloat16, torch.float16)
         and weight.is_contiguous()
@@ -499,8 +501,8 @@ class Resident:
         self._direction = direction
         on_nvidia = device.type == "cuda" and torch.version.hip is None
         self._ptx = on_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
-        # A program takes one multiprocessor at most, so that many run side by side.
-        self._at_once = torch.cuda.get_device_properties(device).multi_processor_count if self._ptx else 1
+        # A program takes one multiprocessor at most. Some launches may share the device, of which each needs its own.
+        self._at_once = torch.cuda.get_device_properties(device).multi_processor_count // 4 if self._ptx else 1
         stored = "BF16" if dtype == torch.bfloat16 else "F16"
         greatest = GREATEST[stored] / (2 * (1 + abs(options.coefficient)))
         self._limits = (min(HIGH, greatest**2), AMPLIFICATION[stored])
@@ -533,8 +535,8 @@ class Resident:
         count, tiles = len(self.matrices), (triton.cdiv(self._rows, block_m), triton.cdiv(self._half, block_n))
         self._tiles = tiles
         self._parts = _floats(device, count, tiles[1], tiles[0], 4 * block_n)
-        self._counts = torch.zeros(1 + count * tiles[1], dtype=torch.int32, device=device)
-        self._odd = torch.zeros(count, 2 * self._half, dtype=torch.int8, device=device)
+        self._counts = torch.empty(1 + count * tiles[1], dtype=torch.int32, device=device)
+        self._odd = torch.empty(count, 2 * self._half, dtype=torch.int8, device=device)
 
     def _launch_columns(self) -> None:
         (block_m, block_n), (row_tiles, col_tiles) = COLUMNS_TILE, self._tiles
@@ -564,8 +566,8 @@ class Resident:
         self._norms = _floats(device, count, self._norm_tiles)
         # For each of the two kernels that wait: a ticket, and the tiles that share their rows.
         groups = (count * self._chunks * (CHUNK // block_m), count * self._tiles[0])
-        self._counts = torch.zeros(2, 1 + max(groups), dtype=torch.int32, device=device)
-        self._odd = torch.zeros(count, self._odd_tiles, dtype=torch.int8, device=device)
+        self._counts = torch.empty(2, 1 + max(groups), dtype=torch.int32, device=device)
+        self._odd = torch.empty(count, self._odd_tiles, dtype=torch.int8, device=device)
 
     def _launch_rows(self) -> None:
         count, rows, half, alpha = len(self.matrices), self._rows, self._half, self._options.coefficient
@@ -581,12 +583,12 @@ class Resident:
             )  # fmt: skip
         mixed_kernel[(count * self._norm_tiles,)](
             self._mixed, self._q, self._norms, 2 * half, self._chunks, self._norm_tiles,
-            PARTS=min(64, triton.next_power_of_2(self._chunks)), BLOCK_N=MIXED_WIDTH,
+            PARTS=min(64, triton.next_power_of_2(self._chunks)), BLOCK_N=MIXED_WIDTH, enable_fp_fusion=True,
         )  # fmt: skip
         probe_kernel[(count * self._odd_tiles,)](
             self._table, self._direction, self._squares, self._q, self._norms, self._odd,
             rows, half, self._odd_tiles, self._norm_tiles, alpha, *self._limits,
-            DTYPE=self._dtype, BLOCK_M=PROBE_TILE[0], BLOCK_N=PROBE_TILE[1], **norm_tiles,
+            DTYPE=self._dtype, BLOCK_M=PROBE_TILE[0], BLOCK_N=PROBE_TILE[1], enable_fp_fusion=True, **norm_tiles,
         )  # fmt: skip
         for stage in self._stages(col_tiles, reset=False):
             turn_kernel[(count * row_tiles * col_tiles,)](
@@ -618,6 +620,7 @@ class Resident:
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
             "num_warps": 4,
+            "enable_fp_fusion": True,
         }
 
 

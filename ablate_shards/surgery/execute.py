@@ -62,7 +62,8 @@ _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R", bound="DataclassInstance")
 _T = TypeVar("_T")
 
-_COPY_CHUNK = 32 << 20
+#: Bytes copied before an edit may have its turn to write: more, and edits wait; fewer, and copying does.
+_COPY_CHUNK = 8 << 20
 _FALLBACK_CHUNK = 1 << 20
 _MANY_CORES = 4
 _SHARDS_IN_FLIGHT = 4

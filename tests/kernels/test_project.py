@@ -306,16 +306,48 @@ class TestTriton:
 
 
 def assert_in_place(
-    weights: list[Tensor], basis: Tensor, options: ProjectOptions, *, form: str, device: torch.device = CPU
+    weights: list[Tensor],
+    basis: Tensor,
+    options: ProjectOptions,
+    *,
+    form: str,
+    device: torch.device = CPU,
+    left: bool | None = None,
 ) -> list[Tensor]:
-    """Ablate copies of weights in place, check them, and return them."""
+    """Ablate copies of weights in place, check them, and return them.
+
+    What the kernels leave to the streamed form must be as it was. With ``left``, there must be some, or none.
+    """
     edited = [weight.to(device, copy=True) for weight in weights]
-    count = project_(edited, basis, options, form=form)
+    given = {
+        matrix.data_ptr(): original
+        for weight, copy in zip(weights, edited, strict=True)
+        if copy.is_contiguous()
+        for matrix, original in zip(copy.view(-1, *copy.shape[-2:]), weight.view(-1, *weight.shape[-2:]), strict=True)
+    }
+    ablation = Ablation(edited, basis, options, form=form)
+    ablation.launch()
+    odd = [found for resident in ablation.resident for found in resident.odd()]
+    for matrix, columns in odd:
+        part = slice(None) if columns is None else columns.cpu()
+        assert torch.equal(bits(matrix.cpu()[:, part]), bits(given[matrix.data_ptr()][:, part]))
+    assert left is None or (bool(ablation.resident), bool(odd)) == (True, left)
+    count = ablation.settle()
     for weight, result in zip(weights, edited, strict=True):
         rows, cols = weight.shape[-2:]
         assert_accurate(result.reshape(-1, rows, cols), weight.reshape(-1, rows, cols), basis, options)
     assert count == sum(project(weight, basis, options, form="torch")[1].degenerate for weight in weights)
     return edited
+
+
+def bits(weight: Tensor) -> Tensor:
+    """What tells zeros of either sign apart."""
+    return weight.contiguous().view(torch.int16)
+
+
+def carried(dtype: torch.dtype) -> float:
+    """The ``mix`` of weights that float32 carries: of float16 it carries less."""
+    return 0.05 if dtype == torch.float16 else 0.3
 
 
 in_place = pytest.mark.parametrize("form", ["native", "torch", "triton"])
@@ -327,10 +359,12 @@ class TestInPlace:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_meets_the_tolerance(self, form, preserve, axis, dtype, triton_device):
         basis = make_basis(1, 72)
-        weights = [make_weight(basis, 296, dtype, axis=axis, seed=seed) for seed in (1, 2)]
-        weights.append(make_weight(basis, 40, dtype, axis=axis)[0])
+        mix = carried(dtype) / 2
+        weights = [make_weight(basis, 296, dtype, axis=axis, mix=mix, seed=seed) for seed in (1, 2)]
+        weights.append(make_weight(basis, 40, dtype, axis=axis, mix=mix)[0])
         device = triton_device if form == "triton" else CPU
-        assert_in_place(weights, basis, ProjectOptions(2.5, preserve, axis), form=form, device=device)
+        left = False if form == "triton" and axis == -2 and dtype != torch.float32 else None
+        assert_in_place(weights, basis, ProjectOptions(2.5, preserve, axis), form=form, device=device, left=left)
 
     @modes
     @pytest.mark.parametrize("shape", [(300, 600), (40, 2200), (513, 8)], ids=str)
@@ -349,30 +383,75 @@ class TestInPlace:
         weight[1, 5] = 0
         weight[1, 7] *= 1e-4
         near = make_weight(basis, 64, dtype, mix=30.0)
-        plain = make_weight(basis, 64, dtype, seed=5)
-        assert_in_place(
-            [weight, near, plain], basis, ProjectOptions(1.0, preserve), form="triton", device=triton_device
-        )
+        plain = make_weight(basis, 64, dtype, mix=carried(dtype), seed=5)
+        options = ProjectOptions(1.0, preserve)
+        assert_in_place([weight, near, plain], basis, options, form="triton", device=triton_device, left=True)
+
+    def test_a_row_that_float32_does_not_carry_is_found_wherever_it_lies(self, triton_device):
+        basis = 0.001 * make_basis(1, 80)
+        basis[0, 70] = 1
+        basis /= basis.norm()
+        weight = make_weight(make_basis(1, 80), 160, torch.bfloat16)
+        weight[0, 70, :140] = 0
+        weight[1, 70] = 0
+        weight[1, 70, 1] = 1e-3
+        options = ProjectOptions(1.0, "rows")
+        assert_in_place([weight], basis, options, form="triton", device=triton_device, left=True)
+        ablation = Ablation([weight.to(triton_device)], basis, options, form="triton")
+        ablation.launch()
+        assert [columns for resident in ablation.resident for _, columns in resident.odd()] == [None, None]
 
     def test_rows_that_lie_along_the_direction(self, triton_device):
         basis = torch.zeros(1, 16, dtype=torch.float64)
         basis[0, 2] = 1
         weight = make_weight(make_basis(1, 16), 32, torch.bfloat16)
-        options = ProjectOptions(1.0, "rows")
-        (result,) = assert_in_place([weight], basis, options, form="triton", device=triton_device)
-        # Rows without a share in the direction keep their bytes.
-        assert torch.equal(result.cpu()[:, 3:].view(torch.int16), weight[:, 3:].view(torch.int16))
+        weight[:, 5] = -0.0
+        weight[:, 5, 3] = 0.5
+        for coefficient, left in ((1.0, True), (0.2, False)):
+            options = ProjectOptions(coefficient, "rows")
+            (result,) = assert_in_place([weight], basis, options, form="triton", device=triton_device, left=left)
+            # Rows without a share in the direction keep their bytes.
+            assert torch.equal(bits(result.cpu()[:, 3:]), bits(weight[:, 3:]))
 
     @pytest.mark.parametrize("preserve", PRESERVES)
     def test_what_the_direction_does_not_touch_keeps_its_bytes(self, preserve, triton_device):
         basis = torch.zeros(1, 16, dtype=torch.float64)
-        basis[0, 2] = 1
+        basis[0, 2] = -1
         weight = make_weight(make_basis(1, 16), 32, torch.bfloat16)
-        weight[:, 2] = 0
+        weight[:, 2] = -0.0
         weight[:, 5, ::3] = -0.0
-        edited = weight.to(triton_device, copy=True)
-        project_([edited], basis, ProjectOptions(1.0, preserve), form="triton")
-        assert torch.equal(edited.cpu().view(torch.int16), weight.view(torch.int16))
+        left = preserve == "rows"
+        (result,) = assert_in_place(
+            [weight], basis, ProjectOptions(1.0, preserve), form="triton", device=triton_device, left=left
+        )
+        assert torch.equal(bits(result.cpu()), bits(weight))
+
+    @pytest.mark.parametrize("preserve", PRESERVES)
+    @pytest.mark.parametrize("seed", range(16))
+    def test_matrices_of_many_tiles(self, preserve, seed, triton_device, monkeypatch):
+        from ablate_shards.kernels import resident_triton
+
+        sizes = {
+            "COLUMNS_TILE": (16, 8),
+            "COLUMNS_STEP": 8,
+            "ROWS_WIDTH": 16,
+            "MIXED_WIDTH": 16,
+            "PROBE_TILE": (16, 16),
+        }
+        if triton_device.type == "cpu":
+            for name, size in sizes.items():
+                monkeypatch.setattr(resident_triton, name, size)
+        draw = np.random.default_rng(seed).choice
+        rows, cols, batch = draw([1, 16, 33, 64, 100, 128]), 8 * draw([1, 2, 3, 4, 8, 9]), draw([1, 2])
+        dtype = draw([torch.bfloat16, torch.float16])
+        basis = make_basis(1, int(rows), seed)
+        weight = make_weight(basis, int(cols), dtype, batch=int(batch), mix=draw([0.0, 0.05, 0.3]), seed=seed)
+        if seed % 3 == 0:
+            weight[-1, :, draw(cols)] = 0
+        if seed % 5 == 0:
+            weight[-1, draw(rows)] = 0
+        options = ProjectOptions(float(draw([1.0, 2.5, -0.7])), preserve)
+        assert_in_place([weight], basis, options, form="triton", device=triton_device)
 
     @in_place
     def test_strides_leading_dimensions_and_ties(self, form, triton_device):
@@ -394,6 +473,13 @@ class TestInPlace:
         for basis, coefficient in ((make_basis(3, 24), 1.0), (make_basis(1, 24), 0.0)):
             assert_in_place(weights, basis, ProjectOptions(coefficient), form="triton", device=triton_device)
 
+    @pytest.mark.parametrize("preserve", ["columns", "rows"])
+    def test_a_coefficient_whose_square_float32_does_not_hold(self, preserve, triton_device):
+        basis = make_basis(1, 24)
+        weights = [make_weight(basis, 48, torch.bfloat16)]
+        (result,) = assert_in_place(weights, basis, ProjectOptions(2e19, preserve), form="triton", device=triton_device)
+        assert result.any()
+
     def test_what_does_not_fit_changes_nothing(self, triton_device):
         basis = make_basis(1, 24)
         weights = [make_weight(basis, 16, torch.bfloat16).to(triton_device) for _ in range(2)]
@@ -406,7 +492,36 @@ class TestInPlace:
             project_([*weights, weights[0].double()], basis, ProjectOptions(), form="triton")
         with pytest.raises(PlanError, match="in place, found reference"):
             project_(weights, basis, ProjectOptions(), form="reference")
+        with pytest.raises(DirectionsError, match=r"at least one row, found \[0, 24\]"):
+            project_(weights, basis[:0], ProjectOptions(), form="triton")
+        with pytest.raises(PlanError, match=r"expected \[\.\.\., rows, cols\], found \[24\]"):
+            project_([*weights, torch.ones(24)], basis, ProjectOptions(), form="torch")
+        with pytest.raises(PlanError, match="expanded from fewer elements"):
+            project_([*weights, basis.bfloat16().mT.expand(24, 9)], basis, ProjectOptions(), form="torch")
         assert all(map(torch.equal, weights, before))
+
+    @in_place
+    def test_what_shares_memory_changes_nothing(self, form, triton_device):
+        basis = make_basis(1, 24)
+        stack = make_weight(basis, 16, torch.bfloat16, batch=3).to(triton_device if form == "triton" else CPU)
+        before = stack.clone()
+        for other in (stack[1], stack[None], stack[:, :, 4:], stack[1:, :, ::2]):
+            with pytest.raises(PlanError, match=r"\[3, 24, 16\] and \[.*\] share memory; give one of them"):
+                project_([stack, other], basis, ProjectOptions(), form=form)
+        assert torch.equal(stack, before)
+        # Columns of one matrix lie between those of the other, and share nothing with them.
+        project_([stack[..., ::2], stack[..., 1::2]], basis, ProjectOptions(), form=form)
+        expected = before.clone()
+        project_([expected], basis, ProjectOptions(1.0, "columns"), form=form)
+        project_([before[..., :8], before[..., 8:]], basis, ProjectOptions(1.0, "columns"), form=form)
+        assert torch.equal(before, expected)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    def test_the_native_form_is_refused_on_a_gpu(self):
+        basis = make_basis(1, 24)
+        with pytest.raises(PlanError, match=r"native needs a CPU.*cuda"):
+            project_([make_weight(basis, 16, torch.bfloat16).cuda()], basis, ProjectOptions(), form="native")
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -415,13 +530,22 @@ class TestInPlace:
     @pytest.mark.parametrize("shape", [(1024, 3584), (2048, 1408), (4096, 14336)], ids=str)
     def test_ten_runs_at_size_agree_to_the_bit(self, preserve, dtype, shape):
         basis = make_basis(1, shape[0])
-        weights = [make_weight(basis, shape[1], dtype, batch=count, seed=count) for count in (1, 3)]
+        mix = carried(dtype)
+        weights = [make_weight(basis, shape[1], dtype, batch=count, mix=mix, seed=count) for count in (1, 3)]
         options = ProjectOptions(1.0, preserve)
-        first = assert_in_place(weights, basis, options, form="triton", device=torch.device("cuda"))
+        first = assert_in_place(weights, basis, options, form="triton", device=torch.device("cuda"), left=False)
         for _ in range(9):
             again = [weight.cuda() for weight in weights]
             project_(again, basis, options, form="triton")
             assert all(map(torch.equal, again, first))
+        # Where programs do not wait for one another, sums and update are a launch each.
+        again = [weight.cuda() for weight in weights]
+        ablation = Ablation(again, basis, options, form="triton")
+        for resident in ablation.resident:
+            resident._at_once = 1
+        ablation.launch()
+        assert ablation.settle() == 0
+        assert all(map(torch.equal, again, first))
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
