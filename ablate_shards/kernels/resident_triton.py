@@ -35,7 +35,8 @@ __all__ = ["Resident", "fits"]
 
 INTERPRETED = bool(knobs.runtime.interpret)
 
-# Elements of the tiles count pairs along the columns. Sizes measured on an H200; see benchmarks/results.
+# Elements of the tiles count pairs along the columns. Sizes measured on an H200 (benchmarks/results), and constants,
+# because they decide in which order sums are added: chosen by the clock they would change bits from run to run.
 # An interpreted program costs milliseconds whatever its size: there, take few and large ones.
 COLUMNS_TILE, COLUMNS_STEP = ((256, 512), 256) if INTERPRETED else ((256, 32), 32)
 ROWS_WIDTH = 1024
