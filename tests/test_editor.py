@@ -30,13 +30,13 @@ def small(monkeypatch):
 class Tensor:
     """A fused-expert tensor and an editor of it, in memory."""
 
-    def __init__(self, values=None, preserve="rows"):
+    def __init__(self, values=None, preserve="rows", jobs=3):
         values = np.random.default_rng(0).standard_normal(SHAPE) if values is None else values
         self.source = bytearray(encode(values.astype(np.float32), "BF16"))
         self.written = bytearray(len(self.source))
         self.stop = threading.Event()
         vector = np.random.default_rng(1).standard_normal((1, SHAPE[1]))
-        self.editor = Editor("cpu", 256_000_000, 3, self.stop, {BASIS: vector / np.linalg.norm(vector)})
+        self.editor = Editor("cpu", 256_000_000, jobs, self.stop, {BASIS: vector / np.linalg.norm(vector)})
         self.edit = TensorEdit(
             name="experts.down_proj",
             shard="model.safetensors",
@@ -100,10 +100,15 @@ def test_parts_in_threads_give_what_one_go_gives(small):
 
 
 def test_a_small_tensor_has_one_part():
-    tensor = Tensor()
+    (part,) = Tensor().parts()
+    assert (part.start, part.end) == (0, Tensor().edit.end)
+
+
+def test_one_job_has_one_part(small):
+    tensor = Tensor(jobs=1)
     (part,) = tensor.parts()
-    assert (part.start, part.end) == (0, len(tensor.source))
-    assert part.do().blake3 == blake3(tensor.written).hexdigest()
+    assert part.do() == Tensor().editor.edit(tensor.edit, Tensor().channels)
+    assert part.end == len(tensor.written)
 
 
 def test_the_part_that_cannot_be_edited_says_so(small):

@@ -164,7 +164,8 @@ class BlockEditor(ABC, Generic[_E, _R]):
             if groups[-1] and groups[-1][-1].end - groups[-1][0].start >= _PART:
                 groups.append(deque())
             groups[-1].append(section)
-        if len(groups) == 1:
+        # Where nobody shares the work, nothing has to be read again for the digest.
+        if len(groups) == 1 or self.jobs == 1:
             return [Part(edit.start, edit.end, functools.partial(self.edit, edit, channels))]
         ranges = [(group[0].start, group[-1].end) for group in groups]
 
