@@ -3,7 +3,9 @@
 import hashlib
 import json
 import shutil
+import time
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,8 +18,9 @@ from tiny_models import HIDDEN, TINY_MODELS, VOCAB, save_tiny_model
 
 from ablate_shards.cli import cli
 from ablate_shards.kernels import reference
+from ablate_shards.surgery import editor
 from ablate_shards.surgery import execute as execute_module
-from ablate_shards.surgery.adapter import base_digest
+from ablate_shards.surgery.adapter import Adapter, base_digest
 from ablate_shards.surgery.checkpoint import open_checkpoint
 from ablate_shards.surgery.receipt import seal
 
@@ -232,6 +235,26 @@ def test_jobs_and_memory_do_not_change_a_byte(tmp_path, base, adapter):
         run("merge", wide, adapter, out, *more)
         outs.append(snapshot(out))
     assert outs[0] == outs[1] == outs[2]
+
+
+def test_threads_that_share_a_fused_tensor_share_its_factors(tmp_path, monkeypatch):
+    merge_by_peft("qwen3-moe-fused", tmp_path, BY_PEFT["fused experts"][1])
+    source, adapter = tmp_path / "model", tmp_path / "adapter"
+    run("merge", source, adapter, tmp_path / "alone", "--jobs", 1)
+    reads = Counter()
+    read = Adapter.read
+
+    def slowly(self, name, *more):
+        reads[name] += 1
+        time.sleep(0.01)
+        return read(self, name, *more)
+
+    monkeypatch.setattr(Adapter, "read", slowly)
+    monkeypatch.setattr(editor, "_PART", 1)
+    run("merge", source, adapter, tmp_path / "out", "--jobs", 4)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "alone")
+    assert reads
+    assert set(reads.values()) == {1}
 
 
 def test_a_scale_of_zero_and_an_untrained_adapter_change_nothing(tmp_path, base, adapter):

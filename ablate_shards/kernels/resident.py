@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Ablation", "project_"]
 
+#: Devices where ``data_ptr`` is an address.
+_ADDRESSED = ("cpu", "cuda", "xpu")
+
 
 def project_(
     weights: "Sequence[Tensor]",
@@ -71,7 +74,8 @@ class Ablation:
     """What :func:`project_` does, in two parts, of which the first may be captured in a CUDA graph.
 
     One launches and settles on the stream where one makes it, after one another if there are several. A capture needs a
-    launch of weights of the same shapes before it, in which Triton compiles.
+    launch of weights of the same shapes before it, in which Triton compiles; what a capture holds is settled after each
+    replay, not after the capture.
 
     Args:
         weights: As :func:`project_` takes them; they must stay where they are.
@@ -100,9 +104,10 @@ class Ablation:
         self._basis, self._options = orthonormal(on_host(basis)), options
         self._streamed: list[tuple[Tensor, Form]] = []
         together: dict[tuple[torch.device, torch.dtype, torch.Size], list[Tensor]] = {}
+        for weight in weights:
+            self._check(weight, choose_form(weight.device, form=form, on_cpu="native")[0])
         for weight in _once(weights):
             chosen, _ = choose_form(weight.device, form=form, on_cpu="native")
-            self._check(weight, chosen)
             if chosen == "triton" and self._is_simple(weight):
                 together.setdefault((weight.device, weight.dtype, weight.shape[-2:]), []).append(weight)
             else:
@@ -146,7 +151,7 @@ class Ablation:
         if any(size > 1 and not stride for size, stride in zip(shape, weight.stride(), strict=True)):
             raise PlanError(f"weights: one of shape {shape} is expanded from fewer elements; ablate these")
         if (problem := _unusable(form, weight.device.type)) is not None:
-            raise PlanError(f"form: {form} {problem}, found a weight on {weight.device}; leave the form out")
+            raise PlanError(f"form: {form} {problem}, found one on {weight.device}")
 
     def _is_simple(self, weight: "Tensor") -> bool:
         """Whether the kernels take a weight; they square the coefficient in float32."""
@@ -190,9 +195,9 @@ def _once(weights: "Sequence[Tensor]") -> "list[Tensor]":
     }
     found = list(places.values())
     under_way: list[tuple[str, int, int, int]] = []
-    for span in sorted((str(one.device), *_span(one), number) for number, one in enumerate(found) if one.numel()):
-        device, start, _, number = span
-        under_way = [other for other in under_way if other[0] == device and other[2] > start]
+    for span in sorted((*_span(one), number) for number, one in enumerate(found) if one.numel()):
+        memory, start, _, number = span
+        under_way = [other for other in under_way if other[0] == memory and other[2] > start]
         for *_, other in under_way:
             if np.shares_memory(_layout(found[other]), _layout(found[number])):
                 shapes = " and ".join(str(list(found[one].shape)) for one in sorted((other, number)))
@@ -201,10 +206,15 @@ def _once(weights: "Sequence[Tensor]") -> "list[Tensor]":
     return found
 
 
-def _span(weight: "Tensor") -> tuple[int, int]:
-    """Return where a weight's memory begins and ends."""
+def _span(weight: "Tensor") -> tuple[str, int, int]:
+    """Return the memory that a weight is in, and between which bytes of it."""
+    memory, start = str(weight.device), weight.data_ptr()
+    if weight.device.type not in _ADDRESSED:
+        # A pointer there is one to what stands for the memory.
+        memory = f"{memory} {weight.untyped_storage().data_ptr()}"
+        start = 1 + int(weight.storage_offset()) * weight.element_size()
     reach = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
-    return weight.data_ptr(), weight.data_ptr() + (reach + 1) * weight.element_size()
+    return memory, start, start + (reach + 1) * weight.element_size()
 
 
 def _layout(weight: "Tensor") -> np.ndarray:
@@ -215,13 +225,15 @@ def _layout(weight: "Tensor") -> np.ndarray:
         "typestr": f"|V{size}",
         "shape": tuple(weight.shape),
         "strides": tuple(size * stride for stride in weight.stride()),
-        "data": (weight.data_ptr(), False),
+        "data": (_span(weight)[1], False),
     }
     return np.asarray(SimpleNamespace(__array_interface__=interface))
 
 
 def _unusable(form: Form, device: str) -> str | None:
     """Say why a form cannot ablate on a kind of device, if it cannot."""
+    if device == "meta":
+        return "needs weights that have values"
     if form == "native":
         return None if device == "cpu" and is_built() else "needs a CPU, and a C compiler when it was installed"
     if form != "triton":

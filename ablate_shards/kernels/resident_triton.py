@@ -537,7 +537,7 @@ class Resident:
         self._tiles = tiles
         self._parts = _floats(device, count, tiles[1], tiles[0], 4 * block_n)
         self._counts = torch.empty(1 + count * tiles[1], dtype=torch.int32, device=device)
-        self._odd = torch.empty(count, 2 * self._half, dtype=torch.int8, device=device)
+        self._odd = torch.zeros(count, 2 * self._half, dtype=torch.int8, device=device)
 
     def _launch_columns(self) -> None:
         (block_m, block_n), (row_tiles, col_tiles) = COLUMNS_TILE, self._tiles
@@ -568,7 +568,7 @@ class Resident:
         # For each of the two kernels that wait: a ticket, and the tiles that share their rows.
         groups = (count * self._chunks * (CHUNK // block_m), count * self._tiles[0])
         self._counts = torch.empty(2, 1 + max(groups), dtype=torch.int32, device=device)
-        self._odd = torch.empty(count, self._odd_tiles, dtype=torch.int8, device=device)
+        self._odd = torch.zeros(count, self._odd_tiles, dtype=torch.int8, device=device)
 
     def _launch_rows(self) -> None:
         count, rows, half, alpha = len(self.matrices), self._rows, self._half, self._options.coefficient

@@ -294,7 +294,8 @@ class _Parted:
         return None
 
     def _is_next_complete(self) -> bool:
-        return self._digested < len(self._measured) and self._measured[self._digested] is not None
+        number = self._digested  # which another thread may count up at any time
+        return number < len(self._measured) and self._measured[number] is not None
 
 
 class Editor(BlockEditor[TensorEdit, TensorResult]):

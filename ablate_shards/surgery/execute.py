@@ -62,8 +62,9 @@ _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R", bound="DataclassInstance")
 _T = TypeVar("_T")
 
-#: Bytes copied before an edit may have its turn to write: more, and edits wait; fewer, and copying does.
-_COPY_CHUNK = 8 << 20
+#: Bytes copied before an edit may have its turn to write: more, and edits wait; fewer, and copying does. They are so
+#: many more in a large shard that its pieces stay few.
+_COPY_CHUNK, _MOST_PIECES = 8 << 20, 500
 _FALLBACK_CHUNK = 1 << 20
 _MANY_CORES = 4
 _SHARDS_IN_FLIGHT = 4
@@ -447,10 +448,11 @@ class Surgeon(Generic[_E, _R]):
             self._progress.advance(sum(end - start for start, end in ranges))
             return work
         _allocate(target, shard.size)
+        chunk = max(_COPY_CHUNK, shard.size // _MOST_PIECES)
         tasks = [
-            Task(functools.partial(self._copy, work, start, min(start + _COPY_CHUNK, end)))
+            Task(functools.partial(self._copy, work, start, min(start + chunk, end)))
             for first, end in ranges
-            for start in range(first, end, _COPY_CHUNK)
+            for start in range(first, end, chunk)
         ]
         work.copies += [task.future for task in tasks]
         self._under_way.add(work, copies=tasks)

@@ -561,19 +561,21 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
 
 
 class _Factors:
-    """The factors of a tensor's matrices, read when the first of them is asked for."""
+    """The factors of a tensor's matrices, read when the first of them is asked for, once for all threads."""
 
     def __init__(self, edit: MergeEdit, adapter: Adapter) -> None:
         self._edit, self._adapter = edit, adapter
         self._read: tuple[np.ndarray, np.ndarray] | None = None
+        self._reading = threading.Lock()
 
     def of(self, matrix: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns left ``[rows, r]`` and right ``[r, cols]`` of a matrix, float32."""
         edit = self._edit
-        if self._read is None:
-            down, up = (self._adapter.read(name) for name in edit.source)
-            # Experts lie one after the other along the rows of A, and interleaved along the columns of B.
-            self._read = down.reshape(edit.experts, -1, down.shape[1]), up.reshape(len(up), -1, edit.experts)
+        with self._reading:
+            if self._read is None:
+                down, up = (self._adapter.read(name) for name in edit.source)
+                # Experts lie one after the other along the rows of A, and interleaved along the columns of B.
+                self._read = down.reshape(edit.experts, -1, down.shape[1]), up.reshape(len(up), -1, edit.experts)
         downs, ups = self._read
         expert = matrix if edit.expert is None else edit.expert
         right, left = downs[expert], ups[:, :, expert]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ablate_shards.errors import DirectionsError, PlanError
-from ablate_shards.kernels import reference
+from ablate_shards.kernels import reference, resident
 from ablate_shards.kernels.form import stored_dtype
 from ablate_shards.kernels.project import (
     Meter,
@@ -496,12 +496,14 @@ class TestInPlace:
             project_(weights, basis[:0], ProjectOptions(), form="triton")
         with pytest.raises(PlanError, match=r"expected \[\.\.\., rows, cols\], found \[24\]"):
             project_([*weights, torch.ones(24)], basis, ProjectOptions(), form="torch")
+        with pytest.raises(PlanError, match="torch needs weights that have values, found one on meta"):
+            project_([torch.empty(24, 9, device="meta", dtype=torch.float16)] * 2, basis, ProjectOptions())
         with pytest.raises(PlanError, match="expanded from fewer elements"):
             project_([*weights, basis.bfloat16().mT.expand(24, 9)], basis, ProjectOptions(), form="torch")
         assert all(map(torch.equal, weights, before))
 
     @in_place
-    def test_what_shares_memory_changes_nothing(self, form, triton_device):
+    def test_what_shares_memory_changes_nothing(self, form, triton_device, monkeypatch):
         basis = make_basis(1, 24)
         stack = make_weight(basis, 16, torch.bfloat16, batch=3).to(triton_device if form == "triton" else CPU)
         before = stack.clone()
@@ -509,6 +511,13 @@ class TestInPlace:
             with pytest.raises(PlanError, match=r"\[3, 24, 16\] and \[.*\] share memory; give one of them"):
                 project_([stack, other], basis, ProjectOptions(), form=form)
         assert torch.equal(stack, before)
+        # Where a pointer is not an address, weights are apart by what they lie in.
+        parts = [stack[0], stack[1], stack[1, :, 4:]]
+        resident._once(parts[:2])
+        monkeypatch.setattr(resident, "_ADDRESSED", ())
+        assert len(resident._once([*parts[:2], stack.clone()])) == 3
+        with pytest.raises(PlanError, match=r"\[24, 16\] and \[24, 12\] share memory"):
+            resident._once(parts)
         # Columns of one matrix lie between those of the other, and share nothing with them.
         project_([stack[..., ::2], stack[..., 1::2]], basis, ProjectOptions(), form=form)
         expected = before.clone()
@@ -541,8 +550,8 @@ class TestInPlace:
         # Where programs do not wait for one another, sums and update are a launch each.
         again = [weight.cuda() for weight in weights]
         ablation = Ablation(again, basis, options, form="triton")
-        for resident in ablation.resident:
-            resident._at_once = 1
+        for group in ablation.resident:
+            group._at_once = 1
         ablation.launch()
         assert ablation.settle() == 0
         assert all(map(torch.equal, again, first))
