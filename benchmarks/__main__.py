@@ -85,7 +85,7 @@ def run(case: Case, given: argparse.Namespace, device: str | None, console: Cons
     """Runs a case in a folder of its own, which is removed, and returns whether every check held."""
     given.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{case.name}-", dir=given.work) as name:
-        work = Path(name)
+        work = Path(name).resolve()  # some commands run elsewhere
         console.print(f"\n{case.name}: {case.summary}")
         runs = given.runs or case.runs
         bench = Bench(work, runs=runs, tiny=given.tiny, show=lambda shown: console.print("", shown, sep="\n"))
