@@ -53,6 +53,7 @@ __all__ = [
     "ProjectReport",
     "Projector",
     "Workspace",
+    "check_fit",
     "choose_form",
     "merge",
     "norm_drift",
@@ -175,6 +176,24 @@ def orthonormal(basis: np.ndarray) -> np.ndarray:
             f"directions: expected orthonormal rows, found a deviation of {error:.1e}; orthonormalise them in float64"
         )
     return basis
+
+
+def check_fit(basis: np.ndarray, shape: Sequence[int], axis: int) -> None:
+    """Compare directions with a weight.
+
+    Args:
+        basis: The directions, ``[k, d]``.
+        shape: The weight's, ``[..., rows, cols]``.
+        axis: Its residual axis, negative.
+
+    Raises:
+        DirectionsError: There are none, or ``d`` is not the length of the residual axis.
+    """
+    if basis.ndim != 2 or len(basis) == 0 or basis.shape[1] != shape[axis]:
+        raise DirectionsError(
+            f"directions: expected [k, {shape[axis]}] for a weight of shape {list(shape)} "
+            f"with the residual axis {axis}, found {list(basis.shape)}"
+        )
 
 
 def norm_drift(before: Measure, after: Measure) -> float:
@@ -314,12 +333,7 @@ class _Stream:
         if dtype not in AMPLIFICATION:
             raise PlanError(f"dtype: expected BF16, F16 or F32, found {dtype}")
         self._batch, self._rows, self._cols = shape
-        residual = self._rows if options.axis == -2 else self._cols
-        if basis.ndim != 2 or len(basis) == 0 or basis.shape[1] != residual:
-            raise DirectionsError(
-                f"directions: expected [k, {residual}] for a weight of shape {list(shape)} "
-                f"with the residual axis {options.axis}, found {list(basis.shape)}"
-            )
+        check_fit(basis, shape, options.axis)
         basis = orthonormal(basis)
         self._options = options
         self._dtype = dtype

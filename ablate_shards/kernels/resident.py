@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ablate_shards.errors import DirectionsError, PlanError
+from ablate_shards.errors import PlanError
 from ablate_shards.kernels.form import stored_dtype
 from ablate_shards.kernels.native import is_built
 from ablate_shards.kernels.project import (
@@ -20,6 +20,7 @@ from ablate_shards.kernels.project import (
     ProjectOptions,
     Projector,
     Workspace,
+    check_fit,
     choose_form,
     on_host,
     one_thread,
@@ -104,10 +105,12 @@ class Ablation:
         self._basis, self._options = orthonormal(on_host(basis)), options
         self._streamed: list[tuple[Tensor, Form]] = []
         together: dict[tuple[torch.device, torch.dtype, torch.Size], list[Tensor]] = {}
+        devices = {weight.device for weight in weights}
+        forms = {device: choose_form(device, form=form, on_cpu="native")[0] for device in devices}
         for weight in weights:
-            self._check(weight, choose_form(weight.device, form=form, on_cpu="native")[0])
+            self._check(weight, forms[weight.device])
         for weight in _once(weights):
-            chosen, _ = choose_form(weight.device, form=form, on_cpu="native")
+            chosen = forms[weight.device]
             if chosen == "triton" and self._is_simple(weight):
                 together.setdefault((weight.device, weight.dtype, weight.shape[-2:]), []).append(weight)
             else:
@@ -143,11 +146,7 @@ class Ablation:
             raise PlanError(f"dtype: expected bfloat16, float16 or float32, found {weight.dtype}")
         if len(shape) < 2:
             raise PlanError(f"weights: expected [..., rows, cols], found {shape}")
-        if shape[self._options.axis] != self._basis.shape[1]:
-            raise DirectionsError(
-                f"directions: expected [k, {shape[self._options.axis]}] for a weight of shape {shape} with the "
-                f"residual axis {self._options.axis}, found {list(self._basis.shape)}"
-            )
+        check_fit(self._basis, shape, self._options.axis)
         if any(size > 1 and not stride for size, stride in zip(shape, weight.stride(), strict=True)):
             raise PlanError(f"weights: one of shape {shape} is expanded from fewer elements; ablate these")
         if (problem := _unusable(form, weight.device.type)) is not None:

@@ -159,14 +159,17 @@ class BlockEditor(ABC, Generic[_E, _R]):
         Returns:
             The parts in the order of their bytes. The last to end returns what was measured.
         """
+        whole = Part(edit.start, edit.end, functools.partial(self.edit, edit, channels))
+        # Where nobody shares the work, nothing has to be read again for the digest.
+        if self.jobs == 1 or edit.end - edit.start <= _PART:
+            return [whole]
         groups: list[deque[Section]] = [deque()]
         for section in self.sections(edit):
             if groups[-1] and groups[-1][-1].end - groups[-1][0].start >= _PART:
                 groups.append(deque())
             groups[-1].append(section)
-        # Where nobody shares the work, nothing has to be read again for the digest.
-        if len(groups) == 1 or self.jobs == 1:
-            return [Part(edit.start, edit.end, functools.partial(self.edit, edit, channels))]
+        if len(groups) == 1:
+            return [whole]
         ranges = [(group[0].start, group[-1].end) for group in groups]
 
         def reread(number: int, digest: blake3) -> None:
@@ -179,8 +182,8 @@ class BlockEditor(ABC, Generic[_E, _R]):
         parted = _Parted(len(groups), reread)
 
         def do(number: int) -> _R | None:
-            whole = parted.complete(number, self._edit(groups[number], channels, None))
-            return None if whole is None else self.result(edit, *whole)
+            found = parted.complete(number, self._edit(groups[number], channels, None))
+            return None if found is None else self.result(edit, *found)
 
         return [Part(start, end, functools.partial(do, number)) for number, (start, end) in enumerate(ranges)]
 
