@@ -31,8 +31,8 @@ enum { WIDTH = 4 };
    in float32 before the sums go on in float64; sums down the columns taken at once; sums along a row, columns taken at
    once, and vectors of each half of these. */
 enum { STRIP = 512, ROWS = 4, GROUP = 32, LINES = 4, LANES = 16, PAIR = 2 * LANES, VECTORS = LANES / WIDTH };
-/* Sums along a row of a dump, vectors of them, and the bytes by which its rows are fetched ahead of their use; columns
-   of a merge looked at together. */
+/* Sums along a row of a dump, vectors of them, and the bytes by which rows are fetched ahead of their use; columns of a
+   merge looked at together. */
 enum { EIGHT = 8, EIGHTS = 2 * EIGHT / WIDTH, AHEAD = 2048, PIECE = 64 };
 
 /* Squared norms between which float32 sums neither underflow nor overflow: form.py. */
@@ -51,7 +51,6 @@ typedef float Floats __attribute__((vector_size(WIDTH * sizeof(float))));
 typedef double Doubles __attribute__((vector_size(WIDTH / 2 * sizeof(double))));
 typedef float Singles __attribute__((vector_size(WIDTH / 2 * sizeof(float))));
 typedef uint32_t Bits __attribute__((vector_size(WIDTH / 2 * sizeof(uint32_t))));
-typedef uint16_t Shorts __attribute__((vector_size(WIDTH / 2 * sizeof(uint16_t))));
 
 INLINE float from_bits(uint32_t bits) {
     float value;
@@ -256,70 +255,74 @@ int64_t ablate_move(int dtype, void *block, const Shape *shape, int is_double, c
 
 /* Compilers make of __builtin_convertvector, where it widens, several instructions for the one that there is. */
 #if defined(__AVX512F__)
-#define WIDENED(words) ((Bits)_mm256_cvtepu16_epi32((__m128i)(words)))
 #define DOUBLED(values) ((Doubles)_mm512_cvtps_pd((__m256)(values)))
 #elif defined(__AVX2__)
-#define WIDENED(words) ((Bits)_mm_cvtepu16_epi32(_mm_cvtsi64_si128((int64_t)(words))))
 #define DOUBLED(values) ((Doubles)_mm256_cvtps_pd((__m128)(values)))
 #else
-#define WIDENED(words) __builtin_convertvector(words, Bits)
 #define DOUBLED(values) __builtin_convertvector(values, Doubles)
 #endif
 
-/* Returns a vector of stored values in their own order, as float64. */
-INLINE Doubles exact(int dtype, const void *stored) {
-    Singles single;
-    Shorts halves;
-    if (dtype == F32) {
-        memcpy(&single, stored, sizeof single);
-        return DOUBLED(single);
-    }
-    memcpy(&halves, stored, sizeof halves);
-    const Bits bits = WIDENED(halves);
-    if (dtype == BF16) return DOUBLED((Singles)(bits << 16));
-    const Bits sign = (bits & 0x8000) << 16, digits = (bits & 0x7FFF) << 13;
-    const Bits special = (Bits)(digits >= 0x7C00u << 13) & 0x7F800000u;
-    return DOUBLED((Singles)((Bits)((Singles)digits * 0x1p112f) | special | sign));
-}
-
-/* Adds EIGHT columns of `lines` rows, 1 or ROWS, to their sums, or their products with a weight to EIGHT lanes of each
-   row. */
-INLINE void eight_of(int dtype, int64_t lines, const char *const *rows, int64_t col, double *sums, const double *weight,
-                     Doubles dots[ROWS][EIGHTS]) {
-    for (int part = 0; part < EIGHTS; part++) {
-        const int64_t start = col + part * (EIGHT / EIGHTS);
-        Doubles values[ROWS], other;
-        for (int64_t i = 0; i < lines; i++) values[i] = exact(dtype, rows[i] + start * item_bytes(dtype));
-        memcpy(&other, (sums ? sums : weight) + start, sizeof other);
-        if (sums) {
-            other += lines == ROWS ? (values[0] + values[1]) + (values[2] + values[3]) : values[0];
-            memcpy(sums + start, &other, sizeof other);
-        } else
-            for (int64_t i = 0; i < lines; i++) dots[i][part] += other * values[i];
+/* Returns of a PAIR of stored values half as many as decode() does, in the same order, as float64. */
+INLINE void exact(int dtype, const void *stored, int part, Doubles values[2]) {
+    Bits words;
+    for (int i = 0; i < 2; i++) {
+        const float *from = (const float *)stored + part * (WIDTH / 2);
+        memcpy(&words, dtype == F32 ? from + i * LANES : from, sizeof words);
+        if (dtype == BF16) words = i ? words & 0xFFFF0000u : words << 16;
+        if (dtype == F16) {
+            const Bits half = i ? words >> 16 : words & 0xFFFF, digits = (half & 0x7FFF) << 13;
+            const Bits special = (Bits)(digits >= 0x7C00u << 13) & 0x7F800000u;
+            words = (Bits)((Singles)digits * 0x1p112f) | special | (half & 0x8000) << 16;
+        }
+        values[i] = DOUBLED((Singles)words);
     }
 }
 
-/* What is asked for of `lines` rows of a group: sums, if there are any to add to, or products with the weight. */
-INLINE void lines_of(int dtype, int64_t lines, const void *block, const Shape *shape, int64_t row, int64_t groups,
-                     double *sums, const double *weight, double *out) {
-    const int64_t whole = shape->cols - shape->cols % EIGHT, rest = shape->cols - whole;
-    const char *rows[ROWS] = {0}, *ends[ROWS];
-    char copies[ROWS][EIGHT * sizeof(float)] = {{0}};
-    double end[EIGHT] = {0};
+/* Adds a PAIR of each of `lines` rows, 1 or ROWS, to their group's sums; or its products with the group's weight to
+   `dots`, EIGHT lanes of each row, if there are any. */
+INLINE void pair_of(int dtype, int64_t lines, const void *const *rows, double *group, Doubles (*dots)[EIGHTS]) {
+    for (int part = 0; part < 2 * VECTORS; part++) {
+        Doubles values[ROWS][2], of_group[2];
+        for (int64_t i = 0; i < lines; i++) exact(dtype, rows[i], part, values[i]);
+        for (int half = 0; half < 2; half++) {
+            double *at = group + half * LANES + part * (WIDTH / 2);
+            memcpy(of_group + half, at, sizeof *of_group);
+            if (dots) continue;
+            of_group[half] += lines == ROWS ? (values[0][half] + values[1][half]) + (values[2][half] + values[3][half])
+                                            : values[0][half];
+            memcpy(at, of_group + half, sizeof *of_group);
+        }
+        for (int64_t i = 0; i < lines && dots; i++)
+            dots[i][part % EIGHTS] += of_group[0] * values[i][0] + of_group[1] * values[i][1];
+    }
+}
+
+/* Takes `lines` rows of a group: adds them to its sums, or puts their products with its weight to `out` if there is
+   one. Row `next` follows the first of them. */
+INLINE void lines_of(int dtype, int64_t lines, const void *block, const Shape *shape, int64_t row, int64_t next,
+                     int64_t groups, double *group, double *out) {
+    const char *rows[ROWS] = {0};
+    const void *from[ROWS];
+    char copies[ROWS][PAIR * sizeof(float)];
     Doubles dots[ROWS][EIGHTS] = {{{0}}};
+    const int64_t whole = shape->cols - shape->cols % PAIR, size = item_bytes(dtype);
+    const int64_t jump = ((next - row) * shape->row_stride - shape->cols) * size;
     for (int64_t i = 0; i < lines; i++) rows[i] = at(dtype, block, shape, 0, row + i * groups, 0);
-    for (int64_t col = 0; col < whole; col += EIGHT) {
-        for (int64_t i = 0; i < lines; i++) __builtin_prefetch(rows[i] + col * item_bytes(dtype) + AHEAD);
-        eight_of(dtype, lines, rows, col, sums, weight, dots);
+    for (int64_t col = 0; col < whole; col += PAIR) {
+        const int64_t fetched = AHEAD + (col + AHEAD / size < shape->cols ? 0 : jump);
+        for (int64_t i = 0; i < lines; i++) {
+            from[i] = rows[i] + col * size;
+            for (int64_t line = 0; line < PAIR * size; line += 64)
+                __builtin_prefetch((const char *)from[i] + fetched + line);
+        }
+        pair_of(dtype, lines, from, group + col, out ? dots : NULL);
     }
-    if (rest) {
+    if (whole < shape->cols) {
         for (int64_t i = 0; i < lines; i++)
-            ends[i] = memcpy(copies[i], rows[i] + whole * item_bytes(dtype), rest * item_bytes(dtype));
-        memcpy(end, (sums ? sums : weight) + whole, rest * sizeof *end);
-        eight_of(dtype, lines, ends, 0, sums ? end : NULL, end, dots);
-        if (sums) memcpy(sums + whole, end, rest * sizeof *end);
+            from[i] = padded(dtype, rows[i] + whole * size, shape->cols - whole, copies[i]);
+        pair_of(dtype, lines, from, group + whole, out ? dots : NULL);
     }
-    for (int64_t i = 0; i < lines && !sums; i++) {
+    for (int64_t i = 0; i < lines && out; i++) {
         double *lanes = (double *)dots[i];
         for (int width = EIGHT / 2; width; width /= 2)
             for (int lane = 0; lane < width; lane++) lanes[lane] += lanes[lane + width];
@@ -328,33 +331,42 @@ INLINE void lines_of(int dtype, int64_t lines, const void *block, const Shape *s
 }
 
 /* Takes ROWS rows of each group after one another, so that memory is read in order. */
-INLINE void groups_of(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups, double *sums,
-                      const double *weights, double *out) {
-    for (int64_t start = 0; start < shape->rows; start += ROWS * groups)
-        for (int64_t row = start; row < least(start + groups, shape->rows); row++) {
-            const int64_t group = (first + row) % groups * shape->cols;
-            double *into = sums ? sums + group : NULL;
-            const double *weight = sums ? NULL : weights + group;
+INLINE void groups_of(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups,
+                      double *arranged, double *out) {
+    const int64_t stripe = ROWS * groups, whole = whole_pairs(shape->cols);
+    for (int64_t start = 0; start < shape->rows; start += stripe)
+        for (int64_t row = start, end = least(start + groups, shape->rows); row < end; row++) {
+            double *group = arranged + (first + row) % groups * whole;
             if (row + (ROWS - 1) * groups < shape->rows)
-                lines_of(dtype, ROWS, block, shape, row, groups, into, weight, out);
+                lines_of(dtype, ROWS, block, shape, row, row + 1 < end ? row + 1 : start + stripe, groups, group, out);
             else
                 for (int64_t one = row; one < shape->rows; one += groups)
-                    lines_of(dtype, 1, block, shape, one, groups, into, weight, out);
+                    lines_of(dtype, 1, block, shape, one, one + groups, groups, group, out);
         }
 }
 
-/* Adds rows to the sums of their groups [groups, cols]: row i is in group (first + i) mod groups. */
-void ablate_group_sums(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups,
-                              double *into) {
-#define CALL(kind) groups_of(kind, block, shape, first, groups, into, NULL, NULL)
+/* Adds rows to the sums of their groups [groups, cols]: row i is in group (first + i) mod groups. `scratch` has room
+   for them with whole PAIRs of columns. */
+void ablate_group_sums(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups, double *into,
+                       double *scratch) {
+    const int64_t whole = whole_pairs(shape->cols);
+    arranged_double(dtype, into, groups, shape->cols, scratch);
+#define CALL(kind) groups_of(kind, block, shape, first, groups, scratch, NULL)
     FOR_EACH_DTYPE(CALL)
 #undef CALL
+    for (int64_t group = 0; group < groups; group++)
+        for (int64_t low = 0; low < shape->cols; low += PAIR) {
+            double ordered[PAIR];
+            in_order_double(dtype, scratch + group * whole + low, ordered);
+            memcpy(into + group * shape->cols + low, ordered, least(PAIR, shape->cols - low) * sizeof *ordered);
+        }
 }
 
-/* Takes the product of each row with the weight of its group [groups, cols]. */
+/* Takes the product of each row with the weight of its group [groups, cols]; `scratch` as above. */
 void ablate_group_dots(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups,
-                              const double *weights, double *out) {
-#define CALL(kind) groups_of(kind, block, shape, first, groups, NULL, weights, out)
+                       const double *weights, double *scratch, double *out) {
+    arranged_double(dtype, weights, groups, shape->cols, scratch);
+#define CALL(kind) groups_of(kind, block, shape, first, groups, scratch, out)
     FOR_EACH_DTYPE(CALL)
 #undef CALL
 }
@@ -438,6 +450,6 @@ int ablate_vector_width(void) {
 
 /* Counts up when the arguments of a function change: a library that was built before is not used. */
 #ifndef VERSION
-#define VERSION 5
+#define VERSION 6
 #endif
 const int ablate_version = VERSION;

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_VERSION = 5
+_VERSION = 6
 _DTYPES = {np.dtype(STORED[name]): number for number, name in enumerate(("BF16", "F16", "F32"))}
 _PRECISIONS: dict[type[np.floating], str] = {np.float32: "single", np.float64: "double"}
 _UNSCALED, _BY_ROW, _BY_COLUMN = range(3)
@@ -98,9 +98,9 @@ def _declare(library: ctypes.CDLL) -> None:
     library.ablate_mix.restype = None
     library.ablate_move.argtypes = (flag, address, shape, flag, ctypes.POINTER(_Move))
     library.ablate_move.restype = count
-    library.ablate_group_sums.argtypes = (flag, address, shape, count, count, address)
+    library.ablate_group_sums.argtypes = (flag, address, shape, count, count, address, address)
     library.ablate_group_sums.restype = None
-    library.ablate_group_dots.argtypes = (flag, address, shape, count, count, address, address)
+    library.ablate_group_dots.argtypes = (flag, address, shape, count, count, address, address, address)
     library.ablate_group_dots.restype = None
     library.ablate_greatest.argtypes = (address, shape)
     library.ablate_greatest.restype = flag
@@ -121,7 +121,8 @@ def add_group_sums(block: np.ndarray, first: int, into: np.ndarray) -> bool:
     """Do what :func:`~ablate_shards.kernels.grouped.add_group_sums` does; False, and nothing, where it cannot be."""
     library = _for_groups(block)
     if library is not None:
-        library.ablate_group_sums(*_described(block[None]), first, len(into), into.ctypes.data)
+        scratch = np.empty((len(into), _whole_pairs(block)))
+        library.ablate_group_sums(*_described(block[None]), first, len(into), into.ctypes.data, scratch.ctypes.data)
     return library is not None
 
 
@@ -130,7 +131,10 @@ def group_dots(block: np.ndarray, first: int, weights: np.ndarray, out: np.ndarr
     library = _for_groups(block)
     if library is not None:
         weights = np.ascontiguousarray(weights)
-        library.ablate_group_dots(*_described(block[None]), first, len(weights), weights.ctypes.data, out.ctypes.data)
+        scratch = np.empty((len(weights), _whole_pairs(block)))
+        library.ablate_group_dots(
+            *_described(block[None]), first, len(weights), weights.ctypes.data, scratch.ctypes.data, out.ctypes.data
+        )
     return library is not None
 
 
@@ -410,7 +414,7 @@ class NativeArrays:
 
 
 def _whole_pairs(block: np.ndarray) -> int:
-    columns: int = block.shape[2]
+    columns: int = block.shape[-1]
     return math.ceil(columns / _PAIR) * _PAIR
 
 

@@ -95,8 +95,8 @@ def test_float64_is_rounded_once_and_stays_finite(encoded, kind, dtype):
     assert np.isfinite(decoded(out, np.float64)).all()
 
 
-def digest_of_edits() -> str:
-    """Of the bytes of edits in many shapes, and of the sums that the measures are made of."""
+def digest_of_results() -> str:
+    """Of the bytes of edits in many shapes, and of the sums that measures and directions are made of."""
     digest = hashlib.sha256()
     rng = np.random.default_rng(0)
     shapes, counts = ((300, 901), (10, 9001), (1500, 33), (1, 6)), (1, 5)
@@ -112,6 +112,12 @@ def digest_of_edits() -> str:
             result, report = project(weight, basis, ProjectOptions(coefficient, preserve, axis))
             digest.update(result.data)
             digest.update(report.before.norms.data)
+        sums = np.zeros((7, cols))
+        assert native.add_group_sums(weight, 3, sums)
+        digest.update(sums.data)
+        products = np.empty(rows)
+        assert native.group_dots(weight, 3, sums, products)
+        digest.update(products.data)
     return digest.hexdigest()
 
 
@@ -155,7 +161,7 @@ def test_the_vectors_of_a_cpu_do_not_show(monkeypatch):
         monkeypatch.setattr(native, "_VARIANTS", {})
         native._library.cache_clear()
         assert Path(native._library()._name) == path
-        digests.add(digest_of_edits())
+        digests.add(digest_of_results())
         monkeypatch.undo()
     native._library.cache_clear()
     assert len(digests) == 1
@@ -168,9 +174,9 @@ def test_the_widest_vectors_of_a_cpu_are_used():
 
 @pytest.mark.skipif("fma" not in Path("/proc/cpuinfo").read_text(), reason="needs a CPU with fused multiply-adds")
 def test_contracted_products_would_show(compiled):
-    ours = digest_of_edits()
+    ours = digest_of_results()
     assert compiled("-mfma -ffp-contract=fast") is None
-    assert digest_of_edits() != ours
+    assert digest_of_results() != ours
 
 
 def test_without_a_compiler_torch_does_the_arithmetic(compiled, tmp_path):
@@ -197,9 +203,9 @@ def test_a_library_that_lacks_a_function_is_not_used(compiled):
 
 
 def test_a_thread_count_does_not_show():
-    ours = digest_of_edits()
+    ours = digest_of_results()
     found: list[str] = []
-    threads = [threading.Thread(target=lambda: found.append(digest_of_edits())) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: found.append(digest_of_results())) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
