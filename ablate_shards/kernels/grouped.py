@@ -1,5 +1,6 @@
-"""Sums over groups of rows, and a product per row with its group's weight: in C where it was built, else in NumPy.
+"""What directions and their scores are made of: in C where it was built, else in NumPy.
 
+These are sums over groups of rows, a product per row with its group's weight, and how well such products separate.
 Row ``i`` of a block whose first row has the index ``first`` belongs to group ``(first + i) mod groups``.
 """
 
@@ -10,7 +11,7 @@ import numpy as np
 from ablate_shards.kernels import native
 from ablate_shards.kernels.stored import decoded
 
-__all__ = ["add_group_sums", "group_dots"]
+__all__ = ["add_group_sums", "group_dots", "pairs_in_order"]
 
 _ELEMENTS = 1 << 19
 
@@ -47,6 +48,20 @@ def group_dots(block: np.ndarray, first: int, weights: np.ndarray) -> np.ndarray
             weight = weights[(first + start + phase) % len(weights)]
             found[phase :: len(weights)] = np.vecdot(values[phase :: len(weights)], weight)
     return out
+
+
+def pairs_in_order(lower: np.ndarray, higher: np.ndarray) -> int:
+    """Return how many pairs of one value of each have the one from ``lower`` below the other, ties counting half; twice.
+
+    Args:
+        lower: ``[n]`` float64, none NaN.
+        higher: ``[m]`` float64.
+    """
+    lower, higher = np.sort(lower), np.sort(higher)
+    counted = native.pairs_in_order(lower, higher)
+    if counted is None:
+        return int((np.searchsorted(lower, higher, "left") + np.searchsorted(lower, higher, "right")).sum())
+    return counted
 
 
 def _exact(block: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

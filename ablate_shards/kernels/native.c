@@ -371,6 +371,20 @@ void ablate_group_dots(int dtype, const void *block, const Shape *shape, int64_t
 #undef CALL
 }
 
+/* Counts the pairs of a lower value of the one and a higher value of the other, both ascending: twice, and equal ones
+   once. */
+int64_t ablate_pairs(const double *lower, int64_t count, const double *higher, int64_t others) {
+    int64_t below = 0, above = 0, twice = 0;
+    while (below < count && above < others) { /* which of the two goes on is a coin toss, so not a branch */
+        const int64_t is_below = lower[below] < higher[above];
+        for (int64_t equal = below; equal < count && lower[equal] == higher[above]; equal++) twice++;
+        twice += 2 * below & (is_below - 1);
+        below += is_below;
+        above += 1 - is_below;
+    }
+    return twice + 2 * count * (others - above);
+}
+
 /* Tells the bits of the greatest magnitude among bfloat16 or float16 values. */
 int ablate_greatest(const uint16_t *block, const Shape *shape) {
     uint16_t most = 0;

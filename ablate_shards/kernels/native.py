@@ -28,6 +28,7 @@ __all__ = [
     "greatest_bits",
     "group_dots",
     "is_built",
+    "pairs_in_order",
 ]
 
 LIBRARY = Path(__file__).with_name("_native.so")
@@ -102,6 +103,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.ablate_group_sums.restype = None
     library.ablate_group_dots.argtypes = (flag, address, shape, count, count, address, address, address)
     library.ablate_group_dots.restype = None
+    library.ablate_pairs.argtypes = (address, count, address, count)
+    library.ablate_pairs.restype = count
     library.ablate_greatest.argtypes = (address, shape)
     library.ablate_greatest.restype = flag
     library.ablate_add.argtypes = (
@@ -136,6 +139,14 @@ def group_dots(block: np.ndarray, first: int, weights: np.ndarray, out: np.ndarr
             *_described(block[None]), first, len(weights), weights.ctypes.data, scratch.ctypes.data, out.ctypes.data
         )
     return library is not None
+
+
+def pairs_in_order(lower: np.ndarray, higher: np.ndarray) -> int | None:
+    """Do what :func:`~ablate_shards.kernels.grouped.pairs_in_order` does with ascending values; None where it cannot."""
+    library = _library()
+    if library is None:
+        return None
+    return int(library.ablate_pairs(lower.ctypes.data, len(lower), higher.ctypes.data, len(higher)))
 
 
 def greatest_bits(block: np.ndarray) -> int:

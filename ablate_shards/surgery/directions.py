@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from ablate_shards.errors import ActivationsError, CheckpointError, DirectionsError, UsageError
-from ablate_shards.kernels.grouped import add_group_sums, group_dots
+from ablate_shards.kernels.grouped import add_group_sums, group_dots, pairs_in_order
 from ablate_shards.surgery.activations import (
     LABELS,
     MEASUREMENT_SUFFIXES,
@@ -753,12 +753,7 @@ def _leading(gram: np.ndarray, start: np.ndarray) -> np.ndarray:
 
 def _auc(positive: np.ndarray, negative: np.ndarray) -> float:
     """Probability that a positive lies above a negative, ties counting half (Mann and Whitney, 1947)."""
-    # Each search starts where the one before it ended, if the values ascend.
-    ordered, sought = np.sort(negative), np.sort(positive)
-    upto = np.searchsorted(ordered, sought, "right")
-    tied = ordered[upto - 1] == sought
-    ties = upto[tied] - np.searchsorted(ordered, sought[tied], "left")
-    return float((2 * upto.sum() - ties.sum()) / (2 * len(positive) * len(negative)))
+    return pairs_in_order(negative, positive) / (2 * len(positive) * len(negative))
 
 
 def _project_out(vectors: np.ndarray, axes: np.ndarray) -> np.ndarray:

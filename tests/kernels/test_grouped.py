@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ablate_shards.kernels import native
-from ablate_shards.kernels.grouped import add_group_sums, group_dots
+from ablate_shards.kernels.grouped import add_group_sums, group_dots, pairs_in_order
 from ablate_shards.kernels.stored import STORED, decoded, encode
 
 
@@ -52,6 +52,16 @@ def test_what_is_not_finite_shows_in_the_sum(form, kind):
     assert sums[1, 6] == np.inf
     assert np.isnan(sums[0, 7])
     assert np.isfinite(sums).sum() == 38
+
+
+@pytest.mark.parametrize(("lower", "higher"), [(1, 1), (1, 50), (50, 1), (200, 300)])
+@pytest.mark.parametrize("digits", [0, 1, 12])
+def test_pairs_are_counted_in_any_order_and_ties_half(form, lower, higher, digits):
+    rng = np.random.default_rng(0)
+    for shift in (-9.0, 0.0, 0.5, 9.0):
+        low, high = np.round(rng.standard_normal(lower), digits), np.round(rng.standard_normal(higher) + shift, digits)
+        expected = 2 * (low[:, None] < high).sum() + (low[:, None] == high).sum()
+        assert pairs_in_order(low, high) == expected
 
 
 def test_values_may_begin_anywhere_in_a_file(form):
