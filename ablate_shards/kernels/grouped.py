@@ -51,7 +51,7 @@ def group_dots(block: np.ndarray, first: int, weights: np.ndarray) -> np.ndarray
 
 
 def pairs_in_order(lower: np.ndarray, higher: np.ndarray) -> int:
-    """Return how many pairs of one value of each have the one from ``lower`` below the other, ties counting half; twice.
+    """Return twice how many pairs of a value of each have that of ``lower`` below the other; ties count half.
 
     Args:
         lower: ``[n]`` float64, none NaN.

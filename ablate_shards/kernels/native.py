@@ -142,7 +142,7 @@ def group_dots(block: np.ndarray, first: int, weights: np.ndarray, out: np.ndarr
 
 
 def pairs_in_order(lower: np.ndarray, higher: np.ndarray) -> int | None:
-    """Do what :func:`~ablate_shards.kernels.grouped.pairs_in_order` does with ascending values; None where it cannot."""
+    """Return what :func:`~ablate_shards.kernels.grouped.pairs_in_order` does of ascending values; None if it cannot."""
     library = _library()
     if library is None:
         return None
