@@ -1,6 +1,7 @@
 """Measures what ablate-shards costs, each case against what anyone has, and writes, quotes or draws the results.
 
-Without CASE, every case that needs no GPU. A contender whose result is wrong gets no speed, and the exit code is 1.
+Without CASE, every case that needs no GPU and is not a long one. A contender whose result is wrong gets no speed, and
+the exit code is 1.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.list:
             for case in CASES.values():
-                print(f"{case.name:12} {case.summary}")
+                print(f"{case.name:12} {case.summary}{' (long)' if case.long else ''}")
         elif given.quote:
             print("\n\n".join(record.markdown(name) for name in given.cases or ["command"]))
         elif given.chart:
@@ -46,6 +47,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="what to measure; --list names them")
     parser.add_argument("--gpu", action="store_true", help="every case that needs a GPU")
+    parser.add_argument("--all", action="store_true", help="the long cases too")
     parser.add_argument("--runs", type=int, help="how often each contender is timed")
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, to see that a case runs")
     parser.add_argument("--work", type=Path, default=Path("build/benchmarks"), help="where to write test files")
@@ -69,7 +71,9 @@ def measure(given: argparse.Namespace) -> int:
     Raises:
         BenchmarkError: A case needs a GPU, and there is none; or a command failed.
     """
-    chosen = [CASES[name] for name in given.cases] or [case for case in CASES.values() if case.gpu == given.gpu]
+    chosen = [CASES[name] for name in given.cases] or [
+        case for case in CASES.values() if case.gpu == given.gpu and (given.all or not case.long)
+    ]
     needy = [case.name for case in chosen if case.gpu]
     device = machine.gpu() if needy else None
     if needy and device is None and not given.tiny:

@@ -223,12 +223,14 @@ class Case:
         measure: Runs it.
         runs: How often each contender is timed unless told.
         gpu: Whether it needs one.
+        long: Whether it is left out unless it or everything is asked for.
     """
 
     name: str
     measure: Callable[[Bench], None]
     runs: int
     gpu: bool
+    long: bool
 
     @property
     def summary(self) -> str:
@@ -241,12 +243,12 @@ COLUMNS = ("spread", "ours/this", "bandwidth", "peak memory", "peak disk", "fetc
 
 
 def case(
-    name: str, *, runs: int = 5, gpu: bool = False
+    name: str, *, runs: int = 5, gpu: bool = False, long: bool = False
 ) -> Callable[[Callable[[Bench], None]], Callable[[Bench], None]]:
     """Registers a function as a case."""
 
     def register(measure: Callable[[Bench], None]) -> Callable[[Bench], None]:
-        CASES[name] = Case(name, measure, runs, gpu)
+        CASES[name] = Case(name, measure, runs, gpu, long)
         return measure
 
     return register

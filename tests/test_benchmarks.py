@@ -105,7 +105,7 @@ def registered(monkeypatch):
             """Scripted seconds."""
             bench.race("scripted", contenders, size=10**9)
 
-        monkeypatch.setitem(CASES, "scripted", Case("scripted", measure, 3, gpu=False))
+        monkeypatch.setitem(CASES, "scripted", Case("scripted", measure, 3, gpu=False, long=False))
 
     return register
 
@@ -161,6 +161,18 @@ def test_every_case_runs_at_tiny_size(name, tmp_path):
     assert any(row["ratio"] for row in rows)
     with pytest.raises(BenchmarkError, match="tiny sizes"):
         record.read(name, tmp_path)
+
+
+def test_a_long_case_is_run_where_it_or_everything_is_asked_for(monkeypatch, tmp_path):
+    ran = []
+    cases = {
+        name: Case(name, lambda bench, name=name: ran.append(name), 1, gpu=name == "gpu", long=name == "long")
+        for name in ("short", "long", "gpu")
+    }
+    monkeypatch.setattr("benchmarks.__main__.CASES", cases)
+    for words in ([], ["--all"], ["long"]):
+        assert main([*words, "--work", str(tmp_path)]) == 0
+    assert ran == ["short", "short", "long", "long"]
 
 
 def test_every_case_says_in_one_line_what_it_measures(capsys):

@@ -20,7 +20,7 @@ WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 LOADED, STREAMED = "weights loaded", "weights streamed"
 
 
-@case("capture", runs=3)
+@case("capture", runs=3, long=True)
 def capture(bench: Bench) -> None:
     """Capture from models of 0.6 and 1 GB with weights loaded and streamed: peak memory and time."""
     pairs, dump = bench.work / "pairs.jsonl", bench.work / "dump.safetensors"

@@ -116,7 +116,7 @@ def command_of_four_gigabytes(bench: Bench) -> None:
     bench.race(job.title, job.both(), size=job.size)
 
 
-@case("scaling", runs=3)
+@case("scaling", runs=3, long=True)
 def scaling(bench: Bench) -> None:
     """Whole command, synced, on 1, 2, 4 and 8 GB of that layout: time and memory against bytes."""
     for layers in (2, 3, 5) if bench.tiny else SCALES:

@@ -20,7 +20,7 @@ __all__: list[str] = []
 OURS = "ablate-shards diff"
 
 
-@case("diff", runs=3)
+@case("diff", runs=3, long=True)
 def diff(bench: Bench) -> None:
     """Diff of 1.5 GB with a copy, an ablation and a checkpoint whose every tensor changed, against reading both."""
     layout = qwen(tiny=bench.tiny)

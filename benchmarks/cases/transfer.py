@@ -33,7 +33,7 @@ TO_FOLDER, TO_HUB = "to a folder", "to the Hub"
 LAYERS, SOURCE_LAYER, LARGE_LAYER = 4, 2, 1
 
 
-@case("transfer", runs=1)
+@case("transfer", runs=1, long=True)
 def transfer(bench: Bench) -> None:
     """Ablation and merge of 2 and 4 GB from Hub to Hub through LFS, against the same into a folder."""
     from tests.hub.hub_server import Server
