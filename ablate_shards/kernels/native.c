@@ -262,44 +262,43 @@ int64_t ablate_move(int dtype, void *block, const Shape *shape, int is_double, c
 #define DOUBLED(values) __builtin_convertvector(values, Doubles)
 #endif
 
-/* Returns of a PAIR of stored values half as many as decode() does, in the same order, as float64. */
-INLINE void exact(int dtype, const void *stored, int part, Doubles values[2]) {
+/* Returns of a PAIR of stored values half a vector of either half, both in the order of decode(), as float64. */
+INLINE Doubles exact(int dtype, const void *stored, int part, int half) {
     Bits words;
-    for (int i = 0; i < 2; i++) {
-        const float *from = (const float *)stored + part * (WIDTH / 2);
-        memcpy(&words, dtype == F32 ? from + i * LANES : from, sizeof words);
-        if (dtype == BF16) words = i ? words & 0xFFFF0000u : words << 16;
-        if (dtype == F16) {
-            const Bits half = i ? words >> 16 : words & 0xFFFF, digits = (half & 0x7FFF) << 13;
-            const Bits special = (Bits)(digits >= 0x7C00u << 13) & 0x7F800000u;
-            words = (Bits)((Singles)digits * 0x1p112f) | special | (half & 0x8000) << 16;
+    memcpy(&words, (const float *)stored + part * (WIDTH / 2) + (dtype == F32 ? half * LANES : 0), sizeof words);
+    if (dtype == BF16) words = half ? words & 0xFFFF0000u : words << 16;
+    if (dtype == F16) {
+        const Bits bits = half ? words >> 16 : words & 0xFFFF, digits = (bits & 0x7FFF) << 13;
+        const Bits special = (Bits)(digits >= 0x7C00u << 13) & 0x7F800000u;
+        words = (Bits)((Singles)digits * 0x1p112f) | special | (bits & 0x8000) << 16;
+    }
+    return DOUBLED((Singles)words);
+}
+
+/* Adds a PAIR of each of `lines` rows, 1 or ROWS, to their group's sums; or its products with the group's weight, if
+   these are `weighted`, to EIGHT lanes of each row. */
+INLINE void pair_of(int dtype, int64_t lines, int weighted, const void *const *rows, double *group,
+                    Doubles dots[ROWS][EIGHTS]) {
+#pragma GCC unroll 16 /* or vectors would pass through memory */
+    for (int number = 0; number < 4 * VECTORS; number++) {
+        const int part = number / 2, half = number % 2;
+        double *at = group + half * LANES + part * (WIDTH / 2);
+        Doubles of_group, values[ROWS];
+        memcpy(&of_group, at, sizeof of_group);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < lines; i++) {
+            values[i] = exact(dtype, rows[i], part, half);
+            if (weighted) dots[i][part % EIGHTS] += of_group * values[i];
         }
-        values[i] = DOUBLED((Singles)words);
+        if (weighted) continue;
+        of_group += lines == ROWS ? (values[0] + values[1]) + (values[2] + values[3]) : values[0];
+        memcpy(at, &of_group, sizeof of_group);
     }
 }
 
-/* Adds a PAIR of each of `lines` rows, 1 or ROWS, to their group's sums; or its products with the group's weight to
-   `dots`, EIGHT lanes of each row, if there are any. */
-INLINE void pair_of(int dtype, int64_t lines, const void *const *rows, double *group, Doubles (*dots)[EIGHTS]) {
-    for (int part = 0; part < 2 * VECTORS; part++) {
-        Doubles values[ROWS][2], of_group[2];
-        for (int64_t i = 0; i < lines; i++) exact(dtype, rows[i], part, values[i]);
-        for (int half = 0; half < 2; half++) {
-            double *at = group + half * LANES + part * (WIDTH / 2);
-            memcpy(of_group + half, at, sizeof *of_group);
-            if (dots) continue;
-            of_group[half] += lines == ROWS ? (values[0][half] + values[1][half]) + (values[2][half] + values[3][half])
-                                            : values[0][half];
-            memcpy(at, of_group + half, sizeof *of_group);
-        }
-        for (int64_t i = 0; i < lines && dots; i++)
-            dots[i][part % EIGHTS] += of_group[0] * values[i][0] + of_group[1] * values[i][1];
-    }
-}
-
-/* Takes `lines` rows of a group: adds them to its sums, or puts their products with its weight to `out` if there is
-   one. Row `next` follows the first of them. */
-INLINE void lines_of(int dtype, int64_t lines, const void *block, const Shape *shape, int64_t row, int64_t next,
+/* Takes `lines` rows of a group: adds them to its sums, or puts their products with its weight to `out`. Row `next`
+   follows the first of them. */
+INLINE void lines_of(int dtype, int64_t lines, int weighted, const void *block, const Shape *shape, int64_t row, int64_t next,
                      int64_t groups, double *group, double *out) {
     const char *rows[ROWS] = {0};
     const void *from[ROWS];
@@ -315,15 +314,16 @@ INLINE void lines_of(int dtype, int64_t lines, const void *block, const Shape *s
             for (int64_t line = 0; line < PAIR * size; line += 64)
                 __builtin_prefetch((const char *)from[i] + fetched + line);
         }
-        pair_of(dtype, lines, from, group + col, out ? dots : NULL);
+        pair_of(dtype, lines, weighted, from, group + col, dots);
     }
     if (whole < shape->cols) {
         for (int64_t i = 0; i < lines; i++)
             from[i] = padded(dtype, rows[i] + whole * size, shape->cols - whole, copies[i]);
-        pair_of(dtype, lines, from, group + whole, out ? dots : NULL);
+        pair_of(dtype, lines, weighted, from, group + whole, dots);
     }
-    for (int64_t i = 0; i < lines && out; i++) {
-        double *lanes = (double *)dots[i];
+    for (int64_t i = 0; i < lines && weighted; i++) {
+        double lanes[EIGHT];
+        memcpy(lanes, dots[i], sizeof lanes);
         for (int width = EIGHT / 2; width; width /= 2)
             for (int lane = 0; lane < width; lane++) lanes[lane] += lanes[lane + width];
         out[row + i * groups] = lanes[0];
@@ -331,17 +331,18 @@ INLINE void lines_of(int dtype, int64_t lines, const void *block, const Shape *s
 }
 
 /* Takes ROWS rows of each group after one another, so that memory is read in order. */
-INLINE void groups_of(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups,
+INLINE void groups_of(int dtype, int weighted, const void *block, const Shape *shape, int64_t first, int64_t groups,
                       double *arranged, double *out) {
     const int64_t stripe = ROWS * groups, whole = whole_pairs(shape->cols);
     for (int64_t start = 0; start < shape->rows; start += stripe)
         for (int64_t row = start, end = least(start + groups, shape->rows); row < end; row++) {
             double *group = arranged + (first + row) % groups * whole;
             if (row + (ROWS - 1) * groups < shape->rows)
-                lines_of(dtype, ROWS, block, shape, row, row + 1 < end ? row + 1 : start + stripe, groups, group, out);
+                lines_of(dtype, ROWS, weighted, block, shape, row, row + 1 < end ? row + 1 : start + stripe, groups,
+                         group, out);
             else
                 for (int64_t one = row; one < shape->rows; one += groups)
-                    lines_of(dtype, 1, block, shape, one, one + groups, groups, group, out);
+                    lines_of(dtype, 1, weighted, block, shape, one, one + groups, groups, group, out);
         }
 }
 
@@ -351,7 +352,7 @@ void ablate_group_sums(int dtype, const void *block, const Shape *shape, int64_t
                        double *scratch) {
     const int64_t whole = whole_pairs(shape->cols);
     arranged_double(dtype, into, groups, shape->cols, scratch);
-#define CALL(kind) groups_of(kind, block, shape, first, groups, scratch, NULL)
+#define CALL(kind) groups_of(kind, 0, block, shape, first, groups, scratch, NULL)
     FOR_EACH_DTYPE(CALL)
 #undef CALL
     for (int64_t group = 0; group < groups; group++)
@@ -366,7 +367,7 @@ void ablate_group_sums(int dtype, const void *block, const Shape *shape, int64_t
 void ablate_group_dots(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups,
                        const double *weights, double *scratch, double *out) {
     arranged_double(dtype, weights, groups, shape->cols, scratch);
-#define CALL(kind) groups_of(kind, block, shape, first, groups, scratch, out)
+#define CALL(kind) groups_of(kind, 1, block, shape, first, groups, scratch, out)
     FOR_EACH_DTYPE(CALL)
 #undef CALL
 }
