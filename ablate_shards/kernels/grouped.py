@@ -31,22 +31,23 @@ def add_group_sums(block: np.ndarray, first: int, into: np.ndarray) -> None:
             into[(first + start + phase) % len(into)] += values[phase :: len(into)].sum(0)
 
 
-def group_dots(block: np.ndarray, first: int, weights: np.ndarray) -> np.ndarray:
-    """Return the product of each row with the weight of its group, ``[rows]`` float64.
+def group_dots(block: np.ndarray, first: int, weights: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Return the product of each row with the weight of its group, less the group's offset, ``[rows]`` float64.
 
     Args:
         block: ``[rows, d]`` as in :func:`add_group_sums`.
         first: The index of the first row.
         weights: ``[groups, d]`` float64.
+        offsets: ``[groups]`` float64.
     """
     out = np.empty(len(block))
-    if native.group_dots(block, first, weights, out):
+    if native.group_dots(block, first, weights, offsets, out):
         return out
     for start, values in _exact(block):
         found = out[start : start + len(values)]
         for phase in range(len(weights)):
-            weight = weights[(first + start + phase) % len(weights)]
-            found[phase :: len(weights)] = np.vecdot(values[phase :: len(weights)], weight)
+            group = (first + start + phase) % len(weights)
+            found[phase :: len(weights)] = np.vecdot(values[phase :: len(weights)], weights[group]) - offsets[group]
     return out
 
 

@@ -363,13 +363,16 @@ void ablate_group_sums(int dtype, const void *block, const Shape *shape, int64_t
         }
 }
 
-/* Takes the product of each row with the weight of its group [groups, cols]; `scratch` as above. */
+/* Takes the product of each row with the weight of its group [groups, cols], less its group's offset; `scratch` as
+   above. */
 void ablate_group_dots(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups,
-                       const double *weights, double *scratch, double *out) {
+                       const double *weights, const double *offsets, double *scratch, double *out) {
     arranged_double(dtype, weights, groups, shape->cols, scratch);
 #define CALL(kind) groups_of(kind, 1, block, shape, first, groups, scratch, out)
     FOR_EACH_DTYPE(CALL)
 #undef CALL
+    for (int64_t row = 0, group = first % groups; row < shape->rows; row++, group = group + 1 < groups ? group + 1 : 0)
+        out[row] -= offsets[group];
 }
 
 /* Counts the pairs of a lower value of the one and a higher value of the other, both ascending: twice, and equal ones
@@ -465,6 +468,6 @@ int ablate_vector_width(void) {
 
 /* Counts up when the arguments of a function change: a library that was built before is not used. */
 #ifndef VERSION
-#define VERSION 6
+#define VERSION 7
 #endif
 const int ablate_version = VERSION;

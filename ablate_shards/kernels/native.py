@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_VERSION = 6
+_VERSION = 7
 _DTYPES = {np.dtype(STORED[name]): number for number, name in enumerate(("BF16", "F16", "F32"))}
 _PRECISIONS: dict[type[np.floating], str] = {np.float32: "single", np.float64: "double"}
 _UNSCALED, _BY_ROW, _BY_COLUMN = range(3)
@@ -101,7 +101,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.ablate_move.restype = count
     library.ablate_group_sums.argtypes = (flag, address, shape, count, count, address, address)
     library.ablate_group_sums.restype = None
-    library.ablate_group_dots.argtypes = (flag, address, shape, count, count, address, address, address)
+    library.ablate_group_dots.argtypes = (flag, address, shape, count, count, address, address, address, address)
     library.ablate_group_dots.restype = None
     library.ablate_pairs.argtypes = (address, count, address, count)
     library.ablate_pairs.restype = count
@@ -129,15 +129,16 @@ def add_group_sums(block: np.ndarray, first: int, into: np.ndarray) -> bool:
     return library is not None
 
 
-def group_dots(block: np.ndarray, first: int, weights: np.ndarray, out: np.ndarray) -> bool:
+def group_dots(block: np.ndarray, first: int, weights: np.ndarray, offsets: np.ndarray, out: np.ndarray) -> bool:
     """Write to ``out`` what :func:`~ablate_shards.kernels.grouped.group_dots` returns; False where it cannot be."""
     library = _for_groups(block)
     if library is not None:
-        weights = np.ascontiguousarray(weights)
+        weights, offsets = np.ascontiguousarray(weights), np.ascontiguousarray(offsets)
         scratch = np.empty((len(weights), _whole_pairs(block)))
         library.ablate_group_dots(
-            *_described(block[None]), first, len(weights), weights.ctypes.data, scratch.ctypes.data, out.ctypes.data
-        )
+            *_described(block[None]), first, len(weights), weights.ctypes.data, offsets.ctypes.data,
+            scratch.ctypes.data, out.ctypes.data,
+        )  # fmt: skip
     return library is not None
 
 

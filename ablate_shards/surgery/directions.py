@@ -370,9 +370,8 @@ class _Layer:
 
     def _along(self, label: Label, directions: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         """Returns how far each prompt lies along its group's direction ``[groups, d]``, from the group's offset."""
-        along = np.concatenate([group_dots(block, first, directions) for first, block in self._blocks(label)])
-        along -= np.tile(offsets, len(along) // len(offsets) + 1)[: len(along)]
-        return along
+        blocks = self._blocks(label)
+        return np.concatenate([group_dots(block, first, directions, offsets) for first, block in blocks])
 
     def _medians(self, label: Label, means: np.ndarray) -> np.ndarray:
         """Returns the geometric median of each subset, ``[subsets, d]``, from their means.

@@ -29,6 +29,7 @@ def rows(kind: str, count: int, size: int) -> np.ndarray:
 @pytest.mark.parametrize("groups", [1, 2, 10])
 def test_every_row_counts_once_in_its_group(form, kind, size, groups):
     weights = np.random.default_rng(1).standard_normal((groups, size))
+    offsets = np.arange(1.0, groups + 1)
     for count, first in ((0, 0), (1, 3), (9, 0), (79, 1), (1023, 7)):
         block = rows(kind, count, size)
         exact = block if kind == "F64" else decoded(block, np.float64)
@@ -37,8 +38,9 @@ def test_every_row_counts_once_in_its_group(form, kind, size, groups):
             expected[(first + number) % groups] += row
         add_group_sums(block, first, sums)
         np.testing.assert_allclose(sums, 1 + expected, rtol=1e-12, atol=1e-12)
-        products = [row @ weights[(first + number) % groups] for number, row in enumerate(exact)]
-        np.testing.assert_allclose(group_dots(block, first, weights), products, rtol=1e-12, atol=1e-11)
+        of_row = [(first + number) % groups for number in range(count)]
+        products = [row @ weights[group] - offsets[group] for row, group in zip(exact, of_row, strict=True)]
+        np.testing.assert_allclose(group_dots(block, first, weights, offsets), products, rtol=1e-12, atol=1e-11)
 
 
 @pytest.mark.parametrize("kind", ["BF16", "F16", "F32"])
@@ -72,4 +74,6 @@ def test_values_may_begin_anywhere_in_a_file(form):
     add_group_sums(raw, 2, sums)
     add_group_sums(stored, 2, expected)
     np.testing.assert_allclose(sums, expected, rtol=1e-12)
-    np.testing.assert_allclose(group_dots(raw, 2, expected), group_dots(stored, 2, expected), rtol=1e-12)
+    offsets = np.zeros(3)
+    found = group_dots(raw, 2, expected, offsets)
+    np.testing.assert_allclose(found, group_dots(stored, 2, expected, offsets), rtol=1e-12)
