@@ -282,9 +282,9 @@ INLINE void pair_of(int dtype, int64_t lines, int weighted, const void *const *r
 #pragma GCC unroll 16 /* or vectors would pass through memory */
     for (int number = 0; number < 4 * VECTORS; number++) {
         const int part = number / 2, half = number % 2;
-        double *at = group + half * LANES + part * (WIDTH / 2);
+        double *place = group + half * LANES + part * (WIDTH / 2);
         Doubles of_group, values[ROWS];
-        memcpy(&of_group, at, sizeof of_group);
+        memcpy(&of_group, place, sizeof of_group);
 #pragma GCC unroll 4
         for (int64_t i = 0; i < lines; i++) {
             values[i] = exact(dtype, rows[i], part, half);
@@ -292,14 +292,14 @@ INLINE void pair_of(int dtype, int64_t lines, int weighted, const void *const *r
         }
         if (weighted) continue;
         of_group += lines == ROWS ? (values[0] + values[1]) + (values[2] + values[3]) : values[0];
-        memcpy(at, &of_group, sizeof of_group);
+        memcpy(place, &of_group, sizeof of_group);
     }
 }
 
 /* Takes `lines` rows of a group: adds them to its sums, or puts their products with its weight to `out`. Row `next`
    follows the first of them. */
-INLINE void lines_of(int dtype, int64_t lines, int weighted, const void *block, const Shape *shape, int64_t row, int64_t next,
-                     int64_t groups, double *group, double *out) {
+INLINE void lines_of(int dtype, int64_t lines, int weighted, const void *block, const Shape *shape, int64_t row,
+                     int64_t next, int64_t groups, double *group, double *out) {
     const char *rows[ROWS] = {0};
     const void *from[ROWS];
     char copies[ROWS][PAIR * sizeof(float)];
@@ -378,10 +378,14 @@ void ablate_group_dots(int dtype, const void *block, const Shape *shape, int64_t
 /* Counts the pairs of a lower value of the one and a higher value of the other, both ascending: twice, and equal ones
    once. */
 int64_t ablate_pairs(const double *lower, int64_t count, const double *higher, int64_t others) {
-    int64_t below = 0, above = 0, twice = 0;
+    int64_t below = 0, above = 0, upto = 0, twice = 0;
     while (below < count && above < others) { /* which of the two goes on is a coin toss, so not a branch */
         const int64_t is_below = lower[below] < higher[above];
-        for (int64_t equal = below; equal < count && lower[equal] == higher[above]; equal++) twice++;
+        if (lower[below] == higher[above]) {
+            if (upto < below) upto = below;
+            while (upto < count && lower[upto] == higher[above]) upto++;
+            twice += upto - below;
+        }
         twice += 2 * below & (is_below - 1);
         below += is_below;
         above += 1 - is_below;

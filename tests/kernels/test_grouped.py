@@ -66,6 +66,10 @@ def test_pairs_are_counted_in_any_order_and_ties_half(form, lower, higher, digit
         assert pairs_in_order(low, high) == expected
 
 
+def test_as_many_ties_as_can_be_are_counted_in_linear_time(form):
+    assert pairs_in_order(np.ones(10**6), np.ones(10**6)) == 10**12
+
+
 def test_values_may_begin_anywhere_in_a_file(form):
     stored = rows("F32", 10, 9)
     raw = np.frombuffer(b"\0" + stored.tobytes(), np.uint8)[1:].view(np.float32).reshape(stored.shape)
