@@ -12,7 +12,7 @@ from command_line import run
 from raw_checkpoints import snapshot, write_directions, write_llama
 
 from ablate_shards.surgery import execute as execute_module
-from ablate_shards.surgery.staging import locked
+from ablate_shards.surgery.machine.staging import locked
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_two_runs_into_one_folder(case):
 def test_a_lock_left_by_a_killed_run_blocks_nobody(case):
     folder, arguments = case
     code = (
-        "import os, signal, sys; from pathlib import Path; from ablate_shards.surgery.staging import locked\n"
+        "import os, signal, sys; from pathlib import Path; from ablate_shards.surgery.machine.staging import locked\n"
         "with locked(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, folder / "out"], check=False)

@@ -24,9 +24,9 @@ from ablate_shards.surgery.loading import (
     read_config,
     size_text,
 )
+from ablate_shards.surgery.machine.staging import locked
 from ablate_shards.surgery.prompts import Position, Prompt, encode_pairs, make_batches
 from ablate_shards.surgery.samples import Pair
-from ablate_shards.surgery.staging import locked
 
 if TYPE_CHECKING:
     import torch

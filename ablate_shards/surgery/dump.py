@@ -13,7 +13,7 @@ from ablate_shards.errors import CaptureError, CheckpointError, ExecuteError, Us
 from ablate_shards.surgery.activations import ACTIVATIONS_FORMAT, LABELS
 from ablate_shards.surgery.checkpoint import read_header
 from ablate_shards.surgery.loading import size_text
-from ablate_shards.surgery.staging import Staging, fsync_folder
+from ablate_shards.surgery.machine.staging import Staging, fsync_folder
 
 if TYPE_CHECKING:
     import torch

@@ -27,9 +27,9 @@ from ablate_shards.surgery.loading import (
     read_tokenizer,
     size_text,
 )
+from ablate_shards.surgery.machine.staging import Staging, check_out, locked
 from ablate_shards.surgery.responses import encode_instructions, split
 from ablate_shards.surgery.samples import Instruction
-from ablate_shards.surgery.staging import Staging, check_out, locked
 from ablate_shards.surgery.targets import SEVEN, Targets, build_skeleton, choose, folded
 from ablate_shards.surgery.training import (
     CHECKPOINTS,

@@ -31,9 +31,9 @@ from ablate_shards.surgery.checkpoint import (
 )
 from ablate_shards.surgery.editor import BlockEditor, find_device, torch_dtype
 from ablate_shards.surgery.execute import Operation
+from ablate_shards.surgery.machine.staging import check_out
 from ablate_shards.surgery.receipt import incomplete, items, load, number, revision_of, seal, source_record, typed
 from ablate_shards.surgery.sections import Reader, Section
-from ablate_shards.surgery.staging import check_out
 
 if TYPE_CHECKING:
     from ablate_shards.kernels.merge import Merger

@@ -23,9 +23,9 @@ from ablate_shards.surgery.execute import (
     ending_early,
     sigterm_as_interrupt,
 )
+from ablate_shards.surgery.machine.staging import Staging, locked
 from ablate_shards.surgery.plan import Edit
 from ablate_shards.surgery.remote import Entry, patiently
-from ablate_shards.surgery.staging import Staging, locked
 from ablate_shards.surgery.stores import UNFINISHED, FsspecFaults, entry_of, listing, open_system
 
 __all__ = ["perform_in_store"]

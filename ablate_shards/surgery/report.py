@@ -12,9 +12,9 @@ from ablate_shards.surgery.checkpoint import PLOTS_NAME, REPORT_NAME
 from ablate_shards.surgery.comparison import comparison_data, render_comparison
 from ablate_shards.surgery.differences import Diff
 from ablate_shards.surgery.findings import ReportOptions, gather
+from ablate_shards.surgery.machine.staging import fsync_folder
 from ablate_shards.surgery.page import render
 from ablate_shards.surgery.plots import PLOT_NAMES, draw
-from ablate_shards.surgery.staging import fsync_folder
 
 __all__ = ["COMPARISON_NAME", "Report", "ReportOptions", "report", "report_comparison"]
 

@@ -26,10 +26,10 @@ from ablate_shards.surgery.execute import (
     what_is_kept,
 )
 from ablate_shards.surgery.hub import PushOptions, card_of, commit, explained, open_for_writing, warnings_noted
+from ablate_shards.surgery.machine.staging import Staging, locked
 from ablate_shards.surgery.plan import Edit, by_shard
 from ablate_shards.surgery.published import CARD, Published
 from ablate_shards.surgery.remote import patiently
-from ablate_shards.surgery.staging import Staging, locked
 from ablate_shards.surgery.stores import HubFaults, HubStore, is_hub_id
 
 if TYPE_CHECKING:

@@ -243,7 +243,7 @@ def test_the_beginning_of_an_edit_is_fetched_again_alone(case, monkeypatch):
     def fails(*_):
         raise OSError(errno.EIO, "the disk is gone")
 
-    from ablate_shards.surgery import staging
+    from ablate_shards.surgery.machine import staging
 
     with monkeypatch.context() as patched:
         patched.setattr(staging.Staging, "record", fails)
