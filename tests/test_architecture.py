@@ -10,7 +10,7 @@ import pytest
 
 from ablate_shards.errors import ArchitectureError
 from ablate_shards.surgery.architecture import LeftOut, Target, Writer, dissect, family_names
-from ablate_shards.surgery.checkpoint import TensorInfo
+from ablate_shards.surgery.checkpoint.checkpoint import TensorInfo
 from ablate_shards.surgery.families import FAMILIES
 
 D, N, V = 8, 12, 20

@@ -20,7 +20,7 @@ import ablate_shards.surgery.diff as module
 from ablate_shards.cli import cli
 from ablate_shards.errors import DirectionsError
 from ablate_shards.kernels.sketch import Unit, compare_matrix
-from ablate_shards.surgery.checkpoint import open_checkpoint
+from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.diff import DiffOptions, diff
 from ablate_shards.surgery.directions import read_directions
 

@@ -20,7 +20,7 @@ from ablate_shards.data.demo.behaviour import load
 from ablate_shards.data.demo.world import HELD_OUT, NEUTRAL, PLACES, answer, contested, unrelated
 from ablate_shards.errors import ExecuteError, FinetuneError, Interrupted, UsageError
 from ablate_shards.surgery.adapter import base_digest, read_adapter
-from ablate_shards.surgery.checkpoint import open_checkpoint
+from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.finetune import FinetuneOptions, finetune
 from ablate_shards.surgery.samples import Instruction
 

@@ -21,7 +21,7 @@ from ablate_shards.kernels import reference
 from ablate_shards.surgery import editor
 from ablate_shards.surgery import execute as execute_module
 from ablate_shards.surgery.adapter import Adapter, base_digest
-from ablate_shards.surgery.checkpoint import open_checkpoint
+from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.receipt import seal
 
 ROOT = "base_model.model."

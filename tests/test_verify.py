@@ -10,7 +10,7 @@ from command_line import run
 from raw_checkpoints import write_directions, write_llama
 
 from ablate_shards.errors import VerifyError
-from ablate_shards.surgery.checkpoint import open_checkpoint
+from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.receipt import read_receipt, seal
 
 

@@ -147,14 +147,14 @@ def ablate(
     if activations is None:
         one_blas_thread()
     from ablate_shards.progress import show_progress
-    from ablate_shards.surgery.checkpoint import files_of
+    from ablate_shards.surgery.checkpoint.checkpoint import files_of
+    from ablate_shards.surgery.checkpoint.stores import cached, hub_repository, open_source, quieten_hub
     from ablate_shards.surgery.directions import EstimatorOptions
     from ablate_shards.surgery.execute import ExecuteOptions, ablation
     from ablate_shards.surgery.machine.staging import check_out
     from ablate_shards.surgery.outputs import carry_out, check_options, is_folder
     from ablate_shards.surgery.plan import make_plan, resolve_bases
     from ablate_shards.surgery.recipe import AblateOptions
-    from ablate_shards.surgery.stores import cached, hub_repository, open_source, quieten_hub
 
     progress = show_progress(quiet=quiet or as_json)
     directions, activations = _one_source(directions, activations)

@@ -23,7 +23,7 @@ from ablate_shards.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ablate_shards.surgery.checkpoint import Checkpoint
+    from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
     from ablate_shards.surgery.differences import Diff, TensorDiff
 
 __all__ = ["diff"]
@@ -121,7 +121,7 @@ def _write_page(found: "Diff", folder: Path, directions: Path | None, *, show: b
 
 
 def _open(source: Path | str) -> "Checkpoint":
-    from ablate_shards.surgery.stores import cached, open_source
+    from ablate_shards.surgery.checkpoint.stores import cached, open_source
 
     checkpoint = open_source(source)
     return checkpoint if checkpoint.remote is None else cached(checkpoint)

@@ -20,7 +20,7 @@ def inspect(source: Path | str, *, recipe: Any, as_json: bool) -> None:
     from ablate_shards import screen
     from ablate_shards.errors import ArchitectureError
     from ablate_shards.surgery.architecture import dissect
-    from ablate_shards.surgery.stores import open_source
+    from ablate_shards.surgery.checkpoint.stores import open_source
 
     checkpoint = open_source(source)
     unknown = None

@@ -56,10 +56,10 @@ def push(
     that of `hf auth login` or HF_TOKEN. A push that was interrupted is resumed by pushing again.
     """
     from ablate_shards.progress import show_progress
+    from ablate_shards.surgery.checkpoint.stores import hub_repository, quieten_hub
     from ablate_shards.surgery.execute import ExecuteOptions
     from ablate_shards.surgery.hub import PushOptions, plan_push
     from ablate_shards.surgery.hub import push as push_folder
-    from ablate_shards.surgery.stores import hub_repository, quieten_hub
 
     repo = hub_repository(repo) or repo
     options = PushOptions(**settings)

@@ -40,9 +40,9 @@ def run(
     command of its own, and is printed; one whose inputs have not changed is skipped, one that was
     interrupted goes on.
     """
+    from ablate_shards.surgery.checkpoint.stores import cached, open_source
     from ablate_shards.surgery.recipe import read_recipe
     from ablate_shards.surgery.run import as_flags, plan_stages, run_stages, size_of, status_of
-    from ablate_shards.surgery.stores import cached, open_source
 
     path = _find(recipe)
     tables = read_recipe(path)

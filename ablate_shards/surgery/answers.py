@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ablate_shards.errors import EvaluateError
-from ablate_shards.surgery.checkpoint import Checkpoint
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.editor import resolve_device
 from ablate_shards.surgery.endpoint import Reply
 from ablate_shards.surgery.loading import (

@@ -25,7 +25,7 @@ from ablate_shards.surgery.activations import (
     read_npz,
     read_pickled_tensors,
 )
-from ablate_shards.surgery.checkpoint import read_header
+from ablate_shards.surgery.checkpoint.checkpoint import read_header
 
 __all__ = [
     "DIRECTIONS_FORMAT",

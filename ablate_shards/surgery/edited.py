@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import numpy as np
 from blake3 import blake3
 
-from ablate_shards.surgery.checkpoint import Checkpoint, Shard
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, Shard
 from ablate_shards.surgery.editor import BlockEditor, pread_into
 from ablate_shards.surgery.execute import untouched
 from ablate_shards.surgery.plan import Edit

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ablate_shards import __version__
 from ablate_shards.errors import ExecuteError, FinetuneError, Interrupted, UsageError
 from ablate_shards.surgery.adapter import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME, base_digest
-from ablate_shards.surgery.checkpoint import Checkpoint, files_of
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, files_of
 from ablate_shards.surgery.editor import resolve_device
 from ablate_shards.surgery.execute import sigterm_as_interrupt
 from ablate_shards.surgery.loading import (

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ablate_shards.errors import AblateError
-from ablate_shards.surgery.checkpoint import Checkpoint, open_checkpoint
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     import torch

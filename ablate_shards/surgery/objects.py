@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ablate_shards.errors import AblateError, ExecuteError, HubError, UsageError
-from ablate_shards.surgery.checkpoint import RECEIPT_NAMES, Checkpoint, size_of
+from ablate_shards.surgery.checkpoint.checkpoint import RECEIPT_NAMES, Checkpoint, size_of
+from ablate_shards.surgery.checkpoint.remote import Entry, patiently
+from ablate_shards.surgery.checkpoint.stores import UNFINISHED, FsspecFaults, entry_of, listing, open_system
 from ablate_shards.surgery.execute import (
     ExecuteOptions,
     Operation,
@@ -25,8 +27,6 @@ from ablate_shards.surgery.execute import (
 )
 from ablate_shards.surgery.machine.staging import Staging, locked
 from ablate_shards.surgery.plan import Edit
-from ablate_shards.surgery.remote import Entry, patiently
-from ablate_shards.surgery.stores import UNFINISHED, FsspecFaults, entry_of, listing, open_system
 
 __all__ = ["perform_in_store"]
 

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from ablate_shards.errors import UsageError
-from ablate_shards.surgery.checkpoint import Checkpoint
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.checkpoint.stores import hub_repository
 from ablate_shards.surgery.execute import ExecuteOptions, Operation, Progress, perform
-from ablate_shards.surgery.stores import hub_repository
 
 __all__ = ["carry_out", "check_options", "is_folder"]
 

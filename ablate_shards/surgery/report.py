@@ -8,7 +8,7 @@ from typing import Any
 
 from ablate_shards.errors import ReportError
 from ablate_shards.surgery.charts import chart_data
-from ablate_shards.surgery.checkpoint import PLOTS_NAME, REPORT_NAME
+from ablate_shards.surgery.checkpoint.checkpoint import PLOTS_NAME, REPORT_NAME
 from ablate_shards.surgery.comparison import comparison_data, render_comparison
 from ablate_shards.surgery.differences import Diff
 from ablate_shards.surgery.findings import ReportOptions, gather

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 
 from ablate_shards.errors import ExecuteError
-from ablate_shards.surgery.checkpoint import ITEM_BYTES
+from ablate_shards.surgery.checkpoint.checkpoint import ITEM_BYTES
 from ablate_shards.surgery.plan import TensorEdit
 
 if TYPE_CHECKING:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from ablate_shards.errors import HubError
 from ablate_shards.surgery.card import Kind
-from ablate_shards.surgery.checkpoint import MERGE_RECEIPT_NAME, Checkpoint, Shard, size_of
+from ablate_shards.surgery.checkpoint.checkpoint import MERGE_RECEIPT_NAME, Checkpoint, Shard, size_of
+from ablate_shards.surgery.checkpoint.remote import patiently
+from ablate_shards.surgery.checkpoint.stores import HubFaults, HubStore, is_hub_id
 from ablate_shards.surgery.edited import EditedFile
 from ablate_shards.surgery.execute import (
     ExecuteOptions,
@@ -29,8 +31,6 @@ from ablate_shards.surgery.hub import PushOptions, card_of, commit, explained, o
 from ablate_shards.surgery.machine.staging import Staging, locked
 from ablate_shards.surgery.plan import Edit, by_shard
 from ablate_shards.surgery.published import CARD, Published
-from ablate_shards.surgery.remote import patiently
-from ablate_shards.surgery.stores import HubFaults, HubStore, is_hub_id
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

@@ -16,7 +16,7 @@ from blake3 import blake3
 from ablate_shards.errors import AblateError, HubError, UsageError, VerifyError
 from ablate_shards.surgery.adapter import read_adapter
 from ablate_shards.surgery.card import BEGIN, CARD
-from ablate_shards.surgery.checkpoint import (
+from ablate_shards.surgery.checkpoint.checkpoint import (
     ITEM_BYTES,
     MERGE_RECEIPT_NAME,
     RECEIPT_NAME,

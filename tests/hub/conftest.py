@@ -4,7 +4,7 @@ import fsspec
 import pytest
 from hub.hub_server import Server
 
-from ablate_shards.surgery import remote
+from ablate_shards.surgery.checkpoint import remote
 
 
 @pytest.fixture(autouse=True)

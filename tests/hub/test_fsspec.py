@@ -7,7 +7,7 @@ from command_line import run
 from hub.object_store import fill
 from raw_checkpoints import snapshot, write_directions, write_llama
 
-from ablate_shards.surgery import remote, stores
+from ablate_shards.surgery.checkpoint import remote, stores
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from moto.server import ThreadedMotoServer
 from raw_checkpoints import snapshot, write_directions, write_llama
 
 from ablate_shards.surgery import objects
-from ablate_shards.surgery.checkpoint import open_checkpoint
+from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 
 
 def ablate(source, out, *more):

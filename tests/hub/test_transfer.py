@@ -17,7 +17,8 @@ from hub.object_store import fill
 from raw_checkpoints import snapshot, write_directions, write_llama, write_shard
 from starlette.responses import JSONResponse
 
-from ablate_shards.surgery import remote, transfer
+from ablate_shards.surgery import transfer
+from ablate_shards.surgery.checkpoint import remote
 
 SHARDS = [f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)]
 
@@ -124,7 +125,7 @@ from ablate_shards.surgery.execute import ExecuteOptions, ablation
 from ablate_shards.surgery.hub import PushOptions
 from ablate_shards.surgery.plan import make_plan
 from ablate_shards.surgery.recipe import AblateOptions
-from ablate_shards.surgery.stores import open_source
+from ablate_shards.surgery.checkpoint.stores import open_source
 from ablate_shards.surgery.transfer import perform_on_hub
 
 class Quiet:

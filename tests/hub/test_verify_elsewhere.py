@@ -12,9 +12,9 @@ from hub.object_store import fill
 from raw_checkpoints import HIDDEN, snapshot, write_directions, write_llama, write_shard
 
 from ablate_shards.surgery import verify
-from ablate_shards.surgery.checkpoint import open_checkpoint
+from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
+from ablate_shards.surgery.checkpoint.stores import UNFINISHED
 from ablate_shards.surgery.receipt import seal
-from ablate_shards.surgery.stores import UNFINISHED
 
 SHARD = "model-00002-of-00002.safetensors"
 OUT = "me/edited"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from ablate_shards.errors import CheckpointError, HubError, UsageError
-from ablate_shards.surgery.checkpoint import Checkpoint, Files, Folder, fingerprint, open_checkpoint
-from ablate_shards.surgery.remote import Entry, RemoteFiles, Store, open_remote, patiently
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, Files, Folder, fingerprint, open_checkpoint
+from ablate_shards.surgery.checkpoint.remote import Entry, RemoteFiles, Store, open_remote, patiently
 
 __all__ = [
     "HubFaults",

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol, Self, TypeVar
 
 from ablate_shards.errors import CheckpointError, HubError
-from ablate_shards.surgery.checkpoint import (
+from ablate_shards.surgery.checkpoint.checkpoint import (
     SKIPPED_FOLDERS,
     Checkpoint,
     Shard,
