@@ -11,7 +11,7 @@ from rich.console import Console
 from ablate_shards.errors import DirectionsError
 from ablate_shards.layout import Column, Row, Stack, bar, output, print_key, print_table, say
 from ablate_shards.progress import size_of
-from ablate_shards.surgery.architecture import Anatomy, Writer, split_layer
+from ablate_shards.surgery.anatomy.architecture import Anatomy, Writer, split_layer
 from ablate_shards.surgery.checkpoint.checkpoint import MERGE_RECEIPT_NAME, RECEIPT_NAME, Checkpoint, TensorInfo
 from ablate_shards.surgery.directions import Directions, score_table
 from ablate_shards.surgery.plan import Edit, Plan, TensorEdit

@@ -14,7 +14,7 @@ from tiny_models import TINY_MODELS, capture_stream, save_tiny_model
 
 from ablate_shards.cli import cli
 from ablate_shards.errors import ArchitectureError
-from ablate_shards.surgery.architecture import Anatomy, dissect
+from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 
 RECIPE = r"""

@@ -19,7 +19,7 @@ def inspect(source: Path | str, *, recipe: Any, as_json: bool) -> None:
     """Show the tensors of SOURCE, the writers found in it, and what is left out and why."""
     from ablate_shards import screen
     from ablate_shards.errors import ArchitectureError
-    from ablate_shards.surgery.architecture import dissect
+    from ablate_shards.surgery.anatomy.architecture import dissect
     from ablate_shards.surgery.checkpoint.stores import open_source
 
     checkpoint = open_source(source)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ablate_shards.errors import ArchitectureError, DirectionsError
-from ablate_shards.surgery.architecture import Anatomy, Writer, dissect, split_layer
+from ablate_shards.surgery.anatomy.architecture import Anatomy, Writer, dissect, split_layer
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, TensorInfo, read_header
 from ablate_shards.surgery.differences import Ablation, Alignment, Diff, Fusion, Kind, TensorDiff, common_ending, leaf
 from ablate_shards.surgery.directions import Directions, apply_gain, biproject

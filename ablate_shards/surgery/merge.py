@@ -19,7 +19,7 @@ from ablate_shards.kernels.form import GREATEST
 from ablate_shards.kernels.merge_numpy import NumpyMerger, update_norm
 from ablate_shards.kernels.stored import STORED, decoded, encode
 from ablate_shards.surgery.adapter import WEIGHTS_NAME, Adapter, LowRank, base_digest, read_adapter
-from ablate_shards.surgery.architecture import Anatomy, dissect
+from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect
 from ablate_shards.surgery.checkpoint.checkpoint import (
     ITEM_BYTES,
     MERGE_RECEIPT_NAME,

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 
 from ablate_shards.errors import DirectionsError, PlanError, UsageError
-from ablate_shards.surgery.architecture import Component, LeftOut, Writer, dissect, split_layer
+from ablate_shards.surgery.anatomy.architecture import Component, LeftOut, Writer, dissect, split_layer
 from ablate_shards.surgery.checkpoint.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, read_range
 from ablate_shards.surgery.directions import Directions, apply_gain, biproject
 from ablate_shards.surgery.recipe import AblateOptions, Preserve, SourceLayer

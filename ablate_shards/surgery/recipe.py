@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ablate_shards.errors import RecipeError
-from ablate_shards.surgery.architecture import Component, Target
+from ablate_shards.surgery.anatomy.architecture import Component, Target
 
 __all__ = [
     "COMPONENTS",
