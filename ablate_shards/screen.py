@@ -13,7 +13,7 @@ from ablate_shards.layout import Column, Row, Stack, bar, output, print_key, pri
 from ablate_shards.progress import size_of
 from ablate_shards.surgery.anatomy.architecture import Anatomy, Writer, split_layer
 from ablate_shards.surgery.checkpoint.checkpoint import MERGE_RECEIPT_NAME, RECEIPT_NAME, Checkpoint, TensorInfo
-from ablate_shards.surgery.directions import Directions, score_table
+from ablate_shards.surgery.directions.directions import Directions, score_table
 from ablate_shards.surgery.plan import Edit, Plan, TensorEdit
 from ablate_shards.surgery.receipt import TensorResult
 

@@ -13,8 +13,8 @@ from raw_checkpoints import decode, encode, write_llama, write_shard
 from safetensors.numpy import save_file
 
 from ablate_shards.errors import ActivationsError
-from ablate_shards.surgery import activations
-from ablate_shards.surgery.activations import LABELS, Kept, open_activations, read_npz, read_pickled_tensors
+from ablate_shards.surgery.directions import activations
+from ablate_shards.surgery.directions.activations import LABELS, Kept, open_activations, read_npz, read_pickled_tensors
 
 FORMAT = {"format": "ablate-shards.activations/1"}
 HIDDEN = 16

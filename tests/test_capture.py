@@ -19,9 +19,9 @@ from ablate_shards.data import demo
 from ablate_shards.data.demo import behaviour
 from ablate_shards.errors import CaptureError, CheckpointError, Interrupted, UsageError
 from ablate_shards.surgery import layer_stream as station
-from ablate_shards.surgery.activations import open_activations
 from ablate_shards.surgery.capture import CaptureOptions, capture
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint, read_header
+from ablate_shards.surgery.directions.activations import open_activations
 from ablate_shards.surgery.dump import DumpWriter
 from ablate_shards.surgery.loading import quiet, read_config
 from ablate_shards.surgery.prompts import Prompt, encode_turn, make_batches

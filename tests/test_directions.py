@@ -15,9 +15,9 @@ from raw_checkpoints import write_dump, write_llama, write_shard
 from safetensors.numpy import load_file, save_file
 
 from ablate_shards.errors import AblateError, ActivationsError, DirectionsError, UsageError
-from ablate_shards.surgery import activations, directions
-from ablate_shards.surgery.activations import open_activations
-from ablate_shards.surgery.directions import (
+from ablate_shards.surgery.directions import activations, directions
+from ablate_shards.surgery.directions.activations import open_activations
+from ablate_shards.surgery.directions.directions import (
     Directions,
     EstimatorOptions,
     LayerScore,

@@ -13,7 +13,7 @@ from raw_checkpoints import encode, snapshot, write_directions, write_llama, wri
 from ablate_shards.errors import ExecuteError
 from ablate_shards.surgery import edited
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
-from ablate_shards.surgery.directions import read_directions
+from ablate_shards.surgery.directions.directions import read_directions
 from ablate_shards.surgery.edited import EditedFile
 from ablate_shards.surgery.execute import ExecuteOptions, ablation, perform
 from ablate_shards.surgery.plan import by_shard, make_plan

@@ -15,8 +15,8 @@ from report_runs import HOSTILE, evaluation, make_ablated, make_run, run
 
 from ablate_shards.errors import EvaluateError, ReportError
 from ablate_shards.surgery import plots
-from ablate_shards.surgery.activations import open_activations
 from ablate_shards.surgery.charts import chart_data
+from ablate_shards.surgery.directions.activations import open_activations
 from ablate_shards.surgery.evaluation import write_evaluation
 from ablate_shards.surgery.findings import Findings, ReportOptions, find_work, gather
 from ablate_shards.surgery.page import render

@@ -149,7 +149,7 @@ def ablate(
     from ablate_shards.progress import show_progress
     from ablate_shards.surgery.checkpoint.checkpoint import files_of
     from ablate_shards.surgery.checkpoint.stores import cached, hub_repository, open_source, quieten_hub
-    from ablate_shards.surgery.directions import EstimatorOptions
+    from ablate_shards.surgery.directions.directions import EstimatorOptions
     from ablate_shards.surgery.execute import ExecuteOptions, ablation
     from ablate_shards.surgery.machine.staging import check_out
     from ablate_shards.surgery.outputs import carry_out, check_options, is_folder
@@ -229,8 +229,8 @@ def _one_source(directions: Path | None, activations: Path | None) -> tuple[Path
 def _find_directions(
     checkpoint: Any, directions: Path | None, activations: Path | None, estimation: Any, progress: Any
 ) -> tuple[Any, Path]:
-    from ablate_shards.surgery.activations import open_activations
-    from ablate_shards.surgery.directions import compute_directions, read_directions
+    from ablate_shards.surgery.directions.activations import open_activations
+    from ablate_shards.surgery.directions.directions import compute_directions, read_directions
 
     if directions is None and activations is None and checkpoint.remote is None:
         beside = [checkpoint.root / f"{name}.safetensors" for name in ("directions", "activations")]

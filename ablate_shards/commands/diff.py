@@ -88,7 +88,7 @@ def diff(
     from ablate_shards.progress import show_progress
     from ablate_shards.surgery.diff import DiffOptions
     from ablate_shards.surgery.diff import diff as compare
-    from ablate_shards.surgery.directions import read_directions
+    from ablate_shards.surgery.directions.directions import read_directions
 
     if show and report is None:
         raise UsageError("--open shows a page, which --report FOLDER writes; give both")

@@ -32,8 +32,8 @@ def directions(
 ) -> None:
     """Compute directions from the activation DUMP, write them to FILE and show their scores."""
     from ablate_shards.progress import show_progress
-    from ablate_shards.surgery.activations import open_activations
-    from ablate_shards.surgery.directions import EstimatorOptions, compute_directions, write_directions
+    from ablate_shards.surgery.directions.activations import open_activations
+    from ablate_shards.surgery.directions.directions import EstimatorOptions, compute_directions, write_directions
 
     if file.suffix != ".safetensors":
         raise UsageError(f"{file}: directions are written as safetensors; name a file ending in .safetensors")

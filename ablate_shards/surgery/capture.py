@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ablate_shards import __version__
 from ablate_shards.errors import CaptureError, Interrupted
-from ablate_shards.surgery.activations import ACTIVATIONS_FORMAT, LABELS
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.directions.activations import ACTIVATIONS_FORMAT, LABELS
 from ablate_shards.surgery.dump import DumpWriter, check_disk, check_dump
 from ablate_shards.surgery.editor import resolve_device
 from ablate_shards.surgery.execute import sigterm_as_interrupt

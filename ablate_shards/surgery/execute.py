@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 from ablate_shards import __version__
 from ablate_shards.errors import ExecuteError, HubError, Interrupted
 from ablate_shards.surgery.checkpoint.checkpoint import RECEIPT_NAME, Checkpoint, Shard, files_of, fingerprint, size_of
-from ablate_shards.surgery.directions import Directions
+from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.editor import (
     BlockEditor,
     Channels,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ablate_shards.errors import CaptureError
-from ablate_shards.surgery.activations import LABELS
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.directions.activations import LABELS
 from ablate_shards.surgery.dump import DumpWriter
 from ablate_shards.surgery.loading import build, decoder_layers, load, reason
 from ablate_shards.surgery.prompts import Batch, Position

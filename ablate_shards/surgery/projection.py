@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ablate_shards.errors import ActivationsError
-from ablate_shards.surgery.activations import LABELS, ActivationDump, Label
+from ablate_shards.surgery.directions.activations import LABELS, ActivationDump, Label
 
 __all__ = ["LayerProjection", "project"]
 

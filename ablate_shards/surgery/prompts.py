@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ablate_shards.errors import CaptureError
-from ablate_shards.surgery.activations import LABELS
+from ablate_shards.surgery.directions.activations import LABELS
 from ablate_shards.surgery.loading import encode, most_tokens, read_tokenizer, render
 from ablate_shards.surgery.samples import Pair, Turn
 

@@ -27,7 +27,7 @@ from ablate_shards.surgery.checkpoint.checkpoint import (
     Shard,
     is_report,
 )
-from ablate_shards.surgery.directions import Directions
+from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.editor import BlockEditor, Channels, Editor, cores
 from ablate_shards.surgery.execute import ExecuteOptions, Progress, untouched
 from ablate_shards.surgery.merge import MergeEditor, MergeReceipt, plan_merge, read_merge_receipt

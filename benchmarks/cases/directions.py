@@ -50,8 +50,13 @@ def directions(bench: Bench) -> None:
 
 def function(dump: Path, out: Path, layers: int) -> Contender:
     """Returns the computation without starting Python, importing or writing."""
-    from ablate_shards.surgery.activations import open_activations
-    from ablate_shards.surgery.directions import Directions, EstimatorOptions, compute_directions, write_directions
+    from ablate_shards.surgery.directions.activations import open_activations
+    from ablate_shards.surgery.directions.directions import (
+        Directions,
+        EstimatorOptions,
+        compute_directions,
+        write_directions,
+    )
 
     found: list[Directions] = []
 

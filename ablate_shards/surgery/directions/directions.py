@@ -16,7 +16,8 @@ import numpy as np
 
 from ablate_shards.errors import ActivationsError, CheckpointError, DirectionsError, UsageError
 from ablate_shards.kernels.grouped import add_group_sums, group_dots, pairs_in_order
-from ablate_shards.surgery.activations import (
+from ablate_shards.surgery.checkpoint.checkpoint import read_header
+from ablate_shards.surgery.directions.activations import (
     LABELS,
     MEASUREMENT_SUFFIXES,
     ActivationDump,
@@ -25,7 +26,6 @@ from ablate_shards.surgery.activations import (
     read_npz,
     read_pickled_tensors,
 )
-from ablate_shards.surgery.checkpoint.checkpoint import read_header
 
 __all__ = [
     "DIRECTIONS_FORMAT",

@@ -1,0 +1,1 @@
+"""Activations in, one scored basis per layer out."""
