@@ -13,8 +13,8 @@ from ablate_shards.data.demo.behaviour import ask, draw_questions, load
 from ablate_shards.errors import EvaluateError, UsageError
 from ablate_shards.surgery.answers import batches, model_digest, speaking
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
-from ablate_shards.surgery.loading import open_folder
-from ablate_shards.surgery.samples import Question
+from ablate_shards.surgery.model.loading import open_folder
+from ablate_shards.surgery.model.samples import Question
 
 PROMPTS = [sample.prompt for sample in draw_questions(unrelated_count=9).unrelated]
 

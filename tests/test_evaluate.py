@@ -21,7 +21,7 @@ from ablate_shards.surgery import endpoint as endpoint_station
 from ablate_shards.surgery import evaluate as station
 from ablate_shards.surgery.answers import Speaker
 from ablate_shards.surgery.evaluate import EvaluateOptions, default_out, evaluate, read_evaluation
-from ablate_shards.surgery.samples import Question, load_questions
+from ablate_shards.surgery.model.samples import Question, load_questions
 
 DRAWN = draw_questions(loaded=6, impartial=4, unrelated_count=6)
 

@@ -21,7 +21,7 @@ from ablate_shards.surgery.evaluation import (
     write_evaluation,
 )
 from ablate_shards.surgery.likelihood import Divergence, Perplexity
-from ablate_shards.surgery.samples import Question, Rubric
+from ablate_shards.surgery.model.samples import Question, Rubric
 
 OPTIONS = {"length": 256, "thinking": False, "batch": 16, "dtype": "float32", "device": "cpu"}
 

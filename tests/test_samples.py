@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ablate_shards.errors import AblateError, SamplesError
-from ablate_shards.surgery.samples import (
+from ablate_shards.surgery.model.samples import (
     Instruction,
     Pair,
     Question,

@@ -69,7 +69,7 @@ def capture(model: Path, dump: Path, *, pairs: Path, as_json: bool, quiet: bool,
     from ablate_shards.progress import show_progress
     from ablate_shards.surgery.capture import CaptureOptions
     from ablate_shards.surgery.capture import capture as capture_stream
-    from ablate_shards.surgery.samples import load_pairs
+    from ablate_shards.surgery.model.samples import load_pairs
 
     progress = show_progress(quiet=quiet or as_json)
     prompts = load_pairs(pairs)

@@ -93,7 +93,7 @@ def evaluate(
     from ablate_shards.surgery.evaluate import EvaluateOptions, default_out
     from ablate_shards.surgery.evaluate import evaluate as ask
     from ablate_shards.surgery.evaluation import evaluation_text
-    from ablate_shards.surgery.samples import load_questions
+    from ablate_shards.surgery.model.samples import load_questions
 
     progress = show_progress(quiet=quiet or as_json, counted="questions")
     out = out or default_out(model)

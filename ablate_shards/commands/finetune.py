@@ -82,7 +82,7 @@ def finetune(model: Path, adapter: Path, *, data: Path, as_json: bool, quiet: bo
     from ablate_shards.progress import show_progress
     from ablate_shards.surgery.finetune import FinetuneOptions
     from ablate_shards.surgery.finetune import finetune as train
-    from ablate_shards.surgery.samples import load_instructions
+    from ablate_shards.surgery.model.samples import load_instructions
 
     options = FinetuneOptions(**settings)
     progress = show_progress(quiet=quiet or as_json, counted="steps")

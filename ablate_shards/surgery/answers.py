@@ -11,7 +11,7 @@ from ablate_shards.errors import EvaluateError
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.editor import resolve_device
 from ablate_shards.surgery.endpoint import Reply
-from ablate_shards.surgery.loading import (
+from ablate_shards.surgery.model.loading import (
     UNUSABLE,
     Dtype,
     check_packages,
@@ -26,7 +26,7 @@ from ablate_shards.surgery.loading import (
     reason,
     render,
 )
-from ablate_shards.surgery.samples import Question
+from ablate_shards.surgery.model.samples import Question
 
 if TYPE_CHECKING:
     import torch

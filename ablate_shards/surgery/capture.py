@@ -15,7 +15,8 @@ from ablate_shards.surgery.dump import DumpWriter, check_disk, check_dump
 from ablate_shards.surgery.editor import resolve_device
 from ablate_shards.surgery.execute import sigterm_as_interrupt
 from ablate_shards.surgery.layer_stream import Network, Progress, load_whole, open_streamed, run_layers
-from ablate_shards.surgery.loading import (
+from ablate_shards.surgery.machine.staging import locked
+from ablate_shards.surgery.model.loading import (
     Dtype,
     check_packages,
     free_memory,
@@ -24,9 +25,8 @@ from ablate_shards.surgery.loading import (
     read_config,
     size_text,
 )
-from ablate_shards.surgery.machine.staging import locked
+from ablate_shards.surgery.model.samples import Pair
 from ablate_shards.surgery.prompts import Position, Prompt, encode_pairs, make_batches
-from ablate_shards.surgery.samples import Pair
 
 if TYPE_CHECKING:
     import torch

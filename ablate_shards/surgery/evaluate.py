@@ -31,10 +31,10 @@ from ablate_shards.surgery.evaluation import (
 from ablate_shards.surgery.journal import Journal
 from ablate_shards.surgery.likelihood import Divergence, Forced, Recording, divergence, perplexity, record
 from ablate_shards.surgery.llm_judge import judge_messages, read_verdict
-from ablate_shards.surgery.loading import open_folder
 from ablate_shards.surgery.machine.staging import locked
+from ablate_shards.surgery.model.loading import open_folder
+from ablate_shards.surgery.model.samples import Question, Turn
 from ablate_shards.surgery.rubric import correct, judge
-from ablate_shards.surgery.samples import Question, Turn
 from ablate_shards.surgery.thoughts import without_thoughts
 
 __all__ = [

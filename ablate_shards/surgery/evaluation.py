@@ -17,7 +17,7 @@ from ablate_shards.errors import EvaluateError
 from ablate_shards.surgery.endpoint import Reply
 from ablate_shards.surgery.likelihood import Divergence, Perplexity
 from ablate_shards.surgery.machine.staging import fsync_folder
-from ablate_shards.surgery.samples import Group, Question, Verdict
+from ablate_shards.surgery.model.samples import Group, Question, Verdict
 from ablate_shards.surgery.statistics import Agreement, Paired, Ratio, agreement, paired, ratio
 
 __all__ = [

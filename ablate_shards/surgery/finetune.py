@@ -18,7 +18,8 @@ from ablate_shards.surgery.adapter import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NA
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, files_of
 from ablate_shards.surgery.editor import resolve_device
 from ablate_shards.surgery.execute import sigterm_as_interrupt
-from ablate_shards.surgery.loading import (
+from ablate_shards.surgery.machine.staging import Staging, check_out, locked
+from ablate_shards.surgery.model.loading import (
     check_packages,
     free_memory,
     open_folder,
@@ -27,9 +28,8 @@ from ablate_shards.surgery.loading import (
     read_tokenizer,
     size_text,
 )
-from ablate_shards.surgery.machine.staging import Staging, check_out, locked
+from ablate_shards.surgery.model.samples import Instruction
 from ablate_shards.surgery.responses import encode_instructions, split
-from ablate_shards.surgery.samples import Instruction
 from ablate_shards.surgery.targets import SEVEN, Targets, build_skeleton, choose, folded
 from ablate_shards.surgery.training import (
     CHECKPOINTS,

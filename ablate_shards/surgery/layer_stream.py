@@ -10,7 +10,7 @@ from ablate_shards.errors import CaptureError
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.directions.activations import LABELS
 from ablate_shards.surgery.dump import DumpWriter
-from ablate_shards.surgery.loading import build, decoder_layers, load, reason
+from ablate_shards.surgery.model.loading import build, decoder_layers, load, reason
 from ablate_shards.surgery.prompts import Batch, Position
 
 if TYPE_CHECKING:

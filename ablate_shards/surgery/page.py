@@ -10,8 +10,8 @@ from ablate_shards.errors import EvaluateError
 from ablate_shards.surgery.evaluation import Answer, Row, compare
 from ablate_shards.surgery.findings import Findings
 from ablate_shards.surgery.frame import GAP, figure, fill, percent
+from ablate_shards.surgery.model.samples import Group, Verdict
 from ablate_shards.surgery.provenance import facts, ranges, rebuilt_recipe
-from ablate_shards.surgery.samples import Group, Verdict
 from ablate_shards.surgery.statistics import Ratio
 
 __all__ = ["render"]

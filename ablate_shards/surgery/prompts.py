@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ablate_shards.errors import CaptureError
 from ablate_shards.surgery.directions.activations import LABELS
-from ablate_shards.surgery.loading import encode, most_tokens, read_tokenizer, render
-from ablate_shards.surgery.samples import Pair, Turn
+from ablate_shards.surgery.model.loading import encode, most_tokens, read_tokenizer, render
+from ablate_shards.surgery.model.samples import Pair, Turn
 
 if TYPE_CHECKING:
     import torch

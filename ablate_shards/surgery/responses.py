@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ablate_shards.errors import FinetuneError
-from ablate_shards.surgery.loading import encode, end_tokens, most_tokens, render
-from ablate_shards.surgery.samples import Instruction
+from ablate_shards.surgery.model.loading import encode, end_tokens, most_tokens, render
+from ablate_shards.surgery.model.samples import Instruction
 
 __all__ = ["IGNORED", "Sample", "encode_instructions", "split"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ablate_shards.surgery.samples import Question, Rubric, Verdict
+from ablate_shards.surgery.model.samples import Question, Rubric, Verdict
 
 __all__ = ["Claim", "correct", "judge", "unattributed"]
 

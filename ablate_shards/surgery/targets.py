@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ablate_shards.errors import FinetuneError
-from ablate_shards.surgery.loading import build, decoder_layers, generating_class
+from ablate_shards.surgery.model.loading import build, decoder_layers, generating_class
 
 __all__ = ["SEVEN", "Skeleton", "Targets", "build_skeleton", "choose", "folded"]
 

@@ -1,0 +1,1 @@
+"""A checkpoint run by transformers, and the samples that it is given."""
