@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ablate_shards.cli import cli
-from ablate_shards.surgery.recipe import TABLES
+from ablate_shards.surgery.plan.recipe import TABLES
 
 TARGET = Path(__file__).with_name("cli.md")
 KEYS_TARGET = Path(__file__).with_name("recipe-keys.md")

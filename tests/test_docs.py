@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ablate_shards.cli import cli
-from ablate_shards.surgery.recipe import TABLES, read_recipe
+from ablate_shards.surgery.plan.recipe import TABLES, read_recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
 NO_KEY = {"recipe", "json", "quiet", "debug", "help"}

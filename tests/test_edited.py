@@ -16,8 +16,8 @@ from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.directions.directions import read_directions
 from ablate_shards.surgery.edited import EditedFile
 from ablate_shards.surgery.execute import ExecuteOptions, ablation, perform
-from ablate_shards.surgery.plan import by_shard, make_plan
-from ablate_shards.surgery.recipe import AblateOptions
+from ablate_shards.surgery.plan.plan import by_shard, make_plan
+from ablate_shards.surgery.plan.recipe import AblateOptions
 
 SHARD = "model-00001-of-00001.safetensors"
 

@@ -12,7 +12,7 @@ from raw_checkpoints import encode
 from ablate_shards.errors import ExecuteError
 from ablate_shards.surgery import editor as module
 from ablate_shards.surgery.editor import Channels, Editor, Stopped
-from ablate_shards.surgery.plan import BasisKey, TensorEdit
+from ablate_shards.surgery.plan.plan import BasisKey, TensorEdit
 
 SHAPE = (7, 48, 32)
 BASIS = BasisKey(source_layer=0, references=(), gain=None, gain_offset=0.0)

@@ -20,9 +20,9 @@ from ablate_shards.surgery.directions.activations import open_activations
 from ablate_shards.surgery.evaluation import write_evaluation
 from ablate_shards.surgery.findings import Findings, ReportOptions, find_work, gather
 from ablate_shards.surgery.page import render
+from ablate_shards.surgery.plan.recipe import read_recipe
 from ablate_shards.surgery.projection import project
 from ablate_shards.surgery.provenance import rebuilt_recipe
-from ablate_shards.surgery.recipe import read_recipe
 from ablate_shards.surgery.report import report
 
 

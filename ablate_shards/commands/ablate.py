@@ -29,19 +29,19 @@ __all__ = ["ablate"]
 
 
 def _parse_layers(text: str) -> Any:
-    from ablate_shards.surgery.recipe import parse_layers
+    from ablate_shards.surgery.plan.recipe import parse_layers
 
     return parse_layers(text)
 
 
 def _parse_components(text: str) -> Any:
-    from ablate_shards.surgery.recipe import parse_components
+    from ablate_shards.surgery.plan.recipe import parse_components
 
     return parse_components(text)
 
 
 def _parse_source_layer(text: str) -> Any:
-    from ablate_shards.surgery.recipe import parse_source_layer
+    from ablate_shards.surgery.plan.recipe import parse_source_layer
 
     return parse_source_layer(text)
 
@@ -153,8 +153,8 @@ def ablate(
     from ablate_shards.surgery.execute import ExecuteOptions, ablation
     from ablate_shards.surgery.machine.staging import check_out
     from ablate_shards.surgery.outputs import carry_out, check_options, is_folder
-    from ablate_shards.surgery.plan import make_plan, resolve_bases
-    from ablate_shards.surgery.recipe import AblateOptions
+    from ablate_shards.surgery.plan.plan import make_plan, resolve_bases
+    from ablate_shards.surgery.plan.recipe import AblateOptions
 
     progress = show_progress(quiet=quiet or as_json)
     directions, activations = _one_source(directions, activations)

@@ -68,7 +68,7 @@ def _parse_device(text: str) -> str:
 def _load_recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> Any:
     if path is None:
         return None
-    from ablate_shards.surgery.recipe import read_recipe
+    from ablate_shards.surgery.plan.recipe import read_recipe
 
     recipe = read_recipe(path)
     ctx.default_map = {key.replace("-", "_"): value for key, value in recipe.edit_flags.items()}

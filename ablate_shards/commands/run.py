@@ -41,7 +41,7 @@ def run(
     interrupted goes on.
     """
     from ablate_shards.surgery.checkpoint.stores import cached, open_source
-    from ablate_shards.surgery.recipe import read_recipe
+    from ablate_shards.surgery.plan.recipe import read_recipe
     from ablate_shards.surgery.run import as_flags, plan_stages, run_stages, size_of, status_of
 
     path = _find(recipe)

@@ -23,7 +23,7 @@ from ablate_shards.surgery.differences import Ablation, Alignment, Diff, Fusion,
 from ablate_shards.surgery.directions.directions import Directions, apply_gain, biproject
 from ablate_shards.surgery.editor import cores, pread_into
 from ablate_shards.surgery.execute import Progress
-from ablate_shards.surgery.plan import read_vector
+from ablate_shards.surgery.plan.plan import read_vector
 from ablate_shards.surgery.verdict import describe
 
 if TYPE_CHECKING:

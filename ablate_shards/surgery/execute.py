@@ -33,9 +33,9 @@ from ablate_shards.surgery.editor import (
     pwrite_all,
 )
 from ablate_shards.surgery.machine.staging import Staging, check_out, locked
-from ablate_shards.surgery.plan import Edit, Plan, TensorEdit, by_shard, resolve_bases
+from ablate_shards.surgery.plan.plan import Edit, Plan, TensorEdit, by_shard, resolve_bases
+from ablate_shards.surgery.plan.recipe import AblateOptions
 from ablate_shards.surgery.receipt import TensorResult, receipt_text
-from ablate_shards.surgery.recipe import AblateOptions
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -26,7 +26,7 @@ from ablate_shards.surgery.execute import (
     sigterm_as_interrupt,
 )
 from ablate_shards.surgery.machine.staging import Staging, locked
-from ablate_shards.surgery.plan import Edit
+from ablate_shards.surgery.plan.plan import Edit
 
 __all__ = ["perform_in_store"]
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ablate_shards.errors import ExecuteError
 from ablate_shards.surgery.checkpoint.checkpoint import ITEM_BYTES
-from ablate_shards.surgery.plan import TensorEdit
+from ablate_shards.surgery.plan.plan import TensorEdit
 
 if TYPE_CHECKING:
     from ablate_shards.kernels.form import Array

@@ -29,7 +29,7 @@ from ablate_shards.surgery.execute import (
 )
 from ablate_shards.surgery.hub import PushOptions, card_of, commit, explained, open_for_writing, warnings_noted
 from ablate_shards.surgery.machine.staging import Staging, locked
-from ablate_shards.surgery.plan import Edit, by_shard
+from ablate_shards.surgery.plan.plan import Edit, by_shard
 from ablate_shards.surgery.published import CARD, Published
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.editor import BlockEditor, Channels, Editor, cores
 from ablate_shards.surgery.execute import ExecuteOptions, Progress, untouched
 from ablate_shards.surgery.merge import MergeEditor, MergeReceipt, plan_merge, read_merge_receipt
-from ablate_shards.surgery.plan import Edit, TensorEdit, by_shard, resolve_bases
+from ablate_shards.surgery.plan.plan import Edit, TensorEdit, by_shard, resolve_bases
 from ablate_shards.surgery.receipt import Receipt, read_receipt
 
 __all__ = ["Difference", "Verification", "verify"]

@@ -123,8 +123,8 @@ import pathlib, resource, signal, sys
 from ablate_shards.surgery.directions.directions import read_directions
 from ablate_shards.surgery.execute import ExecuteOptions, ablation
 from ablate_shards.surgery.hub import PushOptions
-from ablate_shards.surgery.plan import make_plan
-from ablate_shards.surgery.recipe import AblateOptions
+from ablate_shards.surgery.plan.plan import make_plan
+from ablate_shards.surgery.plan.recipe import AblateOptions
 from ablate_shards.surgery.checkpoint.stores import open_source
 from ablate_shards.surgery.transfer import perform_on_hub
 

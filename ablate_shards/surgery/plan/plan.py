@@ -16,7 +16,7 @@ from ablate_shards.errors import DirectionsError, PlanError, UsageError
 from ablate_shards.surgery.anatomy.architecture import Component, LeftOut, Writer, dissect, split_layer
 from ablate_shards.surgery.checkpoint.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, read_range
 from ablate_shards.surgery.directions.directions import Directions, apply_gain, biproject
-from ablate_shards.surgery.recipe import AblateOptions, Preserve, SourceLayer
+from ablate_shards.surgery.plan.recipe import AblateOptions, Preserve, SourceLayer
 
 __all__ = ["BasisKey", "Edit", "Plan", "Skip", "TensorEdit", "by_shard", "make_plan", "read_vector", "resolve_bases"]
 
