@@ -14,8 +14,8 @@ from ablate_shards.progress import size_of
 from ablate_shards.surgery.anatomy.architecture import Anatomy, Writer, split_layer
 from ablate_shards.surgery.checkpoint.checkpoint import MERGE_RECEIPT_NAME, RECEIPT_NAME, Checkpoint, TensorInfo
 from ablate_shards.surgery.directions.directions import Directions, score_table
+from ablate_shards.surgery.edit.receipt import TensorResult
 from ablate_shards.surgery.plan.plan import Edit, Plan, TensorEdit
-from ablate_shards.surgery.receipt import TensorResult
 
 if TYPE_CHECKING:
     # Nothing but types: most commands need none of these stations.

@@ -11,11 +11,11 @@ import pytest
 from raw_checkpoints import encode, snapshot, write_directions, write_llama, write_shard
 
 from ablate_shards.errors import ExecuteError
-from ablate_shards.surgery import edited
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.directions.directions import read_directions
-from ablate_shards.surgery.edited import EditedFile
-from ablate_shards.surgery.execute import ExecuteOptions, ablation, perform
+from ablate_shards.surgery.edit import edited_file as edited
+from ablate_shards.surgery.edit.edited_file import EditedFile
+from ablate_shards.surgery.edit.execute import ExecuteOptions, ablation, perform
 from ablate_shards.surgery.plan.plan import by_shard, make_plan
 from ablate_shards.surgery.plan.recipe import AblateOptions
 

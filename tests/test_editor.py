@@ -10,8 +10,8 @@ from blake3 import blake3
 from raw_checkpoints import encode
 
 from ablate_shards.errors import ExecuteError
-from ablate_shards.surgery import editor as module
-from ablate_shards.surgery.editor import Channels, Editor, Stopped
+from ablate_shards.surgery.edit import blocks as module
+from ablate_shards.surgery.edit.blocks import Channels, Editor, Stopped
 from ablate_shards.surgery.plan.plan import BasisKey, TensorEdit
 
 SHAPE = (7, 48, 32)

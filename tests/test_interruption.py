@@ -11,7 +11,7 @@ import pytest
 from command_line import run
 from raw_checkpoints import snapshot, write_directions, write_llama
 
-from ablate_shards.surgery import execute as execute_module
+from ablate_shards.surgery.edit import execute as execute_module
 from ablate_shards.surgery.machine.staging import locked
 
 
@@ -160,7 +160,7 @@ def test_a_lock_left_by_a_killed_run_blocks_nobody(case):
 def test_signals_leave_a_resumable_state_and_say_so(case, kind):
     folder, arguments = case
     slow = (
-        "import time, sys; from ablate_shards.surgery import editor; from ablate_shards.cli import main\n"
+        "import time, sys; from ablate_shards.surgery.edit import blocks as editor; from ablate_shards.cli import main\n"
         "edit = editor.Editor.edit\n"
         "def slowly(*a, **k):\n time.sleep(0.2)\n return edit(*a, **k)\n"
         "editor.Editor.edit = slowly\nmain(sys.argv[1:])"
@@ -256,7 +256,7 @@ def test_any_failure_leaves_nothing_behind(case, monkeypatch):
     def failing(*_):
         raise MemoryError("no memory")
 
-    monkeypatch.setattr("ablate_shards.surgery.editor.Editor.edit", failing)
+    monkeypatch.setattr("ablate_shards.surgery.edit.blocks.Editor.edit", failing)
     assert run(*arguments).exit_code == 1
     assert hidden_files(folder) == []
     assert not (folder / "out").exists()

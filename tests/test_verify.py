@@ -11,7 +11,7 @@ from raw_checkpoints import write_directions, write_llama
 
 from ablate_shards.errors import VerifyError
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
-from ablate_shards.surgery.receipt import read_receipt, seal
+from ablate_shards.surgery.edit.receipt import read_receipt, seal
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from ablate_shards.errors import CaptureError, Interrupted
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.directions.activations import ACTIVATIONS_FORMAT, LABELS
 from ablate_shards.surgery.dump import DumpWriter, check_disk, check_dump
-from ablate_shards.surgery.editor import resolve_device
-from ablate_shards.surgery.execute import sigterm_as_interrupt
+from ablate_shards.surgery.edit.blocks import resolve_device
+from ablate_shards.surgery.edit.execute import sigterm_as_interrupt
 from ablate_shards.surgery.layer_stream import Network, Progress, load_whole, open_streamed, run_layers
 from ablate_shards.surgery.machine.staging import locked
 from ablate_shards.surgery.model.loading import (

@@ -21,8 +21,8 @@ from ablate_shards.surgery.anatomy.architecture import Anatomy, Writer, dissect,
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, TensorInfo, read_header
 from ablate_shards.surgery.differences import Ablation, Alignment, Diff, Fusion, Kind, TensorDiff, common_ending, leaf
 from ablate_shards.surgery.directions.directions import Directions, apply_gain, biproject
-from ablate_shards.surgery.editor import cores, pread_into
-from ablate_shards.surgery.execute import Progress
+from ablate_shards.surgery.edit.blocks import cores, pread_into
+from ablate_shards.surgery.edit.execute import Progress
 from ablate_shards.surgery.plan.plan import read_vector
 from ablate_shards.surgery.verdict import describe
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from ablate_shards.data.tw_civic import NEUTRAL_TEXT
 from ablate_shards.errors import AblateError, EvaluateError, Interrupted, UsageError
 from ablate_shards.surgery.answers import Dtype, Speaker, batches, check_transformers, model_digest, speaking
-from ablate_shards.surgery.editor import resolve_device
+from ablate_shards.surgery.edit.blocks import resolve_device
 from ablate_shards.surgery.endpoint import ChatOptions, Endpoint, Messages, Reply, chat, open_endpoint
 from ablate_shards.surgery.evaluation import (
     FORMAT,

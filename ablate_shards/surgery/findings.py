@@ -19,10 +19,10 @@ from ablate_shards.surgery.directions.directions import (
     compute_directions,
     read_directions,
 )
+from ablate_shards.surgery.edit.receipt import FORMAT, Receipt, load, number, read_receipt
 from ablate_shards.surgery.evaluation import Evaluation, read_evaluation
 from ablate_shards.surgery.merge import MERGE_FORMAT, MergeReceipt, read_merge_receipt
 from ablate_shards.surgery.projection import LayerProjection, project
-from ablate_shards.surgery.receipt import FORMAT, Receipt, load, number, read_receipt
 from ablate_shards.surgery.run import STATE_NAME
 
 __all__ = ["Ablation", "Findings", "Merging", "ReportOptions", "Training", "find_work", "gather"]

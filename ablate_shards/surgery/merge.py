@@ -29,11 +29,11 @@ from ablate_shards.surgery.checkpoint.checkpoint import (
     TensorInfo,
     files_of,
 )
-from ablate_shards.surgery.editor import BlockEditor, find_device, torch_dtype
-from ablate_shards.surgery.execute import Operation
+from ablate_shards.surgery.edit.blocks import BlockEditor, find_device, torch_dtype
+from ablate_shards.surgery.edit.execute import Operation
+from ablate_shards.surgery.edit.receipt import incomplete, items, load, number, revision_of, seal, source_record, typed
+from ablate_shards.surgery.edit.sections import Reader, Section
 from ablate_shards.surgery.machine.staging import check_out
-from ablate_shards.surgery.receipt import incomplete, items, load, number, revision_of, seal, source_record, typed
-from ablate_shards.surgery.sections import Reader, Section
 
 if TYPE_CHECKING:
     from ablate_shards.kernels.merge import Merger

@@ -15,7 +15,7 @@ from ablate_shards.errors import AblateError, ExecuteError, HubError, UsageError
 from ablate_shards.surgery.checkpoint.checkpoint import RECEIPT_NAMES, Checkpoint, size_of
 from ablate_shards.surgery.checkpoint.remote import Entry, patiently
 from ablate_shards.surgery.checkpoint.stores import UNFINISHED, FsspecFaults, entry_of, listing, open_system
-from ablate_shards.surgery.execute import (
+from ablate_shards.surgery.edit.execute import (
     ExecuteOptions,
     Operation,
     Progress,

@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 from ablate_shards.errors import UsageError
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.stores import hub_repository
-from ablate_shards.surgery.execute import ExecuteOptions, Operation, Progress, perform
+from ablate_shards.surgery.edit.execute import ExecuteOptions, Operation, Progress, perform
 
 __all__ = ["carry_out", "check_options", "is_folder"]
 

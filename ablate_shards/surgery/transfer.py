@@ -15,8 +15,8 @@ from ablate_shards.surgery.card import Kind
 from ablate_shards.surgery.checkpoint.checkpoint import MERGE_RECEIPT_NAME, Checkpoint, Shard, size_of
 from ablate_shards.surgery.checkpoint.remote import patiently
 from ablate_shards.surgery.checkpoint.stores import HubFaults, HubStore, is_hub_id
-from ablate_shards.surgery.edited import EditedFile
-from ablate_shards.surgery.execute import (
+from ablate_shards.surgery.edit.edited_file import EditedFile
+from ablate_shards.surgery.edit.execute import (
     ExecuteOptions,
     Operation,
     Progress,

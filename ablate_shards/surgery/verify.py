@@ -28,11 +28,11 @@ from ablate_shards.surgery.checkpoint.checkpoint import (
     is_report,
 )
 from ablate_shards.surgery.directions.directions import Directions
-from ablate_shards.surgery.editor import BlockEditor, Channels, Editor, cores
-from ablate_shards.surgery.execute import ExecuteOptions, Progress, untouched
+from ablate_shards.surgery.edit.blocks import BlockEditor, Channels, Editor, cores
+from ablate_shards.surgery.edit.execute import ExecuteOptions, Progress, untouched
+from ablate_shards.surgery.edit.receipt import Receipt, read_receipt
 from ablate_shards.surgery.merge import MergeEditor, MergeReceipt, plan_merge, read_merge_receipt
 from ablate_shards.surgery.plan.plan import Edit, TensorEdit, by_shard, resolve_bases
-from ablate_shards.surgery.receipt import Receipt, read_receipt
 
 __all__ = ["Difference", "Verification", "verify"]
 

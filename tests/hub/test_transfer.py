@@ -121,7 +121,7 @@ def on_disk(*folders):
 WITH_SMALL_FILES = """
 import pathlib, resource, signal, sys
 from ablate_shards.surgery.directions.directions import read_directions
-from ablate_shards.surgery.execute import ExecuteOptions, ablation
+from ablate_shards.surgery.edit.execute import ExecuteOptions, ablation
 from ablate_shards.surgery.hub import PushOptions
 from ablate_shards.surgery.plan.plan import make_plan
 from ablate_shards.surgery.plan.recipe import AblateOptions

@@ -14,7 +14,7 @@ from raw_checkpoints import HIDDEN, snapshot, write_directions, write_llama, wri
 from ablate_shards.surgery import verify
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.checkpoint.stores import UNFINISHED
-from ablate_shards.surgery.receipt import seal
+from ablate_shards.surgery.edit.receipt import seal
 
 SHARD = "model-00002-of-00002.safetensors"
 OUT = "me/edited"

@@ -17,9 +17,9 @@ import numpy as np
 from blake3 import blake3
 
 from ablate_shards.errors import ExecuteError, UsageError
+from ablate_shards.surgery.edit.receipt import TensorResult
+from ablate_shards.surgery.edit.sections import AblatedBias, AblatedMatrices, Section
 from ablate_shards.surgery.plan.plan import BasisKey, Edit, TensorEdit
-from ablate_shards.surgery.receipt import TensorResult
-from ablate_shards.surgery.sections import AblatedBias, AblatedMatrices, Section
 
 if TYPE_CHECKING:
     import torch

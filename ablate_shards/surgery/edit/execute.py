@@ -21,7 +21,7 @@ from ablate_shards import __version__
 from ablate_shards.errors import ExecuteError, HubError, Interrupted
 from ablate_shards.surgery.checkpoint.checkpoint import RECEIPT_NAME, Checkpoint, Shard, files_of, fingerprint, size_of
 from ablate_shards.surgery.directions.directions import Directions
-from ablate_shards.surgery.editor import (
+from ablate_shards.surgery.edit.blocks import (
     BlockEditor,
     Channels,
     Editor,
@@ -32,10 +32,10 @@ from ablate_shards.surgery.editor import (
     pread_into,
     pwrite_all,
 )
+from ablate_shards.surgery.edit.receipt import TensorResult, receipt_text
 from ablate_shards.surgery.machine.staging import Staging, check_out, locked
 from ablate_shards.surgery.plan.plan import Edit, Plan, TensorEdit, by_shard, resolve_bases
 from ablate_shards.surgery.plan.recipe import AblateOptions
-from ablate_shards.surgery.receipt import TensorResult, receipt_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
