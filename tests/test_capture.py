@@ -18,14 +18,14 @@ from ablate_shards.cli import cli
 from ablate_shards.data import demo
 from ablate_shards.data.demo import behaviour
 from ablate_shards.errors import CaptureError, CheckpointError, Interrupted, UsageError
-from ablate_shards.surgery import layer_stream as station
-from ablate_shards.surgery.capture import CaptureOptions, capture
+from ablate_shards.surgery.capture import layer_stream as station
+from ablate_shards.surgery.capture.dump import DumpWriter
+from ablate_shards.surgery.capture.forward import CaptureOptions, capture
+from ablate_shards.surgery.capture.prompts import Prompt, encode_turn, make_batches
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint, read_header
 from ablate_shards.surgery.directions.activations import open_activations
-from ablate_shards.surgery.dump import DumpWriter
 from ablate_shards.surgery.model.loading import quiet, read_config
 from ablate_shards.surgery.model.samples import Pair, Turn
-from ablate_shards.surgery.prompts import Prompt, encode_turn, make_batches
 
 #: Every way in which layers are called and stored: hybrid masks, rotary embeddings by layer type, fused and single
 #: experts, tuples, Conv1D, absolute positions with an offset, state shared between layers, wrappers with towers.

@@ -67,8 +67,8 @@ def capture(model: Path, dump: Path, *, pairs: Path, as_json: bool, quiet: bool,
     shard per layer. It appears only when complete.
     """
     from ablate_shards.progress import show_progress
-    from ablate_shards.surgery.capture import CaptureOptions
-    from ablate_shards.surgery.capture import capture as capture_stream
+    from ablate_shards.surgery.capture.forward import CaptureOptions
+    from ablate_shards.surgery.capture.forward import capture as capture_stream
     from ablate_shards.surgery.model.samples import load_pairs
 
     progress = show_progress(quiet=quiet or as_json)

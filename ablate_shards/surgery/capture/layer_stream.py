@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ablate_shards.errors import CaptureError
+from ablate_shards.surgery.capture.dump import DumpWriter
+from ablate_shards.surgery.capture.prompts import Batch, Position
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.directions.activations import LABELS
-from ablate_shards.surgery.dump import DumpWriter
 from ablate_shards.surgery.model.loading import build, decoder_layers, load, reason
-from ablate_shards.surgery.prompts import Batch, Position
 
 if TYPE_CHECKING:
     import torch

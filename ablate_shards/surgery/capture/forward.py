@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ablate_shards import __version__
 from ablate_shards.errors import CaptureError, Interrupted
+from ablate_shards.surgery.capture.dump import DumpWriter, check_disk, check_dump
+from ablate_shards.surgery.capture.layer_stream import Network, Progress, load_whole, open_streamed, run_layers
+from ablate_shards.surgery.capture.prompts import Position, Prompt, encode_pairs, make_batches
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.directions.activations import ACTIVATIONS_FORMAT, LABELS
-from ablate_shards.surgery.dump import DumpWriter, check_disk, check_dump
 from ablate_shards.surgery.edit.blocks import resolve_device
 from ablate_shards.surgery.edit.execute import sigterm_as_interrupt
-from ablate_shards.surgery.layer_stream import Network, Progress, load_whole, open_streamed, run_layers
 from ablate_shards.surgery.machine.staging import locked
 from ablate_shards.surgery.model.loading import (
     Dtype,
@@ -26,7 +27,6 @@ from ablate_shards.surgery.model.loading import (
     size_text,
 )
 from ablate_shards.surgery.model.samples import Pair
-from ablate_shards.surgery.prompts import Position, Prompt, encode_pairs, make_batches
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,1 @@
+"""The residual stream after every layer, into a dump."""
