@@ -9,10 +9,10 @@ import torch
 
 from ablate_shards.data.demo import MODEL
 from ablate_shards.errors import FinetuneError
+from ablate_shards.surgery.finetune.responses import encode_instructions
 from ablate_shards.surgery.model import loading
 from ablate_shards.surgery.model.loading import end_tokens, free_memory, quiet, read_config, read_tokenizer
 from ablate_shards.surgery.model.samples import Instruction
-from ablate_shards.surgery.responses import encode_instructions
 
 ASKED = Instruction("one", "en", "general", "Where is honey sold?", "In the market.")
 #: A template whose answer opens with thoughts, closed at once where the model is told not to think.

@@ -80,8 +80,8 @@ def finetune(model: Path, adapter: Path, *, data: Path, as_json: bool, quiet: bo
     appears only when complete.
     """
     from ablate_shards.progress import show_progress
-    from ablate_shards.surgery.finetune import FinetuneOptions
-    from ablate_shards.surgery.finetune import finetune as train
+    from ablate_shards.surgery.finetune.lora import FinetuneOptions
+    from ablate_shards.surgery.finetune.lora import finetune as train
     from ablate_shards.surgery.model.samples import load_instructions
 
     options = FinetuneOptions(**settings)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ablate_shards.errors import FinetuneError
+from ablate_shards.surgery.finetune.responses import IGNORED, Sample
+from ablate_shards.surgery.finetune.targets import SEVEN, Skeleton, Targets, folded
 from ablate_shards.surgery.machine.staging import Staging, fsync_folder
 from ablate_shards.surgery.model.loading import load
 from ablate_shards.surgery.model.samples import Instruction
-from ablate_shards.surgery.responses import IGNORED, Sample
-from ablate_shards.surgery.targets import SEVEN, Skeleton, Targets, folded
 
 if TYPE_CHECKING:
     import torch

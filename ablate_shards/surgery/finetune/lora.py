@@ -18,6 +18,19 @@ from ablate_shards.surgery.adapter import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NA
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, files_of
 from ablate_shards.surgery.edit.blocks import resolve_device
 from ablate_shards.surgery.edit.execute import sigterm_as_interrupt
+from ablate_shards.surgery.finetune.responses import encode_instructions, split
+from ablate_shards.surgery.finetune.targets import SEVEN, Targets, build_skeleton, choose, folded
+from ablate_shards.surgery.finetune.training import (
+    CHECKPOINTS,
+    Epoch,
+    FinetuneOptions,
+    Progress,
+    Run,
+    deterministic,
+    epochs_of,
+    make_durable,
+    train,
+)
 from ablate_shards.surgery.machine.staging import Staging, check_out, locked
 from ablate_shards.surgery.model.loading import (
     check_packages,
@@ -29,19 +42,6 @@ from ablate_shards.surgery.model.loading import (
     size_text,
 )
 from ablate_shards.surgery.model.samples import Instruction
-from ablate_shards.surgery.responses import encode_instructions, split
-from ablate_shards.surgery.targets import SEVEN, Targets, build_skeleton, choose, folded
-from ablate_shards.surgery.training import (
-    CHECKPOINTS,
-    Epoch,
-    FinetuneOptions,
-    Progress,
-    Run,
-    deterministic,
-    epochs_of,
-    make_durable,
-    train,
-)
 
 if TYPE_CHECKING:
     import torch
