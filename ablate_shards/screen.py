@@ -20,7 +20,7 @@ from ablate_shards.surgery.plan.plan import Edit, Plan, TensorEdit
 if TYPE_CHECKING:
     # Nothing but types: most commands need none of these stations.
     from ablate_shards.surgery.hub import PushPlan
-    from ablate_shards.surgery.merge import Merged, MergeEdit, MergePlan
+    from ablate_shards.surgery.merge.merge import Merged, MergeEdit, MergePlan
     from ablate_shards.surgery.verify import Verification
 
 __all__ = [

@@ -9,8 +9,8 @@ from raw_checkpoints import write_llama
 from safetensors.torch import save_file
 
 from ablate_shards.errors import AdapterError
-from ablate_shards.surgery.adapter import base_digest, read_adapter
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
+from ablate_shards.surgery.merge.adapter import base_digest, read_adapter
 
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 PLAIN = {f"{MODULE}.lora_A.weight": torch.ones(4, 8), f"{MODULE}.lora_B.weight": torch.ones(6, 4)}

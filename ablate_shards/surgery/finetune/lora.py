@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from ablate_shards import __version__
 from ablate_shards.errors import ExecuteError, FinetuneError, Interrupted, UsageError
-from ablate_shards.surgery.adapter import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME, base_digest
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, files_of
 from ablate_shards.surgery.edit.blocks import resolve_device
 from ablate_shards.surgery.edit.execute import sigterm_as_interrupt
@@ -32,6 +31,7 @@ from ablate_shards.surgery.finetune.training import (
     train,
 )
 from ablate_shards.surgery.machine.staging import Staging, check_out, locked
+from ablate_shards.surgery.merge.adapter import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME, base_digest
 from ablate_shards.surgery.model.loading import (
     check_packages,
     free_memory,

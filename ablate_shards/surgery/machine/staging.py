@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ablate_shards.errors import ExecuteError, UsageError
-from ablate_shards.surgery.adapter import TRAINING_NAME
 from ablate_shards.surgery.checkpoint.checkpoint import RECEIPT_NAMES
+from ablate_shards.surgery.merge.adapter import TRAINING_NAME
 
 __all__ = ["Staging", "check_out", "fsync_folder", "locked"]
 

@@ -18,7 +18,6 @@ from ablate_shards.errors import AdapterError, ArchitectureError, ExecuteError, 
 from ablate_shards.kernels.form import GREATEST
 from ablate_shards.kernels.merge_numpy import NumpyMerger, update_norm
 from ablate_shards.kernels.stored import STORED, decoded, encode
-from ablate_shards.surgery.adapter import WEIGHTS_NAME, Adapter, LowRank, base_digest, read_adapter
 from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect
 from ablate_shards.surgery.checkpoint.checkpoint import (
     ITEM_BYTES,
@@ -34,6 +33,7 @@ from ablate_shards.surgery.edit.execute import Operation
 from ablate_shards.surgery.edit.receipt import incomplete, items, load, number, revision_of, seal, source_record, typed
 from ablate_shards.surgery.edit.sections import Reader, Section
 from ablate_shards.surgery.machine.staging import check_out
+from ablate_shards.surgery.merge.adapter import WEIGHTS_NAME, Adapter, LowRank, base_digest, read_adapter
 
 if TYPE_CHECKING:
     from ablate_shards.kernels.merge import Merger

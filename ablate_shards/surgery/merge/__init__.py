@@ -1,0 +1,1 @@
+"""An adapter into the shards of its model."""
