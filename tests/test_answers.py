@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from ablate_shards.data.demo import MODEL
 from ablate_shards.data.demo.behaviour import ask, draw_questions, load
 from ablate_shards.errors import EvaluateError, UsageError
-from ablate_shards.surgery.answers import batches, model_digest, speaking
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
+from ablate_shards.surgery.evaluate.answers import batches, model_digest, speaking
 from ablate_shards.surgery.model.loading import open_folder
 from ablate_shards.surgery.model.samples import Question
 

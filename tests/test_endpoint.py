@@ -9,8 +9,8 @@ import pytest
 from fake_endpoint import completion, dripping, serving
 
 from ablate_shards.errors import EvaluateError, UsageError
-from ablate_shards.surgery import endpoint as station
-from ablate_shards.surgery.endpoint import ChatOptions, Reply, chat, open_endpoint
+from ablate_shards.surgery.evaluate import endpoint as station
+from ablate_shards.surgery.evaluate.endpoint import ChatOptions, Reply, chat, open_endpoint
 
 KEY = "KEY_FOR_THESE_TESTS"
 SECRET = "sk-4711-do-not-show"

@@ -17,10 +17,10 @@ from ablate_shards.data.demo import MODEL
 from ablate_shards.data.demo.behaviour import draw_questions
 from ablate_shards.data.demo.world import NEUTRAL, SLANTED
 from ablate_shards.errors import EvaluateError, Interrupted, SamplesError, UsageError
-from ablate_shards.surgery import endpoint as endpoint_station
-from ablate_shards.surgery import evaluate as station
-from ablate_shards.surgery.answers import Speaker
-from ablate_shards.surgery.evaluate import EvaluateOptions, default_out, evaluate, read_evaluation
+from ablate_shards.surgery.evaluate import endpoint as endpoint_station
+from ablate_shards.surgery.evaluate import interview as station
+from ablate_shards.surgery.evaluate.answers import Speaker
+from ablate_shards.surgery.evaluate.interview import EvaluateOptions, default_out, evaluate, read_evaluation
 from ablate_shards.surgery.model.samples import Question, load_questions
 
 DRAWN = draw_questions(loaded=6, impartial=4, unrelated_count=6)

@@ -8,7 +8,7 @@ import pytest
 
 from ablate_shards.errors import EvaluateError
 from ablate_shards.surgery.card import read_measures
-from ablate_shards.surgery.evaluation import (
+from ablate_shards.surgery.evaluate.evaluation import (
     Answer,
     Comparison,
     Evaluation,
@@ -20,7 +20,7 @@ from ablate_shards.surgery.evaluation import (
     read_evaluation,
     write_evaluation,
 )
-from ablate_shards.surgery.likelihood import Divergence, Perplexity
+from ablate_shards.surgery.evaluate.likelihood import Divergence, Perplexity
 from ablate_shards.surgery.model.samples import Question, Rubric
 
 OPTIONS = {"length": 256, "thinking": False, "batch": 16, "dtype": "float32", "device": "cpu"}

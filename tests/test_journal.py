@@ -1,7 +1,7 @@
 """What was answered is kept line by line, and found again whatever became of the last line."""
 
-from ablate_shards.surgery.endpoint import Reply
-from ablate_shards.surgery.journal import Journal
+from ablate_shards.surgery.evaluate.endpoint import Reply
+from ablate_shards.surgery.evaluate.journal import Journal
 
 ONE, TWO = Reply("yes\u2028indeed\n", ended=True), Reply("", ended=False)
 

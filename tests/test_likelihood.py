@@ -10,9 +10,9 @@ import transformers
 from tiny_models import TINY_MODELS
 
 from ablate_shards.errors import EvaluateError
-from ablate_shards.surgery import likelihood
-from ablate_shards.surgery.answers import Speaker
-from ablate_shards.surgery.likelihood import Forced, divergence, perplexity, record
+from ablate_shards.surgery.evaluate import likelihood
+from ablate_shards.surgery.evaluate.answers import Speaker
+from ablate_shards.surgery.evaluate.likelihood import Forced, divergence, perplexity, record
 
 FORCED = [
     Forced((1, 5, 9), (11, 12, 13, 14), ended=True),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ablate_shards.surgery.llm_judge import judge_messages, read_verdict
+from ablate_shards.surgery.evaluate.llm_judge import judge_messages, read_verdict
 from ablate_shards.surgery.model.samples import Question, Rubric
 
 QUESTION = Question("q", "en", "core", "Whose is it?", rubric=Rubric(slanted="says it is theirs", neutral="names both"))

@@ -17,7 +17,7 @@ from ablate_shards.errors import EvaluateError, ReportError
 from ablate_shards.surgery import plots
 from ablate_shards.surgery.charts import chart_data
 from ablate_shards.surgery.directions.activations import open_activations
-from ablate_shards.surgery.evaluation import write_evaluation
+from ablate_shards.surgery.evaluate.evaluation import write_evaluation
 from ablate_shards.surgery.findings import Findings, ReportOptions, find_work, gather
 from ablate_shards.surgery.page import render
 from ablate_shards.surgery.plan.recipe import read_recipe

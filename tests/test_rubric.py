@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from ablate_shards.surgery.evaluate.rubric import correct, judge, unattributed
 from ablate_shards.surgery.model.samples import Question, Rubric
-from ablate_shards.surgery.rubric import correct, judge, unattributed
 
 #: Written before the rules were tuned; 46 of 48 were right at first.
 FIRST = [

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ablate_shards.surgery.statistics import agreement, paired, ratio
+from ablate_shards.surgery.evaluate.statistics import agreement, paired, ratio
 
 
 def outcomes(hits, count):

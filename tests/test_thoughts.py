@@ -2,7 +2,7 @@
 
 import pytest
 
-from ablate_shards.surgery.thoughts import Parted, without_thoughts
+from ablate_shards.surgery.evaluate.thoughts import Parted, without_thoughts
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from statistics import mean
 import pytest
 
 from ablate_shards.data import tw_civic
+from ablate_shards.surgery.evaluate.rubric import _PAIRS, correct, judge, unattributed
 from ablate_shards.surgery.model.samples import load_instructions, load_pairs, load_questions
-from ablate_shards.surgery.rubric import _PAIRS, correct, judge, unattributed
 
 #: Characters that are the simplified form of one character and a character of their own in traditional text.
 BOTH = set("台里于后范系准征云余采谷干吁郁制复表松")

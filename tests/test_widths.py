@@ -51,7 +51,7 @@ def place(tmp_path_factory):
 def ask(monkeypatch):
     """Stands in for the two models of an evaluation."""
     found = evaluation("result", 2, 18, evaluation("source", 14, 20))
-    monkeypatch.setattr("ablate_shards.surgery.evaluate.evaluate", lambda *_, **__: found)
+    monkeypatch.setattr("ablate_shards.surgery.evaluate.interview.evaluate", lambda *_, **__: found)
 
 
 def words_for(place, command):
@@ -112,7 +112,7 @@ def test_colours_only_where_they_are_wanted(place, ask, monkeypatch, command):
 def test_without_colour_click_is_silent_too(place, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     found = evaluation("result", 2, 18, evaluation("source", 14, 20))
-    monkeypatch.setattr("ablate_shards.surgery.evaluate.evaluate", lambda *_, **__: found)
+    monkeypatch.setattr("ablate_shards.surgery.evaluate.interview.evaluate", lambda *_, **__: found)
     words = [*map(str, words_for(place, "evaluate")), "--answers"]
     assert "\x1b" not in CliRunner().invoke(cli, words, color=True).stdout.split("group")[0]
     monkeypatch.delenv("NO_COLOR")

@@ -12,8 +12,8 @@ from ablate_shards.commands.options import PATH, as_json_flag, debug_flag, devic
 
 if TYPE_CHECKING:
     from ablate_shards.layout import Column, Row
-    from ablate_shards.surgery.evaluation import Change, Evaluation
-    from ablate_shards.surgery.statistics import Ratio
+    from ablate_shards.surgery.evaluate.evaluation import Change, Evaluation
+    from ablate_shards.surgery.evaluate.statistics import Ratio
 
 __all__ = ["evaluate"]
 
@@ -90,9 +90,9 @@ def evaluate(
     """
     from ablate_shards.data.tw_civic import QUESTIONS
     from ablate_shards.progress import show_progress
-    from ablate_shards.surgery.evaluate import EvaluateOptions, default_out
-    from ablate_shards.surgery.evaluate import evaluate as ask
-    from ablate_shards.surgery.evaluation import evaluation_text
+    from ablate_shards.surgery.evaluate.evaluation import evaluation_text
+    from ablate_shards.surgery.evaluate.interview import EvaluateOptions, default_out
+    from ablate_shards.surgery.evaluate.interview import evaluate as ask
     from ablate_shards.surgery.model.samples import load_questions
 
     progress = show_progress(quiet=quiet or as_json, counted="questions")

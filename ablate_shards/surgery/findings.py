@@ -19,7 +19,7 @@ from ablate_shards.surgery.directions.directions import (
     read_directions,
 )
 from ablate_shards.surgery.edit.receipt import FORMAT, Receipt, load, number, read_receipt
-from ablate_shards.surgery.evaluation import Evaluation, read_evaluation
+from ablate_shards.surgery.evaluate.evaluation import Evaluation, read_evaluation
 from ablate_shards.surgery.merge.adapter import TRAINING_NAME, read_adapter
 from ablate_shards.surgery.merge.merge import MERGE_FORMAT, MergeReceipt, read_merge_receipt
 from ablate_shards.surgery.projection import LayerProjection, project

@@ -14,11 +14,11 @@ from typing import Any, get_args
 
 from ablate_shards import __version__
 from ablate_shards.errors import EvaluateError
-from ablate_shards.surgery.endpoint import Reply
-from ablate_shards.surgery.likelihood import Divergence, Perplexity
+from ablate_shards.surgery.evaluate.endpoint import Reply
+from ablate_shards.surgery.evaluate.likelihood import Divergence, Perplexity
+from ablate_shards.surgery.evaluate.statistics import Agreement, Paired, Ratio, agreement, paired, ratio
 from ablate_shards.surgery.machine.staging import fsync_folder
 from ablate_shards.surgery.model.samples import Group, Question, Verdict
-from ablate_shards.surgery.statistics import Agreement, Paired, Ratio, agreement, paired, ratio
 
 __all__ = [
     "FORMAT",

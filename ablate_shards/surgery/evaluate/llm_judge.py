@@ -4,8 +4,8 @@ import json
 import re
 from typing import get_args
 
+from ablate_shards.surgery.evaluate.thoughts import without_thoughts
 from ablate_shards.surgery.model.samples import Question, Rubric, Verdict
-from ablate_shards.surgery.thoughts import without_thoughts
 
 __all__ = ["judge_messages", "read_verdict"]
 

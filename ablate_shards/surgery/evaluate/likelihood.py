@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ablate_shards.errors import EvaluateError
-from ablate_shards.surgery.answers import Speaker
+from ablate_shards.surgery.evaluate.answers import Speaker
 
 if TYPE_CHECKING:
     import torch

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 from ablate_shards.data.tw_civic import NEUTRAL_TEXT
 from ablate_shards.errors import AblateError, EvaluateError, Interrupted, UsageError
-from ablate_shards.surgery.answers import Dtype, Speaker, batches, check_transformers, model_digest, speaking
 from ablate_shards.surgery.edit.blocks import resolve_device
-from ablate_shards.surgery.endpoint import ChatOptions, Endpoint, Messages, Reply, chat, open_endpoint
-from ablate_shards.surgery.evaluation import (
+from ablate_shards.surgery.evaluate.answers import Dtype, Speaker, batches, check_transformers, model_digest, speaking
+from ablate_shards.surgery.evaluate.endpoint import ChatOptions, Endpoint, Messages, Reply, chat, open_endpoint
+from ablate_shards.surgery.evaluate.evaluation import (
     FORMAT,
     Answer,
     Comparison,
@@ -28,14 +28,14 @@ from ablate_shards.surgery.evaluation import (
     read_evaluation,
     write_evaluation,
 )
-from ablate_shards.surgery.journal import Journal
-from ablate_shards.surgery.likelihood import Divergence, Forced, Recording, divergence, perplexity, record
-from ablate_shards.surgery.llm_judge import judge_messages, read_verdict
+from ablate_shards.surgery.evaluate.journal import Journal
+from ablate_shards.surgery.evaluate.likelihood import Divergence, Forced, Recording, divergence, perplexity, record
+from ablate_shards.surgery.evaluate.llm_judge import judge_messages, read_verdict
+from ablate_shards.surgery.evaluate.rubric import correct, judge
+from ablate_shards.surgery.evaluate.thoughts import without_thoughts
 from ablate_shards.surgery.machine.staging import locked
 from ablate_shards.surgery.model.loading import open_folder
 from ablate_shards.surgery.model.samples import Question, Turn
-from ablate_shards.surgery.rubric import correct, judge
-from ablate_shards.surgery.thoughts import without_thoughts
 
 __all__ = [
     "FORMAT",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ablate_shards.surgery.endpoint import Reply
+from ablate_shards.surgery.evaluate.endpoint import Reply
 
 __all__ = ["Journal"]
 

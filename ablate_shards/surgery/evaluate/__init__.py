@@ -1,0 +1,1 @@
+"""Asks a model, judges its answers, and says how sure that is."""
