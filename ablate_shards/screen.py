@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     # Nothing but types: most commands need none of these stations.
     from ablate_shards.surgery.hub import PushPlan
     from ablate_shards.surgery.merge.merge import Merged, MergeEdit, MergePlan
-    from ablate_shards.surgery.verify import Verification
+    from ablate_shards.surgery.verify.proof import Verification
 
 __all__ = [
     "inspection",

@@ -51,7 +51,7 @@ def verify(
     from ablate_shards.progress import show_progress
     from ablate_shards.surgery.checkpoint.stores import cached, open_files, open_source
     from ablate_shards.surgery.edit.execute import ExecuteOptions
-    from ablate_shards.surgery.verify import verify as verify_checkpoint
+    from ablate_shards.surgery.verify.proof import verify as verify_checkpoint
 
     progress = show_progress(quiet=quiet or as_json)
     run = ExecuteOptions(device=device, memory=memory, jobs=jobs)

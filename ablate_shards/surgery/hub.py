@@ -15,7 +15,7 @@ from ablate_shards.surgery.checkpoint.remote import Entry, Patience, RemoteFiles
 from ablate_shards.surgery.checkpoint.stores import HubFaults, HubStore, explain_hub, hub_pause, is_hub_id, open_source
 from ablate_shards.surgery.edit.execute import ExecuteOptions, Progress
 from ablate_shards.surgery.published import CARD, Published, look_at
-from ablate_shards.surgery.verify import verify
+from ablate_shards.surgery.verify.proof import verify
 
 __all__ = [
     "FilePlan",

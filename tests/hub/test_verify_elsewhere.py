@@ -11,10 +11,10 @@ from hub.hub_server import small_blob
 from hub.object_store import fill
 from raw_checkpoints import HIDDEN, snapshot, write_directions, write_llama, write_shard
 
-from ablate_shards.surgery import verify
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.checkpoint.stores import UNFINISHED
 from ablate_shards.surgery.edit.receipt import seal
+from ablate_shards.surgery.verify import proof as verify
 
 SHARD = "model-00002-of-00002.safetensors"
 OUT = "me/edited"

@@ -1,0 +1,1 @@
+"""Compares an output with its source and its receipt."""
