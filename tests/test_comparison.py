@@ -12,7 +12,7 @@ from report_runs import HOSTILE, run
 from ablate_shards.data.demo import MODEL
 from ablate_shards.surgery import plots
 from ablate_shards.surgery.comparison import comparison_data, render_comparison
-from ablate_shards.surgery.differences import Diff, TensorDiff
+from ablate_shards.surgery.diff.differences import Diff, TensorDiff
 from ablate_shards.surgery.plots import draw
 
 

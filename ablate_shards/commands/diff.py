@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
-    from ablate_shards.surgery.differences import Diff, TensorDiff
+    from ablate_shards.surgery.diff.differences import Diff, TensorDiff
 
 __all__ = ["diff"]
 
@@ -86,8 +86,8 @@ def diff(
     Tensors are matched by name, then by their values. A and B may be sharded, named and typed differently.
     """
     from ablate_shards.progress import show_progress
-    from ablate_shards.surgery.diff import DiffOptions
-    from ablate_shards.surgery.diff import diff as compare
+    from ablate_shards.surgery.diff.survey import DiffOptions
+    from ablate_shards.surgery.diff.survey import diff as compare
     from ablate_shards.surgery.directions.directions import read_directions
 
     if show and report is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ablate_shards import __version__
-from ablate_shards.surgery.differences import Diff, TensorDiff, leaf
+from ablate_shards.surgery.diff.differences import Diff, TensorDiff, leaf
 from ablate_shards.surgery.frame import fill
 
 __all__ = ["comparison_data", "render_comparison"]

@@ -10,7 +10,7 @@ from ablate_shards.errors import ReportError
 from ablate_shards.surgery.charts import chart_data
 from ablate_shards.surgery.checkpoint.checkpoint import PLOTS_NAME, REPORT_NAME
 from ablate_shards.surgery.comparison import comparison_data, render_comparison
-from ablate_shards.surgery.differences import Diff
+from ablate_shards.surgery.diff.differences import Diff
 from ablate_shards.surgery.findings import ReportOptions, gather
 from ablate_shards.surgery.machine.staging import fsync_folder
 from ablate_shards.surgery.page import render

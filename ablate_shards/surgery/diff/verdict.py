@@ -4,7 +4,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from ablate_shards.surgery.differences import Diff, TensorDiff, common_ending, leaf
+from ablate_shards.surgery.diff.differences import Diff, TensorDiff, common_ending, leaf
 
 __all__ = ["describe"]
 

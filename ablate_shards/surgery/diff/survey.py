@@ -19,12 +19,21 @@ import numpy as np
 from ablate_shards.errors import ArchitectureError, DirectionsError
 from ablate_shards.surgery.anatomy.architecture import Anatomy, Writer, dissect, split_layer
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, TensorInfo, read_header
-from ablate_shards.surgery.differences import Ablation, Alignment, Diff, Fusion, Kind, TensorDiff, common_ending, leaf
+from ablate_shards.surgery.diff.differences import (
+    Ablation,
+    Alignment,
+    Diff,
+    Fusion,
+    Kind,
+    TensorDiff,
+    common_ending,
+    leaf,
+)
+from ablate_shards.surgery.diff.verdict import describe
 from ablate_shards.surgery.directions.directions import Directions, apply_gain, biproject
 from ablate_shards.surgery.edit.blocks import cores, pread_into
 from ablate_shards.surgery.edit.execute import Progress
 from ablate_shards.surgery.plan.plan import read_vector
-from ablate_shards.surgery.verdict import describe
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,1 @@
+"""What lies between any two checkpoints, in numbers and in words."""
