@@ -42,7 +42,7 @@ def run(
     """
     from ablate_shards.surgery.checkpoint.stores import cached, open_source
     from ablate_shards.surgery.plan.recipe import read_recipe
-    from ablate_shards.surgery.run import as_flags, plan_stages, run_stages, size_of, status_of
+    from ablate_shards.surgery.run.stages import as_flags, plan_stages, run_stages, size_of, status_of
 
     path = _find(recipe)
     tables = read_recipe(path)
@@ -107,7 +107,7 @@ def run(
 
 
 def _print_stages(stages: Sequence[Any], found: Sequence[str]) -> None:
-    from ablate_shards.surgery.run import size_of
+    from ablate_shards.surgery.run.stages import size_of
 
     for number, (stage, status) in enumerate(zip(stages, found, strict=True), start=1):
         size = size_of(stage.output)
