@@ -19,7 +19,7 @@ from ablate_shards.surgery.plan.plan import Edit, Plan, TensorEdit
 
 if TYPE_CHECKING:
     # Nothing but types: most commands need none of these stations.
-    from ablate_shards.surgery.hub import PushPlan
+    from ablate_shards.surgery.hub.push import PushPlan
     from ablate_shards.surgery.merge.merge import Merged, MergeEdit, MergePlan
     from ablate_shards.surgery.verify.proof import Verification
 

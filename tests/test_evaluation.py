@@ -7,7 +7,6 @@ import math
 import pytest
 
 from ablate_shards.errors import EvaluateError
-from ablate_shards.surgery.card import read_measures
 from ablate_shards.surgery.evaluate.evaluation import (
     Answer,
     Comparison,
@@ -21,6 +20,7 @@ from ablate_shards.surgery.evaluate.evaluation import (
     write_evaluation,
 )
 from ablate_shards.surgery.evaluate.likelihood import Divergence, Perplexity
+from ablate_shards.surgery.hub.card import read_measures
 from ablate_shards.surgery.model.samples import Question, Rubric
 
 OPTIONS = {"length": 256, "thinking": False, "batch": 16, "dtype": "float32", "device": "cpu"}

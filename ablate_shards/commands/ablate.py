@@ -151,8 +151,8 @@ def ablate(
     from ablate_shards.surgery.checkpoint.stores import cached, hub_repository, open_source, quieten_hub
     from ablate_shards.surgery.directions.directions import EstimatorOptions
     from ablate_shards.surgery.edit.execute import ExecuteOptions, ablation
+    from ablate_shards.surgery.hub.outputs import carry_out, check_options, is_folder
     from ablate_shards.surgery.machine.staging import check_out
-    from ablate_shards.surgery.outputs import carry_out, check_options, is_folder
     from ablate_shards.surgery.plan.plan import make_plan, resolve_bases
     from ablate_shards.surgery.plan.recipe import AblateOptions
 

@@ -76,9 +76,9 @@ def merge(
     from ablate_shards.progress import show_progress
     from ablate_shards.surgery.checkpoint.stores import cached, hub_repository, open_source, quieten_hub
     from ablate_shards.surgery.edit.execute import ExecuteOptions
+    from ablate_shards.surgery.hub.outputs import carry_out, check_options, is_folder
     from ablate_shards.surgery.merge.adapter import read_adapter
     from ablate_shards.surgery.merge.merge import Merged, check_merge_out, merging, plan_merge
-    from ablate_shards.surgery.outputs import carry_out, check_options, is_folder
 
     progress = show_progress(quiet=quiet or as_json)
     run = ExecuteOptions(

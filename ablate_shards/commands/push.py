@@ -58,8 +58,8 @@ def push(
     from ablate_shards.progress import show_progress
     from ablate_shards.surgery.checkpoint.stores import hub_repository, quieten_hub
     from ablate_shards.surgery.edit.execute import ExecuteOptions
-    from ablate_shards.surgery.hub import PushOptions, plan_push
-    from ablate_shards.surgery.hub import push as push_folder
+    from ablate_shards.surgery.hub.push import PushOptions, plan_push
+    from ablate_shards.surgery.hub.push import push as push_folder
 
     repo = hub_repository(repo) or repo
     options = PushOptions(**settings)

@@ -7,8 +7,8 @@ from command_line import run
 from hub.object_store import fill, held
 from raw_checkpoints import snapshot, write_directions, write_llama
 
-from ablate_shards.surgery import objects
 from ablate_shards.surgery.checkpoint.stores import UNFINISHED
+from ablate_shards.surgery.hub import objects
 
 OUT = "memory://bucket/edited"
 SHARDS = [f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)]

@@ -12,8 +12,8 @@ from hub.object_store import fill, held
 from moto.server import ThreadedMotoServer
 from raw_checkpoints import snapshot, write_directions, write_llama
 
-from ablate_shards.surgery import objects
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
+from ablate_shards.surgery.hub import objects
 
 
 def ablate(source, out, *more):
@@ -107,7 +107,7 @@ def test_from_s3_to_s3_resumed(s3, tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from ablate_shards.cli import main
-from ablate_shards.surgery import objects
+from ablate_shards.surgery.hub import objects
 
 send, sent = objects._Target.send, []
 

@@ -17,8 +17,8 @@ from hub.object_store import fill
 from raw_checkpoints import snapshot, write_directions, write_llama, write_shard
 from starlette.responses import JSONResponse
 
-from ablate_shards.surgery import transfer
 from ablate_shards.surgery.checkpoint import remote
+from ablate_shards.surgery.hub import transfer
 
 SHARDS = [f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)]
 
@@ -122,11 +122,11 @@ WITH_SMALL_FILES = """
 import pathlib, resource, signal, sys
 from ablate_shards.surgery.directions.directions import read_directions
 from ablate_shards.surgery.edit.execute import ExecuteOptions, ablation
-from ablate_shards.surgery.hub import PushOptions
+from ablate_shards.surgery.hub.push import PushOptions
 from ablate_shards.surgery.plan.plan import make_plan
 from ablate_shards.surgery.plan.recipe import AblateOptions
 from ablate_shards.surgery.checkpoint.stores import open_source
-from ablate_shards.surgery.transfer import perform_on_hub
+from ablate_shards.surgery.hub.transfer import perform_on_hub
 
 class Quiet:
     def begin(self, total): pass

@@ -14,7 +14,6 @@ import numpy as np
 from blake3 import blake3
 
 from ablate_shards.errors import AblateError, HubError, UsageError, VerifyError
-from ablate_shards.surgery.card import BEGIN, CARD
 from ablate_shards.surgery.checkpoint.checkpoint import (
     ITEM_BYTES,
     MERGE_RECEIPT_NAME,
@@ -30,6 +29,7 @@ from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.edit.blocks import BlockEditor, Channels, Editor, cores
 from ablate_shards.surgery.edit.execute import ExecuteOptions, Progress, untouched
 from ablate_shards.surgery.edit.receipt import Receipt, read_receipt
+from ablate_shards.surgery.hub.card import BEGIN, CARD
 from ablate_shards.surgery.merge.adapter import read_adapter
 from ablate_shards.surgery.merge.merge import MergeEditor, MergeReceipt, plan_merge, read_merge_receipt
 from ablate_shards.surgery.plan.plan import Edit, TensorEdit, by_shard, resolve_bases

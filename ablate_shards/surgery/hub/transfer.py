@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from ablate_shards.errors import HubError
-from ablate_shards.surgery.card import Kind
 from ablate_shards.surgery.checkpoint.checkpoint import MERGE_RECEIPT_NAME, Checkpoint, Shard, size_of
 from ablate_shards.surgery.checkpoint.remote import patiently
 from ablate_shards.surgery.checkpoint.stores import HubFaults, HubStore, is_hub_id
@@ -27,10 +26,11 @@ from ablate_shards.surgery.edit.execute import (
     sigterm_as_interrupt,
     what_is_kept,
 )
-from ablate_shards.surgery.hub import PushOptions, card_of, commit, explained, open_for_writing, warnings_noted
+from ablate_shards.surgery.hub.card import Kind
+from ablate_shards.surgery.hub.published import CARD, Published
+from ablate_shards.surgery.hub.push import PushOptions, card_of, commit, explained, open_for_writing, warnings_noted
 from ablate_shards.surgery.machine.staging import Staging, locked
 from ablate_shards.surgery.plan.plan import Edit, by_shard
-from ablate_shards.surgery.published import CARD, Published
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

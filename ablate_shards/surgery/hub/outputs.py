@@ -66,12 +66,12 @@ def carry_out(
     """
     # The ways out of this machine are imported where they are taken.
     if isinstance(out, str):
-        from ablate_shards.surgery.objects import perform_in_store
+        from ablate_shards.surgery.hub.objects import perform_in_store
 
         return perform_in_store(checkpoint, operation, out, run, progress), None
     if (repo := hub_repository(out)) is not None:
-        from ablate_shards.surgery.hub import PushOptions
-        from ablate_shards.surgery.transfer import perform_on_hub
+        from ablate_shards.surgery.hub.push import PushOptions
+        from ablate_shards.surgery.hub.transfer import perform_on_hub
 
         return perform_on_hub(checkpoint, operation, repo, PushOptions(private=private), run, progress)
     return perform(checkpoint, operation, out, run, progress), None
