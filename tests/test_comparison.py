@@ -10,10 +10,10 @@ from raw_checkpoints import write_directions
 from report_runs import HOSTILE, run
 
 from ablate_shards.data.demo import MODEL
-from ablate_shards.surgery import plots
-from ablate_shards.surgery.comparison import comparison_data, render_comparison
 from ablate_shards.surgery.diff.differences import Diff, TensorDiff
-from ablate_shards.surgery.plots import draw
+from ablate_shards.surgery.report import plots
+from ablate_shards.surgery.report.comparison import comparison_data, render_comparison
+from ablate_shards.surgery.report.plots import draw
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_without_jinja_one_sentence_says_what_to_install(place, monkeypatch):
 def test_the_page_is_opened(place, monkeypatch):
     opened = []
     monkeypatch.setattr("click.launch", opened.append)
-    monkeypatch.setattr("ablate_shards.surgery.report.draw", lambda _: {})
+    monkeypatch.setattr("ablate_shards.surgery.report.document.draw", lambda _: {})
     run("diff", MODEL, place / "out", "--report", place / "open", "--open", "-q")
     assert opened == [(place / "open" / "diff.html").as_uri()]
     assert "changes.svg" in plots.PLOT_NAMES

@@ -14,16 +14,16 @@ from raw_checkpoints import write_directions, write_dump
 from report_runs import HOSTILE, evaluation, make_ablated, make_run, run
 
 from ablate_shards.errors import EvaluateError, ReportError
-from ablate_shards.surgery import plots
-from ablate_shards.surgery.charts import chart_data
 from ablate_shards.surgery.directions.activations import open_activations
 from ablate_shards.surgery.evaluate.evaluation import write_evaluation
-from ablate_shards.surgery.findings import Findings, ReportOptions, find_work, gather
-from ablate_shards.surgery.page import render
 from ablate_shards.surgery.plan.recipe import read_recipe
-from ablate_shards.surgery.projection import project
-from ablate_shards.surgery.provenance import rebuilt_recipe
-from ablate_shards.surgery.report import report
+from ablate_shards.surgery.report import plots
+from ablate_shards.surgery.report.charts import chart_data
+from ablate_shards.surgery.report.document import report
+from ablate_shards.surgery.report.findings import Findings, ReportOptions, find_work, gather
+from ablate_shards.surgery.report.page import render
+from ablate_shards.surgery.report.projection import project
+from ablate_shards.surgery.report.provenance import rebuilt_recipe
 
 
 class Page(HTMLParser):
@@ -75,7 +75,7 @@ def place(whole, tmp_path):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    monkeypatch.setattr("ablate_shards.surgery.report.draw", lambda _: {})
+    monkeypatch.setattr("ablate_shards.surgery.report.document.draw", lambda _: {})
 
 
 def page_of(out, **options):
@@ -374,7 +374,7 @@ def test_many_prompts_are_thinned_evenly(tmp_path):
 
 
 def test_charts_with_nothing_to_show_are_removed(place, monkeypatch):
-    monkeypatch.setattr("ablate_shards.surgery.report.draw", lambda _: {"losses.svg": b"new"})
+    monkeypatch.setattr("ablate_shards.surgery.report.document.draw", lambda _: {"losses.svg": b"new"})
     folder = place / "result" / "plots"
     folder.mkdir()
     for name in ("losses.svg", "verdicts.svg", "mine.svg"):
@@ -400,7 +400,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(place, undrawn, monkey
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ablate_shards.surgery.report.os.fsync", full)
+    monkeypatch.setattr("ablate_shards.surgery.report.document.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         report(place / "result")
     assert page.read_text() == "old"

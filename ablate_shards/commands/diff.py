@@ -108,7 +108,7 @@ def diff(
 
 
 def _write_page(found: "Diff", folder: Path, directions: Path | None, *, show: bool, quiet: bool) -> None:
-    from ablate_shards.surgery.report import report_comparison
+    from ablate_shards.surgery.report.document import report_comparison
 
     made = report_comparison(found, folder, directions)
     if not quiet:

@@ -32,8 +32,8 @@ def report(
     OUT is a folder that `ablate`, `merge` or `run` made. The page shows what is there and says what is
     missing; without matplotlib there are no static plots.
     """
-    from ablate_shards.surgery.report import ReportOptions
-    from ablate_shards.surgery.report import report as write
+    from ablate_shards.surgery.report.document import ReportOptions
+    from ablate_shards.surgery.report.document import report as write
 
     made = write(out, ReportOptions(work=work, evaluations=evaluations))
     if as_json:

@@ -4,9 +4,9 @@ import pytest
 from page_checks import CONTRAST, check_names, drawn, pixels
 from report_runs import HOSTILE, make_run
 
-from ablate_shards.surgery.charts import chart_data
-from ablate_shards.surgery.findings import ReportOptions, gather
-from ablate_shards.surgery.page import render
+from ablate_shards.surgery.report.charts import chart_data
+from ablate_shards.surgery.report.findings import ReportOptions, gather
+from ablate_shards.surgery.report.page import render
 
 pytestmark = pytest.mark.browser
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ablate_shards.errors import ReportError
-from ablate_shards.surgery.charts import chart_data
 from ablate_shards.surgery.checkpoint.checkpoint import PLOTS_NAME, REPORT_NAME
-from ablate_shards.surgery.comparison import comparison_data, render_comparison
 from ablate_shards.surgery.diff.differences import Diff
-from ablate_shards.surgery.findings import ReportOptions, gather
 from ablate_shards.surgery.machine.staging import fsync_folder
-from ablate_shards.surgery.page import render
-from ablate_shards.surgery.plots import PLOT_NAMES, draw
+from ablate_shards.surgery.report.charts import chart_data
+from ablate_shards.surgery.report.comparison import comparison_data, render_comparison
+from ablate_shards.surgery.report.findings import ReportOptions, gather
+from ablate_shards.surgery.report.page import render
+from ablate_shards.surgery.report.plots import PLOT_NAMES, draw
 
 __all__ = ["COMPARISON_NAME", "Report", "ReportOptions", "report", "report_comparison"]
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ablate_shards.surgery.findings import Findings
+from ablate_shards.surgery.report.findings import Findings
 
 __all__ = ["facts", "ranges", "rebuilt_recipe"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ablate_shards import __version__
 from ablate_shards.surgery.diff.differences import Diff, TensorDiff, leaf
-from ablate_shards.surgery.frame import fill
+from ablate_shards.surgery.report.frame import fill
 
 __all__ = ["comparison_data", "render_comparison"]
 

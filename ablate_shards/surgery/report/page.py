@@ -9,10 +9,10 @@ from typing import Any, get_args
 from ablate_shards.errors import EvaluateError
 from ablate_shards.surgery.evaluate.evaluation import Answer, Row, compare
 from ablate_shards.surgery.evaluate.statistics import Ratio
-from ablate_shards.surgery.findings import Findings
-from ablate_shards.surgery.frame import GAP, figure, fill, percent
 from ablate_shards.surgery.model.samples import Group, Verdict
-from ablate_shards.surgery.provenance import facts, ranges, rebuilt_recipe
+from ablate_shards.surgery.report.findings import Findings
+from ablate_shards.surgery.report.frame import GAP, figure, fill, percent
+from ablate_shards.surgery.report.provenance import facts, ranges, rebuilt_recipe
 
 __all__ = ["render"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ablate_shards.surgery.findings import Findings
+from ablate_shards.surgery.report.findings import Findings
 
 __all__ = ["chart_data"]
 

@@ -22,7 +22,7 @@ from ablate_shards.surgery.edit.receipt import FORMAT, Receipt, load, number, re
 from ablate_shards.surgery.evaluate.evaluation import Evaluation, read_evaluation
 from ablate_shards.surgery.merge.adapter import TRAINING_NAME, read_adapter
 from ablate_shards.surgery.merge.merge import MERGE_FORMAT, MergeReceipt, read_merge_receipt
-from ablate_shards.surgery.projection import LayerProjection, project
+from ablate_shards.surgery.report.projection import LayerProjection, project
 from ablate_shards.surgery.run.stages import STATE_NAME
 
 __all__ = ["Ablation", "Findings", "Merging", "ReportOptions", "Training", "find_work", "gather"]

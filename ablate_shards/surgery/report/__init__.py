@@ -1,0 +1,1 @@
+"""One page about all that was done."""
