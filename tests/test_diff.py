@@ -19,7 +19,7 @@ from tiny_models import TINY_MODELS, save_tiny_model
 import ablate_shards.surgery.diff.survey as module
 from ablate_shards.cli import cli
 from ablate_shards.errors import DirectionsError
-from ablate_shards.kernels.sketch import Unit, compare_matrix
+from ablate_shards.kernels.measure.sketch import Unit, compare_matrix
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.diff.survey import DiffOptions, diff
 from ablate_shards.surgery.directions.directions import read_directions

@@ -79,7 +79,7 @@ def test_the_bytes_and_the_results_of_a_file(folder, preserve, window):
 
 
 def test_the_form_that_devices_compute_in(folder, monkeypatch):
-    monkeypatch.setattr("ablate_shards.kernels.project.choose_form", lambda *_, **__: ("torch", "asked for"))
+    monkeypatch.setattr("ablate_shards.kernels.ablate.project.choose_form", lambda *_, **__: ("torch", "asked for"))
     checkpoint, operation = prepared(folder)
     results = perform(checkpoint, operation, folder / "out", ExecuteOptions(), Quiet())
     for window in (0, 1 << 30):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from ablate_shards.kernels import native
-from ablate_shards.kernels.grouped import add_group_sums, group_dots, pairs_in_order
-from ablate_shards.kernels.stored import STORED, decoded, encode
+from ablate_shards.kernels.codecs.plain import STORED, decoded, encode
+from ablate_shards.kernels.measure.grouped import add_group_sums, group_dots, pairs_in_order
+from ablate_shards.kernels.native import native
 
 
 @pytest.fixture(params=["C", "NumPy"])

@@ -14,9 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ablate_shards.errors import PlanError
-from ablate_shards.kernels import merge_numpy, native, reference
-from ablate_shards.kernels.merge import TILE_COLS, TILE_ROWS, Merger, merge, update_norm
-from ablate_shards.kernels.merge_numpy import NumpyMerger
+from ablate_shards.kernels import reference
+from ablate_shards.kernels.merge import merge_numpy
+from ablate_shards.kernels.merge.merge_numpy import NumpyMerger
+from ablate_shards.kernels.merge.merge_torch import TILE_COLS, TILE_ROWS, Merger, merge, update_norm
+from ablate_shards.kernels.native import native
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -126,7 +128,7 @@ def test_a_compiler_changes_no_bit(monkeypatch, dtype):
 THREADS = """
 import hashlib
 import numpy as np
-from ablate_shards.kernels.merge_numpy import NumpyMerger, update_norm
+from ablate_shards.kernels.merge.merge_numpy import NumpyMerger, update_norm
 
 digest = hashlib.sha256()
 rng = np.random.default_rng(0)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from ablate_shards.kernels import native, reference
-from ablate_shards.kernels.native import NativeForm, is_built
-from ablate_shards.kernels.project import ProjectOptions, choose_form, project
-from ablate_shards.kernels.stored import STORED, decoded, encode
+from ablate_shards.kernels import reference
+from ablate_shards.kernels.ablate.project import ProjectOptions, choose_form, project
+from ablate_shards.kernels.codecs.plain import STORED, decoded, encode
+from ablate_shards.kernels.native import native
+from ablate_shards.kernels.native.native import NativeForm, is_built
 
 ROOT = Path(__file__).parents[2]
 HALVES = {"bfloat16": (np.uint16, torch.bfloat16), "float16": (np.float16, torch.float16)}

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ablate_shards.errors import DirectionsError, PlanError
-from ablate_shards.kernels import reference, resident
-from ablate_shards.kernels.form import stored_dtype
-from ablate_shards.kernels.project import (
+from ablate_shards.kernels import reference
+from ablate_shards.kernels.ablate import resident
+from ablate_shards.kernels.ablate.project import (
     Meter,
     ProjectOptions,
     Projector,
@@ -29,7 +29,8 @@ from ablate_shards.kernels.project import (
     stream,
     vector_component,
 )
-from ablate_shards.kernels.resident import Ablation, project_
+from ablate_shards.kernels.ablate.resident import Ablation, project_
+from ablate_shards.kernels.form import stored_dtype
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -429,7 +430,7 @@ class TestInPlace:
     @pytest.mark.parametrize("preserve", PRESERVES)
     @pytest.mark.parametrize("seed", range(16))
     def test_matrices_of_many_tiles(self, preserve, seed, triton_device, monkeypatch):
-        from ablate_shards.kernels import resident_triton
+        from ablate_shards.kernels.ablate import resident_triton
 
         sizes = {
             "COLUMNS_TILE": (16, 8),
@@ -958,7 +959,7 @@ class TestForm:
     def test_triton_is_imported_only_where_it_runs(self):
         code = (
             "import sys, torch\n"
-            "from ablate_shards.kernels.project import ProjectOptions, project\n"
+            "from ablate_shards.kernels.ablate.project import ProjectOptions, project\n"
             "project(torch.ones(4, 4), torch.eye(4, dtype=torch.float64)[:1], ProjectOptions())\n"
             "sys.exit('triton' in sys.modules)"
         )

@@ -38,7 +38,7 @@ from ablate_shards.surgery.plan.plan import read_vector
 if TYPE_CHECKING:
     import torch
 
-    from ablate_shards.kernels.sketch import Blocks, Change
+    from ablate_shards.kernels.measure.sketch import Blocks, Change
 
 __all__ = ["DiffOptions", "diff"]
 
@@ -401,7 +401,7 @@ class _Comparer:
         return replace(blank, kind="raw", changed=changed)
 
     def _compare_values(self, blank: TensorDiff, ours: TensorInfo, theirs: TensorInfo) -> _Found:
-        from ablate_shards.kernels.sketch import Unit, compare_matrix, compare_vector
+        from ablate_shards.kernels.measure.sketch import Unit, compare_matrix, compare_vector
 
         self._one_thread_each()
         unit = Unit(*np.maximum(_UNITS[ours.dtype], _UNITS[theirs.dtype]).tolist())
@@ -424,7 +424,7 @@ class _Comparer:
 
     def _one_thread_each(self) -> None:
         """Keeps torch to one thread per tensor once something differs; where nothing does, it is never loaded."""
-        from ablate_shards.kernels.project_torch import one_thread
+        from ablate_shards.kernels.ablate.project_torch import one_thread
 
         with self._lock:
             if not self._single:

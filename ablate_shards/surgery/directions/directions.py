@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from ablate_shards.errors import ActivationsError, CheckpointError, DirectionsError, UsageError
-from ablate_shards.kernels.grouped import add_group_sums, group_dots, pairs_in_order
+from ablate_shards.kernels.measure.grouped import add_group_sums, group_dots, pairs_in_order
 from ablate_shards.surgery.checkpoint.checkpoint import read_header
 from ablate_shards.surgery.directions.activations import (
     LABELS,

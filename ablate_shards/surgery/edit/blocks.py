@@ -24,7 +24,7 @@ from ablate_shards.surgery.plan.plan import BasisKey, Edit, TensorEdit
 if TYPE_CHECKING:
     import torch
 
-    from ablate_shards.kernels.project import Form, OnCpu, Workspace
+    from ablate_shards.kernels.ablate.project import Form, OnCpu, Workspace
 
 __all__ = [
     "BlockEditor",
@@ -95,7 +95,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
     on_cpu: ClassVar["OnCpu"] = "torch"
 
     def __init__(self, device: str, memory: int, jobs: int | None, stop: threading.Event) -> None:
-        from ablate_shards.kernels.project import choose_form
+        from ablate_shards.kernels.ablate.project import choose_form
 
         self._device = find_device(device)
         self._form: Form
@@ -128,7 +128,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
         """Keeps torch to one thread per job: no oversubscription, and sums in one order; other forms have one."""
         if self._form in _WITHOUT_TORCH:
             return contextlib.nullcontext()
-        from ablate_shards.kernels.project_torch import one_thread
+        from ablate_shards.kernels.ablate.project_torch import one_thread
 
         return one_thread()
 
@@ -232,7 +232,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
 
     def _workspace(self) -> "Workspace":
         """Returns this thread's scratch memory; what is kept fragments no memory."""
-        from ablate_shards.kernels.project import Workspace
+        from ablate_shards.kernels.ablate.project import Workspace
 
         if not hasattr(self._kept, "workspace"):
             self._kept.workspace = Workspace(self._device, self._form, chunks_at_once=self._chunks_at_once)
@@ -349,7 +349,7 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
 
     def result(self, edit: TensorEdit, measured: Sequence[Any], digest: str) -> TensorResult:
         """Returns what was measured of a tensor."""
-        from ablate_shards.kernels.project import merge, norm_drift
+        from ablate_shards.kernels.ablate.project import merge, norm_drift
 
         if edit.kind == "bias":
             ((before, after),) = measured

@@ -11,8 +11,8 @@ from ablate_shards.surgery.checkpoint.checkpoint import ITEM_BYTES
 from ablate_shards.surgery.plan.plan import TensorEdit
 
 if TYPE_CHECKING:
+    from ablate_shards.kernels.ablate.project import Measure, Meter, ProjectOptions, Projector, Workspace
     from ablate_shards.kernels.form import Array
-    from ablate_shards.kernels.project import Measure, Meter, ProjectOptions, Projector, Workspace
 
 __all__ = ["AblatedBias", "AblatedMatrices", "Reader", "Section"]
 
@@ -100,7 +100,7 @@ class AblatedMatrices:
         Raises:
             ExecuteError: It holds NaN or infinite values.
         """
-        from ablate_shards.kernels.project import Projector
+        from ablate_shards.kernels.ablate.project import Projector
 
         projector = Projector(self._basis, self._shape, self._edit.dtype, self._options, self._workspace())
         chunk = projector.chunk_rows
@@ -148,13 +148,13 @@ class AblatedMatrices:
         return self._projector
 
     def _new_meter(self) -> "Meter":
-        from ablate_shards.kernels.project import Meter
+        from ablate_shards.kernels.ablate.project import Meter
 
         return Meter(self._basis, self._shape, self._edit.dtype, self._options, self._workspace())
 
     @property
     def _options(self) -> "ProjectOptions":
-        from ablate_shards.kernels.project import ProjectOptions
+        from ablate_shards.kernels.ablate.project import ProjectOptions
 
         edit = self._edit
         return ProjectOptions(coefficient=edit.coefficient, preserve=edit.preserve, axis=edit.axis)
@@ -188,7 +188,7 @@ class AblatedBias:
         Raises:
             ExecuteError: It holds NaN or infinite values.
         """
-        from ablate_shards.kernels.project import project_vector
+        from ablate_shards.kernels.ablate.project import project_vector
 
         self._before = self._component(raw)
         if not math.isfinite(self._before):
@@ -205,12 +205,12 @@ class AblatedBias:
         return self._before, self._after
 
     def _component(self, raw: np.ndarray) -> float:
-        from ablate_shards.kernels.project import vector_component
+        from ablate_shards.kernels.ablate.project import vector_component
 
         return vector_component(self._stored(raw), self._basis)
 
     def _stored(self, raw: np.ndarray) -> np.ndarray:
-        from ablate_shards.kernels.stored import STORED
+        from ablate_shards.kernels.codecs.plain import STORED
 
         return raw.view(STORED[self._edit.dtype]).reshape(self._edit.shape)
 

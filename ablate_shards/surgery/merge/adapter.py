@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ablate_shards.errors import AdapterError, CheckpointError
-from ablate_shards.kernels.stored import STORED, decoded
+from ablate_shards.kernels.codecs.plain import STORED, decoded
 from ablate_shards.surgery.checkpoint.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, read_header
 
 __all__ = ["CONFIG_NAME", "TRAINING_NAME", "WEIGHTS_NAME", "Adapter", "LowRank", "base_digest", "read_adapter"]

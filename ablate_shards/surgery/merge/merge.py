@@ -15,9 +15,9 @@ import numpy as np
 
 from ablate_shards import __version__
 from ablate_shards.errors import AdapterError, ArchitectureError, ExecuteError, PlanError, UsageError
+from ablate_shards.kernels.codecs.plain import STORED, decoded, encode
 from ablate_shards.kernels.form import GREATEST
-from ablate_shards.kernels.merge_numpy import NumpyMerger, update_norm
-from ablate_shards.kernels.stored import STORED, decoded, encode
+from ablate_shards.kernels.merge.merge_numpy import NumpyMerger, update_norm
 from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect
 from ablate_shards.surgery.checkpoint.checkpoint import (
     ITEM_BYTES,
@@ -36,8 +36,8 @@ from ablate_shards.surgery.machine.staging import check_out
 from ablate_shards.surgery.merge.adapter import WEIGHTS_NAME, Adapter, LowRank, base_digest, read_adapter
 
 if TYPE_CHECKING:
-    from ablate_shards.kernels.merge import Merger
-    from ablate_shards.kernels.project import Form
+    from ablate_shards.kernels.ablate.project import Form
+    from ablate_shards.kernels.merge.merge_torch import Merger
 
 __all__ = [
     "MERGE_FORMAT",
@@ -640,7 +640,7 @@ class _Addition:
             return NumpyMerger(left, right, edit.scale, edit.dtype)
         import torch
 
-        from ablate_shards.kernels.merge import Merger
+        from ablate_shards.kernels.merge.merge_torch import Merger
 
         there = [torch.from_numpy(np.ascontiguousarray(factor)).to(self._device) for factor in (left, right)]
         return Merger(there[0], there[1], edit.scale, torch_dtype(edit.dtype), form=self._form)

@@ -427,7 +427,7 @@ class _Comparison:
 
     def add(self, data: memoryview, offset: int) -> None:
         """Compares recomputed bytes with those written at an offset."""
-        from ablate_shards.kernels.stored import STORED
+        from ablate_shards.kernels.codecs.plain import STORED
 
         dtype = np.dtype(STORED[self._edit.dtype])
         width = self._edit.shape[-1] if self._edit.shape else 1
@@ -447,7 +447,7 @@ class _Comparison:
 
     def _compare(self, found: np.ndarray, expected: np.ndarray, offset: int) -> None:
         """Compares rows of stored values."""
-        from ablate_shards.kernels.stored import decoded
+        from ablate_shards.kernels.codecs.plain import decoded
 
         size, width = found.itemsize, found.shape[1]
         bits = np.uint16 if size == 2 else np.uint32

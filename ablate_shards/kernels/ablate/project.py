@@ -23,6 +23,7 @@ import numpy as np
 
 from ablate_shards.errors import DirectionsError, PlanError
 from ablate_shards.kernels import reference
+from ablate_shards.kernels.codecs.plain import decoded, encode
 from ablate_shards.kernels.form import (
     GREATEST,
     GROUP_ROWS,
@@ -35,9 +36,8 @@ from ablate_shards.kernels.form import (
     in_range,
     stored_dtype,
 )
-from ablate_shards.kernels.native import NativeArrays, NativeForm, is_built
+from ablate_shards.kernels.native.native import NativeArrays, NativeForm, is_built
 from ablate_shards.kernels.reference import DEGENERATE, Preserve
-from ablate_shards.kernels.stored import decoded, encode
 
 if TYPE_CHECKING:
     import torch
@@ -311,10 +311,10 @@ def _arrays(device: "torch.device | str", form: Form, chunks_at_once: int) -> Ar
     import torch
 
     if form == "triton":
-        from ablate_shards.kernels.project_triton import TritonArrays
+        from ablate_shards.kernels.ablate.project_triton import TritonArrays
 
         return TritonArrays(torch.device(device))
-    from ablate_shards.kernels.project_torch import TorchArrays
+    from ablate_shards.kernels.ablate.project_torch import TorchArrays
 
     return TorchArrays(torch.device(device), chunks_at_once)
 
@@ -893,7 +893,7 @@ def one_thread(form: Form) -> contextlib.AbstractContextManager[None]:
     """Keep torch to one thread, where a form is torch's: what several add up depends on how many there are."""
     if form != "torch":
         return contextlib.nullcontext()
-    from ablate_shards.kernels import project_torch
+    from ablate_shards.kernels.ablate import project_torch
 
     return project_torch.one_thread()
 

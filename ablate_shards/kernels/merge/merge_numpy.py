@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ablate_shards.kernels.codecs.plain import decode, decoded, encode
 from ablate_shards.kernels.form import GREATEST
-from ablate_shards.kernels.native import PIECE, add_exactly, add_rounded, greatest_bits
-from ablate_shards.kernels.stored import decode, decoded, encode
+from ablate_shards.kernels.native.native import PIECE, add_exactly, add_rounded, greatest_bits
 
 __all__ = ["NumpyMerger", "update_norm"]
 

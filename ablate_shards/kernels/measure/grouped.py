@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ablate_shards.kernels import native
-from ablate_shards.kernels.stored import decoded
+from ablate_shards.kernels.codecs.plain import decoded
+from ablate_shards.kernels.native import native
 
 __all__ = ["add_group_sums", "group_dots", "pairs_in_order"]
 

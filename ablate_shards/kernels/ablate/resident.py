@@ -1,6 +1,6 @@
 """Directional ablation of weights where they lie, many at once.
 
-:func:`ablate_shards.kernels.project.project` leaves its input as it is and measures the result. Here nothing is copied
+:func:`ablate_shards.kernels.ablate.project.project` leaves its input as it is and measures the result. Here nothing is copied
 and nothing measured: what fits the kernels of ``resident_triton`` is read from and written to the memory of the device
 as little as can be, and the rest goes through the streamed form.
 """
@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ablate_shards.errors import PlanError
-from ablate_shards.kernels.form import stored_dtype
-from ablate_shards.kernels.native import is_built
-from ablate_shards.kernels.project import (
+from ablate_shards.kernels.ablate.project import (
     Form,
     ProjectOptions,
     Projector,
@@ -28,12 +26,14 @@ from ablate_shards.kernels.project import (
     stored_view,
     stream,
 )
+from ablate_shards.kernels.form import stored_dtype
+from ablate_shards.kernels.native.native import is_built
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ablate_shards.kernels.resident_triton import Resident
+    from ablate_shards.kernels.ablate.resident_triton import Resident
 
 __all__ = ["Ablation", "project_"]
 
@@ -154,7 +154,7 @@ class Ablation:
 
     def _is_simple(self, weight: "Tensor") -> bool:
         """Whether the kernels take a weight; they square the coefficient in float32."""
-        from ablate_shards.kernels.resident_triton import fits
+        from ablate_shards.kernels.ablate.resident_triton import fits
 
         fine = len(self._basis) == 1 and self._options.axis == -2 and 0 < abs(self._options.coefficient) <= 1e6
         return fine and fits(weight)
@@ -162,7 +162,7 @@ class Ablation:
     def _placed(self, weights: "list[Tensor]") -> "Resident":
         import torch
 
-        from ablate_shards.kernels.resident_triton import Resident
+        from ablate_shards.kernels.ablate.resident_triton import Resident
 
         direction = torch.from_numpy(self._basis[0]).to(torch.float32).to(weights[0].device)
         return Resident(weights, direction, self._options)
@@ -238,7 +238,7 @@ def _unusable(form: Form, device: str) -> str | None:
     if form != "triton":
         return None
     try:
-        from ablate_shards.kernels.resident_triton import INTERPRETED
+        from ablate_shards.kernels.ablate.resident_triton import INTERPRETED
     except ImportError:
         return "needs the package triton"
     return None if INTERPRETED or device != "cpu" else "needs a GPU"

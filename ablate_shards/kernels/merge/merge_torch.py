@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ablate_shards.errors import PlanError
 from ablate_shards.kernels import reference
-from ablate_shards.kernels.project import Form, choose_form
+from ablate_shards.kernels.ablate.project import Form, choose_form
 
 __all__ = ["Merger", "merge", "update_norm"]
 
@@ -84,7 +84,7 @@ class Merger:
         rows, cols = block.shape
         if self._form == "triton":
             # Triton is imported only where it runs.
-            from ablate_shards.kernels.merge_triton import add_product
+            from ablate_shards.kernels.merge.merge_triton import add_product
 
             self._note(*add_product(block, self._rows_of_left(start, rows), self._right))
             return

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.cuda import device_of
 from triton import knobs
 
+from ablate_shards.kernels.ablate.project_torch import TorchArrays
 from ablate_shards.kernels.form import HIGH, LOW, Arithmetic, in_range
-from ablate_shards.kernels.project_torch import TorchArrays
 
 __all__ = ["TritonArrays", "TritonForm"]
 

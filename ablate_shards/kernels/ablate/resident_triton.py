@@ -28,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from ablate_shards.kernels.ablate.project import AMPLIFICATION, ProjectOptions
 from ablate_shards.kernels.form import GREATEST, HIGH
-from ablate_shards.kernels.project import AMPLIFICATION, ProjectOptions
 
 __all__ = ["Resident", "fits"]
 

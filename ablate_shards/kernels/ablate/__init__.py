@@ -1,0 +1,1 @@
+"""Directions out of matrices, the norms kept."""

@@ -1,0 +1,1 @@
+"""Sums over the rows of a dump, and spectra of differences."""

@@ -1,0 +1,1 @@
+"""Low-rank updates added to stored matrices."""

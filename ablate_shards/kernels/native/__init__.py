@@ -1,0 +1,1 @@
+"""The arithmetic in C, compiled when the package is installed."""
