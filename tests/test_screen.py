@@ -8,7 +8,7 @@ from command_line import on_terminal
 from raw_checkpoints import write_directions, write_dump, write_llama
 
 from ablate_shards.cli import cli
-from ablate_shards.progress import show_progress
+from ablate_shards.terminal.progress import show_progress
 
 
 @pytest.fixture

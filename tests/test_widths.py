@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from ablate_shards.cli import cli
-from ablate_shards.layout import Column, Row, Stack, bar, print_table
+from ablate_shards.terminal.tables import Column, Row, Stack, bar, print_table
 
 WIDTHS = (40, 60, 80, 120, 200)
 COMMANDS = ("inspect", "directions", "evaluate", "diff")

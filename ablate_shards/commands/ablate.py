@@ -146,7 +146,6 @@ def ablate(
     """
     if activations is None:
         one_blas_thread()
-    from ablate_shards.progress import show_progress
     from ablate_shards.surgery.checkpoint.checkpoint import files_of
     from ablate_shards.surgery.checkpoint.stores import cached, hub_repository, open_source, quieten_hub
     from ablate_shards.surgery.directions.directions import EstimatorOptions
@@ -155,6 +154,7 @@ def ablate(
     from ablate_shards.surgery.machine.staging import check_out
     from ablate_shards.surgery.plan.plan import make_plan, resolve_bases
     from ablate_shards.surgery.plan.recipe import AblateOptions
+    from ablate_shards.terminal.progress import show_progress
 
     progress = show_progress(quiet=quiet or as_json)
     directions, activations = _one_source(directions, activations)
@@ -187,7 +187,7 @@ def ablate(
         if as_json:
             print_json(plan.as_dict())
         elif not quiet:
-            from ablate_shards.screen import print_plan
+            from ablate_shards.terminal.results import print_plan
 
             print_plan(checkpoint, plan)
         return
@@ -204,7 +204,7 @@ def ablate(
             }
         )
     elif not quiet:
-        from ablate_shards.screen import print_results
+        from ablate_shards.terminal.results import print_results
 
         print_results(checkpoint, plan, results, out, url)
 

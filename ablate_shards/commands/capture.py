@@ -66,10 +66,10 @@ def capture(model: Path, dump: Path, *, pairs: Path, as_json: bool, quiet: bool,
     MODEL is a checkpoint folder with its tokenizer; DUMP is a .safetensors file, or a folder of one
     shard per layer. It appears only when complete.
     """
-    from ablate_shards.progress import show_progress
     from ablate_shards.surgery.capture.forward import CaptureOptions
     from ablate_shards.surgery.capture.forward import capture as capture_stream
     from ablate_shards.surgery.model.samples import load_pairs
+    from ablate_shards.terminal.progress import show_progress
 
     progress = show_progress(quiet=quiet or as_json)
     prompts = load_pairs(pairs)

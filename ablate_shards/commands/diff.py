@@ -85,10 +85,10 @@ def diff(
 
     Tensors are matched by name, then by their values. A and B may be sharded, named and typed differently.
     """
-    from ablate_shards.progress import show_progress
     from ablate_shards.surgery.diff.survey import DiffOptions
     from ablate_shards.surgery.diff.survey import diff as compare
     from ablate_shards.surgery.directions.directions import read_directions
+    from ablate_shards.terminal.progress import show_progress
 
     if show and report is None:
         raise UsageError("--open shows a page, which --report FOLDER writes; give both")
@@ -128,7 +128,7 @@ def _open(source: Path | str) -> "Checkpoint":
 
 
 def _show(found: "Diff", most: int | None) -> None:
-    from ablate_shards.layout import output, say
+    from ablate_shards.terminal.tables import output, say
 
     screen = output()
     _print_table(screen, [tensor for tensor in found.tensors if tensor.changed or tensor.nonfinite], most)
@@ -152,7 +152,7 @@ def _show(found: "Diff", most: int | None) -> None:
 
 def _print_table(screen: "Console", tensors: Sequence["TensorDiff"], most: int | None) -> None:
     """Prints a line per layer, component and kind of change: the biggest changes, in the order of the layers."""
-    from ablate_shards.layout import Column, Row, bar, print_table, say
+    from ablate_shards.terminal.tables import Column, Row, bar, print_table, say
 
     groups: dict[tuple[str, str, str], list[TensorDiff]] = defaultdict(list)
     for tensor in tensors:

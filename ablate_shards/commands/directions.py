@@ -31,9 +31,9 @@ def directions(
     quiet: bool,
 ) -> None:
     """Compute directions from the activation DUMP, write them to FILE and show their scores."""
-    from ablate_shards.progress import show_progress
     from ablate_shards.surgery.directions.activations import open_activations
     from ablate_shards.surgery.directions.directions import EstimatorOptions, compute_directions, write_directions
+    from ablate_shards.terminal.progress import show_progress
 
     if file.suffix != ".safetensors":
         raise UsageError(f"{file}: directions are written as safetensors; name a file ending in .safetensors")
@@ -51,10 +51,10 @@ def directions(
         )
     write_directions(found, file)
     if as_json:
-        from ablate_shards.screen import scores
+        from ablate_shards.terminal.results import scores
 
         print_json(scores(found))
     elif not quiet:
-        from ablate_shards.screen import print_scores
+        from ablate_shards.terminal.results import print_scores
 
         print_scores(found, file)

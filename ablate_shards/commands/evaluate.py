@@ -11,9 +11,9 @@ import click
 from ablate_shards.commands.options import PATH, as_json_flag, debug_flag, device_flag, print_json, quiet_flag
 
 if TYPE_CHECKING:
-    from ablate_shards.layout import Column, Row
     from ablate_shards.surgery.evaluate.evaluation import Change, Evaluation
     from ablate_shards.surgery.evaluate.statistics import Ratio
+    from ablate_shards.terminal.tables import Column, Row
 
 __all__ = ["evaluate"]
 
@@ -89,11 +89,11 @@ def evaluate(
     failure keeps what was answered, and the same command goes on from there.
     """
     from ablate_shards.data.tw_civic import QUESTIONS
-    from ablate_shards.progress import show_progress
     from ablate_shards.surgery.evaluate.evaluation import evaluation_text
     from ablate_shards.surgery.evaluate.interview import EvaluateOptions, default_out
     from ablate_shards.surgery.evaluate.interview import evaluate as ask
     from ablate_shards.surgery.model.samples import load_questions
+    from ablate_shards.terminal.progress import show_progress
 
     progress = show_progress(quiet=quiet or as_json, counted="questions")
     out = out or default_out(model)
@@ -110,7 +110,7 @@ def evaluate(
 
 def _print(found: "Evaluation", out: Path) -> None:
     """Prints ratios and intervals by group, before and after, and what else was measured."""
-    from ablate_shards.layout import output, print_key, print_table, say
+    from ablate_shards.terminal.tables import output, print_key, print_table, say
 
     screen = output()
     sides = {"before": found.base, "after": found} if found.base else {"": found}
@@ -150,7 +150,7 @@ def _table(
     looks: Mapping[str, tuple[str, str]],
 ) -> "tuple[list[Column], list[Row]]":
     """Makes a row per group, language and side with a bar of its ratios, and of the paired tests below each group."""
-    from ablate_shards.layout import Column, Row, Stack
+    from ablate_shards.terminal.tables import Column, Row, Stack
 
     compared = len(sides) > 1
     columns = [

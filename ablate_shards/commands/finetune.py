@@ -79,10 +79,10 @@ def finetune(model: Path, adapter: Path, *, data: Path, as_json: bool, quiet: bo
     MODEL is a checkpoint folder with tokenizer and chat template; ADAPTER is a peft folder that
     appears only when complete.
     """
-    from ablate_shards.progress import show_progress
     from ablate_shards.surgery.finetune.lora import FinetuneOptions
     from ablate_shards.surgery.finetune.lora import finetune as train
     from ablate_shards.surgery.model.samples import load_instructions
+    from ablate_shards.terminal.progress import show_progress
 
     options = FinetuneOptions(**settings)
     progress = show_progress(quiet=quiet or as_json, counted="steps")

@@ -17,10 +17,10 @@ __all__ = ["inspect"]
 @debug_flag
 def inspect(source: Path | str, *, recipe: Any, as_json: bool) -> None:
     """Show the tensors of SOURCE, the writers found in it, and what is left out and why."""
-    from ablate_shards import screen
     from ablate_shards.errors import ArchitectureError
     from ablate_shards.surgery.anatomy.architecture import dissect
     from ablate_shards.surgery.checkpoint.stores import open_source
+    from ablate_shards.terminal import results as screen
 
     checkpoint = open_source(source)
     unknown = None

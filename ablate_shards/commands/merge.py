@@ -73,12 +73,12 @@ def merge(
     not name stays as it is, byte for byte.
     """
     one_blas_thread()
-    from ablate_shards.progress import show_progress
     from ablate_shards.surgery.checkpoint.stores import cached, hub_repository, open_source, quieten_hub
     from ablate_shards.surgery.edit.execute import ExecuteOptions
     from ablate_shards.surgery.hub.outputs import carry_out, check_options, is_folder
     from ablate_shards.surgery.merge.adapter import read_adapter
     from ablate_shards.surgery.merge.merge import Merged, check_merge_out, merging, plan_merge
+    from ablate_shards.terminal.progress import show_progress
 
     progress = show_progress(quiet=quiet or as_json)
     run = ExecuteOptions(
@@ -103,7 +103,7 @@ def merge(
         if as_json:
             print_json(plan.as_dict())
         elif not quiet:
-            from ablate_shards.screen import print_merge_plan
+            from ablate_shards.terminal.results import print_merge_plan
 
             print_merge_plan(checkpoint, plan)
         return
@@ -114,6 +114,6 @@ def merge(
         tensors = {name: dataclasses.asdict(result) for name, result in results.items()}
         print_json({"out": url or str(out), "tensors": tensors})
     elif not quiet:
-        from ablate_shards.screen import print_merge
+        from ablate_shards.terminal.results import print_merge
 
         print_merge(checkpoint, Merged(plan, results), adapter, out, url)

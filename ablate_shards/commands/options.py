@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ablate_shards.encoding import speaks_unicode
+from ablate_shards.terminal.encoding import speaks_unicode
 
 __all__ = [
     "PATH",

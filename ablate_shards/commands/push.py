@@ -55,11 +55,11 @@ def push(
     receipt is fresh, sent in one commit, and compared with the Hub's checksums after. The token is
     that of `hf auth login` or HF_TOKEN. A push that was interrupted is resumed by pushing again.
     """
-    from ablate_shards.progress import show_progress
     from ablate_shards.surgery.checkpoint.stores import hub_repository, quieten_hub
     from ablate_shards.surgery.edit.execute import ExecuteOptions
     from ablate_shards.surgery.hub.push import PushOptions, plan_push
     from ablate_shards.surgery.hub.push import push as push_folder
+    from ablate_shards.terminal.progress import show_progress
 
     repo = hub_repository(repo) or repo
     options = PushOptions(**settings)
@@ -70,7 +70,7 @@ def push(
         if as_json:
             print_json(dataclasses.asdict(plan))
         elif not quiet:
-            from ablate_shards.screen import print_push
+            from ablate_shards.terminal.results import print_push
 
             print_push(plan)
         return

@@ -48,10 +48,10 @@ def verify(
     is 1 when anything differs.
     """
     one_blas_thread()
-    from ablate_shards.progress import show_progress
     from ablate_shards.surgery.checkpoint.stores import cached, open_files, open_source
     from ablate_shards.surgery.edit.execute import ExecuteOptions
     from ablate_shards.surgery.verify.proof import verify as verify_checkpoint
+    from ablate_shards.terminal.progress import show_progress
 
     progress = show_progress(quiet=quiet or as_json)
     run = ExecuteOptions(device=device, memory=memory, jobs=jobs)
@@ -67,7 +67,7 @@ def verify(
     if as_json:
         print_json(dataclasses.asdict(verification))
     elif verification.differences or not quiet:
-        from ablate_shards.screen import print_verification
+        from ablate_shards.terminal.results import print_verification
 
         print_verification(verification, source, out)
     if verification.differences:

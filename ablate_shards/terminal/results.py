@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ablate_shards.errors import DirectionsError
-from ablate_shards.layout import Column, Row, Stack, bar, output, print_key, print_table, say
-from ablate_shards.progress import size_of
 from ablate_shards.surgery.anatomy.architecture import Anatomy, Writer, split_layer
 from ablate_shards.surgery.checkpoint.checkpoint import MERGE_RECEIPT_NAME, RECEIPT_NAME, Checkpoint, TensorInfo
 from ablate_shards.surgery.directions.directions import Directions, score_table
 from ablate_shards.surgery.edit.receipt import TensorResult
 from ablate_shards.surgery.plan.plan import Edit, Plan, TensorEdit
+from ablate_shards.terminal.progress import size_of
+from ablate_shards.terminal.tables import Column, Row, Stack, bar, output, print_key, print_table, say
 
 if TYPE_CHECKING:
     # Nothing but types: most commands need none of these stations.
