@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-COMPILED := hatch_build.py ablate_shards/kernels/native.c ablate_shards/kernels/native_passes.h
+COMPILED := hatch_build.py ablate_shards/kernels/native/native.c ablate_shards/kernels/native/native_passes.h
 
 .PHONY: demo test lint bench bench-gpu browser docs loaders clean
 
@@ -56,4 +56,4 @@ $(VENV)/.loaders: $(VENV)/.dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build dist ablate_shards/kernels/_native*.so
+	rm -rf $(VENV) demo build dist ablate_shards/kernels/native/_native*.so

@@ -12,12 +12,12 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-KERNELS = Path("ablate_shards", "kernels")
+KERNELS = Path("ablate_shards", "kernels", "native")
 # What the C standard leaves open must not differ between CPUs: no contraction of products and sums.
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 
 
-# Vectors that a CPU may have, told when the library is loaded; kernels/native.py knows the names.
+# Vectors that a CPU may have, told when the library is loaded; kernels/native/native.py knows the names.
 VARIANTS = {"avx2": ("-mavx2",), "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")}
 
 

@@ -16,15 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS, save_tiny_model
 
-import ablate_shards.surgery.diff.survey as module
 from ablate_shards.cli import cli
+from ablate_shards.data.demo import MODEL as DEMO
 from ablate_shards.errors import DirectionsError
 from ablate_shards.kernels.measure.sketch import Unit, compare_matrix
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.diff.survey import DiffOptions, diff
 from ablate_shards.surgery.directions.directions import read_directions
 
-DEMO = Path(module.__file__).parents[1] / "data" / "demo" / "model"
 UNITS = {torch.bfloat16: Unit(2**-7, 2**-133), torch.float32: Unit(2**-23, 2**-149)}
 
 

@@ -1,6 +1,6 @@
 """Directional ablation of weights where they lie, many at once.
 
-:func:`ablate_shards.kernels.ablate.project.project` leaves its input as it is and measures the result. Here nothing is copied
+:func:`.project.project` leaves its input as it is and measures the result. Here nothing is copied
 and nothing measured: what fits the kernels of ``resident_triton`` is read from and written to the memory of the device
 as little as can be, and the rest goes through the streamed form.
 """

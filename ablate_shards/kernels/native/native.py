@@ -121,7 +121,7 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 def add_group_sums(block: np.ndarray, first: int, into: np.ndarray) -> bool:
-    """Do what :func:`~ablate_shards.kernels.measure.grouped.add_group_sums` does; False, and nothing, where it cannot be."""
+    """Do what :func:`~.grouped.add_group_sums` does; False, and nothing, where it cannot be."""
     library = _for_groups(block)
     if library is not None:
         scratch = np.empty((len(into), _whole_pairs(block)))
@@ -130,7 +130,7 @@ def add_group_sums(block: np.ndarray, first: int, into: np.ndarray) -> bool:
 
 
 def group_dots(block: np.ndarray, first: int, weights: np.ndarray, offsets: np.ndarray, out: np.ndarray) -> bool:
-    """Write to ``out`` what :func:`~ablate_shards.kernels.measure.grouped.group_dots` returns; False where it cannot be."""
+    """Write to ``out`` what :func:`~.grouped.group_dots` returns; False where it cannot be."""
     library = _for_groups(block)
     if library is not None:
         weights, offsets = np.ascontiguousarray(weights), np.ascontiguousarray(offsets)
@@ -143,7 +143,7 @@ def group_dots(block: np.ndarray, first: int, weights: np.ndarray, offsets: np.n
 
 
 def pairs_in_order(lower: np.ndarray, higher: np.ndarray) -> int | None:
-    """Return what :func:`~ablate_shards.kernels.measure.grouped.pairs_in_order` does of ascending values; None if it cannot."""
+    """Return what :func:`~.grouped.pairs_in_order` does of ascending values; None if it cannot."""
     library = _library()
     if library is None:
         return None

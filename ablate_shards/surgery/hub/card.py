@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ BEGIN = "<!-- ablate-shards: what follows is generated and replaced by the next 
 END = "<!-- ablate-shards: end of what is generated -->"
 
 _HOME = "https://pypi.org/project/ablate-shards/"
-_TEMPLATE = Path(__file__).parent.parent / "data" / "model_card.md.jinja"
+_TEMPLATE = resources.files("ablate_shards.data") / "model_card.md.jinja"
 _EVALUATION = "ablate-shards.evaluation/"
 _PLOTS = (".png", ".svg", ".webp")
 _INHERITED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")

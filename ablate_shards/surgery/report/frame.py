@@ -5,14 +5,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
 from ablate_shards.errors import ReportError
 
 __all__ = ["GAP", "figure", "fill", "percent"]
 
-_PARTS = Path(__file__).parents[1] / "data" / "report"
+_PARTS = resources.files("ablate_shards.data") / "report"
 GAP = "\N{NARROW NO-BREAK SPACE}"
 
 
@@ -31,12 +31,12 @@ def fill(template: str, data: Mapping[str, Any], **context: Any) -> str:
         ReportError: jinja2 is not installed.
     """
     try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+        from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:
         raise ReportError("a page needs jinja2: pip install 'ablate-shards[report]'") from error
     scripts = [(_PARTS / name).read_text(encoding="utf-8") for name in ("plot.min.js", "report.js")]
     environment = Environment(
-        loader=FileSystemLoader(_PARTS),
+        loader=PackageLoader("ablate_shards.data", "report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
