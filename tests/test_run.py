@@ -8,8 +8,9 @@ from click.testing import CliRunner
 
 from ablate_shards.cli import cli
 from ablate_shards.errors import AblateError, ExecuteError, RecipeError
+from ablate_shards.names import STATE_NAME
 from ablate_shards.surgery.plan.recipe import read_recipe
-from ablate_shards.surgery.run.stages import STATE_NAME, plan_stages, run_stages, status_of
+from ablate_shards.surgery.run.stages import plan_stages, run_stages, status_of
 
 WHOLE = """
 [directions]

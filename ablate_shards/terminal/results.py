@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ablate_shards.errors import DirectionsError
+from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAME
 from ablate_shards.surgery.anatomy.architecture import Anatomy, Writer, split_layer
-from ablate_shards.surgery.checkpoint.checkpoint import MERGE_RECEIPT_NAME, RECEIPT_NAME, Checkpoint, TensorInfo
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, TensorInfo
 from ablate_shards.surgery.directions.directions import Directions, score_table
 from ablate_shards.surgery.edit.receipt import TensorResult
 from ablate_shards.surgery.plan.plan import Edit, Plan, TensorEdit

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ablate_shards.errors import CaptureError, CheckpointError, ExecuteError, UsageError
 from ablate_shards.surgery.checkpoint.checkpoint import read_header
 from ablate_shards.surgery.directions.activations import ACTIVATIONS_FORMAT, LABELS
-from ablate_shards.surgery.machine.staging import Staging, fsync_folder
+from ablate_shards.surgery.machine.files import fsync_folder
+from ablate_shards.surgery.machine.staging import Staging
 from ablate_shards.surgery.model.loading import size_text
 
 if TYPE_CHECKING:

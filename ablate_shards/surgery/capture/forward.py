@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from ablate_shards import __version__
 from ablate_shards.errors import CaptureError, Interrupted
 from ablate_shards.surgery.capture.dump import DumpWriter, check_disk, check_dump
-from ablate_shards.surgery.capture.layer_stream import Network, Progress, load_whole, open_streamed, run_layers
+from ablate_shards.surgery.capture.layer_stream import Network, load_whole, open_streamed, run_layers
 from ablate_shards.surgery.capture.prompts import Position, Prompt, encode_pairs, make_batches
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.directions.activations import ACTIVATIONS_FORMAT, LABELS
-from ablate_shards.surgery.edit.blocks import resolve_device
-from ablate_shards.surgery.edit.execute import sigterm_as_interrupt
+from ablate_shards.surgery.machine.devices import resolve_device
+from ablate_shards.surgery.machine.progress import Steps
+from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import locked
 from ablate_shards.surgery.model.loading import (
     Dtype,
@@ -31,7 +32,7 @@ from ablate_shards.surgery.model.samples import Pair
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CaptureOptions", "Captured", "Offload", "Position", "Progress", "capture"]
+__all__ = ["CaptureOptions", "Captured", "Offload", "Position", "capture"]
 
 Offload = Literal["auto", "never", "always"]
 
@@ -99,7 +100,7 @@ class Captured:
     longest: int
 
 
-def capture(model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOptions, progress: Progress) -> Captured:
+def capture(model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOptions, progress: Steps) -> Captured:
     """Writes the residual stream after every decoder layer, at one position of each prompt, to ``dump``.
 
     No code from the checkpoint runs, and nothing is unpickled. The dump appears complete or not at all, and its

@@ -4,32 +4,23 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ablate_shards.errors import CaptureError
 from ablate_shards.surgery.capture.dump import DumpWriter
 from ablate_shards.surgery.capture.prompts import Batch, Position
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.directions.activations import LABELS
+from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.model.loading import build, decoder_layers, load, reason
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["REST", "Network", "NotOneStream", "Progress", "load_whole", "open_streamed", "record", "run_layers"]
+__all__ = ["REST", "Network", "NotOneStream", "load_whole", "open_streamed", "record", "run_layers"]
 
 #: The part of a decoder that is no layer: embeddings, last norm.
 REST = -1
-
-
-class Progress(Protocol):
-    """Hears how far a capture has come."""
-
-    def count(self, done: int, total: int) -> None:
-        """Says that some of so many layers are done."""
-
-    def note(self, text: str) -> None:
-        """Says something in one line."""
 
 
 # ---------------------------------------------------------------------------------------- the model
@@ -248,7 +239,7 @@ class _OtherOutput(NotOneStream):
 
 
 def run_layers(
-    network: Network, batches: Sequence[Batch], dump: DumpWriter, position: Position, progress: Progress
+    network: Network, batches: Sequence[Batch], dump: DumpWriter, position: Position, progress: Steps
 ) -> int:
     """Captures every layer into a dump; returns how many an interrupted run had captured.
 

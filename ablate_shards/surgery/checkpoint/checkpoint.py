@@ -13,14 +13,10 @@ from typing import Any, Protocol
 from safetensors import SafetensorError, safe_open
 
 from ablate_shards.errors import CheckpointError, HubError
+from ablate_shards.names import RECEIPT_NAMES, is_report
 
 __all__ = [
     "ITEM_BYTES",
-    "MERGE_RECEIPT_NAME",
-    "PLOTS_NAME",
-    "RECEIPT_NAME",
-    "RECEIPT_NAMES",
-    "REPORT_NAME",
     "SKIPPED_FOLDERS",
     "Checkpoint",
     "Files",
@@ -31,7 +27,6 @@ __all__ = [
     "assemble",
     "files_of",
     "fingerprint",
-    "is_report",
     "leaves_folder",
     "open_checkpoint",
     "read_header",
@@ -39,12 +34,6 @@ __all__ = [
     "size_of",
 ]
 
-RECEIPT_NAME = "ablation.json"
-MERGE_RECEIPT_NAME = "merge.json"
-
-#: The receipts by which a folder that an earlier run made is known.
-RECEIPT_NAMES = (RECEIPT_NAME, MERGE_RECEIPT_NAME)
-REPORT_NAME, PLOTS_NAME = "report.html", "plots"
 
 #: Bytes per element of the dtypes that can be edited.
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
@@ -368,11 +357,6 @@ def assemble(files: Files, remote: Remote | None = None) -> Checkpoint:
         _check_numbering(files, [shard.name for shard in shards])
     root = Path(files.name)
     return _checkpoint(root, files, shards, sidecars=sidecars, left_out=left_out, remote=remote)
-
-
-def is_report(name: str) -> bool:
-    """Whether a file of an edited checkpoint is of its report, which describes it and is no part of it."""
-    return name == REPORT_NAME or name.startswith(f"{PLOTS_NAME}/")
 
 
 def files_of(checkpoint: Checkpoint) -> list[Path]:

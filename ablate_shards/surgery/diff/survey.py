@@ -31,8 +31,9 @@ from ablate_shards.surgery.diff.differences import (
 )
 from ablate_shards.surgery.diff.verdict import describe
 from ablate_shards.surgery.directions.directions import Directions, apply_gain, biproject
-from ablate_shards.surgery.edit.blocks import cores, pread_into
-from ablate_shards.surgery.edit.execute import Progress
+from ablate_shards.surgery.machine.devices import cores
+from ablate_shards.surgery.machine.files import pread_into
+from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.plan.plan import read_vector
 
 if TYPE_CHECKING:

@@ -3,42 +3,25 @@
 import contextlib
 import functools
 import gc
-import os
-import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from blake3 import blake3
 
-from ablate_shards.errors import ExecuteError, UsageError
 from ablate_shards.surgery.edit.receipt import TensorResult
 from ablate_shards.surgery.edit.sections import AblatedBias, AblatedMatrices, Section
+from ablate_shards.surgery.machine.devices import cores, find_device
 from ablate_shards.surgery.plan.plan import BasisKey, Edit, TensorEdit
 
 if TYPE_CHECKING:
-    import torch
-
     from ablate_shards.kernels.ablate.project import Form, OnCpu, Workspace
 
-__all__ = [
-    "BlockEditor",
-    "Channels",
-    "Editor",
-    "Part",
-    "Stopped",
-    "cores",
-    "find_device",
-    "pread_into",
-    "pwrite_all",
-    "resolve_device",
-    "torch_dtype",
-]
+__all__ = ["BlockEditor", "Channels", "Editor", "Part", "Stopped"]
 
 _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R")
@@ -51,8 +34,6 @@ _LEAST_MEMORY_PER_JOB = 8 << 20
 _SCRATCH = 6 << 20
 _ROOM_FOR_TWO_CHUNKS = 16 << 20
 _DEVICE_JOBS = 2
-_ACCELERATORS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
-_RENDER_NODES = Path("/dev/dri")
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: it ends a worker whose run has ended elsewhere
@@ -374,82 +355,3 @@ def _no_collections() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def pread_into(descriptor: int, data: memoryview, offset: int) -> None:
-    """Fills a buffer from an offset of a file.
-
-    Raises:
-        ExecuteError: The file ends before the buffer is full.
-    """
-    while data:
-        count = os.preadv(descriptor, [data], offset)
-        if count == 0:
-            raise ExecuteError(f"a shard ended {len(data)} bytes early while it was read; it was changed meanwhile")
-        data, offset = data[count:], offset + count
-
-
-def pwrite_all(descriptor: int, data: memoryview, offset: int) -> None:
-    """Writes a whole buffer at an offset of a file."""
-    while data:
-        count = os.pwrite(descriptor, data, offset)
-        data, offset = data[count:], offset + count
-
-
-def torch_dtype(name: str) -> "torch.dtype":
-    """Returns the torch dtype of an editable safetensors dtype."""
-    import torch
-
-    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[name]
-
-
-def cores() -> int:
-    """Returns how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def find_device(name: str) -> str:
-    """Returns the device of a name as :func:`resolve_device` does, without importing torch where that can be told.
-
-    Raises:
-        UsageError: There is no such device.
-    """
-    if name == "cpu" or (name == "auto" and not _may_have_accelerator()):
-        return "cpu"
-    return str(resolve_device(name))
-
-
-def _may_have_accelerator() -> bool:
-    """Tells whether there may be a device that ``auto`` would take: NVIDIA's, AMD's, or one with a render node."""
-    if sys.platform == "darwin":
-        return False
-    if not sys.platform.startswith("linux"):
-        return True
-    return any(Path(path).exists() for path in _ACCELERATORS) or any(_RENDER_NODES.glob("renderD*"))
-
-
-def resolve_device(name: str) -> "torch.device":
-    """Returns the device of a name, the best there is for ``auto``.
-
-    Raises:
-        UsageError: There is no such device.
-    """
-    import torch
-
-    if name != "auto":
-        kind, _, number = name.partition(":")
-        available = {
-            "cpu": True,
-            "cuda": torch.cuda.is_available() and int(number or 0) < torch.cuda.device_count(),
-            "mps": torch.backends.mps.is_available(),
-            "xpu": torch.xpu.is_available(),
-        }
-        if not available.get(kind, False):
-            usable = ", ".join(kind for kind, usable in available.items() if usable)
-            raise UsageError(f"--device {name}: torch {torch.__version__} finds no such device, only {usable}")
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.xpu.is_available():
-        return torch.device("xpu")
-    return torch.device("cpu")

@@ -18,9 +18,10 @@ import numpy as np
 from blake3 import blake3
 
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, Shard
-from ablate_shards.surgery.edit.blocks import BlockEditor, pread_into
+from ablate_shards.surgery.edit.blocks import BlockEditor
 from ablate_shards.surgery.edit.execute import untouched
 from ablate_shards.surgery.edit.sections import Section
+from ablate_shards.surgery.machine.files import pread_into
 from ablate_shards.surgery.plan.plan import Edit
 
 if TYPE_CHECKING:

@@ -8,31 +8,25 @@ import functools
 import itertools
 import os
 import shutil
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from ablate_shards import __version__
 from ablate_shards.errors import ExecuteError, HubError, Interrupted
-from ablate_shards.surgery.checkpoint.checkpoint import RECEIPT_NAME, Checkpoint, Shard, files_of, fingerprint, size_of
+from ablate_shards.names import RECEIPT_NAME
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, Shard, files_of, fingerprint, size_of
 from ablate_shards.surgery.directions.directions import Directions
-from ablate_shards.surgery.edit.blocks import (
-    BlockEditor,
-    Channels,
-    Editor,
-    Part,
-    Stopped,
-    cores,
-    find_device,
-    pread_into,
-    pwrite_all,
-)
+from ablate_shards.surgery.edit.blocks import BlockEditor, Channels, Editor, Part, Stopped
 from ablate_shards.surgery.edit.receipt import TensorResult, receipt_text
+from ablate_shards.surgery.machine.devices import cores, find_device
+from ablate_shards.surgery.machine.files import pread_into, pwrite_all
+from ablate_shards.surgery.machine.progress import Progress
+from ablate_shards.surgery.machine.signals import _uninterrupted, sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import Staging, check_out, locked
 from ablate_shards.surgery.plan.plan import Edit, Plan, TensorEdit, by_shard, resolve_bases
 from ablate_shards.surgery.plan.recipe import AblateOptions
@@ -43,7 +37,6 @@ if TYPE_CHECKING:
 __all__ = [
     "ExecuteOptions",
     "Operation",
-    "Progress",
     "Surgeon",
     "Task",
     "UnderWay",
@@ -53,7 +46,6 @@ __all__ = [
     "ending_early",
     "execute",
     "perform",
-    "sigterm_as_interrupt",
     "untouched",
     "what_is_kept",
 ]
@@ -93,19 +85,6 @@ class ExecuteOptions:
     overwrite: bool = False
     link: bool = False
     sync: bool = True
-
-
-class Progress(Protocol):
-    """Hears how far a run has come."""
-
-    def begin(self, total: int) -> None:
-        """Says how many bytes will be read or written."""
-
-    def advance(self, count: int) -> None:
-        """Says that so many more bytes are done; called from several threads."""
-
-    def note(self, text: str) -> None:
-        """Says something in one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -639,30 +618,3 @@ def _copy_range(source: int, target: int, start: int, end: int) -> None:
         pread_into(source, data, start)
         pwrite_all(target, data, start)
         start += len(data)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Lets a step end that is over soon and cannot be taken back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        yield
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Makes SIGTERM end the main thread as Ctrl-C does, which no library takes for an error of its own."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -14,7 +14,8 @@ import numpy as np
 
 from ablate_shards import __version__
 from ablate_shards.errors import VerifyError
-from ablate_shards.surgery.checkpoint.checkpoint import RECEIPT_NAME, Checkpoint, Files, Folder
+from ablate_shards.names import RECEIPT_NAME
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, Files, Folder
 from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.plan.plan import BasisKey, Plan, TensorEdit
 from ablate_shards.surgery.plan.recipe import COMPONENTS, PRESERVE, AblateOptions

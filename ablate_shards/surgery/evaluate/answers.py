@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ablate_shards.errors import EvaluateError
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
-from ablate_shards.surgery.edit.blocks import resolve_device
 from ablate_shards.surgery.evaluate.endpoint import Reply
+from ablate_shards.surgery.machine.devices import resolve_device
 from ablate_shards.surgery.model.loading import (
     UNUSABLE,
     Dtype,

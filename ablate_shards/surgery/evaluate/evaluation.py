@@ -17,7 +17,7 @@ from ablate_shards.errors import EvaluateError
 from ablate_shards.surgery.evaluate.endpoint import Reply
 from ablate_shards.surgery.evaluate.likelihood import Divergence, Perplexity
 from ablate_shards.surgery.evaluate.statistics import Agreement, Paired, Ratio, agreement, paired, ratio
-from ablate_shards.surgery.machine.staging import fsync_folder
+from ablate_shards.surgery.machine.files import fsync_folder
 from ablate_shards.surgery.model.samples import Group, Question, Verdict
 
 __all__ = [

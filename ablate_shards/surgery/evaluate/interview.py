@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ablate_shards.data.tw_civic import NEUTRAL_TEXT
 from ablate_shards.errors import AblateError, EvaluateError, Interrupted, UsageError
-from ablate_shards.surgery.edit.blocks import resolve_device
 from ablate_shards.surgery.evaluate.answers import Dtype, Speaker, batches, check_transformers, model_digest, speaking
 from ablate_shards.surgery.evaluate.endpoint import ChatOptions, Endpoint, Messages, Reply, chat, open_endpoint
 from ablate_shards.surgery.evaluate.evaluation import (
@@ -33,6 +32,8 @@ from ablate_shards.surgery.evaluate.likelihood import Divergence, Forced, Record
 from ablate_shards.surgery.evaluate.llm_judge import judge_messages, read_verdict
 from ablate_shards.surgery.evaluate.rubric import correct, judge
 from ablate_shards.surgery.evaluate.thoughts import without_thoughts
+from ablate_shards.surgery.machine.devices import resolve_device
+from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.staging import locked
 from ablate_shards.surgery.model.loading import open_folder
 from ablate_shards.surgery.model.samples import Question, Turn
@@ -44,7 +45,6 @@ __all__ = [
     "Comparison",
     "EvaluateOptions",
     "Evaluation",
-    "Progress",
     "compare",
     "default_out",
     "evaluate",
@@ -99,21 +99,11 @@ class EvaluateOptions:
     overwrite: bool = False
 
 
-class Progress(Protocol):
-    """Hears how far an evaluation has come."""
-
-    def count(self, done: int, total: int) -> None:
-        """Says that some of so many steps are done."""
-
-    def note(self, text: str) -> None:
-        """Says something in one line."""
-
-
 def evaluate(
     model: Path,
     questions: Sequence[Question],
     options: EvaluateOptions,
-    progress: Progress,
+    progress: Steps,
     *,
     against: Path | Evaluation | None = None,
     out: Path | None = None,
@@ -178,7 +168,7 @@ class _Run:
     """One evaluation: whom to ask, what is known already, and how far it has come."""
 
     def __init__(
-        self, questions: Sequence[Question], options: EvaluateOptions, journal: Journal, progress: Progress
+        self, questions: Sequence[Question], options: EvaluateOptions, journal: Journal, progress: Steps
     ) -> None:
         self._questions = questions
         self._options = options

@@ -14,24 +14,25 @@ from typing import TYPE_CHECKING, Any
 
 from ablate_shards import __version__
 from ablate_shards.errors import ExecuteError, FinetuneError, Interrupted, UsageError
+from ablate_shards.names import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, files_of
-from ablate_shards.surgery.edit.blocks import resolve_device
-from ablate_shards.surgery.edit.execute import sigterm_as_interrupt
 from ablate_shards.surgery.finetune.responses import encode_instructions, split
 from ablate_shards.surgery.finetune.targets import SEVEN, Targets, build_skeleton, choose, folded
 from ablate_shards.surgery.finetune.training import (
     CHECKPOINTS,
     Epoch,
     FinetuneOptions,
-    Progress,
     Run,
     deterministic,
     epochs_of,
     make_durable,
     train,
 )
+from ablate_shards.surgery.machine.devices import resolve_device
+from ablate_shards.surgery.machine.progress import Steps
+from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import Staging, check_out, locked
-from ablate_shards.surgery.merge.adapter import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME, base_digest
+from ablate_shards.surgery.merge.adapter import base_digest
 from ablate_shards.surgery.model.loading import (
     check_packages,
     free_memory,
@@ -46,7 +47,7 @@ from ablate_shards.surgery.model.samples import Instruction
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SEVEN", "Epoch", "FinetuneOptions", "Finetuned", "Progress", "Targets", "finetune"]
+__all__ = ["SEVEN", "Epoch", "FinetuneOptions", "Finetuned", "Targets", "finetune"]
 
 _FORMAT = "ablate-shards.training/1"
 #: Bytes per trained number: itself, its gradient and Adam's two moments, all in float32.
@@ -82,7 +83,7 @@ class Finetuned:
 
 
 def finetune(
-    model: Path, adapter: Path, data: Sequence[Instruction], options: FinetuneOptions, progress: Progress
+    model: Path, adapter: Path, data: Sequence[Instruction], options: FinetuneOptions, progress: Steps
 ) -> Finetuned:
     """Trains a LoRA adapter on the responses of ``data`` and writes it as a peft folder.
 
@@ -227,7 +228,7 @@ def _prepare(
     )
 
 
-def _report(run: Run, progress: Progress) -> None:
+def _report(run: Run, progress: Steps) -> None:
     """Says what will be trained and what not, and refuses what cannot fit."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(sample.kind for sample in run.data).items()))
     progress.note(f"{len(run.data)} samples ({kinds}): {len(run.trained)} to train on, {run.held_out} held out")
@@ -252,7 +253,7 @@ def _report(run: Run, progress: Progress) -> None:
     _check_memory(run, progress)
 
 
-def _check_memory(run: Run, progress: Progress) -> None:
+def _check_memory(run: Run, progress: Steps) -> None:
     skeleton, options = run.skeleton, run.options
     item = 2 if run.bfloat16 else 4
     weights = skeleton.parameters * item

@@ -9,12 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ablate_shards.errors import FinetuneError
 from ablate_shards.surgery.finetune.responses import IGNORED, Sample
 from ablate_shards.surgery.finetune.targets import SEVEN, Skeleton, Targets, folded
-from ablate_shards.surgery.machine.staging import Staging, fsync_folder
+from ablate_shards.surgery.machine.files import fsync_folder
+from ablate_shards.surgery.machine.progress import Steps
+from ablate_shards.surgery.machine.staging import Staging
 from ablate_shards.surgery.model.loading import load
 from ablate_shards.surgery.model.samples import Instruction
 
@@ -25,7 +27,6 @@ __all__ = [
     "CHECKPOINTS",
     "Epoch",
     "FinetuneOptions",
-    "Progress",
     "Run",
     "deterministic",
     "epochs_of",
@@ -92,16 +93,6 @@ class Epoch:
     number: int
     training: float | None
     evaluation: Mapping[str, float]
-
-
-class Progress(Protocol):
-    """Hears how far a training has come."""
-
-    def count(self, done: int, total: int) -> None:
-        """Says that some of so many steps are done."""
-
-    def note(self, text: str) -> None:
-        """Says something in one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +174,7 @@ class Run:
         return {name: value for name, value in settings.items() if name not in ("device", "resume", "overwrite")}
 
 
-def train(run: Run, staging: Staging, progress: Progress) -> tuple[Any, int]:
+def train(run: Run, staging: Staging, progress: Steps) -> tuple[Any, int]:
     """Trains, or goes on training, and returns the trainer and the steps that were done before.
 
     Raises:
@@ -274,7 +265,7 @@ def _load(run: Run, dtype: "torch.dtype") -> Any:
     return model
 
 
-def _callback(staging: Staging, progress: Progress) -> Any:
+def _callback(staging: Staging, progress: Steps) -> Any:
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not followed

@@ -10,23 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ablate_shards.errors import HubError
+from ablate_shards.names import BEGIN, END
 
-__all__ = [
-    "BEGIN",
-    "CARD",
-    "END",
-    "CardOptions",
-    "Measure",
-    "metadata_of",
-    "model_card",
-    "read_measures",
-    "read_object",
-]
+__all__ = ["CardOptions", "Measure", "metadata_of", "model_card", "read_measures", "read_object"]
 
-#: The file that the Hub shows as a model's card.
-CARD = "README.md"
-BEGIN = "<!-- ablate-shards: what follows is generated and replaced by the next push -->"
-END = "<!-- ablate-shards: end of what is generated -->"
 
 _HOME = "https://pypi.org/project/ablate-shards/"
 _TEMPLATE = resources.files("ablate_shards.data") / "model_card.md.jinja"

@@ -12,19 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ablate_shards.errors import AblateError, ExecuteError, HubError, UsageError
-from ablate_shards.surgery.checkpoint.checkpoint import RECEIPT_NAMES, Checkpoint, size_of
+from ablate_shards.names import RECEIPT_NAMES
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, size_of
 from ablate_shards.surgery.checkpoint.remote import Entry, patiently
 from ablate_shards.surgery.checkpoint.stores import UNFINISHED, FsspecFaults, entry_of, listing, open_system
-from ablate_shards.surgery.edit.execute import (
-    ExecuteOptions,
-    Operation,
-    Progress,
-    Surgeon,
-    Work,
-    check_unchanged,
-    ending_early,
-    sigterm_as_interrupt,
-)
+from ablate_shards.surgery.edit.execute import ExecuteOptions, Operation, Surgeon, Work, check_unchanged, ending_early
+from ablate_shards.surgery.machine.progress import Progress
+from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import Staging, locked
 from ablate_shards.surgery.plan.plan import Edit
 

@@ -6,7 +6,8 @@ from typing import Any, TypeGuard
 from ablate_shards.errors import UsageError
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.stores import hub_repository
-from ablate_shards.surgery.edit.execute import ExecuteOptions, Operation, Progress, perform
+from ablate_shards.surgery.edit.execute import ExecuteOptions, Operation, perform
+from ablate_shards.surgery.machine.progress import Progress
 
 __all__ = ["carry_out", "check_options", "is_folder"]
 

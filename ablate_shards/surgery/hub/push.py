@@ -12,9 +12,10 @@ from typing import Any, Literal
 from ablate_shards.errors import AblateError, HubError, UsageError
 from ablate_shards.surgery.checkpoint.remote import Entry, Patience, RemoteFiles, patiently
 from ablate_shards.surgery.checkpoint.stores import HubFaults, HubStore, explain_hub, hub_pause, is_hub_id, open_source
-from ablate_shards.surgery.edit.execute import ExecuteOptions, Progress
+from ablate_shards.surgery.edit.execute import ExecuteOptions
 from ablate_shards.surgery.hub.card import CardOptions, Kind, metadata_of, model_card
 from ablate_shards.surgery.hub.published import CARD, Published, look_at
+from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.verify.proof import verify
 
 __all__ = [

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ablate_shards.errors import ExecuteError, UsageError
-from ablate_shards.surgery.checkpoint.checkpoint import RECEIPT_NAMES
-from ablate_shards.surgery.merge.adapter import TRAINING_NAME
+from ablate_shards.names import RECEIPT_NAMES, TRAINING_NAME
+from ablate_shards.surgery.machine.files import fsync_folder
 
-__all__ = ["Staging", "check_out", "fsync_folder", "locked"]
+__all__ = ["Staging", "check_out", "locked"]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _sync_file_range: Any = getattr(_libc, "sync_file_range", None)
@@ -240,15 +240,6 @@ class Staging:
             file.write("\n" + json.dumps(entry) + "\n")
             file.flush()
             self.fsync(file.fileno())
-
-
-def fsync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _made_by_a_run(folder: Path) -> bool:

@@ -15,13 +15,11 @@ import numpy as np
 
 from ablate_shards.errors import AdapterError, CheckpointError
 from ablate_shards.kernels.codecs.plain import STORED, decoded
+from ablate_shards.names import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from ablate_shards.surgery.checkpoint.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, read_header
 
-__all__ = ["CONFIG_NAME", "TRAINING_NAME", "WEIGHTS_NAME", "Adapter", "LowRank", "base_digest", "read_adapter"]
+__all__ = ["Adapter", "LowRank", "base_digest", "read_adapter"]
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-TRAINING_NAME = "training.json"
 
 _ROOT = "base_model.model."
 _PIECES, _PIECE = 8, 4096

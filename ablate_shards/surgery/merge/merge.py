@@ -18,22 +18,16 @@ from ablate_shards.errors import AdapterError, ArchitectureError, ExecuteError, 
 from ablate_shards.kernels.codecs.plain import STORED, decoded, encode
 from ablate_shards.kernels.form import GREATEST
 from ablate_shards.kernels.merge.merge_numpy import NumpyMerger, update_norm
+from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAMES, WEIGHTS_NAME
 from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect
-from ablate_shards.surgery.checkpoint.checkpoint import (
-    ITEM_BYTES,
-    MERGE_RECEIPT_NAME,
-    RECEIPT_NAMES,
-    Checkpoint,
-    Files,
-    TensorInfo,
-    files_of,
-)
-from ablate_shards.surgery.edit.blocks import BlockEditor, find_device, torch_dtype
+from ablate_shards.surgery.checkpoint.checkpoint import ITEM_BYTES, Checkpoint, Files, TensorInfo, files_of
+from ablate_shards.surgery.edit.blocks import BlockEditor
 from ablate_shards.surgery.edit.execute import Operation
 from ablate_shards.surgery.edit.receipt import incomplete, items, load, number, revision_of, seal, source_record, typed
 from ablate_shards.surgery.edit.sections import Reader, Section
+from ablate_shards.surgery.machine.devices import find_device, torch_dtype
 from ablate_shards.surgery.machine.staging import check_out
-from ablate_shards.surgery.merge.adapter import WEIGHTS_NAME, Adapter, LowRank, base_digest, read_adapter
+from ablate_shards.surgery.merge.adapter import Adapter, LowRank, base_digest, read_adapter
 
 if TYPE_CHECKING:
     from ablate_shards.kernels.ablate.project import Form

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ablate_shards.errors import ReportError
-from ablate_shards.surgery.checkpoint.checkpoint import PLOTS_NAME, REPORT_NAME
+from ablate_shards.names import PLOTS_NAME, REPORT_NAME
 from ablate_shards.surgery.diff.differences import Diff
-from ablate_shards.surgery.machine.staging import fsync_folder
+from ablate_shards.surgery.machine.files import fsync_folder
 from ablate_shards.surgery.report.charts import chart_data
 from ablate_shards.surgery.report.comparison import comparison_data, render_comparison
 from ablate_shards.surgery.report.findings import ReportOptions, gather

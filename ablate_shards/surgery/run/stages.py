@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 from ablate_shards import __version__
 from ablate_shards.errors import ExecuteError, RecipeError
-from ablate_shards.surgery.checkpoint.checkpoint import is_report
+from ablate_shards.names import STATE_NAME, is_report
 from ablate_shards.surgery.plan.recipe import Recipe
 
-__all__ = ["STATE_NAME", "Stage", "Status", "as_flags", "plan_stages", "run_stages", "size_of", "status_of"]
+__all__ = ["Stage", "Status", "as_flags", "plan_stages", "run_stages", "size_of", "status_of"]
 
-STATE_NAME = "stages.json"
 
 Status = Literal["done", "changed", "missing"]
 

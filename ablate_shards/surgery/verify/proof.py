@@ -14,22 +14,14 @@ import numpy as np
 from blake3 import blake3
 
 from ablate_shards.errors import AblateError, HubError, UsageError, VerifyError
-from ablate_shards.surgery.checkpoint.checkpoint import (
-    ITEM_BYTES,
-    MERGE_RECEIPT_NAME,
-    RECEIPT_NAME,
-    RECEIPT_NAMES,
-    Checkpoint,
-    Files,
-    Folder,
-    Shard,
-    is_report,
-)
+from ablate_shards.names import BEGIN, CARD, MERGE_RECEIPT_NAME, RECEIPT_NAME, RECEIPT_NAMES, is_report
+from ablate_shards.surgery.checkpoint.checkpoint import ITEM_BYTES, Checkpoint, Files, Folder, Shard
 from ablate_shards.surgery.directions.directions import Directions
-from ablate_shards.surgery.edit.blocks import BlockEditor, Channels, Editor, cores
-from ablate_shards.surgery.edit.execute import ExecuteOptions, Progress, untouched
+from ablate_shards.surgery.edit.blocks import BlockEditor, Channels, Editor
+from ablate_shards.surgery.edit.execute import ExecuteOptions, untouched
 from ablate_shards.surgery.edit.receipt import Receipt, read_receipt
-from ablate_shards.surgery.hub.card import BEGIN, CARD
+from ablate_shards.surgery.machine.devices import cores
+from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.merge.adapter import read_adapter
 from ablate_shards.surgery.merge.merge import MergeEditor, MergeReceipt, plan_merge, read_merge_receipt
 from ablate_shards.surgery.plan.plan import Edit, TensorEdit, by_shard, resolve_bases

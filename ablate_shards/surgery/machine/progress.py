@@ -1,0 +1,31 @@
+"""Who hears how far something has come."""
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["Progress", "Steps"]
+
+
+class Progress(Protocol):
+    """Hears how far a run has come."""
+
+    def begin(self, total: int) -> None:
+        """Says how many bytes will be read or written."""
+
+    def advance(self, count: int) -> None:
+        """Says that so many more bytes are done; called from several threads."""
+
+    def note(self, text: str) -> None:
+        """Says something in one line."""
+
+
+class Steps(Protocol):
+    """Hears how far a run with a model has come: in layers, questions or steps of a training."""
+
+    def count(self, done: int, total: int) -> None:
+        """Says that some of so many are done."""
+
+    def note(self, text: str) -> None:
+        """Says something in one line."""
