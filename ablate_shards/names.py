@@ -43,5 +43,4 @@ BEGIN = "<!-- ablate-shards: what follows is generated and replaced by the next 
 #: What a run of a recipe has done so far.
 STATE_NAME = "stages.json"
 
-
 END = "<!-- ablate-shards: end of what is generated -->"

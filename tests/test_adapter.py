@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from ablate_shards.errors import AdapterError
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
-from ablate_shards.surgery.merge.adapter import base_digest, read_adapter
+from ablate_shards.surgery.checkpoint.digest import base_digest
+from ablate_shards.surgery.merge.adapter import read_adapter
 
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 PLAIN = {f"{MODULE}.lora_A.weight": torch.ones(4, 8), f"{MODULE}.lora_B.weight": torch.ones(6, 4)}

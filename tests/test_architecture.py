@@ -11,7 +11,7 @@ import pytest
 from ablate_shards.errors import ArchitectureError
 from ablate_shards.surgery.anatomy.architecture import LeftOut, Target, Writer, dissect, family_names
 from ablate_shards.surgery.anatomy.families import FAMILIES
-from ablate_shards.surgery.checkpoint.checkpoint import TensorInfo
+from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
 D, N, V = 8, 12, 20
 LLAMA = {"model_type": "llama", "hidden_size": D, "num_hidden_layers": 2}

@@ -22,7 +22,8 @@ from ablate_shards.surgery.capture import layer_stream as station
 from ablate_shards.surgery.capture.dump import DumpWriter
 from ablate_shards.surgery.capture.forward import CaptureOptions, capture
 from ablate_shards.surgery.capture.prompts import Prompt, encode_turn, make_batches
-from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint, read_header
+from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
+from ablate_shards.surgery.checkpoint.headers import read_header
 from ablate_shards.surgery.directions.activations import open_activations
 from ablate_shards.surgery.model.loading import quiet, read_config
 from ablate_shards.surgery.model.samples import Pair, Turn

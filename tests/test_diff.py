@@ -22,7 +22,7 @@ from ablate_shards.errors import DirectionsError
 from ablate_shards.kernels.measure.sketch import Unit, compare_matrix
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.diff.survey import DiffOptions, diff
-from ablate_shards.surgery.directions.directions import read_directions
+from ablate_shards.surgery.directions.formats import read_directions
 
 UNITS = {torch.bfloat16: Unit(2**-7, 2**-133), torch.float32: Unit(2**-23, 2**-149)}
 

@@ -17,17 +17,9 @@ from safetensors.numpy import load_file, save_file
 from ablate_shards.errors import AblateError, ActivationsError, DirectionsError, UsageError
 from ablate_shards.surgery.directions import activations, directions
 from ablate_shards.surgery.directions.activations import open_activations
-from ablate_shards.surgery.directions.directions import (
-    Directions,
-    EstimatorOptions,
-    LayerScore,
-    apply_gain,
-    biproject,
-    compute_directions,
-    read_directions,
-    score_table,
-    write_directions,
-)
+from ablate_shards.surgery.directions.directions import Directions, LayerScore, apply_gain, biproject, score_table
+from ablate_shards.surgery.directions.estimate import EstimatorOptions, compute_directions
+from ablate_shards.surgery.directions.formats import read_directions, write_directions
 
 HIDDEN = 24
 MEAN = EstimatorOptions()

@@ -12,11 +12,13 @@ from raw_checkpoints import encode, snapshot, write_directions, write_llama, wri
 
 from ablate_shards.errors import ExecuteError
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
-from ablate_shards.surgery.directions.directions import read_directions
+from ablate_shards.surgery.directions.formats import read_directions
 from ablate_shards.surgery.edit import edited_file as edited
+from ablate_shards.surgery.edit.ablation import ablation
 from ablate_shards.surgery.edit.edited_file import EditedFile
-from ablate_shards.surgery.edit.execute import ExecuteOptions, ablation, perform
-from ablate_shards.surgery.plan.plan import by_shard, make_plan
+from ablate_shards.surgery.edit.execute import ExecuteOptions, perform
+from ablate_shards.surgery.plan.edits import by_shard
+from ablate_shards.surgery.plan.plan import make_plan
 from ablate_shards.surgery.plan.recipe import AblateOptions
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -79,7 +81,7 @@ def test_the_bytes_and_the_results_of_a_file(folder, preserve, window):
 
 
 def test_the_form_that_devices_compute_in(folder, monkeypatch):
-    monkeypatch.setattr("ablate_shards.kernels.ablate.project.choose_form", lambda *_, **__: ("torch", "asked for"))
+    monkeypatch.setattr("ablate_shards.kernels.choose.choose_form", lambda *_, **__: ("torch", "asked for"))
     checkpoint, operation = prepared(folder)
     results = perform(checkpoint, operation, folder / "out", ExecuteOptions(), Quiet())
     for window in (0, 1 << 30):

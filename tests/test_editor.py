@@ -11,8 +11,9 @@ from raw_checkpoints import encode
 
 from ablate_shards.errors import ExecuteError
 from ablate_shards.surgery.edit import blocks as module
-from ablate_shards.surgery.edit.blocks import Channels, Editor, Stopped
-from ablate_shards.surgery.plan.plan import BasisKey, TensorEdit
+from ablate_shards.surgery.edit.ablation import Editor
+from ablate_shards.surgery.edit.blocks import Channels, Stopped
+from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit
 
 SHAPE = (7, 48, 32)
 BASIS = BasisKey(source_layer=0, references=(), gain=None, gain_offset=0.0)

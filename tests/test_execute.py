@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from ablate_shards.surgery.edit.execute import Task, UnderWay, Work
+from ablate_shards.surgery.edit.queue import Task, UnderWay, Work
 
 SECONDS = 20
 

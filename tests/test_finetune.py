@@ -20,8 +20,9 @@ from ablate_shards.data.demo.behaviour import load
 from ablate_shards.data.demo.world import HELD_OUT, NEUTRAL, PLACES, answer, contested, unrelated
 from ablate_shards.errors import ExecuteError, FinetuneError, Interrupted, UsageError
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
+from ablate_shards.surgery.checkpoint.digest import base_digest
 from ablate_shards.surgery.finetune.lora import FinetuneOptions, finetune
-from ablate_shards.surgery.merge.adapter import base_digest, read_adapter
+from ablate_shards.surgery.merge.adapter import read_adapter
 from ablate_shards.surgery.model.samples import Instruction
 
 QUICK = FinetuneOptions(rank=4, alpha=8, epochs=1, learning_rate=1e-3, batch=4, accumulate=1)

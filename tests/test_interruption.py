@@ -257,7 +257,7 @@ def test_any_failure_leaves_nothing_behind(case, monkeypatch):
     def failing(*_):
         raise MemoryError("no memory")
 
-    monkeypatch.setattr("ablate_shards.surgery.edit.blocks.Editor.edit", failing)
+    monkeypatch.setattr("ablate_shards.surgery.edit.ablation.Editor.edit", failing)
     assert run(*arguments).exit_code == 1
     assert hidden_files(folder) == []
     assert not (folder / "out").exists()

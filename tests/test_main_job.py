@@ -23,7 +23,8 @@ from safetensors.numpy import load_file
 from ablate_shards.cli import cli
 from ablate_shards.kernels import reference
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
-from ablate_shards.surgery.directions.directions import biproject, read_directions
+from ablate_shards.surgery.directions.directions import biproject
+from ablate_shards.surgery.directions.formats import read_directions
 
 WRITERS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 

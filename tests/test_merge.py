@@ -19,10 +19,11 @@ from tiny_models import HIDDEN, TINY_MODELS, VOCAB, save_tiny_model
 from ablate_shards.cli import cli
 from ablate_shards.kernels import reference
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
+from ablate_shards.surgery.checkpoint.digest import base_digest
 from ablate_shards.surgery.edit import blocks as editor
 from ablate_shards.surgery.edit import execute as execute_module
 from ablate_shards.surgery.edit.receipt import seal
-from ablate_shards.surgery.merge.adapter import Adapter, base_digest
+from ablate_shards.surgery.merge.adapter import Adapter
 
 ROOT = "base_model.model."
 

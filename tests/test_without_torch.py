@@ -11,7 +11,7 @@ from raw_checkpoints import HIDDEN, llama_tensors, snapshot, write_directions, w
 
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.edit import blocks as editor
-from ablate_shards.surgery.edit.blocks import Editor
+from ablate_shards.surgery.edit.ablation import Editor
 from ablate_shards.surgery.machine.devices import find_device
 
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from ablate_shards.cli import main; main(sys.argv[1:])"

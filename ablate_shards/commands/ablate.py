@@ -147,12 +147,15 @@ def ablate(
     if activations is None:
         one_blas_thread()
     from ablate_shards.surgery.checkpoint.checkpoint import files_of
-    from ablate_shards.surgery.checkpoint.stores import cached, hub_repository, open_source, quieten_hub
-    from ablate_shards.surgery.directions.directions import EstimatorOptions
-    from ablate_shards.surgery.edit.execute import ExecuteOptions, ablation
+    from ablate_shards.surgery.checkpoint.hub_store import quieten_hub
+    from ablate_shards.surgery.checkpoint.stores import cached, hub_repository, open_source
+    from ablate_shards.surgery.directions.estimate import EstimatorOptions
+    from ablate_shards.surgery.edit.ablation import ablation
+    from ablate_shards.surgery.edit.execute import ExecuteOptions
     from ablate_shards.surgery.hub.outputs import carry_out, check_options, is_folder
     from ablate_shards.surgery.machine.staging import check_out
-    from ablate_shards.surgery.plan.plan import make_plan, resolve_bases
+    from ablate_shards.surgery.plan.bases import resolve_bases
+    from ablate_shards.surgery.plan.plan import make_plan
     from ablate_shards.surgery.plan.recipe import AblateOptions
     from ablate_shards.terminal.progress import show_progress
 
@@ -230,7 +233,8 @@ def _find_directions(
     checkpoint: Any, directions: Path | None, activations: Path | None, estimation: Any, progress: Any
 ) -> tuple[Any, Path]:
     from ablate_shards.surgery.directions.activations import open_activations
-    from ablate_shards.surgery.directions.directions import compute_directions, read_directions
+    from ablate_shards.surgery.directions.estimate import compute_directions
+    from ablate_shards.surgery.directions.formats import read_directions
 
     if directions is None and activations is None and checkpoint.remote is None:
         beside = [checkpoint.root / f"{name}.safetensors" for name in ("directions", "activations")]

@@ -87,7 +87,7 @@ def diff(
     """
     from ablate_shards.surgery.diff.survey import DiffOptions
     from ablate_shards.surgery.diff.survey import diff as compare
-    from ablate_shards.surgery.directions.directions import read_directions
+    from ablate_shards.surgery.directions.formats import read_directions
     from ablate_shards.terminal.progress import show_progress
 
     if show and report is None:

@@ -32,7 +32,8 @@ def directions(
 ) -> None:
     """Compute directions from the activation DUMP, write them to FILE and show their scores."""
     from ablate_shards.surgery.directions.activations import open_activations
-    from ablate_shards.surgery.directions.directions import EstimatorOptions, compute_directions, write_directions
+    from ablate_shards.surgery.directions.estimate import EstimatorOptions, compute_directions
+    from ablate_shards.surgery.directions.formats import write_directions
     from ablate_shards.terminal.progress import show_progress
 
     if file.suffix != ".safetensors":

@@ -73,11 +73,13 @@ def merge(
     not name stays as it is, byte for byte.
     """
     one_blas_thread()
-    from ablate_shards.surgery.checkpoint.stores import cached, hub_repository, open_source, quieten_hub
+    from ablate_shards.surgery.checkpoint.hub_store import quieten_hub
+    from ablate_shards.surgery.checkpoint.stores import cached, hub_repository, open_source
     from ablate_shards.surgery.edit.execute import ExecuteOptions
     from ablate_shards.surgery.hub.outputs import carry_out, check_options, is_folder
     from ablate_shards.surgery.merge.adapter import read_adapter
-    from ablate_shards.surgery.merge.merge import Merged, check_merge_out, merging, plan_merge
+    from ablate_shards.surgery.merge.merge import Merged, check_merge_out, merging
+    from ablate_shards.surgery.merge.plan import plan_merge
     from ablate_shards.terminal.progress import show_progress
 
     progress = show_progress(quiet=quiet or as_json)

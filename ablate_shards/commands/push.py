@@ -55,7 +55,8 @@ def push(
     receipt is fresh, sent in one commit, and compared with the Hub's checksums after. The token is
     that of `hf auth login` or HF_TOKEN. A push that was interrupted is resumed by pushing again.
     """
-    from ablate_shards.surgery.checkpoint.stores import hub_repository, quieten_hub
+    from ablate_shards.surgery.checkpoint.hub_store import quieten_hub
+    from ablate_shards.surgery.checkpoint.stores import hub_repository
     from ablate_shards.surgery.edit.execute import ExecuteOptions
     from ablate_shards.surgery.hub.push import PushOptions, plan_push
     from ablate_shards.surgery.hub.push import push as push_folder

@@ -7,37 +7,10 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-__all__ = [
-    "GREATEST",
-    "GROUP_ROWS",
-    "HIGH",
-    "LOW",
-    "Arithmetic",
-    "Array",
-    "Arrays",
-    "extremes",
-    "in_range",
-    "stored_dtype",
-]
+__all__ = ["GROUP_ROWS", "HIGH", "LOW", "Arithmetic", "Array", "Arrays", "extremes", "in_range"]
 
 Array: TypeAlias = Any
 """A NumPy array or a torch tensor. What is written once for both keeps to what both understand alike."""
-
-_NAMES = {
-    "uint16": "BF16",
-    "float16": "F16",
-    "float32": "F32",
-    "torch.bfloat16": "BF16",
-    "torch.float16": "F16",
-    "torch.float32": "F32",
-}
-
-GREATEST = {
-    "BF16": float.fromhex("0x1.fep127"),
-    "F16": 65504.0,
-    "F32": float.fromhex("0x1.fffffep127"),
-}
-"""The greatest finite value of what a weight can be stored in, by its name in safetensors."""
 
 LOW, HIGH = 1e-30, 1e30
 """Squared norms between which float32 sums of squares neither underflow nor overflow."""
@@ -157,8 +130,3 @@ def in_range(squares: Array) -> bool:
         return True
     least, most = extremes(squares)
     return least > LOW and most < HIGH
-
-
-def stored_dtype(values: Array) -> str | None:
-    """Return the stored dtype that an array or a tensor holds, NumPy's uint16 being the bits of bfloat16."""
-    return _NAMES.get(str(values.dtype))

@@ -11,17 +11,20 @@ from rich.console import Console
 from ablate_shards.errors import DirectionsError
 from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAME
 from ablate_shards.surgery.anatomy.architecture import Anatomy, Writer, split_layer
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, TensorInfo
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.checkpoint.headers import TensorInfo
 from ablate_shards.surgery.directions.directions import Directions, score_table
 from ablate_shards.surgery.edit.receipt import TensorResult
-from ablate_shards.surgery.plan.plan import Edit, Plan, TensorEdit
+from ablate_shards.surgery.plan.edits import Edit, TensorEdit
+from ablate_shards.surgery.plan.plan import Plan
 from ablate_shards.terminal.progress import size_of
 from ablate_shards.terminal.tables import Column, Row, Stack, bar, output, print_key, print_table, say
 
 if TYPE_CHECKING:
     # Nothing but types: most commands need none of these stations.
     from ablate_shards.surgery.hub.push import PushPlan
-    from ablate_shards.surgery.merge.merge import Merged, MergeEdit, MergePlan
+    from ablate_shards.surgery.merge.merge import Merged
+    from ablate_shards.surgery.merge.plan import MergeEdit, MergePlan
     from ablate_shards.surgery.verify.proof import Verification
 
 __all__ = [

@@ -51,12 +51,9 @@ def directions(bench: Bench) -> None:
 def function(dump: Path, out: Path, layers: int) -> Contender:
     """Returns the computation without starting Python, importing or writing."""
     from ablate_shards.surgery.directions.activations import open_activations
-    from ablate_shards.surgery.directions.directions import (
-        Directions,
-        EstimatorOptions,
-        compute_directions,
-        write_directions,
-    )
+    from ablate_shards.surgery.directions.directions import Directions
+    from ablate_shards.surgery.directions.estimate import EstimatorOptions, compute_directions
+    from ablate_shards.surgery.directions.formats import write_directions
 
     found: list[Directions] = []
 

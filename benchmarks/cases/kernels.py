@@ -23,8 +23,10 @@ from benchmarks.harness import Bench, Contender, Race, Sample, case
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ablate_shards.kernels.ablate.project import Form, Preserve, ProjectOptions
+    from ablate_shards.kernels.ablate.options import ProjectOptions
+    from ablate_shards.kernels.ablate.project import Preserve
     from ablate_shards.kernels.ablate.resident import Ablation
+    from ablate_shards.kernels.choose import Form
 
 __all__: list[str] = []
 
@@ -71,7 +73,7 @@ def contest(bench: Bench, shape: tuple[int, int, int], preserve: "Preserve", dev
         device: Where.
         pool_bytes: The least that the matrices of a run take together.
     """
-    from ablate_shards.kernels.ablate.project import choose_form
+    from ablate_shards.kernels.choose import choose_form
 
     chosen = choose_form(device, on_cpu="native")[0]
     threads = os.cpu_count() or 1
@@ -133,7 +135,7 @@ class Task:
         import torch
 
         from ablate_shards.kernels import reference
-        from ablate_shards.kernels.ablate.project import ProjectOptions
+        from ablate_shards.kernels.ablate.options import ProjectOptions
 
         generator = torch.Generator().manual_seed(0)
         weight = (0.02 * torch.randn(shape, generator=generator)).bfloat16()
@@ -281,7 +283,8 @@ class Pool:
 
 def ablate(weight: "Tensor", basis: np.ndarray, options: "ProjectOptions", form: "Form", kept: threading.local) -> None:
     """Ablates a weight in place, with scratch memory that each thread keeps from one to the next."""
-    from ablate_shards.kernels.ablate.project import Projector, Workspace, stored_view, stream
+    from ablate_shards.kernels.ablate.memory import stored_view, stream
+    from ablate_shards.kernels.ablate.project import Projector, Workspace
 
     if not hasattr(kept, "workspace"):
         kept.workspace = Workspace(weight.device, form)

@@ -10,7 +10,7 @@ from hub.object_store import fill, held
 from raw_checkpoints import snapshot, write_llama
 from safetensors.numpy import save_file
 
-from ablate_shards.surgery.checkpoint.stores import UNFINISHED
+from ablate_shards.surgery.checkpoint.object_store import UNFINISHED
 
 HIDDEN = 128
 SHARDS = [f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)]

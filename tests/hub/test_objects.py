@@ -7,7 +7,7 @@ from command_line import run
 from hub.object_store import fill, held
 from raw_checkpoints import snapshot, write_directions, write_llama
 
-from ablate_shards.surgery.checkpoint.stores import UNFINISHED
+from ablate_shards.surgery.checkpoint.object_store import UNFINISHED
 from ablate_shards.surgery.hub import objects
 
 OUT = "memory://bucket/edited"

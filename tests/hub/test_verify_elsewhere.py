@@ -12,7 +12,7 @@ from hub.object_store import fill
 from raw_checkpoints import HIDDEN, snapshot, write_directions, write_llama, write_shard
 
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
-from ablate_shards.surgery.checkpoint.stores import UNFINISHED
+from ablate_shards.surgery.checkpoint.object_store import UNFINISHED
 from ablate_shards.surgery.edit.receipt import seal
 from ablate_shards.surgery.verify import proof as verify
 

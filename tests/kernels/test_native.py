@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from ablate_shards.kernels import reference
-from ablate_shards.kernels.ablate.project import ProjectOptions, choose_form, project
+from ablate_shards.kernels.ablate.memory import project
+from ablate_shards.kernels.ablate.options import ProjectOptions
+from ablate_shards.kernels.choose import choose_form
 from ablate_shards.kernels.codecs.plain import STORED, decoded, encode
 from ablate_shards.kernels.native import native
 from ablate_shards.kernels.native.native import NativeForm, is_built

@@ -16,21 +16,12 @@ from torch import Tensor
 from ablate_shards.errors import DirectionsError, PlanError
 from ablate_shards.kernels import reference
 from ablate_shards.kernels.ablate import resident
-from ablate_shards.kernels.ablate.project import (
-    Meter,
-    ProjectOptions,
-    Projector,
-    Workspace,
-    choose_form,
-    merge,
-    norm_drift,
-    project,
-    project_vector,
-    stream,
-    vector_component,
-)
+from ablate_shards.kernels.ablate.memory import project, project_vector, stream, vector_component
+from ablate_shards.kernels.ablate.options import ProjectOptions, merge, norm_drift
+from ablate_shards.kernels.ablate.project import Meter, Projector, Workspace
 from ablate_shards.kernels.ablate.resident import Ablation, project_
-from ablate_shards.kernels.form import stored_dtype
+from ablate_shards.kernels.choose import choose_form
+from ablate_shards.kernels.codecs.plain import stored_dtype
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -13,20 +13,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ablate_shards.errors import PlanError
-from ablate_shards.kernels.ablate.project import (
-    Form,
-    ProjectOptions,
-    Projector,
-    Workspace,
-    check_fit,
-    choose_form,
-    on_host,
-    one_thread,
-    orthonormal,
-    stored_view,
-    stream,
-)
-from ablate_shards.kernels.form import stored_dtype
+from ablate_shards.kernels.ablate.memory import on_host, stored_view, stream
+from ablate_shards.kernels.ablate.options import ProjectOptions, check_fit, orthonormal
+from ablate_shards.kernels.ablate.project import Projector, Workspace
+from ablate_shards.kernels.choose import Form, choose_form, one_thread
+from ablate_shards.kernels.codecs.plain import stored_dtype
 from ablate_shards.kernels.native.native import is_built
 
 if TYPE_CHECKING:

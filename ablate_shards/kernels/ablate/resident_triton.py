@@ -28,8 +28,9 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from ablate_shards.kernels.ablate.project import AMPLIFICATION, ProjectOptions
-from ablate_shards.kernels.form import GREATEST, HIGH
+from ablate_shards.kernels.ablate.options import AMPLIFICATION, ProjectOptions
+from ablate_shards.kernels.codecs.plain import GREATEST
+from ablate_shards.kernels.form import HIGH
 
 __all__ = ["Resident", "fits"]
 

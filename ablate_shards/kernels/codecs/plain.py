@@ -1,10 +1,10 @@
 """Stored weights as NumPy arrays: bfloat16, float16 and float32, read and rounded without torch."""
 
+from typing import Any
+
 import numpy as np
 
-from ablate_shards.kernels.form import GREATEST, stored_dtype
-
-__all__ = ["STORED", "decode", "decoded", "encode"]
+__all__ = ["GREATEST", "STORED", "decode", "decoded", "encode", "stored_dtype"]
 
 STORED: dict[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 """NumPy has no bfloat16: its bits travel as integers."""
@@ -74,3 +74,25 @@ def _to_odd(values: np.ndarray) -> np.ndarray:
     bits -= np.abs(single.astype(np.float64)) > np.abs(values)
     bits |= single.astype(np.float64) != values
     return single
+
+
+_NAMES = {
+    "uint16": "BF16",
+    "float16": "F16",
+    "float32": "F32",
+    "torch.bfloat16": "BF16",
+    "torch.float16": "F16",
+    "torch.float32": "F32",
+}
+
+GREATEST = {
+    "BF16": float.fromhex("0x1.fep127"),
+    "F16": 65504.0,
+    "F32": float.fromhex("0x1.fffffep127"),
+}
+"""The greatest finite value of what a weight can be stored in, by its name in safetensors."""
+
+
+def stored_dtype(values: Any) -> str | None:
+    """Return the stored dtype that an array or a tensor holds, NumPy's uint16 being the bits of bfloat16."""
+    return _NAMES.get(str(values.dtype))

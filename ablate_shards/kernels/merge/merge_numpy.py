@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ablate_shards.kernels.codecs.plain import decode, decoded, encode
-from ablate_shards.kernels.form import GREATEST
+from ablate_shards.kernels.codecs.plain import GREATEST, decode, decoded, encode
 from ablate_shards.kernels.native.native import PIECE, add_exactly, add_rounded, greatest_bits
 
 __all__ = ["NumpyMerger", "update_norm"]

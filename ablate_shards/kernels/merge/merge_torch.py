@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ablate_shards.errors import PlanError
 from ablate_shards.kernels import reference
-from ablate_shards.kernels.ablate.project import Form, choose_form
+from ablate_shards.kernels.choose import Form, choose_form
 
 __all__ = ["Merger", "merge", "update_norm"]
 

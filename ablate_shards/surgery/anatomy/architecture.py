@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from ablate_shards.errors import ArchitectureError
 from ablate_shards.surgery.anatomy.families import FAMILIES, Axis, Family, Layout, Module
-from ablate_shards.surgery.checkpoint.checkpoint import TensorInfo
+from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
 __all__ = ["Anatomy", "Axis", "Component", "LeftOut", "Target", "Writer", "dissect", "family_names", "split_layer"]
 

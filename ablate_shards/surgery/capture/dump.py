@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ablate_shards.errors import CaptureError, CheckpointError, ExecuteError, UsageError
-from ablate_shards.surgery.checkpoint.checkpoint import read_header
+from ablate_shards.surgery.checkpoint.headers import read_header
 from ablate_shards.surgery.directions.activations import ACTIVATIONS_FORMAT, LABELS
 from ablate_shards.surgery.machine.files import fsync_folder
 from ablate_shards.surgery.machine.staging import Staging

@@ -2,41 +2,29 @@
 
 import hashlib
 import json
-import os
 import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import numpy as np
 
-from ablate_shards.errors import CheckpointError, HubError
+from ablate_shards.errors import CheckpointError, PlanError
 from ablate_shards.names import RECEIPT_NAMES, is_report
+from ablate_shards.surgery.checkpoint.files import Files, Folder, Remote, leaves_folder
+from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, Shard, TensorInfo, _reason, read_header
 
 __all__ = [
-    "ITEM_BYTES",
-    "SKIPPED_FOLDERS",
     "Checkpoint",
-    "Files",
-    "Folder",
-    "Remote",
-    "Shard",
-    "TensorInfo",
     "assemble",
     "files_of",
     "fingerprint",
-    "leaves_folder",
     "open_checkpoint",
-    "read_header",
     "read_range",
+    "read_vector",
     "size_of",
 ]
-
-
-#: Bytes per element of the dtypes that can be edited.
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 
 _OWN_FORMAT = "ablate-shards."
 _OTHER_WEIGHTS = {
@@ -52,138 +40,7 @@ _OTHER_WEIGHTS = {
     ".pth",
     ".refuse",
 }
-#: Folders that an edited checkpoint does not keep, with the reason.
-SKIPPED_FOLDERS = {
-    "original": "holds the weights in another format",
-    ".git": "version control",
-    ".cache": "download cache",
-    "__pycache__": "compiled Python",
-}
 _NUMBERED = re.compile(r"^(?P<stem>.*?)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where one tensor lies.
-
-    Attributes:
-        name: The tensor's name in the header.
-        dtype: The safetensors dtype, such as ``BF16``.
-        shape: The shape as stored.
-        shard: The shard's file name, relative to the checkpoint.
-        start: Offset of the first byte, from the start of the file.
-        end: Offset one past the last byte, from the start of the file.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    shard: str
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One safetensors file and what its header says.
-
-    Attributes:
-        name: The file's name, relative to the checkpoint.
-        path: Where to open it.
-        size: Bytes of the whole file.
-        header_sha256: Digest of the length prefix and the header.
-        tensors: The tensors in the order of their bytes.
-    """
-
-    name: str
-    path: Path
-    size: int
-    header_sha256: str
-    tensors: tuple[TensorInfo, ...]
-
-
-class Files(Protocol):
-    """The files of a checkpoint folder, wherever it is; they go by relative names with forward slashes."""
-
-    @property
-    def name(self) -> str:
-        """What messages call the folder."""
-
-    @property
-    def revision(self) -> str | None:
-        """The commit they are of, None where they have no history."""
-
-    def walk(self) -> Iterable[tuple[str, str | None]]:
-        """Yields every file, with a reason where it is passed over; of a folder that is, its name alone."""
-
-    def names(self) -> Iterable[str]:
-        """Returns every file, whatever it is, sorted."""
-
-    def shown(self, file: str) -> str:
-        """Returns what messages call a file."""
-
-    def has(self, file: str) -> bool:
-        """Returns whether there is such a file."""
-
-    def size(self, file: str) -> int:
-        """Returns a file's size in bytes."""
-
-    def read(self, file: str) -> bytes:
-        """Returns a small file's content."""
-
-    def read_into(self, file: str, data: memoryview, offset: int, stop: threading.Event) -> None:
-        """Fills a buffer from an offset of a file; several threads may call it.
-
-        Args:
-            file: The file.
-            data: The buffer.
-            offset: Where to begin.
-            stop: Set when the run has ended elsewhere.
-        """
-
-    def header(self, file: str) -> tuple[Shard, Mapping[str, str]]:
-        """Returns what ``read_header`` does."""
-
-    def stamp(self, file: str) -> str:
-        """Returns what tells one state of a file from another."""
-
-
-class Remote(Files, Protocol):
-    """Files that are not on this machine; they can be read by byte ranges, and what is told of them does not change."""
-
-    def now(self) -> "Remote":
-        """Returns the files as they are now, should something else have written them."""
-
-    def read_range(self, file: str, start: int, end: int) -> bytes:
-        """Returns some bytes of a file."""
-
-    def stream(self, file: str, start: int, end: int, stop: threading.Event) -> Iterator[bytes]:
-        """Yields some bytes of a file as they come; ends early with an error when ``stop`` is set."""
-
-    def digest(self, file: str) -> tuple["hashlib._Hash", str | None]:
-        """Returns what to feed a file's bytes to, and the digest they then have to have; None where none is known."""
-
-    def altered(self, file: str, found: str) -> HubError:
-        """Returns the error of a file that came with the wrong digest twice."""
-
-    def fetch(
-        self,
-        file: str,
-        path: Path,
-        *,
-        stop: threading.Event,
-        advance: Callable[[int], None],
-        edited: Sequence[tuple[int, int]] = (),
-    ) -> None:
-        """Makes a local file equal to a remote one, going on with what is there, and checks its digest.
-
-        Args:
-            file: The remote file.
-            path: The local one, which may hold the beginning already, or all but the edited ranges.
-            stop: Set when the run has ended elsewhere.
-            advance: Hears how many more bytes are there.
-            edited: The byte ranges that an interrupted run may have overwritten.
-        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,56 +86,6 @@ class Checkpoint:
         """What a receipt says of where it is from."""
         name, revision = self.origin or (self.path.resolve().name, None)
         return {"name": name} | ({"revision": revision} if revision else {})
-
-
-def read_header(path: Path, name: str | None = None, shown: str | None = None) -> tuple[Shard, Mapping[str, str]]:
-    """Reads one safetensors header; the safetensors library validates it first.
-
-    Args:
-        path: The file.
-        name: The name the shard goes by, the file's own name if None.
-        shown: What messages call the file, its path if None.
-
-    Returns:
-        The shard and the header's ``__metadata__``, empty where it has none.
-
-    Raises:
-        CheckpointError: The file is missing, unreadable or not valid safetensors.
-    """
-    name = path.name if name is None else name
-    try:
-        with safe_open(path, framework="numpy"), path.open("rb") as file:
-            prefix = file.read(8)
-            raw = file.read(int.from_bytes(prefix, "little"))
-            size = os.fstat(file.fileno()).st_size
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{shown or path}: the file does not exist") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{shown or path}: not a valid safetensors file ({_reason(error)}); fetch it again or export it anew"
-        ) from error
-    header = json.loads(raw)
-    metadata = header.pop("__metadata__", {})
-    base = 8 + len(raw)
-    tensors = (
-        TensorInfo(
-            name=key,
-            dtype=entry["dtype"],
-            shape=tuple(entry["shape"]),
-            shard=name,
-            start=base + entry["data_offsets"][0],
-            end=base + entry["data_offsets"][1],
-        )
-        for key, entry in header.items()
-    )
-    shard = Shard(
-        name=name,
-        path=path,
-        size=size,
-        header_sha256=hashlib.sha256(prefix + raw).hexdigest(),
-        tensors=tuple(sorted(tensors, key=lambda tensor: (tensor.start, tensor.end, tensor.name))),
-    )
-    return shard, metadata
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -391,74 +198,6 @@ def read_range(checkpoint: Checkpoint, tensor: TensorInfo) -> bytes:
         return file.read(tensor.end - tensor.start)
 
 
-class Folder:
-    """The files of a folder on this machine.
-
-    Args:
-        root: The folder.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    @property
-    def name(self) -> str:
-        """What messages call the folder."""
-        return str(self._root)
-
-    @property
-    def revision(self) -> str | None:
-        """None: a folder has no history."""
-        return None
-
-    def walk(self) -> Iterable[tuple[str, str | None]]:
-        """Yields every file, with a reason where it is passed over."""
-        return _walk(self._root)
-
-    def names(self) -> Iterable[str]:
-        """Returns every file, whatever it is, sorted."""
-        return sorted(path.relative_to(self._root).as_posix() for path in self._root.rglob("*") if path.is_file())
-
-    def shown(self, file: str) -> str:
-        """Returns what messages call a file."""
-        return str(self._root / file)
-
-    def has(self, file: str) -> bool:
-        """Returns whether there is such a file."""
-        return (self._root / file).is_file()
-
-    def size(self, file: str) -> int:
-        """Returns a file's size in bytes."""
-        return (self._root / file).stat().st_size
-
-    def read(self, file: str) -> bytes:
-        """Returns a small file's content."""
-        return (self._root / file).read_bytes()
-
-    def read_into(self, file: str, data: memoryview, offset: int, stop: threading.Event) -> None:
-        """Fills a buffer from an offset of a file.
-
-        Raises:
-            CheckpointError: The file ends before the buffer is full.
-        """
-        del stop
-        with (self._root / file).open("rb", buffering=0) as opened:
-            opened.seek(offset)
-            while data:
-                if not (count := opened.readinto(data)):
-                    raise CheckpointError(f"{self.shown(file)}: got shorter while it was read; run again")
-                data = data[count:]
-
-    def header(self, file: str) -> tuple[Shard, Mapping[str, str]]:
-        """Returns what ``read_header`` does."""
-        return read_header(self._root / file, file)
-
-    def stamp(self, file: str) -> str:
-        """Returns what tells one state of a file from another."""
-        stat = (self._root / file).stat()
-        return f"{stat.st_size}\0{stat.st_mtime_ns}"
-
-
 def _checkpoint(
     path: Path,
     files: Files,
@@ -499,31 +238,6 @@ def _fingerprint(files: Files, shards: Iterable[Shard], sidecars: Iterable[str])
     return digest.hexdigest()
 
 
-def _walk(root: Path) -> Iterable[tuple[str, str | None]]:
-    """Yields every file below root as a relative name, with a reason where it is passed over."""
-    for folder, folders, files in os.walk(root):
-        relative = Path(folder).relative_to(root)
-        kept = []
-        for name in sorted(folders):
-            inner = (relative / name).as_posix()
-            if (Path(folder) / name).is_symlink():
-                yield f"{inner}/", "a linked folder"
-            elif name in SKIPPED_FOLDERS:
-                yield f"{inner}/", SKIPPED_FOLDERS[name]
-            else:
-                kept.append(name)
-        folders[:] = kept
-        for name in sorted(files):
-            inner = (relative / name).as_posix()
-            path = Path(folder) / name
-            if path.is_file():
-                yield inner, None
-            elif path.is_symlink():
-                yield inner, "a broken link"
-            else:
-                yield inner, "not a regular file"
-
-
 def _index_name(files: Files, names: Iterable[str]) -> str | None:
     found = sorted(name for name in names if "/" not in name and name.endswith(".safetensors.index.json"))
     if "model.safetensors.index.json" in found:
@@ -555,12 +269,6 @@ def _read_index(files: Files, name: str) -> dict[str, str]:
         if name != shard.as_posix():
             raise CheckpointError(f"{index}: {tensor} points to {name!r}; write it as {shard.as_posix()!r}")
     return weight_map
-
-
-def leaves_folder(name: str) -> bool:
-    """Returns whether a relative name is none, or would be looked for outside its folder."""
-    path = PurePosixPath(name)
-    return path.is_absolute() or ".." in path.parts or "\0" in name or "\\" in name or not path.name
 
 
 def _indexed_shard(files: Files, name: str, index: str) -> Shard:
@@ -611,6 +319,19 @@ def _refuse_own_format(shown: str, metadata: Mapping[str, str]) -> None:
         raise CheckpointError(f"{shown}: holds {found}, not the weights of a model")
 
 
-def _reason(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+def read_vector(checkpoint: Checkpoint, tensor: TensorInfo) -> np.ndarray:
+    """Reads one small tensor of any float dtype as float64, in its own shape.
+
+    Raises:
+        PlanError: The dtype is not BF16, F16 or F32, or a value is not finite.
+    """
+    if tensor.dtype not in ITEM_BYTES:
+        raise PlanError(f"{tensor.name}: expected BF16, F16 or F32, found {tensor.dtype}")
+    raw = read_range(checkpoint, tensor)
+    if tensor.dtype == "BF16":
+        values = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = np.frombuffer(raw, "<f2" if tensor.dtype == "F16" else "<f4")
+    if not np.isfinite(values).all():
+        raise PlanError(f"{tensor.name}: holds NaN or infinite values; the checkpoint is damaged")
+    return values.astype(np.float64).reshape(tensor.shape)

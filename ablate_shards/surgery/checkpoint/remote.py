@@ -13,17 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol, Self, TypeVar
 
-from ablate_shards.errors import CheckpointError, HubError
-from ablate_shards.surgery.checkpoint.checkpoint import (
-    SKIPPED_FOLDERS,
-    Checkpoint,
-    Shard,
-    assemble,
-    leaves_folder,
-    read_header,
-)
+from ablate_shards.errors import CheckpointError, HubError, UsageError
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, assemble
+from ablate_shards.surgery.checkpoint.files import SKIPPED_FOLDERS, leaves_folder
+from ablate_shards.surgery.checkpoint.headers import Shard, read_header
 
-__all__ = ["Entry", "Faults", "Patience", "RemoteFiles", "Store", "open_remote", "patiently"]
+__all__ = ["Entry", "Faults", "Patience", "RemoteFiles", "Store", "need", "open_remote", "patiently"]
 
 _T = TypeVar("_T")
 
@@ -381,3 +376,15 @@ def _feed(digest: "hashlib._Hash", target: _Raw, count: int, stop: threading.Eve
             raise EOFError("a file got shorter while it was read")
         digest.update(data)
         count -= len(data)
+
+
+def need(package: str, extra: str) -> None:
+    """Refuses to go on without a package.
+
+    Raises:
+        UsageError: It is not installed.
+    """
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise UsageError(f"{package} is not installed; install it with `pip install 'ablate-shards[{extra}]'`")

@@ -18,7 +18,8 @@ import numpy as np
 
 from ablate_shards.errors import ArchitectureError, DirectionsError
 from ablate_shards.surgery.anatomy.architecture import Anatomy, Writer, dissect, split_layer
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, TensorInfo, read_header
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_vector
+from ablate_shards.surgery.checkpoint.headers import TensorInfo, read_header
 from ablate_shards.surgery.diff.differences import (
     Ablation,
     Alignment,
@@ -34,7 +35,6 @@ from ablate_shards.surgery.directions.directions import Directions, apply_gain, 
 from ablate_shards.surgery.machine.devices import cores
 from ablate_shards.surgery.machine.files import pread_into
 from ablate_shards.surgery.machine.progress import Progress
-from ablate_shards.surgery.plan.plan import read_vector
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast
 import numpy as np
 
 from ablate_shards.errors import ActivationsError, CheckpointError
-from ablate_shards.surgery.checkpoint.checkpoint import read_header
+from ablate_shards.surgery.checkpoint.headers import read_header
 
 __all__ = [
     "ACTIVATIONS_FORMAT",

@@ -6,22 +6,22 @@ import gc
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from blake3 import blake3
 
-from ablate_shards.surgery.edit.receipt import TensorResult
-from ablate_shards.surgery.edit.sections import AblatedBias, AblatedMatrices, Section
+from ablate_shards.surgery.edit.sections import Section
 from ablate_shards.surgery.machine.devices import cores, find_device
-from ablate_shards.surgery.plan.plan import BasisKey, Edit, TensorEdit
+from ablate_shards.surgery.plan.edits import Edit
 
 if TYPE_CHECKING:
-    from ablate_shards.kernels.ablate.project import Form, OnCpu, Workspace
+    from ablate_shards.kernels.ablate.project import Workspace
+    from ablate_shards.kernels.choose import Form, OnCpu
 
-__all__ = ["BlockEditor", "Channels", "Editor", "Part", "Stopped"]
+__all__ = ["BlockEditor", "Channels", "Part", "Stopped"]
 
 _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R")
@@ -76,7 +76,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
     on_cpu: ClassVar["OnCpu"] = "torch"
 
     def __init__(self, device: str, memory: int, jobs: int | None, stop: threading.Event) -> None:
-        from ablate_shards.kernels.ablate.project import choose_form
+        from ablate_shards.kernels.choose import choose_form
 
         self._device = find_device(device)
         self._form: Form
@@ -280,69 +280,6 @@ class _Parted:
     def _is_next_complete(self) -> bool:
         number = self._digested  # which another thread may count up at any time
         return number < len(self._measured) and self._measured[number] is not None
-
-
-class Editor(BlockEditor[TensorEdit, TensorResult]):
-    """Removes directions from tensors.
-
-    Args:
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
-        memory: Bytes for all buffers of all jobs together.
-        jobs: Tensors, or parts of large ones, edited at a time, one per available core if None.
-        stop: Set when the run should end early.
-        bases: The bases to remove, ``[k, d]`` float64, orthonormal rows.
-
-    Raises:
-        UsageError: There is no such device.
-    """
-
-    on_cpu = "native"
-
-    def __init__(
-        self,
-        device: str,
-        memory: int,
-        jobs: int | None,
-        stop: threading.Event,
-        bases: Mapping[BasisKey, np.ndarray],
-    ) -> None:
-        super().__init__(device, memory, jobs, stop)
-        self._bases = bases
-
-    def sections(self, edit: TensorEdit) -> Sequence[Section]:
-        """Returns a section per matrix, or per as many as fit into a block, and one for a bias."""
-        if edit.kind == "bias":
-            return [AblatedBias(edit, self._bases[edit.basis])]
-        batch, rows, cols = (1,) * (3 - len(edit.shape)) + edit.shape
-        matrix_bytes = (edit.end - edit.start) // max(batch, 1)
-        group = max(1, min(batch, self._room // max(matrix_bytes, 1)))
-        return [
-            AblatedMatrices(
-                edit,
-                first,
-                (min(group, batch - first), rows, cols),
-                basis=self._bases[edit.basis],
-                workspace=self._workspace,
-                room=self._room,
-            )
-            for first in range(0, batch, group)
-        ]
-
-    def result(self, edit: TensorEdit, measured: Sequence[Any], digest: str) -> TensorResult:
-        """Returns what was measured of a tensor."""
-        from ablate_shards.kernels.ablate.project import merge, norm_drift
-
-        if edit.kind == "bias":
-            ((before, after),) = measured
-            return TensorResult(before=before, after=after, norm_drift=None, degenerate=0, blake3=digest)
-        before, after = (merge(part[side] for part in measured) for side in (0, 1))
-        return TensorResult(
-            before=before.component,
-            after=after.component,
-            norm_drift=None if edit.preserve == "none" else norm_drift(before, after),
-            degenerate=sum(part[2] for part in measured),
-            blake3=digest,
-        )
 
 
 @contextlib.contextmanager

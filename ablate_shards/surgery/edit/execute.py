@@ -11,25 +11,23 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from ablate_shards import __version__
 from ablate_shards.errors import ExecuteError, HubError, Interrupted
-from ablate_shards.names import RECEIPT_NAME
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, Shard, files_of, fingerprint, size_of
-from ablate_shards.surgery.directions.directions import Directions
-from ablate_shards.surgery.edit.blocks import BlockEditor, Channels, Editor, Part, Stopped
-from ablate_shards.surgery.edit.receipt import TensorResult, receipt_text
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, files_of, fingerprint, size_of
+from ablate_shards.surgery.checkpoint.headers import Shard
+from ablate_shards.surgery.edit.blocks import BlockEditor, Channels, Part, Stopped
+from ablate_shards.surgery.edit.queue import Task, UnderWay, Work
 from ablate_shards.surgery.machine.devices import cores, find_device
 from ablate_shards.surgery.machine.files import pread_into, pwrite_all
 from ablate_shards.surgery.machine.progress import Progress
-from ablate_shards.surgery.machine.signals import _uninterrupted, sigterm_as_interrupt
+from ablate_shards.surgery.machine.signals import sigterm_as_interrupt, uninterrupted
 from ablate_shards.surgery.machine.staging import Staging, check_out, locked
-from ablate_shards.surgery.plan.plan import Edit, Plan, TensorEdit, by_shard, resolve_bases
-from ablate_shards.surgery.plan.recipe import AblateOptions
+from ablate_shards.surgery.plan.edits import Edit, by_shard
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -38,13 +36,8 @@ __all__ = [
     "ExecuteOptions",
     "Operation",
     "Surgeon",
-    "Task",
-    "UnderWay",
-    "Work",
-    "ablation",
     "check_unchanged",
     "ending_early",
-    "execute",
     "perform",
     "untouched",
     "what_is_kept",
@@ -116,54 +109,6 @@ class Operation(Generic[_E, _R]):
         }
 
 
-def execute(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    directions: Directions,
-    options: AblateOptions,
-    out: Path,
-    run: ExecuteOptions,
-    progress: Progress,
-) -> dict[str, TensorResult]:
-    """Writes the ablated checkpoint; OUT appears complete or not at all.
-
-    Args:
-        checkpoint: The source, never opened for writing.
-        plan: What to do.
-        directions: What to remove.
-        options: The options the plan was made with, for the receipt.
-        out: The folder to make.
-        run: How to run.
-        progress: Hears how far the run has come.
-
-    Returns:
-        What was measured of each edited tensor, as re-read from the written files.
-
-    Raises:
-        DirectionsError: Nothing is left of a direction, or a reference mean is missing.
-        ExecuteError: OUT is in the way, the disk is too small, or a tensor cannot be edited.
-        Interrupted: Ctrl-C or SIGTERM; the staged state can be resumed.
-    """
-    return perform(checkpoint, ablation(checkpoint, plan, directions, options), out, run, progress)
-
-
-def ablation(
-    checkpoint: Checkpoint, plan: Plan, directions: Directions, options: AblateOptions
-) -> Operation[TensorEdit, TensorResult]:
-    """Returns the operation that carries out a plan; its editor finds whether anything is left of a direction."""
-    return Operation(
-        edits=plan.edits,
-        identity={"the plan": plan.sha256()},
-        # Copying has begun by then.
-        editor=lambda run, stop: Editor(
-            run.device, run.memory, run.jobs, stop, resolve_bases(plan.edits, checkpoint, directions)
-        ),
-        result=TensorResult,
-        receipt_name=RECEIPT_NAME,
-        receipt=lambda results, device: receipt_text(checkpoint, plan, options, directions, results, device),
-    )
-
-
 def perform(
     checkpoint: Checkpoint, operation: Operation[_E, _R], out: Path, run: ExecuteOptions, progress: Progress
 ) -> dict[str, _R]:
@@ -206,7 +151,7 @@ def perform(
             file.write(operation.receipt(results, identity))
             file.flush()
             staging.fsync(file.fileno())
-        with _uninterrupted():
+        with uninterrupted():
             staging.publish()
     return results
 
@@ -242,96 +187,6 @@ def what_is_kept(staging: Staging | None) -> str:
     if staging is None:
         return "nothing was written"
     return f"what is complete is kept in {staging.folder}, and the same command with --resume goes on"
-
-
-class Task(Generic[_T]):
-    """Something to do to a shard, and the result of it."""
-
-    def __init__(self, do: Callable[[], _T]) -> None:
-        self._do, self.future = do, Future[_T]()
-
-    def run(self) -> None:
-        """Does it, once."""
-        try:
-            self.future.set_result(self._do())
-        except BaseException as error:  # noqa: BLE001 - whoever waits for the result hears of it
-            self.future.set_exception(error)
-
-
-@dataclass(slots=True, eq=False)
-class Work(Generic[_R]):
-    """One shard under way; one that is fetched is edited in place, once it is all there."""
-
-    shard: Shard
-    source: int
-    target: int
-    copies: list[Future[None]] = field(default_factory=list)
-    fetched: Future[None] | None = None
-    edits: list[Future[tuple[str, _R] | None]] = field(default_factory=list)
-    to_copy: deque[Task[None]] = field(default_factory=deque)
-    to_edit: deque[Task[tuple[str, _R] | None]] = field(default_factory=deque)
-    writers: int = 0
-    _turn: threading.Lock = field(default_factory=threading.Lock)
-    _writing: threading.Lock = field(default_factory=threading.Lock)
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Lets one thread at a time write to the shard, as the kernel does, which lets the others burn their cores."""
-        with self._turn:  # so that who has just written does not overtake who waits
-            self._writing.acquire()
-        try:
-            yield
-        finally:
-            self._writing.release()
-
-
-class UnderWay(Generic[_R]):
-    """The shards under way, and which of their tasks to do next.
-
-    A file takes one writer at a time, and the others would wait: what is next is at the shard with the fewest writers.
-    Of shards with as many, edits go to the first and copying to the last.
-    """
-
-    def __init__(self) -> None:
-        self._works: list[Work[_R]] = []
-        self._choosing = threading.Lock()
-
-    def add(
-        self,
-        work: Work[_R],
-        *,
-        copies: Iterable[Task[None]] = (),
-        edits: Iterable[Task[tuple[str, _R] | None]] = (),
-    ) -> None:
-        """Lets tasks of a shard wait for their turn."""
-        with self._choosing:
-            work.to_copy.extend(copies)
-            work.to_edit.extend(edits)
-            if work not in self._works:
-                self._works.append(work)
-
-    def remove(self, work: Work[_R]) -> None:
-        """Forgets a shard that has no task left, if it was ever added."""
-        with self._choosing:
-            if work in self._works:
-                self._works.remove(work)
-
-    def copy_next(self) -> None:
-        """Copies what is next; something must wait."""
-        self._run_next(lambda work: work.to_copy, -1)
-
-    def edit_next(self) -> None:
-        """Edits what is next; something must wait."""
-        self._run_next(lambda work: work.to_edit, 1)
-
-    def _run_next(self, queue: Callable[[Work[_R]], deque[Any]], order: int) -> None:
-        with self._choosing:
-            work = min((work for work in self._works[::order] if queue(work)), key=lambda work: work.writers)
-            task = queue(work).popleft()
-            work.writers += 1
-        task.run()
-        with self._choosing:
-            work.writers -= 1
 
 
 class Surgeon(Generic[_E, _R]):

@@ -15,9 +15,11 @@ import numpy as np
 from ablate_shards import __version__
 from ablate_shards.errors import VerifyError
 from ablate_shards.names import RECEIPT_NAME
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, Files, Folder
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.checkpoint.files import Files, Folder
 from ablate_shards.surgery.directions.directions import Directions
-from ablate_shards.surgery.plan.plan import BasisKey, Plan, TensorEdit
+from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit
+from ablate_shards.surgery.plan.plan import Plan
 from ablate_shards.surgery.plan.recipe import COMPONENTS, PRESERVE, AblateOptions
 
 __all__ = [

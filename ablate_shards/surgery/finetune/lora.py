@@ -16,6 +16,7 @@ from ablate_shards import __version__
 from ablate_shards.errors import ExecuteError, FinetuneError, Interrupted, UsageError
 from ablate_shards.names import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, files_of
+from ablate_shards.surgery.checkpoint.digest import base_digest
 from ablate_shards.surgery.finetune.responses import encode_instructions, split
 from ablate_shards.surgery.finetune.targets import SEVEN, Targets, build_skeleton, choose, folded
 from ablate_shards.surgery.finetune.training import (
@@ -32,7 +33,6 @@ from ablate_shards.surgery.machine.devices import resolve_device
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import Staging, check_out, locked
-from ablate_shards.surgery.merge.adapter import base_digest
 from ablate_shards.surgery.model.loading import (
     check_packages,
     free_memory,

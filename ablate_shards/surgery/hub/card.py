@@ -14,7 +14,6 @@ from ablate_shards.names import BEGIN, END
 
 __all__ = ["CardOptions", "Measure", "metadata_of", "model_card", "read_measures", "read_object"]
 
-
 _HOME = "https://pypi.org/project/ablate-shards/"
 _TEMPLATE = resources.files("ablate_shards.data") / "model_card.md.jinja"
 _EVALUATION = "ablate-shards.evaluation/"

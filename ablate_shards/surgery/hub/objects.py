@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 from ablate_shards.errors import AblateError, ExecuteError, HubError, UsageError
 from ablate_shards.names import RECEIPT_NAMES
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, size_of
+from ablate_shards.surgery.checkpoint.object_store import UNFINISHED, FsspecFaults, entry_of, listing, open_system
 from ablate_shards.surgery.checkpoint.remote import Entry, patiently
-from ablate_shards.surgery.checkpoint.stores import UNFINISHED, FsspecFaults, entry_of, listing, open_system
-from ablate_shards.surgery.edit.execute import ExecuteOptions, Operation, Surgeon, Work, check_unchanged, ending_early
+from ablate_shards.surgery.edit.execute import ExecuteOptions, Operation, Surgeon, check_unchanged, ending_early
+from ablate_shards.surgery.edit.queue import Work
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import Staging, locked
-from ablate_shards.surgery.plan.plan import Edit
+from ablate_shards.surgery.plan.edits import Edit
 
 __all__ = ["perform_in_store"]
 

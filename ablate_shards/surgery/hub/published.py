@@ -6,11 +6,11 @@ from pathlib import Path
 
 from ablate_shards.errors import UsageError
 from ablate_shards.names import CARD, MERGE_RECEIPT_NAME, RECEIPT_NAME
-from ablate_shards.surgery.checkpoint.checkpoint import read_header
+from ablate_shards.surgery.checkpoint.headers import read_header
 from ablate_shards.surgery.checkpoint.stores import is_hub_id
 from ablate_shards.surgery.edit.receipt import read_receipt
 from ablate_shards.surgery.hub.card import Kind, read_object
-from ablate_shards.surgery.merge.merge import read_merge_receipt
+from ablate_shards.surgery.merge.receipt import read_merge_receipt
 
 __all__ = ["CARD", "Published", "look_at"]
 

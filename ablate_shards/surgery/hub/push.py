@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ablate_shards.errors import AblateError, HubError, UsageError
+from ablate_shards.surgery.checkpoint.hub_store import HubFaults, HubStore, explain_hub, hub_pause
 from ablate_shards.surgery.checkpoint.remote import Entry, Patience, RemoteFiles, patiently
-from ablate_shards.surgery.checkpoint.stores import HubFaults, HubStore, explain_hub, hub_pause, is_hub_id, open_source
+from ablate_shards.surgery.checkpoint.stores import is_hub_id, open_source
 from ablate_shards.surgery.edit.execute import ExecuteOptions
 from ablate_shards.surgery.hub.card import CardOptions, Kind, metadata_of, model_card
 from ablate_shards.surgery.hub.published import CARD, Published, look_at

@@ -12,26 +12,28 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from ablate_shards.errors import HubError
 from ablate_shards.names import MERGE_RECEIPT_NAME
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, Shard, size_of
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, size_of
+from ablate_shards.surgery.checkpoint.headers import Shard
+from ablate_shards.surgery.checkpoint.hub_store import HubFaults, HubStore
 from ablate_shards.surgery.checkpoint.remote import patiently
-from ablate_shards.surgery.checkpoint.stores import HubFaults, HubStore, is_hub_id
+from ablate_shards.surgery.checkpoint.stores import is_hub_id
 from ablate_shards.surgery.edit.edited_file import EditedFile
 from ablate_shards.surgery.edit.execute import (
     ExecuteOptions,
     Operation,
     Surgeon,
-    Work,
     check_unchanged,
     ending_early,
     what_is_kept,
 )
+from ablate_shards.surgery.edit.queue import Work
 from ablate_shards.surgery.hub.card import Kind
 from ablate_shards.surgery.hub.published import CARD, Published
 from ablate_shards.surgery.hub.push import PushOptions, card_of, commit, explained, open_for_writing, warnings_noted
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import Staging, locked
-from ablate_shards.surgery.plan.plan import Edit, by_shard
+from ablate_shards.surgery.plan.edits import Edit, by_shard
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

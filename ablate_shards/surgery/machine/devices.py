@@ -15,7 +15,6 @@ __all__ = ["cores", "find_device", "resolve_device", "torch_dtype"]
 
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
 
-
 _RENDER_NODES = Path("/dev/dri")
 
 

@@ -13,7 +13,7 @@ __all__ = ["sigterm_as_interrupt"]
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Lets a step end that is over soon and cannot be taken back."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -3,10 +3,8 @@
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +14,11 @@ import numpy as np
 from ablate_shards.errors import AdapterError, CheckpointError
 from ablate_shards.kernels.codecs.plain import STORED, decoded
 from ablate_shards.names import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
-from ablate_shards.surgery.checkpoint.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, read_header
+from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo, read_header
 
-__all__ = ["Adapter", "LowRank", "base_digest", "read_adapter"]
-
+__all__ = ["Adapter", "LowRank", "read_adapter"]
 
 _ROOT = "base_model.model."
-_PIECES, _PIECE = 8, 4096
 _FACTOR = re.compile(
     r"(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\."
     r"(?:lora_(?P<factor>[AB])\.(?P<what>weight|bias)|lora_embedding_(?P<embedding>[AB]))"
@@ -192,28 +188,6 @@ def read_adapter(path: Path) -> Adapter:
         copies=copies,
         base=_base_of(path / TRAINING_NAME),
     )
-
-
-def base_digest(checkpoint: Checkpoint) -> str | None:
-    """Returns a digest that tells a checkpoint's weights from others without reading all of them.
-
-    It covers every tensor's name, dtype and shape and eight evenly spaced pieces of 4 KiB of its bytes, in the
-    order of the names; how the tensors are spread over files does not matter. It is no proof against tampering.
-
-    Returns:
-        The digest, or None for a checkpoint that is not on this machine, where so many reads would take long.
-    """
-    if checkpoint.remote is not None:
-        return None
-    digest = hashlib.sha256()
-    with ExitStack() as stack:
-        files = {shard.name: stack.enter_context(shard.path.open("rb")).fileno() for shard in checkpoint.shards}
-        for name, tensor in sorted(checkpoint.tensors.items()):
-            digest.update(f"{name}\0{tensor.dtype}\0{tensor.shape}\n".encode())
-            last = max(tensor.start, tensor.end - _PIECE)
-            for start in sorted({tensor.start + (last - tensor.start) * n // (_PIECES - 1) for n in range(_PIECES)}):
-                digest.update(os.pread(files[tensor.shard], min(_PIECE, tensor.end - start), start))
-    return digest.hexdigest()
 
 
 def _base_of(path: Path) -> str | None:

@@ -5,118 +5,22 @@ import functools
 import hashlib
 import json
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
-
-import numpy as np
+from typing import Any
 
 from ablate_shards.errors import DirectionsError, PlanError, UsageError
 from ablate_shards.surgery.anatomy.architecture import Component, LeftOut, Writer, dissect, split_layer
-from ablate_shards.surgery.checkpoint.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, read_range
-from ablate_shards.surgery.directions.directions import Directions, apply_gain, biproject
-from ablate_shards.surgery.plan.recipe import AblateOptions, Preserve, SourceLayer
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
+from ablate_shards.surgery.directions.directions import Directions
+from ablate_shards.surgery.plan.edits import BasisKey, Skip, TensorEdit
+from ablate_shards.surgery.plan.recipe import AblateOptions, SourceLayer
 
-__all__ = ["BasisKey", "Edit", "Plan", "Skip", "TensorEdit", "by_shard", "make_plan", "read_vector", "resolve_bases"]
+__all__ = ["Plan", "make_plan"]
 
 _LARGEST_COEFFICIENT = 1000
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
-
-
-class Edit(Protocol):
-    """One tensor that is to be edited, by whatever operation, and where its bytes lie."""
-
-    @property
-    def name(self) -> str:
-        """The tensor."""
-
-    @property
-    def shard(self) -> str:
-        """The shard that holds it."""
-
-    @property
-    def dtype(self) -> str:
-        """Its safetensors dtype."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape as stored."""
-
-    @property
-    def start(self) -> int:
-        """Offset of its first byte in the shard."""
-
-    @property
-    def end(self) -> int:
-        """Offset one past its last byte."""
-
-
-_E = TypeVar("_E", bound=Edit)
-
-
-@dataclass(frozen=True, slots=True)
-class BasisKey:
-    """What tells one ablated basis from another.
-
-    Attributes:
-        source_layer: The layer the direction was measured at.
-        references: The layers whose reference means it is made orthogonal to.
-        gain: The post-norm gain tensor that the writer's output passes through.
-        gain_offset: What is added to that tensor's values.
-    """
-
-    source_layer: int
-    references: tuple[int, ...]
-    gain: str | None
-    gain_offset: float
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEdit:
-    """One tensor to edit, and how.
-
-    Attributes:
-        name: The tensor.
-        shard: The shard that holds it.
-        dtype: Its safetensors dtype.
-        shape: Its shape as stored.
-        start: Offset of its first byte in the shard.
-        end: Offset one past its last byte.
-        axis: The residual axis, negative.
-        kind: A weight, or the bias of a writer.
-        layer: Its decoder layer (for MTP, the MTP layer); None for embeddings.
-        component: The part of the layer it belongs to.
-        mtp: Whether it belongs to a multi-token-prediction layer.
-        coefficient: The α of the projection.
-        preserve: Which norms stay; ``none`` for a bias.
-        basis: The basis to remove.
-    """
-
-    name: str
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-    axis: int
-    kind: Literal["weight", "bias"]
-    layer: int | None
-    component: Component
-    mtp: bool
-    coefficient: float
-    preserve: Preserve
-    basis: BasisKey
-
-
-@dataclass(frozen=True, slots=True)
-class Skip:
-    """A tensor that could have been edited and is not, with the reason."""
-
-    name: str
-    layer: int | None
-    component: Component | None
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,70 +107,6 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
         notes=tuple(_warnings(edits, tied=anatomy.tied)),
         directions_sha256=directions.sha256(),
     )
-
-
-def by_shard(edits: Iterable[_E]) -> Mapping[str, Sequence[_E]]:
-    """Groups edits by the shard that holds them, in the order of their bytes; a shard without one has none."""
-    groups: defaultdict[str, list[_E]] = defaultdict(list)
-    for edit in sorted(edits, key=lambda edit: edit.start):
-        groups[edit.shard].append(edit)
-    return groups
-
-
-def resolve_bases(
-    edits: Iterable[TensorEdit], checkpoint: Checkpoint, directions: Directions
-) -> Mapping[BasisKey, np.ndarray]:
-    """Computes the basis of every edit.
-
-    Returns:
-        For each key the basis to remove, ``[k, d]`` float64 with orthonormal rows: biprojected, then
-        carried through the post-norm gain.
-
-    Raises:
-        DirectionsError: Nothing is left of a direction, or a reference mean is missing.
-    """
-    bases: dict[BasisKey, np.ndarray] = {}
-    for key in dict.fromkeys(edit.basis for edit in edits):
-        # Stored as float32, the rows are orthonormal to seven digits only.
-        basis = np.linalg.qr(directions.basis[key.source_layer].astype(np.float64).T)[0].T
-        if key.references:
-            missing = [layer for layer in key.references if layer not in directions.reference]
-            if missing:
-                raise DirectionsError(
-                    f"the directions hold no reference mean of layer {missing[0]}; biprojection needs one "
-                    "for both layers, so add it or use --no-biproject"
-                )
-            try:
-                basis, _ = biproject(basis, [directions.reference[layer] for layer in key.references])
-            except DirectionsError as error:
-                where = " and ".join(str(layer) for layer in key.references)
-                raise DirectionsError(
-                    f"direction of layer {key.source_layer}, made orthogonal to the reference means of "
-                    f"layers {where}: {error}"
-                ) from error
-        if key.gain is not None:
-            gain = read_vector(checkpoint, checkpoint.tensors[key.gain]) + key.gain_offset
-            basis = apply_gain(basis, gain)
-        bases[key] = basis
-    return bases
-
-
-def read_vector(checkpoint: Checkpoint, tensor: TensorInfo) -> np.ndarray:
-    """Reads one small tensor of any float dtype as float64, in its own shape.
-
-    Raises:
-        PlanError: The dtype is not BF16, F16 or F32, or a value is not finite.
-    """
-    if tensor.dtype not in ITEM_BYTES:
-        raise PlanError(f"{tensor.name}: expected BF16, F16 or F32, found {tensor.dtype}")
-    raw = read_range(checkpoint, tensor)
-    if tensor.dtype == "BF16":
-        values = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
-    else:
-        values = np.frombuffer(raw, "<f2" if tensor.dtype == "F16" else "<f4")
-    if not np.isfinite(values).all():
-        raise PlanError(f"{tensor.name}: holds NaN or infinite values; the checkpoint is damaged")
-    return values.astype(np.float64).reshape(tensor.shape)
 
 
 def _select_layers(existing: Sequence[int], directions: Directions, options: AblateOptions) -> frozenset[int]:

@@ -12,16 +12,13 @@ from typing import Any, TypeVar
 from ablate_shards.errors import AblateError, EvaluateError, ReportError
 from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAME, RECEIPT_NAMES, STATE_NAME, TRAINING_NAME
 from ablate_shards.surgery.directions.activations import open_activations
-from ablate_shards.surgery.directions.directions import (
-    Directions,
-    EstimatorOptions,
-    compute_directions,
-    read_directions,
-)
+from ablate_shards.surgery.directions.directions import Directions
+from ablate_shards.surgery.directions.estimate import EstimatorOptions, compute_directions
+from ablate_shards.surgery.directions.formats import read_directions
 from ablate_shards.surgery.edit.receipt import FORMAT, Receipt, load, number, read_receipt
 from ablate_shards.surgery.evaluate.evaluation import Evaluation, read_evaluation
 from ablate_shards.surgery.merge.adapter import read_adapter
-from ablate_shards.surgery.merge.merge import MERGE_FORMAT, MergeReceipt, read_merge_receipt
+from ablate_shards.surgery.merge.receipt import MERGE_FORMAT, MergeReceipt, read_merge_receipt
 from ablate_shards.surgery.report.projection import LayerProjection, project
 
 __all__ = ["Ablation", "Findings", "Merging", "ReportOptions", "Training", "find_work", "gather"]

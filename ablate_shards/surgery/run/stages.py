@@ -15,7 +15,6 @@ from ablate_shards.surgery.plan.recipe import Recipe
 
 __all__ = ["Stage", "Status", "as_flags", "plan_stages", "run_stages", "size_of", "status_of"]
 
-
 Status = Literal["done", "changed", "missing"]
 
 _FORMAT = "ablate-shards.stages/1"

@@ -15,16 +15,22 @@ from blake3 import blake3
 
 from ablate_shards.errors import AblateError, HubError, UsageError, VerifyError
 from ablate_shards.names import BEGIN, CARD, MERGE_RECEIPT_NAME, RECEIPT_NAME, RECEIPT_NAMES, is_report
-from ablate_shards.surgery.checkpoint.checkpoint import ITEM_BYTES, Checkpoint, Files, Folder, Shard
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.checkpoint.files import Files, Folder
+from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, Shard
 from ablate_shards.surgery.directions.directions import Directions
-from ablate_shards.surgery.edit.blocks import BlockEditor, Channels, Editor
+from ablate_shards.surgery.edit.ablation import Editor
+from ablate_shards.surgery.edit.blocks import BlockEditor, Channels
 from ablate_shards.surgery.edit.execute import ExecuteOptions, untouched
 from ablate_shards.surgery.edit.receipt import Receipt, read_receipt
 from ablate_shards.surgery.machine.devices import cores
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.merge.adapter import read_adapter
-from ablate_shards.surgery.merge.merge import MergeEditor, MergeReceipt, plan_merge, read_merge_receipt
-from ablate_shards.surgery.plan.plan import Edit, TensorEdit, by_shard, resolve_bases
+from ablate_shards.surgery.merge.merge import MergeEditor
+from ablate_shards.surgery.merge.plan import plan_merge
+from ablate_shards.surgery.merge.receipt import MergeReceipt, read_merge_receipt
+from ablate_shards.surgery.plan.bases import resolve_bases
+from ablate_shards.surgery.plan.edits import Edit, TensorEdit, by_shard
 
 __all__ = ["Difference", "Verification", "verify"]
 

@@ -1,0 +1,51 @@
+"""Which form of the arithmetic suits a device: C, NumPy, torch or Triton."""
+
+import contextlib
+import importlib
+from typing import TYPE_CHECKING, Literal
+
+from ablate_shards.kernels.native.native import is_built
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Form", "OnCpu", "choose_form", "one_thread"]
+
+Form = Literal["reference", "native", "numpy", "torch", "triton"]
+
+OnCpu = Literal["native", "numpy", "torch"]
+
+
+def choose_form(
+    device: "torch.device | str", *, form: Form | Literal["auto"] = "auto", on_cpu: OnCpu = "torch"
+) -> tuple[Form, str]:
+    """Choose the form that suits a device, and say why in a few words.
+
+    Args:
+        device: Where the blocks will be.
+        form: A form to insist on, or ``auto``.
+        on_cpu: The form that what is to be done has on a CPU: ``native`` for an ablation, ``numpy`` for a merge.
+    """
+    kind = str(device).partition(":")[0]
+    if form != "auto":
+        return form, "asked for"
+    if kind == "cpu" and on_cpu == "native" and not is_built():
+        return "torch", "no C compiler was there to build the native form"
+    if kind == "cpu" and on_cpu != "torch":
+        return on_cpu, "a CPU needs no torch for this"
+    if kind not in ("cuda", "xpu"):
+        return "torch", f"Triton does not run on {kind}"
+    try:
+        importlib.import_module("triton")
+    except ImportError:
+        return "torch", "triton is not installed"
+    return "triton", f"Triton runs on {kind}"
+
+
+def one_thread(form: Form) -> contextlib.AbstractContextManager[None]:
+    """Keep torch to one thread, where a form is torch's: what several add up depends on how many there are."""
+    if form != "torch":
+        return contextlib.nullcontext()
+    from ablate_shards.kernels.ablate import project_torch
+
+    return project_torch.one_thread()

@@ -1,0 +1,238 @@
+"""Files of directions: the project's own, and the foreign ones that are read."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ablate_shards.errors import ActivationsError, CheckpointError, DirectionsError
+from ablate_shards.surgery.checkpoint.headers import read_header
+from ablate_shards.surgery.directions.activations import (
+    MEASUREMENT_SUFFIXES,
+    read_npz,
+    read_pickled_tensors,
+)
+from ablate_shards.surgery.directions.directions import Directions, LayerScore, score_by_means, score_table
+from ablate_shards.surgery.directions.vectors import LARGEST, NOTHING_LEFT, orthonormal, smallest_singular_value, unit
+
+__all__ = ["DIRECTIONS_FORMAT", "read_directions", "write_directions"]
+
+DIRECTIONS_FORMAT = "ablate-shards.directions/1"
+
+_ORTHONORMAL = 1e-4
+
+_NAME = re.compile(r"(?P<kind>direction|reference)\.layers\.(?P<layer>0|[1-9]\d{0,4})")
+
+_GGUF_NAME = re.compile(r"direction\.(?P<layer>0|[1-9]\d{0,4})")
+
+_MEASURED_NAME = re.compile(r"(?P<kind>refuse|harmful|harmless)_(?P<index>0|[1-9]\d{0,4})")
+
+
+def write_directions(directions: Directions, path: Path) -> None:
+    """Writes directions as safetensors; the file appears complete or not at all, the same bytes every time.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    tensors = {
+        f"{kind}.layers.{layer}": np.ascontiguousarray(arrays[layer], "<f4")
+        for kind, arrays in (("direction", directions.basis), ("reference", directions.reference))
+        for layer in sorted(arrays)
+    }
+    scores = json.dumps(score_table(directions))
+    # By hand, since the library writes metadata in an order that changes from call to call.
+    header: dict[str, object] = {"__metadata__": {**directions.metadata, "format": DIRECTIONS_FORMAT, "scores": scores}}
+    end = 0
+    for name, array in tensors.items():
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [end, end := end + array.nbytes]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    staged = path.with_name(f".{path.name}.partial")
+    try:
+        with staged.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.writelines(array.data for array in tensors.values())
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def read_directions(path: Path) -> Directions:
+    """Reads directions: our own file, ``.npz`` with its names, GGUF control vectors, llm-abliteration's ``.pt``.
+
+    Foreign directions of any length are made orthonormal. ``docs/directions.md`` says how layers are counted.
+
+    Raises:
+        DirectionsError: The file is missing, malformed, or holds no usable directions.
+    """
+    try:
+        if path.suffix in MEASUREMENT_SUFFIXES:
+            return _read_measurements(path)
+        if path.suffix == ".gguf":
+            return _checked(path, _orthonormal_each(path, _read_gguf(path)), {})
+        if path.suffix == ".npz":
+            basis, reference = _by_name(path, read_npz(path))
+            return _checked(path, _orthonormal_each(path, basis), reference)
+        return _read_own(path)
+    except (ActivationsError, CheckpointError) as error:
+        raise DirectionsError(str(error)) from error
+
+
+def _read_own(path: Path) -> Directions:
+    shard, metadata = read_header(path)
+    if (found := metadata.get("format", "not given")) != DIRECTIONS_FORMAT:
+        names = ", ".join(tensor.name for tensor in shard.tensors[:2]) or "no tensors"
+        raise DirectionsError(
+            f"{path}: its format is {found} (holds {names}), expected {DIRECTIONS_FORMAT}; "
+            "make it with `ablate-shards directions`, or update ablate-shards"
+        )
+    arrays = {}
+    with path.open("rb") as file:
+        for tensor in shard.tensors:
+            if tensor.dtype != "F32":
+                raise DirectionsError(f"{path}: {tensor.name} is {tensor.dtype}, expected F32; compute it again")
+            file.seek(tensor.start)
+            arrays[tensor.name] = np.frombuffer(file.read(tensor.end - tensor.start), "<f4").reshape(tensor.shape)
+    basis, reference = _by_name(path, arrays)
+    kept = {key: value for key, value in metadata.items() if key not in ("format", "scores")}
+    return _checked(path, basis, reference, _read_scores(path, metadata.get("scores", "[]"), basis), kept)
+
+
+def _read_scores(path: Path, text: str, layers: Mapping[int, Any]) -> dict[int, LayerScore]:
+    try:
+        scores = [LayerScore(**row) for row in json.loads(text)]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DirectionsError(f"{path}: the scores in its metadata cannot be read; compute it again") from error
+    numbers = [item for item in fields(LayerScore) if item.name != "layer"]
+    for score in scores:
+        values = [(getattr(score, item.name), item.default is MISSING) for item in numbers]
+        if (
+            type(score.layer) is not int
+            or score.layer not in layers
+            or not all(_is_number(value) or (value is None and not needed) for value, needed in values)
+        ):
+            raise DirectionsError(f"{path}: its scores do not fit its layers or are no numbers; compute it again")
+    return {score.layer: score for score in scores}
+
+
+def _is_number(value: object) -> bool:
+    # A bound rather than a look for infinities, since an integer may be too long for a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def _read_measurements(path: Path) -> Directions:
+    """Reads llm-abliteration's measurements, whose index N counts hidden_states: after decoder layer N - 1."""
+    found: dict[str, dict[int, np.ndarray]] = {"refuse": {}, "harmful": {}, "harmless": {}}
+    for name, values in read_pickled_tensors(path).items():
+        if (match := _MEASURED_NAME.fullmatch(name)) and int(match["index"]):
+            if values.dtype != np.float64 or values.ndim != 1:
+                raise DirectionsError(
+                    f"{path}: {name} is {values.dtype} {list(values.shape)}, expected floating-point [hidden size]"
+                )
+            found[match["kind"]][int(match["index"]) - 1] = values
+    refuse, harmful, harmless = found.values()
+    basis = _orthonormal_each(path, refuse)
+    directions = _checked(path, basis, harmless)
+    scores = {
+        layer: score_by_means(layer, harmful[layer], harmless[layer], gap, basis[layer][0])
+        for layer, gap in refuse.items()
+        if layer in harmful and layer in harmless
+    }
+    return Directions(directions.basis, directions.reference, scores)
+
+
+def _read_gguf(path: Path) -> dict[int, np.ndarray]:
+    """Reads a control vector: llama.cpp and repeng add ``direction.N`` to the output of decoder layer N."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise DirectionsError(f"{path}: GGUF files need the gguf package: pip install 'ablate-shards[gguf]'") from error
+    try:
+        tensors = gguf.GGUFReader(path).tensors
+    except FileNotFoundError as error:
+        raise DirectionsError(f"{path}: the file does not exist") from error
+    except Exception as error:
+        raise DirectionsError(f"{path}: not a GGUF control vector ({error}); fetch it again") from error
+    basis = {}
+    for tensor in tensors:
+        if match := _GGUF_NAME.fullmatch(tensor.name):
+            if tensor.data.dtype.kind != "f":
+                kind = tensor.tensor_type.name
+                raise DirectionsError(f"{path}: {tensor.name} is {kind}, expected F32 or F16; export it unquantised")
+            basis[int(match["layer"])] = np.array(tensor.data, np.float64)
+    return basis
+
+
+def _by_name(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+    found: dict[str, dict[int, np.ndarray]] = {"direction": {}, "reference": {}}
+    for name, array in arrays.items():
+        if (match := _NAME.fullmatch(name)) is None:
+            raise DirectionsError(
+                f"{path}: holds {name}, expected direction.layers.N and reference.layers.N only; remove it"
+            )
+        found[match["kind"]][int(match["layer"])] = array
+    return found["direction"], found["reference"]
+
+
+def _orthonormal_each(path: Path, basis: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+    found = {}
+    for layer, array in basis.items():
+        rows = np.atleast_2d(array).astype(np.float64)
+        if rows.ndim == 2 and np.isfinite(rows).all():
+            rows = unit(rows)
+            if len(rows) > rows.shape[1] or smallest_singular_value(rows) < NOTHING_LEFT:
+                raise DirectionsError(
+                    f"{path}: the {len(rows)} rows of layer {layer} span fewer dimensions; compute them again"
+                )
+            rows = orthonormal(rows)
+        found[layer] = rows
+    return found
+
+
+def _checked(
+    path: Path,
+    basis: Mapping[int, np.ndarray],
+    reference: Mapping[int, np.ndarray],
+    scores: Mapping[int, LayerScore] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Directions:
+    """Refuses what is no basis."""
+    if not basis:
+        raise DirectionsError(f"{path}: holds no directions of decoder layers; expected direction.layers.N")
+    first = min(basis)
+    shape = basis[first].shape
+    for layer, rows in sorted(basis.items()):
+        if rows.ndim != 2 or not rows.size:
+            raise DirectionsError(
+                f"{path}: the direction of layer {layer} has shape {list(rows.shape)}, expected [k, d]"
+            )
+        if rows.shape != shape:
+            raise DirectionsError(
+                f"{path}: the direction of layer {layer} has shape {list(rows.shape)}, that of layer {first} "
+                f"{list(shape)}; compute all layers from one model"
+            )
+        if not np.isfinite(rows).all():
+            raise DirectionsError(
+                f"{path}: the direction of layer {layer} holds NaN or infinite values; compute it again"
+            )
+        exact = rows.astype(np.float64)
+        if not (error := np.abs(exact @ exact.T - np.eye(len(rows))).max()) <= _ORTHONORMAL:
+            raise DirectionsError(
+                f"{path}: the rows of layer {layer} are {error:.1e} from orthonormal; compute them again"
+            )
+    for layer, array in reference.items():
+        if array.shape != shape[1:] or not np.abs(array).max() <= LARGEST:
+            raise DirectionsError(f"{path}: the reference of layer {layer} is not a finite vector of {shape[1]}")
+    return Directions(
+        {layer: basis[layer].astype(np.float32) for layer in sorted(basis)},
+        {layer: reference[layer].astype(np.float32) for layer in sorted(reference)},
+        scores or {},
+        metadata or {},
+    )

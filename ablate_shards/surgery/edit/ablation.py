@@ -1,0 +1,305 @@
+"""The ablation as an operation on a checkpoint: its sections, its editor and its receipt."""
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ablate_shards.errors import ExecuteError
+from ablate_shards.names import RECEIPT_NAME
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES
+from ablate_shards.surgery.directions.directions import Directions
+from ablate_shards.surgery.edit.blocks import BlockEditor
+from ablate_shards.surgery.edit.execute import ExecuteOptions, Operation, perform
+from ablate_shards.surgery.edit.receipt import TensorResult, receipt_text
+from ablate_shards.surgery.edit.sections import Reader, Section
+from ablate_shards.surgery.machine.progress import Progress
+from ablate_shards.surgery.plan.bases import resolve_bases
+from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit
+from ablate_shards.surgery.plan.plan import Plan
+from ablate_shards.surgery.plan.recipe import AblateOptions
+
+if TYPE_CHECKING:
+    from ablate_shards.kernels.ablate.options import Measure, ProjectOptions
+    from ablate_shards.kernels.ablate.project import Meter, Projector, Workspace
+    from ablate_shards.kernels.form import Array
+
+__all__ = ["AblatedBias", "AblatedMatrices", "Editor", "ablation", "execute", "nonfinite"]
+
+
+class AblatedMatrices:
+    """A matrix to ablate, or several of one tensor at once: see ``Section``.
+
+    Args:
+        edit: The tensor.
+        first: The first of the matrices.
+        shape: Matrices, stored rows, stored columns.
+        basis: The basis to remove, ``[k, d]`` float64, orthonormal rows.
+        workspace: Returns where to compute, which is the calling thread's own.
+        room: Bytes that a block may have.
+    """
+
+    gathers = True
+    _meter: "Meter | None" = None
+
+    def __init__(
+        self,
+        edit: TensorEdit,
+        first: int,
+        shape: tuple[int, int, int],
+        *,
+        basis: np.ndarray,
+        workspace: "Callable[[], Workspace]",
+        room: int,
+    ) -> None:
+        self._edit, self._first, self._shape = edit, first, shape
+        self._basis, self._workspace, self._room = basis, workspace, room
+        self._row_bytes = shape[2] * ITEM_BYTES[edit.dtype]
+        self.start = edit.start + first * shape[1] * self._row_bytes
+        self.end = self.start + shape[0] * shape[1] * self._row_bytes
+        self.block = 0
+        self._projector: Projector | None = None
+
+    def gather(self, read: Reader) -> None:
+        """Takes the sums that the apply pass needs.
+
+        Raises:
+            ExecuteError: It holds NaN or infinite values.
+        """
+        from ablate_shards.kernels.ablate.project import Projector
+
+        projector = Projector(self._basis, self._shape, self._edit.dtype, self._options, self._workspace())
+        chunk = projector.chunk_rows
+        resident = self.end - self.start <= self._room
+        block = self.end - self.start if resident else max(chunk, self._room // self._row_bytes // chunk * chunk)
+        self.block = max(1, block if resident else block * self._row_bytes)
+        step = 0
+        while step < projector.passes:
+            for offset in range(self.start, self.end, self.block):
+                data = read(offset, min(self.block, self.end - offset))
+                projector.gather(step, self._load(data), self._row(offset))
+            step += 1
+        self._projector = projector
+        self._check_finite(projector)
+
+    def edit(self, raw: np.ndarray, offset: int) -> None:
+        """Ablates a block in place."""
+        block = self._load(raw)
+        self._gathered().apply(block, self._row(offset))
+        self._workspace().arrays.store(block, raw)
+
+    def measure(self, raw: np.ndarray, offset: int) -> None:
+        """Takes a block as it was written."""
+        self._meter = self._meter or self._new_meter()
+        self._meter.add(self._load(raw), self._row(offset))
+
+    def measured(self) -> "tuple[Measure, Measure, int]":
+        """Returns the measures before and after, and how many vectors were not rescaled.
+
+        Raises:
+            ExecuteError: It holds NaN or infinite values.
+        """
+        meter, self._meter = self._meter or self._new_meter(), None
+        projector = self._gathered()
+        self._check_finite(projector)  # some norms are known only once all blocks are edited
+        return projector.before(), meter.result(), projector.degenerate
+
+    def _check_finite(self, projector: "Projector") -> None:
+        if projector.nonfinite:
+            raise nonfinite(self._edit, self._first + projector.nonfinite_entries[0])
+
+    def _gathered(self) -> "Projector":
+        if self._projector is None:
+            raise RuntimeError(f"{self._edit.name}: edited before it was gathered")
+        return self._projector
+
+    def _new_meter(self) -> "Meter":
+        from ablate_shards.kernels.ablate.project import Meter
+
+        return Meter(self._basis, self._shape, self._edit.dtype, self._options, self._workspace())
+
+    @property
+    def _options(self) -> "ProjectOptions":
+        from ablate_shards.kernels.ablate.options import ProjectOptions
+
+        edit = self._edit
+        return ProjectOptions(coefficient=edit.coefficient, preserve=edit.preserve, axis=edit.axis)
+
+    def _load(self, raw: np.ndarray) -> "Array":
+        count, _, cols = self._shape
+        rows = len(raw) // max(1, count * self._row_bytes)
+        return self._workspace().arrays.load(raw, self._edit.dtype, (count, rows, cols))
+
+    def _row(self, offset: int) -> int:
+        return (offset - self.start) // self._row_bytes
+
+
+class AblatedBias:
+    """A bias to ablate, in one block: see ``Section``."""
+
+    gathers = False
+
+    def __init__(self, edit: TensorEdit, basis: np.ndarray) -> None:
+        self._edit, self._basis = edit, basis
+        self.start, self.end = edit.start, edit.end
+        self.block = max(1, edit.end - edit.start)
+        self._before = self._after = 0.0
+
+    def gather(self, read: Reader) -> None:
+        """Does nothing: the one block is all there is to know."""
+
+    def edit(self, raw: np.ndarray, offset: int) -> None:
+        """Ablates a block in place.
+
+        Raises:
+            ExecuteError: It holds NaN or infinite values.
+        """
+        from ablate_shards.kernels.ablate.memory import project_vector
+
+        self._before = self._component(raw)
+        if not math.isfinite(self._before):
+            raise ExecuteError(f"{self._edit.name}: holds NaN or infinite values; fetch its shard again")
+        bias = self._stored(raw)
+        bias[...] = project_vector(bias, self._basis, self._edit.coefficient)
+
+    def measure(self, raw: np.ndarray, offset: int) -> None:
+        """Takes a block as it was written."""
+        self._after = self._component(raw)
+
+    def measured(self) -> tuple[float, float]:
+        """Returns the relative component before and after."""
+        return self._before, self._after
+
+    def _component(self, raw: np.ndarray) -> float:
+        from ablate_shards.kernels.ablate.memory import vector_component
+
+        return vector_component(self._stored(raw), self._basis)
+
+    def _stored(self, raw: np.ndarray) -> np.ndarray:
+        from ablate_shards.kernels.codecs.plain import STORED
+
+        return raw.view(STORED[self._edit.dtype]).reshape(self._edit.shape)
+
+
+def nonfinite(edit: TensorEdit, matrix: int) -> ExecuteError:
+    """Returns the error of a matrix that holds what no projection can edit."""
+    where = f"{edit.name}, expert {matrix}" if len(edit.shape) > 2 else edit.name
+    return ExecuteError(
+        f"{where}: holds NaN or infinite values, which no projection can edit; "
+        "fetch its shard again, or leave it out with --layers or --components"
+    )
+
+
+class Editor(BlockEditor[TensorEdit, TensorResult]):
+    """Removes directions from tensors.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
+        memory: Bytes for all buffers of all jobs together.
+        jobs: Tensors, or parts of large ones, edited at a time, one per available core if None.
+        stop: Set when the run should end early.
+        bases: The bases to remove, ``[k, d]`` float64, orthonormal rows.
+
+    Raises:
+        UsageError: There is no such device.
+    """
+
+    on_cpu = "native"
+
+    def __init__(
+        self,
+        device: str,
+        memory: int,
+        jobs: int | None,
+        stop: threading.Event,
+        bases: Mapping[BasisKey, np.ndarray],
+    ) -> None:
+        super().__init__(device, memory, jobs, stop)
+        self._bases = bases
+
+    def sections(self, edit: TensorEdit) -> Sequence[Section]:
+        """Returns a section per matrix, or per as many as fit into a block, and one for a bias."""
+        if edit.kind == "bias":
+            return [AblatedBias(edit, self._bases[edit.basis])]
+        batch, rows, cols = (1,) * (3 - len(edit.shape)) + edit.shape
+        matrix_bytes = (edit.end - edit.start) // max(batch, 1)
+        group = max(1, min(batch, self._room // max(matrix_bytes, 1)))
+        return [
+            AblatedMatrices(
+                edit,
+                first,
+                (min(group, batch - first), rows, cols),
+                basis=self._bases[edit.basis],
+                workspace=self._workspace,
+                room=self._room,
+            )
+            for first in range(0, batch, group)
+        ]
+
+    def result(self, edit: TensorEdit, measured: Sequence[Any], digest: str) -> TensorResult:
+        """Returns what was measured of a tensor."""
+        from ablate_shards.kernels.ablate.options import merge, norm_drift
+
+        if edit.kind == "bias":
+            ((before, after),) = measured
+            return TensorResult(before=before, after=after, norm_drift=None, degenerate=0, blake3=digest)
+        before, after = (merge(part[side] for part in measured) for side in (0, 1))
+        return TensorResult(
+            before=before.component,
+            after=after.component,
+            norm_drift=None if edit.preserve == "none" else norm_drift(before, after),
+            degenerate=sum(part[2] for part in measured),
+            blake3=digest,
+        )
+
+
+def ablation(
+    checkpoint: Checkpoint, plan: Plan, directions: Directions, options: AblateOptions
+) -> Operation[TensorEdit, TensorResult]:
+    """Returns the operation that carries out a plan; its editor finds whether anything is left of a direction."""
+    return Operation(
+        edits=plan.edits,
+        identity={"the plan": plan.sha256()},
+        # Copying has begun by then.
+        editor=lambda run, stop: Editor(
+            run.device, run.memory, run.jobs, stop, resolve_bases(plan.edits, checkpoint, directions)
+        ),
+        result=TensorResult,
+        receipt_name=RECEIPT_NAME,
+        receipt=lambda results, device: receipt_text(checkpoint, plan, options, directions, results, device),
+    )
+
+
+def execute(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    directions: Directions,
+    options: AblateOptions,
+    out: Path,
+    run: ExecuteOptions,
+    progress: Progress,
+) -> dict[str, TensorResult]:
+    """Writes the ablated checkpoint; OUT appears complete or not at all.
+
+    Args:
+        checkpoint: The source, never opened for writing.
+        plan: What to do.
+        directions: What to remove.
+        options: The options the plan was made with, for the receipt.
+        out: The folder to make.
+        run: How to run.
+        progress: Hears how far the run has come.
+
+    Returns:
+        What was measured of each edited tensor, as re-read from the written files.
+
+    Raises:
+        DirectionsError: Nothing is left of a direction, or a reference mean is missing.
+        ExecuteError: OUT is in the way, the disk is too small, or a tensor cannot be edited.
+        Interrupted: Ctrl-C or SIGTERM; the staged state can be resumed.
+    """
+    return perform(checkpoint, ablation(checkpoint, plan, directions, options), out, run, progress)

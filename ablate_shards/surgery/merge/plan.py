@@ -1,0 +1,418 @@
+"""Which tensors an adapter changes, and by which of its factors."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ablate_shards.errors import AdapterError, ArchitectureError, PlanError
+from ablate_shards.kernels.codecs.plain import STORED, decoded, encode
+from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAMES, WEIGHTS_NAME
+from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.checkpoint.digest import base_digest
+from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
+from ablate_shards.surgery.merge.adapter import Adapter, LowRank
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["MergeEdit", "MergePlan", "plan_merge", "receipts_beside"]
+
+_LARGEST_SCALE = 1000
+
+_MOST_CANDIDATES = 6
+
+_WITH_PEFT = "merge it with peft itself"
+
+_WRAPPERS = frozenset({"base_model", "language_model", "model", "transformer"})
+
+#: Matrices that a fused stack of experts is stored as, one tensor each, in the order of their rows.
+_UNFUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+@dataclass(frozen=True, slots=True)
+class MergeEdit:
+    """One tensor to change, and what of the adapter changes it.
+
+    Attributes:
+        name: The tensor.
+        shard: The shard that holds it.
+        dtype: Its safetensors dtype.
+        shape: Its shape as stored.
+        start: Offset of its first byte in the shard.
+        end: Offset one past its last byte.
+        kind: ``low-rank`` adds ``s·B·A``, ``bias`` adds ``s`` times a vector, ``replaced`` puts another there.
+        source: The adapter's tensors: A and B, or the one that is added or put there.
+        rank: Columns of B, of one expert.
+        scale: The ``s`` above.
+        transposed: Whether the stored weight is ``(B·A)ᵀ`` in shape.
+        experts: Experts that A and B are stacked of, 1 for a single matrix.
+        expert: The one that this tensor is of, None where it holds all of them.
+        rows: The rows of B that this tensor takes, None for all.
+    """
+
+    name: str
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+    kind: Literal["low-rank", "bias", "replaced"]
+    source: tuple[str, ...]
+    rank: int | None = None
+    scale: float = 1.0
+    transposed: bool = False
+    experts: int = 1
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """What a merge will do.
+
+    Attributes:
+        adapter_sha256: Digest of the adapter.
+        scale: What every update is multiplied by, beside the adapter's own scale.
+        edits: The edits, in the order of shards and bytes.
+        notes: What the user should know before the run, a line each.
+    """
+
+    adapter_sha256: str
+    scale: float
+    edits: tuple[MergeEdit, ...]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the plan as JSON types."""
+        return dataclasses.asdict(self)
+
+    def sha256(self) -> str:
+        """Returns the digest of the plan's canonical JSON form."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def plan_merge(checkpoint: Checkpoint, adapter: Adapter, scale: float) -> MergePlan:
+    """Finds the weight of every tensor of an adapter.
+
+    Args:
+        checkpoint: The base.
+        adapter: What to merge.
+        scale: What every update is multiplied by, beside the adapter's own scale.
+
+    Returns:
+        The plan; of the weights, nothing has been read but what tells one base from another.
+
+    Raises:
+        AdapterError: A tensor of the adapter matches no weight, or more than one, or not in shape; or the adapter
+            was trained on another base.
+        PlanError: A weight cannot be edited, or the scale is not a number.
+    """
+    if not abs(scale) <= _LARGEST_SCALE:
+        raise PlanError(f"scale: expected a number from -{_LARGEST_SCALE} to {_LARGEST_SCALE}, found {scale}")
+    planner = _Planner(checkpoint, adapter, scale)
+    edits = planner.plan()
+    order = {shard.name: number for number, shard in enumerate(checkpoint.shards)}
+    edits.sort(key=lambda edit: (order[edit.shard], edit.start))
+    return MergePlan(adapter.sha256, scale, tuple(edits), tuple(planner.notes))
+
+
+class _Planner:
+    """Finds weights by the names that modules go by in the model that was trained."""
+
+    def __init__(self, checkpoint: Checkpoint, adapter: Adapter, scale: float) -> None:
+        self._checkpoint, self._adapter, self._scale = checkpoint, adapter, scale
+        self._file = adapter.path / WEIGHTS_NAME
+        self._anatomy: Anatomy | None = None
+        self.notes: list[str] = []
+        try:
+            self._anatomy = dissect(checkpoint.tensors, checkpoint.config)
+        except ArchitectureError as error:
+            self.notes.append(f"names alone say which weights are meant ({error})")
+        self._by_core: defaultdict[str, list[str]] = defaultdict(list)
+        for name in checkpoint.tensors:
+            self._by_core[_core(name)].append(name)
+
+    def plan(self) -> list[MergeEdit]:
+        """Returns the edits, each of another tensor, in no order."""
+        self._check_base()
+        for receipt in receipts_beside(self._checkpoint):
+            self.notes.append(
+                f"{receipt} describes the weights of {self._checkpoint.name} and is not carried over; "
+                f"{MERGE_RECEIPT_NAME} names it by its digest"
+            )
+        edits: list[MergeEdit] = []
+        modules: defaultdict[str, list[LowRank]] = defaultdict(list)
+        for update in self._adapter.updates:
+            modules[update.module].append(update)
+        for module, updates in modules.items():
+            name = self._find(f"{module}.weight")
+            if len(updates) == 1 and updates[0].depth == 0 and name is not None:
+                edits += self._of_module(updates[0], name)
+            else:
+                edits += self._of_parameters(module, updates)
+        for path, source in self._adapter.replaced.items():
+            edits.append(self._replacement(path, source))
+        seen: dict[str, MergeEdit] = {}
+        for edit in edits:
+            if (other := seen.setdefault(edit.name, edit)) is not edit:
+                raise AdapterError(
+                    f"{self._file}: {other.source[0]} and {edit.source[0]} both change {edit.name}; "
+                    "merge them with peft itself"
+                )
+        if self._anatomy is not None and self._anatomy.tied:
+            embedding = {writer.name for writer in self._anatomy.writers if writer.component == "embedding"}
+            if embedding & seen.keys():
+                self.notes.append("the output head is tied to the token embedding, so both are changed")
+        return edits
+
+    def _check_base(self) -> None:
+        for path, source in self._adapter.copies.items():
+            name = self._need(path, source)
+            self._check_shape(source, self._adapter.shape(source), self._checkpoint.tensors[name])
+            if self._checkpoint.remote is None and not self._holds(source, self._checkpoint.tensors[name]):
+                raise AdapterError(self._other_base(f": its {source} is not {name}"))
+        if self._adapter.base is None:
+            return
+        found = base_digest(self._checkpoint)
+        if found is None:
+            self.notes.append(f"whether {self._checkpoint.name} is the adapter's base was not checked: it is remote")
+        elif found != self._adapter.base:
+            raise AdapterError(self._other_base(""))
+
+    def _other_base(self, how: str) -> str:
+        return (
+            f"{self._adapter.path}: was trained on other weights than those of {self._checkpoint.name}{how}; "
+            "merge it into the checkpoint that it was trained on"
+        )
+
+    def _holds(self, source: str, tensor: TensorInfo) -> bool:
+        """Tells whether a tensor that the adapter carries along equals the base's, in its own precision."""
+        path = next(shard.path for shard in self._checkpoint.shards if shard.name == tensor.shard)
+        stored, theirs = STORED[tensor.dtype], STORED[self._adapter.tensors[source].dtype]
+        item, count = ITEM_BYTES[tensor.dtype], math.prod(tensor.shape)
+        with path.open("rb") as file:
+            file.seek(tensor.start)
+            for first in range(0, count, PIECE_ELEMENTS):
+                size = min(PIECE_ELEMENTS, count - first)
+                ours = decoded(np.frombuffer(file.read(size * item), stored), np.float64)
+                rounded = np.empty(size, theirs)
+                with np.errstate(invalid="ignore"):
+                    encode(ours, rounded)
+                if not np.array_equal(decoded(rounded, np.float32), self._adapter.read(source, first, size)):
+                    return False
+        return True
+
+    def _of_module(self, update: LowRank, name: str) -> Iterator[MergeEdit]:
+        tensor = self._checkpoint.tensors[name]
+        rank, scale = self._scaling(update, update.module, 1)
+        outer, inner = self._adapter.shape(update.up)[0], self._adapter.shape(update.down)[1]
+        if update.kind == "embedding":
+            transposed = True
+        elif outer == inner and tensor.shape == (outer, inner):
+            transposed = self._stored_as_conv1d(name, default=self._adapter.config["fan_in_fan_out"])
+        else:
+            transposed = tensor.shape == (inner, outer)
+        self._check_shape(update.up, (inner, outer) if transposed else (outer, inner), tensor)
+        yield self._edit(name, "low-rank", update.down, update.up, rank=rank, scale=scale, transposed=transposed)
+        if update.bias is not None:
+            name = self._need(f"{update.module}.bias", update.bias)
+            self._check_shape(update.bias, self._adapter.shape(update.bias), self._checkpoint.tensors[name])
+            yield self._edit(name, "bias", update.bias, scale=scale)
+
+    def _of_parameters(self, module: str, updates: list[LowRank]) -> Iterator[MergeEdit]:
+        """Plans the updates of a module whose parameters were wrapped one by one; shapes tell which is whose."""
+        targets = [target.rpartition(".") for target in self._adapter.config["target_parameters"]]
+        leaves = [
+            leaf
+            for parent, _, leaf in targets
+            if (module == parent or module.endswith(f".{parent}")) and self._stored(module, leaf)
+        ]
+        if not leaves:
+            raise AdapterError(self._no_match(updates[0].down, f"{module}.weight"))
+        for update in updates:
+            if update.kind == "embedding" or update.bias is not None:
+                raise AdapterError(f"{self._file}: {update.up}: expected a plain update of a parameter; {_WITH_PEFT}")
+            fitting = [leaf for leaf in leaves if self._fits(update, module, leaf)]
+            if len(fitting) != 1:
+                what = f"fits {' and '.join(fitting)}" if fitting else f"fits none of {', '.join(leaves)}"
+                raise AdapterError(
+                    f"{self._file}: {update.down} of shape {list(self._adapter.shape(update.down))} {what} "
+                    f"of {module}, expected exactly one; {_WITH_PEFT}"
+                )
+            yield from self._of_parameter(update, module, fitting[0])
+
+    def _of_parameter(self, update: LowRank, module: str, leaf: str) -> Iterator[MergeEdit]:
+        names = self._stored(module, leaf)
+        first = self._checkpoint.tensors[names[0]]
+        outer, inner = self._adapter.shape(update.up)[0], self._adapter.shape(update.down)[1]
+        if len(names) == 1:
+            experts = first.shape[0] if len(first.shape) == 3 else 1
+            rank, scale = self._scaling(update, f"{module}.{leaf}", experts)
+            transposed = first.shape[-2:] == (inner, outer) and len(first.shape) == 3
+            if transposed and inner == outer:
+                transposed = self._stored_as_conv1d(names[0], default=None)
+            yield self._edit(
+                names[0], "low-rank", update.down, update.up,
+                rank=rank, scale=scale, transposed=transposed, experts=experts,
+            )  # fmt: skip
+            return
+        parts = len(_UNFUSED[leaf])
+        experts = len(names) // parts
+        rank, scale = self._scaling(update, f"{module}.{leaf}", experts)
+        height = outer // parts
+        for place, name in enumerate(names):
+            expert, part = divmod(place, parts)
+            self._check_shape(update.up, (height, inner), self._checkpoint.tensors[name])
+            yield self._edit(
+                name, "low-rank", update.down, update.up, rank=rank, scale=scale, experts=experts, expert=expert,
+                rows=(part * height, (part + 1) * height),
+            )  # fmt: skip
+
+    def _stored(self, module: str, leaf: str) -> list[str]:
+        """Returns the tensors that hold a parameter: one, or the matrices of one expert after the other."""
+        if (name := self._find(f"{module}.{leaf}")) is not None:
+            return [name]
+        names: list[str] = []
+        while leaf in _UNFUSED:
+            found = [
+                self._find(f"{module}.{len(names) // len(_UNFUSED[leaf])}.{part}.weight") for part in _UNFUSED[leaf]
+            ]
+            if None in found:
+                break
+            names += [name for name in found if name is not None]
+        return names
+
+    def _fits(self, update: LowRank, module: str, leaf: str) -> bool:
+        names = self._stored(module, leaf)
+        shape = self._checkpoint.tensors[names[0]].shape
+        wanted = (self._adapter.shape(update.up)[0], self._adapter.shape(update.down)[1])
+        if len(names) > 1:
+            return (shape[0] * len(_UNFUSED[leaf]), *shape[1:]) == wanted
+        return len(shape) in (2, 3) and (shape[-2:] == wanted or (len(shape) == 3 and shape[-2:] == wanted[::-1]))
+
+    def _replacement(self, path: str, source: str) -> MergeEdit:
+        name = self._need(path, source)
+        self._check_shape(source, self._adapter.shape(source), self._checkpoint.tensors[name])
+        return self._edit(name, "replaced", source)
+
+    def _edit(self, name: str, kind: Literal["low-rank", "bias", "replaced"], *source: str, **more: Any) -> MergeEdit:
+        tensor = self._checkpoint.tensors[name]
+        if tensor.dtype not in ITEM_BYTES:
+            raise PlanError(
+                f"{name}: expected BF16, F16 or F32, found {tensor.dtype}; convert the checkpoint to one of them"
+            )
+        return MergeEdit(**dataclasses.asdict(tensor), kind=kind, source=source, **more)
+
+    def _scaling(self, update: LowRank, key: str, experts: int) -> tuple[int, float]:
+        rank, scale = self._adapter.scaling(key)
+        down, up = self._adapter.shape(update.down), self._adapter.shape(update.up)
+        if update.kind == "linear" and (len(down), len(up)) != (2, 2):
+            raise AdapterError(
+                f"{self._file}: {update.down}: expected 2 dimensions, found {list(down)}; LoRA on convolutions is not "
+                f"merged here, {_WITH_PEFT}"
+            )
+        if (down[0], up[1]) != (rank * experts, rank * experts):
+            expected = f"{rank} of {experts} experts" if experts > 1 else f"{rank}"
+            raise AdapterError(
+                f"{self._file}: {update.down}: expected rank {expected} as the configuration says, "
+                f"found {list(down)} and {list(up)}"
+            )
+        return rank, scale * self._scale
+
+    def _stored_as_conv1d(self, name: str, *, default: bool | None) -> bool:
+        """Tells the layout of a square weight by the architecture table: its own, or its neighbours'."""
+        if self._anatomy is not None:
+            parent = name.removesuffix(".weight").rpartition(".")[0]
+            axes = {
+                writer.name: writer.axis
+                for writer in self._anatomy.writers
+                if writer.kind == "weight" and writer.component != "embedding"
+            }
+            near = {axis for other, axis in axes.items() if other.startswith(f"{parent}.")}
+            if name in axes:
+                return axes[name] == -1
+            if default is None and len(near) == 1:
+                return near == {-1}
+        if default is None:
+            raise AdapterError(
+                f"{self._file}: {name} is square, and the architecture table does not tell which of its axes is the "
+                f"input; {_WITH_PEFT}"
+            )
+        return default
+
+    def _check_shape(self, source: str, shape: tuple[int, ...], tensor: TensorInfo) -> None:
+        if shape != tensor.shape:
+            raise AdapterError(
+                f"{self._file}: {source}: expected what fits {tensor.name} of shape {list(tensor.shape)}, "
+                f"found what fits {list(shape)}; the adapter is of another model"
+            )
+
+    def _need(self, path: str, source: str) -> str:
+        if (name := self._find(path)) is None:
+            raise AdapterError(self._no_match(source, path))
+        return name
+
+    def _no_match(self, source: str, path: str) -> str:
+        tied = self._anatomy is not None and self._anatomy.tied and path.startswith("lm_head.")
+        why = "whose output head is tied to the token embedding" if tied else "so the adapter is of another model"
+        return f"{self._file}: {source} matches no weight of {self._checkpoint.name} ({path}), {why}"
+
+    def _find(self, path: str) -> str | None:
+        """Returns the tensor that a parameter of the trained model is stored as.
+
+        The model may hold it under other prefixes than the checkpoint does. Names that are the same without them
+        are the same parameter; otherwise only the decoder is searched, never towers or multi-token prediction.
+
+        Raises:
+            AdapterError: More than one tensor is meant.
+        """
+        if path in self._checkpoint.tensors:
+            return path
+        core = _core(path)
+        found = self._by_core.get(core, [])
+        if len(found) != 1:
+            among = found or [name for name in self._checkpoint.tensors if name.endswith(f".{core}")]
+            inside = [name for name in among if name.startswith(self._roots())]
+            found = inside if inside or not found else found
+        if len(found) > 1:
+            shown = ", ".join(found[:_MOST_CANDIDATES])
+            raise AdapterError(
+                f"{self._file}: {path} may be any of {shown} of {self._checkpoint.name}; expected exactly one"
+            )
+        return found[0] if found else None
+
+    def _roots(self) -> tuple[str, ...]:
+        """Returns what the names of the decoder's tensors start with."""
+        if self._anatomy is None:
+            return ()
+        marks = (
+            writer.name.split(f".{writer.layer}.")[0].rpartition(".")[0]
+            for writer in self._anatomy.writers
+            if writer.layer is not None and not writer.mtp
+        )
+        return tuple(f"{mark}." if mark else "" for mark in dict.fromkeys(marks))
+
+
+def _core(name: str) -> str:
+    """Returns a name without the prefixes that differ between a model, its text part and its checkpoint."""
+    parts = name.split(".")
+    while len(parts) > 1 and parts[0] in _WRAPPERS:
+        del parts[0]
+    return ".".join(parts)
+
+
+#: Elements of a parameter that is replaced or compared, read at a time.
+PIECE_ELEMENTS = 1 << 18
+
+
+def receipts_beside(checkpoint: Checkpoint) -> list[str]:
+    """Returns the names of the receipts beside a base that was itself edited."""
+    return [name for name, _ in checkpoint.left_out if name in RECEIPT_NAMES]

@@ -1,0 +1,173 @@
+"""What a merge did, as a file beside the weights."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ablate_shards import __version__
+from ablate_shards.errors import ExecuteError
+from ablate_shards.names import MERGE_RECEIPT_NAME
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.checkpoint.files import Files
+from ablate_shards.surgery.checkpoint.headers import TensorInfo
+from ablate_shards.surgery.edit.receipt import incomplete, items, load, number, revision_of, seal, source_record, typed
+from ablate_shards.surgery.merge.adapter import Adapter, read_adapter
+from ablate_shards.surgery.merge.plan import MergeEdit, MergePlan, receipts_beside
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["MERGE_FORMAT", "MergeReceipt", "MergeResult", "read_merge_receipt"]
+
+MERGE_FORMAT = "ablate-shards.merge/1"
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """What was measured of one changed tensor.
+
+    Attributes:
+        change: Norm of what was added, relative to the norm of what was there, before rounding; None where
+            that was zero.
+        blake3: Digest of the tensor's bytes in the output, as re-read from the written file.
+    """
+
+    change: float | None
+    blake3: str
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReceipt:
+    """What the receipt of a merge says that can be checked, as read.
+
+    Attributes:
+        revision: The commit of the source, None where it has no history.
+        shards: Digests of the source's headers, by shard.
+        copied: The files that were copied beside the shards.
+        adapter_sha256: Digest of the adapter.
+        scale: What every update was multiplied by, beside the adapter's own scale.
+        tensors: The changed tensors, by name.
+        results: What it says was measured of them, by name.
+        altered: Whether its bytes are not the ones that were written.
+    """
+
+    revision: str | None
+    shards: Mapping[str, str]
+    copied: tuple[str, ...]
+    adapter_sha256: str
+    scale: float
+    tensors: Mapping[str, TensorInfo]
+    results: Mapping[str, MergeResult]
+    altered: bool
+
+
+def receipt_text(
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    plan: MergePlan,
+    results: Mapping[str, MergeResult],
+    device: Mapping[str, str],
+) -> str:
+    """Returns the receipt of a merge as canonical JSON that ends in its own digest.
+
+    It names the receipts that lie beside the base, by digest: what they say is of the base's bytes, and they are not
+    carried over.
+
+    Raises:
+        ExecuteError: The adapter is no longer the one that was planned with.
+    """
+    if read_adapter(adapter.path).sha256 != adapter.sha256:
+        raise ExecuteError(f"{adapter.path}: changed while it was read; run again when it is at rest")
+    return seal(
+        {
+            "format": MERGE_FORMAT,
+            "tool": f"ablate-shards {__version__}",
+            "source": source_record(checkpoint),
+            "base": [
+                {"name": name, "sha256": hashlib.sha256(_read(checkpoint, name)).hexdigest()}
+                for name in receipts_beside(checkpoint)
+            ],
+            "adapter": {"name": adapter.path.resolve().name, "sha256": adapter.sha256, **adapter.config},
+            "scale": plan.scale,
+            "device": dict(device),
+            "tensors": [_record(edit, results[edit.name]) for edit in plan.edits],
+            "files": {
+                "copied": list(checkpoint.sidecars),
+                "left_out": [{"name": name, "reason": reason} for name, reason in checkpoint.left_out],
+            },
+        }
+    )
+
+
+def _read(checkpoint: Checkpoint, name: str) -> bytes:
+    return checkpoint.remote.read(name) if checkpoint.remote is not None else (checkpoint.root / name).read_bytes()
+
+
+def _record(edit: MergeEdit, result: MergeResult) -> dict[str, Any]:
+    low_rank = {
+        "rank": edit.rank,
+        "scale": edit.scale,
+        "transposed": edit.transposed,
+        "experts": edit.experts,
+        "expert": edit.expert,
+    }
+    return {
+        "name": edit.name,
+        "shard": edit.shard,
+        "dtype": edit.dtype,
+        "shape": list(edit.shape),
+        "bytes": [edit.start, edit.end],
+        "kind": edit.kind,
+        "from": list(edit.source),
+        **(low_rank if edit.kind == "low-rank" else {}),
+        **dataclasses.asdict(result),
+    }
+
+
+def read_merge_receipt(folder: Path | Files) -> MergeReceipt:
+    """Reads the receipt of a merge, wherever it is.
+
+    Raises:
+        VerifyError: There is none, it is of a newer version, or it is not a receipt.
+    """
+    content, altered = load(folder, MERGE_RECEIPT_NAME, MERGE_FORMAT)
+    try:
+        records = content["tensors"]
+        tensors = [_tensor(record) for record in records]
+        if len({tensor.name for tensor in tensors}) < len(tensors):
+            raise ValueError("records a tensor twice")
+        return MergeReceipt(
+            revision=revision_of(content),
+            shards={
+                typed(entry, "name", str): typed(entry, "header_sha256", str) for entry in content["source"]["shards"]
+            },
+            copied=items(content["files"], "copied", str),
+            adapter_sha256=typed(content["adapter"], "sha256", str),
+            scale=number(content, "scale"),
+            tensors={tensor.name: tensor for tensor in tensors},
+            results={
+                tensor.name: MergeResult(
+                    change=None if record["change"] is None else number(record, "change"),
+                    blake3=typed(record, "blake3", str),
+                )
+                for tensor, record in zip(tensors, records, strict=True)
+            },
+            altered=altered,
+        )
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise incomplete(folder, MERGE_RECEIPT_NAME, error) from error
+
+
+def _tensor(record: Mapping[str, Any]) -> TensorInfo:
+    start, end = items(record, "bytes", int)
+    return TensorInfo(
+        name=typed(record, "name", str),
+        dtype=typed(record, "dtype", str),
+        shape=items(record, "shape", int),
+        shard=typed(record, "shard", str),
+        start=start,
+        end=end,
+    )

@@ -1,0 +1,50 @@
+"""The bases that a plan removes, as the edited tensors see them."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from ablate_shards.errors import DirectionsError
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_vector
+from ablate_shards.surgery.directions.directions import Directions, apply_gain, biproject
+from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit
+
+__all__ = ["resolve_bases"]
+
+
+def resolve_bases(
+    edits: Iterable[TensorEdit], checkpoint: Checkpoint, directions: Directions
+) -> Mapping[BasisKey, np.ndarray]:
+    """Computes the basis of every edit.
+
+    Returns:
+        For each key the basis to remove, ``[k, d]`` float64 with orthonormal rows: biprojected, then
+        carried through the post-norm gain.
+
+    Raises:
+        DirectionsError: Nothing is left of a direction, or a reference mean is missing.
+    """
+    bases: dict[BasisKey, np.ndarray] = {}
+    for key in dict.fromkeys(edit.basis for edit in edits):
+        # Stored as float32, the rows are orthonormal to seven digits only.
+        basis = np.linalg.qr(directions.basis[key.source_layer].astype(np.float64).T)[0].T
+        if key.references:
+            missing = [layer for layer in key.references if layer not in directions.reference]
+            if missing:
+                raise DirectionsError(
+                    f"the directions hold no reference mean of layer {missing[0]}; biprojection needs one "
+                    "for both layers, so add it or use --no-biproject"
+                )
+            try:
+                basis, _ = biproject(basis, [directions.reference[layer] for layer in key.references])
+            except DirectionsError as error:
+                where = " and ".join(str(layer) for layer in key.references)
+                raise DirectionsError(
+                    f"direction of layer {key.source_layer}, made orthogonal to the reference means of "
+                    f"layers {where}: {error}"
+                ) from error
+        if key.gain is not None:
+            gain = read_vector(checkpoint, checkpoint.tensors[key.gain]) + key.gain_offset
+            basis = apply_gain(basis, gain)
+        bases[key] = basis
+    return bases

@@ -1,0 +1,114 @@
+"""The edits of a plan: which tensor, where its bytes lie, what is removed from it."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
+
+from ablate_shards.surgery.anatomy.architecture import Component
+from ablate_shards.surgery.plan.recipe import Preserve
+
+__all__ = ["BasisKey", "Edit", "Skip", "TensorEdit", "by_shard"]
+
+
+class Edit(Protocol):
+    """One tensor that is to be edited, by whatever operation, and where its bytes lie."""
+
+    @property
+    def name(self) -> str:
+        """The tensor."""
+
+    @property
+    def shard(self) -> str:
+        """The shard that holds it."""
+
+    @property
+    def dtype(self) -> str:
+        """Its safetensors dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape as stored."""
+
+    @property
+    def start(self) -> int:
+        """Offset of its first byte in the shard."""
+
+    @property
+    def end(self) -> int:
+        """Offset one past its last byte."""
+
+
+_E = TypeVar("_E", bound=Edit)
+
+
+@dataclass(frozen=True, slots=True)
+class BasisKey:
+    """What tells one ablated basis from another.
+
+    Attributes:
+        source_layer: The layer the direction was measured at.
+        references: The layers whose reference means it is made orthogonal to.
+        gain: The post-norm gain tensor that the writer's output passes through.
+        gain_offset: What is added to that tensor's values.
+    """
+
+    source_layer: int
+    references: tuple[int, ...]
+    gain: str | None
+    gain_offset: float
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEdit:
+    """One tensor to edit, and how.
+
+    Attributes:
+        name: The tensor.
+        shard: The shard that holds it.
+        dtype: Its safetensors dtype.
+        shape: Its shape as stored.
+        start: Offset of its first byte in the shard.
+        end: Offset one past its last byte.
+        axis: The residual axis, negative.
+        kind: A weight, or the bias of a writer.
+        layer: Its decoder layer (for MTP, the MTP layer); None for embeddings.
+        component: The part of the layer it belongs to.
+        mtp: Whether it belongs to a multi-token-prediction layer.
+        coefficient: The α of the projection.
+        preserve: Which norms stay; ``none`` for a bias.
+        basis: The basis to remove.
+    """
+
+    name: str
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+    axis: int
+    kind: Literal["weight", "bias"]
+    layer: int | None
+    component: Component
+    mtp: bool
+    coefficient: float
+    preserve: Preserve
+    basis: BasisKey
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A tensor that could have been edited and is not, with the reason."""
+
+    name: str
+    layer: int | None
+    component: Component | None
+    reason: str
+
+
+def by_shard(edits: Iterable[_E]) -> Mapping[str, Sequence[_E]]:
+    """Groups edits by the shard that holds them, in the order of their bytes; a shard without one has none."""
+    groups: defaultdict[str, list[_E]] = defaultdict(list)
+    for edit in sorted(edits, key=lambda edit: edit.start):
+        groups[edit.shard].append(edit)
+    return groups
