@@ -20,9 +20,9 @@ from ablate_shards.commands.options import debug_flag
 from ablate_shards.commands.push import push
 from ablate_shards.commands.report import report
 from ablate_shards.commands.run import run
+from ablate_shards.commands.startup import rarer_collections
 from ablate_shards.commands.verify import verify
 from ablate_shards.errors import AblateError, UsageError
-from ablate_shards.startup import rarer_collections
 from ablate_shards.terminal.encoding import speak_plainly
 
 __all__ = ["cli", "main"]

@@ -197,7 +197,7 @@ def test_an_earlier_evaluation_is_judged_by_what_the_questions_say_now(compared,
 
 
 def test_without_unrelated_questions_there_is_no_divergence(files, questions):
-    found = evaluate(files / "edited", questions[:2], options(files, perplexity=False, length=4), Told(), against=MODEL)
+    found = evaluate(files / "edited", questions[:2], options(files, text=None, length=4), Told(), against=MODEL)
 
     assert found.comparison.divergence is None
     assert found.comparison.notes == ("divergence not measured: there are no unrelated questions",)
@@ -235,7 +235,7 @@ def test_an_interrupted_run_asks_only_what_it_had_not_asked(compared, files, que
 
 def test_kept_answers_of_another_model_are_not_taken(files, questions, tmp_path):
     few = questions[:2]
-    run = options(files, perplexity=False)
+    run = options(files, text=None)
     out = tmp_path / "e.json"
     first = evaluate(MODEL, few, run, Told(), out=out)
     kept = tmp_path / ".e.json.answers"

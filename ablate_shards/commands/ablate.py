@@ -22,8 +22,8 @@ from ablate_shards.commands.options import (
     resources,
     sync_flag,
 )
+from ablate_shards.commands.startup import one_blas_thread
 from ablate_shards.errors import UsageError
-from ablate_shards.startup import one_blas_thread
 
 __all__ = ["ablate"]
 

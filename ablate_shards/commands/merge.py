@@ -18,7 +18,7 @@ from ablate_shards.commands.options import (
     resources,
     sync_flag,
 )
-from ablate_shards.startup import one_blas_thread
+from ablate_shards.commands.startup import one_blas_thread
 
 __all__ = ["merge"]
 

@@ -15,7 +15,7 @@ from ablate_shards.commands.options import (
     quiet_flag,
     resources,
 )
-from ablate_shards.startup import one_blas_thread
+from ablate_shards.commands.startup import one_blas_thread
 
 __all__ = ["verify"]
 

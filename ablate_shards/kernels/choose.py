@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from ablate_shards.kernels.native.native import is_built
@@ -42,10 +43,17 @@ def choose_form(
     return "triton", f"Triton runs on {kind}"
 
 
-def one_thread(form: Form) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def one_thread(form: Form) -> Iterator[None]:
     """Keep torch to one thread, where a form is torch's: what several add up depends on how many there are."""
     if form != "torch":
-        return contextlib.nullcontext()
-    from ablate_shards.kernels.ablate import project_torch
+        yield
+        return
+    import torch
 
-    return project_torch.one_thread()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

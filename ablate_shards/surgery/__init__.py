@@ -1,1 +1,1 @@
-"""The stations of the data flow, from checkpoint headers to the verified output."""
+"""The way from a checkpoint's headers to a verified output, in rooms: `docs/architecture.md` draws them."""

@@ -1,8 +1,8 @@
 """The sums and the update of an ablation in PyTorch, chunk by chunk, on any device."""
 
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from types import ModuleType
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ablate_shards.kernels.form import GROUP_ROWS, Arithmetic, in_range
 
-__all__ = ["DTYPES", "TorchArrays", "TorchForm", "one_thread"]
+__all__ = ["DTYPES", "TorchArrays", "TorchForm"]
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -21,17 +21,6 @@ SEGMENT = 8192
 
 ALIGNED = 16
 """Elements in a cache line; what a product reads starts on one, wherever its block starts."""
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep torch to one thread on a CPU: what several add up together depends on how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class TorchForm:

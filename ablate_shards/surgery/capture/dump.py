@@ -1,18 +1,17 @@
 """Writes an activation dump a layer at a time, out of sight until it is complete, and goes on with one half-made."""
 
 import errno
-import json
 import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ablate_shards.errors import CaptureError, CheckpointError, ExecuteError, UsageError
 from ablate_shards.surgery.checkpoint.headers import read_header
 from ablate_shards.surgery.directions.activations import ACTIVATIONS_FORMAT, LABELS
-from ablate_shards.surgery.machine.files import fsync_folder
+from ablate_shards.surgery.machine.files import fsync_folder, write_safetensors
 from ablate_shards.surgery.machine.staging import Staging
 from ablate_shards.surgery.model.loading import size_text
 
@@ -86,7 +85,7 @@ class DumpWriter:
             name: (_DTYPES[str(tensor.dtype).removeprefix("torch.")], list(tensor.shape), tensor.nbytes)
             for name, tensor in tensors.items()
         }
-        _write(self._shard(layer), header, self._metadata, map(_bytes_of, tensors.values()))
+        write_safetensors(self._shard(layer), header, self._metadata, map(_bytes_of, tensors.values()))
 
     def save_stream(self, done: int, streams: Sequence["torch.Tensor"]) -> None:
         """Saves what the next layer starts from, unless that would take too large a share of the time."""
@@ -122,7 +121,9 @@ class DumpWriter:
             found = [(path, tensor) for path in sorted(folder.glob(_SHARDS)) for tensor in read_header(path)[0].tensors]
             found.sort(key=lambda place: _order(place[1].name))
             header = {tensor.name: (tensor.dtype, list(tensor.shape), tensor.end - tensor.start) for _, tensor in found}
-            _write(whole, header, self._metadata, _ranges((path, tensor.start, tensor.end) for path, tensor in found))
+            write_safetensors(
+                whole, header, self._metadata, _ranges((path, tensor.start, tensor.end) for path, tensor in found)
+            )
             whole.replace(self._dump)
             shutil.rmtree(folder)
             fsync_folder(self._dump.absolute().parent)
@@ -172,23 +173,6 @@ def _ranges(places: Iterable[tuple[Path, int, int]]) -> Iterator[bytes]:
             file.seek(start)
             while chunk := file.read(min(_COPY_CHUNK, end - file.tell())):
                 yield chunk
-
-
-def _write(
-    path: Path, header: Mapping[str, tuple[str, list[int], int]], metadata: Mapping[str, str], data: Iterable[bytes]
-) -> None:
-    """Writes a safetensors file, durably; by hand, since the library orders metadata anew in every call."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, (dtype, shape, size) in header.items():
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end := end + size]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.writelines(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def check_dump(model: Path, dump: Path, *, overwrite: bool) -> None:

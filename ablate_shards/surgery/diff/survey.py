@@ -425,12 +425,12 @@ class _Comparer:
 
     def _one_thread_each(self) -> None:
         """Keeps torch to one thread per tensor once something differs; where nothing does, it is never loaded."""
-        from ablate_shards.kernels.ablate.project_torch import one_thread
+        from ablate_shards.kernels.choose import one_thread
 
         with self._lock:
             if not self._single:
                 self._single = True
-                self._stack.enter_context(one_thread())
+                self._stack.enter_context(one_thread("torch"))
 
     def _blocks(self, ours: TensorInfo, theirs: TensorInfo, first: int, shape: tuple[int, int]) -> "Blocks":
         """Returns what yields a matrix by row blocks, from memory after the first time if it fits."""

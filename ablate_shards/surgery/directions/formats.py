@@ -1,7 +1,6 @@
 """Files of directions: the project's own, and the foreign ones that are read."""
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -19,6 +18,7 @@ from ablate_shards.surgery.directions.activations import (
 )
 from ablate_shards.surgery.directions.directions import Directions, LayerScore, score_by_means, score_table
 from ablate_shards.surgery.directions.vectors import LARGEST, NOTHING_LEFT, orthonormal, smallest_singular_value, unit
+from ablate_shards.surgery.machine.files import write_safetensors
 
 __all__ = ["DIRECTIONS_FORMAT", "read_directions", "write_directions"]
 
@@ -45,23 +45,12 @@ def write_directions(directions: Directions, path: Path) -> None:
         for layer in sorted(arrays)
     }
     scores = json.dumps(score_table(directions))
-    # By hand, since the library writes metadata in an order that changes from call to call.
-    header: dict[str, object] = {"__metadata__": {**directions.metadata, "format": DIRECTIONS_FORMAT, "scores": scores}}
-    end = 0
-    for name, array in tensors.items():
-        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [end, end := end + array.nbytes]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    staged = path.with_name(f".{path.name}.partial")
-    try:
-        with staged.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.writelines(array.data for array in tensors.values())
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    write_safetensors(
+        path,
+        {name: ("F32", array.shape, array.nbytes) for name, array in tensors.items()},
+        {**directions.metadata, "format": DIRECTIONS_FORMAT, "scores": scores},
+        [array.data for array in tensors.values()],
+    )
 
 
 def read_directions(path: Path) -> Directions:

@@ -109,9 +109,9 @@ class BlockEditor(ABC, Generic[_E, _R]):
         """Keeps torch to one thread per job: no oversubscription, and sums in one order; other forms have one."""
         if self._form in _WITHOUT_TORCH:
             return contextlib.nullcontext()
-        from ablate_shards.kernels.ablate.project_torch import one_thread
+        from ablate_shards.kernels.choose import one_thread
 
-        return one_thread()
+        return one_thread("torch")
 
     def edit(self, edit: _E, channels: Channels) -> _R:
         """Edits one tensor and measures it again from what was written, block by block.

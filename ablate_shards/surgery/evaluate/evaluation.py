@@ -4,10 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -17,7 +14,7 @@ from ablate_shards.errors import EvaluateError
 from ablate_shards.surgery.evaluate.endpoint import Reply
 from ablate_shards.surgery.evaluate.likelihood import Divergence, Perplexity
 from ablate_shards.surgery.evaluate.statistics import Agreement, Paired, Ratio, agreement, paired, ratio
-from ablate_shards.surgery.machine.files import fsync_folder
+from ablate_shards.surgery.machine.files import write_whole
 from ablate_shards.surgery.model.samples import Group, Question, Verdict
 
 __all__ = [
@@ -298,22 +295,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:
     """Writes an evaluation; the file appears complete or not at all."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
-            file.write(evaluation_text(evaluation))
-            file.flush()
-            os.fsync(file.fileno())
-            mask = os.umask(0)
-            os.umask(mask)
-            os.fchmod(file.fileno(), 0o666 & ~mask)
-            Path(file.name).replace(path)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                Path(file.name).unlink()
-            raise
-    fsync_folder(path.parent)
+    write_whole(path, [evaluation_text(evaluation).encode()])
 
 
 def read_evaluation(path: Path) -> Evaluation:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ablate_shards.data.tw_civic import NEUTRAL_TEXT
 from ablate_shards.errors import AblateError, EvaluateError, Interrupted, UsageError
 from ablate_shards.surgery.evaluate.answers import Dtype, Speaker, batches, check_transformers, model_digest, speaking
 from ablate_shards.surgery.evaluate.endpoint import ChatOptions, Endpoint, Messages, Reply, chat, open_endpoint
@@ -74,11 +73,10 @@ class EvaluateOptions:
         judge: Base URL of an endpoint whose model judges the answers as well, None for the rules alone.
         judge_model: The name of that model, asked of the endpoint if None.
         timeout: Seconds that an endpoint may take for one answer.
-        perplexity: Whether to measure the perplexity of ``text``.
         divergence: Whether to measure the divergence from the base.
         reuse: Earlier evaluations whose answers are taken over where model, question, options and versions are the
             same; for models that run here.
-        text: Plain text for the perplexity, the neutral text that comes with the package if None.
+        text: Plain text whose perplexity is measured, none if None.
         overwrite: Replace an existing evaluation.
     """
 
@@ -92,7 +90,6 @@ class EvaluateOptions:
     judge: str | None = None
     judge_model: str | None = None
     timeout: float = 120.0
-    perplexity: bool = True
     divergence: bool = True
     reuse: tuple[Path, ...] = ()
     text: Path | None = None
@@ -179,8 +176,8 @@ class _Run:
 
     def evaluate(self, model: Path, against: Path | Evaluation | None) -> Evaluation:
         options = self._options
-        if options.perplexity and options.endpoint is None:
-            self._text = _read_text(options.text or NEUTRAL_TEXT)
+        if options.text is not None and options.endpoint is None:
+            self._text = _read_text(options.text)
         # What may be wrong with an endpoint shows before a model is asked.
         referee = self._endpoint(options.judge, options.judge_model, JUDGE_KEY, "--judge-model")
         endpoint = self._endpoint(options.endpoint, options.endpoint_model, KEY, "--endpoint-model")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -30,6 +29,7 @@ from ablate_shards.surgery.edit.queue import Work
 from ablate_shards.surgery.hub.card import Kind
 from ablate_shards.surgery.hub.published import CARD, Published
 from ablate_shards.surgery.hub.push import PushOptions, card_of, commit, explained, open_for_writing, warnings_noted
+from ablate_shards.surgery.machine.files import write_whole
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import Staging, locked
@@ -217,12 +217,7 @@ class _Ledger:
 
     def _write(self) -> None:
         text = json.dumps({name: dataclasses.asdict(sent) for name, sent in self._shards.items()})
-        beside = self._path.with_name(f"{self._path.name}.new")
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self._path)
+        write_whole(self._path, [text.encode()])
 
 
 _Send = Callable[[Checkpoint, Operation[Any, Any], ExecuteOptions, _Ledger, Progress], dict[str, str]]

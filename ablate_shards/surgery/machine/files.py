@@ -1,15 +1,14 @@
 """Files read and written in full, and files that appear whole or not at all."""
 
+import itertools
+import json
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ablate_shards.errors import ExecuteError
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["fsync_folder", "pread_into", "pwrite_all"]
+__all__ = ["fsync_folder", "pread_into", "pwrite_all", "write_safetensors", "write_whole"]
 
 
 def pread_into(descriptor: int, data: memoryview, offset: int) -> None:
@@ -39,3 +38,49 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Writes a file beside its place and gives it its name when it is complete and on the disk.
+
+    Raises:
+        OSError: It cannot be written; what had the name before still has it.
+    """
+    staged = path.with_name(f".{path.name}.partial")
+    try:
+        with staged.open("wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+    fsync_folder(path.absolute().parent)
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, tuple[str, Sequence[int], int]],
+    metadata: Mapping[str, str],
+    data: Iterable[bytes | memoryview],
+) -> None:
+    """Writes a safetensors file as :func:`write_whole` does; the same content gives the same bytes.
+
+    The header is made here, since the library writes metadata in an order that changes from call to call.
+
+    Args:
+        path: The file.
+        tensors: For each name its safetensors dtype, its shape and how many bytes it takes, in the order of the bytes.
+        metadata: The header's ``__metadata__``.
+        data: The bytes of the tensors, in that order.
+
+    Raises:
+        OSError: It cannot be written; what had the name before still has it.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape, size) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end := end + size]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    write_whole(path, itertools.chain([len(text).to_bytes(8, "little") + text], data))

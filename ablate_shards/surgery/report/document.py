@@ -1,6 +1,5 @@
 """Writes the report of a run or of a comparison: one HTML page, and its charts as SVG and PNG."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from ablate_shards.errors import ReportError
 from ablate_shards.names import PLOTS_NAME, REPORT_NAME
 from ablate_shards.surgery.diff.differences import Diff
-from ablate_shards.surgery.machine.files import fsync_folder
+from ablate_shards.surgery.machine.files import write_whole
 from ablate_shards.surgery.report.charts import chart_data
 from ablate_shards.surgery.report.comparison import comparison_data, render_comparison
 from ablate_shards.surgery.report.findings import ReportOptions, gather
@@ -79,7 +78,7 @@ def _write_all(folder: Path, name: str, text: str, data: Mapping[str, Any], miss
     """Writes a page and its charts."""
     page, missing = folder / name, dict(missing)
     # Names and answers may hold half of a surrogate pair, which UTF-8 has no bytes for.
-    _write(page, text.encode("utf-8", "replace"))
+    write_whole(page, [text.encode("utf-8", "replace")])
     try:
         drawn = draw(data)
     except ImportError:
@@ -90,21 +89,7 @@ def _write_all(folder: Path, name: str, text: str, data: Mapping[str, Any], miss
         folder.mkdir(exist_ok=True)
     for plot in PLOT_NAMES:
         if plot in drawn:
-            _write(folder / plot, drawn[plot])
+            write_whole(folder / plot, [drawn[plot]])
         elif drawn:
             (folder / plot).unlink(missing_ok=True)
     return Report(page, tuple(folder / plot for plot in PLOT_NAMES if plot in drawn), tuple(missing.items()))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file beside its place, and puts it there when it is complete."""
-    staged = path.with_name(f".{path.name}.partial")
-    try:
-        with staged.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
-    fsync_folder(path.parent)

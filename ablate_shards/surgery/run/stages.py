@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ablate_shards import __version__
 from ablate_shards.errors import ExecuteError, RecipeError
 from ablate_shards.names import STATE_NAME, is_report
+from ablate_shards.surgery.machine.files import write_whole
 from ablate_shards.surgery.plan.recipe import Recipe
 
 __all__ = ["Stage", "Status", "as_flags", "plan_stages", "run_stages", "size_of", "status_of"]
@@ -245,9 +246,7 @@ class _State:
             raise ExecuteError(f"{stage.output}: {stage.name} ended without making it")
         self._stages[stage.name] = {"key": self._key(stage), "output": output}
         content = {"format": _FORMAT, "stages": self._stages, "digests": self._digests}
-        beside = self._path.with_suffix(".tmp")
-        beside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        beside.replace(self._path)
+        write_whole(self._path, [json.dumps(content, indent=1).encode()])
 
     def _key(self, stage: Stage) -> str:
         """Digest of the tool, the command and the contents of what it reads; not of where that lies."""
