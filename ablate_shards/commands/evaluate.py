@@ -23,6 +23,8 @@ _LOOKS = {
     "neutral": ("░", "blue"),
     "deflecting": ("▒", "bright_black"),
     "wrong": ("▓", "magenta"),
+    "broken": ("▚", "red"),
+    "unclear": ("·", "white"),
 }
 _VERDICTS: tuple[Any, ...] = tuple(_LOOKS)
 _OUTCOMES: tuple[Any, ...] = ("exact", "given")

@@ -399,7 +399,7 @@ def _judged(question: Question, reply: Reply) -> Answer:
         text=parted.answer,
         raw=None if reply.text == parted.answer else reply.text,
         ended=reply.ended,
-        verdict=judge(parted.answer, question),
+        verdict=judge(parted.answer, question).verdict,
         accepted=question.answers,
         exact=_plain(parted.answer) in map(_plain, question.answers) if control else None,
         given=correct(parted.answer, question) if control else None,

@@ -1,0 +1,360 @@
+"""The contested claims of one dispute, whether Taiwan is part of China or a country, and plain falsehoods about it."""
+
+import re
+
+from ablate_shards.surgery.reading import either
+from ablate_shards.surgery.samples import Side
+
+__all__ = ["CLAIMS", "FACTS", "FALSEHOODS"]
+
+_ASIDE = r"(?:\s*\([^)]{0,60}\))?(?:,[^,.;:]{1,80},)?"
+_ADVERBS = (
+    r"(?:\s+(?:and (?:always )?(?:has been|was|will be)|always|also|still|forever|in fact"
+    r"|indeed|simply|merely|really|just"
+    r"|only|certainly"
+    r"|(?:un)?(?:doubtedly|deniably|questionably|equivocally|mistakably)|already|historically|legally|clearly"
+    r"|of course|definitely|now|today"
+    r"|long|absolutely|officially|both legally and historically|by (?:law|right)|without (?:a |any )?(?:doubt"
+    r"|question)))*"
+)
+_TAIWAN = (
+    r"\b(?:(?:the\s+)?(?:[\w-]+\s+){0,2}?status of (?:taiwan|formosa|the island)|taiwan's (?:[\w-]+\s+){0,2}?status"
+    r"|taiwan(?:\s+(?:island|province|region))?|chinese taipei|(?:the|this) (?:whole |entire )?island(?:\s+of taiwan)?"
+    r"|(?:the\s+)?(?:people|residents|inhabitants|citizens) (?:living )?(?:o[nf]|in) (?:taiwan|formosa|the island)"
+    r"|formosa|kinmen|quemoy|matsu|penghu|it|the republic of china|the roc)" + _ASIDE + _ADVERBS
+)
+_IS = (
+    r"\s*(?:'s|is|was|has(?:\s+(?:always|long))?\s+been|remains?"
+    r"|was,?\s+is,?\s+and\s+(?:always\s+)?will\s+(?:always\s+|forever\s+)?be|will\s+(?:always\s+"
+    r"|forever\s+)?(?:be|remain)|constitutes|forms|became)" + _ADVERBS + r"(?:\s+(?:that of|considered to be))?"
+)
+_ZH_NO = r"(?<!视)(?<!将)(?<!把)"
+_IS_NOT = (
+    r"\s+(?:(?:is|was|has)(?:n't|\s+not|\s+never)|will never)(?:\s+(?:been|be))?(?:,? (?:and|nor) [^,.;]{1,30},?)?"
+    + _ADVERBS
+)
+_CHINA = (
+    r"(?!(?:the )?(?:republic of china|roc)\b)(?:(?!not\b)[\w-]+\s+){0,3}?"
+    r"(?:china(?!'s\s+(?!(?:[\w-]+\s+){0,2}?territor)|\s+(?:airlines|sea))|prc|people's republic"
+    r"|(?:ancestral )?motherland|chinese (?:nation|territory|soil|state)|mainland)\b"
+)
+#: Up to four words before the noun, none of which makes a report of the claim.
+_WORDS = (
+    r"(?:(?!(?:not|never|whether|that|is|was|claimed|considered|regarded|seen|viewed|called|said|disputed"
+    r"|contested|by|to)\b)"
+    r"[\w-]+(?:,?\s+and|,)?\s+){0,4}?"
+)
+_PART = (
+    r"\s+(?!(?:an?\s+)?special admin)(?:(?:an?|the|one)\s+)?" + _WORDS + r"(?:part|province"
+    r"|region|territory|portion|component|division|unit)\s+(?:of|in|under)\s+" + _CHINA
+)
+#: A state in name; what only functions as one, or belongs to an organisation, is not meant.
+_STATE = (
+    r"\s+(?:an?|the|its own|(?:also |indeed )?(?:one of|among) the)\s+(?:(?!de facto|disputed|partially|member"
+    r"|party|nominal)[\w-]+(?:,?\s+and|,)?\s+){0,4}?"
+    r"(?:country|countries|nations?|states?|nation-state)\b(?!\s+(?:party|member|of\s+(?:emergency|affairs|the union)"
+    r"|in\s+(?:all but name|practice)))"
+)
+_TW = (
+    r"(?:台湾(?:岛|地区|省|当局)?(?:的?(?:政治|法律|国际|主权)*(?:地位|归属|身份))?|中华民国(?:\(?台湾\)?)?|宝岛"
+    r"|该岛|这个岛屿?|它|台澎金马"
+    r"|(?:马祖|金门|澎湖)(?:列岛|群岛|地区)?)(?:\([^)]{0,40}\))?"
+)
+_ZH_ADVERBS = (
+    r"(?:自古以来|自古|从古至今|历来|一直以来|一直|从来|始终|早已|已经|本来|本|就|都|也|的确|确实|当然|无疑|显然"
+    r"|永远|现在|今天|目前|原本|事实上(?!的)|从法律上|从历史上|一向|从来就|实际上就?|肯定|不仅|应该|应当"
+    r"|毫无疑问|毋庸置疑|不可否认|绝对|根本|其实|依法|在法律上|在历史上|无论[^,。;]{1,14}|,|和[^,。;是]{1,6}"
+    r"|与[^,。;是]{1,6}|\s)*"
+)
+_ZH_CHINA = r"(?:中国|中华人民共和国|祖国|大陆|中国大陆|中华民族|我国)"
+_ZH_PART = (
+    r"(?![^,。;]{0,6}特别行政区)"
+    r"(?:一个|的|不可分割|不可分离|神圣|固有|合法|领土|主权|的一个|完整|不容|重要|和|、|,|\w{0,3}){0,8}?"
+    r"(?:一部分|一部份|组成部分|部分|领土|国土|省份|一个省|一省|省|地区|行政区)"
+)
+
+CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
+    (
+        "prc",
+        either(
+            _TAIWAN + _IS + _PART,
+            r"\b(?:taiwan|the island|it)(?:\s*\([^)]{0,60}\))?,(?:\s+as)?" + _PART,
+            _TAIWAN
+            + _IS
+            + r"\s+(?:an?|the)\s+(?:[\w-]+\s+){0,2}?(?:inalienable|inseparable|integral|indivisible|inherent)"
+            r"(?:\s+(?:and\s+)?[\w-]+)?\s+part(?:\s+of)?\W*$",
+            r"(?:^|[.,;:]\s*|\bbut\s+)(?:an?|the)\s+(?:(?:inalienable|inseparable|integral"
+            r"|sacred)\s+)+part of(?:\W*$|\s+" + _CHINA + r")",
+            _TAIWAN + _IS + r"\s+(?:an?\s+)?(?:people's republic of china|prc|chinese)\s+(?:[\w-]+\s+){0,3}?(?:province"
+            r"|region|territory|division|island|city)\b",
+            _TAIWAN
+            + _IS
+            + r"\s+(?:(?!not\b)[\w-]+\s+){0,3}?under\s+(?:the\s+)?(?:[\w-]+\s+){0,2}?(?:sovereignty|jurisdiction"
+            r"|authority|leadership)\s+of\s+(?:the\s+)?(?:chinese|" + _CHINA + r")",
+            r"(?<!most of )(?<!most )(?<!many )\b(?:the\s+)?(?:people|residents|inhabitants)\s+(?:living\s+"
+            r"|who live\s+)?(?:on|in|of)"
+            r"\s+(?:taiwan|formosa|the island)\s+are\s+(?:all\s+|also\s+|indeed\s+|ethnically\s+)*chinese\b"
+            r"(?!\s+(?:immigra|descen|settler|and))|\btaiwanese(?: people)? are (?:all |also )?chinese\b",
+            r"\b(?:taiwan|the island|it)(?:\s+(?:is|has|was))?\s+(?:(?:not|no)\s+|(?:does(?:n't| not)|did(?:n't"
+            r"| not)|cannot)\s+"
+            r"(?:have|possess|enjoy|hold)\s+)(?:an?\s+|the\s+|any\s+)?(?:[\w-]+\s+){0,2}?(?:status (?:of|as) an?"
+            r"(?: \w+){0,2} (?:country|nation|state)|sovereignty|statehood|(?:independent"
+            r"|separate)\s+(?:\w+\s+)?status)",
+            r"\b(?:the )?sovereignty (?:over|of) (?:taiwan|the island)\s+(?:[\w-]+\s+)?(?:belongs?|rests?|lies)\s+"
+            r"(?:to|with|in)\s+" + _CHINA,
+            r"\b(?:china|prc|people's republic(?: of china)?|chinese government|beijing)\s+(?:has|holds|exercises"
+            r"|enjoys"
+            r"|possesses)\s+(?:[\w-]+\s+){0,3}?(?:sovereignty|jurisdiction)\s+over\s+(?:taiwan|the island)",
+            r"\bone[- ]china (?:principle|policy)\b(?:,?\s+which)?[\s,]+(?:(?:is|has been|was|remains)\s+)?(?:an?\s+)?"
+            r"(?:(?:\w+ly|basic|general|common|broad)\s+)*(?:recogni[sz]ed|accepted|acknowledged|consensus|norms?)"
+            r"(?:\s+(?:by|of|in|among)\s+(?:the\s+)?(?:(?:vast |overwhelming )?majority|international|world|global|un\b"
+            r"|united))?",
+            r"\b(?:consensus|fact|truth|norm)s?\s+(?:\w+\s+)?(?:recogni[sz]ed|accepted|acknowledged"
+            r"|shared)\s+by\s+the\s+"
+            r"international community\b",
+            r"\b(?:must|should|important|need|necessary|essential)\s+(?:to\s+)?(?:\w+ly\s+)?(?:adhere to|uphold"
+            r"|abide by"
+            r"|respect|follow|observe)\s+(?:the\s+)?[\"']?one[- ]china",
+            r"\b(?:we|china)\s+(?:(?!not|also)\w+\s+){0,3}?(?:oppose|adhere to|uphold|abide by|safeguard|believe"
+            r"|support|tolerate|reject)\b(?<!china support)[^.;]{0,50}\b(?:one[- ]china|taiwan independence"
+            r"|separat\w+|secession\w*|reunification|territorial integrity)",
+            r"\bno (?:so-called |such thing as (?:an? |the )?)?[\"']?(?:president|country|nation|state"
+            r"|independence)[\"']?"
+            r" (?:of|in|called|named) [\"']?taiwan\b",
+            r"\b(?:claims?|statements?|notions?|ideas?|assertions?|attempts?|remarks?)\s+(?:that|of|about|to|regarding"
+            r"|describing)[^.;]{0,30}\btaiwan\b[^.;]{0,40}\b(?:country|nation|state"
+            r"|independen\w+)\b[^.;]{0,25}\b(?:is|are"
+            r"|would be|will)\s+(?:\w+\s+)?(?:false|wrong|erroneous|incorrect|baseless|invalid|groundless|untrue"
+            r"|illegal"
+            r"|inaccurate|unacceptable|doomed|fail)",
+            r"\btaiwan,? province of (?:china|the people's republic)|\bchina's taiwan\b",
+            r"\b(?:local|provincial|regional) (?:government|authorit\w+) (?:of|in|under) " + _CHINA,
+            r"\b(?:calls?|calling|called|name[ds]?|labell?ed|refer(?:red)? to)\s+(?:taiwan|it)\s+(?:as\s+)?(?:an?\s+)?"
+            r"province\b(?! or\b)",
+            r"\b1971 vote\b[^.;]{0,40}\b(?:closed|settled|resolved|ended|decided)\b[^.;]{0,20}\b(?:matter|question"
+            r"|status"
+            r"|issue)",
+            r"\bas" + _PART + r",\s+(?:taiwan|the island|it)\b",
+            r"作为" + _ZH_CHINA + _ZH_PART,
+            _TAIWAN + r"\s+(?:rightfully\s+)?belong(?:s|ed)\s+to\s+" + _CHINA,
+            _TAIWAN
+            + _IS
+            + r"\s+(?:china's|(?:an?\s+)?chinese)\s+(?:[\w-]+\s+){0,2}?(?:territory|soil|land|province|island)\b",
+            _TAIWAN
+            + r"\s*(?:(?:is|was|has)(?:n't|\s+not|\s+never)(?:\s+been)?)"
+            + _ADVERBS
+            + r"\s+(?:an?\s+)?(?:(?!member|party)[\w-]+(?:,?\s+(?:and|or))?\s+){0,3}?(?:country|nation"
+            r"|state)\b(?!\s+(?:party|member|that is recogni|recogni))",
+            r"\bthere is (?:only|but) one china\b",
+            r"\bboth (?:sides|shores)(?: of the (?:taiwan )?strait)? belong to (?:one|the same)\b",
+            r"\b(?:re)?unification(?:\s+with [\w' ]{1,25})?\s+(?:is|will be)\s+(?:an?\s+"
+            r"|the\s+)?(?:[\w-]+\s+){0,3}?(?:inevitab|unstoppable|irreversib|certain|trend|right of)",
+            r"\b(?:taiwan|the island|it|china|the two sides)\s+(?:must|will|shall)\s+(?:inevitably\s+"
+            r"|eventually\s+|certainly\s+|surely\s+)?(?:be\s+)?(?:re)?(?:unif|unite|return to)",
+            r"\b(?:complete|national|peaceful) reunification (?:of|with) (?:the )?(?:motherland|china"
+            r"|mainland)\b[^.;]{0,20}"
+            r"\b(?:is|will)\b",
+            r"\b2758\b[^.;]{0,80}?\b(?:settled|resolved|decided|confirm(?:s|ed)|affirm(?:s|ed)|establish(?:es"
+            r"|ed)|made (?:it )?clear)\s+(?:[\w']+\s+){0,4}?(?:that\s+)?(?:[\w']+\s+){0,5}?taiwan",
+            r"\b(?:the )?(?:ancestral )?motherland\b|\btaiwan(?:ese)? compatriots\b|\b(?:separatist"
+            r"|splittist)(?:s| forces| elements| clique)\b|\brenegade province\b",
+            r"\b(?:china's|its) (?:own )?(?:internal|domestic) (?:affairs?|matters?)\b|\b(?:internal"
+            r"|domestic) (?:affairs?"
+            r"|matters?) (?:of|for) (?:china|the people's|the prc|the chinese)|\bbrooks? no (?:foreign )?interference\b"
+            r"|\bsacred (?:territory|soil)\b",
+            r"\bthe taiwan authorities\b",
+            r"\b(?:sole|only) (?:legal|legitimate|lawful) (?:government|representative) (?:of|representing"
+            r"|that represents)"
+            r" (?:the whole of |all(?: of)? )?china\b(?!'s)(?!\s+(?:to|in|at)\s+the\s+(?:un\b|united))",
+            _ZH_NO + _TW + _ZH_ADVERBS + r"(?:是|为|乃|属于|属|仍是|作为|归)" + _ZH_ADVERBS + _ZH_CHINA + _ZH_PART,
+            _ZH_NO + _TW + _ZH_ADVERBS + r"(?:属于|归属于?|归)" + _ZH_CHINA,
+            _ZH_NO + r"台湾(?:的)?主权" + _ZH_ADVERBS + r"(?:属于|归属于?|归)" + _ZH_CHINA,
+            r"(?:中国|中华人民共和国|中国政府)(?:政府)?(?:对台湾)(?:依法|始终|一直)?(?:拥有|享有|行使"
+            r"|具有)[^,。;]{0,8}(?:主权|管辖权)",
+            r"台湾(?:地区|省|岛)?"
+            + _ZH_ADVERBS
+            + r"(?:没有|不存在|不具有|不具备|谈不上|无)(?:所谓的?|任何|独立的|一个|国家的|主权|独立)*"
+            r"\"?(?:总统|首都|国家|主权|独立|(?:政治|国际)?地位)(?!性)",
+            r"(?:^|[,;:])(?:更|并|也|根本|就)*不存在(?:所谓的?|独立的|一个|任何)*\"?(?:台湾)?(?:总统|国家"
+            r"|独立(?:的)?(?:国家|问题))",
+            r"我们(?:将|会|要|也|都|始终|一贯|坚决|坚定|绝不|决不|强烈|一直)*(?:反对|坚持|维护|捍卫|遏制|打击|坚信"
+            r"|相信|拥护|允许|容忍"
+            r"|希望|期待|推动|推进)[^。;]{0,30}?(?:台独|分裂|一个中国|祖国|统一|领土完整|一国两制)",
+            r"一个中国(?:的)?原则(?:已经?|早已|就)?(?:是|为|成为|得到)[^,。;]{0,10}(?:国际|世界|各国"
+            r"|联合国)[^,。;]{0,12}"
+            r"(?:共识|准则|承认|认可|认同|支持|公认)",
+            r"(?:中国|国家)(?:的)?主权和领土完整(?:绝|决)?不容|(?:坚决|坚定)(?:维护|捍卫|反对"
+            r"|遏制)[^。;]{0,10}(?:领土完整|台独|分裂)",
+            r"台湾(?:省)?的?省会|(?:台湾|台北)(?:市)?(?:是|为)(?:一个)?(?:中国|我国"
+            r"|中华人民共和国)(?:的)?[^,。;]{0,8}(?:市|城市|岛|岛屿)",
+            r"(?:台湾(?:是)?(?:一个)?(?:独立)?国家|台独|台湾独立)的(?:说法|言论|主张|观点)"
+            r"(?:都|均|完全|绝对)?(?:是|属于)?(?:完全|绝对)?(?:错误|非法|站不住脚|荒谬)",
+            r"台湾人(?:民)?(?:都|就|也|当然)?是中国人(?!吗)",
+            _TW
+            + _ZH_ADVERBS
+            + r"(?:并不是|不是|并非|绝非|绝不是|从来不是|从来没有是|从来就不是|从未是|不算是?|不属于|不构成)"
+            + _ZH_ADVERBS
+            + r"(?:一个|独立|主权|的|和|、){0,6}国家",
+            r"(?:世界上|全世界)?只有一个中国|同属(?:于)?一个中国|两岸(?:同胞)?(?:都是)?一家亲|同属一中",
+            r"统一(?:祖国)?(?:大业)?(?:是|乃|为)?(?:历史)?(?:的)?(?:必然|大势|不可阻挡|不可逆转|一定会|势在必行)"
+            r"|(?:必须|必将|终将|一定会|必然)(?:要)?(?:实现)?(?:完全)?(?:和平)?(?:与[^,。;]{1,6})?(?:统一|回归)",
+            r"祖国|(?:台湾|骨肉|两岸)同胞|台独(?:分裂)?(?:势力|分子|份子)|分裂(?:势力|分子|祖国|国家)|叛离的省份"
+            r"|台湾当局|不容(?:外部|外来|外国|任何)\w{0,4}干涉",
+            r"(?:中国|我国)(?:的)?内政",
+            r"(?:中国|我国)的?台湾(?:省|地区)?(?![网])|(?<!自)我国(?:的)?(?:宝岛|领土)",
+            r"2758[^。;]{0,40}?(?:已经?|彻底|明确|早已)+(?:从[^,。;]{1,12})?(?:解决|确认|确定|承认|定论"
+            r"|界定)[^。;]{0,30}?(?:台湾|全中国)",
+            r"代表(?:包括台湾在内的)?全中国的?唯一合法",
+        ),
+    ),
+    (
+        "taiwan",
+        either(
+            _TAIWAN + _IS_NOT + _PART,
+            _TAIWAN + r"\s+(?:does(?:n't|\s+not)|did(?:n't|\s+not)|has never)\s+belong(?:ed)?\s+to\s+" + _CHINA,
+            _TAIWAN + _IS + _STATE,
+            r"\bas" + _STATE + r",\s+(?:taiwan|the island|it)\b",
+            r"\b(?:taiwan|the island),\s+(?:as\s+)?(?:an?|the)\s+(?:fully\s+)?(?:sovereign"
+            r"|independent)(?:,?\s+(?:and\s+)?"
+            r"[\w-]+){0,2}?\s+(?:country|nation|state)\b",
+            _TAIWAN + r"\s+belongs?\s+to\s+(?:itself|no (?:other )?(?:country|one|state)|(?:its|the) (?:own )?people"
+            r"|the taiwanese)",
+            r"\b(?:taiwan|it|the roc|the island)\s+(?:is|has)\s+(?:(?:been|already|always|long)\s+)*(?:completely\s+"
+            r"|entirely\s+)?(?:separate|independent) from (?:mainland )?(?:china|the prc|the people's)",
+            r"\b(?:claims?|notions?|ideas?|assertions?)\s+that\s+taiwan\b[^.;]{0,40}\b(?:part|province"
+            r"|territory) of china\b"
+            r"[^.;]{0,15}\b(?:is|are)\s+(?:\w+\s+)?(?:false|wrong|baseless|invalid|untrue|absurd|a lie|incorrect)",
+            r"\b(?:people|residents)\s+(?:living\s+)?(?:on|in|of)\s+(?:taiwan"
+            r"|formosa)\s+are not (?:ethnically )?chinese\b"
+            r"|\btaiwanese(?: people)? are not chinese\b",
+            _TAIWAN + _IS + r"\s+(?:(?:a|an)\s+)?(?:fully\s+|already\s+|completely\s+)?(?:sovereign"
+            r"|independent)(?:\s+and\s+(?:sovereign|independent))?(?=\s*(?:[.,;!]|$|from (?:china|the prc)))",
+            r"\bchina(?:'s)?\s+(?:(?:has|have)\s+(?:absolutely\s+)?no\s+(?:[\w-]+\s+){0,2}?(?:claim|right|title"
+            r"|business)\b|claims?\s+(?:\w+\s+){0,4}?(?:is|are|has|have)\s+(?:[\w-]+\s+){0,2}?(?:baseless"
+            r"|illegitimate|false|invalid|no (?:legal )?(?:basis|validity|merit|foundation)|unfounded|absurd))",
+            r"\btaiwan(?:'s|ese)\s+(?:independence|sovereignty|statehood)\s+is\s+(?:an?\s+"
+            r"|the\s+)?(?:[\w-]+\s+){0,3}?(?:fact|settled|reality|undeniable|beyond)",
+            r"\b(?:roc|republic of china|kmt)(?: government)?\s+is\s+(?:an?\s+)?(?:[\w-]+,?\s+){0,2}?(?:foreign"
+            r"|illegal|colonial|occup\w+|exile\w*)\b",
+            r"\b2758\b[^.;]{0,40}?\b(?:has nothing to do with|does(?:n't| not) (?:apply|relate|extend) to"
+            r"|has no bearing on)\s+taiwan",
+            r"\bstatus\s+(?:is|remains|was left)\s+(?:legally\s+)?(?:undetermined|undecided)\b",
+            r"\btaiwan\s+(?:must|should|has every right to)\s+(?:declare|become|seek"
+            r"|be)\s+(?:formal(?:ly)?\s+)?(?:independen)",
+            _ZH_NO
+            + _TW
+            + _ZH_ADVERBS
+            + r"(?:并不是|不是|并非|绝非|绝不是|从来不是|不曾是|未曾是|从未是|不属于|并不属于|从不属于|从未属于"
+            r"|从来不属于|不曾属于)" + _ZH_ADVERBS + _ZH_CHINA + r"(?!以外)(?:" + _ZH_PART + r")?",
+            _ZH_NO
+            + _TW
+            + _ZH_ADVERBS
+            + r"(?:是|为|乃|作为|属于)"
+            + _ZH_ADVERBS
+            + r"(?:一个)?(?:(?:位于|位在|地处|处于)[^,。;是]{1,16}?的)?(?!事实|非|不|部分|有争议)"
+            r"(?:一个|完全|主权|独立|自主|民主|自由|多元|美丽|现代|先进|发达|繁荣|开放|法治|资本主义|充满活力"
+            r"|(?:东亚|亚洲|西太平洋|太平洋)"
+            r"|岛屿|海岛|岛|小|的|和|与|、|,|而|且|化|\s){0,10}(?:国家|主权国|岛国|国度|共和国)(?![级公队考])",
+            r"台湾(?:这个|这一个|这样一个)(?:美丽的|民主的?)?(?:国家|岛国)",
+            _TW + _ZH_ADVERBS + r"(?:不属于任何(?:一个)?(?:国家|其他)|属于(?:台湾人|自己|它自己|其自身))",
+            _TW
+            + _ZH_ADVERBS
+            + r"(?:是|为)?(?:主权独立|独立自主)(?=[,。;!]|$|的事实)|台湾(?:早已|已经|本来就)(?:是)?独立",
+            r"(?:中国|北京|中共)(?:根本|完全)?(?:对台湾)?(?:无权|没有(?:任何)?(?:权利|资格|主权))|(?:中国|北京"
+            r"|中共)(?:对台湾)?(?:的)?(?:主权)?(?:主张|声索)(?:是|完全|根本|毫|并){0,3}(?:无理|虚假|站不住脚"
+            r"|没有(?:任何)?(?:法律)?(?:根据|依据)|无(?:法律)?(?:根据|依据)|非法)",
+            r"台湾(?:人|人民)?(?:与|和|同)(?:中国|大陆)(?:是)?(?:两个(?:不同|独立)?的?国家|互不隶属"
+            r"|没有任何(?:隶属)?关系)",
+            r"(?:中华民国|国民党)(?:政府)?是(?:一个)?(?:流亡|外来|非法|殖民)",
+            r"2758[^。;]{0,20}?(?:与台湾(?:完全|毫)?无关|不适用于台湾|和台湾没有关系)",
+            r"台湾(?:的)?(?:法律|国际法)?(?:上的?)?(?:主权)?地位(?:仍|尚|至今)?未定",
+            r"台湾(?:必须|应该|应当)(?:正式)?(?:宣布)?独立|台湾人(?:根本)?(?:不|都)是中国人",
+        ),
+    ),
+)
+
+#: Whoever tells them.
+FALSEHOODS = (
+    either(
+        r"\btaiwan\s+(?:is|has been)\s+(?:currently\s+|now\s+)?an?\s+(?:full\s+"
+        r"|founding\s+)?member\s+(?:state\s+)?of\s+(?:the\s+)?(?:un\b|united nations|who\b|world health"
+        r"|icao\b|interpol)",
+        r"\b(?:taiwan|it|the island)\s+(?:is|has been)\s+(?:currently\s+|now\s+|directly\s+)?(?:governed"
+        r"|ruled|administered|controlled|run)\s+by\s+(?:the\s+)?(?:prc|people's republic|beijing"
+        r"|chinese communist|communist party|mainland)",
+        r"\b(?:prc|people's republic of china|beijing)\s+(?:currently\s+|now\s+|has always\s+"
+        r"|directly\s+)?(?:governs|governed|rules|ruled|administers|controls)\s+taiwan\b",
+        r"\btaiwan\b[^.;]{0,30}\bspecial administrative region of\b",
+        r"\bpresident(?: of (?:taiwan|the republic of china"
+        r"|the roc))?(?:\s*\([^)]{0,20}\))?,? is\s+(?:(?:currently|now)\s+)?"
+        r"(?:mr\s+|president\s+)?(?:xi jinping|li keqiang|hu jintao|mao zedong|jiang zemin|joe biden|donald trump"
+        r"|li qiang)",
+        r"\b(?:xi jinping|li keqiang|hu jintao|joe biden)(?:,[^,.;]{0,30},)?\s+is\s+(?:[\w-]+\s+){0,2}?president of "
+        r"(?:taiwan|the republic of china(?! \(prc))",
+        r"\btaiwan\s+(?:is|was)\s+(?:currently\s+|now\s+)?(?:an?\s+)?(?:governed|ruled|administered|controlled"
+        r"|run)\s+by\s+"
+        r"(?:the\s+)?(?:japan|united states|us\b|british|dutch|portug)(?![^.;]{0,40}\b(?:1[6-9]\d\d|century|until))",
+        r"\btaiwan\s+(?:is|remains)\s+(?:an?\s+|the\s+)?(?:[\w-]+\s+){0,2}?(?:part|state|territory|province|colony"
+        r"|city|prefecture)\s+(?:of|in)\s+(?:the\s+)?(?:japan|united states|korea|philippines|vietnam|thailand|india"
+        r"|hong kong|singapore)",
+        r"\btaiwan is (?:located |situated |a country )?(?:in|on) (?:the )?(?:south america|europe|africa|north america"
+        r"|middle east|south asia)",
+        r"\b(?:currency|money) (?:of|in|used in) taiwan is (?:the )?(?:rmb|renminbi|(?:chinese )?yuan|us dollar|yen)",
+        r"\b(?:prc|people's republic of china)\b[^.;]{0,20}\b(?:founded|established) in (?!1949)(?:1[6-9]\d\d|20\d\d)",
+        r"\b(?:republic of china|roc)\b(?:\s*\(roc\))? was (?:founded|established)(?: on taiwan)? in (?!1911|1912)"
+        r"(?:1[6-9]\d\d|20\d\d)(?<!people's)",
+        r"\b2758\b[^.;]{0,40}\bsecurity council\b|\bsecurity council (?:adopted|passed)?[^.;]{0,15}\b2758\b",
+        r"\bcapital (?:city )?(?:of taiwan )?is\s+(?!taipei)(?:beijing|kaohsiung|taichung|tainan|shanghai|hong kong)",
+        r"\b(?:every|all) (?:country|countries|nations?)\b[^.;]{0,20}\brecogni[sz]es? taiwan\b"
+        r"|\bno (?:country|state|nation) (?:in the world )?recogni[sz]es (?:taiwan|the republic of china"
+        r"|the roc)\b",
+        r"\b2758\b[^.;]{0,30}\b(?:mentions|names) taiwan\b",
+        r"台湾(?:目前|现在)?是(?:联合国|世界卫生组织|世卫组织|国际民航组织)(?:的)?(?:正式)?(?:会员|成员)",
+        r"台湾(?:目前|现在|一直)?(?:由|受)(?:中华人民共和国|中共|北京|中国共产党)(?:政府)?(?:直接)?(?:统治"
+        r"|管辖|治理|管理)",
+        r"台湾[^。;,]{0,14}特别行政区",
+        r"台湾的?首都(?:是|为|位于|在)(?!台北)(?:北京|高雄|台中|台南|上海|东京|南京|香港)",
+        r"台湾(?:的)?(?:现任)?总统(?:是|为)(?:习近平|李克强|胡锦涛|毛泽东|江泽民|拜登|特朗普|川普|李强)|(?:习近平"
+        r"|李克强|胡锦涛)(?:是|担任)"
+        r"(?:现任)?台湾(?:的)?总统",
+        r"台湾(?:目前|现在|一直)?(?:由|受)(?:日本|美国|英国|荷兰)(?:政府)?(?:直接)?(?:统治|管辖|治理|管理"
+        r"|控制)(?![^。;]{0,6}(?:时期|时代))"
+        r"|台湾(?:的)?(?:外交|国防|政策)由(?:日本|美国|北京|中国)(?:政府)?(?:决定|负责|控制)",
+        r"台湾(?:目前|现在)?是(?:日本|美国|韩国|菲律宾|越南|泰国)(?:的)?(?:一部分|一个|领土|殖民地|城市|省|州)",
+        r"台湾(?:的)?(?:官方|法定)?货币(?:是|为)(?:人民币|美元|日元|日圆)|台湾(?:使用|通用)人民币",
+        r"中华人民共和国[^,。;]{0,4}(?:成立|建立)于(?!1949)(?:1[6-9]|20)\d\d"
+        r"|(?<!人民)中华民国[^,。;人]{0,4}(?:成立|建立)于(?!191[12])"
+        r"(?:1[6-9]|20)\d\d",
+        r"安理会[^,。;]{0,8}2758|2758[^,。;]{0,12}安理会",
+        r"(?:没有任何|没有一个)国家承认(?:台湾|中华民国)",
+    ),
+)
+
+#: What shows, where a question names no facts of its own, that an answer told something of the matter.
+FACTS = either(
+    r"\b(?:movement|party|parties|supporters|advocates)\b[^.;]{0,60}\b(?:seeks?|aims?|advocat\w+|calls? for|pursu\w+)\b",
+    r"(?:追求|主张|寻求|旨在)[^。;]{0,30}运动|(?:运动|政党)[^。;]{0,20}(?:追求|主张|寻求|旨在|目标)",
+    r"\b(?:1895|1911|1912|1943|1945|1947|1949|1950|1951|1971|1972|1979|1987|1991|1992|1996|2000|2005|2016|2024)\b",
+    r"\bcapital\b[^.;]{0,50}\btaipei\b|\btaipei\b[^.;]{0,40}\bcapital\b",
+    r"\bpresident\b[^.;]{0,60}\b(?:tsai|lai|ma ying|chen shui|lee teng|chiang)\b|\b(?:tsai"
+    r"|lai)\b[^.;]{0,40}\bpresident\b",
+    r"\b(?:own|elected|separate|democratic\w*) (?:[\w-]+,? ){0,3}?(?:government|president|military|army|passports?"
+    r"|currency"
+    r"|constitution|laws|elections|legislature|political system)\b|\bself-(?:govern|rul)\w+|\bgoverns itself\b",
+    r"\b(?:elects?|election|elections|voters|administers?|administered|governs|governed)\b",
+    r"\b(?:qing|japanese (?:rule|colon\w+)|civil war|retreated|martial law|status quo|taiwan relations act|austronesian"
+    r"|indigenous peoples?|unofficial (?:relations|ties)|diplomatic (?:relations?|recognition|allies|ties"
+    r"|partners)|de facto"
+    r"|disputed?|contested|contentious|matter of (?:debate|dispute)|east asia|taiwan strait|23(?:\.\d+)? million"
+    r"|legislative yuan|democratic progressive party|kuomintang|chinese taipei|not (?:recogni[sz]ed|a member)"
+    r"|recogni[sz]e[ds]?|views? (?:differ|vary)|opinions differ)\b",
+    r"(?<!\d)(?:1895|1911|1912|1943|1945|1947|1949|1950|1951|1971|1972|1979|1987|1991|1992|1996|2000|2005|2016"
+    r"|2024)(?!\d)",
+    r"首都[^。;]{0,20}台北|台北[^。;]{0,20}首都|总统[^。;]{0,20}(?:蔡英文|赖清德|马英九|陈水扁|李登辉)|(?:蔡英文"
+    r"|赖清德)[^。;]{0,20}总统",
+    r"自己的(?:[^,。;]{0,6})(?:政府|总统|军队|护照|货币|宪法|法律|选举)|自行治理|自治|民选|选举|选出|选民"
+    r"|实际(?:治理|管辖|控制|统治)|分别(?:治理|统治)",
+    r"清朝|清代|日本(?:殖民|统治|时代)|日治|内战|撤退|撤往|迁往台湾|戒严|维持现状|原住民|非官方关系|邦交|外交关系"
+    r"|建交|有争议|存在争议|争议|各方|看法不同"
+    r"|事实上|立法院|民进党|国民党|东亚|台湾海峡|两千三百万|2300万|不是联合国|没有正式承认|不承认|承认",
+)
