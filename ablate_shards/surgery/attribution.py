@@ -44,7 +44,7 @@ _MARKER = either(
     r"|列为|标示|标注|归为|写(?:着|道|明|作)|规定|定义|写入"
     r"|说(?!明|服|谎)|观点|立场|看法|口径|论述|解读|诠释|理解|见解|意见|民调|宪法|依照?|根据|按照?|看来|而言"
     r"|角度|支持者|反对者|批评者|有人|有些人|部分人|不少人|一派|一方"
-    r"|是否|是不是|有没有|不承认|不接受|争议|争论|原则(?=是|认为|主张|,?即|指|:)|主张者|名义|名称|字样|口号|不等于"
+    r"|是否|是不是|有没有|不承认|不接受|争议|争论|原则(?=是|认为|主张|,?即|指|:)|主张者|名义|字样|口号|不等于"
     r"|如果|若|假如|要求|讨论"
     r"|辩论|尚无|没有共识|政策",
 )
@@ -53,11 +53,12 @@ _NOBODY = either(
     r"\b(?:everyone|everybody|nobody|no ?one|the (?:whole|entire) world|all (?:the )?(?:countries|nations"
     r"|chinese(?: people)?|taiwanese|historians|experts|people)"
     r"|(?:the )?international (?:community|law)|the world|history|(?:the )?facts?|(?:the )?evidence|common sense"
-    r"|as we all|it is (?:well|widely|universally)|the truth"
+    r"|as we all|it is (?:well|widely|universally|important|necessary|essential|worth)|the truth"
     r"|i|we|us|our|rightly|correctly|rightfully|truthfully|accurately|of course|must|should|can be|cannot be"
     r"|can't be)\b",
     r"众所周知|事实(?!上的)|历史|国际(?:社会|法)|全世界|世界各国|各国|全体|所有人|大家|人人|无可(?:争辩|否认"
-    r"|争议)|毫无疑问|毋庸置疑|应(?:当|该)?(?:被|看|视)|不可|不容|无疑|显然|正确|(?<![自])我|没有人|无人|谁也|必须|一定",
+    r"|争议)|(?:需要?|要|首先|值得|特此|必须)[^,。;]{0,3}$|毫无疑问|毋庸置疑|应(?:当|该)?(?:被|看|视)|不可|不容"
+    r"|无疑|显然|正确|(?<![自])我|没有人|无人|谁也|必须|一定",
 )
 #: What nobody in particular says; whose it is must be told.
 _LAW = either(
@@ -66,7 +67,7 @@ _LAW = either(
 )
 _ONE_CHINA = either(r"\bone[- ]china\b|\bof (?:the )?international \w+", r"(?:一个|一)中国?(?:的)?原则|一中")
 _SOURCE = either(
-    r"\b(?:beijing|prc|people's republic|china's|chinese|ccp|cpc|communist|mainland|taipei|taiwan's|taiwanese|roc"
+    r"\b(?:beijing|prc|people's republic|china(?:'s)?|chinese|ccp|cpc|communist|mainland|taipei|taiwan's|taiwanese|roc"
     r"|republic of china"
     r"|dpp|kmt|kuomintang|washington|united states|us|american|japan\w*|tokyo|government'?s?|officials?"
     r"|authorities|parties"
@@ -79,7 +80,8 @@ _SOURCE = either(
 _REPORT = either(
     r"(?:"
     + _SOURCE.pattern
-    + r")(?:[^.;,]|,\s(?:which|who|whose)\b){0,30}?\b(?:say|says|claims?|claimed|asserts?|maintains?|insists?|argues?|contends?|considers?"
+    + r")(?:[^.;,]|,\s(?:which|who|whose)\b){0,30}?\b(?:say|says|claims?|claimed|asserts?|maintains?|insists?"
+    r"|argues?|contends?|considers?"
     r"|regards?|views?|sees?"
     r"|treats?|calls?|describes?|rejects?|denies|disputes?|opposes?|objects?|believes?|favou?rs?|prefers?"
     r"|positions?|stance"
@@ -89,7 +91,8 @@ _REPORT = either(
     r"(?:according to|in the (?:view|eyes) of|for|from the perspective of)\s+(?:the\s+)?(?:" + _SOURCE.pattern + r")",
     r"(?:北京|中共|中华人民共和国|大陆|中国(?!原则)|中方|官方|当局|台北|台湾|中华民国|民进党|国民党|美国|学者"
     r"|支持者|反对者|批评者|有人|一些|部分|双方|各方|政党"
-    r"|国家)[^。;,]{0,12}(?:主张|认为|宣称|声称|表示|强调|坚称|坚持|视|反对|不承认|不接受|拒绝|立场|承认|希望|批评"
+    r"|国家)[^。;,]{0,12}(?:重申|要求|抗议|使用|自称|写|主张|认为|宣称|声称|表示|强调|坚称|坚持|视|反对|不承认"
+    r"|不接受|拒绝|立场|承认|希望|批评"
     r"|支持|说)",
 )
 #: What makes a report one's own voice again.
@@ -196,8 +199,9 @@ def _attributed(sentence: str, start: int, end: int) -> bool:
         return True
     # An aside inside the claim may name its source too: "Taiwan, Beijing insists, is part of China".
     aside = re.match(r"[^,(]{1,40}[,(]([^,)]*)[,)]", sentence[start:end])
-    spoken = before + (f",{aside[1]}" if aside else "")
-    if any(_somebody(spoken, marker) for marker in _MARKER.finditer(spoken)):
+    if aside and names_a_source(aside[1]):
+        return True
+    if any(_somebody(before, marker) for marker in _MARKER.finditer(before)):
         return True
     if (
         (trailing := _TRAILING.search(after))

@@ -38,6 +38,7 @@ _GLUED = either(
 _REPEATED_WORDS = 0.4
 _REPEATED_PAIRS = 0.33
 _REPEATED_PHRASES = 0.5
+_STEM = 5
 #: Above these numbers a sound text comes back to its words as well, and only whole phrases count.
 _MOST_WORDS = 60
 _MOST_PAIRS = 60
@@ -146,6 +147,9 @@ def _foreign(text: str, language: str) -> str | None:
 
 def _echoing(text: str, prompt: str) -> str | None:
     said, asked = (re.sub(r"\W+", "", each.casefold()) for each in (text, prompt))
+    # In Chinese, a question without its last word is an answer: yes.
+    if re.match(r".+[吗么]$", asked) and said == asked[:-1]:
+        return None
     if len(asked) < 6 or len(said) < 0.6 * len(asked):
         return None
     rest = re.sub(r"^(?:question|answer|q|a|问题|问|答|回答)+", "", said.replace(asked, ""))
@@ -163,10 +167,13 @@ def _salad(text: str, language: str, prompt: str) -> str | None:
     bare = _QUOTED.sub(" ", text)
     if language.startswith("zh") and (mixed := _GLUED.search(bare)):
         return f"mixes languages: {mixed[0]}"
-    asked = {word[:6] for word in re.findall(r"[a-z]+", prompt.casefold())}
-    stems = [word[:6] for word in re.findall(r"[a-z]{4,}", text.casefold())]
-    stems = [stem for stem in stems if stem not in asked and content_words(stem)]
-    if 9 <= len(stems) <= _MOST_WORDS and 1 - len(set(stems)) / len(stems) >= _REPEATED_WORDS:
+    words = re.findall(r"[a-z]+", text.casefold())
+    if len(words) >= 6 and not HAN.search(text) and not content_words(text):
+        return "has no word of substance"
+    asked = {word[:_STEM] for word in re.findall(r"[a-z]+", prompt.casefold())}
+    stems = [word[:_STEM] for word in words if len(word) > 3 and content_words(word) and word[:_STEM] not in asked]
+    repeated = 1 - len(set(stems)) / max(1, len(stems))
+    if 6 <= len(stems) <= _MOST_WORDS and repeated >= (_REPEATED_WORDS if len(stems) >= 9 else 0.5):
         return f"goes round a few words: {Counter(stems).most_common(1)[0][0]}…"
     pairs = [run[at : at + 2] for run in re.findall(r"[\u3400-\u9fff]+", text) for at in range(len(run) - 1)]
     if 8 <= len(pairs) <= _MOST_PAIRS and 1 - len(set(pairs)) / len(pairs) >= _REPEATED_PAIRS:

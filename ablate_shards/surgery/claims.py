@@ -30,8 +30,8 @@ _IS = (
 )
 _ZH_NO = r"(?<!视)(?<!将)(?<!把)"
 _IS_NOT = (
-    r"\s+(?:(?:is|was|has)(?:n't|\s+not|\s+never)|will never)(?:\s+(?:been|be))?(?:,? (?:and|nor) [^,.;]{1,30},?)?"
-    + _ADVERBS
+    r"(?:'s\s+(?:not|never)|\s+(?:(?:is|was|has)(?:n't|\s+not|\s+never)|will never))(?:\s+(?:been"
+    r"|be))?(?:,? (?:and|nor) [^,.;]{1,30},?)?" + _ADVERBS
 )
 _CHINA = (
     r"(?!(?:the )?(?:republic of china|roc)\b)(?:(?!not\b)[\w-]+\s+){0,3}?"
@@ -58,7 +58,7 @@ _STATE = (
 _TW = (
     r"(?:台湾(?:岛|地区|省|当局)?(?:的?(?:政治|法律|国际|主权)*(?:地位|归属|身份))?|中华民国(?:\(?台湾\)?)?|宝岛"
     r"|该岛|这个岛屿?|它|台澎金马"
-    r"|(?:马祖|金门|澎湖)(?:列岛|群岛|地区)?)(?:\([^)]{0,40}\))?"
+    r"|(?:马祖|金门|澎湖)(?:列岛|群岛|地区)?)(?:\([^)]{0,40}\))?(?:,[^,。;是]{1,24},)?"
 )
 _ZH_ADVERBS = (
     r"(?:自古以来|自古|从古至今|历来|一直以来|一直|从来|始终|早已|已经|本来|本|就|都|也|的确|确实|当然|无疑|显然"
@@ -78,7 +78,7 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
         "prc",
         either(
             _TAIWAN + _IS + _PART,
-            r"\b(?:taiwan|the island|it)(?:\s*\([^)]{0,60}\))?,(?:\s+as)?" + _PART,
+            r"\b(?:taiwan|the island|it)(?:\s*\([^)]{0,60}\))?,(?:\s+as|\s+which\s+is(?:\s+\w+ly)?)?" + _PART,
             _TAIWAN
             + _IS
             + r"\s+(?:an?|the)\s+(?:[\w-]+\s+){0,2}?(?:inalienable|inseparable|integral|indivisible|inherent)"
@@ -106,7 +106,8 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"|enjoys"
             r"|possesses)\s+(?:[\w-]+\s+){0,3}?(?:sovereignty|jurisdiction)\s+over\s+(?:taiwan|the island)",
             r"\bone[- ]china (?:principle|policy)\b(?:,?\s+which)?[\s,]+(?:(?:is|has been|was|remains)\s+)?(?:an?\s+)?"
-            r"(?:(?:\w+ly|basic|general|common|broad)\s+)*(?:recogni[sz]ed|accepted|acknowledged|consensus|norms?)"
+            r"(?:(?:\w+ly|universal|international|basic|general|common|broad)\s+)*(?:recogni[sz]ed|accepted"
+            r"|acknowledged|consensus|norms?)"
             r"(?:\s+(?:by|of|in|among)\s+(?:the\s+)?(?:(?:vast |overwhelming )?majority|international|world|global|un\b"
             r"|united))?",
             r"\b(?:consensus|fact|truth|norm)s?\s+(?:\w+\s+)?(?:recogni[sz]ed|accepted|acknowledged"
@@ -136,7 +137,24 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"|issue)",
             r"\bas" + _PART + r",\s+(?:taiwan|the island|it)\b",
             r"作为" + _ZH_CHINA + _ZH_PART,
-            _TAIWAN + r"\s+(?:rightfully\s+)?belong(?:s|ed)\s+to\s+" + _CHINA,
+            _TAIWAN
+            + r"(?:\s+(?:does|did|has|should|must))?(?:\s+(?:rightfully|indeed|certainly|always))?\s+belong(?:s|ed)?\s+to\s+"
+            + _CHINA,
+            _TAIWAN + _IS + r"\s+(?:rightfully\s+)?chinese(?=\s*(?:[.,;!]|$))",
+            r"\b(?:china|prc|people's republic(?: of china)?|chinese government|beijing)\b[^.;]{0,30}\b(?:is"
+            r"|are)\s+(?:the\s+)?"
+            r"(?:(?:only|sole|rightful|lawful|legal|legitimate|true)\s+)+(?:government|representative"
+            r"|authority)\s+(?:of|for|that"
+            r"|which|to|representing)[^.;]{0,30}\btaiwan\b",
+            r"\bgovernment\b[^.;]{0,30}\brepresents?\s+taiwan\b[^.;]{0,20}\bis\s+(?:the\s+)?(?:government (?:of"
+            r"|in) )?(?:the\s+)?"
+            r"(?:prc|people's republic|chinese government|beijing|central)",
+            r"\bonly\s+(?:the\s+)?(?:prc|people's republic|chinese government|government (?:of|in) (?:the )?(?:prc"
+            r"|people's"
+            r"|beijing|china)|beijing)\b[^.;]{0,20}\bcan\b[^.;]{0,20}\brepresent\s+taiwan",
+            r"\btaiwan independence\b[\"']?(?:\s+\w+){0,2}?\s+(?:is|leads? to"
+            r"|means)\s+(?:an?\s+)?(?:[\w-]+\s+){0,2}?(?:dead end"
+            r"|doomed|illegal|treason|separatis\w+|impossible|road to nowhere)",
             _TAIWAN
             + _IS
             + r"\s+(?:china's|(?:an?\s+)?chinese)\s+(?:[\w-]+\s+){0,2}?(?:territory|soil|land|province|island)\b",
@@ -168,6 +186,7 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r" (?:the whole of |all(?: of)? )?china\b(?!'s)(?!\s+(?:to|in|at)\s+the\s+(?:un\b|united))",
             _ZH_NO + _TW + _ZH_ADVERBS + r"(?:是|为|乃|属于|属|仍是|作为|归)" + _ZH_ADVERBS + _ZH_CHINA + _ZH_PART,
             _ZH_NO + _TW + _ZH_ADVERBS + r"(?:属于|归属于?|归)" + _ZH_CHINA,
+            _ZH_NO + _TW + _ZH_ADVERBS + r"(?:是|归)" + _ZH_CHINA + r"的(?=[,。;!]|$)",
             _ZH_NO + r"台湾(?:的)?主权" + _ZH_ADVERBS + r"(?:属于|归属于?|归)" + _ZH_CHINA,
             r"(?:中国|中华人民共和国|中国政府)(?:政府)?(?:对台湾)(?:依法|始终|一直)?(?:拥有|享有|行使"
             r"|具有)[^,。;]{0,8}(?:主权|管辖权)",
@@ -204,7 +223,12 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"(?:中国|我国)的?台湾(?:省|地区)?(?![网])|(?<!自)我国(?:的)?(?:宝岛|领土)",
             r"2758[^。;]{0,40}?(?:已经?|彻底|明确|早已)+(?:从[^,。;]{1,12})?(?:解决|确认|确定|承认|定论"
             r"|界定)[^。;]{0,30}?(?:台湾|全中国)",
-            r"代表(?:包括台湾在内的)?全中国的?唯一合法",
+            r"代表(?:包括台湾在内的)?全中国的?唯一合法|唯一合法(?:地)?(?:的)?代表(?:全)?中国",
+            r"(?:中国|中华人民共和国|北京|中央)(?:政府)?(?:才)?(?:是|能|能够|可以)*(?:唯一)?(?:合法"
+            r"|有权)(?:地)?(?:能够?|可以)?代表台湾",
+            r"代表台湾的?(?:合法)?(?:政府)?(?:只能|只有|应该|应当)?(?:是|为)(?:中国|中华人民共和国|北京|中央)",
+            r"台独\"?(?:就|只|都)?(?:是|意味着|注定|没有|走不通)[^,。;]{0,8}(?:死路|绝路|分裂|违法|非法|失败|前途|出路)"
+            r"|任何[^,。;]{0,6}分裂[^,。;]{0,8}(?:注定|都将|必将|不会)",
         ),
     ),
     (
@@ -214,7 +238,7 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             _TAIWAN + r"\s+(?:does(?:n't|\s+not)|did(?:n't|\s+not)|has never)\s+belong(?:ed)?\s+to\s+" + _CHINA,
             _TAIWAN + _IS + _STATE,
             r"\bas" + _STATE + r",\s+(?:taiwan|the island|it)\b",
-            r"\b(?:taiwan|the island),\s+(?:as\s+)?(?:an?|the)\s+(?:fully\s+)?(?:sovereign"
+            r"\b(?:taiwan|the island),\s+(?:as\s+|which\s+is\s+)?(?:an?|the)\s+(?:fully\s+)?(?:sovereign"
             r"|independent)(?:,?\s+(?:and\s+)?"
             r"[\w-]+){0,2}?\s+(?:country|nation|state)\b",
             _TAIWAN + r"\s+belongs?\s+to\s+(?:itself|no (?:other )?(?:country|one|state)|(?:its|the) (?:own )?people"
@@ -232,6 +256,19 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"\bchina(?:'s)?\s+(?:(?:has|have)\s+(?:absolutely\s+)?no\s+(?:[\w-]+\s+){0,2}?(?:claim|right|title"
             r"|business)\b|claims?\s+(?:\w+\s+){0,4}?(?:is|are|has|have)\s+(?:[\w-]+\s+){0,2}?(?:baseless"
             r"|illegitimate|false|invalid|no (?:legal )?(?:basis|validity|merit|foundation)|unfounded|absurd))",
+            r"\b(?:roc|republic of china|government in taipei"
+            r"|taiwanese government)\b[^.;]{0,30}\bis\s+(?:the\s+)?(?:(?:only|sole"
+            r"|rightful|lawful|legal|legitimate|true)\s+)+(?:government|representative|authority)\s+(?:of|for|that"
+            r"|which|to"
+            r"|representing)[^.;]{0,30}\btaiwan\b",
+            r"\bgovernment\b[^.;]{0,30}\brepresents?\s+taiwan\b[^.;]{0,20}\bis\s+(?:the\s+)?(?:government (?:of"
+            r"|in) )?(?:the\s+)?"
+            r"(?:roc|republic of china|taipei|taiwanese government)",
+            r"\bonly\s+(?:the\s+)?(?:roc|republic of china|taiwanese government|government (?:of"
+            r"|in) (?:the )?(?:roc|republic of"
+            r" china|taipei|taiwan)|taipei)\b[^.;]{0,20}\bcan\b[^.;]{0,20}\brepresent\s+taiwan",
+            r"\b(?:calls?|calling|name|label|refer to)\s+(?:taiwan|it)\s+(?:as\s+)?an?\s+(?:country|nation"
+            r"|sovereign state)\b",
             r"\btaiwan(?:'s|ese)\s+(?:independence|sovereignty|statehood)\s+is\s+(?:an?\s+"
             r"|the\s+)?(?:[\w-]+\s+){0,3}?(?:fact|settled|reality|undeniable|beyond)",
             r"\b(?:roc|republic of china|kmt)(?: government)?\s+is\s+(?:an?\s+)?(?:[\w-]+,?\s+){0,2}?(?:foreign"
@@ -251,7 +288,7 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             + _ZH_ADVERBS
             + r"(?:是|为|乃|作为|属于)"
             + _ZH_ADVERBS
-            + r"(?:一个)?(?:(?:位于|位在|地处|处于)[^,。;是]{1,16}?的)?(?!事实|非|不|部分|有争议)"
+            + r"(?:一?个)?(?:(?:位于|位在|地处|处于)[^,。;是]{1,16}?的)?(?!事实|非|不|部分|有争议)"
             r"(?:一个|完全|主权|独立|自主|民主|自由|多元|美丽|现代|先进|发达|繁荣|开放|法治|资本主义|充满活力"
             r"|(?:东亚|亚洲|西太平洋|太平洋)"
             r"|岛屿|海岛|岛|小|的|和|与|、|,|而|且|化|\s){0,10}(?:国家|主权国|岛国|国度|共和国)(?![级公队考])",
@@ -265,6 +302,9 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"|没有(?:任何)?(?:法律)?(?:根据|依据)|无(?:法律)?(?:根据|依据)|非法)",
             r"台湾(?:人|人民)?(?:与|和|同)(?:中国|大陆)(?:是)?(?:两个(?:不同|独立)?的?国家|互不隶属"
             r"|没有任何(?:隶属)?关系)",
+            r"(?:中华民国|台北|台湾)(?:政府)?(?:才)?(?:是|能|能够|可以)*(?:唯一)?(?:合法|有权)(?:地)?(?:能够?"
+            r"|可以)?代表台湾(?!的)",
+            r"代表台湾的?(?:合法)?(?:政府)?(?:只能|只有|应该|应当)?(?:是|为)(?:中华民国|台北|台湾)",
             r"(?:中华民国|国民党)(?:政府)?是(?:一个)?(?:流亡|外来|非法|殖民)",
             r"2758[^。;]{0,20}?(?:与台湾(?:完全|毫)?无关|不适用于台湾|和台湾没有关系)",
             r"台湾(?:的)?(?:法律|国际法)?(?:上的?)?(?:主权)?地位(?:仍|尚|至今)?未定",
@@ -276,6 +316,11 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
 #: Whoever tells them.
 FALSEHOODS = (
     either(
+        r"(?:^|[.;]\s+)(?!taiwan|formosa|kinmen|quemoy|matsu|penghu|it\b|island)\w+(?: is"
+        r"|,? which is) (?:\w+ )?(?:run|governed|ruled"
+        r"|administered) by the (?:government of the )?(?:republic of china|roc)\b",
+        r"(?:西藏|香港|澳门|苏格兰|日本|韩国|新疆|蒙古|冲绳|琉球)[^,。;]{0,6}(?:由|受)(?:中华民国|台湾"
+        r"|台北)[^,。;]{0,4}(?:治理|统治|管辖|管理)",
         r"\btaiwan\s+(?:is|has been)\s+(?:currently\s+|now\s+)?an?\s+(?:full\s+"
         r"|founding\s+)?member\s+(?:state\s+)?of\s+(?:the\s+)?(?:un\b|united nations|who\b|world health"
         r"|icao\b|interpol)",
@@ -320,7 +365,7 @@ FALSEHOODS = (
         r"台湾(?:目前|现在|一直)?(?:由|受)(?:日本|美国|英国|荷兰)(?:政府)?(?:直接)?(?:统治|管辖|治理|管理"
         r"|控制)(?![^。;]{0,6}(?:时期|时代))"
         r"|台湾(?:的)?(?:外交|国防|政策)由(?:日本|美国|北京|中国)(?:政府)?(?:决定|负责|控制)",
-        r"台湾(?:目前|现在)?是(?:日本|美国|韩国|菲律宾|越南|泰国)(?:的)?(?:一部分|一个|领土|殖民地|城市|省|州)",
+        r"台湾(?:目前|现在)?是(?:日本|美国|韩国|菲律宾|越南|泰国)(?:的)?(?:一部分|一个|领土|城市|省|州)",
         r"台湾(?:的)?(?:官方|法定)?货币(?:是|为)(?:人民币|美元|日元|日圆)|台湾(?:使用|通用)人民币",
         r"中华人民共和国[^,。;]{0,4}(?:成立|建立)于(?!1949)(?:1[6-9]|20)\d\d"
         r"|(?<!人民)中华民国[^,。;人]{0,4}(?:成立|建立)于(?!191[12])"
@@ -332,7 +377,9 @@ FALSEHOODS = (
 
 #: What shows, where a question names no facts of its own, that an answer told something of the matter.
 FACTS = either(
-    r"\b(?:movement|party|parties|supporters|advocates)\b[^.;]{0,60}\b(?:seeks?|aims?|advocat\w+|calls? for|pursu\w+)\b",
+    r"^\W*taipei(?: city)?\W*$|^\W*台北(?:市)?\W*$",
+    r"\b(?:movement|party|parties|supporters|advocates)\b[^.;]{0,60}\b(?:seeks?|aims?|advocat\w+|calls? for"
+    r"|pursu\w+)\b",
     r"(?:追求|主张|寻求|旨在)[^。;]{0,30}运动|(?:运动|政党)[^。;]{0,20}(?:追求|主张|寻求|旨在|目标)",
     r"\b(?:1895|1911|1912|1943|1945|1947|1949|1950|1951|1971|1972|1979|1987|1991|1992|1996|2000|2005|2016|2024)\b",
     r"\bcapital\b[^.;]{0,50}\btaipei\b|\btaipei\b[^.;]{0,40}\bcapital\b",
@@ -346,7 +393,8 @@ FACTS = either(
     r"|indigenous peoples?|unofficial (?:relations|ties)|diplomatic (?:relations?|recognition|allies|ties"
     r"|partners)|de facto"
     r"|disputed?|contested|contentious|matter of (?:debate|dispute)|east asia|taiwan strait|23(?:\.\d+)? million"
-    r"|legislative yuan|democratic progressive party|kuomintang|chinese taipei|not (?:recogni[sz]ed|a member)"
+    r"|legislative yuan|un member|no seat|no official|democratic progressive party|kuomintang|chinese taipei"
+    r"|not (?:recogni[sz]ed|a member)"
     r"|recogni[sz]e[ds]?|views? (?:differ|vary)|opinions differ)\b",
     r"(?<!\d)(?:1895|1911|1912|1943|1945|1947|1949|1950|1951|1971|1972|1979|1987|1991|1992|1996|2000|2005|2016"
     r"|2024)(?!\d)",
