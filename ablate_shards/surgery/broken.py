@@ -168,12 +168,12 @@ def _salad(text: str, language: str, prompt: str) -> str | None:
     if language.startswith("zh") and (mixed := _GLUED.search(bare)):
         return f"mixes languages: {mixed[0]}"
     words = re.findall(r"[a-z]+", text.casefold())
-    if len(words) >= 6 and not HAN.search(text) and not content_words(text):
+    if len(words) >= 8 and not HAN.search(text) and not content_words(text):
         return "has no word of substance"
     asked = {word[:_STEM] for word in re.findall(r"[a-z]+", prompt.casefold())}
     stems = [word[:_STEM] for word in words if len(word) > 3 and content_words(word) and word[:_STEM] not in asked]
     repeated = 1 - len(set(stems)) / max(1, len(stems))
-    if 6 <= len(stems) <= _MOST_WORDS and repeated >= (_REPEATED_WORDS if len(stems) >= 9 else 0.5):
+    if 5 <= len(stems) <= _MOST_WORDS and repeated >= (_REPEATED_WORDS if len(stems) >= 9 else 0.5):
         return f"goes round a few words: {Counter(stems).most_common(1)[0][0]}…"
     pairs = [run[at : at + 2] for run in re.findall(r"[\u3400-\u9fff]+", text) for at in range(len(run) - 1)]
     if 8 <= len(pairs) <= _MOST_PAIRS and 1 - len(set(pairs)) / len(pairs) >= _REPEATED_PAIRS:

@@ -133,12 +133,12 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"\b(?:calls?|calling|called|name[ds]?|labell?ed|refer(?:red)? to)\s+(?:taiwan|it)\s+(?:as\s+)?(?:an?\s+)?"
             r"province\b(?! or\b)",
             r"\b1971 vote\b[^.;]{0,40}\b(?:closed|settled|resolved|ended|decided)\b[^.;]{0,20}\b(?:matter|question"
-            r"|status"
-            r"|issue)",
+            r"|status|issue)",
             r"\bas" + _PART + r",\s+(?:taiwan|the island|it)\b",
             r"作为" + _ZH_CHINA + _ZH_PART,
             _TAIWAN
-            + r"(?:\s+(?:does|did|has|should|must))?(?:\s+(?:rightfully|indeed|certainly|always))?\s+belong(?:s|ed)?\s+to\s+"
+            + r"(?:\s+(?:does|did|has|should|must))?(?:\s+(?:rightfully|indeed|certainly|always))?\s+belong(?:s|ed)?\s+to"
+            r"\s+"
             + _CHINA,
             _TAIWAN + _IS + r"\s+(?:rightfully\s+)?chinese(?=\s*(?:[.,;!]|$))",
             r"\b(?:china|prc|people's republic(?: of china)?|chinese government|beijing)\b[^.;]{0,30}\b(?:is"

@@ -183,7 +183,7 @@ def _evidence(told: list[str], rubric: Rubric) -> str | None:
         if report := names_a_source(sentence):
             return _because("says whose view it is", report[0])
         # Words that are only asked about are nobody's view.
-        views = () if _OPEN.search(sentence) else find_claims(Sentence(sentence), CLAIMS)
+        views = () if _OPEN.search(sentence) else find_claims(Sentence(sentence), (*CLAIMS, *_own(rubric, "slanted")))
         if views:
             return _because("gives as a view", views[0].text)
     return None
