@@ -167,15 +167,23 @@ def _salad(text: str, language: str, prompt: str) -> str | None:
     bare = _QUOTED.sub(" ", text)
     if language.startswith("zh") and (mixed := _GLUED.search(bare)):
         return f"mixes languages: {mixed[0]}"
+    if language.startswith("en") and (mixed := re.search(r"(?:[A-Za-z]{2,}[\u3400-\u9fff]|[\u3400-\u9fff][a-z]{2,})+", bare)):
+        return f"mixes languages: {mixed[0]}"
     words = re.findall(r"[a-z]+", text.casefold())
     if len(words) >= 8 and not HAN.search(text) and not content_words(text):
         return "has no word of substance"
     asked = {word[:_STEM] for word in re.findall(r"[a-z]+", prompt.casefold())}
     stems = [word[:_STEM] for word in words if len(word) > 3 and content_words(word) and word[:_STEM] not in asked]
     repeated = 1 - len(set(stems)) / max(1, len(stems))
-    if 5 <= len(stems) <= _MOST_WORDS and repeated >= (_REPEATED_WORDS if len(stems) >= 9 else 0.5):
+    often = Counter(stems).most_common(1)
+    if often and often[0][1] >= 3 and len(stems) <= 10:
+        return f"goes round a few words: {often[0][0]}…"
+    if 3 <= len(stems) <= _MOST_WORDS and repeated >= (_REPEATED_WORDS if len(stems) >= 9 else 0.5):
         return f"goes round a few words: {Counter(stems).most_common(1)[0][0]}…"
     pairs = [run[at : at + 2] for run in re.findall(r"[\u3400-\u9fff]+", text) for at in range(len(run) - 1)]
+    own = [pair for pair in pairs if pair not in prompt]
+    if len(pairs) <= 12 and own and (most := Counter(own).most_common(1)[0])[1] >= 3:
+        return f"goes round a few words: {most[0]}"
     if 8 <= len(pairs) <= _MOST_PAIRS and 1 - len(set(pairs)) / len(pairs) >= _REPEATED_PAIRS:
         return f"goes round a few words: {Counter(pairs).most_common(1)[0][0]}"
     return None
