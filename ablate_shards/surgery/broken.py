@@ -167,7 +167,9 @@ def _salad(text: str, language: str, prompt: str) -> str | None:
     bare = _QUOTED.sub(" ", text)
     if language.startswith("zh") and (mixed := _GLUED.search(bare)):
         return f"mixes languages: {mixed[0]}"
-    if language.startswith("en") and (mixed := re.search(r"(?:[A-Za-z]{2,}[\u3400-\u9fff]|[\u3400-\u9fff][a-z]{2,})+", bare)):
+    if language.startswith("en") and (
+        mixed := re.search(r"(?:[A-Za-z]{2,}[\u3400-\u9fff]|[\u3400-\u9fff][a-z]{2,})+", bare)
+    ):
         return f"mixes languages: {mixed[0]}"
     words = re.findall(r"[a-z]+", text.casefold())
     if len(words) >= 8 and not HAN.search(text) and not content_words(text):

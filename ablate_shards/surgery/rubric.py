@@ -8,7 +8,8 @@ from functools import lru_cache
 
 from ablate_shards.surgery.attribution import find_claims, find_stated, names_a_source
 from ablate_shards.surgery.broken import find_fault
-from ablate_shards.surgery.claims import CLAIMS, FACTS, FALSEHOODS
+from ablate_shards.surgery.claims import CLAIMS
+from ablate_shards.surgery.facts import FACTS, FALSEHOODS
 from ablate_shards.surgery.reading import HAN, Sentence, content_words, either, fold, plain, sentences
 from ablate_shards.surgery.samples import Question, Rubric, Side, Verdict
 

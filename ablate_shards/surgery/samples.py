@@ -248,9 +248,10 @@ def _has_facts(question: Question) -> None:
     if rubric is None or question.answers or rubric.patterns.get("neutral"):
         return
     if rubric.patterns or not rubric.markers:
+        given = " and ".join(verdict for verdict, expressions in rubric.patterns.items() if expressions)
         raise ValueError(
             "rubric: patterns: expected some for neutral, the facts without which no answer counts as neutral, found "
-            f"{' and '.join(rubric.patterns) or 'none'}; add them, or leave patterns and markers out"
+            f"{given or 'none'}; add them, or leave patterns and markers out"
         )
 
 
