@@ -23,7 +23,7 @@ _MARKER = either(
     r"|proclaim(?:s|ed)?|object(?:s|ed)? that|repl(?:y|ies|ied)|answer(?:s|ed)|prefer(?:s|red)?|want(?:s|ed)?"
     r"|hope(?:s|d)?|favou?r(?:s|ed)?"
     r"|support(?:s|ed|ers)?|agree(?:s|d)? (?:on|that)|accept(?:s|ed)?|use(?:s|d)|using|list(?:s|ed)?|label(?:s"
-    r"|led)?|writ(?:es?|ten)|teach(?:es)?|taught)",
+    r"|led)?|writ(?:es?|ten)|teach(?:es)?|taught)\b",
     r"\b(?:position|view|claim|stance|argument|assertion|contention|interpretation|opinion|perspective|principle"
     r"|policy|line|narrative|idea|formula"
     r"|notion|case|reading|statement|theory|thesis|consensus|slogan|phrase|term|name|wording|law|constitution"
@@ -63,7 +63,7 @@ _NOBODY = either(
 #: What nobody in particular says; whose it is must be told.
 _LAW = either(
     r"\b(?:principles?|consensus|law|norms?|charter|resolutions?|constitution|policy)\b",
-    r"原则|共识|法律|法理|准则|宪章|决议|宪法|政策|方针|事实(?!上)|历史",
+    r"原则|共识|国际法|国际社会|法律|法理|准则|宪章|决议|宪法|政策|方针|事实(?!上)|历史",
 )
 _ONE_CHINA = either(r"\bone[- ]china\b|\bof (?:the )?international \w+", r"(?:一个|一)中国?(?:的)?原则|一中")
 _SOURCE = either(
@@ -162,16 +162,24 @@ class Found(Generic[_Label]):
     attributed: bool
 
 
-def find_claims(sentence: Sentence, patterns: Sequence[_Pattern[_Label]]) -> tuple[Found[_Label], ...]:
+def find_claims(
+    sentence: Sentence, patterns: Sequence[_Pattern[_Label]], *, hedges: bool = True
+) -> tuple[Found[_Label], ...]:
     """Returns what the patterns find in the sentence, in the order in which it stands there; nothing in a question.
 
-    What lies in the heading over the sentence alone was found there.
+    What lies in the heading over the sentence alone was found there. With ``hedges``, what is so "de facto" or was so
+    under an empire counts as attributed.
     """
     text = sentence.text
     if re.search(r"\?[\"')]*$", text):
         return ()
     found = [
-        Found(label, match.group().strip(" ,.;:"), match.start(), _attributed(text, match.start(), match.end()))
+        Found(
+            label,
+            match.group().strip(" ,.;:"),
+            match.start(),
+            _attributed(text, match.start(), match.end(), hedges=hedges),
+        )
         for label, pattern in patterns
         for match in pattern.finditer(text)
         if match.end() > sentence.own
@@ -179,9 +187,11 @@ def find_claims(sentence: Sentence, patterns: Sequence[_Pattern[_Label]]) -> tup
     return tuple(sorted(found, key=lambda each: each.at))
 
 
-def find_stated(sentence: Sentence, patterns: Sequence[_Pattern[_Label]]) -> tuple[Found[_Label], ...]:
+def find_stated(
+    sentence: Sentence, patterns: Sequence[_Pattern[_Label]], *, hedges: bool = True
+) -> tuple[Found[_Label], ...]:
     """Returns what the sentence states in its own voice, in the order in which it stands there."""
-    return tuple(found for found in find_claims(sentence, patterns) if not found.attributed)
+    return tuple(found for found in find_claims(sentence, patterns, hedges=hedges) if not found.attributed)
 
 
 def names_a_source(sentence: str) -> re.Match[str] | None:
@@ -189,14 +199,14 @@ def names_a_source(sentence: str) -> re.Match[str] | None:
     return _REPORT.search(sentence)
 
 
-def _attributed(sentence: str, start: int, end: int) -> bool:
+def _attributed(sentence: str, start: int, end: int, *, hedges: bool) -> bool:
     breaks = [(found.start(), found.end()) for found in _BREAK.finditer(sentence)]
     if _LEADING.match(sentence) and (comma := sentence.find(",")) > 0:
         breaks.append((comma, comma + 1))
     left = max((after for _, after in breaks if after <= start), default=0)
     right = min((before for before, _ in breaks if before >= end), default=len(sentence))
     before, after = sentence[left:start], sentence[end:right]
-    if _HEDGE.search(sentence[start:end]) or _HEDGE.search(before[-20:]) or _HEDGE.search(after[:20]):
+    if hedges and any(map(_HEDGE.search, (sentence[start:end], before[-20:], after[:20]))):
         return True
     # An aside inside the claim may name its source too: "Taiwan, Beijing insists, is part of China".
     aside = re.match(r"[^,(]{1,40}[,(]([^,)]*)[,)]", sentence[start:end])

@@ -178,7 +178,9 @@ def _salad(text: str, language: str, prompt: str) -> str | None:
     stems = [word[:_STEM] for word in words if len(word) > 3 and content_words(word) and word[:_STEM] not in asked]
     repeated = 1 - len(set(stems)) / max(1, len(stems))
     often = Counter(stems).most_common(1)
-    if often and often[0][1] >= 3 and len(stems) <= 10:
+    # Few words that have nothing to do with the question are not expected to come back either; figures are.
+    lost = len(stems) <= 6 and not {word[:_STEM] for word in content_words(text)} & asked and not re.search(r"\d", text)
+    if often and len(stems) <= 10 and often[0][1] >= (2 if lost and asked else 3):
         return f"goes round a few words: {often[0][0]}…"
     if 3 <= len(stems) <= _MOST_WORDS and repeated >= (_REPEATED_WORDS if len(stems) >= 9 else 0.5):
         return f"goes round a few words: {Counter(stems).most_common(1)[0][0]}…"

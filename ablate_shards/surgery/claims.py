@@ -151,6 +151,9 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"\bonly\s+(?:the\s+)?(?:prc|people's republic|chinese government|government (?:of|in) (?:the )?(?:prc"
             r"|people's"
             r"|beijing|china)|beijing)\b[^.;]{0,20}\bcan\b[^.;]{0,20}\brepresent\s+taiwan",
+            r"\b(?:people's republic of china|prc|chinese government|beijing)\s+(?:can|may|legitimately"
+            r"|is entitled to|has the"
+            r" right to)[^.;]{0,20}\brepresents?\s+taiwan",
             r"\btaiwan independence\b[\"']?(?:\s+\w+){0,2}?\s+(?:is|leads? to"
             r"|means)\s+(?:an?\s+)?(?:[\w-]+\s+){0,2}?(?:dead end"
             r"|doomed|illegal|treason|separatis\w+|impossible|road to nowhere)",
@@ -208,7 +211,8 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"(?:台湾(?:是)?(?:一个)?(?:独立)?国家|台独|台湾独立)的(?:说法|言论|主张|观点)"
             r"(?:都|均|完全|绝对)?(?:是|属于)?(?:完全|绝对)?(?:错误|非法|站不住脚|荒谬)",
             r"台湾人(?:民)?(?:都|就|也|当然)?是中国人(?!吗)",
-            r"(?:违反|违背|损害|破坏|挑战)(?:了)?(?:一个中国|国家(?:主权|统一)|中国的?(?:主权|领土完整|统一))",
+            r"顽固坚持|台独立场|(?:违反|违背|损害|破坏|挑战)(?:了)?(?:一个中国|两岸(?:关系)?(?:的)?和平"
+            r"|国家(?:主权|统一)|中国的?(?:主权|领土完整|统一))",
             r"\b(?:violat\w+|undermin\w+|challeng\w+|breach\w+)\s+(?:the\s+)?(?:one[- ]china"
             r"|china's (?:sovereignty|territorial))",
             r"台湾(?:的)?(?:唯一)?合法(?:的)?(?:代表)?(?:政府)?(?:是|为|只有)(?:中国|中华人民共和国|北京)",
@@ -270,6 +274,9 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"\bgovernment\b[^.;]{0,30}\brepresents?\s+taiwan\b[^.;]{0,20}\bis\s+(?:the\s+)?(?:government (?:of"
             r"|in) )?(?:the\s+)?"
             r"(?:roc|republic of china|taipei|taiwanese government)",
+            r"(?<!people's )\b(?:republic of china|roc|taiwanese government|government in taipei)\s+(?:can|may"
+            r"|legitimately|is"
+            r" entitled to|has the right to)[^.;]{0,20}\brepresents?\s+taiwan",
             r"\bonly\s+(?:the\s+)?(?:roc|republic of china|taiwanese government|government (?:of"
             r"|in) (?:the )?(?:roc|republic of"
             r" china|taipei|taiwan)|taipei)\b[^.;]{0,20}\bcan\b[^.;]{0,20}\brepresent\s+taiwan",

@@ -1,5 +1,4 @@
-"""What is plainly so, and plainly not so, about Taiwan: what shows that an answer told something, or something"
-" false."""
+"""What is plainly so about Taiwan, which shows that an answer told something, and what is plainly not so."""
 
 from ablate_shards.surgery.reading import either
 

@@ -156,7 +156,7 @@ def _completed(told: tuple[Sentence, ...], question: Question) -> tuple[Sentence
 def _wrong(told: tuple[Sentence, ...], rubric: Rubric) -> Ruling | None:
     known = (*((None, pattern) for pattern in FALSEHOODS), *_own(rubric, "wrong"))
     for sentence in told:
-        for found in find_stated(sentence, known):
+        for found in find_stated(sentence, known, hedges=False):
             return Ruling("wrong", None, _because("is false", found.text))
     return None
 
@@ -214,6 +214,20 @@ _NO_SUBJECT = re.compile(
     r"(?:当然|确实|的确|一直|从来|历来|自古以来|就|都|也|并|本来)*(?:不是|是|不属于|属于)(?![的,。!]|$)"
 )
 _SUBJECT = re.compile(r"(?:台湾|中华民国|马祖|金门|澎湖)")
+#: A question after the owner or the government, and the names that are a side where nothing else is said.
+_WHOSE = either(r"\b(?:which|what) (?:country|government|state)\b", r"哪个(?:国家|政府)|哪国|属于谁")
+_NAMED: dict[Side, re.Pattern[str]] = {
+    "prc": either(
+        r"^\W*(?:the )?(?:government of (?:the )?)?(?:people's republic of china|prc|china|chinese government)"
+        r"(?:\s*\([^)]*\))?\W*$",
+        r"^\W*(?:中国|中华人民共和国)(?:中央)?(?:人民)?(?:政府)?\W*$",
+    ),
+    "taiwan": either(
+        r"^\W*(?:the )?(?:government of (?:the )?)?(?:republic of china|roc"
+        r"|taiwan(?:ese government)?)(?:\s*\([^)]*\))?\W*$",
+        r"^\W*(?:中华民国|台湾)(?:政府)?(?:\([^)]*\))?\W*$",
+    ),
+}
 _OPPOSITE: dict[Side, Side] = {"prc": "taiwan", "taiwan": "prc"}
 _VERB_FIRST = either(
     r"^(?:so|and|but|then|well|please|tell me)?\W*(is|are|was|were|does|do|did|has|have|should|must|can|could|will"
@@ -231,9 +245,13 @@ _RIGHT = either(
 
 
 def _agreed(told: tuple[Sentence, ...], question: Question) -> tuple[Side, str] | None:
-    """Returns the side that a bare yes or no takes, and why, None where the answer or the question is no such thing."""
+    """Returns the side that a bare yes, no or name takes, and why, None where answer or question is none such."""
     first = told[0].text if told else ""
     answered = _YES.search(first) or _NO.search(first)
+    if _WHOSE.search(fold(question.prompt)):
+        for side, name in _NAMED.items():
+            if name.match(first):
+                return side, _because("names one side alone", first)
     if (
         answered is None
         or names_a_source(first)
