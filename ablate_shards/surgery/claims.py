@@ -73,6 +73,12 @@ _ZH_PART = (
     r"(?:一部分|一部份|组成部分|部分|领土|国土|省份|一个省|一省|省|地区|行政区)"
 )
 
+_BOTH = (
+    r"\b(?:taiwan and (?:mainland )?(?:china|the (?:chinese )?mainland|the prc)|(?:mainland "
+    r"|the mainland )?(?:china )?and taiwan|they"
+    r"|(?:both|the two) sides)\b(?:\s+of the (?:taiwan )?strait)?(?:\s+(?:are|both|all|also))*"
+)
+
 CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
     (
         "prc",
@@ -154,6 +160,8 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"\b(?:people's republic of china|prc|chinese government|beijing)\s+(?:can|may|legitimately"
             r"|is entitled to|has the"
             r" right to)[^.;]{0,20}\brepresents?\s+taiwan",
+            _BOTH + r"\s+(?:belong to|parts? of)\s+(?:one|the same|a single)\s+(?:china|country|nation)\b",
+            r"\btaiwan\b[^.;,]{0,60}\band\s+is\s+(?:therefore|thus|hence|consequently)" + _PART,
             r"\btaiwan independence\b[\"']?(?:\s+\w+){0,2}?\s+(?:is|leads? to"
             r"|means)\s+(?:an?\s+)?(?:[\w-]+\s+){0,2}?(?:dead end"
             r"|doomed|illegal|treason|separatis\w+|impossible|road to nowhere)",
@@ -282,6 +290,10 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r" china|taipei|taiwan)|taipei)\b[^.;]{0,20}\bcan\b[^.;]{0,20}\brepresent\s+taiwan",
             r"\b(?:calls?|calling|name|label|refer to)\s+(?:taiwan|it)\s+(?:as\s+)?an?\s+(?:country|nation"
             r"|sovereign state)\b",
+            _BOTH
+            + r"\s+(?:two\s+)?(?:separate|different|distinct|independent|sovereign)\s+(?:\w+\s+)?(?:countries|nations"
+            r"|states)\b",
+            r"\btaiwan\b[^.;,]{0,60}\band\s+is\s+(?:therefore|thus|hence|consequently)" + _STATE,
             r"\btaiwan(?:'s|ese)\s+(?:independence|sovereignty|statehood)\s+is\s+(?:an?\s+"
             r"|the\s+)?(?:[\w-]+\s+){0,3}?(?:fact|settled|reality|undeniable|beyond)",
             r"\b(?:roc|republic of china|kmt)(?: government)?\s+is\s+(?:an?\s+)?(?:[\w-]+,?\s+){0,2}?(?:foreign"
@@ -301,7 +313,8 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             + _ZH_ADVERBS
             + r"(?:是|为|乃|作为|属于)"
             + _ZH_ADVERBS
-            + r"(?:一?个)?(?:(?:位于|位在|地处|处于)[^,。;是]{1,16}?的)?(?!事实|非|不|部分|有争议)"
+            + r"(?:一?个)?(?:(?:位于|位在|地处|处于|拥有|具有|独立于|有着)[^,。;是]{1,16}?的)?(?!事实|非|不|部分"
+            r"|有争议)"
             r"(?:一个|完全|主权|独立|自主|民主|自由|多元|美丽|现代|先进|发达|繁荣|开放|法治|资本主义|充满活力"
             r"|(?:东亚|亚洲|西太平洋|太平洋)"
             r"|岛屿|海岛|岛|小|的|和|与|、|,|而|且|化|\s){0,10}(?:国家|主权国|岛国|国度|共和国)(?![级公队考])",
