@@ -106,7 +106,7 @@ _AFFIRMED = either(
 )
 #: Where the reach of an attribution ends.
 _BREAK = either(
-    r";(?!\s*that\b)|,?\s+(?:but|whereas|however|nevertheless|yet|although|though|even though|because)\b"
+    r";(?!\s*that\b)|,?\s+(?:but(?!\s+one\b)|whereas|however|nevertheless|yet|although|though|even though|because)\b"
     r"|\b(?:in fact|in reality|in truth|actually)\b"
     r"|,\s+(?:while|so|since)\s|,\s+and\s+(?!(?:that|its|has|have|is|will|would|was|must|should|says|claims"
     r"|therefore)\b)|\s[—–-]+\s|—",

@@ -9,7 +9,8 @@ __all__ = ["CLAIMS"]
 
 _ASIDE = r"(?:\s*\([^)]{0,60}\))?(?:,[^,.;:]{1,80},)?"
 _ADVERBS = (
-    r"(?:\s+(?:and (?:always )?(?:has been|was|will be)|always|also|still|forever|in fact"
+    r"(?:,\s+and (?:always )?(?:has (?:always )?been|was|will (?:always )?be),|\s+(?:and (?:always )?(?:has been"
+    r"|was|will be)|always|also|still|forever|in fact"
     r"|indeed|simply|merely|really|just"
     r"|only|certainly"
     r"|(?:un)?(?:doubtedly|deniably|questionably|equivocally|mistakably)|already|historically|legally|clearly"
