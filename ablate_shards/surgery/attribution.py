@@ -82,7 +82,7 @@ _SOURCE = either(
 _REPORT = either(
     r"(?:"
     + _SOURCE.pattern
-    + r")(?:[^.;,]|,\s(?:which|who|whose)\b){0,30}?\b(?:say|says|claims?|claimed|asserts?|maintains?|insists?"
+    + r")(?:[^.;,]|,\s(?:which|who|whose)\b){0,30}?\b(?:say|says|said|claims?|claimed|asserts?|maintains?|insists?"
     r"|argues?|contends?|considers?"
     r"|regards?|views?|sees?"
     r"|treats?|calls?|describes?|rejects?|denies|disputes?|opposes?|objects?|believes?|favou?rs?|prefers?"
