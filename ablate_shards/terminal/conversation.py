@@ -302,7 +302,7 @@ class _Terminal(_Plain):
             parts.append(Text(f"{_clean(said.thoughts)}\n", "dim italic"))
         if said is not None and (said.text or said.finished):
             parts.append(Text(_clean(said.text)))
-        elif not self._stopped:
+        elif said is not None and not self._stopped:
             parts.append(Text("…", "dim"))
         return Group(*parts)
 

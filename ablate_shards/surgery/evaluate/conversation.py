@@ -215,11 +215,15 @@ def conversing(
         EvaluateError: A model cannot be used, or the two do not fit into memory together.
         CheckpointError: A checkpoint is malformed.
         UsageError: An option's value cannot be used.
+        Interrupted: Ctrl-C while they are loaded.
     """
     if crowded := _crowded(model, against, options):
         raise EvaluateError(crowded)
-    with _together(model, known, options, hearer, against) as conversation:
-        yield conversation
+    try:
+        with _together(model, known, options, hearer, against) as conversation:
+            yield conversation
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"{model}: interrupted") from error
 
 
 @contextlib.contextmanager
