@@ -1,6 +1,7 @@
 """A person's own questions: answers as evaluate gets them, shown side by side, judged where the question is known."""
 
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from command_line import on_terminal, run
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from ablate_shards.cli import cli
@@ -143,6 +145,7 @@ def test_models_that_do_not_fit_together_answer_one_after_the_other(files, known
     assert ask(files / "edited", texts, known, AskOptions(length=16), apart, against=MODEL) == expected
 
     assert not together.halves
+    assert [setting.together for setting in (*together.settings, *apart.settings)] == [True, False]
     assert [half.base for half in apart.halves] == [exchange.base for exchange in expected]
     assert all(half.model is None for half in apart.halves)
     said = (
@@ -404,11 +407,9 @@ def test_a_narrow_terminal_shows_one_answer_below_the_other(files):
 
 
 def rendered(exchange, *, width=80, height=24, crops=False, quiet=False, base="old"):
-    from rich.console import Console
-
     screen = Console(width=width, height=height, force_terminal=True, color_system=None, markup=False)
     view = shown._Terminal(screen, quiet=quiet, typed=False)
-    view._setting = station.Setting("new", base, "float32", "cpu", 256)
+    view._setting = station.Setting("new", base, "float32", "cpu")
     view._exchange, view._crops = exchange, crops
     with screen.capture() as capture:
         screen.print(view._render())
@@ -532,3 +533,25 @@ def test_a_conversation_on_a_terminal(files):
     assert "each question is asked by itself; Ctrl-C ends an answer, Ctrl-D or exit leaves" in " ".join(text.split())
     assert "slanted" in text
     assert text.count("you> ") == 2
+
+
+def test_what_stdout_cannot_show_is_laid_out_in_what_it_can(monkeypatch):
+    exchange = Exchange(Question("1", "und", "core", "臺灣？"), None, Said("臺…"), Said(""))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    lines = rendered(exchange).splitlines()
+    monkeypatch.undo()
+
+    assert lines[0].strip() == r"\u81fa\u7063\uff1f"
+    assert any(r"\u81fa..." in line and line.rstrip(" |").endswith("...") for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+def test_an_answer_that_is_broken_off_says_so():
+    exchange = Exchange(Question("1", "und", "core", "Who?"), None, None, Said("I am"))
+    for raised, said in ((Interrupted, "interrupted"), (EvaluateError, "failed")):
+        screen = Console(width=80, file=io.StringIO(), force_terminal=True, color_system=None)
+        view = shown._Terminal(screen, quiet=False, typed=True)
+        view.ready(station.Setting("new", None, "float32", "cpu"))
+        view.speaking(exchange)
+        view.__exit__(raised, raised("why"), None)
+        assert f"I am\n{said}" in "\n".join(line.rstrip() for line in screen.file.getvalue().splitlines())

@@ -16,9 +16,9 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from ablate_shards.errors import EvaluateError, UsageError
+from ablate_shards.errors import EvaluateError, Interrupted, UsageError
 from ablate_shards.surgery.evaluate.conversation import Exchange, Hearer, Said, Setting
-from ablate_shards.terminal.encoding import speaks_unicode
+from ablate_shards.terminal.encoding import showable, speaks_unicode
 from ablate_shards.terminal.tables import output
 
 __all__ = ["ConversationScreen", "show_conversation", "talk"]
@@ -185,7 +185,7 @@ class _Plain(_Json):
             if said.thoughts and not self._quiet:
                 lines += _indented(f"(thoughts: {said.thoughts})")
             lines += _indented(said.text)
-            lines += [] if self._quiet else [f"  [{text}]" for text, _ in _notes(said, interrupted=False)]
+            lines += [] if self._quiet else [f"  [{text}]" for text, _ in _notes(said)]
         click.echo(_clean("\n".join(lines)) + "\n")
 
 
@@ -203,16 +203,18 @@ class _Terminal(_Plain):
         self._exchange: Exchange | None = None
         self._live: Live | None = None
         self._status: Status | None = None
-        self._crops = self._stopped = False
+        self._crops = False
+        self._broken_off = ""
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._loaded()
+        self._broken_off = "interrupted" if raised[0] in (Interrupted, KeyboardInterrupt) else "failed"
         self._stop(crops=False)
 
     def loading(self, name: str) -> None:
         self._loaded()
         if not self._quiet:
-            self._status = self._errors.status(Text(f"loading {name}", "dim"))
+            self._status = self._errors.status(Text(_clean(f"loading {name}"), "dim"))
             self._status.start()
 
     def ready(self, setting: Setting) -> None:
@@ -225,7 +227,7 @@ class _Terminal(_Plain):
         self._loaded()
         self._exchange = exchange
         if self._live is None:
-            self._crops, self._stopped = True, False
+            self._crops, self._broken_off = True, ""
             self._live = Live(
                 get_renderable=self._render,
                 console=self._screen,
@@ -247,12 +249,12 @@ class _Terminal(_Plain):
         self._screen.print()
 
     def interrupted(self) -> None:
-        self._stopped = True
+        self._broken_off = "interrupted"
         self._stop(crops=False)
         self._screen.print()
 
     def failed(self, error: Exception) -> None:
-        self._stopped = True
+        self._broken_off = "failed"
         self._stop(crops=False)
         super().failed(error)
 
@@ -286,7 +288,7 @@ class _Terminal(_Plain):
     def _table(self, setting: Setting, exchange: Exchange, width: int, height: int) -> Table:
         table = Table(box=box.ROUNDED, border_style="dim", width=width)
         for label, name in (("before", setting.base), ("after", setting.model)):
-            table.add_column(Text(f"{label}: {name}", "bold"), ratio=1, overflow="fold")
+            table.add_column(Text(_clean(f"{label}: {name}"), "bold"), ratio=1, overflow="fold")
         answers = (exchange.base, exchange.model)
         lines = height if self._crops else None
         table.add_row(*(_Tail(self._answer(said), lines) for said in answers))
@@ -302,12 +304,12 @@ class _Terminal(_Plain):
             parts.append(Text(f"{_clean(said.thoughts)}\n", "dim italic"))
         if said is not None and (said.text or said.finished):
             parts.append(Text(_clean(said.text)))
-        elif said is not None and not self._stopped:
-            parts.append(Text("…", "dim"))
+        elif said is not None and not self._broken_off:
+            parts.append(Text(_clean("…"), "dim"))
         return Group(*parts)
 
     def _verdict(self, said: Said) -> list[Text]:
-        notes = [] if self._quiet else _notes(said, interrupted=self._stopped)
+        notes = [] if self._quiet else _notes(said, self._broken_off)
         return [Text(_clean(text), style) for text, style in notes]
 
 
@@ -327,8 +329,9 @@ class _Tail:
 
 def _opening(setting: Setting, *, typed: bool) -> str:
     models = setting.model if setting.base is None else f"before: {setting.base}, after: {setting.model}"
+    turn = "" if setting.together else f"; memory holds one of them, so {setting.base} answers everything first"
     leaving = "; Ctrl-C ends an answer, Ctrl-D or exit leaves" if typed else ""
-    return f"{models}; {setting.dtype} on {setting.device}; each question is asked by itself{leaving}"
+    return f"{models}; {setting.dtype} on {setting.device}; each question is asked by itself{turn}{leaving}"
 
 
 def _labelled(exchange: Exchange) -> list[tuple[str, Said]]:
@@ -339,11 +342,11 @@ def _labelled(exchange: Exchange) -> list[tuple[str, Said]]:
     return answers if exchange.model is None else [*answers, ("after:", exchange.model)]
 
 
-def _notes(said: Said, *, interrupted: bool) -> list[tuple[str, str]]:
+def _notes(said: Said, broken_off: str = "") -> list[tuple[str, str]]:
     """Returns what there is to say of an answer, and the style of each."""
     notes = []
     if not said.finished:
-        return [("interrupted", "dim")] if interrupted else []
+        return [(broken_off, "dim")] if broken_off else []
     if said.ruling is not None:
         whose = f" ({said.ruling.side})" if said.ruling.side else ""
         notes.append((f"{said.ruling.verdict}{whose}", f"bold {_STYLES.get(said.ruling.verdict, '')}".strip()))
@@ -357,5 +360,5 @@ def _notes(said: Said, *, interrupted: bool) -> list[tuple[str, str]]:
 
 
 def _clean(text: str) -> str:
-    """Returns a text without the characters that would steer the terminal."""
-    return _CONTROL.sub("", text)
+    """Returns a text without the characters that would steer the terminal, in those that it can show."""
+    return showable(_CONTROL.sub("", text))

@@ -4,7 +4,7 @@ import contextlib
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -57,14 +57,14 @@ class Setting:
         base: The name of the model that it was made from, if that is asked too.
         dtype: What they compute in.
         device: Where.
-        length: Most tokens of an answer.
+        together: Whether all of them are in memory at once; if not, the base answers every question first.
     """
 
     model: str
     base: str | None
     dtype: str
     device: str
-    length: int
+    together: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +236,7 @@ def _together(
         for side, folder in folders.items():
             hearer.loading(_name(folder))
             speakers[side] = stack.enter_context(_speaking(folder, options))
-        hearer.ready(_setting(model, against, speakers.values(), options))
+        hearer.ready(_setting(model, against, list(speakers.values())))
         yield Conversation(speakers, known, options, hearer)
 
 
@@ -247,7 +247,7 @@ def _in_turn(
     hearer.loading(_name(against))
     halves = []
     with _speaking(against, options) as speaker:
-        hearer.ready(_setting(model, against, [speaker], options))
+        hearer.ready(replace(_setting(model, against, [speaker]), together=False))
         for exchange in exchanges:
             halves.append(_answered(speaker, "base", exchange, options, hearer))
             hearer.half(halves[-1])
@@ -325,14 +325,13 @@ def _name(folder: Path) -> str:
     return folder.resolve().name
 
 
-def _setting(model: Path, against: Path | None, speakers: Iterable[Speaker], options: AskOptions) -> Setting:
+def _setting(model: Path, against: Path | None, speakers: Sequence[Speaker]) -> Setting:
     dtypes = dict.fromkeys(str(speaker.network.dtype).removeprefix("torch.") for speaker in speakers)
     return Setting(
         _name(model),
         None if against is None else _name(against),
         " and ".join(dtypes),
-        str(next(iter(speakers)).device),
-        options.length,
+        str(speakers[0].device),
     )
 
 
