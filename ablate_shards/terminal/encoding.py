@@ -4,7 +4,9 @@ import codecs
 import sys
 from io import TextIOWrapper
 
-__all__ = ["speak_plainly", "speaks_unicode"]
+__all__ = ["showable", "speak_plainly", "speaks_unicode"]
+
+_PLAINLY = "ablate-shards.plain"
 
 _PLAIN = {
     "–": "-", "—": "-", "−": "-", "→": "->", "×": "x", "·": ".", "…": "...", "‖": "||", "‘": "'", "’": "'",
@@ -20,10 +22,18 @@ def speaks_unicode() -> bool:
 
 def speak_plainly() -> None:
     """Lets stdout and stderr show what their encoding cannot in characters that it can, instead of failing."""
-    codecs.register_error("ablate-shards.plain", _plain)
+    codecs.register_error(_PLAINLY, _plain)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="ablate-shards.plain")
+            stream.reconfigure(errors=_PLAINLY)
+
+
+def showable(text: str) -> str:
+    """Returns a text in characters that stdout can show, so that its width is known before it is shown."""
+    if speaks_unicode():
+        return text
+    codecs.register_error(_PLAINLY, _plain)
+    return text.encode(sys.stdout.encoding, _PLAINLY).decode(sys.stdout.encoding)
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:

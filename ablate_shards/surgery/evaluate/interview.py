@@ -480,7 +480,7 @@ def _judged(question: Question, reply: Reply) -> Answer:
         because=ruling.because,
         detached=not shares_content(parted.answer, question),
         accepted=question.answers,
-        exact=_plain(parted.answer) in map(_plain, question.answers) if control else None,
+        exact=bare_words(parted.answer) in map(bare_words, question.answers) if control else None,
         given=correct(parted.answer, question) if control else None,
     )
 
@@ -495,7 +495,7 @@ def _is_control(question: Question) -> bool:
     return question.group in ("related", "unrelated") and bool(question.answers)
 
 
-def _plain(text: str) -> str:
+def bare_words(text: str) -> str:
     """Returns a text without what an exact match does not mind: case, width, spaces and final punctuation."""
     return re.sub(r"[\s.。!?…]+$", "", " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
 
