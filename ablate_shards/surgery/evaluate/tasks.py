@@ -88,12 +88,23 @@ class TaskChange:
 
 
 @dataclass(frozen=True, slots=True)
+class _Part:
+    """A task of the harness, and how many documents it has."""
+
+    task: Any
+    size: int
+
+    def count(self, limit: int | None) -> int:
+        return self.size if limit is None else min(limit, self.size)
+
+
+@dataclass(frozen=True, slots=True)
 class _Asked:
     """What gets one score: a task, or all tasks of a group."""
 
     name: str
     metric: str
-    parts: tuple[Any, ...]
+    parts: tuple[_Part, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +124,7 @@ class Tasks:
 
     def count(self, limit: int | None) -> int:
         """Returns how many documents there are to ask."""
-        return sum(_size(task, limit) for each in self.asked for task in each.parts)
+        return sum(part.count(limit) for each in self.asked for part in each.parts)
 
 
 def open_tasks(names: Sequence[str]) -> Tasks:
@@ -178,8 +189,8 @@ def run_tasks(
             samples: list[float] = []
             digest = hashlib.sha256()
             label = each.metric
-            for task in each.parts:
-                size = _size(task, limit)
+            for part in each.parts:
+                task, size = part.task, part.count(limit)
                 judged.set_cache_hook(_Counting(task, done, size, total, progress))
                 _seed()
                 task.set_fewshot_seed(seed=_SEED)
@@ -201,7 +212,7 @@ def run_tasks(
                     if record["filter"] == records[0]["filter"]:
                         samples.append(_number(task.task_name, record, each.metric))
                         digest.update(f"{record['doc_id']} {record['doc_hash']} {record['target_hash']}\n".encode())
-            better = bool(each.parts[0].higher_is_better().get(each.metric, True))
+            better = bool(each.parts[0].task.higher_is_better().get(each.metric, True))
             scores.append(_score(each.name, label, samples, digest.hexdigest(), higher_is_better=better))
     return tuple(scores)
 
@@ -272,11 +283,14 @@ def _open_path(path: Path) -> list[_Asked]:
         content = _read_yaml(path)
         if not any(key in content for key in _KEYS):
             raise EvaluateError(f"{path}: expected a task file, found a YAML without `task`; name the task in it")
-        # A group's members may be files beside it, or the harness's own tasks.
-        manager = TaskManager(
-            include_path=str(path.resolve().parent) if "group" in content else None, include_defaults="group" in content
-        )
-        return _load(manager, str(path.resolve()), str(path), path.resolve().parent)
+        folder = path.resolve().parent
+        if "group" not in content:
+            return _load(TaskManager(include_defaults=False), str(path.resolve()), str(path), folder)
+        # Its members are files beside it, or the harness's own tasks, which take seconds to list.
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        if not all(isinstance(member, str) and member in manager.task_index for member in content.get("task") or ()):
+            manager = TaskManager(include_path=str(folder))
+        return _load(manager, str(content["group"]), str(path), folder)
     if not path.is_dir():
         raise UsageError(f"{path}: there is no such task file or folder")
     files = sorted(each for kind in _YAML for each in path.rglob(f"*{kind}"))
@@ -318,6 +332,8 @@ def _load(manager: Any, spec: str, name: str, folder: Path | None = None) -> lis
             f"task {name}: its data are not on this machine and cannot be fetched ({reason(error)}); run it once with "
             "the network and without HF_HUB_OFFLINE, or name a task file with data of its own"
         ) from error
+    except EvaluateError as error:
+        raise EvaluateError(f"task {name}: {error}") from error
     except Exception as error:  # a task is code, and raises whatever it likes
         raise EvaluateError(f"task {name}: cannot be read: {type(error).__name__}: {reason(error)}") from error
     groups = list(loaded.get("groups", {}).values())
@@ -330,15 +346,19 @@ def _scored(item: Any) -> list[_Asked]:
     from lm_eval.api.group import Group
 
     if not isinstance(item, Group):
+        if getattr(item, "UNSAFE_CODE", False):
+            raise EvaluateError(f"task {item.task_name}: it runs code that the model writes, which is not done here")
+        if getattr(item, "MULTIMODAL", False):
+            raise EvaluateError(f"task {item.task_name}: it shows pictures or sound; only text is asked here")
         # Where a task does not say how many examples to show, it is none.
         if item.get_config("num_fewshot") is None:
             item.set_config(key="num_fewshot", value=0)
-        return [_Asked(item.task_name, _metric(item), (item,))]
+        return [_Asked(item.task_name, _metric(item), (_Part(item, len(item.eval_docs)),))]
     parts = [asked for child in item for asked in _scored(child)]
     metrics = {asked.metric for asked in parts}
     pooled = {config.metric for config in item.aggregate_metric_list or () if config.weight_by_size}
     if len(metrics) == 1 and metrics <= pooled:
-        return [_Asked(item.name, parts[0].metric, tuple(task for asked in parts for task in asked.parts))]
+        return [_Asked(item.name, parts[0].metric, tuple(part for asked in parts for part in asked.parts))]
     return parts
 
 
@@ -356,11 +376,6 @@ def _metric(task: Any) -> str:
     return _PREFERRED if _PREFERRED in means else str(means[0])
 
 
-def _size(task: Any, limit: int | None) -> int:
-    count = len(task.eval_docs)
-    return count if limit is None else min(limit, count)
-
-
 # ---------------------------------------------------------------------------------------- what is found
 
 
@@ -373,12 +388,13 @@ class _Counting:
         self._size = size
         self._total = total
         self._progress = progress
-        self._answered = self._said = 0
+        self._answered = self._said = self._requests = 0
 
     def add_partial(self, _kind: str, _request: Any, _answer: Any) -> None:
         self._answered += 1
-        requests = sum(request.repeats for request in self._task.instances)
-        done = min(self._size, self._size * self._answered // requests)
+        # They are made before the first is answered.
+        self._requests = self._requests or sum(request.repeats for request in self._task.instances)
+        done = min(self._size, self._size * self._answered // self._requests)
         if done > self._said:
             self._said = done
             self._progress.count(self._before + done, self._total)
@@ -462,18 +478,29 @@ def _seed() -> None:
 
 @contextlib.contextmanager
 def _unheard() -> Iterator[None]:
-    """Keeps the harness and what it needs from writing to the terminal, and from telling the Hub what is read."""
+    """Keeps the harness and what it needs quiet, from telling the Hub what is read, and from running code of it."""
     import datasets
+    import lm_eval.api.task as definitions
+    from lm_eval.api.registry import metric_registry
     from tqdm import tqdm
+
+    def registered(name: str, hub: bool = False) -> Any:  # noqa: FBT001, FBT002 - the harness calls it so
+        if hub or name not in metric_registry:
+            raise EvaluateError(
+                f"its metric {name} is none of the harness's own; it would be code from the Hub, which is not run"
+            )
+        return metric_registry.get(name)
 
     levels = {name: logging.getLogger(name).level for name in _LIBRARIES}
     with_bars = [importlib.import_module(name) for name in _WITH_BARS]
     counts, hidden = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, datasets.are_progress_bars_disabled()
+    metrics = definitions.get_metric
     try:
         for name in levels:
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         for module in with_bars:
             vars(module)["tqdm"] = lambda *given, **how: tqdm(*given, **{**how, "disable": True})
+        definitions.get_metric = registered
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
         datasets.disable_progress_bars()
         with quiet(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -484,6 +511,7 @@ def _unheard() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
         for module in with_bars:
             vars(module)["tqdm"] = tqdm
+        definitions.get_metric = metrics
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
         if not hidden:
             datasets.enable_progress_bars()
