@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import json
+import os
 import shutil
+import socket
 import statistics
 import sys
 from pathlib import Path
@@ -262,7 +264,7 @@ def test_likelihoods_are_those_of_the_model(files, base):
             assert found == pytest.approx(weights[row["right"]] / weights.sum(), abs=1e-5)
 
 
-def test_nothing_is_printed_and_the_model_is_left_as_it_was(files, capfd):
+def test_nothing_is_printed_and_the_model_is_left_as_it_was(harness, files, capfd):
     task = open_tasks([str(files / "tasks" / "colours.yaml")])
     with speaking(Path(MODEL), dtype="auto", device="cpu") as speaker:
         side, settings = speaker.tokenizer.padding_side, speaker.network.generation_config.to_dict()
@@ -275,7 +277,31 @@ def test_nothing_is_printed_and_the_model_is_left_as_it_was(files, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_output_head_that_differs_from_the_embedding_stays(files, tmp_path):
+def test_tasks_of_ones_own_need_no_network(harness, tmp_path, monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    asked = []
+
+    def reached(*address, **_):
+        # The libraries forgive what fails, so what was tried is kept.
+        asked.append(address)
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, reached)
+    monkeypatch.setattr(socket.socket, "connect", reached)
+    before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, os.environ.get("HF_EVALUATE_OFFLINE")
+    write_tasks(tmp_path)
+
+    assert len(scores(MODEL, open_tasks([str(tmp_path)]), limit=1)) == 3
+    assert asked == []
+    assert before == (datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, os.environ.get("HF_EVALUATE_OFFLINE"))
+
+
+def test_an_output_head_that_differs_from_the_embedding_stays(harness, files, tmp_path):
     """A configuration may say that the two are tied where the checkpoint holds two that are not."""
     shutil.copytree(MODEL, tmp_path / "untied")
     weights = load_file(tmp_path / "untied" / "model.safetensors")
@@ -346,6 +372,11 @@ def test_a_folder_without_tasks_is_refused(harness, tmp_path):
 def test_a_task_that_is_named_twice_is_refused(harness, files):
     with pytest.raises(UsageError, match="task colours: it is asked for twice"):
         open_tasks([str(files / "tasks"), str(files / "tasks" / "colours.yaml")])
+
+
+def test_a_task_that_runs_what_the_model_writes_is_refused(harness):
+    with pytest.raises(EvaluateError, match="task humaneval: it runs code that the model writes"):
+        open_tasks(["humaneval"])
 
 
 def test_data_that_cannot_be_fetched_are_one_sentence(harness):

@@ -8,6 +8,7 @@ import importlib
 import io
 import logging
 import math
+import os
 import random
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,9 +31,12 @@ _SEED = 1234
 _LIBRARIES = ("lm_eval", "datasets", "evaluate", "huggingface_hub", "fsspec", "absl", "sacrebleu", "rouge_score")
 #: Where the harness shows bars of its own, which cannot be switched off.
 _WITH_BARS = ("lm_eval.api.model", "lm_eval.api.task", "lm_eval.models.huggingface")
+#: Read when a task's own code imports the package that fetches metrics, which are code.
+_NO_METRICS = "HF_EVALUATE_OFFLINE"
 _YAML = (".yaml", ".yml")
 #: What makes a YAML file one of the harness's: its own name, or the file from which it takes all it does not say.
 _KEYS = ("task", "group", "class", "include")
+_UNSAFE = "task {name}: it runs code that the model writes, which is not done here"
 #: Reported before others where a task has it, as the leaderboards do.
 _PREFERRED = "acc_norm"
 
@@ -266,6 +270,9 @@ def _open(name: str) -> list[_Asked]:
         near = difflib.get_close_matches(name, manager.all_tasks, 3)
         hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
         raise UsageError(f"task {name}: lm-evaluation-harness has none of that name; {hint}")
+    if (manager.task_index[name].cfg or {}).get("unsafe_code"):
+        # Before its metric, which is code too, is looked for.
+        raise EvaluateError(_UNSAFE.format(name=name))
     return _load(manager, name, name)
 
 
@@ -347,7 +354,7 @@ def _scored(item: Any) -> list[_Asked]:
 
     if not isinstance(item, Group):
         if getattr(item, "UNSAFE_CODE", False):
-            raise EvaluateError(f"task {item.task_name}: it runs code that the model writes, which is not done here")
+            raise EvaluateError(_UNSAFE.format(name=item.task_name))
         if getattr(item, "MULTIMODAL", False):
             raise EvaluateError(f"task {item.task_name}: it shows pictures or sound; only text is asked here")
         # Where a task does not say how many examples to show, it is none.
@@ -494,13 +501,14 @@ def _unheard() -> Iterator[None]:
     levels = {name: logging.getLogger(name).level for name in _LIBRARIES}
     with_bars = [importlib.import_module(name) for name in _WITH_BARS]
     counts, hidden = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, datasets.are_progress_bars_disabled()
-    metrics = definitions.get_metric
+    metrics, offline = definitions.get_metric, os.environ.get(_NO_METRICS)
     try:
         for name in levels:
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         for module in with_bars:
             vars(module)["tqdm"] = lambda *given, **how: tqdm(*given, **{**how, "disable": True})
         definitions.get_metric = registered
+        os.environ[_NO_METRICS] = "1"
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
         datasets.disable_progress_bars()
         with quiet(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -512,6 +520,10 @@ def _unheard() -> Iterator[None]:
         for module in with_bars:
             vars(module)["tqdm"] = tqdm
         definitions.get_metric = metrics
+        if offline is None:
+            del os.environ[_NO_METRICS]
+        else:
+            os.environ[_NO_METRICS] = offline
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
         if not hidden:
             datasets.enable_progress_bars()
