@@ -223,6 +223,23 @@ def test_the_same_inputs_give_the_same_scores(opened, files, base, edited):
     assert scores(MODEL, open_tasks([str(files / "tasks" / "graded.yaml")])) == base[1:2]
 
 
+def test_examples_are_drawn_alike_for_both_models(harness, tmp_path):
+    write_tasks(tmp_path)
+    (tmp_path / "shown.yaml").write_text(
+        GRADED.replace("task: graded", "task: shown\nnum_fewshot: 2\nfewshot_split: test")
+    )
+    task = open_tasks([str(tmp_path / "shown.yaml")])
+    prompts = []
+
+    for _ in range(2):
+        (score,) = scores(MODEL, task, limit=4)
+        prompts.append([request.args[0] for request in task.asked[0].parts[0].task.instances])
+
+    assert prompts[0] == prompts[1]
+    assert all(prompt.count("What colour is") == 3 for prompt in prompts[0])
+    assert score == scores(MODEL, open_tasks([str(tmp_path / "shown.yaml")]), limit=4)[0]
+
+
 def test_the_batch_changes_no_answer(files, base):
     (alone,) = scores(MODEL, open_tasks([str(files / "tasks" / "graded.yaml")]), batch=1)
 
