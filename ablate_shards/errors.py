@@ -104,6 +104,10 @@ class EvaluateError(AblateError):
     """A model or an endpoint cannot be evaluated, or an evaluation cannot be read or compared."""
 
 
+class GateError(AblateError):
+    """An edit broke the model, and the run ends before more is built on it."""
+
+
 class HubError(AblateError):
     """A repository or an object store cannot be read or written."""
 

@@ -17,6 +17,7 @@ FED = {
     "ablate": ("ablate",),
     "lora": ("finetune", "merge"),
     "evaluate": ("evaluate",),
+    "gate": ("run",),
     "publish": ("push",),
 }
 #: What a recipe means by a key where a command's help speaks of something else.
@@ -26,6 +27,11 @@ SAID = {
     ("directions", "pairs"): "Pairs of prompts, as JSON Lines: captured from the source.",
     ("lora", "data"): "Instructions and responses, as JSON Lines.",
     ("publish", "repo"): "The repository on the Hub.",
+    ("gate", "broken"): "Most that the share of broken answers may grow by. [default: 0.1]",
+    ("gate", "controls"): "Least that must be left of the share of unrelated questions answered right. [default: 0.5]",
+    ("gate", "kl"): "Most nats per token by which the answers to unrelated questions may move. [default: 0.5]",
+    ("gate", "distinct"): "Least that must be left of the share of distinct answers. [default: 0.5]",
+    ("gate", "detached"): "Most that the share of answers without a word of their question may grow. [default: 0.25]",
 }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ablate_shards.commands.options import PATH, debug_flag, device_flag
+from ablate_shards.commands.options import PATH, answering, debug_flag
 from ablate_shards.errors import UsageError
 
 __all__ = ["ask"]
@@ -16,16 +16,7 @@ __all__ = ["ask"]
 @click.argument("model", type=PATH)
 @click.argument("asked", nargs=-1, metavar="[QUESTION]...")
 @click.option("--against", type=PATH, metavar="BASE", help="Ask this checkpoint too, and show its answers beside.")
-@click.option("--length", type=click.IntRange(min=1), default=256, show_default=True, help="Most tokens of an answer.")
-@click.option("--thinking", is_flag=True, help="Let the model think first, where its chat template has the choice.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    default="auto",
-    show_default=True,
-    help="What to compute in; auto: what the weights are stored in, float32 on the CPU.",
-)
-@device_flag
+@answering
 @click.option("--system", metavar="TEXT", help="System message to every question.")
 @click.option(
     "--questions",

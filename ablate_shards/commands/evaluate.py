@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ablate_shards.commands.options import PATH, as_json_flag, debug_flag, device_flag, print_json, quiet_flag
+from ablate_shards.commands.options import PATH, answering, as_json_flag, debug_flag, print_json, quiet_flag
 from ablate_shards.terminal.evaluations import print_answers, print_evaluation
 
 if TYPE_CHECKING:
@@ -24,17 +24,8 @@ __all__ = ["evaluate"]
 @click.option(
     "-o", "--out", type=PATH, metavar="FILE", help="Where to write.  [default: MODEL.evaluation.json beside MODEL]"
 )
-@click.option("--length", type=click.IntRange(min=1), default=256, show_default=True, help="Most tokens of an answer.")
-@click.option("--thinking", is_flag=True, help="Let the model think first, where its chat template has the choice.")
+@answering
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Questions asked at a time.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    default="auto",
-    show_default=True,
-    help="What to compute in; auto: what the weights are stored in, float32 on the CPU.",
-)
-@device_flag
 @click.option("--endpoint", metavar="URL", help="Ask the model at this OpenAI-compatible endpoint, such as vLLM's.")
 @click.option("--endpoint-model", metavar="NAME", help="What the endpoint calls it.  [default: the one it serves]")
 @click.option("--judge", metavar="URL", help="Have the language model at this endpoint judge the answers too.")
@@ -42,6 +33,14 @@ __all__ = ["evaluate"]
 @click.option(
     "--timeout", type=float, default=120.0, show_default=True, help="Seconds that an endpoint may take for an answer."
 )
+@click.option("--lean/--no-lean", default=True, show_default=True, help="Measure how likely the reference answers are.")
+@click.option(
+    "--tasks",
+    metavar="NAME,...",
+    help="Tasks of lm-evaluation-harness to score, by name or as files of your own.",
+)
+@click.option("--task-limit", type=click.IntRange(min=1), help="Documents to ask of each task.  [default: all]")
+@click.option("--task-chat", is_flag=True, help="Put the model's chat template around the prompts of the tasks.")
 @click.option(
     "--perplexity/--no-perplexity", default=True, show_default=True, help="Measure how well it predicts plain text."
 )
@@ -67,6 +66,7 @@ def evaluate(
     answers: bool,
     perplexity: bool,
     text: Path | None,
+    tasks: str | None,
     as_json: bool,
     quiet: bool,
     **settings: Any,
@@ -87,7 +87,12 @@ def evaluate(
     progress = show_progress(quiet=quiet or as_json, counted="questions")
     out = out or default_out(model)
     asked = load_questions(questions or QUESTIONS)
-    options = EvaluateOptions(reuse=reuse, text=(text or NEUTRAL_TEXT) if perplexity else None, **settings)
+    options = EvaluateOptions(
+        reuse=reuse,
+        text=(text or NEUTRAL_TEXT) if perplexity else None,
+        tasks=tuple(name.strip() for name in tasks.split(",")) if tasks else (),
+        **settings,
+    )
     with progress:
         found = ask(model, asked, options, progress, against=against, out=out)
     if as_json:

@@ -13,6 +13,7 @@ from ablate_shards.terminal.encoding import speaks_unicode
 __all__ = [
     "PATH",
     "SOURCE",
+    "answering",
     "as_json_flag",
     "cache_flag",
     "debug_flag",
@@ -135,6 +136,28 @@ device_flag = click.option(
     default="auto",
     show_default=True,
     help="auto, cpu, cuda[:N], mps or xpu.",
+)
+#: How a model is asked; for what runs one and has it answer.
+answering = _options(
+    click.option(
+        "--length", type=click.IntRange(min=1), default=256, show_default=True, help="Most tokens of an answer."
+    ),
+    click.option("--thinking", is_flag=True, help="Let the model think first, where its chat template has the choice."),
+    click.option(
+        "--thoughts",
+        type=click.IntRange(min=1),
+        default=1024,
+        show_default=True,
+        help="Most tokens of the thoughts before an answer, with --thinking.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+        default="auto",
+        show_default=True,
+        help="What to compute in; auto: what the weights are stored in, float32 on the CPU.",
+    ),
+    device_flag,
 )
 resources = _options(
     device_flag,

@@ -22,6 +22,11 @@ _SHIPPED = Path(__file__).parents[1] / "data" / "recipes"
 @click.option("--out", type=PATH, help="Folder for the result.  [default: the recipe's, or its name]")
 @click.option("--work", type=PATH, help="Folder for everything between.  [default: OUT with .work added]")
 @click.option("--dry-run", is_flag=True, help="Print the stages, and what would be reused, and do nothing.")
+@click.option(
+    "--gate/--no-gate",
+    default=None,
+    help="End the run after an edit that broke the model.  [default: the recipe's, or gate]",
+)
 @click.option("--push", "publish", is_flag=True, help="Publish the result where [publish] says.")
 @as_json_flag
 @debug_flag
@@ -32,6 +37,7 @@ def run(
     out: Path | None,
     work: Path | None,
     dry_run: bool,
+    gate: bool | None,
     publish: bool,
     as_json: bool,
 ) -> None:
@@ -43,6 +49,7 @@ def run(
     """
     from ablate_shards.surgery.checkpoint.stores import cached, open_source
     from ablate_shards.surgery.plan.recipe import read_recipe
+    from ablate_shards.surgery.run.gate import check_gate, read_limits
     from ablate_shards.surgery.run.stages import as_flags, plan_stages, run_stages, size_of, status_of
 
     path = _find(recipe)
@@ -52,6 +59,9 @@ def run(
     out = out or Path(places.get("out", path.stem))
     if source is None:
         raise RecipeError(f"{path}: [source] names no source; add it there, or give --source")
+    gates = tables.tables.get("gate", {})
+    limits = read_limits(gates, path)
+    gated = gates.get("gate", True) if gate is None else gate
     repo = tables.tables.get("publish", {}).get("repo")
     if publish and repo is None:
         raise RecipeError(f"{path}: --push needs repo in [publish], the repository to publish in")
@@ -88,13 +98,19 @@ def run(
         if status != "done":
             click.secho(f"$ ablate-shards {shlex.join(stage.command)}", fg="cyan")
 
-    run_stages(stages, work, call, tell)
+    def check(stage: Any) -> None:
+        if gated:
+            check_gate(stage, limits)
+
+    if gated and not as_json and not any(stage.gated for stage in stages):
+        click.secho("the recipe has no [evaluate], so nothing tells whether an edit breaks the model", fg="yellow")
+    run_stages(stages, work, call, tell, check)
     evaluations = [stage.output for stage in stages if stage.command[0] == "evaluate"]
     if as_json:
         print_json({"out": str(out), "evaluations": list(map(str, evaluations))})
     else:
         if evaluations:
-            print_course(evaluations)
+            print_course(evaluations, limits)
         click.echo(f"see it with: ablate-shards report {shlex.quote(str(out))} --work {shlex.quote(str(work))} --open")
     if publish:
         settings = {key: value for key, value in tables.tables["publish"].items() if key != "repo"}

@@ -9,7 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from ablate_shards.surgery.evaluate.evaluation import Change, Evaluation
-    from ablate_shards.surgery.evaluate.statistics import Ratio
+    from ablate_shards.surgery.evaluate.statistics import Mean, Ratio
     from ablate_shards.terminal.tables import Column, Row
 
 __all__ = ["print_answers", "print_evaluation"]
@@ -27,10 +27,13 @@ _LOOKS = {
 _VERDICTS: tuple[Any, ...] = tuple(_LOOKS)
 
 _OUTCOMES: tuple[Any, ...] = ("exact", "given")
+#: What a table says of the manner of answers, and how it calls it.
+_MANNERS = {"broken": "broken", "cut": "cut off", "distinct": "distinct", "detached": "detached"}
 
 
 def print_evaluation(found: "Evaluation", out: Path) -> None:
     """Prints ratios and intervals by group, before and after, and what else was measured."""
+    from ablate_shards.surgery.evaluate.effect import effect
     from ablate_shards.terminal.tables import output, print_key, print_table, say
 
     screen = output()
@@ -58,9 +61,13 @@ def print_evaluation(found: "Evaluation", out: Path) -> None:
             screen.print()
     if any(verdicts.values()):
         print_key(screen, [(verdict, *look) for verdict, look in _LOOKS.items()])
+    screen.print()
+    print_table(screen, *_manner_table(sides))
+    say(screen, "detached: shares no word of substance with its question", "dim")
     say(screen, "in brackets: 95 % Wilson intervals; p: exact McNemar test on the same questions", "dim")
     for line in _lines(found):
         say(screen, line)
+    say(screen, effect(found), "bold")
     screen.print(f"every answer is in {out}", soft_wrap=True)
 
 
@@ -103,6 +110,30 @@ def _table(
     return columns, rows
 
 
+def _manner_table(sides: Mapping[str, "Evaluation"]) -> "tuple[list[Column], list[Row]]":
+    """Makes a row per group and side: how the questions were answered, whatever was said."""
+    from ablate_shards.terminal.tables import Column, Row
+
+    manners = {
+        name: {manner.group: manner for manner in side.manners if manner.language is None}
+        for name, side in sides.items()
+    }
+    shown = dict(_MANNERS)
+    if any(manner.lost_in_thought.hits for side in manners.values() for manner in side.values()):
+        shown["lost_in_thought"] = "lost in thought"
+    columns = [
+        Column("group"),
+        *([Column("")] if len(sides) > 1 else []),
+        *(Column(title, right=True, rank=rank, brief=_without_interval) for rank, title in enumerate(shown.values())),
+    ]
+    rows = []
+    for group in next(iter(manners.values())):
+        for number, (name, side) in enumerate(manners.items()):
+            cells = [_share(getattr(side[group], manner)) for manner in shown]
+            rows.append(Row(("" if number else group, *([name] if len(sides) > 1 else []), *cells)))
+    return columns, rows
+
+
 def _without_interval(cell: str) -> str:
     return cell.partition(" [")[0]
 
@@ -114,8 +145,8 @@ def _share(ratio: "Ratio") -> str:
 
 def _lines(found: "Evaluation") -> list[str]:
     """Returns what was measured beside the ratios, a line each."""
-    lines = []
     sides = [found] if found.base is None else [found.base, found]
+    lines = [*_whose(sides), *_leaning(found)]
     if any(side.text for side in sides):
         values = [
             "not measured"
@@ -152,10 +183,60 @@ def _lines(found: "Evaluation") -> list[str]:
             if row.language is None:
                 shares = (f"{verdict} {_share(row.verdicts[verdict])}" for verdict in _VERDICTS)
                 lines.append(f"  {row.group}: {', '.join(shares)}")
-    cut = sum(not answer.ended for answer in found.answers)
-    if cut:
-        lines.append(f"{cut} of {len(found.answers)} answers were cut off; --length gives them more room")
+    for score in found.tasks if found.comparison is None or not found.comparison.tasks else ():
+        low, high = score.interval
+        lines.append(f"{score.name}, {score.metric}: {score.value:.3f} [{low:.3f}, {high:.3f}] of {score.count}")
+    for change in found.comparison.tasks if found.comparison else ():
+        low, high = change.interval
+        lines.append(
+            f"{change.name}, {change.metric}: {change.before:.3f} → {change.after:.3f}, a difference of "
+            f"{change.difference:+.3f} [{low:+.3f}, {high:+.3f}], p = {change.p:.2g}, {change.count} documents"
+        )
     return lines
+
+
+def _whose(sides: Sequence["Evaluation"]) -> list[str]:
+    """Says whose claims the slanted answers state, group by group."""
+    from ablate_shards.surgery.evaluate.effect import SIDES
+
+    lines = []
+    for rows in zip(*([row for row in side.rows if row.language is None] for side in sides), strict=True):
+        told = [
+            f"{name} {' → '.join(f'{row.sides[side].value:.0%}' for row in rows)}"
+            for side, name in SIDES.items()
+            if any(row.sides[side].hits for row in rows)
+        ]
+        if told:
+            lines.append(f"slanted {rows[0].group} answers state {', '.join(told)}")
+    return lines
+
+
+def _leaning(found: "Evaluation") -> list[str]:
+    """Says how the model leans, against each side, over all questions."""
+    from ablate_shards.surgery.evaluate.effect import SIDES
+
+    before = {row.side: row.mean for row in found.base.lean if row.group is None} if found.base else {}
+    tests = {
+        change.side: change.test
+        for change in (found.comparison.leans if found.comparison else ())
+        if change.group is None
+    }
+    lines = []
+    for row in found.lean:
+        if row.group is not None:
+            continue
+        was = f"{before[row.side].value:+.2f} → " if row.side in before else ""
+        line = f"lean, neutral over {SIDES.get(row.side, row.side)}: {was}{row.mean.value:+.2f}"
+        line += f" {_interval(row.mean)} nats per token over {row.mean.count} questions"
+        if test := tests.get(row.side):
+            line += f"; moved by {test.change.value:+.2f} {_interval(test.change)}, p = {test.p:.2g}"
+        lines.append(line)
+    return lines
+
+
+def _interval(found: "Mean") -> str:
+    low, high = found.interval
+    return f"[{low:+.2f}, {high:+.2f}]"
 
 
 def _nats(value: float) -> str:
@@ -171,6 +252,9 @@ def print_answers(found: "Evaluation") -> None:
             if side is not None:
                 judged = "" if side.said is None else f", judged {side.judged or 'unparsable'}"
                 label = f"{name}: " if name else ""
-                click.secho(f"  {label}{side.verdict}{judged}", fg="cyan")
+                whose = f" ({side.side})" if side.side else ""
+                cut = "" if side.ended else ", cut off"
+                click.secho(f"  {label}{side.verdict}{whose}{judged}{cut}", fg="cyan", nl=False)
+                click.secho(f"  {side.because}" if side.because else "", dim=True)
                 click.echo("    " + side.text.replace("\n", "\n    "))
     click.echo()

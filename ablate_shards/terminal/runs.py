@@ -3,9 +3,12 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from ablate_shards.surgery.evaluate.effect import Limits
 
 __all__ = ["print_course", "print_stages"]
 
@@ -23,15 +26,18 @@ def print_stages(stages: Sequence[Any], found: Sequence[str]) -> None:
         click.secho(f"$ ablate-shards {shlex.join(stage.command)}", fg="cyan")
 
 
-def print_course(evaluations: Sequence[Path]) -> None:
-    """Prints one table of all evaluations: group by group, what each stage left."""
+def print_course(evaluations: Sequence[Path], limits: "Limits") -> None:
+    """Prints one table of all evaluations, group by group what each stage left, and a sentence about each edit."""
+    from ablate_shards.surgery.evaluate.effect import effect
     from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
     from ablate_shards.terminal.tables import Column, Row, output, print_table, say
 
     found = {path.name.removesuffix(".evaluation.json"): read_evaluation(path) for path in evaluations}
-    outcomes = ("slanted", "neutral", "deflecting", "wrong", "exact")
+    outcomes = ("slanted", "neutral", "deflecting", "wrong", "broken", "unclear", "given")
     columns = [Column("questions", brief=lambda label: label.rpartition(" ")[2]), Column("after")]
-    columns += [Column(outcome, right=True, rank=rank) for outcome, rank in zip(outcomes, (0, 3, 4, 5, 0), strict=True)]
+    columns += [
+        Column(outcome, right=True, rank=rank) for outcome, rank in zip(outcomes, (0, 3, 5, 4, 0, 6, 0), strict=True)
+    ]
     columns += [Column("KL", right=True, rank=1), Column("perplexity", right=True, rank=2)]
     rows = []
     groups: dict[str, dict[str, dict[str, Any]]] = {}
@@ -40,9 +46,10 @@ def print_course(evaluations: Sequence[Path]) -> None:
             if row.language is None:
                 shares = {str(verdict): share for verdict, share in row.verdicts.items()}
                 groups.setdefault(row.group, {})[stage] = shares
+        broken = {manner.group: manner.broken for manner in each.manners if manner.language is None}
         for control in each.controls:
             if control.language is None:
-                groups.setdefault(control.group, {})[stage] = {"exact": control.exact}
+                groups.setdefault(control.group, {})[stage] = {"given": control.given, "broken": broken[control.group]}
     for group, stages in groups.items():
         for number, (stage, shares) in enumerate(stages.items()):
             count = next(iter(shares.values())).count
@@ -56,4 +63,7 @@ def print_course(evaluations: Sequence[Path]) -> None:
     screen = output()
     screen.print()
     print_table(screen, columns, rows, title="From stage to stage")
-    say(screen, "KL in nats per token of the answers to unrelated questions, against the source", "dim")
+    say(screen, "given: the right answer is; KL in nats per token of the answers to unrelated questions", "dim")
+    for stage, each in found.items():
+        if each.base is not None:
+            say(screen, f"after {stage}: {effect(each, limits)}", "bold")

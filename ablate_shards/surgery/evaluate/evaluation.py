@@ -41,6 +41,7 @@ __all__ = [
     "Text",
     "compare",
     "questions_digest",
+    "said",
 ]
 
 _VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
@@ -410,6 +411,11 @@ def questions_digest(questions: Iterable[Question]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def said(answer: Answer) -> str:
+    """Returns what two answers have in common that say the same: letters and digits, whatever their case."""
+    return "".join(filter(str.isalnum, answer.text.casefold()))
+
+
 # ---------------------------------------------------------------------------------------- what adds up
 
 
@@ -437,12 +443,12 @@ def _rows(answers: Sequence[Answer], of: Callable[[Answer], Verdict | None]) -> 
 
 
 def _manner(answers: Sequence[Answer]) -> dict[str, Ratio]:
-    said: set[str] = set()
+    before: set[str] = set()
     fresh = []
     for answer in answers:
-        words = "".join(filter(str.isalnum, answer.text.casefold()))
-        fresh.append(words not in said)
-        said.add(words)
+        words = said(answer)
+        fresh.append(words not in before)
+        before.add(words)
     return {
         "broken": ratio(answer.verdict == "broken" for answer in answers),
         "cut": ratio(not answer.ended and not answer.lost_in_thought for answer in answers),

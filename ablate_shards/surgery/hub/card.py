@@ -4,18 +4,23 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from ablate_shards.errors import HubError
+from ablate_shards.errors import EvaluateError, HubError
 from ablate_shards.names import BEGIN, END
+from ablate_shards.surgery.evaluate.effect import effect
+from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
 
 __all__ = ["CardOptions", "Measure", "metadata_of", "model_card", "read_measures", "read_object"]
 
 _HOME = "https://pypi.org/project/ablate-shards/"
 _TEMPLATE = resources.files("ablate_shards.data") / "model_card.md.jinja"
+#: How an evaluation was made, and how its answers end: the sentence says what matters of that.
+_NO_FIGURES = ("options", "manner")
 _EVALUATION = "ablate-shards.evaluation/"
 _PLOTS = (".png", ".svg", ".webp")
 _INHERITED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
@@ -103,7 +108,7 @@ def model_card(folder: Path, options: CardOptions) -> str:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
     from jinja2 import Environment
 
-    evaluation, measures = _find_evaluation(folder, options.files)
+    evaluation, said, measures = _find_evaluation(folder, options.files)
     inherited = {key: options.inherited[key] for key in _INHERITED if options.inherited.get(key)}
     adapter = options.kind == "adapter"
     ours: dict[str, Any] = {
@@ -127,6 +132,7 @@ def model_card(folder: Path, options: CardOptions) -> str:
             receipt=next((name for name in ("ablation.json", "merge.json") if name in options.files), None),
             tables=_tables(folder, options.files),
             evaluation=evaluation,
+            effect=said,
             measures=[measure for measure in measures if not measure.name.startswith(_BASE)],
             before={
                 measure.name.removeprefix(_BASE): measure for measure in measures if measure.name.startswith(_BASE)
@@ -216,14 +222,18 @@ def _shown_name(measure: Measure) -> str:
     return own if own == measure.name else f"{own} (base model, before)"
 
 
-def _find_evaluation(folder: Path, files: Sequence[str]) -> tuple[str | None, tuple[Measure, ...]]:
+def _find_evaluation(folder: Path, files: Sequence[str]) -> tuple[str | None, str, tuple[Measure, ...]]:
+    """Returns the name of the evaluation that is published, what it comes to in words, and its figures."""
     for name in files:
         path = folder / name
         if name.endswith(".json") and "/" not in name and "evaluation" in name and path.stat().st_size < _LARGEST:
             content = read_object(path)
             if str(content.get("format", "")).startswith(_EVALUATION):
-                return name, read_measures({key: value for key, value in content.items() if key != "options"})
-    return None, ()
+                figures = {key: value for key, value in content.items() if key not in _NO_FIGURES}
+                with suppress(EvaluateError):
+                    return name, effect(read_evaluation(path)), read_measures(figures)
+                return name, "", read_measures(figures)
+    return None, "", ()
 
 
 def _tables(folder: Path, files: Sequence[str]) -> list[dict[str, Any]]:

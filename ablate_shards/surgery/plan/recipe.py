@@ -97,8 +97,14 @@ TABLES: Mapping[str, frozenset[str]] = {
             "timeout",
             "perplexity",
             "divergence",
+            "lean",
+            "thoughts",
+            "tasks",
+            "task-limit",
+            "task-chat",
         }
     ),
+    "gate": frozenset({"gate", "broken", "controls", "kl", "distinct", "detached"}),
     "publish": frozenset({"repo", "private", "create-pr", "revision", "message", "base-model", "card", "replace"}),
 }
 _EDIT_TABLES = ("source", "directions", "ablate")
@@ -117,6 +123,9 @@ _SWITCHES = frozenset(
         "thinking",
         "perplexity",
         "divergence",
+        "lean",
+        "task-chat",
+        "gate",
         "private",
         "create-pr",
         "replace",
@@ -291,8 +300,15 @@ def read_recipe(path: Path) -> Recipe:
                 if not isinstance(value, str):
                     raise RecipeError(f"{path}: [{table}] {key}: expected a path, found {value!r}")
                 value = _located(path, key, value)
+            if (table, key) == ("evaluate", "tasks"):
+                names = value if isinstance(value, list) else str(value).split(",")
+                value = [str(path.parent / name) if _is_file_of_tasks(name) else name for name in map(str, names)]
             flags[key] = ",".join(map(str, value)) if isinstance(value, list) else value
     return Recipe(tables, tuple(overrides), tuple(targets))
+
+
+def _is_file_of_tasks(name: str) -> bool:
+    return "/" in name or name.endswith((".yaml", ".yml"))
 
 
 def _located(recipe: Path, key: str, value: str) -> str:

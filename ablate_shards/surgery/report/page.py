@@ -1,5 +1,6 @@
 """Renders what was found of a run as one HTML page that needs nothing else."""
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -7,7 +8,8 @@ from html import escape
 from typing import Any, get_args
 
 from ablate_shards.errors import EvaluateError
-from ablate_shards.surgery.evaluate.evaluation import Answer, Row, compare
+from ablate_shards.surgery.evaluate.effect import effect
+from ablate_shards.surgery.evaluate.evaluation import Answer, Evaluation, Row, compare
 from ablate_shards.surgery.evaluate.statistics import Ratio
 from ablate_shards.surgery.model.samples import Group, Verdict
 from ablate_shards.surgery.report.findings import Findings
@@ -78,23 +80,18 @@ def _headline(found: Findings) -> tuple[Row | None, Row | None]:
 
 
 def _sentences(found: Findings) -> Iterator[str]:
-    before, after = _headline(found)
-    if after is None:
-        yield found.missing.get("evaluation", "No question without a single right answer was asked.")
+    if found.after is None:
+        yield found.missing.get("evaluation", "No evaluation was found.")
     else:
-        new = after.verdicts["slanted"]
-        if before is None:
-            yield (
-                f"{new.hits} of {new.count} {after.group} questions are answered with a slant, {_with_interval(new)}; "
-                "how it was before was not measured."
-            )
-        else:
-            old = before.verdicts["slanted"]
-            yield (
-                f"Before, {old.hits} of {old.count} {before.group} questions were answered with a slant, "
-                f"{_with_interval(old)}; now {new.hits} of {new.count} are, {percent(new.value)} ({_interval(new)})."
-            )
-    yield f"{_edit_sentence(found)}{_cost_sentence(found)}."
+        yield effect(_against(found.after, found.before))
+    yield f"{_edit_sentence(found)}."
+
+
+def _against(after: Evaluation, before: Evaluation | None) -> Evaluation:
+    """Returns an evaluation with what it is compared with, whether or not it was made beside it."""
+    if after.base is not None or before is None:
+        return after
+    return dataclasses.replace(after, base=before, comparison=compare(after, before))
 
 
 def _edit_sentence(found: Findings) -> str:
@@ -118,20 +115,6 @@ def _edit_sentence(found: Findings) -> str:
         count = _count(len(found.merge.receipt.results), "tensor")
         parts.append(f"a LoRA adapter then changed {count}" if parts else f"A LoRA adapter changed {count}")
     return " and ".join(parts) or "What was edited cannot be read from the receipt"
-
-
-def _cost_sentence(found: Findings) -> str:
-    comparison = found.after.comparison if found.after else None
-    parts = []
-    if comparison and comparison.divergence:
-        parts.append(f"the model moved by {figure(comparison.divergence.tokens)} nats per token on unrelated prompts")
-    both = list(
-        zip(found.before.controls if found.before else (), found.after.controls if found.after else (), strict=False)
-    )
-    if both:
-        old, new = both[0]
-        parts.append(f"it answers {percent(new.exact.value)} of the controls right, before {percent(old.exact.value)}")
-    return f"; in return, {' and '.join(parts)}" if parts else ""
 
 
 def _figures(found: Findings) -> Iterator[dict[str, str]]:

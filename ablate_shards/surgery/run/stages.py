@@ -20,7 +20,7 @@ Status = Literal["done", "changed", "missing"]
 
 _FORMAT = "ablate-shards.stages/1"
 #: Switches that are on or off where nobody says so.
-_BOTH_WAYS = frozenset({"gradient-checkpointing", "perplexity", "divergence"})
+_BOTH_WAYS = frozenset({"gradient-checkpointing", "perplexity", "divergence", "lean"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class Stage:
         inputs: What it reads.
         output: What it makes: a file, or a folder.
         flags: Arguments that cannot change the output, such as ``--resume``; given, but not compared.
+        gated: For an evaluation, the stage whose edit it measures, and after which a broken model ends the run.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Stage:
     inputs: tuple[Path, ...]
     output: Path
     flags: tuple[str, ...] = ()
+    gated: str | None = None
 
 
 def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path) -> tuple[Stage, ...]:
@@ -62,7 +64,7 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
     made = given["directions"]
     stages: list[Stage] = []
 
-    def evaluated(name: str, model: Path, base: Path | None) -> None:
+    def evaluated(name: str, model: Path, base: Path | None, edit: str | None = None) -> None:
         if "evaluate" not in recipe.tables:
             return
         result = work / f"{name}.evaluation.json"
@@ -71,7 +73,7 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
         reuse = () if base is None else ("--reuse", str(work / "source.evaluation.json"))
         command = ("evaluate", str(model), *against, "--out", str(result), *options)
         inputs = (model, *files) if base is None else (model, base, *files)
-        stages.append(Stage(f"evaluate {name}", command, inputs, result, (*reuse, "--overwrite")))
+        stages.append(Stage(f"evaluate {name}", command, inputs, result, (*reuse, "--overwrite"), edit))
 
     evaluated("source", source, None)
     if "directions" in made:
@@ -117,7 +119,7 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
             ("--resume", "--overwrite"),
         )
     )
-    evaluated("ablated", ablated, source)
+    evaluated("ablated", ablated, source, "ablate")
     if "lora" in recipe.tables:
         if "data" not in given["lora"]:
             raise RecipeError(f"{path}: [lora] needs data, a file of instructions")
@@ -143,7 +145,7 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
                 ("--resume", "--overwrite"),
             )
         )
-        evaluated("result", out, source)
+        evaluated("result", out, source, "finetune")
     return tuple(stages)
 
 
@@ -152,6 +154,7 @@ def run_stages(
     work: Path,
     call: Callable[[Sequence[str]], None],
     tell: Callable[[int, Stage, Status], None],
+    check: Callable[[Stage], None],
 ) -> None:
     """Runs what is not done yet; what is done stays done, whatever happens to a later stage.
 
@@ -160,6 +163,7 @@ def run_stages(
         work: The folder for the state and everything between.
         call: Runs a command of ``ablate-shards``, and raises what it raises.
         tell: Is told of each stage before it runs or is skipped.
+        check: Looks at each stage that is done, whenever it was done, and raises what ends the run.
 
     Raises:
         ExecuteError: The state of a former run cannot be read.
@@ -169,10 +173,10 @@ def run_stages(
     for number, stage in enumerate(stages, start=1):
         status = state.status(stage)
         tell(number, stage, status)
-        if status == "done":
-            continue
-        call((*stage.command, *stage.flags))
-        state.keep(stage)
+        if status != "done":
+            call((*stage.command, *stage.flags))
+            state.keep(stage)
+        check(stage)
 
 
 def status_of(stages: Sequence[Stage], work: Path) -> tuple[Status, ...]:
