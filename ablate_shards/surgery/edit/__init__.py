@@ -1,9 +1,8 @@
 """Does what is planned, block by block, and writes down what it measured."""
 
-from ablate_shards.surgery.edit.ablation import ablation
 from ablate_shards.surgery.edit.blocks import BlockEditor
 from ablate_shards.surgery.edit.edited_file import EditedFile
 from ablate_shards.surgery.edit.execute import ExecuteOptions, Operation, perform
 from ablate_shards.surgery.edit.receipt import Receipt, read_receipt
 
-__all__ = ["BlockEditor", "EditedFile", "ExecuteOptions", "Operation", "Receipt", "ablation", "perform", "read_receipt"]
+__all__ = ["BlockEditor", "EditedFile", "ExecuteOptions", "Operation", "Receipt", "perform", "read_receipt"]
