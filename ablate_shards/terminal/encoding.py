@@ -1,10 +1,10 @@
-"""How text gets to a terminal that does not speak UTF-8."""
+"""How text gets to a terminal that cannot show all of Unicode."""
 
 import codecs
 import sys
 from io import TextIOWrapper
 
-__all__ = ["speak_plainly", "speaks_unicode"]
+__all__ = ["replace_unencodable", "speaks_unicode"]
 
 _PLAIN = {
     "–": "-", "—": "-", "−": "-", "→": "->", "×": "x", "·": ".", "…": "...", "‖": "||", "‘": "'", "’": "'",
@@ -18,8 +18,8 @@ def speaks_unicode() -> bool:
     return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "").startswith("utf")
 
 
-def speak_plainly() -> None:
-    """Lets stdout and stderr show what their encoding cannot in characters that it can, instead of failing."""
+def replace_unencodable() -> None:
+    """Makes stdout and stderr replace characters that their encoding lacks, such as → by ->, instead of failing."""
     codecs.register_error("ablate-shards.plain", _plain)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):

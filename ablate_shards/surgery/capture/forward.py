@@ -111,7 +111,7 @@ def capture(model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOpti
         dump: A file ending in ``.safetensors``, or a folder of one shard per layer.
         pairs: The prompts; row i of every tensor is pair i.
         options: What to capture, and how.
-        progress: Hears how far the run has come.
+        progress: Receives how far the run has come.
 
     Returns:
         What was captured.

@@ -152,7 +152,7 @@ class ActivationDump:
         return self._pieces(layer, label, kept, rows=None)
 
     def _pieces(self, layer: int, label: Label, kept: "Kept", *, rows: int | None) -> Iterator[np.ndarray]:
-        """Yields activations as stored, no piece across the end of so many rows."""
+        """Yields activations as stored; no piece crosses a multiple of ``rows``."""
         arrays = self._arrays[label, layer]
         kept.take((self.path, layer, label), arrays)
         filled = 0

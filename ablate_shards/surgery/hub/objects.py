@@ -47,7 +47,7 @@ def perform_in_store(
         operation: What to do.
         url: The folder, such as ``s3://bucket/model-edited``.
         run: How to run; ``overwrite`` replaces a folder that an earlier run made.
-        progress: Hears how far the run has come.
+        progress: Receives how far the run has come.
 
     Returns:
         The result of each edit, by tensor.

@@ -54,7 +54,7 @@ def carry_out(
         operation: What to do.
         out: A folder, ``hub:org/name``, or a URL that fsspec writes.
         run: How to run.
-        progress: Hears how far the run has come.
+        progress: Receives how far the run has come.
         private: Make a new repository private.
 
     Returns:

@@ -160,7 +160,7 @@ def push(folder: Path, repo: str, options: PushOptions, run: ExecuteOptions, pro
         repo: ``org/name``; made if it does not exist.
         options: How.
         run: Where to recompute, should the folder have to be verified.
-        progress: Hears how far it has come.
+        progress: Receives how far it has come.
 
     Raises:
         HubError: The repository may not be written, or the folder is not what its receipt says.

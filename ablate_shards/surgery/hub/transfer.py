@@ -69,7 +69,7 @@ def perform_on_hub(
         repo: ``org/name``; made if it does not exist.
         options: How to publish.
         run: How to run; ``overwrite`` replaces weights that the repository has.
-        progress: Hears how far the run has come.
+        progress: Receives how far the run has come.
 
     Returns:
         The result of each edit, by tensor, and the commit's URL.
