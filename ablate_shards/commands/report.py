@@ -11,7 +11,7 @@ __all__ = ["report"]
 
 @click.command()
 @click.argument("out", type=PATH)
-@click.option("--work", type=PATH, help="Folder that `run` kept everything between in.  [default: found beside OUT]")
+@click.option("--work", type=PATH, help="Folder in which `run` kept what its stages made.  [default: found beside OUT]")
 @click.option(
     "--evaluation",
     "evaluations",

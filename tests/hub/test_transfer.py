@@ -427,7 +427,7 @@ def test_wrong_usage(case, monkeypatch):
     for out, more, words in (
         ("hub:nothing", [], "expected a repository such as hub:me/model-edited"),
         ("hub:me/edited@main", [], "expected a repository such as hub:me/model-edited"),
-        ("hub:me/edited", ["--cache"], "--link and --cache are about a folder here"),
+        ("hub:me/edited", ["--cache"], "--link and --cache are for an OUT that is a folder on this machine"),
         (folder / "out", ["--private"], "is no repository; name one"),
         ("hub:org/Model", ["--overwrite"], "OUT and SOURCE may not be the same repository"),
     ):

@@ -111,7 +111,7 @@ def pack(b_even, b_odd, DTYPE: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def held(b_x, PTX: tl.constexpr):
-    """The same pairs, which the compiler takes for others: what it made of them before a wait is made anew."""
+    """The same pairs as values that are new to the compiler, so that after a wait it unpacks them again."""
     if PTX:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [b_x], dtype=tl.int32, is_pure=False, pack=1)
     return b_x

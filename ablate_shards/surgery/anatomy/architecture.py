@@ -478,7 +478,7 @@ def _residual_length(hits: Iterable[_Hit], tensors: Mapping[str, TensorInfo]) ->
         shape = tensors[hit.name].shape
         if hit.rest == ".weight" and len(shape) > 1:
             return shape[-2 if hit.rule.axis == "out" else -1]
-    raise ArchitectureError("the targets match no matrix, and there is no config.json to tell the hidden size")
+    raise ArchitectureError("the targets match no matrix, and there is no config.json with the hidden size")
 
 
 # ---------------------------------------------------------------------------------------- by tensor

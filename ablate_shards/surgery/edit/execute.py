@@ -179,7 +179,7 @@ def check_unchanged(checkpoint: Checkpoint) -> None:
         ExecuteError: It has changed.
     """
     if fingerprint(checkpoint) != checkpoint.fingerprint:
-        raise ExecuteError(f"{checkpoint.name}: changed while it was read; run again when it is at rest")
+        raise ExecuteError(f"{checkpoint.name}: changed while it was read; run again when nothing writes to it")
 
 
 def what_is_kept(staging: Staging | None) -> str:

@@ -242,7 +242,7 @@ def _report(run: Run, progress: Steps) -> None:
         where = " of the linear-attention layers" if all(map(run.skeleton.is_in_linear_attention, untouched)) else ""
         progress.note(f"these targets leave modules{where} untouched: {folded(untouched)}; --targets auto adds them")
     if run.skeleton.fused:
-        progress.note(f"untouched: {folded(run.skeleton.fused)}: fused experts, which are no linear modules")
+        progress.note(f"untouched: {folded(run.skeleton.fused)}: fused experts, which are not linear modules")
     if run.skeleton.mistaken:
         progress.note(f"untouched: {folded(run.skeleton.mistaken)}: peft takes these names for those of the experts")
     hybrid = any(map(run.skeleton.is_in_linear_attention, run.skeleton.linear))

@@ -278,8 +278,8 @@ def _callback(staging: Staging, progress: Steps) -> Any:
             losses = {name: value for name, value in given["logs"].items() if name.endswith("loss")}
             if not all(map(math.isfinite, losses.values())):
                 raise FinetuneError(
-                    f"the loss is not finite at step {state.global_step}; lower --learning-rate, and check the model "
-                    "with a prompt of its own"
+                    f"the loss is not finite at step {state.global_step}; lower --learning-rate, and check that "
+                    "the model answers a prompt"
                 )
 
         def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:

@@ -125,7 +125,7 @@ class _Sent:
 
 @dataclass(slots=True)
 class _Journal:
-    """What is complete of a folder under way, kept in it.
+    """What is complete in an unfinished folder; kept in that folder.
 
     Attributes:
         identity: What must be equal for a resumed run to give the same bytes, by what to call it.
@@ -292,7 +292,7 @@ class _Target:
         return self._arrived(name, size)
 
     def remove(self, names: Iterable[str]) -> None:
-        """Removes files, those that are gone already among them."""
+        """Removes files; a file that is already gone is no error."""
         for name in names:
             self._patiently(functools.partial(self._gone, f"{self._root}/{name}"))
 

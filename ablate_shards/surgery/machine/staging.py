@@ -1,4 +1,4 @@
-"""Builds an output folder out of sight: locked, journalled, and given its name only when complete."""
+"""Builds an output folder under a hidden name: locked, with a journal, and named only when complete."""
 
 import ctypes
 import errno
@@ -96,7 +96,7 @@ def locked(out: Path) -> Iterator[None]:
 
 @dataclass(slots=True)
 class Staging:
-    """A half-made output folder and the journal of what in it is complete.
+    """An unfinished output folder and the journal of what is complete in it.
 
     Attributes:
         out: The final name.

@@ -143,7 +143,7 @@ def gather(out: Path, options: ReportOptions) -> Findings:
             "ablate, merge or run made"
         )
     if options.work is not None and not options.work.is_dir():
-        raise ReportError(f"{options.work}: no such folder; --work names the one that run kept everything between in")
+        raise ReportError(f"{options.work}: no such folder; --work names the one in which run kept its stages")
     work = find_work(out) if options.work is None else options.work
     gatherer = _Gatherer(out, work, [work, out.absolute().parent] if work else [out.absolute().parent])
     return gatherer.gather(options.evaluations)
