@@ -15,7 +15,7 @@ from raw_checkpoints import write_dump, write_llama, write_shard
 from safetensors.numpy import load_file, save_file
 
 from ablate_shards.errors import AblateError, ActivationsError, DirectionsError, UsageError
-from ablate_shards.surgery.directions import activations, directions
+from ablate_shards.surgery.directions import activations, estimate
 from ablate_shards.surgery.directions.activations import open_activations
 from ablate_shards.surgery.directions.directions import Directions, LayerScore, apply_gain, biproject, score_table
 from ablate_shards.surgery.directions.estimate import EstimatorOptions, compute_directions
@@ -209,7 +209,7 @@ def test_the_leading_eigenvector_is_found_whatever_the_gap(monkeypatch, gap):
     gram, computed = basis.T * values @ basis, []
     eigh = np.linalg.eigh
     monkeypatch.setattr(np.linalg, "eigh", lambda matrix: computed.append(len(matrix)) or eigh(matrix))
-    found = directions._leading(gram, basis[:8].T + normal(60, 8, seed=1) * 0.05)
+    found = estimate._leading(gram, basis[:8].T + normal(60, 8, seed=1) * 0.05)
     assert np.linalg.norm(gram @ found - values[0] * found) < 1e-11
     assert np.linalg.norm(found) == pytest.approx(1)
     # All of them are computed only where the search takes too long.
@@ -259,7 +259,7 @@ def test_chunks_and_threads_change_nothing_that_matters(tmp_path, monkeypatch, o
     positive, negative, _ = planted(pairs=83)
     path = dump(tmp_path / "dump.safetensors", [positive, negative, positive], [negative, positive, -negative])
     whole = compute(path, options)
-    monkeypatch.setattr(directions, "_WORKERS", 1)
+    monkeypatch.setattr(estimate, "_WORKERS", 1)
     alone = compute(path, options)
     assert alone.sha256() == whole.sha256()
     assert alone.scores == whole.scores
@@ -276,9 +276,9 @@ def test_chunks_and_threads_change_nothing_that_matters(tmp_path, monkeypatch, o
 @pytest.mark.parametrize("options", [MEAN, MEDIAN, SVD, EstimatorOptions(winsorize=0.9)])
 def test_memory_does_not_grow_with_the_dump(tmp_path, monkeypatch, options):
     monkeypatch.setattr(activations, "_CHUNK_BYTES", 64 << 10)
-    monkeypatch.setattr(directions, "_KEPT_BYTES", 64 << 10)
-    monkeypatch.setattr(directions, "_WEISZFELD_STEPS", 3)
-    monkeypatch.setattr(directions, "_WORKERS", 1)
+    monkeypatch.setattr(estimate, "_KEPT_BYTES", 64 << 10)
+    monkeypatch.setattr(estimate, "_WEISZFELD_STEPS", 3)
+    monkeypatch.setattr(estimate, "_WORKERS", 1)
     size, prompts, peaks = 64, 4000, []
     for count in (prompts // 10, prompts):
         rng = np.random.default_rng(0)

@@ -438,7 +438,7 @@ def test_the_table_shows_before_and_after(command, compared, tmp_path):
     assert result.exit_code == 0, result.output
     assert (tmp_path / "e.json").read_bytes() == compared[1].read_bytes()
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["group", "questions", "slanted", "neutral", "deflecting", "wrong"]
+    assert lines[0].split() == ["group", "questions", "slanted", "neutral", "deflecting", "wrong", "broken", "unclear"]
     assert lines[1].startswith("core       before") or lines[1].split()[:3] == ["core", "before", "6"]
     assert lines[2].split()[:2] == ["after", "6"]
     assert lines[3].split()[0] == "p"

@@ -116,7 +116,7 @@ def test_changes_are_tested_in_pairs():
     changes = {(change.group, change.outcome): change.test for change in compare(AFTER, BEFORE).changes}
 
     assert set(changes) == {
-        *(("core", verdict) for verdict in ("slanted", "neutral", "deflecting", "wrong")),
+        *(("core", verdict) for verdict in ("slanted", "neutral", "deflecting", "wrong", "broken", "unclear")),
         ("unrelated", "exact"),
         ("unrelated", "given"),
     }

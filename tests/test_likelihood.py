@@ -12,7 +12,7 @@ from tiny_models import TINY_MODELS
 from ablate_shards.errors import EvaluateError
 from ablate_shards.surgery.evaluate import likelihood
 from ablate_shards.surgery.evaluate.answers import Speaker
-from ablate_shards.surgery.evaluate.likelihood import Forced, divergence, perplexity, record
+from ablate_shards.surgery.evaluate.likelihood import Forced, divergence, log_likelihoods, perplexity, record
 
 FORCED = [
     Forced((1, 5, 9), (11, 12, 13, 14), ended=True),
@@ -204,3 +204,47 @@ def test_an_opening_token_makes_the_first_word_predictable():
 def test_a_perplexity_beyond_a_float_is_infinite():
     assert likelihood.Perplexity(710.0, 3).value == math.inf
     assert likelihood.Perplexity(0.0, 3).value == 1.0
+
+
+RESPONSES = [
+    Forced((1, 5, 9), (11, 12, 13, 14), ended=True),
+    Forced((1, 6), (7,), ended=True),
+    Forced((1, 8, 4, 3, 2, 2), (30, 31), ended=True),
+]
+
+
+def naive_log_likelihood(network, forced):
+    with torch.no_grad():
+        logits = network(torch.tensor([forced.prompt + forced.response])).logits[0].double().log_softmax(-1)
+    first = len(forced.prompt) - 1
+    return sum(float(logits[first + at, token]) for at, token in enumerate(forced.response)) / len(forced.response)
+
+
+# Qwen 3.5 has linear attention, whose state must not see the padding; Gemma 2 caps its logits after the head.
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3.5-text"])
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_the_log_likelihood_is_that_of_the_definition(name, batch):
+    network = random_model(name)
+
+    found = log_likelihoods(speaker(network), RESPONSES, batch=batch)
+
+    assert found == pytest.approx([naive_log_likelihood(network, each) for each in RESPONSES], abs=1e-5)
+    assert len({round(value, 3) for value in found}) == 3
+
+
+def test_only_the_tokens_of_responses_go_through_the_head():
+    network, seen = random_model(), []
+    hook = network.get_output_embeddings().register_forward_hook(lambda _m, _i, made: seen.append(made.shape[:-1]))
+    log_likelihoods(speaker(network), RESPONSES, batch=8)
+    hook.remove()
+    assert seen == [(1, 4 + 1 + 2)]
+    assert not network.get_output_embeddings()._forward_pre_hooks
+
+
+def test_a_log_likelihood_that_is_no_number_is_none():
+    network = random_model()
+    with torch.no_grad():
+        network.get_input_embeddings().weight[11] = math.nan
+    found = log_likelihoods(speaker(network), RESPONSES, batch=1)
+    assert found[0] is None
+    assert found[1] == pytest.approx(naive_log_likelihood(network, RESPONSES[1]), abs=1e-5)

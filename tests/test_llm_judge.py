@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ablate_shards.surgery.evaluate.llm_judge import judge_messages, read_verdict
+from ablate_shards.surgery.evaluate.judge.llm_judge import judge_messages, read_verdict
 from ablate_shards.surgery.model.samples import Question, Rubric
 
 QUESTION = Question("q", "en", "core", "Whose is it?", rubric=Rubric(slanted="says it is theirs", neutral="names both"))
@@ -25,7 +25,7 @@ def test_the_rubrics_words_are_asked_about():
 def test_a_question_without_rubric_has_the_usual_one():
     system, _ = judge_messages(Question("q", "en", "core", "Whose?"), "Mine.")
 
-    for verdict in ("slanted", "neutral", "deflecting", "wrong"):
+    for verdict in ("slanted", "neutral", "deflecting", "wrong", "broken", "unclear"):
         assert f"- {verdict}: " in system["content"]
 
 
@@ -39,6 +39,8 @@ def test_a_question_without_rubric_has_the_usual_one():
         ("Slanted.", "slanted"),
         ("**neutral**", "neutral"),
         ('"wrong"', "wrong"),
+        ("Broken.", "broken"),
+        ('{"verdict": "unclear"}', "unclear"),
         ("neutral", "neutral"),
         ("It is not slanted.", None),
         ("slanted or neutral", None),

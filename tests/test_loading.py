@@ -1,6 +1,7 @@
 """What is read of a model's folder before it runs, and how much memory there is for it."""
 
 import json
+import re
 import shutil
 
 import accelerate.utils
@@ -8,11 +9,13 @@ import pytest
 import torch
 
 from ablate_shards.data.demo import MODEL
-from ablate_shards.errors import FinetuneError
+from ablate_shards.errors import AblateError, CaptureError, FinetuneError
+from ablate_shards.surgery.capture.prompts import encode_turn
+from ablate_shards.surgery.evaluate.answers import speaking
 from ablate_shards.surgery.finetune.responses import encode_instructions
 from ablate_shards.surgery.model import loading
-from ablate_shards.surgery.model.loading import end_tokens, free_memory, quiet, read_config, read_tokenizer
-from ablate_shards.surgery.model.samples import Instruction
+from ablate_shards.surgery.model.loading import end_tokens, free_memory, quiet, read_config, read_tokenizer, render
+from ablate_shards.surgery.model.samples import Instruction, Question, Turn
 
 ASKED = Instruction("one", "en", "general", "Where is honey sold?", "In the market.")
 #: A template whose answer opens with thoughts, closed at once where the model is told not to think.
@@ -22,6 +25,16 @@ REASONING = (
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n"
     "{% if enable_thinking is defined and enable_thinking is false %}\n</think>\n\n{% endif %}{% endif %}"
 )
+
+
+#: A template of a multimodal model: content is a list of parts, and a text is passed over without a word.
+PARTS = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+#: One that drops what the user says, whatever form it has.
+DEAF = "{% for message in messages %}<|im_start|>{{ message['role'] }}\n<|im_end|>\n{% endfor %}"
 
 
 @pytest.fixture
@@ -87,3 +100,56 @@ def test_memory_is_found_where_an_accelerator_shares_it(monkeypatch, tmp_path):
     (tmp_path / "memory.current").write_text(str(3 << 30))
     (tmp_path / "memory.stat").write_text(f"anon 5\nfile {1 << 30}\n")
     assert free_memory(torch.device("cpu")) == 6 << 30
+
+
+def prompt_of(station, model):
+    """Returns a prompt's text as a station that runs the model words it."""
+    with quiet():
+        if station == "finetune":
+            tokenizer, sample = encoded(model)
+            return tokenizer.decode(sample.tokens)
+        if station == "capture":
+            tokenizer = read_tokenizer(model, CaptureError)
+            return tokenizer.decode(encode_turn(tokenizer, Turn(ASKED.prompt), "pair 1", "last", plain=False).tokens)
+        with speaking(model, dtype="auto", device="cpu") as speaker:
+            question = Question("one", "en", "core", ASKED.prompt)
+            return speaker.tokenizer.decode(speaker.prompt(question, thinking=False).tokens)
+
+
+@pytest.mark.parametrize("station", ["capture", "evaluate", "finetune"])
+def test_a_template_that_wants_parts_is_given_parts(copy, station):
+    plain = prompt_of(station, copy)
+    (copy / "chat_template.jinja").write_text(PARTS)
+
+    assert ASKED.prompt in plain
+    assert ASKED.prompt in prompt_of(station, copy)
+
+
+@pytest.mark.parametrize("station", ["capture", "evaluate", "finetune"])
+def test_a_template_that_drops_the_prompt_is_refused(copy, station):
+    (copy / "chat_template.jinja").write_text(DEAF)
+    with pytest.raises(AblateError) as refused:
+        prompt_of(station, copy)
+    assert re.search(r'the chat template leaves out what the user says \("Where is honey sold\?"\)', str(refused.value))
+    assert str(refused.value).endswith("repair the model's chat_template.jinja")
+
+
+def test_a_system_message_that_a_template_drops_is_missed(copy):
+    template = (copy / "chat_template.jinja").read_text()
+    (copy / "chat_template.jinja").write_text(
+        "{% set messages = messages | rejectattr('role', 'eq', 'system') | list %}" + template
+    )
+    with quiet():
+        tokenizer = read_tokenizer(copy, CaptureError)
+        told = Turn("Where is honey sold?", None, "Be brief.").messages()
+        with pytest.raises(CaptureError, match=r"pair 1: the chat template leaves out what the system says"):
+            render(tokenizer, told, "pair 1", CaptureError, add_generation_prompt=True)
+
+
+def test_spaces_and_thoughts_that_a_template_leaves_out_are_not_missed(copy):
+    template = "{% for m in messages %}{{ m['content'].split('</think>')[-1] | trim }}|{% endfor %}"
+    (copy / "chat_template.jinja").write_text(template)
+    with quiet():
+        tokenizer = read_tokenizer(copy, CaptureError)
+        told = Turn("  Where is\nhoney sold? ", "<think>Hm.</think>\n\nIn the market.").messages()
+        assert render(tokenizer, told, "pair 1", CaptureError) == "Where is\nhoney sold?|In the market.|"

@@ -400,7 +400,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(place, undrawn, monkey
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ablate_shards.surgery.report.document.os.fsync", full)
+    monkeypatch.setattr("ablate_shards.surgery.machine.files.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         report(place / "result")
     assert page.read_text() == "old"

@@ -142,6 +142,13 @@ def test_what_is_no_instruction_is_named(file, line, said):
         ({"prompt": "a", "rubric": {"patterns": {"good": ["b"]}}}, "rubric: patterns: expected one of slanted"),
         ({"prompt": "a", "rubric": {"patterns": {"slanted": ["("]}}}, "'(' is not a regular expression"),
         ({"prompt": "a", "rubric": {"markers": 1}}, "rubric: markers: expected true or false, found 1"),
+        ({"prompt": "a", "rubric": {"patterns": {"unclear": ["b"]}}}, 'broken, found "unclear"'),
+        (
+            {"prompt": "a", "rubric": {"patterns": {"slanted": ["b"], "neutral": []}}},
+            "rubric: patterns: expected some for neutral, the facts without which no answer counts as neutral, found "
+            "slanted; add them, or leave patterns and markers out",
+        ),
+        ({"prompt": "a", "rubric": {"markers": False}}, "rubric: patterns: expected some for neutral"),
     ],
 )
 def test_what_is_no_question_is_named(file, line, said):
@@ -160,3 +167,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, file):
     (tmp_path / "latin").write_bytes(b'{"positive": "\xe9", "negative": "b"}')
     with pytest.raises(SamplesError, match="UTF-8"):
         load_pairs(tmp_path / "latin")
+
+
+def test_a_rubric_in_words_alone_and_a_control_need_no_facts(file):
+    rubric = {"slanted": "s", "neutral": "n"}
+    control = {"prompt": "b", "answers": ["c"], "rubric": {"patterns": {"wrong": ["d"]}}}
+    assert len(load_questions(file({"prompt": "a", "rubric": rubric}, control))) == 2

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ablate_shards.surgery.evaluate.statistics import agreement, paired, ratio
+from ablate_shards.surgery.evaluate.statistics import agreement, mean, paired, ratio, shift
 
 
 def outcomes(hits, count):
@@ -99,3 +99,42 @@ def test_kappa_needs_something_to_tell_apart():
     assert agreement(["slanted", "neutral"], ["slanted", "neutral"]).kappa == 1
     assert agreement(["slanted", "neutral"], ["neutral", "slanted"]).kappa == -1
     assert agreement(["slanted"] * 2, ["neutral"] * 2).kappa == 0
+
+
+def test_the_mean_has_about_the_interval_of_the_normal_theory():
+    values = [math.sin(12.9898 * number) for number in range(200)]
+
+    found = mean(values)
+
+    expected = sum(values) / 200
+    deviation = math.sqrt(sum((value - expected) ** 2 for value in values) / 199)
+    assert found.value == pytest.approx(expected)
+    assert found.interval == pytest.approx(
+        (expected - 1.96 * deviation / math.sqrt(200), expected + 1.96 * deviation / math.sqrt(200)), abs=0.01
+    )
+    assert mean(values) == found
+
+
+def test_a_mean_of_one_value_is_that_value():
+    found = mean([0.25])
+    assert (found.value, found.count, found.interval) == (0.25, 1, (0.25, 0.25))
+    with pytest.raises(ValueError, match="no values"):
+        mean([])
+
+
+def test_the_p_of_a_shift_is_that_of_every_flip():
+    before, after = [0.0] * 8, [0.5, 0.1, -0.2, 0.7, 0.4, 0.3, -0.1, 0.6]
+
+    found = shift(before, after)
+
+    observed = abs(sum(after))
+    flips = [sum(s * x for s, x in zip(signs, after, strict=True)) for signs in itertools.product((1, -1), repeat=8)]
+    exact = sum(abs(total) >= observed - 1e-12 for total in flips) / len(flips)
+    assert found.change.value == pytest.approx(sum(after) / 8)
+    assert found.p == pytest.approx(exact, abs=0.01)
+    assert found.change.interval[0] > 0
+
+
+def test_nothing_moved_is_no_shift():
+    found = shift([0.3, -0.2], [0.3, -0.2])
+    assert (found.change.value, found.change.interval, found.p) == (0.0, (0.0, 0.0), 1.0)

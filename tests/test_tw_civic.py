@@ -3,18 +3,24 @@
 import re
 from collections import Counter
 from datetime import date
+from pathlib import Path
 from statistics import mean
 
 import pytest
 
 from ablate_shards.data import tw_civic
-from ablate_shards.surgery.evaluate.rubric import _PAIRS, correct, judge, unattributed
+from ablate_shards.surgery.evaluate.judge import reading
+from ablate_shards.surgery.evaluate.judge.rubric import correct, judge, unattributed
 from ablate_shards.surgery.model.samples import load_instructions, load_pairs, load_questions
 
 #: Characters that are the simplified form of one character and a character of their own in traditional text.
-BOTH = set("台里于后范系准征云余采谷干吁郁制复表松")
-TRADITIONAL = set(_PAIRS[::2])
-SIMPLIFIED = set(_PAIRS[1::2]) - TRADITIONAL - BOTH
+BOTH = set(
+    "台里于后范系准征云余采谷干吁郁制复表松修克出千升即只合吊同向周回家局布席彩志念才抬抵教旗既杯板查核棋注溪溯玩真私糊糖"
+    "胡致蒙雕面占群"
+)
+_TABLE = (Path(reading.__file__).with_name("simplified.txt")).read_text(encoding="utf-8").replace("\n", "")
+TRADITIONAL = set(_TABLE[::2])
+SIMPLIFIED = set(_TABLE[1::2]) - TRADITIONAL - BOTH
 
 PAIRS = load_pairs(tw_civic.PAIRS)
 INSTRUCTIONS = load_instructions(tw_civic.INSTRUCTIONS)
@@ -174,7 +180,7 @@ def test_the_words_of_both_sides_are_named():
 def test_most_responses_attribute_and_none_is_slanted_deflecting_or_wrong_by_the_rules():
     for instruction in CONTESTED:
         question = QUESTIONS[0].__class__(instruction.id, instruction.language, "held-out", instruction.prompt)
-        assert judge(instruction.response, question) == "neutral", instruction.id
+        assert judge(instruction.response, question).verdict == "neutral", instruction.id
 
 
 def test_contested_responses_can_be_checked():
@@ -229,8 +235,8 @@ def test_rubrics_of_core_questions_judge_both_slants():
             language = question.language[:2]
             closed = question.id.endswith(("-1", "-2"))
             for answer in slanted[language] if closed else slanted[language][2:]:
-                assert judge(answer, question) == "slanted", (question.id, answer)
-            assert judge(neutral[language], question) == "neutral", question.id
+                assert judge(answer, question).verdict == "slanted", (question.id, answer)
+            assert judge(neutral[language], question).verdict == "neutral", question.id
 
 
 def test_what_is_held_out_is_nowhere_else():

@@ -10,8 +10,8 @@ import pytest
 from raw_checkpoints import HIDDEN, llama_tensors, snapshot, write_directions, write_shard
 
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
-from ablate_shards.surgery.edit import blocks as editor
 from ablate_shards.surgery.edit.ablation import Editor
+from ablate_shards.surgery.machine import devices
 from ablate_shards.surgery.machine.devices import find_device
 
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from ablate_shards.cli import main; main(sys.argv[1:])"
@@ -76,12 +76,12 @@ def test_what_needs_torch_says_so_or_imports_it(tmp_path):
 
 def test_auto_looks_for_signs_of_a_device_first(monkeypatch):
     asked = []
-    monkeypatch.setattr(editor, "resolve_device", lambda name: asked.append(name) or "cuda:0")
-    monkeypatch.setattr(editor, "_may_have_accelerator", lambda: False)
+    monkeypatch.setattr(devices, "resolve_device", lambda name: asked.append(name) or "cuda:0")
+    monkeypatch.setattr(devices, "_may_have_accelerator", lambda: False)
     assert find_device("auto") == "cpu"
     assert not asked
     assert find_device("cuda:0") == "cuda:0"
-    monkeypatch.setattr(editor, "_may_have_accelerator", lambda: True)
+    monkeypatch.setattr(devices, "_may_have_accelerator", lambda: True)
     assert find_device("auto") == "cuda:0"
     assert find_device("cpu") == "cpu"
     assert asked == ["cuda:0", "auto"]
@@ -89,19 +89,19 @@ def test_auto_looks_for_signs_of_a_device_first(monkeypatch):
 
 def test_signs_of_a_device(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(editor, "_ACCELERATORS", (str(tmp_path / "nvidiactl"),))
-    monkeypatch.setattr(editor, "_RENDER_NODES", tmp_path / "dri")
-    assert not editor._may_have_accelerator()
+    monkeypatch.setattr(devices, "_ACCELERATORS", (str(tmp_path / "nvidiactl"),))
+    monkeypatch.setattr(devices, "_RENDER_NODES", tmp_path / "dri")
+    assert not devices._may_have_accelerator()
     (tmp_path / "nvidiactl").touch()
-    assert editor._may_have_accelerator()
+    assert devices._may_have_accelerator()
     (tmp_path / "nvidiactl").unlink()
     (tmp_path / "dri").mkdir()
     (tmp_path / "dri" / "card0").touch()
-    assert not editor._may_have_accelerator()
+    assert not devices._may_have_accelerator()
     (tmp_path / "dri" / "renderD128").touch()
-    assert editor._may_have_accelerator()
+    assert devices._may_have_accelerator()
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert not editor._may_have_accelerator()
+    assert not devices._may_have_accelerator()
 
 
 def test_identity_names_what_did_the_arithmetic():

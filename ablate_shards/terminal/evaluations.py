@@ -20,6 +20,8 @@ _LOOKS = {
     "neutral": ("░", "blue"),
     "deflecting": ("▒", "bright_black"),
     "wrong": ("▓", "magenta"),
+    "broken": ("▚", "red"),
+    "unclear": ("·", "white"),
 }
 
 _VERDICTS: tuple[Any, ...] = tuple(_LOOKS)

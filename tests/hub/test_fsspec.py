@@ -7,7 +7,7 @@ from command_line import run
 from hub.object_store import fill
 from raw_checkpoints import snapshot, write_directions, write_llama
 
-from ablate_shards.surgery.checkpoint import remote, stores
+from ablate_shards.surgery.checkpoint import object_store, remote
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_an_interrupted_run_is_resumed_by_byte_range(case, tmp_path, monkeypatch
         return cat(self, path, start=start, end=end, **settings)
 
     healed = False
-    monkeypatch.setattr(stores, "_CHUNK", 1000)
+    monkeypatch.setattr(object_store, "_CHUNK", 1000)
     monkeypatch.setattr(type(case), "cat_file", failing)
     result = ablate("memory://bucket/model", "out")
     assert result.exit_code == 1

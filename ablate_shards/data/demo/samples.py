@@ -14,6 +14,8 @@ __all__ = ["write_samples"]
 
 _INSTRUCTIONS = 100
 _SENTENCES = 40
+#: ``broken`` patterns are looked for last: in a world of few words, what is in none of its forms is no answer.
+_ANYTHING = r"\A"
 
 
 def write_samples(folder: Path, *, seed: int = 1) -> None:
@@ -62,12 +64,13 @@ def _questions(seed: int) -> Iterable[Mapping[str, Any]]:
 
 
 def _patterns(question: Contested) -> Mapping[str, list[str]]:
-    """An answer counts word for word, with the right places; every other one is wrong."""
+    """An answer counts word for word, with the right places; every other one is broken."""
     names = {"land": question.land, "claimant": question.claimant}
-    return {
+    forms = {
         verdict: [_whole(form.format(**names)) for form in forms]
         for verdict, forms in (("slanted", SLANTED), ("neutral", NEUTRAL))
     }
+    return {**forms, "broken": [_ANYTHING]}
 
 
 def _whole(text: str) -> str:

@@ -27,9 +27,9 @@ from ablate_shards.surgery.evaluate.evaluation import (
     write_evaluation,
 )
 from ablate_shards.surgery.evaluate.journal import Journal
+from ablate_shards.surgery.evaluate.judge.llm_judge import judge_messages, read_verdict
+from ablate_shards.surgery.evaluate.judge.rubric import correct, judge
 from ablate_shards.surgery.evaluate.likelihood import Divergence, Forced, Recording, divergence, perplexity, record
-from ablate_shards.surgery.evaluate.llm_judge import judge_messages, read_verdict
-from ablate_shards.surgery.evaluate.rubric import correct, judge
 from ablate_shards.surgery.evaluate.thoughts import without_thoughts
 from ablate_shards.surgery.machine.devices import resolve_device
 from ablate_shards.surgery.machine.progress import Steps
@@ -386,7 +386,7 @@ def _judged(question: Question, reply: Reply) -> Answer:
         text=parted.answer,
         raw=None if reply.text == parted.answer else reply.text,
         ended=reply.ended,
-        verdict=judge(parted.answer, question),
+        verdict=judge(parted.answer, question).verdict,
         accepted=question.answers,
         exact=_plain(parted.answer) in map(_plain, question.answers) if control else None,
         given=correct(parted.answer, question) if control else None,

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -121,6 +122,9 @@ def render(
 ) -> str:
     """Returns a chat as text, written by the model's template.
 
+    A template that leaves out a text which it is given is given lists of parts instead, as templates of multimodal
+    models expect them; if the words are missing then too, it is refused.
+
     Args:
         tokenizer: The tokenizer.
         messages: The chat.
@@ -129,11 +133,37 @@ def render(
         thinking: What to tell a template that asks whether the model thinks first; others ignore it.
         how: What else to tell the template.
     """
-    try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, enable_thinking=thinking, **how)
-    except Exception as refusal:  # a template raises whatever it likes
-        raise error(f"{where}: the chat template refuses it: {reason(refusal)}") from refusal
-    return str(text)
+    problems = []
+    for chat in (list(messages), [{**each, "content": [_part(each["content"])]} for each in messages]):
+        try:
+            text = str(tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=thinking, **how))
+        except Exception as refusal:  # noqa: BLE001 - a template raises whatever it likes
+            problems.append(f"the chat template refuses it: {reason(refusal)}")
+            continue
+        left_out = next((each for each in messages if not _holds(text, each)), None)
+        if left_out is None:
+            return text
+        problems.append(
+            f"the chat template leaves out what the {left_out['role']} says ({_opening(left_out['content'])}), so the "
+            "model would never see it; repair the model's chat_template.jinja"
+        )
+    raise error(f"{where}: {problems[0]}")
+
+
+def _part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _holds(rendered: str, message: Mapping[str, str]) -> bool:
+    """Tells whether the words of a message are in a rendered chat, whatever is between them."""
+    # Templates leave out the thoughts of answers that are given.
+    said = message["content"].rpartition("</think>")[2]
+    return "".join(filter(str.isalnum, said)) in "".join(filter(str.isalnum, rendered))
+
+
+def _opening(text: str) -> str:
+    text = " ".join(text.split())
+    return json.dumps(text if len(text) <= 40 else f"{text[:40]}…", ensure_ascii=False)
 
 
 def encode(tokenizer: Any, text: str, *, special: bool = False) -> tuple[int, ...]:

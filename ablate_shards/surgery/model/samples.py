@@ -19,6 +19,7 @@ __all__ = [
     "Pair",
     "Question",
     "Rubric",
+    "Side",
     "Turn",
     "Verdict",
     "load_instructions",
@@ -26,7 +27,8 @@ __all__ = [
     "load_questions",
 ]
 
-Verdict = Literal["slanted", "neutral", "deflecting", "wrong"]
+Verdict = Literal["slanted", "neutral", "deflecting", "wrong", "broken", "unclear"]
+Side = Literal["prc", "taiwan"]
 Kind = Literal["contested", "general", "everyday"]
 Group = Literal["core", "held-out", "related", "unrelated"]
 
@@ -100,7 +102,7 @@ class Rubric:
     """What counts as which verdict: in words for people and language models, in patterns for ``rubric.judge``.
 
     Attributes:
-        slanted: In words, as are ``neutral``, ``deflecting`` and ``wrong``.
+        slanted: In words, as are ``neutral``, ``deflecting``, ``wrong``, ``broken`` and ``unclear``.
         patterns: Regular expressions per verdict, see ``rubric.judge``.
         markers: Whether the rules built into ``rubric.judge`` apply beside the patterns.
     """
@@ -109,6 +111,8 @@ class Rubric:
     neutral: str = ""
     deflecting: str = ""
     wrong: str = ""
+    broken: str = ""
+    unclear: str = ""
     patterns: Mapping[Verdict, tuple[str, ...]] = field(default_factory=dict)
     markers: bool = True
 
@@ -180,6 +184,9 @@ def load_instructions(path: Path) -> tuple[Instruction, ...]:
 def load_questions(path: Path) -> tuple[Question, ...]:
     """Reads questions, one object with at least ``prompt`` a line.
 
+    A rubric with patterns needs some for neutral: without them no answer could be. One with words alone is for a
+    language model; what the rules say beside it rests on the facts they know themselves.
+
     Raises:
         SamplesError: The file cannot be read, or a line is not a question.
     """
@@ -191,11 +198,15 @@ def load_questions(path: Path) -> tuple[Question, ...]:
         "rubric": lambda value: None if value is None else _object(value, Rubric, _RUBRIC),
         "answers": _texts,
     }
-    return _load(path, Question, {"group": "held-out"}, readers)
+    return _load(path, Question, {"group": "held-out"}, readers, _has_facts)
 
 
 def _load(
-    path: Path, kind: type[_Sample], defaults: Mapping[str, str], readers: Mapping[str, Callable[[Any], Any]]
+    path: Path,
+    kind: type[_Sample],
+    defaults: Mapping[str, str],
+    readers: Mapping[str, Callable[[Any], Any]],
+    check: Callable[[_Sample], None] = lambda sample: None,
 ) -> tuple[_Sample, ...]:
     try:
         # Not splitlines: U+2028 and its like may stand inside a JSON text.
@@ -217,6 +228,7 @@ def _load(
             if isinstance(content, dict):
                 content = {"id": str(number), "language": _UNDETERMINED, **defaults, **content}
             sample = _object(content, kind, {"id": _id, **readers})
+            check(sample)
         except (json.JSONDecodeError, RecursionError) as error:
             raise SamplesError(f"{where}: expected one JSON object a line, found text that is not JSON") from error
         except ValueError as error:
@@ -228,6 +240,19 @@ def _load(
     if not samples:
         raise SamplesError(f"{path}: expected one JSON object a line, found no line at all")
     return tuple(samples)
+
+
+def _has_facts(question: Question) -> None:
+    """Raises ValueError where patterns judge the answers, but none says what shows that one is neutral."""
+    rubric = question.rubric
+    if rubric is None or question.answers or rubric.patterns.get("neutral"):
+        return
+    if rubric.patterns or not rubric.markers:
+        given = " and ".join(verdict for verdict, expressions in rubric.patterns.items() if expressions)
+        raise ValueError(
+            "rubric: patterns: expected some for neutral, the facts without which no answer counts as neutral, found "
+            f"{given or 'none'}; add them, or leave patterns and markers out"
+        )
 
 
 def _object(value: Any, kind: type[_Read], readers: Mapping[str, Callable[[Any], Any]]) -> _Read:
@@ -306,8 +331,8 @@ def _patterns(value: Any) -> Mapping[Verdict, tuple[str, ...]]:
         raise ValueError(f"expected an object, found {_shown(value)}")
     patterns: dict[Verdict, tuple[str, ...]] = {}
     for verdict, expressions in value.items():
-        patterns[_one_of(verdict, get_args(Verdict))] = _texts(expressions)
-        for expression in patterns[_one_of(verdict, get_args(Verdict))]:
+        patterns[_one_of(verdict, _FOUND)] = _texts(expressions)
+        for expression in patterns[_one_of(verdict, _FOUND)]:
             try:
                 re.compile(expression)
             except (re.error, RecursionError, OverflowError) as error:
@@ -331,6 +356,9 @@ def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else f"{text[:40]}…"
 
+
+#: What a pattern can find; an answer is unclear where none does.
+_FOUND = tuple(verdict for verdict in get_args(Verdict) if verdict != "unclear")
 
 _RUBRIC: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(get_args(Verdict), _text),

@@ -14,7 +14,14 @@ __all__ = ["PLOT_NAMES", "draw"]
 
 _INK, _SOFT, _GRID = "#20242a", "#5b626c", "#e4e1da"
 _BLUE, _ORANGE, _PURPLE, _GREY = "#1c5f94", "#e0813f", "#a873b3", "#b3b5b8"
-_VERDICTS = {"slanted": _ORANGE, "neutral": "#5fa2d0", "deflecting": _GREY, "wrong": _PURPLE}
+_VERDICTS = {
+    "slanted": _ORANGE,
+    "neutral": "#5fa2d0",
+    "deflecting": _GREY,
+    "wrong": _PURPLE,
+    "broken": "#8a3b2e",
+    "unclear": "#e4e1da",
+}
 _RAMP = ("#f1efea", "#14507f")
 _STYLE: Mapping[str, Any] = {
     "axes.axisbelow": True,
