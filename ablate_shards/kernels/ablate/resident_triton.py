@@ -356,7 +356,7 @@ def probe_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """odd[b, t] = whether tile t has a row that float32 cannot carry; rows are read only where a bound is no help."""
+    """odd[b, t] = whether tile t has a row that needs more than float32; rows are read only if no bound decides."""
     pid = tl.program_id(0)
     b = (pid // row_tiles).to(tl.int64)
     o_m = (pid % row_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)

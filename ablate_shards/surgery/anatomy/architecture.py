@@ -509,7 +509,7 @@ def _sort_out(
 
 
 def _blocked(parts: Sequence[_Hit], tensors: Mapping[str, TensorInfo]) -> LeftOut | None:
-    """Returns why a module's parts are no plain weight, named by the largest; None if they are one."""
+    """Returns why a module's parts are not a plain weight, named by the largest; None if they are one."""
     if not parts:
         return None
     chief = max(parts, key=lambda hit: tensors[hit.name].end - tensors[hit.name].start)

@@ -192,7 +192,7 @@ def _checked(
     scores: Mapping[int, LayerScore] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Directions:
-    """Refuses what is no basis."""
+    """Returns directions whose bases and reference means were checked."""
     if not basis:
         raise DirectionsError(f"{path}: holds no directions of decoder layers; expected direction.layers.N")
     first = min(basis)

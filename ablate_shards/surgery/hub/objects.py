@@ -287,7 +287,7 @@ class _Target:
         return self._arrived(name, path.stat().st_size)
 
     def copy(self, source: str, name: str, size: int) -> str:
-        """Has the store copy a file of its own; returns what it calls its state."""
+        """Has the store copy a file that it holds; returns the copy's state as the store names it."""
         self._patiently(lambda: self._system.cp_file(source, f"{self._root}/{name}"))
         return self._arrived(name, size)
 
