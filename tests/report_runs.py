@@ -10,7 +10,8 @@ from raw_checkpoints import HIDDEN, write_dump, write_llama
 from safetensors.numpy import save_file
 
 from ablate_shards.cli import cli
-from ablate_shards.surgery.evaluate.evaluation import Answer, Evaluation, Model, Text, compare, write_evaluation
+from ablate_shards.surgery.evaluate.evaluation import Answer, Evaluation, Model, Text, compare
+from ablate_shards.surgery.evaluate.evaluation_file import write_evaluation
 from ablate_shards.surgery.evaluate.likelihood import Divergence, Perplexity
 
 LAYERS = 4

@@ -66,6 +66,7 @@ def test_an_answer_is_not_broken(language, text):
         ("zh-Hans", "이 강은 길고 많은 도시를 지납니다.", "script"),
         ("zh-Hant", "Эта река длинная.", "script"),
         ("en", "How long is the river?", "question"),
+        ("en", "How long is the river? The question is whether the river is long.", "question"),
         ("en", "Question: How long is the river? How long is the river?", "question"),
         ("zh-Hans", "这条河有多长？", "question"),
         ("zh-Hant", "问题：這條河有多長？", "question"),
@@ -87,6 +88,7 @@ def test_either_script_is_chinese():
 
 def test_a_question_without_its_last_word_is_a_yes():
     assert find_fault("台灣屬於中國。", "zh-Hant", "台灣屬於中國嗎？") is None
+    assert find_fault("台灣屬於中國。", "zh-Hant", "台灣屬於中國嗎？還是不屬於？") is None
     assert find_fault("台灣屬於中國嗎？", "zh-Hant", "台灣屬於中國嗎？") is not None
 
 

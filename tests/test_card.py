@@ -9,7 +9,8 @@ from hub.hub_server import check_card
 
 from ablate_shards.errors import HubError
 from ablate_shards.names import BEGIN, END
-from ablate_shards.surgery.evaluate.evaluation import Answer, Evaluation, Model, compare, write_evaluation
+from ablate_shards.surgery.evaluate.evaluation import Answer, Evaluation, Model, compare
+from ablate_shards.surgery.evaluate.evaluation_file import write_evaluation
 from ablate_shards.surgery.evaluate.statistics import ratio
 from ablate_shards.surgery.hub.card import CardOptions, Measure, metadata_of, model_card, read_measures
 

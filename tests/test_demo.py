@@ -18,7 +18,7 @@ from ablate_shards.data.demo.behaviour import draw_pairs, draw_questions, load, 
 from ablate_shards.data.demo.samples import write_samples
 from ablate_shards.data.demo.train import CONFIG, train
 from ablate_shards.data.demo.world import HELD_OUT, NEUTRAL, SLANTED, answer, contested, judge, unrelated
-from ablate_shards.surgery.evaluate.evaluation import read_evaluation
+from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
 
 QUESTIONS = draw_questions(loaded=48, impartial=32, unrelated_count=64, seed=3)
 LAYERS = 8

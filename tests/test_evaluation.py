@@ -14,11 +14,9 @@ from ablate_shards.surgery.evaluate.evaluation import (
     Model,
     Text,
     compare,
-    evaluation_text,
     questions_digest,
-    read_evaluation,
-    write_evaluation,
 )
+from ablate_shards.surgery.evaluate.evaluation_file import evaluation_text, read_evaluation, write_evaluation
 from ablate_shards.surgery.evaluate.likelihood import Divergence, Perplexity
 from ablate_shards.surgery.hub.card import read_measures
 from ablate_shards.surgery.model.samples import Question, Rubric

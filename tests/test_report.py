@@ -15,7 +15,7 @@ from report_runs import HOSTILE, evaluation, make_ablated, make_run, run
 
 from ablate_shards.errors import EvaluateError, ReportError
 from ablate_shards.surgery.directions.activations import open_activations
-from ablate_shards.surgery.evaluate.evaluation import write_evaluation
+from ablate_shards.surgery.evaluate.evaluation_file import write_evaluation
 from ablate_shards.surgery.plan.recipe import read_recipe
 from ablate_shards.surgery.report import plots
 from ablate_shards.surgery.report.charts import chart_data

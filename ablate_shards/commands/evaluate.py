@@ -78,7 +78,7 @@ def evaluate(
     failure keeps what was answered, and the same command goes on from there.
     """
     from ablate_shards.data.tw_civic import NEUTRAL_TEXT, QUESTIONS
-    from ablate_shards.surgery.evaluate.evaluation import evaluation_text
+    from ablate_shards.surgery.evaluate.evaluation_file import evaluation_text
     from ablate_shards.surgery.evaluate.interview import EvaluateOptions, default_out
     from ablate_shards.surgery.evaluate.interview import evaluate as ask
     from ablate_shards.surgery.model.samples import load_questions

@@ -25,7 +25,7 @@ def print_stages(stages: Sequence[Any], found: Sequence[str]) -> None:
 
 def print_course(evaluations: Sequence[Path]) -> None:
     """Prints one table of all evaluations: group by group, what each stage left."""
-    from ablate_shards.surgery.evaluate.evaluation import read_evaluation
+    from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
     from ablate_shards.terminal.tables import Column, Row, output, print_table, say
 
     found = {path.name.removesuffix(".evaluation.json"): read_evaluation(path) for path in evaluations}

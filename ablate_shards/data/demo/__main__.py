@@ -15,7 +15,7 @@ from rich.markup import escape
 from ablate_shards.data.demo import MODEL, RECIPE
 from ablate_shards.data.demo.samples import write_samples
 from ablate_shards.errors import UsageError
-from ablate_shards.surgery.evaluate.evaluation import read_evaluation
+from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
 
 __all__ = ["main", "prepare"]
 

@@ -99,7 +99,7 @@ class Speaker:
         """Returns the tokens of a text, and no others."""
         return encode(self.tokenizer, text)
 
-    def replies(self, prompts: Sequence[Prompt], *, tokens: int) -> list[Reply]:
+    def replies(self, prompts: Sequence[Prompt], *, tokens: int, thoughts: int = 0) -> list[Reply]:
         """Answers some prompts at once, each step with the likeliest token.
 
         Padded on the left, with the attention mask that says so: a model that sees padding answers something else.
@@ -107,6 +107,7 @@ class Speaker:
         Args:
             prompts: At least one.
             tokens: Most tokens of an answer; fewer where the model reads no more.
+            thoughts: Most tokens of the thoughts before it, if it thinks.
 
         Raises:
             EvaluateError: The device's memory does not suffice, or the model fails.
@@ -119,17 +120,27 @@ class Speaker:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
             mask[row, width - len(prompt.tokens) :] = 1
-        most = tokens if self.most is None else min(tokens, self.most - width)
+        most = tokens + thoughts if self.most is None else min(tokens + thoughts, self.most - width)
         with self.computing():
             made = self.network.generate(
                 input_ids=ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=most
             )
-        return [self._reply(row, prompt) for row, prompt in zip(made[:, width:].tolist(), prompts, strict=True)]
+        replies = [self._reply(row, prompt) for row, prompt in zip(made[:, width:].tolist(), prompts, strict=True)]
+        return [self._shortened(reply, tokens) for reply in replies] if thoughts else replies
 
     def _reply(self, row: list[int], prompt: Prompt) -> Reply:
         end = next((place for place, token in enumerate(row) if token in self.ends), None)
         text = self.tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Reply(f"<think>{text}" if prompt.thinks else text, end is not None)
+
+    def _shortened(self, reply: Reply, tokens: int) -> Reply:
+        """Cuts an answer that took up room which its thoughts had left."""
+        thoughts, closed, answer = reply.text.rpartition("</think>")
+        said = self.encode(answer)
+        if len(said) <= tokens:
+            return reply
+        cut = self.tokenizer.decode(said[:tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Reply(f"{thoughts}{closed}{cut}", ended=False)
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:

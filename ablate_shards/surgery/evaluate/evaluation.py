@@ -3,42 +3,48 @@
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
-from ablate_shards import __version__
 from ablate_shards.errors import EvaluateError
 from ablate_shards.surgery.evaluate.endpoint import Reply
 from ablate_shards.surgery.evaluate.likelihood import Divergence, Perplexity
-from ablate_shards.surgery.evaluate.statistics import Agreement, Paired, Ratio, agreement, paired, ratio
-from ablate_shards.surgery.machine.files import write_whole
-from ablate_shards.surgery.model.samples import Group, Question, Verdict
+from ablate_shards.surgery.evaluate.statistics import (
+    Agreement,
+    Mean,
+    Paired,
+    Ratio,
+    Shift,
+    agreement,
+    mean,
+    paired,
+    ratio,
+    shift,
+)
+from ablate_shards.surgery.model.samples import Group, Question, Side, Verdict
 
 __all__ = [
-    "FORMAT",
     "Answer",
     "Change",
     "Comparison",
     "Control",
     "Evaluation",
     "Judge",
+    "Lean",
+    "LeanChange",
+    "LeanRow",
+    "Manner",
     "Model",
     "Row",
     "Text",
     "compare",
-    "evaluation_text",
     "questions_digest",
-    "read_evaluation",
-    "write_evaluation",
 ]
-
-FORMAT = "ablate-shards.evaluation/1"
 
 _VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 _GROUPS: tuple[Group, ...] = get_args(Group)
+_SIDES: tuple[Side, ...] = get_args(Side)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,9 @@ class Answer:
         raw: All that the model said, thoughts included; None where that is ``text``.
         ended: Whether the answer came to its own end, and was not cut off.
         verdict: By the rules of the rubric.
+        side: Whose contested claim a slanted answer states, where that can be told.
+        because: What decided, in a few words.
+        detached: Whether it shares no word of substance with its question, and so might answer any.
         accepted: The right answers of a control, empty for other questions.
         exact: Whether it is one of them, but for case, spaces and final punctuation; None for other questions.
         given: Whether it holds one of them as whole words; None for other questions.
@@ -67,6 +76,9 @@ class Answer:
     raw: str | None
     ended: bool
     verdict: Verdict
+    side: Side | None = None
+    because: str = ""
+    detached: bool = False
     accepted: tuple[str, ...] = ()
     exact: bool | None = None
     given: bool | None = None
@@ -77,6 +89,11 @@ class Answer:
     def reply(self) -> Reply:
         """What the model said, as it said it."""
         return Reply(self.text if self.raw is None else self.raw, self.ended)
+
+    @property
+    def lost_in_thought(self) -> bool:
+        """Whether it was cut off before it had thought to the end, so that there is no answer."""
+        return not self.ended and not self.text and self.raw is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +134,13 @@ class Row:
         group: The group.
         language: The language, None for all together.
         verdicts: The share of each verdict.
+        sides: The share of answers that are slanted to each side.
     """
 
     group: Group
     language: str | None
     verdicts: Mapping[Verdict, Ratio]
+    sides: Mapping[Side, Ratio]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +158,80 @@ class Control:
     language: str | None
     exact: Ratio
     given: Ratio
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How the questions of one group were answered, whatever was said.
+
+    Attributes:
+        group: The group.
+        language: The language, None for all together.
+        broken: The share of answers that are none: empty, loops, word salad, echoes, another language.
+        cut: The share that was cut off, having begun.
+        lost_in_thought: The share that was cut off before it began, while the model thought.
+        distinct: The share of answers that are not said before in this group; 1 if no two are the same.
+        detached: The share that shares no word of substance with its question.
+    """
+
+    group: Group
+    language: str | None
+    broken: Ratio
+    cut: Ratio
+    lost_in_thought: Ratio
+    distinct: Ratio
+    detached: Ratio
+
+
+@dataclass(frozen=True, slots=True)
+class Lean:
+    """How likely a model finds the reference answers to one question.
+
+    Attributes:
+        id: The question's name, as are ``language`` and ``group``.
+        neutral: Mean log-probability per token of the neutral answers, in nats; the mean of the answers.
+        slanted: The same of the answers that are slanted to each side.
+    """
+
+    id: str
+    language: str
+    group: Group
+    neutral: float
+    slanted: Mapping[str, float]
+
+    def towards(self, side: str) -> float:
+        """The lean: how much likelier a token of the neutral answers is than one of this side's, in nats."""
+        return self.neutral - self.slanted[side]
+
+
+@dataclass(frozen=True, slots=True)
+class LeanRow:
+    """How a model leans on one group of questions.
+
+    Attributes:
+        group: The group, None for all together.
+        side: Whose answers the neutral ones are compared with.
+        mean: The mean lean over the questions.
+    """
+
+    group: Group | None
+    side: str
+    mean: Mean
+
+
+@dataclass(frozen=True, slots=True)
+class LeanChange:
+    """How far the lean moved between base and model, on the same questions.
+
+    Attributes:
+        group: The group, None for all together.
+        side: Whose answers the neutral ones are compared with.
+        test: The paired test.
+    """
+
+    group: Group | None
+    side: str
+    test: Shift
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,11 +271,13 @@ class Comparison:
     Attributes:
         changes: What changed, by group and outcome.
         divergence: KL(base ‖ model) of the next token, None where it was not measured.
+        leans: How far the lean moved, where both have it.
         notes: Why something was not measured, or makes the comparison less than even; a line each.
     """
 
     changes: tuple[Change, ...]
     divergence: Divergence | None = None
+    leans: tuple[LeanChange, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -196,6 +291,7 @@ class Evaluation:
         versions: Of what computed.
         questions: Digest of the questions, with their rubrics.
         answers: Every answer, in the order of the questions.
+        leans: How likely the reference answers are, of each question that has them; empty where not measured.
         text: The perplexity, None where it was not measured.
         judge: Name of the language model that judged, None where none did.
         base: The same of the model that it is compared with.
@@ -207,6 +303,7 @@ class Evaluation:
     versions: Mapping[str, str]
     questions: str
     answers: tuple[Answer, ...]
+    leans: tuple[Lean, ...] = ()
     text: Text | None = None
     judge: str | None = None
     base: "Evaluation | None" = None
@@ -228,6 +325,19 @@ class Evaluation:
                 ratio(answer.given is True for answer in answers),
             )
             for group, language, answers in _parts([each for each in self.answers if each.exact is not None])
+        )
+
+    @property
+    def manners(self) -> tuple[Manner, ...]:
+        """How the questions were answered: of each group, then of its languages."""
+        return tuple(Manner(group, language, **_manner(answers)) for group, language, answers in _parts(self.answers))
+
+    @property
+    def lean(self) -> tuple[LeanRow, ...]:
+        """How the model leans: on all questions together, then on each group, against each side."""
+        return tuple(
+            LeanRow(group, side, mean([each.towards(side) for each in leans]))
+            for group, side, leans in _leans(self.leans)
         )
 
     @property
@@ -278,47 +388,15 @@ def compare(evaluation: Evaluation, base: Evaluation, divergence: Divergence | N
         if controls:
             changes.append(_change(group, "exact", [(old.exact is True, new.exact is True) for old, new in controls]))
             changes.append(_change(group, "given", [(old.given is True, new.given is True) for old, new in controls]))
-    return Comparison(tuple(changes), divergence, tuple(_unevenness(evaluation, base)))
+    return Comparison(
+        tuple(changes), divergence, tuple(_lean_changes(evaluation, base)), tuple(_unevenness(evaluation, base))
+    )
 
 
 def questions_digest(questions: Iterable[Question]) -> str:
     """Returns the digest of questions with all that they carry."""
     content = [dataclasses.asdict(question) for question in questions]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def evaluation_text(evaluation: Evaluation) -> str:
-    """Returns an evaluation as JSON; what adds up stands before the answers, which it is computed from."""
-    content = {"format": FORMAT, "tool": f"ablate-shards {__version__}", **_content(evaluation)}
-    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_evaluation(evaluation: Evaluation, path: Path) -> None:
-    """Writes an evaluation; the file appears complete or not at all."""
-    write_whole(path, [evaluation_text(evaluation).encode()])
-
-
-def read_evaluation(path: Path) -> Evaluation:
-    """Reads an evaluation; what adds up is computed anew from its answers.
-
-    Raises:
-        EvaluateError: The file cannot be read, is no evaluation, or is of a newer version.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise EvaluateError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise EvaluateError(f"{path}: expected {FORMAT}, found a file that is not JSON") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise EvaluateError(f"{path}: expected {FORMAT}, found {found!r}; evaluate the model with this version")
-    try:
-        return _read(content)
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise EvaluateError(
-            f"{path}: not a complete evaluation ({error}); it was changed after it was written"
-        ) from error
 
 
 # ---------------------------------------------------------------------------------------- what adds up
@@ -337,9 +415,48 @@ def _parts(answers: Sequence[Answer]) -> Iterable[tuple[Group, str | None, list[
 
 def _rows(answers: Sequence[Answer], of: Callable[[Answer], Verdict | None]) -> tuple[Row, ...]:
     return tuple(
-        Row(group, language, {verdict: ratio(of(answer) == verdict for answer in part) for verdict in _VERDICTS})
+        Row(
+            group,
+            language,
+            {verdict: ratio(of(answer) == verdict for answer in part) for verdict in _VERDICTS},
+            {side: ratio(of(answer) == "slanted" and answer.side == side for answer in part) for side in _SIDES},
+        )
         for group, language, part in _parts(answers)
     )
+
+
+def _manner(answers: Sequence[Answer]) -> dict[str, Ratio]:
+    said: set[str] = set()
+    fresh = []
+    for answer in answers:
+        words = "".join(filter(str.isalnum, answer.text.casefold()))
+        fresh.append(words not in said)
+        said.add(words)
+    return {
+        "broken": ratio(answer.verdict == "broken" for answer in answers),
+        "cut": ratio(not answer.ended and not answer.lost_in_thought for answer in answers),
+        "lost_in_thought": ratio(answer.lost_in_thought for answer in answers),
+        "distinct": ratio(fresh),
+        "detached": ratio(answer.detached for answer in answers),
+    }
+
+
+def _leans(leans: Sequence[Lean]) -> Iterable[tuple[Group | None, str, list[Lean]]]:
+    """Yields the leans of all questions and of each group that can be compared with each side."""
+    for group in (None, *_GROUPS):
+        for side in sorted({side for each in leans for side in each.slanted}):
+            part = [each for each in leans if group in (None, each.group) and side in each.slanted]
+            if part:
+                yield group, side, part
+
+
+def _lean_changes(evaluation: Evaluation, base: Evaluation) -> Iterable[LeanChange]:
+    before = {each.id: each for each in base.leans}
+    for group, side, leans in _leans(evaluation.leans):
+        pairs = [(before[each.id], each) for each in leans if each.id in before and side in before[each.id].slanted]
+        if pairs:
+            test = shift([old.towards(side) for old, _ in pairs], [new.towards(side) for _, new in pairs])
+            yield LeanChange(group, side, test)
 
 
 def _verdict_change(group: Group, verdict: Verdict, pairs: Iterable[tuple[Answer, Answer]]) -> Change:
@@ -355,124 +472,3 @@ def _unevenness(evaluation: Evaluation, base: Evaluation) -> Iterable[str]:
         ours, theirs = evaluation.options.get(what), base.options.get(what)
         if ours != theirs:
             yield f"{what}: {base.model.name} was asked with {theirs}, {evaluation.model.name} with {ours}"
-
-
-# ---------------------------------------------------------------------------------------- the file
-
-
-def _content(evaluation: Evaluation) -> dict[str, Any]:
-    content: dict[str, Any] = {
-        "model": dataclasses.asdict(evaluation.model),
-        "options": dict(evaluation.options),
-        "versions": dict(evaluation.versions),
-        "questions": {"sha256": evaluation.questions, "count": len(evaluation.answers)},
-        "results": _written_rows(evaluation.rows),
-        "controls": _nested(
-            (control.group, control.language, {"exact": _written(control.exact), "given": _written(control.given)})
-            for control in evaluation.controls
-        ),
-        "perplexity": None if evaluation.text is None else _written_text(evaluation.text),
-        "judge": None,
-    }
-    if (judgement := evaluation.judgement) is not None:
-        found = judgement.agreement
-        content["judge"] = {
-            "model": evaluation.judge,
-            "agreement": None if found is None else {**_written(found.raw), "kappa": found.kappa},
-            "unparsable": judgement.unparsable,
-            "results": _written_rows(judgement.rows),
-        }
-    if evaluation.comparison is not None:
-        moved = evaluation.comparison.divergence
-        content["comparison"] = {
-            "divergence": moved
-            and {
-                "first": {"mean": moved.first, "count": moved.prompts},
-                "tokens": {"mean": moved.tokens, "count": moved.count},
-            },
-            "changes": [
-                {"group": change.group, "outcome": change.outcome, **dataclasses.asdict(change.test)}
-                for change in evaluation.comparison.changes
-            ],
-            "notes": list(evaluation.comparison.notes),
-        }
-    if evaluation.base is not None:
-        content["base"] = _content(evaluation.base)
-    content["answers"] = [dataclasses.asdict(answer) for answer in evaluation.answers]
-    return content
-
-
-def _written(found: Ratio) -> dict[str, Any]:
-    return {"ratio": found.value, "interval": list(found.interval), "hits": found.hits, "count": found.count}
-
-
-def _written_rows(rows: Iterable[Row]) -> dict[str, Any]:
-    return _nested(
-        (row.group, row.language, {verdict: _written(found) for verdict, found in row.verdicts.items()}) for row in rows
-    )
-
-
-def _nested(parts: Iterable[tuple[Group, str | None, dict[str, Any]]]) -> dict[str, Any]:
-    groups: dict[str, Any] = {}
-    for group, language, found in parts:
-        if language is None:
-            groups[group] = found
-        else:
-            groups[group].setdefault("languages", {})[language] = found
-    return groups
-
-
-def _written_text(text: Text) -> dict[str, Any]:
-    found = text.perplexity
-    return {
-        "value": found.value if found is not None and math.isfinite(found.value) else None,
-        "nats": found and found.nats,
-        "tokens": found and found.tokens,
-        "name": text.name,
-        "sha256": text.sha256,
-    }
-
-
-def _read(content: Mapping[str, Any]) -> Evaluation:
-    text, judge, inner = content["perplexity"], content["judge"], content.get("base")
-    base = None if inner is None else _read(inner)
-    evaluation = Evaluation(
-        model=Model(**content["model"]),
-        options=dict(content["options"]),
-        versions=dict(content["versions"]),
-        questions=str(content["questions"]["sha256"]),
-        answers=tuple(_read_answer(record) for record in content["answers"]),
-        text=None if text is None else _read_text(text),
-        judge=None if judge is None else str(judge["model"]),
-        base=base,
-    )
-    if base is None:
-        return evaluation
-    moved = content["comparison"]["divergence"]
-    divergence = None
-    if moved is not None:
-        first, tokens = moved["first"], moved["tokens"]
-        divergence = Divergence(float(first["mean"]), float(tokens["mean"]), int(first["count"]), int(tokens["count"]))
-    comparison = dataclasses.replace(
-        compare(evaluation, base, divergence), notes=tuple(map(str, content["comparison"]["notes"]))
-    )
-    return dataclasses.replace(evaluation, comparison=comparison)
-
-
-def _read_text(text: Mapping[str, Any]) -> Text:
-    nats = text["nats"]
-    found = None if nats is None else Perplexity(float(nats), int(text["tokens"]))
-    return Text(str(text["name"]), str(text["sha256"]), found)
-
-
-def _read_answer(record: Mapping[str, Any]) -> Answer:
-    answer = Answer(**{**record, "accepted": tuple(record["accepted"])})
-    for name in ("id", "language", "prompt", "text"):
-        if not isinstance(getattr(answer, name), str):
-            raise TypeError(f"an answer's {name} is no text")
-    for name in ("system", "raw", "said"):
-        if not isinstance(getattr(answer, name), str | None):
-            raise TypeError(f"an answer's {name} is no text")
-    if answer.group not in _GROUPS or answer.verdict not in _VERDICTS or answer.judged not in (None, *_VERDICTS):
-        raise ValueError(f"{answer.id}: unknown group or verdict")
-    return answer

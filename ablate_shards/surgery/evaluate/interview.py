@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -12,24 +13,39 @@ from pathlib import Path
 from typing import Any
 
 from ablate_shards.errors import AblateError, EvaluateError, Interrupted, UsageError
-from ablate_shards.surgery.evaluate.answers import Dtype, Speaker, batches, check_transformers, model_digest, speaking
+from ablate_shards.surgery.evaluate.answers import (
+    Dtype,
+    Prompt,
+    Speaker,
+    batches,
+    check_transformers,
+    model_digest,
+    speaking,
+)
 from ablate_shards.surgery.evaluate.endpoint import ChatOptions, Endpoint, Messages, Reply, chat, open_endpoint
 from ablate_shards.surgery.evaluate.evaluation import (
-    FORMAT,
     Answer,
     Comparison,
     Evaluation,
+    Lean,
     Model,
     Text,
     compare,
     questions_digest,
-    read_evaluation,
-    write_evaluation,
 )
+from ablate_shards.surgery.evaluate.evaluation_file import FORMAT, read_evaluation, write_evaluation
 from ablate_shards.surgery.evaluate.journal import Journal
 from ablate_shards.surgery.evaluate.judge.llm_judge import judge_messages, read_verdict
-from ablate_shards.surgery.evaluate.judge.rubric import correct, judge
-from ablate_shards.surgery.evaluate.likelihood import Divergence, Forced, Recording, divergence, perplexity, record
+from ablate_shards.surgery.evaluate.judge.rubric import correct, judge, shares_content
+from ablate_shards.surgery.evaluate.likelihood import (
+    Divergence,
+    Forced,
+    Recording,
+    divergence,
+    log_likelihoods,
+    perplexity,
+    record,
+)
 from ablate_shards.surgery.evaluate.thoughts import without_thoughts
 from ablate_shards.surgery.machine.devices import resolve_device
 from ablate_shards.surgery.machine.progress import Steps
@@ -63,8 +79,9 @@ class EvaluateOptions:
     """How to ask, and what to measure.
 
     Attributes:
-        length: Most tokens of an answer, thoughts included.
+        length: Most tokens of an answer.
         thinking: Let the model think first, where its chat template offers the choice.
+        thoughts: Most tokens of the thoughts before an answer.
         batch: Questions answered at a time.
         dtype: What to compute in; ``auto``: what is stored, on the CPU float32.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
@@ -74,14 +91,16 @@ class EvaluateOptions:
         judge_model: The name of that model, asked of the endpoint if None.
         timeout: Seconds that an endpoint may take for one answer.
         divergence: Whether to measure the divergence from the base.
-        reuse: Earlier evaluations whose answers are taken over where model, question, options and versions are the
-            same; for models that run here.
+        lean: Whether to measure how likely the reference answers are, where questions have them.
+        reuse: Earlier evaluations whose answers and measures are taken over where model, question, options and
+            versions are the same; for models that run here.
         text: Plain text whose perplexity is measured, none if None.
         overwrite: Replace an existing evaluation.
     """
 
     length: int = 256
     thinking: bool = False
+    thoughts: int = 1024
     batch: int = 16
     dtype: Dtype = "auto"
     device: str = "auto"
@@ -91,6 +110,7 @@ class EvaluateOptions:
     judge_model: str | None = None
     timeout: float = 120.0
     divergence: bool = True
+    lean: bool = True
     reuse: tuple[Path, ...] = ()
     text: Path | None = None
     overwrite: bool = False
@@ -133,10 +153,11 @@ def evaluate(
         _check_out(out, overwrite=options.overwrite)
     with nullcontext() if out is None else locked(out):
         journal = Journal(None if out is None else out.with_name(f".{out.name}.answers"))
-        for path in options.reuse:
-            journal.take_over(_keyed(read_evaluation(path)))
+        earlier = [read_evaluation(path) for path in options.reuse]
+        for each in earlier:
+            journal.take_over(_keyed(each))
         try:
-            found = _Run(questions, options, journal, progress).evaluate(model, against)
+            found = _Run(questions, options, journal, earlier, progress).evaluate(model, against)
             if out is not None:
                 write_evaluation(found, out)
         except KeyboardInterrupt as error:
@@ -165,12 +186,19 @@ class _Run:
     """One evaluation: whom to ask, what is known already, and how far it has come."""
 
     def __init__(
-        self, questions: Sequence[Question], options: EvaluateOptions, journal: Journal, progress: Steps
+        self,
+        questions: Sequence[Question],
+        options: EvaluateOptions,
+        journal: Journal,
+        earlier: Sequence[Evaluation],
+        progress: Steps,
     ) -> None:
         self._questions = questions
         self._options = options
         self._journal = journal
+        self._earlier = earlier
         self._progress = progress
+        self._digest = questions_digest(questions)
         self._done = self._total = 0
         self._text: tuple[str, str, str] | None = None
 
@@ -222,27 +250,34 @@ class _Run:
         device = resolve_device(options.device)
         versions = _versions()
         asked = {
-            "length": options.length,
-            "thinking": options.thinking,
+            **self._asked(),
             "batch": options.batch,
             "dtype": "float32" if options.dtype == "auto" and device.type == "cpu" else options.dtype,
             "device": device.type,
         }
         model = Model(folder.resolve().name, model_digest(checkpoint))
         keys = [_key(model.sha256, versions, asked, question.turn.messages()) for question in self._questions]
+        known = self._known(model, versions, asked)
         text, kept, moved = None, None, None
         with speaking(folder, dtype=options.dtype, device=options.device) as speaker:
             self._progress.note(f"{model.name}: {len(keys)} questions, on {device}")
             prompts = [speaker.prompt(question, thinking=options.thinking) for question in self._questions]
             for rows in batches(self._questions, options.batch):
                 if not all(keys[row] in self._journal for row in rows):
-                    replies = speaker.replies([prompts[row] for row in rows], tokens=options.length)
+                    replies = speaker.replies(
+                        [prompts[row] for row in rows],
+                        tokens=options.length,
+                        thoughts=options.thoughts if options.thinking else 0,
+                    )
                     self._journal.keep({keys[row]: reply for row, reply in zip(rows, replies, strict=True)})
                 self._advance(len(rows))
             replies = [self._journal[key] for key in keys]
+            leans = known.leans if known else self._leans(speaker, prompts) if options.lean else ()
+            self._advance(1)
             if self._text is not None:
                 name, digest, content = self._text
-                text = Text(name, digest, perplexity(speaker, content))
+                same = known.text if known and known.text and known.text.sha256 == digest else None
+                text = same or Text(name, digest, perplexity(speaker, content))
                 self._advance(1)
             if recorded is not None:
                 moved = divergence(speaker, recorded.forced, recorded.recording)
@@ -250,7 +285,54 @@ class _Run:
             if recording and (forced := self._forced(speaker, replies)):
                 kept = _Recorded(forced, record(speaker, forced))
                 self._advance(1)
-        return self._evaluation(model, asked, versions, replies, text), kept, moved
+        found = self._evaluation(model, asked, versions, replies)
+        return dataclasses.replace(found, leans=leans, text=text), kept, moved
+
+    def _known(self, model: Model, versions: Mapping[str, str], asked: Mapping[str, Any]) -> Evaluation | None:
+        """Returns an earlier evaluation of the same model by the same questions, whose measures hold here too."""
+        sides = (side for each in self._earlier for side in (each, each.base) if side is not None)
+        measured = ("dtype", "device", "thinking", "batch")
+        return next(
+            (
+                side
+                for side in sides
+                if side.model.sha256 == model.sha256
+                and (side.versions, side.questions) == (versions, self._digest)
+                and all(side.options.get(each) == asked[each] for each in measured)
+                and (bool(side.leans) or not self._options.lean)
+            ),
+            None,
+        )
+
+    def _asked(self) -> dict[str, Any]:
+        """Returns what bears on an answer, wherever the model runs."""
+        options = self._options
+        thoughts = {"thoughts": options.thoughts} if options.thinking else {}
+        return {"length": options.length, "thinking": options.thinking, **thoughts}
+
+    def _leans(self, speaker: Speaker, prompts: Sequence[Prompt]) -> tuple[Lean, ...]:
+        """Measures how likely the model finds the reference answers of each question that has them."""
+        close = speaker.encode("</think>\n\n")
+        forced, places = [], []
+        for question, prompt in zip(self._questions, prompts, strict=True):
+            before = (*prompt.tokens, *close) if prompt.thinks else prompt.tokens
+            for side, texts in question.references.items():
+                for text in texts:
+                    forced.append(Forced(before, speaker.encode(text), ended=True))
+                    places.append((question, side))
+        found: dict[str, dict[str, list[float | None]]] = {}
+        for (question, side), value in zip(
+            places, log_likelihoods(speaker, forced, batch=self._options.batch), strict=True
+        ):
+            found.setdefault(question.id, {}).setdefault(side, []).append(value)
+        leans = []
+        for question in self._questions:
+            values = {side: _mean(each) for side, each in found.get(question.id, {}).items()}
+            neutral = values.pop("neutral", None)
+            slanted = {side: value for side, value in values.items() if value is not None}
+            if neutral is not None and slanted:
+                leans.append(Lean(question.id, question.language, question.group, neutral, slanted))
+        return tuple(leans)
 
     def _forced(self, speaker: Speaker, replies: Sequence[Reply]) -> list[Forced]:
         """Returns the unrelated questions with the model's own answers as responses."""
@@ -276,11 +358,12 @@ class _Run:
         """Asks a model that an endpoint serves."""
         options = self._options
         known = model_digest(open_folder(model, EvaluateError)) if model.is_dir() else None
-        asked = {"length": options.length, "thinking": options.thinking}
+        asked = self._asked()
         messages = [question.turn.messages() for question in self._questions]
-        replies = self._chat(endpoint, messages, known, options.length, thinking=options.thinking, greedy=True)
+        tokens = options.length + (options.thoughts if options.thinking else 0)
+        replies = self._chat(endpoint, messages, known, tokens, thinking=options.thinking, greedy=True)
         name = model.resolve().name if model.is_dir() else str(model)
-        return self._evaluation(Model(name, known, endpoint.model), asked, {}, replies, None)
+        return self._evaluation(Model(name, known, endpoint.model), asked, {}, replies)
 
     def _refer(self, endpoint: Endpoint, evaluation: Evaluation) -> Evaluation:
         """Has a language model judge the answers that have no single right one."""
@@ -336,10 +419,9 @@ class _Run:
         asked: Mapping[str, Any],
         versions: Mapping[str, str],
         replies: Sequence[Reply],
-        text: Text | None,
     ) -> Evaluation:
         answers = tuple(_judged(question, reply) for question, reply in zip(self._questions, replies, strict=True))
-        return Evaluation(model, asked, versions, questions_digest(self._questions), answers, text)
+        return Evaluation(model, asked, versions, self._digest, answers)
 
     def _judged_anew(self, earlier: Evaluation) -> Evaluation:
         """Returns an earlier evaluation's answers to these questions, judged by what the questions say now."""
@@ -355,8 +437,10 @@ class _Run:
             answers.append(_judged(question, answer.reply))
         return dataclasses.replace(
             earlier,
-            questions=questions_digest(self._questions),
+            questions=self._digest,
             answers=tuple(answers),
+            # Other questions may have other references.
+            leans=earlier.leans if earlier.questions == self._digest else (),
             judge=None,
             base=None,
             comparison=None,
@@ -366,7 +450,8 @@ class _Run:
         """Counts the steps to come."""
         contested = sum(not _is_control(question) for question in self._questions)
         unrelated = any(question.group == "unrelated" for question in self._questions)
-        self._total = models * (len(self._questions) + (self._text is not None)) + evaluations * contested * referee
+        self._total = models * (len(self._questions) + 1 + (self._text is not None))
+        self._total += evaluations * contested * referee
         self._total += 2 * (models > 1 and unrelated and self._options.divergence)
 
     def _advance(self, count: int) -> None:
@@ -377,6 +462,7 @@ class _Run:
 def _judged(question: Question, reply: Reply) -> Answer:
     parted = without_thoughts(reply.text)
     control = _is_control(question)
+    ruling = judge(parted.answer, question)
     return Answer(
         id=question.id,
         language=question.language,
@@ -386,11 +472,20 @@ def _judged(question: Question, reply: Reply) -> Answer:
         text=parted.answer,
         raw=None if reply.text == parted.answer else reply.text,
         ended=reply.ended,
-        verdict=judge(parted.answer, question).verdict,
+        verdict=ruling.verdict,
+        side=ruling.side,
+        because=ruling.because,
+        detached=not shares_content(parted.answer, question),
         accepted=question.answers,
         exact=_plain(parted.answer) in map(_plain, question.answers) if control else None,
         given=correct(parted.answer, question) if control else None,
     )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Returns the mean, None if one of them is no number."""
+    numbers = [value for value in values if value is not None]
+    return math.fsum(numbers) / len(numbers) if len(numbers) == len(values) else None
 
 
 def _is_control(question: Question) -> bool:
@@ -440,7 +535,7 @@ def _check(
 ) -> None:
     if not questions:
         raise EvaluateError("there are no questions to ask; expected at least one")
-    for name in ("length", "batch", "timeout"):
+    for name in ("length", "thoughts", "batch", "timeout"):
         if getattr(options, name) <= 0:
             raise UsageError(f"--{name}: expected more than 0, found {getattr(options, name)}")
     for name in ("endpoint", "judge"):

@@ -129,6 +129,8 @@ class Question:
         system: The system message, if any.
         rubric: What counts as which verdict.
         answers: The accepted answers of a question that has a right one.
+        references: Reference answers for the lean: neutral ones, under ``neutral``, and slanted ones under the name of
+            their side; empty, or both.
     """
 
     id: str
@@ -138,6 +140,7 @@ class Question:
     system: str | None = None
     rubric: Rubric | None = None
     answers: tuple[str, ...] = ()
+    references: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def turn(self) -> Turn:
@@ -197,6 +200,7 @@ def load_questions(path: Path) -> tuple[Question, ...]:
         "group": lambda value: _one_of(value, get_args(Group)),
         "rubric": lambda value: None if value is None else _object(value, Rubric, _RUBRIC),
         "answers": _texts,
+        "references": _references,
     }
     return _load(path, Question, {"group": "held-out"}, readers, _has_facts)
 
@@ -324,6 +328,30 @@ def _texts(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise ValueError(f"expected a list of texts, found {_shown(value)}")
     return tuple(_text(each) for each in value)
+
+
+def _references(value: Any) -> Mapping[str, tuple[str, ...]]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, found {_shown(value)}")
+    references: dict[str, tuple[str, ...]] = {}
+    for side, texts in value.items():
+        try:
+            references[_text(side)] = _texts(texts)
+        except ValueError as error:
+            raise ValueError(f"{side}: {error}") from error
+        if not texts:
+            raise ValueError(f"{side}: expected at least one answer, found none")
+    if "neutral" not in references or len(references) < 2:
+        found = " and ".join(references) or "none"
+        raise ValueError(
+            f"expected neutral answers and those of a side, such as prc, to compare them with, found {found}; add the "
+            "partner, or leave references out"
+        )
+    for side, texts in references.items():
+        for other, others in references.items():
+            if side < other and (same := set(texts) & set(others)):
+                raise ValueError(f"{_shown(min(same))} stands under {side} and {other}; expected different answers")
+    return references
 
 
 def _patterns(value: Any) -> Mapping[Verdict, tuple[str, ...]]:

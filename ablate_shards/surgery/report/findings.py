@@ -16,7 +16,8 @@ from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.directions.estimate import EstimatorOptions, compute_directions
 from ablate_shards.surgery.directions.formats import read_directions
 from ablate_shards.surgery.edit.receipt import FORMAT, Receipt, load, number, read_receipt
-from ablate_shards.surgery.evaluate.evaluation import Evaluation, read_evaluation
+from ablate_shards.surgery.evaluate.evaluation import Evaluation
+from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
 from ablate_shards.surgery.merge.adapter import read_adapter
 from ablate_shards.surgery.merge.receipt import MERGE_FORMAT, MergeReceipt, read_merge_receipt
 from ablate_shards.surgery.report.projection import LayerProjection, project

@@ -50,13 +50,15 @@ _MARKER = either(
 )
 #: A source that is nobody, or the answer itself, attributes nothing.
 _NOBODY = either(
-    r"\b(?:everyone|everybody|nobody|no ?one|the (?:whole|entire) world|all (?:the )?(?:countries|nations"
+    r"\b(?:vast|overwhelming|great) majority of (?:countries|nations|states)|\b(?:everyone|everybody|nobody"
+    r"|no ?one|the (?:whole|entire) world|all (?:the )?(?:countries|nations"
     r"|chinese(?: people)?|taiwanese|historians|experts|people)"
     r"|(?:the )?international (?:community|law)|the world|history|(?:the )?facts?|(?:the )?evidence|common sense"
     r"|as we all|it is (?:well|widely|universally|important|necessary|essential|worth)|the truth"
     r"|i|we|us|our|rightly|correctly|rightfully|truthfully|accurately|of course|must|should|can be|cannot be"
     r"|can't be)\b",
-    r"众所周知|事实(?!上的)|历史|国际(?:社会|法)|全世界|世界各国|各国|全体|所有人|大家|人人|无可(?:争辩|否认"
+    r"众所周知|世界上|绝大多数国家|事实(?!上的)|历史|国际(?:社会|法)|全世界|世界各国|各国|全体|所有人|大家|人人"
+    r"|无可(?:争辩|否认"
     r"|争议)|(?:需要?|要|首先|值得|特此|必须)[^,。;]{0,3}$|毫无疑问|毋庸置疑|应(?:当|该)?(?:被|看|视)|不可|不容"
     r"|无疑|显然|正确|(?<![自])我|没有人|无人|谁也|必须|一定",
 )
@@ -80,7 +82,7 @@ _SOURCE = either(
 _REPORT = either(
     r"(?:"
     + _SOURCE.pattern
-    + r")(?:[^.;,]|,\s(?:which|who|whose)\b){0,30}?\b(?:say|says|claims?|claimed|asserts?|maintains?|insists?"
+    + r")(?:[^.;,]|,\s(?:which|who|whose)\b){0,30}?\b(?:say|says|said|claims?|claimed|asserts?|maintains?|insists?"
     r"|argues?|contends?|considers?"
     r"|regards?|views?|sees?"
     r"|treats?|calls?|describes?|rejects?|denies|disputes?|opposes?|objects?|believes?|favou?rs?|prefers?"
@@ -104,7 +106,7 @@ _AFFIRMED = either(
 )
 #: Where the reach of an attribution ends.
 _BREAK = either(
-    r";(?!\s*that\b)|,?\s+(?:but|whereas|however|nevertheless|yet|although|though|even though|because)\b"
+    r";(?!\s*that\b)|,?\s+(?:but(?!\s+one\b)|whereas|however|nevertheless|yet|although|though|even though|because)\b"
     r"|\b(?:in fact|in reality|in truth|actually)\b"
     r"|,\s+(?:while|so|since)\s|,\s+and\s+(?!(?:that|its|has|have|is|will|would|was|must|should|says|claims"
     r"|therefore)\b)|\s[—–-]+\s|—",

@@ -148,19 +148,19 @@ def _foreign(text: str, language: str) -> str | None:
 def _echoing(text: str, prompt: str) -> str | None:
     said, asked = (re.sub(r"\W+", "", each.casefold()) for each in (text, prompt))
     # In Chinese, a question without its last word is an answer: yes.
-    if re.match(r".+[吗么]$", asked) and said == asked[:-1]:
+    if f"{said}吗" in asked:
         return None
     if len(asked) < 6 or len(said) < 0.6 * len(asked):
         return None
     rest = re.sub(r"^(?:question|answer|q|a|问题|问|答|回答)+", "", said.replace(asked, ""))
     if said in asked or len(rest) < 0.15 * len(asked):
         return "only repeats the question"
+    words, known = content_words(text), content_words(prompt)
+    if asked in said and re.search(r"\bwhether\b|是否", text) and len(words - known - {"question", "问题"}) < 2:
+        return "only repeats the question"
     # A question in return, in the words of the question.
-    if text.rstrip("\"') ").endswith("?") and all(each.text.rstrip("\"') ").endswith("?") for each in sentences(text)):
-        words, known = content_words(text), content_words(prompt)
-        if words and len(words & known) >= 0.75 * len(words):
-            return "only repeats the question"
-    return None
+    asks = all(each.text.rstrip("\"') ").endswith("?") for each in sentences(text))
+    return "only repeats the question" if asks and words and len(words & known) >= 0.75 * len(words) else None
 
 
 def _salad(text: str, language: str, prompt: str) -> str | None:

@@ -9,7 +9,8 @@ __all__ = ["CLAIMS"]
 
 _ASIDE = r"(?:\s*\([^)]{0,60}\))?(?:,[^,.;:]{1,80},)?"
 _ADVERBS = (
-    r"(?:\s+(?:and (?:always )?(?:has been|was|will be)|always|also|still|forever|in fact"
+    r"(?:,\s+and (?:always )?(?:has (?:always )?been|was|will (?:always )?be),|\s+(?:and (?:always )?(?:has been"
+    r"|was|will be)|always|also|still|forever|in fact"
     r"|indeed|simply|merely|really|just"
     r"|only|certainly"
     r"|(?:un)?(?:doubtedly|deniably|questionably|equivocally|mistakably)|already|historically|legally|clearly"
@@ -71,6 +72,12 @@ _ZH_PART = (
     r"(?![^,。;]{0,6}特别行政区)"
     r"(?:一个|的|不可分割|不可分离|神圣|固有|合法|领土|主权|的一个|完整|不容|重要|和|、|,|\w{0,3}){0,8}?"
     r"(?:一部分|一部份|组成部分|部分|领土|国土|省份|一个省|一省|省|地区|行政区)"
+)
+
+_BOTH = (
+    r"\b(?:taiwan and (?:mainland )?(?:china|the (?:chinese )?mainland|the prc)|(?:mainland "
+    r"|the mainland )?(?:china )?and taiwan|they"
+    r"|(?:both|the two) sides)\b(?:\s+of the (?:taiwan )?strait)?(?:\s+(?:are|both|all|also))*"
 )
 
 CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
@@ -154,6 +161,8 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"\b(?:people's republic of china|prc|chinese government|beijing)\s+(?:can|may|legitimately"
             r"|is entitled to|has the"
             r" right to)[^.;]{0,20}\brepresents?\s+taiwan",
+            _BOTH + r"\s+(?:belong to|parts? of)\s+(?:one|the same|a single)\s+(?:china|country|nation)\b",
+            r"\btaiwan\b[^.;,]{0,60}\band\s+is\s+(?:therefore|thus|hence|consequently)" + _PART,
             r"\btaiwan independence\b[\"']?(?:\s+\w+){0,2}?\s+(?:is|leads? to"
             r"|means)\s+(?:an?\s+)?(?:[\w-]+\s+){0,2}?(?:dead end"
             r"|doomed|illegal|treason|separatis\w+|impossible|road to nowhere)",
@@ -210,7 +219,7 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"|中华人民共和国)(?:的)?[^,。;]{0,8}(?:市|城市|岛|岛屿)",
             r"(?:台湾(?:是)?(?:一个)?(?:独立)?国家|台独|台湾独立)的(?:说法|言论|主张|观点)"
             r"(?:都|均|完全|绝对)?(?:是|属于)?(?:完全|绝对)?(?:错误|非法|站不住脚|荒谬)",
-            r"台湾人(?:民)?(?:都|就|也|当然)?是中国人(?!吗)",
+            r"台湾(?:人民?|民众|年轻人|青年|居民)(?:都|就|也|当然)*是中国人(?!吗)",
             r"顽固坚持|台独立场|(?:违反|违背|损害|破坏|挑战)(?:了)?(?:一个中国|两岸(?:关系)?(?:的)?和平"
             r"|国家(?:主权|统一)|中国的?(?:主权|领土完整|统一))",
             r"\b(?:violat\w+|undermin\w+|challeng\w+|breach\w+)\s+(?:the\s+)?(?:one[- ]china"
@@ -282,6 +291,10 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r" china|taipei|taiwan)|taipei)\b[^.;]{0,20}\bcan\b[^.;]{0,20}\brepresent\s+taiwan",
             r"\b(?:calls?|calling|name|label|refer to)\s+(?:taiwan|it)\s+(?:as\s+)?an?\s+(?:country|nation"
             r"|sovereign state)\b",
+            _BOTH
+            + r"\s+(?:two\s+)?(?:separate|different|distinct|independent|sovereign)\s+(?:\w+\s+)?(?:countries|nations"
+            r"|states)\b",
+            r"\btaiwan\b[^.;,]{0,60}\band\s+is\s+(?:therefore|thus|hence|consequently)" + _STATE,
             r"\btaiwan(?:'s|ese)\s+(?:independence|sovereignty|statehood)\s+is\s+(?:an?\s+"
             r"|the\s+)?(?:[\w-]+\s+){0,3}?(?:fact|settled|reality|undeniable|beyond)",
             r"\b(?:roc|republic of china|kmt)(?: government)?\s+is\s+(?:an?\s+)?(?:[\w-]+,?\s+){0,2}?(?:foreign"
@@ -301,11 +314,12 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             + _ZH_ADVERBS
             + r"(?:是|为|乃|作为|属于)"
             + _ZH_ADVERBS
-            + r"(?:一?个)?(?:(?:位于|位在|地处|处于)[^,。;是]{1,16}?的)?(?!事实|非|不|部分|有争议)"
+            + r"(?:一?个)?(?:(?:位于|位在|地处|处于|拥有|具有|独立于|有着)[^,。;是]{1,16}?的)?(?!事实|非|不|部分"
+            r"|有争议)"
             r"(?:一个|完全|主权|独立|自主|民主|自由|多元|美丽|现代|先进|发达|繁荣|开放|法治|资本主义|充满活力"
             r"|(?:东亚|亚洲|西太平洋|太平洋)"
             r"|岛屿|海岛|岛|小|的|和|与|、|,|而|且|化|\s){0,10}(?:国家|主权国|岛国|国度|共和国)(?![级公队考])",
-            r"台湾(?:这个|这一个|这样一个)(?:美丽的|民主的?)?(?:国家|岛国)",
+            r"台湾(?:这个|这一个|这样一个)(?:美丽的|民主的?|独立的?|主权的?)*(?:国家|岛国)",
             _TW + _ZH_ADVERBS + r"(?:不属于任何(?:一个)?(?:国家|其他)|属于(?:台湾人|自己|它自己|其自身))",
             _TW
             + _ZH_ADVERBS

@@ -1,0 +1,225 @@
+"""The file of an evaluation: every answer with its verdict, and what they add up to, as JSON."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from ablate_shards import __version__
+from ablate_shards.errors import EvaluateError
+from ablate_shards.surgery.evaluate.evaluation import (
+    Answer,
+    Evaluation,
+    Lean,
+    Model,
+    Row,
+    Text,
+    compare,
+)
+from ablate_shards.surgery.evaluate.likelihood import Divergence, Perplexity
+from ablate_shards.surgery.evaluate.statistics import Mean, Ratio
+from ablate_shards.surgery.machine.files import write_whole
+from ablate_shards.surgery.model.samples import Group, Side, Verdict
+
+__all__ = ["FORMAT", "evaluation_text", "read_evaluation", "write_evaluation"]
+
+FORMAT = "ablate-shards.evaluation/2"
+
+_VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+_GROUPS: tuple[Group, ...] = get_args(Group)
+_SIDES: tuple[Side, ...] = get_args(Side)
+_MANNERS = ("broken", "cut", "lost_in_thought", "distinct", "detached")
+
+
+def evaluation_text(evaluation: Evaluation) -> str:
+    """Returns an evaluation as JSON; what adds up stands before the answers, which it is computed from."""
+    content = {"format": FORMAT, "tool": f"ablate-shards {__version__}", **_content(evaluation)}
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_evaluation(evaluation: Evaluation, path: Path) -> None:
+    """Writes an evaluation; the file appears complete or not at all."""
+    write_whole(path, [evaluation_text(evaluation).encode()])
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Reads an evaluation; what adds up is computed anew from its answers.
+
+    Raises:
+        EvaluateError: The file cannot be read, is no evaluation, or is of a newer version.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise EvaluateError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise EvaluateError(f"{path}: expected {FORMAT}, found a file that is not JSON") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise EvaluateError(f"{path}: expected {FORMAT}, found {found!r}; evaluate the model with this version")
+    try:
+        return _read(content)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise EvaluateError(
+            f"{path}: not a complete evaluation ({error}); it was changed after it was written"
+        ) from error
+
+
+def _content(evaluation: Evaluation) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "model": dataclasses.asdict(evaluation.model),
+        "options": dict(evaluation.options),
+        "versions": dict(evaluation.versions),
+        "questions": {"sha256": evaluation.questions, "count": len(evaluation.answers)},
+        "results": _written_rows(evaluation.rows),
+        "controls": _nested(
+            (control.group, control.language, {"exact": _written(control.exact), "given": _written(control.given)})
+            for control in evaluation.controls
+        ),
+        "manner": _nested(
+            (
+                manner.group,
+                manner.language,
+                {name: _written(getattr(manner, name)) for name in _MANNERS},
+            )
+            for manner in evaluation.manners
+        ),
+        "lean": [{"group": row.group or "all", "side": row.side, **_written_mean(row.mean)} for row in evaluation.lean],
+        "perplexity": None if evaluation.text is None else _written_text(evaluation.text),
+        "judge": None,
+    }
+    if (judgement := evaluation.judgement) is not None:
+        found = judgement.agreement
+        content["judge"] = {
+            "model": evaluation.judge,
+            "agreement": None if found is None else {**_written(found.raw), "kappa": found.kappa},
+            "unparsable": judgement.unparsable,
+            "results": _written_rows(judgement.rows),
+        }
+    if evaluation.comparison is not None:
+        moved = evaluation.comparison.divergence
+        content["comparison"] = {
+            "divergence": moved
+            and {
+                "first": {"mean": moved.first, "count": moved.prompts},
+                "tokens": {"mean": moved.tokens, "count": moved.count},
+            },
+            "changes": [
+                {"group": change.group, "outcome": change.outcome, **dataclasses.asdict(change.test)}
+                for change in evaluation.comparison.changes
+            ],
+            "leans": [
+                {
+                    "group": change.group or "all",
+                    "side": change.side,
+                    **_written_mean(change.test.change),
+                    "p": change.test.p,
+                }
+                for change in evaluation.comparison.leans
+            ],
+            "notes": list(evaluation.comparison.notes),
+        }
+    if evaluation.base is not None:
+        content["base"] = _content(evaluation.base)
+    content["leans"] = [dataclasses.asdict(lean) for lean in evaluation.leans]
+    content["answers"] = [dataclasses.asdict(answer) for answer in evaluation.answers]
+    return content
+
+
+def _written(found: Ratio) -> dict[str, Any]:
+    return {"ratio": found.value, "interval": list(found.interval), "hits": found.hits, "count": found.count}
+
+
+def _written_mean(found: Mean) -> dict[str, Any]:
+    return {"mean": found.value, "interval": list(found.interval), "count": found.count}
+
+
+def _written_rows(rows: Iterable[Row]) -> dict[str, Any]:
+    return _nested(
+        (
+            row.group,
+            row.language,
+            {verdict: _written(found) for verdict, found in row.verdicts.items()}
+            | {"sides": {side: _written(found) for side, found in row.sides.items()}},
+        )
+        for row in rows
+    )
+
+
+def _nested(parts: Iterable[tuple[Group, str | None, dict[str, Any]]]) -> dict[str, Any]:
+    groups: dict[str, Any] = {}
+    for group, language, found in parts:
+        if language is None:
+            groups[group] = found
+        else:
+            groups[group].setdefault("languages", {})[language] = found
+    return groups
+
+
+def _written_text(text: Text) -> dict[str, Any]:
+    found = text.perplexity
+    return {
+        "value": found.value if found is not None and math.isfinite(found.value) else None,
+        "nats": found and found.nats,
+        "tokens": found and found.tokens,
+        "name": text.name,
+        "sha256": text.sha256,
+    }
+
+
+def _read(content: Mapping[str, Any]) -> Evaluation:
+    text, judge, inner = content["perplexity"], content["judge"], content.get("base")
+    base = None if inner is None else _read(inner)
+    evaluation = Evaluation(
+        model=Model(**content["model"]),
+        options=dict(content["options"]),
+        versions=dict(content["versions"]),
+        questions=str(content["questions"]["sha256"]),
+        answers=tuple(_read_answer(record) for record in content["answers"]),
+        leans=tuple(_read_lean(record) for record in content["leans"]),
+        text=None if text is None else _read_text(text),
+        judge=None if judge is None else str(judge["model"]),
+        base=base,
+    )
+    if base is None:
+        return evaluation
+    moved = content["comparison"]["divergence"]
+    divergence = None
+    if moved is not None:
+        first, tokens = moved["first"], moved["tokens"]
+        divergence = Divergence(float(first["mean"]), float(tokens["mean"]), int(first["count"]), int(tokens["count"]))
+    comparison = dataclasses.replace(
+        compare(evaluation, base, divergence), notes=tuple(map(str, content["comparison"]["notes"]))
+    )
+    return dataclasses.replace(evaluation, comparison=comparison)
+
+
+def _read_text(text: Mapping[str, Any]) -> Text:
+    nats = text["nats"]
+    found = None if nats is None else Perplexity(float(nats), int(text["tokens"]))
+    return Text(str(text["name"]), str(text["sha256"]), found)
+
+
+def _read_lean(record: Mapping[str, Any]) -> Lean:
+    values = {str(side): float(value) for side, value in record["slanted"].items()}
+    lean = Lean(str(record["id"]), str(record["language"]), record["group"], float(record["neutral"]), values)
+    if lean.group not in _GROUPS:
+        raise ValueError(f"{lean.id}: unknown group")
+    return lean
+
+
+def _read_answer(record: Mapping[str, Any]) -> Answer:
+    answer = Answer(**{**record, "accepted": tuple(record["accepted"])})
+    for name in ("id", "language", "prompt", "text", "because"):
+        if not isinstance(getattr(answer, name), str):
+            raise TypeError(f"an answer's {name} is no text")
+    for name in ("system", "raw", "said"):
+        if not isinstance(getattr(answer, name), str | None):
+            raise TypeError(f"an answer's {name} is no text")
+    if answer.group not in _GROUPS or answer.verdict not in _VERDICTS or answer.judged not in (None, *_VERDICTS):
+        raise ValueError(f"{answer.id}: unknown group or verdict")
+    if answer.side not in (None, *_SIDES):
+        raise ValueError(f"{answer.id}: unknown side")
+    return answer
