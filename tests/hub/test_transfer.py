@@ -121,7 +121,8 @@ def on_disk(*folders):
 WITH_SMALL_FILES = """
 import pathlib, resource, signal, sys
 from ablate_shards.surgery.directions.formats import read_directions
-from ablate_shards.surgery.edit.execute import ExecuteOptions, ablation
+from ablate_shards.surgery.edit.ablation import ablation
+from ablate_shards.surgery.edit.execute import ExecuteOptions
 from ablate_shards.surgery.hub.push import PushOptions
 from ablate_shards.surgery.plan.plan import make_plan
 from ablate_shards.surgery.plan.recipe import AblateOptions
