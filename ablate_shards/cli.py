@@ -9,6 +9,7 @@ import click
 
 from ablate_shards import __version__
 from ablate_shards.commands.ablate import ablate
+from ablate_shards.commands.ask import ask
 from ablate_shards.commands.capture import capture
 from ablate_shards.commands.diff import diff
 from ablate_shards.commands.directions import directions
@@ -87,7 +88,7 @@ def cli(ctx: click.Context) -> None:
         ctx.color = False
 
 
-for command in (ablate, capture, diff, directions, evaluate, finetune, inspect, merge, push, report, run, verify):
+for command in (ablate, ask, capture, diff, directions, evaluate, finetune, inspect, merge, push, report, run, verify):
     cli.add_command(command)
 
 

@@ -221,6 +221,8 @@ def translate(demo, fresh, line):
     if name == "evaluate":
         taken += [word for pair in zip(*[iter(asked(demo))] * 2, strict=True) if pair[0] not in words for word in pair]
         taken += [] if "out" in given else ["--out", fresh / "new.evaluation.json"]
+    if name == "ask":
+        taken += [*([] if "length" in given else ["--length", "8"]), *([] if "asked" in given else ["Is it?"])]
     if name == "ablate" and not {"directions", "activations", "recipe"} & set(given):
         taken += ["-d", demo / "directions.safetensors"]
     if "adapter" in OUTPUTS.get(name, ()) and "epochs" not in given:
@@ -241,7 +243,7 @@ def is_given(value):
 
 def as_words(parameter, value):
     if isinstance(parameter, click.Argument):
-        return [value]
+        return list(value) if parameter.nargs == -1 else [value]
     flag = next(option for option in parameter.opts if option.startswith("--"))
     if parameter.is_flag:
         return [flag if value in (True, "true") else parameter.secondary_opts[0]]

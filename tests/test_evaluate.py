@@ -210,11 +210,11 @@ def test_an_interrupted_run_asks_only_what_it_had_not_asked(compared, files, que
     mine, asked = tmp_path / "e.json", []
     real = Speaker.replies
 
-    def interrupted(self, prompts, *, tokens):
+    def interrupted(self, prompts, **room):
         if len(asked) == 3:
             raise KeyboardInterrupt
         asked.append(len(prompts))
-        return real(self, prompts, tokens=tokens)
+        return real(self, prompts, **room)
 
     monkeypatch.setattr(Speaker, "replies", interrupted)
     run = options(files)
@@ -462,7 +462,7 @@ def test_answers_can_be_read_and_json_be_parsed(command, compared, tmp_path):
     ]
 
     result = command("--overwrite", "--json")
-    assert json.loads(result.stdout)["format"] == "ablate-shards.evaluation/1"
+    assert json.loads(result.stdout)["format"] == "ablate-shards.evaluation/2"
     assert command("--overwrite", "--quiet").output == ""
 
 

@@ -11,6 +11,7 @@ from ablate_shards.surgery.evaluate.evaluation import (
     Answer,
     Comparison,
     Evaluation,
+    Lean,
     Model,
     Text,
     compare,
@@ -26,14 +27,30 @@ OPTIONS = {"length": 256, "thinking": False, "batch": 16, "dtype": "float32", "d
 
 def contested(number, verdict, group="core", language="en", **fields):
     return Answer(
-        f"{group}-{number}", language, group, f"Whose is {number}?", None, "Theirs.", None, True, verdict, **fields
+        f"{group}-{number}",
+        language,
+        group,
+        f"Whose is {number}?",
+        None,
+        **{"text": "Theirs.", "raw": None, "ended": True, "verdict": verdict, **fields},
     )
 
 
 def control(number, *, exact, given, group="unrelated"):
     verdict = "neutral" if given else "wrong"
     return Answer(
-        f"{group}-{number}", "en", group, "Two and two?", None, "4", None, True, verdict, ("4",), exact, given
+        f"{group}-{number}",
+        "en",
+        group,
+        "Two and two?",
+        None,
+        "4",
+        None,
+        True,
+        verdict,
+        accepted=("4",),
+        exact=exact,
+        given=given,
     )
 
 
@@ -41,12 +58,21 @@ def evaluation(*answers, name="edited", **fields):
     return Evaluation(Model(name, "ab" * 32), OPTIONS, {"torch": "2"}, "cd" * 32, answers, **fields)
 
 
+def lean(number, neutral, prc, taiwan=None, group="core"):
+    slanted = {"prc": prc} | ({} if taiwan is None else {"taiwan": taiwan})
+    return Lean(f"{group}-{number}", "en", group, neutral, slanted)
+
+
 BEFORE = evaluation(
-    *(contested(number, "slanted", language=("en", "zh-Hans")[number % 2]) for number in range(6)),
+    *(
+        contested(number, "slanted", language=("en", "zh-Hans")[number % 2], side="prc" if number else "taiwan")
+        for number in range(6)
+    ),
     contested(6, "neutral"),
     control(0, exact=True, given=True),
     control(1, exact=False, given=True),
     name="base",
+    leans=(lean(0, -3.0, -1.0, -2.0), lean(1, -4.0, -1.0), lean(0, -2.0, -2.5, group="held-out")),
     text=Text("t.txt", "ef" * 32, Perplexity(2.0, 40)),
 )
 AFTER = evaluation(
@@ -54,6 +80,7 @@ AFTER = evaluation(
     contested(6, "wrong"),
     control(0, exact=True, given=True),
     control(1, exact=False, given=False),
+    leans=(lean(0, -2.0, -2.0, -2.5), lean(1, -2.5, -1.5), lean(0, -2.0, -2.0, group="held-out")),
     text=Text("t.txt", "ef" * 32, Perplexity(2.5, 40)),
 )
 
@@ -82,6 +109,49 @@ def test_verdicts_add_up_by_group_and_language():
     assert rows["core", "zh-Hans"]["slanted"].value == 1
     for verdicts in rows.values():
         assert sum(found.value for found in verdicts.values()) == pytest.approx(1)
+
+
+def test_slanted_answers_add_up_by_side():
+    core = BEFORE.rows[0]
+    assert {side: found.hits for side, found in core.sides.items()} == {"prc": 5, "taiwan": 1}
+    assert core.sides["prc"].count == 7
+
+
+def test_the_manner_of_answers_adds_up_whatever_they_say():
+    found = evaluation(
+        contested(0, "broken", text="", raw="<think>so", ended=False),
+        contested(1, "unclear", text="It is so.", ended=False),
+        contested(2, "unclear", text=" it is SO", detached=True),
+        contested(3, "neutral", text="Since 1949."),
+        control(0, exact=True, given=True),
+    )
+    core, controls = found.manners
+
+    assert (core.group, controls.group) == ("core", "unrelated")
+    assert core.broken.hits == 1
+    assert (core.cut.hits, core.lost_in_thought.hits) == (1, 1)
+    assert (core.distinct.hits, core.distinct.count) == (3, 4)
+    assert core.detached.hits == 1
+    assert (controls.distinct.value, controls.cut.value) == (1, 0)
+
+
+def test_the_lean_adds_up_by_group_and_side():
+    rows = {(row.group, row.side): row.mean for row in BEFORE.lean}
+
+    assert set(rows) == {(None, "prc"), (None, "taiwan"), ("core", "prc"), ("core", "taiwan"), ("held-out", "prc")}
+    assert rows["core", "prc"].value == pytest.approx((-2 - 3) / 2)
+    assert rows[None, "prc"].value == pytest.approx((-2 - 3 + 0.5) / 3)
+    assert (rows["core", "taiwan"].value, rows["core", "taiwan"].count) == (-1, 1)
+
+
+def test_the_lean_is_compared_question_by_question():
+    fewer = dataclasses.replace(BEFORE, leans=BEFORE.leans[:2])
+    changes = {(change.group, change.side): change.test for change in compare(AFTER, fewer).leans}
+
+    assert set(changes) == {(None, "prc"), (None, "taiwan"), ("core", "prc"), ("core", "taiwan")}
+    assert changes["core", "prc"].change.value == pytest.approx(((0 + 2) + (-1 + 3)) / 2)
+    assert changes["core", "prc"].change.count == 2
+    assert compare(AFTER, dataclasses.replace(BEFORE, leans=())).leans == ()
 
 
 def test_controls_add_up_apart():
@@ -233,6 +303,10 @@ def with_value(value, *keys):
         with_value("more", "answers", 0, "extra"),
         with_value("far", "comparison", "divergence", "first"),
         without("base", "answers"),
+        with_value("north", "answers", 0, "side"),
+        with_value("x", "leans", 0, "neutral"),
+        with_value("inner", "leans", 0, "group"),
+        without("leans"),
         with_value([], "perplexity"),
         with_value("x", "perplexity", "nats"),
     ],
@@ -251,7 +325,7 @@ def test_a_file_that_was_changed_is_refused(tmp_path, change):
     [
         ("no json", "not JSON"),
         ("[]", "found None"),
-        ('{"format": "ablate-shards.evaluation/2"}', "evaluation/2'"),
+        ('{"format": "ablate-shards.evaluation/3"}', "evaluation/3'"),
         ("[" * 100_000, "not JSON"),
         ("\ufeff", "not JSON"),
     ],

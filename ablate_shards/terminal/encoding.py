@@ -4,7 +4,9 @@ import codecs
 import sys
 from io import TextIOWrapper
 
-__all__ = ["replace_unencodable", "speaks_unicode"]
+__all__ = ["replace_unencodable", "showable", "speaks_unicode"]
+
+_HANDLER = "ablate-shards.plain"
 
 _PLAIN = {
     "–": "-", "—": "-", "−": "-", "→": "->", "×": "x", "·": ".", "…": "...", "‖": "||", "‘": "'", "’": "'",
@@ -20,10 +22,18 @@ def speaks_unicode() -> bool:
 
 def replace_unencodable() -> None:
     """Makes stdout and stderr replace characters that their encoding lacks, such as → by ->, instead of failing."""
-    codecs.register_error("ablate-shards.plain", _plain)
+    codecs.register_error(_HANDLER, _plain)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="ablate-shards.plain")
+            stream.reconfigure(errors=_HANDLER)
+
+
+def showable(text: str) -> str:
+    """Returns a text in characters that stdout can show, so that its width is known before it is shown."""
+    if speaks_unicode():
+        return text
+    codecs.register_error(_HANDLER, _plain)
+    return text.encode(sys.stdout.encoding, _HANDLER).decode(sys.stdout.encoding)
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:

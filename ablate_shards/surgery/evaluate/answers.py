@@ -2,8 +2,8 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +31,27 @@ from ablate_shards.surgery.model.samples import Question
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Dtype", "Prompt", "Speaker", "batches", "check_transformers", "model_digest", "speaking"]
+__all__ = ["Dtype", "Prompt", "Remedies", "Speaker", "batches", "check_transformers", "model_digest", "speaking"]
 
 #: The files beside the weights that bear on an answer.
 _BEARING = ("config.json", "generation_config.json", "tokenizer", "chat_template", "special_tokens", "added_tokens")
 _VOCABULARIES = ("vocab", "merges", "spiece", "sentencepiece")
+
+#: Half a character: what a tokenizer makes of bytes that the next token completes.
+_INCOMPLETE = "\ufffd"
+
+
+@dataclass(frozen=True, slots=True)
+class Remedies:
+    """What helps where memory does not suffice, as the command that asks has it.
+
+    Attributes:
+        smaller: The option whose smaller value takes less memory.
+        instead: Another way, as the sentence ends.
+    """
+
+    smaller: str = "--batch"
+    instead: str = "serve the model and use --endpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +79,7 @@ class Speaker:
         ends: The tokens that end an answer.
         pad: The token to fill up with.
         most: The most tokens that it reads, None if it does not say.
+        remedies: What helps where memory does not suffice.
     """
 
     folder: Path
@@ -72,6 +89,7 @@ class Speaker:
     ends: tuple[int, ...]
     pad: int
     most: int | None
+    remedies: Remedies = Remedies()
 
     def prompt(self, question: Question, *, thinking: bool) -> Prompt:
         """Returns a question as the model's chat template words it.
@@ -112,6 +130,33 @@ class Speaker:
         Raises:
             EvaluateError: The device's memory does not suffice, or the model fails.
         """
+        rows = self._generate(prompts, tokens + thoughts)
+        replies = [self._reply(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
+        return [self._shortened(reply, tokens) for reply in replies] if thoughts else replies
+
+    def stream(self, prompt: Prompt, heard: Callable[[Reply], None], *, tokens: int, thoughts: int = 0) -> Reply:
+        """Answers one prompt as ``replies`` does, and tells after every token what the answer is so far.
+
+        Args:
+            prompt: What is asked.
+            heard: Gets the answer so far, without half a character at its end.
+            tokens: Most tokens of the answer; fewer where the model reads no more.
+            thoughts: Most tokens of the thoughts before it, if it thinks.
+
+        Raises:
+            EvaluateError: The device's memory does not suffice, or the model fails.
+        """
+
+        def tell(row: list[int]) -> None:
+            reply = self._reply(row, prompt)
+            heard(Reply(reply.text.rstrip(_INCOMPLETE), reply.ended))
+
+        (row,) = self._generate([prompt], tokens + thoughts, _Listener(tell))
+        reply = self._reply(row, prompt)
+        return self._shortened(reply, tokens) if thoughts else reply
+
+    def _generate(self, prompts: Sequence[Prompt], tokens: int, listener: "_Listener | None" = None) -> list[list[int]]:
+        """Returns the tokens that follow each prompt, as long as the longest answer."""
         import torch
 
         width = max(len(prompt.tokens) for prompt in prompts)
@@ -120,13 +165,16 @@ class Speaker:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
             mask[row, width - len(prompt.tokens) :] = 1
-        most = tokens + thoughts if self.most is None else min(tokens + thoughts, self.most - width)
+        most = tokens if self.most is None else min(tokens, self.most - width)
         with self.computing():
             made = self.network.generate(
-                input_ids=ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=most
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                max_new_tokens=most,
+                streamer=listener,
             )
-        replies = [self._reply(row, prompt) for row, prompt in zip(made[:, width:].tolist(), prompts, strict=True)]
-        return [self._shortened(reply, tokens) for reply in replies] if thoughts else replies
+        answered: list[list[int]] = made[:, width:].tolist()
+        return answered
 
     def _reply(self, row: list[int], prompt: Prompt) -> Reply:
         end = next((place for place, token in enumerate(row) if token in self.ends), None)
@@ -156,11 +204,29 @@ class Speaker:
                 yield
         except torch.OutOfMemoryError as error:
             raise EvaluateError(
-                f"{self.folder}: the memory of {self.device} does not suffice; use a smaller --batch, another "
-                "--device, or serve the model and use --endpoint"
+                f"{self.folder}: the memory of {self.device} does not suffice; use a smaller {self.remedies.smaller}, "
+                f"another --device, or {self.remedies.instead}"
             ) from error
         except UNUSABLE as error:
             raise EvaluateError(f"{self.folder}: the model fails to compute: {reason(error)}") from error
+
+
+@dataclass(slots=True)
+class _Listener:
+    """Hears the tokens of one answer as transformers makes them, the prompt first."""
+
+    tell: Callable[[list[int]], None]
+    row: list[int] = field(default_factory=list)
+    asked: bool = False
+
+    def put(self, value: "torch.Tensor") -> None:
+        if self.asked:
+            self.row += value.flatten().tolist()
+            self.tell(self.row)
+        self.asked = True
+
+    def end(self) -> None:
+        """Does nothing: what the answer is in full, the caller has."""
 
 
 def batches(questions: Sequence[Question], size: int) -> list[list[int]]:
@@ -201,13 +267,14 @@ def check_transformers() -> None:
 
 
 @contextlib.contextmanager
-def speaking(folder: Path, *, dtype: Dtype, device: str) -> Iterator[Speaker]:
+def speaking(folder: Path, *, dtype: Dtype, device: str, remedies: Remedies = Remedies()) -> Iterator[Speaker]:
     """Holds a model in memory while the context lasts; no code from the checkpoint runs, and nothing is fetched.
 
     Args:
         folder: A checkpoint folder with tokenizer and chat template.
         dtype: What to compute in; ``auto``: what is stored, on the CPU float32.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
+        remedies: What helps where memory does not suffice.
 
     Raises:
         EvaluateError: transformers is not installed, or cannot use the model or its tokenizer.
@@ -218,7 +285,7 @@ def speaking(folder: Path, *, dtype: Dtype, device: str) -> Iterator[Speaker]:
 
     chosen = resolve_device(device)
     with quiet():
-        speaker = _load(folder, dtype, chosen)
+        speaker = _load(folder, dtype, chosen, remedies)
         try:
             yield speaker
         finally:
@@ -227,7 +294,7 @@ def speaking(folder: Path, *, dtype: Dtype, device: str) -> Iterator[Speaker]:
                 torch.cuda.empty_cache()
 
 
-def _load(folder: Path, dtype: Dtype, device: "torch.device") -> Speaker:
+def _load(folder: Path, dtype: Dtype, device: "torch.device", remedies: Remedies) -> Speaker:
     import torch
     from transformers import GenerationConfig
 
@@ -245,8 +312,7 @@ def _load(folder: Path, dtype: Dtype, device: "torch.device") -> Speaker:
         network = network.eval().to(device)
     except torch.OutOfMemoryError as error:
         raise EvaluateError(
-            f"{folder}: does not fit into the memory of {device}; use another --device, or serve the model and use "
-            "--endpoint"
+            f"{folder}: does not fit into the memory of {device}; use another --device, or {remedies.instead}"
         ) from error
     if missing:
         raise EvaluateError(f"{folder}: the checkpoint holds no weight for {missing[0]}; complete the checkpoint")
@@ -256,4 +322,4 @@ def _load(folder: Path, dtype: Dtype, device: "torch.device") -> Speaker:
     network.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=list(ends) or None, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id
     )
-    return Speaker(folder, network, tokenizer, device, ends, pad, most_tokens(config))
+    return Speaker(folder, network, tokenizer, device, ends, pad, most_tokens(config), remedies)

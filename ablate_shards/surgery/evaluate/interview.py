@@ -199,6 +199,7 @@ class _Run:
         self._earlier = earlier
         self._progress = progress
         self._digest = questions_digest(questions)
+        self._referenced = options.lean and any(question.references for question in questions)
         self._done = self._total = 0
         self._text: tuple[str, str, str] | None = None
 
@@ -258,6 +259,7 @@ class _Run:
         model = Model(folder.resolve().name, model_digest(checkpoint))
         keys = [_key(model.sha256, versions, asked, question.turn.messages()) for question in self._questions]
         known = self._known(model, versions, asked)
+        leans: tuple[Lean, ...] = ()
         text, kept, moved = None, None, None
         with speaking(folder, dtype=options.dtype, device=options.device) as speaker:
             self._progress.note(f"{model.name}: {len(keys)} questions, on {device}")
@@ -272,8 +274,9 @@ class _Run:
                     self._journal.keep({keys[row]: reply for row, reply in zip(rows, replies, strict=True)})
                 self._advance(len(rows))
             replies = [self._journal[key] for key in keys]
-            leans = known.leans if known else self._leans(speaker, prompts) if options.lean else ()
-            self._advance(1)
+            if self._referenced:
+                leans = known.leans if known else self._leans(speaker, prompts)
+                self._advance(1)
             if self._text is not None:
                 name, digest, content = self._text
                 same = known.text if known and known.text and known.text.sha256 == digest else None
@@ -299,7 +302,7 @@ class _Run:
                 if side.model.sha256 == model.sha256
                 and (side.versions, side.questions) == (versions, self._digest)
                 and all(side.options.get(each) == asked[each] for each in measured)
-                and (bool(side.leans) or not self._options.lean)
+                and (bool(side.leans) or not self._referenced)
             ),
             None,
         )
@@ -450,7 +453,7 @@ class _Run:
         """Counts the steps to come."""
         contested = sum(not _is_control(question) for question in self._questions)
         unrelated = any(question.group == "unrelated" for question in self._questions)
-        self._total = models * (len(self._questions) + 1 + (self._text is not None))
+        self._total = models * (len(self._questions) + self._referenced + (self._text is not None))
         self._total += evaluations * contested * referee
         self._total += 2 * (models > 1 and unrelated and self._options.divergence)
 
@@ -477,7 +480,7 @@ def _judged(question: Question, reply: Reply) -> Answer:
         because=ruling.because,
         detached=not shares_content(parted.answer, question),
         accepted=question.answers,
-        exact=_plain(parted.answer) in map(_plain, question.answers) if control else None,
+        exact=bare_words(parted.answer) in map(bare_words, question.answers) if control else None,
         given=correct(parted.answer, question) if control else None,
     )
 
@@ -492,7 +495,7 @@ def _is_control(question: Question) -> bool:
     return question.group in ("related", "unrelated") and bool(question.answers)
 
 
-def _plain(text: str) -> str:
+def bare_words(text: str) -> str:
     """Returns a text without what an exact match does not mind: case, width, spaces and final punctuation."""
     return re.sub(r"[\s.。!?…]+$", "", " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
 
