@@ -22,6 +22,7 @@ from ablate_shards.surgery.evaluate.statistics import (
     ratio,
     shift,
 )
+from ablate_shards.surgery.evaluate.tasks import TaskChange, TaskScore, compare_tasks
 from ablate_shards.surgery.model.samples import Group, Question, Side, Verdict
 
 __all__ = [
@@ -272,12 +273,14 @@ class Comparison:
         changes: What changed, by group and outcome.
         divergence: KL(base ‖ model) of the next token, None where it was not measured.
         leans: How far the lean moved, where both have it.
+        tasks: How the scores changed of the tasks that both were asked.
         notes: Why something was not measured, or makes the comparison less than even; a line each.
     """
 
     changes: tuple[Change, ...]
     divergence: Divergence | None = None
     leans: tuple[LeanChange, ...] = ()
+    tasks: tuple[TaskChange, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -293,6 +296,7 @@ class Evaluation:
         answers: Every answer, in the order of the questions.
         leans: How likely the reference answers are, of each question that has them; empty where not measured.
         text: The perplexity, None where it was not measured.
+        tasks: The scores at tasks of lm-evaluation-harness, as far as they were asked for.
         judge: Name of the language model that judged, None where none did.
         base: The same of the model that it is compared with.
         comparison: How the two differ.
@@ -305,6 +309,7 @@ class Evaluation:
     answers: tuple[Answer, ...]
     leans: tuple[Lean, ...] = ()
     text: Text | None = None
+    tasks: tuple[TaskScore, ...] = ()
     judge: str | None = None
     base: "Evaluation | None" = None
     comparison: Comparison | None = None
@@ -366,7 +371,7 @@ def compare(evaluation: Evaluation, base: Evaluation, divergence: Divergence | N
         divergence: What was measured of their distributions.
 
     Raises:
-        EvaluateError: The base was not asked one of the questions.
+        EvaluateError: The base was not asked one of the questions, or other documents of a task.
     """
     before = {answer.id: answer for answer in base.answers}
     pairs: list[tuple[Answer, Answer]] = []
@@ -388,8 +393,14 @@ def compare(evaluation: Evaluation, base: Evaluation, divergence: Divergence | N
         if controls:
             changes.append(_change(group, "exact", [(old.exact is True, new.exact is True) for old, new in controls]))
             changes.append(_change(group, "given", [(old.given is True, new.given is True) for old, new in controls]))
+    names = {score.name for score in base.tasks} & {score.name for score in evaluation.tasks}
+    tasks = compare_tasks(*([score for score in side.tasks if score.name in names] for side in (base, evaluation)))
     return Comparison(
-        tuple(changes), divergence, tuple(_lean_changes(evaluation, base)), tuple(_unevenness(evaluation, base))
+        changes=tuple(changes),
+        divergence=divergence,
+        leans=tuple(_lean_changes(evaluation, base)),
+        tasks=tasks,
+        notes=tuple(_unevenness(evaluation, base)),
     )
 
 

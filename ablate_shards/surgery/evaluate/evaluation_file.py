@@ -20,6 +20,7 @@ from ablate_shards.surgery.evaluate.evaluation import (
 )
 from ablate_shards.surgery.evaluate.likelihood import Divergence, Perplexity
 from ablate_shards.surgery.evaluate.statistics import Mean, Ratio
+from ablate_shards.surgery.evaluate.tasks import TaskScore
 from ablate_shards.surgery.machine.files import write_whole
 from ablate_shards.surgery.model.samples import Group, Side, Verdict
 
@@ -88,6 +89,7 @@ def _content(evaluation: Evaluation) -> dict[str, Any]:
         ),
         "lean": [{"group": row.group or "all", "side": row.side, **_written_mean(row.mean)} for row in evaluation.lean],
         "perplexity": None if evaluation.text is None else _written_text(evaluation.text),
+        "tasks": [dataclasses.asdict(score) for score in evaluation.tasks],
         "judge": None,
     }
     if (judgement := evaluation.judgement) is not None:
@@ -119,6 +121,7 @@ def _content(evaluation: Evaluation) -> dict[str, Any]:
                 }
                 for change in evaluation.comparison.leans
             ],
+            "tasks": [dataclasses.asdict(change) for change in evaluation.comparison.tasks],
             "notes": list(evaluation.comparison.notes),
         }
     if evaluation.base is not None:
@@ -180,6 +183,7 @@ def _read(content: Mapping[str, Any]) -> Evaluation:
         answers=tuple(_read_answer(record) for record in content["answers"]),
         leans=tuple(_read_lean(record) for record in content["leans"]),
         text=None if text is None else _read_text(text),
+        tasks=tuple(_read_score(record) for record in content["tasks"]),
         judge=None if judge is None else str(judge["model"]),
         base=base,
     )
@@ -200,6 +204,11 @@ def _read_text(text: Mapping[str, Any]) -> Text:
     nats = text["nats"]
     found = None if nats is None else Perplexity(float(nats), int(text["tokens"]))
     return Text(str(text["name"]), str(text["sha256"]), found)
+
+
+def _read_score(record: Mapping[str, Any]) -> TaskScore:
+    low, high = map(float, record["interval"])
+    return TaskScore(**{**record, "interval": (low, high), "samples": tuple(map(float, record["samples"]))})
 
 
 def _read_lean(record: Mapping[str, Any]) -> Lean:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import math
 import re
@@ -46,6 +47,7 @@ from ablate_shards.surgery.evaluate.likelihood import (
     perplexity,
     record,
 )
+from ablate_shards.surgery.evaluate.tasks import Tasks, TaskScore, open_tasks, run_tasks
 from ablate_shards.surgery.evaluate.thoughts import without_thoughts
 from ablate_shards.surgery.machine.devices import resolve_device
 from ablate_shards.surgery.machine.progress import Steps
@@ -95,6 +97,9 @@ class EvaluateOptions:
         reuse: Earlier evaluations whose answers and measures are taken over where model, question, options and
             versions are the same; for models that run here.
         text: Plain text whose perplexity is measured, none if None.
+        tasks: Tasks of lm-evaluation-harness, see ``tasks.open_tasks``.
+        task_limit: How many documents of each task are asked, all if None.
+        task_chat: Lay the model's chat template around the tasks' prompts.
         overwrite: Replace an existing evaluation.
     """
 
@@ -113,6 +118,9 @@ class EvaluateOptions:
     lean: bool = True
     reuse: tuple[Path, ...] = ()
     text: Path | None = None
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
+    task_chat: bool = False
     overwrite: bool = False
 
 
@@ -202,11 +210,14 @@ class _Run:
         self._referenced = options.lean and any(question.references for question in questions)
         self._done = self._total = 0
         self._text: tuple[str, str, str] | None = None
+        self._tasks = Tasks(())
 
     def evaluate(self, model: Path, against: Path | Evaluation | None) -> Evaluation:
         options = self._options
         if options.text is not None and options.endpoint is None:
             self._text = _read_text(options.text)
+        if options.tasks:
+            self._tasks = open_tasks(options.tasks)
         # What may be wrong with an endpoint shows before a model is asked.
         referee = self._endpoint(options.judge, options.judge_model, JUDGE_KEY, "--judge-model")
         endpoint = self._endpoint(options.endpoint, options.endpoint_model, KEY, "--endpoint-model")
@@ -282,14 +293,15 @@ class _Run:
                 same = known.text if known and known.text and known.text.sha256 == digest else None
                 text = same or Text(name, digest, perplexity(speaker, content))
                 self._advance(1)
+            tasks = self._scores(speaker, known)
             if recorded is not None:
                 moved = divergence(speaker, recorded.forced, recorded.recording)
                 self._advance(1)
             if recording and (forced := self._forced(speaker, replies)):
                 kept = _Recorded(forced, record(speaker, forced))
                 self._advance(1)
-        found = self._evaluation(model, asked, versions, replies)
-        return dataclasses.replace(found, leans=leans, text=text), kept, moved
+        found = self._evaluation(model, {**asked, **self._tasked()}, versions, replies)
+        return dataclasses.replace(found, leans=leans, text=text, tasks=tasks), kept, moved
 
     def _known(self, model: Model, versions: Mapping[str, str], asked: Mapping[str, Any]) -> Evaluation | None:
         """Returns an earlier evaluation of the same model by the same questions, whose measures hold here too."""
@@ -301,11 +313,39 @@ class _Run:
                 for side in sides
                 if side.model.sha256 == model.sha256
                 and (side.versions, side.questions) == (versions, self._digest)
-                and all(side.options.get(each) == asked[each] for each in measured)
+                and all(side.options.get(each) == asked.get(each) for each in measured)
                 and (bool(side.leans) or not self._referenced)
             ),
             None,
         )
+
+    def _scores(self, speaker: Speaker, known: Evaluation | None) -> tuple[TaskScore, ...]:
+        """Scores the model at the tasks, as far as an earlier evaluation has not."""
+        if not self._tasks.asked:
+            return ()
+        limit, before = self._options.task_limit, self._done
+        same = known is not None and known.options.get("tasks") == self._tasked()["tasks"]
+        if known is not None and same and tuple(score.name for score in known.tasks) == self._tasks.names:
+            self._advance(self._tasks.count(limit))
+            return known.tasks
+        scores = run_tasks(
+            speaker,
+            self._tasks,
+            batch=self._options.batch,
+            limit=limit,
+            progress=_Onwards(self._progress, before, self._total),
+            chat=self._options.task_chat,
+        )
+        self._done = before
+        self._advance(self._tasks.count(limit))
+        return scores
+
+    def _tasked(self) -> dict[str, Any]:
+        """Returns what bears on the scores at tasks, and on nothing else."""
+        if not self._tasks.asked:
+            return {}
+        made_by = {name: importlib.metadata.version(name) for name in ("lm_eval", "datasets")}
+        return {"tasks": {"limit": self._options.task_limit, "chat": self._options.task_chat, **made_by}}
 
     def _asked(self) -> dict[str, Any]:
         """Returns what bears on an answer, wherever the model runs."""
@@ -453,13 +493,30 @@ class _Run:
         """Counts the steps to come."""
         contested = sum(not _is_control(question) for question in self._questions)
         unrelated = any(question.group == "unrelated" for question in self._questions)
-        self._total = models * (len(self._questions) + self._referenced + (self._text is not None))
+        steps = len(self._questions) + self._referenced + (self._text is not None)
+        self._total = models * (steps + self._tasks.count(self._options.task_limit))
         self._total += evaluations * contested * referee
         self._total += 2 * (models > 1 and unrelated and self._options.divergence)
 
     def _advance(self, count: int) -> None:
         self._done += count
         self._progress.count(self._done, self._total)
+
+
+@dataclass(frozen=True, slots=True)
+class _Onwards:
+    """Hears how far a part of an evaluation has come, and says how far all of it has."""
+
+    progress: Steps
+    before: int
+    total: int
+
+    def count(self, done: int, total: int) -> None:
+        del total
+        self.progress.count(self.before + done, self.total)
+
+    def note(self, text: str) -> None:
+        self.progress.note(text)
 
 
 def _judged(question: Question, reply: Reply) -> Answer:
@@ -505,7 +562,8 @@ def _keyed(evaluation: Evaluation) -> dict[str, Reply]:
     replies = {} if evaluation.base is None else _keyed(evaluation.base)
     for answer in evaluation.answers:
         messages = Turn(answer.prompt, None, answer.system).messages()
-        key = _key(evaluation.model.sha256, evaluation.versions, evaluation.options, messages)
+        options = {name: value for name, value in evaluation.options.items() if name != "tasks"}
+        key = _key(evaluation.model.sha256, evaluation.versions, options, messages)
         replies[key] = answer.reply
     return replies
 
@@ -541,6 +599,10 @@ def _check(
     for name in ("length", "thoughts", "batch", "timeout"):
         if getattr(options, name) <= 0:
             raise UsageError(f"--{name}: expected more than 0, found {getattr(options, name)}")
+    if options.task_limit is not None and options.task_limit <= 0:
+        raise UsageError(f"--task-limit: expected more than 0, found {options.task_limit}")
+    if options.tasks and options.endpoint is not None:
+        raise UsageError("--tasks: needs the model itself; evaluate it without --endpoint")
     for name in ("endpoint", "judge"):
         if getattr(options, name) is None and getattr(options, f"{name}_model") is not None:
             raise UsageError(f"--{name}-model: names a model of --{name}, which is not given")

@@ -6,13 +6,11 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-import numpy as np
+from ablate_shards.surgery.evaluate.resampling import mean_interval, sign_flip_p
 
 __all__ = ["Agreement", "Mean", "Paired", "Ratio", "Shift", "agreement", "mean", "paired", "ratio", "shift"]
 
 _Z95 = NormalDist().inv_cdf(0.975)
-#: Samples drawn for an interval or a p value, some at a time; the seed makes them the same every time.
-_DRAWS, _AT_A_TIME, _SEED = 10_000, 500, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,7 @@ class Mean:
     Attributes:
         value: The mean.
         count: Of how many values, at least one.
-        interval: The percentile bootstrap interval (Efron 1979) over 10,000 samples of the values.
+        interval: The percentile bootstrap interval, see ``resampling.mean_interval``.
     """
 
     value: float
@@ -88,8 +86,7 @@ class Shift:
 
     Attributes:
         change: The mean of the differences, after less before, with its interval.
-        p: Two-sided p value of the sign-flip permutation test (Fisher 1935) of that mean, over 10,000 flips; the
-            smallest that it can be is 1 in 10,001.
+        p: Two-sided p value of the sign-flip permutation test, see ``resampling.sign_flip_p``.
     """
 
     change: Mean
@@ -151,13 +148,7 @@ def mean(values: Sequence[float]) -> Mean:
     """
     if not values:
         raise ValueError("a mean of no values is none")
-    given = np.asarray(values, np.float64)
-    random = np.random.default_rng(_SEED)
-    drawn = np.concatenate(
-        [given[random.integers(len(given), size=(_AT_A_TIME, len(given)))].mean(1) for _ in range(_DRAWS // _AT_A_TIME)]
-    )
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return Mean(float(given.mean()), len(given), (float(low), float(high)))
+    return Mean(math.fsum(values) / len(values), len(values), mean_interval(values))
 
 
 def shift(before: Sequence[float], after: Sequence[float]) -> Shift:
@@ -166,13 +157,5 @@ def shift(before: Sequence[float], after: Sequence[float]) -> Shift:
     Raises:
         ValueError: There are none, or not as many after as before.
     """
-    moved = np.asarray([new - old for old, new in zip(before, after, strict=True)], np.float64)
-    change = mean(moved.tolist())
-    random = np.random.default_rng(_SEED)
-    # Rounding must not tell flips apart that come to the same.
-    least = abs(change.value) * (1 - 1e-12)
-    beyond = 0
-    for _ in range(_DRAWS // _AT_A_TIME):
-        flips = random.integers(2, size=(_AT_A_TIME, len(moved))) * 2 - 1
-        beyond += int((np.abs((flips * moved).mean(1)) >= least).sum())
-    return Shift(change, (beyond + 1) / (_DRAWS + 1))
+    moved = [new - old for old, new in zip(before, after, strict=True)]
+    return Shift(mean(moved), sign_flip_p(moved))
