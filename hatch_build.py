@@ -17,7 +17,7 @@ KERNELS = Path("ablate_shards", "kernels", "native")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 
 
-# Vectors that a CPU may have, told when the library is loaded; kernels/native/native.py knows the names.
+# Widths of vectors that a CPU may have; kernels/native/native.py, which knows the names, chooses one when it loads it.
 VARIANTS = {"avx2": ("-mavx2",), "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")}
 
 

@@ -1,4 +1,4 @@
-"""The command line: its commands, and how their errors are told."""
+"""The command line: its commands, and how their errors are shown."""
 
 import os
 import traceback
@@ -21,10 +21,10 @@ from ablate_shards.commands.options import debug_flag
 from ablate_shards.commands.push import push
 from ablate_shards.commands.report import report
 from ablate_shards.commands.run import run
-from ablate_shards.commands.startup import rarer_collections
+from ablate_shards.commands.startup import collect_garbage_less_often
 from ablate_shards.commands.verify import verify
 from ablate_shards.errors import AblateError, UsageError
-from ablate_shards.terminal.encoding import speak_plainly
+from ablate_shards.terminal.encoding import replace_unencodable
 
 __all__ = ["cli", "main"]
 
@@ -94,6 +94,6 @@ for command in (ablate, ask, capture, diff, directions, evaluate, finetune, insp
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; ends the process with 0 (done), 1 (failed) or 2 (wrong usage)."""
-    rarer_collections()
-    speak_plainly()
+    collect_garbage_less_often()
+    replace_unencodable()
     cli(args=args, prog_name="ablate-shards")

@@ -6,7 +6,7 @@
     ├── UsageError              wrong arguments or options (exit code 2)
     │   └── RecipeError         a recipe that cannot be read, or that names an unknown key
     ├── CheckpointError         a source checkpoint that is malformed, incomplete or unsafe to read
-    ├── ArchitectureError       an architecture whose residual writers cannot be told
+    ├── ArchitectureError       an architecture whose residual writers cannot be determined
     ├── ActivationsError        an activation dump that cannot be used
     ├── SamplesError            a file of pairs, instructions or questions that cannot be used
     ├── CaptureError            a model whose activations cannot be captured, or a dump that cannot be written
@@ -18,7 +18,7 @@
     │   └── Interrupted         stopped by Ctrl-C or SIGTERM; resumable
     ├── EvaluateError           a model, an endpoint or an evaluation that cannot be asked, read or compared
     ├── HubError                a repository or an object store that cannot be read or written
-    ├── ReportError             a folder that there is nothing to report of
+    ├── ReportError             a folder without anything to report, or a broken part of it
     └── VerifyError             an output that cannot be verified at all (no receipt, newer receipt)
 """
 
@@ -61,7 +61,7 @@ class CheckpointError(AblateError):
 
 
 class ArchitectureError(AblateError):
-    """The tensors that write to the residual stream cannot be told."""
+    """The tensors that write to the residual stream cannot be determined."""
 
 
 class ActivationsError(AblateError):
@@ -73,7 +73,7 @@ class SamplesError(AblateError):
 
 
 class CaptureError(AblateError):
-    """A model's activations cannot be captured, or not be written."""
+    """A model's activations cannot be captured or written."""
 
 
 class AdapterError(AblateError):

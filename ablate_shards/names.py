@@ -26,7 +26,7 @@ REPORT_NAME, PLOTS_NAME = "report.html", "plots"
 
 
 def is_report(name: str) -> bool:
-    """Whether a file of an edited checkpoint is of its report, which describes it and is no part of it."""
+    """Whether a file of an edited checkpoint belongs to its report, which is not part of the checkpoint."""
     return name == REPORT_NAME or name.startswith(f"{PLOTS_NAME}/")
 
 

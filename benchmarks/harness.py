@@ -155,7 +155,7 @@ class Race:
     Attributes:
         title: What they ran on.
         rows: One per contender.
-        size: The bytes of what they ran on, where time against bytes or what is fetched of them is meant to be told.
+        size: The bytes of what they ran on, where time against bytes, or the share that is fetched, is to be shown.
     """
 
     title: str
@@ -221,7 +221,7 @@ class Case:
     Attributes:
         name: What it is called on the command line.
         measure: Runs it.
-        runs: How often each contender is timed unless told.
+        runs: How often each contender is timed by default.
         gpu: Whether it needs one.
         long: Whether it is left out unless it or everything is asked for.
     """

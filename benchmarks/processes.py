@@ -49,8 +49,8 @@ def run(*commands: Command, folder: Path | None = None, environment: Mapping[str
 @functools.cache
 def unsynced(command: str) -> tuple[str, ...] | None:
     """Returns the option that makes a command of ours leave the sync out; None where it has none."""
-    told = subprocess.run([*TOOL, command, "--help"], capture_output=True, text=True, check=True)
-    return ("--no-sync",) if "--no-sync" in told.stdout else None
+    shown = subprocess.run([*TOOL, command, "--help"], capture_output=True, text=True, check=True)
+    return ("--no-sync",) if "--no-sync" in shown.stdout else None
 
 
 def writing(

@@ -127,7 +127,7 @@ def _provenance(result: Result) -> str:
     """Returns one sentence about the machine, the versions, the date and the command."""
     machine = result.machine
     packages = machine["packages"]
-    told = [
+    parts = [
         *([machine["device"]] if machine["device"] else []),
         f"{machine['cores']} cores of {machine['cpu']}",
         f"{machine['memory_bytes'] / 2**30:.0f} GiB",
@@ -139,4 +139,4 @@ def _provenance(result: Result) -> str:
     ]
     commit = f"commit {machine['commit'][:10]}" if machine["commit"] else "no commit"
     changed = " with changes" if machine["dirty"] else ""
-    return f"Measured {machine['date']} on {', '.join(told)}; {commit}{changed}, `{result.command}`."
+    return f"Measured {machine['date']} on {', '.join(parts)}; {commit}{changed}, `{result.command}`."

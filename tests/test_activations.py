@@ -352,7 +352,7 @@ def test_malformed_measurements_are_refused(tmp_path):
     torch.save({"harmful_0": torch.ones(4), "harmless_0": torch.ones(4)}, path)
     assert "holds no activations" in refused(path)
     path.write_bytes(b"not a PyTorch file")
-    assert "no PyTorch file" in refused(path)
+    assert "not a PyTorch file" in refused(path)
 
 
 class Payload:

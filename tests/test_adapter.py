@@ -54,7 +54,7 @@ def test_ranks_and_alphas_follow_the_first_pattern_that_matches(tmp_path):
     assert adapter.scaling("model.layers.1.self_attn.k_proj") == (4, 3 / 2)
     assert adapter.scaling("model.layers.2.self_attn.my_q_proj") == (4, 8 / 2)
     broken = read_adapter(write(tmp_path / "b", rank_pattern={"(": 2}))
-    with pytest.raises(AdapterError, match="no regular expression"):
+    with pytest.raises(AdapterError, match="not a regular expression"):
         broken.scaling("q_proj")
 
 
@@ -84,9 +84,9 @@ def test_other_methods_are_refused_by_name(tmp_path, kind):
         ("kasa_config", {"rank": 1}, "KaSA"),
         ("ensure_weight_tying", True, "tied adapters"),
         ("something_new", {"on": 1}, "something_new is set to"),
-        ("init_lora_weights", "pissa_niter_4", "takes its start out of the base"),
-        ("init_lora_weights", "loftq", "takes its start out of the base"),
-        ("init_lora_weights", ["olora"], "takes its start out of the base"),
+        ("init_lora_weights", "pissa_niter_4", "subtracts its start from the base"),
+        ("init_lora_weights", "loftq", "subtracts its start from the base"),
+        ("init_lora_weights", ["olora"], "subtracts its start from the base"),
         ("r", 0, "expected a positive integer, found 0"),
         ("r", True, "expected a positive integer, found True"),
         ("lora_alpha", "16", "expected a finite number, found '16'"),

@@ -612,7 +612,7 @@ def test_memory_that_does_not_suffice_is_one_sentence(llama, tmp_path, monkeypat
         raise torch.OutOfMemoryError("Tried to allocate 20 GiB")
 
     monkeypatch.setattr(station._Inputs, "call", full)
-    with pytest.raises(CaptureError, match="the memory of cpu does not suffice; use --offload always"):
+    with pytest.raises(CaptureError, match="cpu has too little memory; use --offload always"):
         run(llama, tmp_path / "dump.safetensors")
     assert not list(tmp_path.iterdir())
 

@@ -221,7 +221,7 @@ def _one_source(directions: Path | None, activations: Path | None) -> tuple[Path
 
     if directions is not None and activations is not None:
         if typed("directions") == typed("activations"):
-            raise UsageError("--directions and --activations say the same thing twice; give one of them")
+            raise UsageError("--directions and --activations both name the directions; give one of them")
         directions, activations = (directions, None) if typed("directions") else (None, activations)
     ignored = [name for name in ("estimator", "rank", "winsorize") if typed(name)]
     if directions is not None and ignored:

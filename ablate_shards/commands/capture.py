@@ -38,7 +38,7 @@ __all__ = ["capture"]
     type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
     default="auto",
     show_default=True,
-    help="What to compute in; auto: what the weights are stored in.",
+    help="Dtype to compute in; auto: the one the weights are stored in.",
 )
 @click.option(
     "--offload",

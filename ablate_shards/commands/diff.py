@@ -40,7 +40,7 @@ __all__ = ["diff"]
     type=click.IntRange(1, 512),
     default=32,
     show_default=True,
-    help="Largest rank of a difference that is told from full rank.",
+    help="Largest rank that is recognised as low; a difference of a higher one counts as full rank.",
 )
 @click.option(
     "--memory",

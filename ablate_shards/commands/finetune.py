@@ -49,7 +49,7 @@ def _parse_targets(text: str) -> Any:
 @click.option("--length", type=int, default=512, show_default=True, help="Most tokens of a sample; the rest is cut.")
 @click.option("--batch", type=int, default=2, show_default=True, help="Samples computed at a time.")
 @click.option("--accumulate", type=int, default=4, show_default=True, help="Batches per step.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the split, the order and the first values.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of split, order and first values.")
 @click.option(
     "--evaluation-share",
     type=float,

@@ -32,7 +32,7 @@ __all__ = ["merge"]
     type=float,
     default=1.0,
     show_default=True,
-    help="Multiply what the adapter adds by this, beside its own scale; whole parameters it replaces stay whole.",
+    help="Multiply what the adapter adds by this, besides its own scale; parameters that it replaces are not scaled.",
 )
 @resources
 @cache_flag

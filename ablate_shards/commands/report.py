@@ -11,7 +11,7 @@ __all__ = ["report"]
 
 @click.command()
 @click.argument("out", type=PATH)
-@click.option("--work", type=PATH, help="Folder that `run` kept everything between in.  [default: found beside OUT]")
+@click.option("--work", type=PATH, help="Folder in which `run` kept what its stages made.  [default: found beside OUT]")
 @click.option(
     "--evaluation",
     "evaluations",
@@ -27,7 +27,7 @@ __all__ = ["report"]
 def report(
     out: Path, *, work: Path | None, evaluations: tuple[Path, ...], show: bool, as_json: bool, quiet: bool
 ) -> None:
-    """Make OUT/report.html of what was done to OUT: one page that needs no network, and OUT/plots beside it.
+    """Write OUT/report.html about what was done to OUT: one page that needs no network, and OUT/plots beside it.
 
     OUT is a folder that `ablate`, `merge` or `run` made. The page shows what is there and says what is
     missing; without matplotlib there are no static plots.

@@ -23,7 +23,7 @@ __all__ = ["verify"]
 @click.command()
 @click.argument("source", type=SOURCE)
 @click.argument("out", type=SOURCE)
-@click.option("--adapter", type=PATH, help="Of a merge: the adapter, to compute what it changed again.")
+@click.option("--adapter", type=PATH, help="For a merge: the adapter, to compute again what it changed.")
 @resources
 @cache_flag
 @as_json_flag

@@ -45,7 +45,7 @@ def choose_form(
 
 @contextlib.contextmanager
 def one_thread(form: Form) -> Iterator[None]:
-    """Keep torch to one thread, where a form is torch's: what several add up depends on how many there are."""
+    """Keep torch to one thread if the form is torch's: with several, a sum depends on how many there are."""
     if form != "torch":
         yield
         return

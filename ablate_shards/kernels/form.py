@@ -113,7 +113,7 @@ class Arrays(Protocol):
         """Put the bytes of a block where they were loaded from."""
 
     def quiet(self) -> AbstractContextManager[object]:
-        """Let what is out of range become NaN or infinite without a word: it is looked for afterwards."""
+        """Turn off warnings of values that become NaN or infinite: they are looked for afterwards."""
 
 
 def extremes(values: Array) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The truth of ablation and merging: the definitions in float64, unblocked, without a closed form."""
+"""Ablation and merging by definition, for comparison: in float64, unblocked, without a closed form."""
 
 from typing import TYPE_CHECKING, Literal
 

@@ -155,7 +155,7 @@ def _print_list(screen: "Console", title: str, lines: Sequence[str], most: int |
         screen.print(f"{title}: and {len(lines) - most} more; --all shows them", soft_wrap=True)
 
 
-#: The bar stands after so many columns.
+#: How many columns stand before the bar.
 _BAR_PLACE = 3
 
 _COLUMNS = (

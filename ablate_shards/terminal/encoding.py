@@ -1,12 +1,12 @@
-"""How text gets to a terminal that does not speak UTF-8."""
+"""How text gets to a terminal that cannot show all of Unicode."""
 
 import codecs
 import sys
 from io import TextIOWrapper
 
-__all__ = ["showable", "speak_plainly", "speaks_unicode"]
+__all__ = ["replace_unencodable", "showable", "speaks_unicode"]
 
-_PLAINLY = "ablate-shards.plain"
+_HANDLER = "ablate-shards.plain"
 
 _PLAIN = {
     "–": "-", "—": "-", "−": "-", "→": "->", "×": "x", "·": ".", "…": "...", "‖": "||", "‘": "'", "’": "'",
@@ -20,20 +20,20 @@ def speaks_unicode() -> bool:
     return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "").startswith("utf")
 
 
-def speak_plainly() -> None:
-    """Lets stdout and stderr show what their encoding cannot in characters that it can, instead of failing."""
-    codecs.register_error(_PLAINLY, _plain)
+def replace_unencodable() -> None:
+    """Makes stdout and stderr replace characters that their encoding lacks, such as → by ->, instead of failing."""
+    codecs.register_error(_HANDLER, _plain)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors=_PLAINLY)
+            stream.reconfigure(errors=_HANDLER)
 
 
 def showable(text: str) -> str:
     """Returns a text in characters that stdout can show, so that its width is known before it is shown."""
     if speaks_unicode():
         return text
-    codecs.register_error(_PLAINLY, _plain)
-    return text.encode(sys.stdout.encoding, _PLAINLY).decode(sys.stdout.encoding)
+    codecs.register_error(_HANDLER, _plain)
+    return text.encode(sys.stdout.encoding, _HANDLER).decode(sys.stdout.encoding)
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:

@@ -21,13 +21,13 @@ class ScreenProgress(Protocol):
         """Leaves the screen as it should stay."""
 
     def begin(self, total: int) -> None:
-        """Starts counting towards so many bytes."""
+        """Starts counting towards a total of bytes."""
 
     def advance(self, count: int) -> None:
-        """Counts so many bytes more."""
+        """Counts more bytes."""
 
     def count(self, done: int, total: int) -> None:
-        """Shows that some of so many are done: of layers, or of what the bar was made to count."""
+        """Shows how many of how many are done: layers, or whatever the bar was made to count."""
 
     def note(self, text: str) -> None:
         """Shows one line."""
@@ -71,16 +71,16 @@ class _Silence:
 class _Lines(_Silence):
     def __init__(self, console: "Console") -> None:
         self._console = console
-        self._total, self._done, self._told = 0, 0, 0
+        self._total, self._done, self._shown = 0, 0, 0
 
     def begin(self, total: int) -> None:
-        self._total, self._done, self._told = total, 0, 0
+        self._total, self._done, self._shown = total, 0, 0
 
     def advance(self, count: int) -> None:
         self._done += count
         quarter = 4 * self._done // self._total if self._total else 0
-        if quarter > self._told:
-            self._told = quarter
+        if quarter > self._shown:
+            self._shown = quarter
             self.note(f"{25 * quarter} % of {size_of(self._total)}")
 
     def note(self, text: str) -> None:

@@ -21,7 +21,7 @@ from ablate_shards.terminal.progress import size_of
 from ablate_shards.terminal.tables import Column, Row, Stack, bar, output, print_key, print_table, say
 
 if TYPE_CHECKING:
-    # Nothing but types: most commands need none of these stations.
+    # Only for types: most commands need none of these rooms.
     from ablate_shards.surgery.hub.push import PushPlan
     from ablate_shards.surgery.merge.merge import Merged
     from ablate_shards.surgery.merge.plan import MergeEdit, MergePlan

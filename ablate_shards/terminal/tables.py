@@ -132,7 +132,7 @@ def _fit(
             brief, rows = True, [[_shortened(*pair) for pair in zip(columns, row, strict=True)] for row in rows]
     wanted = {place: _most(columns[place], [row[place] for row in rows]) for place in shown}
     widths = dict(least)
-    # Names are written out first, then bars can be told apart, then headings stay on one line, then bars grow.
+    # Room goes to whole names first, then to bars long enough to differ, to headings on one line, and to longer bars.
     for only, most in (("wraps", None), ("bar", _FAIR_BAR), ("", None), ("bar", _MOST_BAR)):
         for place in shown:
             if not only or getattr(columns[place], only):

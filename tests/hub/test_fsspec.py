@@ -92,7 +92,7 @@ def test_a_source_that_changes_under_the_run_is_refused(case, tmp_path, monkeypa
     monkeypatch.setattr(type(case), "cat_file", then_changed)
     result = ablate("memory://bucket/model", out)
     assert result.exit_code == 1
-    assert "memory://bucket/model: changed while it was read; run again when it is at rest" in result.stderr
+    assert "memory://bucket/model: changed while it was read; run again when nothing writes to it" in result.stderr
     assert not (tmp_path / "out").exists()
     assert case.find("/bucket/out") == []
 

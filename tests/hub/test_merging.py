@@ -150,8 +150,8 @@ def test_errors_before_the_run_write_nothing_anywhere(case, store):
     before = sorted(store.store)
     for out, more, words in (
         ("hub:nothing", [], "expected a repository such as hub:me/model-edited"),
-        ("hub:me/merged", ["--cache"], "--link and --cache are about a folder here"),
-        (STORE, ["--link"], "--link and --cache are about a folder here"),
+        ("hub:me/merged", ["--cache"], "--link and --cache are for an OUT that is a folder on this machine"),
+        (STORE, ["--link"], "--link and --cache are for an OUT that is a folder on this machine"),
         (STORE, ["--private"], "is no repository; name one"),
         ("out", ["--private"], "is no repository; name one"),
         ("memory://bucket/model", [], "may not be the same or lie inside each other"),

@@ -202,7 +202,7 @@ def test_wrong_usage_and_dry_runs_write_nothing(case, made):
         (made / "local", "file:///tmp/out", [], "is a folder here; name it without file://"),
         (made / "local", "hf://me/edited", [], "name it as hub:org/name"),
         (made / "local", "nowhere://bucket/out", [], "fsspec knows no nowhere://"),
-        (made / "local", OUT, ["--link"], "--link and --cache are about a folder here"),
+        (made / "local", OUT, ["--link"], "--link and --cache are for an OUT that is a folder on this machine"),
         (made / "local", OUT, ["--private"], "is no repository; name one"),
     ):
         result = ablate(source, out, *more)

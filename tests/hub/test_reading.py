@@ -340,7 +340,7 @@ def test_neither_a_path_nor_on_the_hub_is_one_sentence(case, monkeypatch):
     _, folder = case
     assert "no such file or folder" in run("inspect", folder / "nothing").stderr
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE keeps the Hub out of reach" in run("inspect", "org/nothing").stderr
+    assert "HF_HUB_OFFLINE is set, so the Hub is not asked" in run("inspect", "org/nothing").stderr
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     result = run("inspect", "org/model")

@@ -120,8 +120,9 @@ def on_disk(*folders):
 
 WITH_SMALL_FILES = """
 import pathlib, resource, signal, sys
-from ablate_shards.surgery.directions.directions import read_directions
-from ablate_shards.surgery.edit.execute import ExecuteOptions, ablation
+from ablate_shards.surgery.directions.formats import read_directions
+from ablate_shards.surgery.edit.ablation import ablation
+from ablate_shards.surgery.edit.execute import ExecuteOptions
 from ablate_shards.surgery.hub.push import PushOptions
 from ablate_shards.surgery.plan.plan import make_plan
 from ablate_shards.surgery.plan.recipe import AblateOptions
@@ -427,7 +428,7 @@ def test_wrong_usage(case, monkeypatch):
     for out, more, words in (
         ("hub:nothing", [], "expected a repository such as hub:me/model-edited"),
         ("hub:me/edited@main", [], "expected a repository such as hub:me/model-edited"),
-        ("hub:me/edited", ["--cache"], "--link and --cache are about a folder here"),
+        ("hub:me/edited", ["--cache"], "--link and --cache are for an OUT that is a folder on this machine"),
         (folder / "out", ["--private"], "is no repository; name one"),
         ("hub:org/Model", ["--overwrite"], "OUT and SOURCE may not be the same repository"),
     ):

@@ -2,14 +2,14 @@
 
 ``W`` is ``[d, n]`` with the residual axis first, ``R`` is ``[k, d]`` with orthonormal rows, ``a`` the
 coefficient. The new norms come from closed forms over sums that a gather pass collects, so that a second
-pass writes the result and no third one is needed; ``docs/math.md`` derives them::
+pass writes the result and no third is needed; ``docs/math.md`` derives them::
 
     columns   |w'_j before rescaling|² = |w_j|² - (2a - a²) |R w_j|²
     rows      |U_i|² = 1 - 2a R_iᵀ Q Ŵ_i + a² R_iᵀ Q Qᵀ R_i,   Ŵ_i = W_i / |W_i|,   Q = R Ŵ
 
 Sums run in float32 inside a chunk of rows and in float64 from chunk to chunk, in order. The chunks follow
-from the shape alone, hence the result does not depend on block sizes, batching or threads. What float32
-cannot carry (strong cancellation, squares out of range) is done again in float64.
+from the shape alone, hence the result does not depend on block sizes, batching or threads. Where
+float32 is not accurate enough (strong cancellation, squares out of range), float64 is used.
 """
 
 import math
@@ -65,7 +65,7 @@ class _Factors(NamedTuple):
     Attributes:
         scale: ``[matrices, vectors]``.
         factor: What the directions, or ``Q``, are multiplied by: ``[matrices, k, vectors]``.
-        doubtful: Vectors that float32 cannot carry; None if there are none, as below.
+        doubtful: Vectors for which float32 is not accurate enough; None if there are none, as below.
         parallel: Vectors too close to the directions to be rescaled.
         still: Vectors without a component, whose bytes must not change.
     """
@@ -103,7 +103,7 @@ class Workspace:
         return self._kept[1]
 
     def raw(self, count: int) -> np.ndarray:
-        """Return memory ``[count]`` uint8 for bytes on their way from and to a file; the next call takes it again."""
+        """Return memory ``[count]`` uint8 for bytes read from and written to a file; the next call returns it again."""
         if len(self._raw) < count:
             self._raw = self.arrays.buffer(count)
         return self._raw[:count]
@@ -270,7 +270,7 @@ class _Stream:
         piece.form.add_columns(piece.view, chosen, into, squares=squares, unsafe=unsafe, repair=repair)
 
     def _unsafe(self, squares: Array) -> list[tuple[int, int]]:
-        """Matrix and chunk of the rows ``[matrices, rows]`` whose squares float32 cannot carry."""
+        """Matrix and chunk of the rows ``[matrices, rows]`` whose squares are out of float32's range."""
         return [] if in_range(squares) else self._chunks_with(~((squares > LOW) & (squares < HIGH)))
 
     def _chunks_with(self, mask: Array) -> list[tuple[int, int]]:
@@ -331,8 +331,8 @@ class Meter(_Stream):
 class Projector(_Stream):
     """Ablates a stored matrix, or a batch of them: gather passes over row blocks, then one apply pass.
 
-    Every pass goes over all rows, in order. ``passes`` may grow when a pass ends: what turns out to need
-    float64 is gathered once more.
+    Every pass goes over all rows, in order. ``passes`` may grow when a pass ends: matrices that
+    turn out to need float64 are gathered once more.
 
     Args:
         basis: ``[k, d]`` float64, orthonormal rows.
@@ -443,7 +443,7 @@ class Projector(_Stream):
         self._add_columns(piece, weights, self._column_sums, squares=False)
 
     def _settle(self, step: int) -> None:
-        """Close a gather pass: derive what follows from it, and plan again what float32 cannot carry."""
+        """Close a gather pass: derive what follows from its sums, and plan float64 where float32 is not enough."""
         kind, entries = self._plan[step]
         repeat = [kind]
         doubtful: Array | None = None
@@ -456,7 +456,7 @@ class Projector(_Stream):
         elif self._norms_in_rows:
             self._gram = self._mixed_gram()
             self._mixed_pair = self._pair(self._arrays.clone(self._mixed))
-            # |U_i| is at least |1 - a|R_iᵀQ||; where that is no help, a probe tells before the apply pass.
+            # |U_i| is at least |1 - a|R_iᵀQ||; where that does not decide, a probe does before the apply pass.
             moved = abs(self._options.coefficient) * self._xp.sqrt(self._heights(slice(None), slice(None)))
             near = self._entries(1 + moved > self._amplification * abs(1 - moved))
             probed = [entry for entry in entries if entry in near and entry not in self._exact]
@@ -530,7 +530,7 @@ class Projector(_Stream):
         return _Factors(scale, factor * scale[:, None], _some(doubtful), _some(parallel), _some(still))
 
     def _is_calm(self, squares: Array, along: Array, ratio: Array) -> bool:
-        """Whether no vector is doubtful, parallel or still, told by the extremes alone."""
+        """Whether no vector is doubtful, parallel or still, as the extremes alone show."""
         if 0 in squares.shape:
             return False
         smallest, largest = extremes(squares)
@@ -601,7 +601,7 @@ def _count(mask: Array | None) -> int:
 
 
 def _chunk_rows(cols: int, elements: int) -> int:
-    """Return how many stored rows make a chunk: little memory, and whole groups of what float32 can sum."""
+    """Return how many stored rows make a chunk: little memory, and whole groups of rows that float32 sums."""
     rows = max(1, min(CHUNK_ROWS, elements // max(1, cols)))
     multiple = GROUP_ROWS if rows > GROUP_ROWS else 8
     return rows - rows % multiple if rows > multiple else rows

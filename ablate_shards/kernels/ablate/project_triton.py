@@ -1,6 +1,6 @@
 """The sums and the update of an ablation as Triton kernels, over whole blocks of a batch of matrices.
 
-Every program adds in a fixed order and owns what it writes, so there are no atomics and no order to chance.
+Every program adds in a fixed order and owns what it writes, so there are no atomics, and no sum depends on chance.
 The sizes of the reductions are constants; only the update is autotuned, whose sizes cannot change a bit. Triton
 launches on the current device, hence each launch makes that of its block the current one. Each says that a product may
 be fused with a sum, because what Triton does otherwise depends on its version.

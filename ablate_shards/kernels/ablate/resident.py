@@ -1,8 +1,8 @@
-"""Directional ablation of weights where they lie, many at once.
+"""Directional ablation of weights in place, many at once.
 
 :func:`.project.project` leaves its input as it is and measures the result. Here nothing is copied
-and nothing measured: what fits the kernels of ``resident_triton`` is read from and written to the memory of the device
-as little as can be, and the rest goes through the streamed form.
+or measured: weights that fit the kernels of ``resident_triton`` are read from and written to device memory as little as
+possible, and the rest goes through the streamed form.
 """
 
 import math
@@ -114,7 +114,7 @@ class Ablation:
             resident.launch()
 
     def settle(self) -> int:
-        """Ablate the rest: what the kernels do not take, and the vectors they left alone; once after each launch.
+        """Ablate the rest: weights the kernels do not take, and vectors they left unchanged; once after each launch.
 
         Returns:
             How many vectors were so nearly parallel to the directions that they were not rescaled.
@@ -174,10 +174,10 @@ class Ablation:
 
 
 def _once(weights: "Sequence[Tensor]") -> "list[Tensor]":
-    """Leave out what is given a second time, and what records gradients.
+    """Return each weight once, as a view that records no gradients.
 
     Raises:
-        PlanError: Some share memory without being the same.
+        PlanError: Two weights share memory without being the same.
     """
     places = {
         (weight.device, weight.data_ptr(), weight.dtype, weight.shape, weight.stride()): weight.detach()
@@ -208,7 +208,7 @@ def _span(weight: "Tensor") -> tuple[str, int, int]:
 
 
 def _layout(weight: "Tensor") -> np.ndarray:
-    """Return what NumPy has to know of memory to tell what lies in it; it reads nothing there."""
+    """Describe the memory of a weight for NumPy, which finds overlaps by it; nothing there is read."""
     size = weight.element_size()
     interface = {
         "version": 3,
@@ -221,7 +221,7 @@ def _layout(weight: "Tensor") -> np.ndarray:
 
 
 def _unusable(form: Form, device: str) -> str | None:
-    """Say why a form cannot ablate on a kind of device, if it cannot."""
+    """Return why a form cannot ablate on a kind of device, None if it can."""
     if device == "meta":
         return "needs weights that have values"
     if form == "native":

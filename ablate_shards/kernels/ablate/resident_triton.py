@@ -1,19 +1,20 @@
-"""An ablation of matrices where they lie, as Triton kernels that read and write device memory as little as can be.
+"""An ablation of matrices in place, as Triton kernels that read and write device memory as little as possible.
 
 A program holds a tile of a matrix in registers, publishes what the tile adds to the sums of its rows or columns, waits
-until all tiles that share them have done so, and updates the tile it still holds. Columns are so read and written once.
-Rows need ``Q`` of the whole matrix before the first of them can change, hence two readings:
+until all tiles that share them have done so, and updates the tile it still holds. So columns are read and written once.
+Rows need ``Q`` of the whole matrix before the first of them can change, so they are read twice:
 
     columns   columns_kernel
     rows      mix_kernel (norms, and Q by groups of rows), mixed_kernel (Q), probe_kernel (what float32 cannot carry),
               turn_kernel (Q of each row, then the update)
 
-Programs that wait take their work by a ticket, in the order in which they start: what they wait for is running or done,
-so no wait can lock up as long as the programs of one sum fit on the device together. Where that is not known, a kernel
-is launched twice, for its sums and for its update. Sums are float32, added up in an order that the shape decides.
+Programs that wait take numbered tickets in the order in which they start. So the programs that they wait for are
+running or done, and no wait can lock up as long as the programs of one sum fit on the device together. Where that is
+not known, a kernel is launched twice, for its sums and for its update. Sums are float32, added up in an order that
+depends on the shape.
 
-Elements travel in pairs, as the int32 that two of them make: a tile takes half as many registers so. What belongs to
-columns comes in two halves, first of the even ones, then of the odd ones.
+Elements are handled in pairs, as the int32 that two of them make, so that a tile takes half as many registers. Values
+of columns come in two halves, first those of the even columns, then those of the odd ones.
 """
 
 # Triton types its kernels itself, from the arguments of a launch.
@@ -58,14 +59,14 @@ def take_ticket(count_ptr, STAGE: tl.constexpr, ALONE: tl.constexpr):
 
 @triton.jit
 def arrive(count_ptr):
-    """Say that this program has stored its part."""
+    """Signal that this program has stored its part."""
     tl.debug_barrier()
     tl.atomic_add(count_ptr, 1, sem="release")
 
 
 @triton.jit
 def wait(count_ptr, wanted):
-    """Wait until that many programs have arrived."""
+    """Wait until a number of programs have arrived."""
     while tl.atomic_add(count_ptr, 0, sem="acquire") < wanted:
         pass
     tl.debug_barrier()
@@ -110,7 +111,7 @@ def pack(b_even, b_odd, DTYPE: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def held(b_x, PTX: tl.constexpr):
-    """The same pairs, which the compiler takes for others: what it made of them before a wait is made anew."""
+    """The same pairs as values that are new to the compiler, so that after a wait it unpacks them again."""
     if PTX:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [b_x], dtype=tl.int32, is_pure=False, pack=1)
     return b_x
@@ -355,7 +356,7 @@ def probe_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """odd[b, t] = whether tile t has a row that float32 cannot carry; rows are read only where a bound is no help."""
+    """odd[b, t] = whether tile t has a row that needs more than float32; rows are read only if no bound decides."""
     pid = tl.program_id(0)
     b = (pid // row_tiles).to(tl.int64)
     o_m = (pid % row_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -484,7 +485,7 @@ def fits(weight: Tensor) -> bool:
 class Resident:
     """Matrices of one shape and dtype, ablated where they lie along one direction.
 
-    What float32 cannot carry is left as it is, to the bit, and told by :meth:`odd`.
+    Vectors for which float32 is not accurate enough keep every bit; :meth:`odd` returns them.
 
     Args:
         weights: ``[..., rows, cols]`` each, residual axis first, on one device; they :func:`fits`.
@@ -602,7 +603,7 @@ class Resident:
             )  # fmt: skip
 
     def _stages(self, tiles: int, *, reset: bool = True) -> tuple[str, ...]:
-        """How to launch a kernel of which so many programs share a sum."""
+        """How to launch a kernel, by the number of programs that share a sum."""
         if tiles == 1:
             return ("both",)
         if tiles > self._at_once:
@@ -612,7 +613,7 @@ class Resident:
         return ("both",)
 
     def _common(self, tiles: int, block_m: int, block_n: int) -> dict[str, object]:
-        """The constants that the kernels which share sums over so many tiles have alike."""
+        """The constants that are the same in all kernels, by the number of tiles that share a sum."""
         parts = min(16, triton.next_power_of_2(tiles))
         return {
             "ALONE": tiles == 1,

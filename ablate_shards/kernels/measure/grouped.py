@@ -1,4 +1,4 @@
-"""What directions and their scores are made of: in C where it was built, else in NumPy.
+"""The sums that directions and their scores are computed from: in C where it was built, else in NumPy.
 
 These are sums over groups of rows, a product per row with its group's weight, and how well such products separate.
 Row ``i`` of a block whose first row has the index ``first`` belongs to group ``(first + i) mod groups``.
@@ -52,7 +52,7 @@ def group_dots(block: np.ndarray, first: int, weights: np.ndarray, offsets: np.n
 
 
 def pairs_in_order(lower: np.ndarray, higher: np.ndarray) -> int:
-    """Return twice how many pairs of a value of each have that of ``lower`` below the other; ties count half.
+    """Return twice the number of pairs in which the value of ``lower`` is below that of ``higher``; ties count half.
 
     Args:
         lower: ``[n]`` float64, none NaN.

@@ -1,8 +1,8 @@
-"""What one matrix differs from another by: its size, its rank, and whether it is an ablation.
+"""How one matrix differs from another: the size and rank of the difference, and whether it is an ablation.
 
-The difference is never held whole. Row blocks pass by, at most eight times, and state is O((rows + columns) · l)
-for a sketch of ``l`` columns: subspace iteration on the Gram matrix from a seeded Gaussian start (Halko,
-Martinsson and Tropp 2011, section 4.5), then Rayleigh–Ritz. Energies are float64, products float32.
+The difference is never held whole. Row blocks are read one after another, at most eight times, and the state is
+O((rows + columns) · l) for a sketch of ``l`` columns: subspace iteration on the Gram matrix from a seeded Gaussian
+start (Halko, Martinsson and Tropp 2011, section 4.5), then Rayleigh–Ritz. Energies are float64, products float32.
 
 Three forms are tried, the simplest first, where ``A`` is the old matrix and ``L`` has low rank:
 ``B = A + L``, ``B = SA + L`` and ``B = AT + L`` with diagonal ``S`` and ``T``. The last two are what an edit that
@@ -75,7 +75,7 @@ class Fit:
         form: Which scales were undone first; ``full`` where no low rank explains the difference.
         rank: Singular values above what rounding leaves; the length of the sketch where ``full``.
         energy: Squared Frobenius norm of the difference once the scales are undone.
-        rest: What of it lies outside of the sketch.
+        rest: The part of that energy that lies outside of the sketch.
         values: Singular values, descending, ``[l]`` float64.
         left: ``[rows, k]`` float64, the top left singular vectors.
         right: ``[columns, k]`` float64.
@@ -453,7 +453,7 @@ def _rank(values: Tensor, energy: float, sums: _Sums) -> int | None:
 
 
 def _dominant(images: Tensor, small: float) -> Tensor:
-    """Turns a space to its directions that are not small beside the first: the rest would only hide the scales."""
+    """Keeps those directions of a space that are not small beside the first: the rest would only hide the scales."""
     squares, turn = torch.linalg.eigh(images.T @ images)
     count = max(1, int((squares > small**2 * squares[-1]).sum()))
     top: Tensor = turn[:, -count:]

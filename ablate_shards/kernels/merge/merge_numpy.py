@@ -1,7 +1,7 @@
-"""The low-rank update on a CPU, in NumPy and C: float32 where that cannot show, float64 where it could.
+"""The low-rank update on a CPU, in NumPy and C: float32 where that gives the exact rounding, else float64.
 
 Most of ``W + s·L·R`` rounds to the same bfloat16 whether it is computed in float32 or exactly. A bound on the error of
-float32 tells which elements do: those whose rounding is the same at both ends of the interval that the bound leaves.
+float32 shows which elements do: those whose rounding is the same at both ends of the interval that the bound leaves.
 The others, a few in a thousand, are computed again in float64. So every result is the exact sum correctly rounded,
 as far as float64 can tell, and neither blocks nor threads can change it. ``docs/math.md`` derives the bound. float16
 and float32 leave too little room for it, and are computed in float64 throughout.

@@ -121,7 +121,7 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 def add_group_sums(block: np.ndarray, first: int, into: np.ndarray) -> bool:
-    """Do what :func:`~.grouped.add_group_sums` does; False, and nothing, where it cannot be."""
+    """Do what :func:`~.grouped.add_group_sums` does; return False, having done nothing, where it cannot."""
     library = _for_groups(block)
     if library is not None:
         scratch = np.empty((len(into), _whole_pairs(block)))
@@ -169,7 +169,7 @@ def add_rounded(
     out: np.ndarray,
     unsure: np.ndarray,
 ) -> tuple[int, float] | None:
-    """Add to bfloat16 values what is known to within a margin, where the sum is rounded alike at both of its ends.
+    """Add to bfloat16 values what is known to within a margin, where both ends of the margin round to the same sum.
 
     The margin of element ``w`` in row ``i`` and column ``j`` is ``rows[i] * columns[j] + slope |w| + least``.
 
@@ -201,7 +201,7 @@ def add_rounded(
 
 
 def add_exactly(block: np.ndarray, left: np.ndarray, right: np.ndarray, places: np.ndarray, out: np.ndarray) -> bool:
-    """Add a low-rank product to some bfloat16 values in float64; False, and nothing, where the library was not built.
+    """Add a low-rank product to some bfloat16 values in float64; return False where the library was not built.
 
     Args:
         block: ``[rows, cols]`` uint16, the bits of bfloat16.
@@ -232,7 +232,7 @@ class NativeForm:
         chunk_rows: Rows whose sums are looked at together for what float32 cannot carry.
 
     Raises:
-        RuntimeError: The library was not built; :func:`is_built` tells.
+        RuntimeError: The library was not built; see :func:`is_built`.
     """
 
     def __init__(self, precision: type[np.floating], chunk_rows: int) -> None:
@@ -307,7 +307,7 @@ class NativeForm:
         )  # fmt: skip
 
     def _scratch(self, block: np.ndarray, lines: int) -> np.ndarray:
-        """Return room for so many factors of each column, in the order and the number that the library wants."""
+        """Return scratch memory for ``lines`` factors of each column, laid out as the library wants it."""
         return np.empty((lines, _whole_pairs(block)), self._precision)
 
     def mix(self, block: np.ndarray, basis: np.ndarray, first: int, squares: np.ndarray, into: np.ndarray) -> None:
@@ -421,7 +421,7 @@ class NativeArrays:
         """Do nothing: a block is a view of its bytes."""
 
     def quiet(self) -> AbstractContextManager[None]:
-        """Let what is out of range pass without a warning."""
+        """Turn off warnings of values out of range."""
         return np.errstate(all="ignore")
 
 

@@ -1,4 +1,4 @@
-"""Tells which tensors of a checkpoint write to the residual stream, along which axis, through which gain."""
+"""Finds the tensors of a checkpoint that write to the residual stream, along which axis, and through which gain."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -47,7 +47,7 @@ class LeftOut:
         name: The tensor.
         layer: Its decoder layer, if it lies in one.
         component: What it would belong to, if that is known.
-        reason: Why it is left out, and the way out if there is one.
+        reason: Why it is left out, and what to do about it if there is something.
         blocked: It writes to the stream, or may, and cannot be edited: selecting it must be refused.
         mtp: Whether it belongs to a multi-token-prediction layer.
     """
@@ -201,7 +201,7 @@ def dissect(
 ) -> Anatomy:
     """Finds every tensor that writes to the residual stream, by name.
 
-    Shapes are checked against the hidden size; no axis is ever told from a shape.
+    Shapes are checked against the hidden size; a shape never decides an axis.
 
     Args:
         tensors: What the checkpoint holds.
@@ -243,7 +243,7 @@ def _family_of(tensors: Mapping[str, TensorInfo], settings: _Settings) -> Family
                 return family
         raise _unknown(tensors, f"config.json: the table does not know model_type {kind!r}")
     names = {_NUMBER.sub("#", name) for name in tensors}
-    fitting = [(family, found) for family in FAMILIES if (found := _told_by_names(family.layout, names))]
+    fitting = [(family, found) for family in FAMILIES if (found := _modules_by_names(family.layout, names))]
     marked = [(family, found) for family, found in fitting if family.layout.marks]
     fitting = marked or fitting
     what = "config.json has no model_type" if settings.given else "there is no config.json"
@@ -259,7 +259,7 @@ def _family_of(tensors: Mapping[str, TensorInfo], settings: _Settings) -> Family
     return first if len(fitting) == 1 else first._replace(name=f"{first.name}-like")
 
 
-def _told_by_names(layout: Layout, names: Set[str]) -> frozenset[Module] | None:
+def _modules_by_names(layout: Layout, names: Set[str]) -> frozenset[Module] | None:
     """Returns the modules that would be edited if the names (numbers as ``#``) fit this layout, else None."""
     own = (*layout.attention, *layout.mlp)
     parents = {module.path.split(".")[0] for module in own}
@@ -478,7 +478,7 @@ def _residual_length(hits: Iterable[_Hit], tensors: Mapping[str, TensorInfo]) ->
         shape = tensors[hit.name].shape
         if hit.rest == ".weight" and len(shape) > 1:
             return shape[-2 if hit.rule.axis == "out" else -1]
-    raise ArchitectureError("the targets match no matrix, and there is no config.json to tell the hidden size")
+    raise ArchitectureError("the targets match no matrix, and there is no config.json with the hidden size")
 
 
 # ---------------------------------------------------------------------------------------- by tensor
@@ -509,7 +509,7 @@ def _sort_out(
 
 
 def _blocked(parts: Sequence[_Hit], tensors: Mapping[str, TensorInfo]) -> LeftOut | None:
-    """Returns why a module's parts are no plain weight, named by the largest; None if they are one."""
+    """Returns why a module's parts are not a plain weight, named by the largest; None if they are one."""
     if not parts:
         return None
     chief = max(parts, key=lambda hit: tensors[hit.name].end - tensors[hit.name].start)
@@ -566,7 +566,7 @@ def _length_of(name: str, tensors: Mapping[str, TensorInfo]) -> int:
     if name in tensors and len(tensors[name].shape) == 1:
         return tensors[name].shape[0]
     raise ArchitectureError(
-        f"the hidden size cannot be told: there is no config.json with hidden_size, and no {name}; "
+        f"the hidden size is not known: there is no config.json with hidden_size, and no {name}; "
         "put the model's config.json beside the shards"
     )
 

@@ -1,4 +1,4 @@
-"""Writes an activation dump a layer at a time, out of sight until it is complete, and goes on with one half-made."""
+"""Writes an activation dump a layer at a time, under a hidden name until complete, and continues an interrupted one."""
 
 import errno
 import os
@@ -30,7 +30,7 @@ _SAVING_SHARE = 0.1
 
 
 class DumpWriter:
-    """A half-made dump: a shard per layer, and the stream after one of them to go on from.
+    """An unfinished dump: a shard per layer, and the stream after one of them to continue from.
 
     Attributes:
         stream: The stream of each batch that an interrupted run left, empty if none did.
@@ -46,7 +46,7 @@ class DumpWriter:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        """Makes the folder out of sight, or takes up the one that an interrupted run left.
+        """Makes the hidden folder, or continues the one that an interrupted run left.
 
         Args:
             dump: The final name.

@@ -111,7 +111,7 @@ def capture(model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOpti
         dump: A file ending in ``.safetensors``, or a folder of one shard per layer.
         pairs: The prompts; row i of every tensor is pair i.
         options: What to capture, and how.
-        progress: Hears how far the run has come.
+        progress: Receives how far the run has come.
 
     Returns:
         What was captured.
@@ -175,7 +175,7 @@ def capture(model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOpti
             raise Interrupted(f"{dump}: interrupted; {writer.kept}") from error
         except torch.OutOfMemoryError as error:
             less = "use a smaller --batch" if streamed else "use --offload always or a smaller --batch"
-            raise CaptureError(f"{model}: the memory of {device} does not suffice; {less}") from error
+            raise CaptureError(f"{model}: {device} has too little memory; {less}") from error
         except OSError as error:
             raise CaptureError(f"{error.filename or dump}: {error.strerror or error}; {writer.kept}") from error
         finally:

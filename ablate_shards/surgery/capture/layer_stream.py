@@ -195,7 +195,7 @@ def _is_inside(target: str, module: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Inputs:
-    """What a layer was called with; the stream itself is left out."""
+    """The arguments of a layer besides the stream."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -231,7 +231,7 @@ class _Passage:
 
 
 class NotOneStream(Exception):  # noqa: N818 - caught where it is raised
-    """A model does more between its layers than hand on the stream."""
+    """A model does more between its layers than pass on the stream."""
 
 
 class _OtherOutput(NotOneStream):

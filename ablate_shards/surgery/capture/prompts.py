@@ -20,7 +20,7 @@ Position = Literal["last", "mean"]
 
 
 class Prompt(NamedTuple):
-    """The tokens of one prompt, up to the last that counts, and the first that does."""
+    """The tokens of one prompt up to the last that is read, and the index of the first that is read."""
 
     tokens: tuple[int, ...]
     start: int
@@ -80,7 +80,7 @@ def encode_turn(tokenizer: Any, turn: Turn, where: str, position: Position, *, p
     if position == "last":
         return Prompt(tokens, len(tokens) - 1)
     if not text.endswith(response):
-        raise CaptureError(f"{where}: the chat template rewrites the response, so its tokens cannot be told apart")
+        raise CaptureError(f"{where}: the chat template rewrites the response, so its tokens cannot be found")
     before = encode(tokenizer, text[: len(text) - len(response)], special=plain)
     same = next((i for i, (a, b) in enumerate(zip(tokens, before, strict=False)) if a != b), len(before))
     return Prompt(tokens, min(same, len(tokens) - 1))

@@ -212,7 +212,7 @@ def _checkpoint(
         for tensor in shard.tensors:
             if (other := tensors.get(tensor.name)) is not None:
                 raise CheckpointError(
-                    f"{tensor.name}: stands in both {other.shard} and {shard.name}; remove the stale shard"
+                    f"{tensor.name}: is in both {other.shard} and {shard.name}; remove the stale shard"
                 )
             tensors[tensor.name] = tensor
     return Checkpoint(

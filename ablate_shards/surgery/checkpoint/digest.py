@@ -1,4 +1,4 @@
-"""A digest that tells one model's weights from another's without reading all of them."""
+"""A digest that differs between models, taken without reading all of their weights."""
 
 import hashlib
 import os
@@ -12,13 +12,13 @@ _PIECES, _PIECE = 8, 4096
 
 
 def base_digest(checkpoint: Checkpoint) -> str | None:
-    """Returns a digest that tells a checkpoint's weights from others without reading all of them.
+    """Returns a digest that differs between checkpoints, without reading all of their weights.
 
     It covers every tensor's name, dtype and shape and eight evenly spaced pieces of 4 KiB of its bytes, in the
     order of the names; how the tensors are spread over files does not matter. It is no proof against tampering.
 
     Returns:
-        The digest, or None for a checkpoint that is not on this machine, where so many reads would take long.
+        The digest, or None for a checkpoint that is not on this machine, where this many reads would take long.
     """
     if checkpoint.remote is not None:
         return None

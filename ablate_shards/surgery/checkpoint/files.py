@@ -68,7 +68,7 @@ class Files(Protocol):
 
 
 class Remote(Files, Protocol):
-    """Files that are not on this machine; they can be read by byte ranges, and what is told of them does not change."""
+    """Files that are not on this machine, read by byte ranges; their listing stays as it was when they were opened."""
 
     def now(self) -> "Remote":
         """Returns the files as they are now, should something else have written them."""
@@ -100,7 +100,7 @@ class Remote(Files, Protocol):
             file: The remote file.
             path: The local one, which may hold the beginning already, or all but the edited ranges.
             stop: Set when the run has ended elsewhere.
-            advance: Hears how many more bytes are there.
+            advance: Receives how many more bytes are there.
             edited: The byte ranges that an interrupted run may have overwritten.
         """
 

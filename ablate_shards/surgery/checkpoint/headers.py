@@ -81,7 +81,7 @@ def read_header(path: Path, name: str | None = None, shown: str | None = None) -
         raise CheckpointError(f"{shown or path}: the file does not exist") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{shown or path}: not a valid safetensors file ({_reason(error)}); fetch it again or export it anew"
+            f"{shown or path}: not a valid safetensors file ({_reason(error)}); fetch it again or export it again"
         ) from error
     header = json.loads(raw)
     metadata = header.pop("__metadata__", {})

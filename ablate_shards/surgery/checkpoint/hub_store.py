@@ -154,7 +154,7 @@ def explain_hub(error: Exception, name: str, file: str | None = None, *, writing
         case HubError():
             return error
         case errors.GatedRepoError():
-            reason = f"is gated; ask for access at {constants.ENDPOINT}/{repo}, and {_LOG_IN} as who has it"
+            reason = f"is gated; ask for access at {constants.ENDPOINT}/{repo}, then {_LOG_IN} with that account"
         case errors.RepositoryNotFoundError() if not writing:
             reason = (
                 f"no repository on the Hub that you may read, nor a file or folder here; check the name, or {_LOG_IN} "
@@ -169,7 +169,7 @@ def explain_hub(error: Exception, name: str, file: str | None = None, *, writing
         case errors.HFValidationError():
             reason = "is not the name of a repository; expected org/name"
         case errors.OfflineModeIsEnabled():
-            reason = "no such file or folder here, and HF_HUB_OFFLINE keeps the Hub out of reach; unset it"
+            reason = "no such file or folder here, and HF_HUB_OFFLINE is set, so the Hub is not asked; unset it"
         case errors.FileDuplicationError():
             reason = "the Hub cannot copy files of the source by itself; ablate to a folder here, then push it"
         case errors.HfHubHTTPError() if error.response.status_code == 401:
@@ -186,7 +186,7 @@ def explain_hub(error: Exception, name: str, file: str | None = None, *, writing
         case errors.HfHubHTTPError() if error.response.status_code in (409, 412):
             reason = "someone else has committed meanwhile, so nothing was committed; run again"
         case errors.HfHubHTTPError() if error.response.status_code == 429:
-            reason = "the Hub limits how often you may ask, and does so still; wait some minutes and run again"
+            reason = "the Hub limits how often you may ask, and still refuses; wait some minutes and run again"
         case errors.HfHubHTTPError():
             said = f" ({error.server_message})" if error.server_message else ""
             reason = f"the Hub answered {error.response.status_code}{said}; run again later"

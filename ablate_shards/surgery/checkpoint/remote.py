@@ -1,4 +1,4 @@
-"""Reads checkpoints that are elsewhere by byte ranges: headers first, then each file once, resumed and checked."""
+"""Reads checkpoints that are not on this machine, by byte ranges: headers, then each file once."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ class Entry:
 
     Attributes:
         size: Its bytes.
-        stamp: What tells one state of it from another.
+        stamp: A mark that changes when the file does.
         algorithm: What its digest is of: ``sha256`` of the content, or ``git`` for Git's SHA-1 of a blob.
         digest: The digest, None where the store has none.
     """
@@ -50,10 +50,10 @@ class Entry:
 
 
 class Faults(Protocol):
-    """Knows which errors pass, and what to say of those that do not."""
+    """Knows which errors are temporary, and how to explain the others."""
 
     def pause(self, error: Exception) -> float | None:
-        """Returns how many seconds to wait at least before trying again, None where that is of no use."""
+        """Returns the fewest seconds to wait before trying again, None where another attempt is of no use."""
 
     def explain(self, error: Exception, file: str | None = None) -> HubError | None:
         """Returns an error as one sentence, None where it is about something else."""
@@ -82,10 +82,10 @@ class Store(Faults, Protocol):
 
 
 class Patience:
-    """Waits between attempts, longer each time, until too many in a row have brought nothing.
+    """Waits between attempts, longer each time; gives up after too many failures in a row.
 
     Args:
-        faults: Says which errors pass, and how long to leave alone what made them.
+        faults: Says which errors are temporary, and how long to wait after each.
         stop: Ends the waiting when set.
     """
 
@@ -94,14 +94,14 @@ class Patience:
         self._failed = 0
 
     def progress(self) -> None:
-        """Says that an attempt has brought something."""
+        """Notes that an attempt has brought data, so the count of failures starts again."""
         self._failed = 0
 
     def wait(self, error: Exception, file: str | None = None) -> None:
         """Waits before the next attempt.
 
         Raises:
-            HubError: There is no point in one.
+            HubError: Another attempt is of no use, or there were too many.
             CancelledError: The run has ended meanwhile.
         """
         least = self._faults.pause(error)
@@ -116,16 +116,16 @@ class Patience:
 
 
 def patiently(faults: Faults, call: Callable[[], _T]) -> _T:
-    """Returns what a call returns, trying again while its errors are such as pass.
+    """Returns what a call returns; repeats it while its errors are temporary.
 
     Raises:
-        HubError: They do not.
+        HubError: An error was not temporary, or there were too many in a row.
     """
     patience = Patience(faults)
     while True:
         try:
             return call()
-        except Exception as error:  # noqa: BLE001 - those that do not pass are raised again, explained
+        except Exception as error:  # noqa: BLE001 - errors that are not temporary are raised again, explained
             patience.wait(error)
 
 
@@ -187,7 +187,7 @@ class RemoteFiles:
         return self._store.entries[file].size
 
     def stamp(self, file: str) -> str:
-        """Returns what tells one state of a file from another, nothing of one that is gone."""
+        """Returns a mark that changes when the file does; an empty one for a file that is gone."""
         return self._store.entries[file].stamp if self.has(file) else ""
 
     def read(self, file: str) -> bytes:
@@ -201,7 +201,7 @@ class RemoteFiles:
         return b"".join(self.stream(file, start, end, _CLOCK))
 
     def stream(self, file: str, start: int, end: int, stop: threading.Event) -> Iterator[bytes]:
-        """Yields the bytes of a range, going on where a connection broke."""
+        """Yields the bytes of a range; after a broken connection it continues at the next byte."""
         patience = Patience(self._store, stop)
         while start < end:
             try:
@@ -217,11 +217,11 @@ class RemoteFiles:
                     raise EOFError(f"{self.shown(file)}: ended {end - start} bytes early")
             except (CancelledError, GeneratorExit):
                 raise
-            except Exception as error:  # noqa: BLE001 - the store knows which errors pass
+            except Exception as error:  # noqa: BLE001 - the store knows which errors are temporary
                 patience.wait(error, file)
 
     def digest(self, file: str) -> tuple["hashlib._Hash", str | None]:
-        """Returns what to feed a file's bytes to, and the digest they then have to have; None where none is known."""
+        """Returns a hash to feed a file's bytes to, and the digest that it must then have; None where none is known."""
         entry = self._store.entries[file]
         return _digest(entry), entry.digest
 
@@ -324,7 +324,7 @@ class RemoteFiles:
         wanted = 8 + int.from_bytes(raw[:8], "little")
         if len(raw) < wanted <= min(size, 8 + _LARGEST_HEADER):
             raw += b"".join(self.stream(file, len(raw), wanted, stop))
-        # The library validates files only: this one has the header and the size, and a hole for the weights.
+        # The library validates only files on disk: this one has the header and the size, and a hole for the weights.
         with tempfile.NamedTemporaryFile(prefix="ablate-shards-") as hollow:
             hollow.write(raw)
             hollow.truncate(size)
@@ -379,7 +379,7 @@ def _feed(digest: "hashlib._Hash", target: _Raw, count: int, stop: threading.Eve
 
 
 def need(package: str, extra: str) -> None:
-    """Refuses to go on without a package.
+    """Checks that an optional package is installed.
 
     Raises:
         UsageError: It is not installed.

@@ -90,7 +90,7 @@ class DiffOptions:
     Attributes:
         memory: Bytes that all working buffers may take together.
         jobs: Tensors compared at a time, one per available core if None.
-        rank: The largest rank of a difference that is told apart from full rank.
+        rank: The largest rank that is recognised as low; a difference of a higher one counts as full rank.
     """
 
     memory: int = 256_000_000
@@ -114,7 +114,7 @@ def diff(
         first: The checkpoint to start from.
         second: The checkpoint to compare with it.
         options: How to compare.
-        progress: Is told how many bytes of each have been compared.
+        progress: Receives how many bytes of each have been compared.
         directions: Directions that changes are compared with.
 
     Returns:
@@ -366,7 +366,7 @@ class _Comparer:
         return True
 
     def _reshaped(self, ours: TensorInfo, theirs: TensorInfo) -> Kind:
-        """Tells a transposed matrix and added or dropped rows from any other change of shape."""
+        """Distinguishes a transposed matrix, and added or dropped rows, from any other change of shape."""
         if len(ours.shape) != 2 or ours.dtype != theirs.dtype or ours.dtype not in _UNITS:
             return "other shape"
         width = (ours.end - ours.start) // max(math.prod(ours.shape), 1)
@@ -570,7 +570,7 @@ def _describe(blank: TensorDiff, changes: Sequence["Change"], count: int = 1) ->
 
 
 class _Places:
-    """Tells where in the model a tensor lies, from its name."""
+    """Finds where in the model a tensor lies, from its name."""
 
     def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy | None) -> None:
         heads = Counter(_head_of(name) for name in checkpoint.tensors if split_layer(name)[0] is not None)

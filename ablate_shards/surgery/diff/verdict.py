@@ -263,8 +263,8 @@ def _where(tensors: Sequence[TensorDiff], *, listed: bool = True) -> str:
             ranges[-1][1:] = [layer]
         else:
             ranges.append([layer])
-    told = ", ".join("–".join(map(str, part)) for part in ranges)
-    return f" in layer{'s' if len(layers) > 1 else ''} {told}" + (f" and {outside} outside of them" if outside else "")
+    shown = ", ".join("–".join(map(str, part)) for part in ranges)
+    return f" in layer{'s' if len(layers) > 1 else ''} {shown}" + (f" and {outside} outside of them" if outside else "")
 
 
 def _ranks(tensors: Sequence[TensorDiff]) -> str:

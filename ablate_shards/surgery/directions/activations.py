@@ -152,7 +152,7 @@ class ActivationDump:
         return self._pieces(layer, label, kept, rows=None)
 
     def _pieces(self, layer: int, label: Label, kept: "Kept", *, rows: int | None) -> Iterator[np.ndarray]:
-        """Yields activations as stored, no piece across the end of so many rows."""
+        """Yields activations as stored; no piece crosses a multiple of ``rows``."""
         arrays = self._arrays[label, layer]
         kept.take((self.path, layer, label), arrays)
         filled = 0
@@ -287,7 +287,7 @@ def read_pickled_tensors(path: Path) -> dict[str, np.ndarray]:
         raise ActivationsError(f"{path}: the file does not exist") from error
     except Exception as error:
         raise ActivationsError(
-            f"{path}: cannot be read without running code it carries, or is no PyTorch file; expected plain "
+            f"{path}: cannot be read without running code it carries, or is not a PyTorch file; expected plain "
             "tensors by name"
         ) from error
     raise ActivationsError(f"{path}: expected plain tensors by name, found {type(content).__name__}")

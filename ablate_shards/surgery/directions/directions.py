@@ -1,4 +1,4 @@
-"""Computes directions from activations, scores them honestly, reads and writes them."""
+"""Directions by layer and their scores: the best layer, biprojection, and the gain of a norm."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -107,7 +107,7 @@ def _read_scores(path: Path, text: str, layers: Mapping[int, Any]) -> dict[int, 
             or score.layer not in layers
             or not all(_is_number(value) or (value is None and not needed) for value, needed in values)
         ):
-            raise DirectionsError(f"{path}: its scores do not fit its layers or are no numbers; compute it again")
+            raise DirectionsError(f"{path}: its scores do not fit its layers or are not numbers; compute it again")
     return {score.layer: score for score in scores}
 
 
@@ -192,7 +192,7 @@ def _checked(
     scores: Mapping[int, LayerScore] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Directions:
-    """Refuses what is no basis."""
+    """Returns directions whose bases and reference means were checked."""
     if not basis:
         raise DirectionsError(f"{path}: holds no directions of decoder layers; expected direction.layers.N")
     first = min(basis)

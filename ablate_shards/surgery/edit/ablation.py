@@ -65,7 +65,7 @@ class AblatedMatrices:
         self._projector: Projector | None = None
 
     def gather(self, read: Reader) -> None:
-        """Takes the sums that the apply pass needs.
+        """Reads all of it and takes the sums that the apply pass needs.
 
         Raises:
             ExecuteError: It holds NaN or infinite values.
@@ -150,7 +150,7 @@ class AblatedBias:
         self._before = self._after = 0.0
 
     def gather(self, read: Reader) -> None:
-        """Does nothing: the one block is all there is to know."""
+        """Does nothing: the bias is one block."""
 
     def edit(self, raw: np.ndarray, offset: int) -> None:
         """Ablates a block in place.
@@ -264,7 +264,7 @@ def ablation(
     return Operation(
         edits=plan.edits,
         identity={"the plan": plan.sha256()},
-        # Copying has begun by then.
+        # Called after copying has begun.
         editor=lambda run, stop: Editor(
             run.device, run.memory, run.jobs, stop, resolve_bases(plan.edits, checkpoint, directions)
         ),
@@ -292,7 +292,7 @@ def execute(
         options: The options the plan was made with, for the receipt.
         out: The folder to make.
         run: How to run.
-        progress: Hears how far the run has come.
+        progress: Receives how far the run has come.
 
     Returns:
         What was measured of each edited tensor, as re-read from the written files.

@@ -28,7 +28,7 @@ _R = TypeVar("_R")
 
 _WITHOUT_TORCH = ("native", "numpy")
 _CPU_BLOCK = 1 << 20
-#: Bytes of a tensor after which another thread may go on, and those that are read again at once for its digest.
+#: Bytes of a tensor that one thread edits before another may continue, and bytes read again at a time for its digest.
 _PART, _REREAD = 32 << 20, 1 << 20
 _LEAST_MEMORY_PER_JOB = 8 << 20
 _SCRATCH = 6 << 20
@@ -141,7 +141,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
             The parts in the order of their bytes. The last to end returns what was measured.
         """
         whole = Part(edit.start, edit.end, functools.partial(self.edit, edit, channels))
-        # Where nobody shares the work, nothing has to be read again for the digest.
+        # If one thread does all of it, nothing has to be read again for the digest.
         if self.jobs == 1 or edit.end - edit.start <= _PART:
             return [whole]
         groups: list[deque[Section]] = [deque()]
@@ -169,7 +169,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
         return [Part(start, end, functools.partial(do, number)) for number, (start, end) in enumerate(ranges)]
 
     def _edit(self, sections: deque[Section], channels: Channels, digest: blake3 | None) -> list[Any]:
-        """Edits sections, and returns what each measured; they are used up, since what one has gathered takes room."""
+        """Edits sections and returns what each measured; drops each when done, which frees its memory."""
 
         def read(offset: int, count: int) -> np.ndarray:
             raw = self._raw(count)
@@ -194,7 +194,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
         return measured
 
     def _raw(self, count: int) -> np.ndarray:
-        """Returns memory of this thread, which the next call takes again.
+        """Returns memory of this thread, which the next call overwrites.
 
         Raises:
             Stopped: The run has ended elsewhere.
@@ -212,7 +212,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
         """Returns what was measured of a tensor, from its sections and the digest of what was written."""
 
     def _workspace(self) -> "Workspace":
-        """Returns this thread's scratch memory; what is kept fragments no memory."""
+        """Returns this thread's scratch memory, which is kept so that memory is not fragmented."""
         from ablate_shards.kernels.ablate.project import Workspace
 
         if not hasattr(self._kept, "workspace"):
@@ -245,9 +245,9 @@ class Part(Generic[_R]):
 
 
 class _Parted:
-    """What several threads measure of a tensor's parts, and the digest, which goes on in the order of the bytes.
+    """Collects what several threads measure of a tensor's parts, and takes the digest in the order of the bytes.
 
-    Whoever completes a part takes the digest as far as there are parts complete.
+    The thread that completes a part continues the digest over all parts that are complete by then.
 
     Args:
         parts: How many there are.
@@ -284,7 +284,7 @@ class _Parted:
 
 @contextlib.contextmanager
 def _no_collections() -> Iterator[None]:
-    """Spares an import the search for garbage: what it makes stays, and looking costs a tenth of its time."""
+    """Turns garbage collection off during an import: it would find nothing and take a tenth of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,8 +1,8 @@
-"""A shard as it will be when edited, to be read like a file that is nowhere: its bytes are edited when asked for.
+"""An edited shard that is read like a file but is stored nowhere: its bytes are computed when they are read.
 
-An edit is deterministic, so a shard can be read as often as a protocol wants: once to find its digest and to measure
-what the edit does, then once more to send it. Each of these passes asks the source for each byte once; a matrix that
-is larger than the window is asked for as often as its arithmetic needs it, in the first of them alone.
+An edit is deterministic, so the shard can be read as often as a protocol needs it: once to find its digest and to
+measure the edit, then once more to send it. Each of these passes reads each byte of the source once. Only in the first
+pass, a matrix that is larger than the window is read as often as its arithmetic needs it.
 """
 
 import bisect
@@ -52,7 +52,7 @@ class Survey(Generic[_R]):
 
 
 class _Part(NamedTuple):
-    """A byte range of a shard, which may be the section of that number of an edit.
+    """A byte range of a shard: bytes that stay as they are, or one section of an edit.
 
     Attributes:
         start: Offset of its first byte.
@@ -77,8 +77,8 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
         shard: The shard.
         edits: Its edits, in the order of their bytes.
         editor: Carries them out.
-        window: Bytes of a section that are kept so as not to ask the source for them twice.
-        advance: Hears how many more bytes have been read here for the first time, in each pass.
+        window: Most bytes of a section that are kept in memory, so that they are not read from the source twice.
+        advance: Called with how many more bytes have been read here for the first time, in each pass.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
 
         Raises:
             ExecuteError: A tensor cannot be edited.
-            HubError: The source cannot be read, or not with the digest that its store tells of it.
+            HubError: The source cannot be read, or its digest is not the one that its store states.
         """
         survey, wrong = self._survey()
         if wrong is not None and self._remote is not None:
@@ -124,14 +124,14 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
 
     @property
     def sample(self) -> bytes:
-        """Its first bytes, by which a store tells text from weights."""
+        """Its first bytes; a store decides by them whether a file is text."""
         first = bytearray(min(512, self._shard.size))
         self._source.fill(memoryview(first), 0, len(first))
         return bytes(first)
 
     @property
     def digest(self) -> str | None:
-        """Digest of what was read from the beginning to the end, what was read twice left out; None before the end."""
+        """Digest of all its bytes, each counted once; None until the last has been read."""
         return self._sent.hexdigest() if self._sent_to == self._shard.size else None
 
     # What follows is a file's.
@@ -141,7 +141,7 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
         return True
 
     def seekable(self) -> bool:
-        """Returns that any byte can be gone to."""
+        """Returns that any byte can be read next."""
         return True
 
     def tell(self) -> int:
@@ -149,7 +149,7 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Goes to an offset; nothing is read."""
+        """Sets the offset of the next byte; nothing is read."""
         origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._shard.size}[whence]
         if origin + offset < 0:
             raise ValueError(f"{self._shard.name}: there is no offset {origin + offset}")
@@ -157,14 +157,14 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
         return self._position
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Returns the next bytes, fewer at the end alone."""
+        """Returns the next bytes; fewer only at the end."""
         left = max(0, self._shard.size - self._position)
         data = bytearray(left if size is None or size < 0 else min(size, left))
         self.readinto(data)
         return bytes(data)
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        """Fills a buffer with the next bytes; returns how many, fewer at the end alone."""
+        """Fills a buffer with the next bytes and returns how many; fewer only at the end."""
         wanted = memoryview(buffer).cast("B")
         filled = 0
         while filled < len(wanted) and self._position < self._shard.size:
@@ -178,13 +178,13 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
         return filled
 
     def close(self) -> None:
-        """Lets go of the source."""
+        """Closes the source."""
         if not self.closed and hasattr(self, "_source"):
             self._source.close()
         super().close()
 
     def _note(self, data: memoryview) -> None:
-        """Takes the digest of bytes that are handed out, once where they are handed out again."""
+        """Adds bytes that are returned to the digest, unless they were returned before."""
         if self._position == 0 and self._sent_to > 0:
             self._advance(-self._sent_to)
             self._sent, self._sent_to = hashlib.sha256(), 0
@@ -208,7 +208,7 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
         return start, raw.data
 
     def _gathered(self, part: _Part) -> Section | None:
-        """Returns a section that blocks can be edited of one by one, None for one that is better read whole."""
+        """Returns a section whose blocks can be edited one by one, None for one that is better read whole."""
         known = self._kept.get(part.start) or (self._current[1] if self._current[0] == part.start else None)
         if known is None and not (part.gathers and self._fits(part)):
             known = self._section(part)
@@ -237,7 +237,7 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
             self._kept[part.start] = section
 
     def _section(self, part: _Part) -> Section:
-        """Returns a section of a part; those of one tensor are made together, and let go of one by one."""
+        """Returns a part's section; a tensor's sections are made together, each dropped when returned."""
         edit, sections = self._under_way
         if edit is not part.edit or sections[part.section] is None:
             sections = list(self._editor.sections(part.edit))
@@ -251,7 +251,7 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
         return part.end - part.start <= self._window
 
     def _fill(self, start: int, end: int, until: int | None = None) -> np.ndarray:
-        """Returns bytes of the source, in memory that the next call takes again.
+        """Returns bytes of the source, in memory that the next call overwrites.
 
         Args:
             start: Offset of the first.
@@ -269,7 +269,7 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
         return raw
 
     def _survey(self) -> tuple[Survey[_R], str | None]:
-        """Goes over all of it once; returns the source's digest as well if it is not what its store says."""
+        """Reads all of it once; also returns the source's digest if it is not the one that its store states."""
         whole = hashlib.sha256()
         source, expected = hashlib.sha256(), None
         if self._remote is not None:
@@ -299,7 +299,7 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
         return Survey(whole.hexdigest(), results), wrong
 
     def _blocks(self, part: _Part, section: Section, source: "hashlib._Hash") -> Iterator[tuple[int, np.ndarray]]:
-        """Yields the edited blocks of a section, and feeds what they were to the digest of the source."""
+        """Yields the edited blocks of a section, and adds their bytes before the edit to the digest of the source."""
         if part.gathers and self._fits(part):
             whole = self._whole(part, section, source)
             for offset in range(0, len(whole), section.block):

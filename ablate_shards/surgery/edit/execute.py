@@ -47,8 +47,8 @@ _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R", bound="DataclassInstance")
 _T = TypeVar("_T")
 
-#: Bytes copied before an edit may have its turn to write: more, and edits wait; fewer, and copying does. They are so
-#: many more in a large shard that its pieces stay few.
+#: Bytes copied before an edit may write: with more, edits wait too long; with fewer, copying does. A large shard is
+#: copied in larger pieces, so that there are never more than _MOST_PIECES.
 _COPY_CHUNK, _MOST_PIECES = 8 << 20, 500
 _FALLBACK_CHUNK = 1 << 20
 _MANY_CORES = 4
@@ -86,7 +86,7 @@ class Operation(Generic[_E, _R]):
 
     Attributes:
         edits: The tensors to edit.
-        identity: What of it must be equal for an interrupted run to be gone on with, by what to call it.
+        identity: What must be equal for an interrupted run to be resumed: values by the names that errors use.
         editor: Makes the editor of a run that ends early when the event is set.
         result: Makes a result of the fields that the journal kept of it.
         receipt_name: The file in OUT that says what was done.
@@ -101,7 +101,7 @@ class Operation(Generic[_E, _R]):
     receipt: Callable[[Mapping[str, _R], Mapping[str, str]], str]
 
     def identity_on(self, checkpoint: Checkpoint) -> dict[str, str]:
-        """Returns all that must be equal for an interrupted run on a checkpoint to be gone on with."""
+        """Returns all that must be equal for an interrupted run on a checkpoint to be resumed."""
         return {
             **self.identity,
             "the source": checkpoint.fingerprint,
@@ -119,7 +119,7 @@ def perform(
         operation: What to do.
         out: The folder to make.
         run: How to run.
-        progress: Hears how far the run has come.
+        progress: Receives how far the run has come.
 
     Returns:
         The result of each edit, by tensor.
@@ -158,7 +158,7 @@ def perform(
 
 @contextlib.contextmanager
 def ending_early(out: object, kept: Callable[[], str], discard: Callable[[], None]) -> Iterator[None]:
-    """Adds what is kept to the error of a run that can be gone on with, and discards what any other leaves."""
+    """Adds what is kept to the error of a run that can be resumed; after any other error, discards what was written."""
     try:
         yield
     except (KeyboardInterrupt, Interrupted) as error:
@@ -179,7 +179,7 @@ def check_unchanged(checkpoint: Checkpoint) -> None:
         ExecuteError: It has changed.
     """
     if fingerprint(checkpoint) != checkpoint.fingerprint:
-        raise ExecuteError(f"{checkpoint.name}: changed while it was read; run again when it is at rest")
+        raise ExecuteError(f"{checkpoint.name}: changed while it was read; run again when nothing writes to it")
 
 
 def what_is_kept(staging: Staging | None) -> str:
@@ -196,7 +196,7 @@ class Surgeon(Generic[_E, _R]):
         checkpoint: The source.
         operation: What to do.
         staging: Where to write.
-        progress: Hears how far it has come.
+        progress: Receives how far it has come.
         link: Make shards without an edit hard links to the source's.
     """
 
@@ -236,12 +236,12 @@ class Surgeon(Generic[_E, _R]):
             for content in self._staging.done.values()
             for name, values in content.items()
         }
-        # With few cores the edits need them more.
+        # Where there are few cores, the edits need them more than copying does.
         copiers = self._pool((1 if cores() < _MANY_CORES else 2) if self._checkpoint.remote is None else self.in_flight)
         sidecars = [copiers.submit(self._copy_sidecar, name) for name in self._checkpoint.sidecars]
         shards = (shard for shard in self._checkpoint.shards if shard.name not in self._staging.done)
         under_way = deque(self._start_copy(shard, copiers) for shard in itertools.islice(shards, self.in_flight))
-        # Only now is torch imported, if at all: the copying above needs neither it nor the interpreter lock.
+        # torch is imported only now, if at all: the copying above needs neither torch nor the interpreter lock.
         editor = self._operation.editor(run, self._stop)
         self._progress.note(editor.reason)
         identity = editor.identity()
@@ -411,7 +411,7 @@ def _check_disk(checkpoint: Checkpoint, edits: Iterable[Edit], staging: Staging,
 
 
 def _shares_blocks(checkpoint: Checkpoint, staging: Staging) -> bool:
-    """Whether the shards of OUT can share the source's blocks, told by a file that is then removed."""
+    """Whether the shards of OUT can share the source's blocks: tried with a file that is then removed."""
     if checkpoint.remote is not None:
         return False
     path = staging.folder / ".shared"

@@ -29,7 +29,7 @@ class Task(Generic[_T]):
         """Does it, once."""
         try:
             self.future.set_result(self._do())
-        except BaseException as error:  # noqa: BLE001 - whoever waits for the result hears of it
+        except BaseException as error:  # noqa: BLE001 - raised again where the result is waited for
             self.future.set_exception(error)
 
 
@@ -51,8 +51,8 @@ class Work(Generic[_R]):
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Lets one thread at a time write to the shard, as the kernel does, which lets the others burn their cores."""
-        with self._turn:  # so that who has just written does not overtake who waits
+        """Lets one thread at a time write to the shard; the kernel would let the others wait busily, at full load."""
+        with self._turn:  # so that a thread that has just written does not overtake one that waits
             self._writing.acquire()
         try:
             yield
@@ -63,8 +63,8 @@ class Work(Generic[_R]):
 class UnderWay(Generic[_R]):
     """The shards under way, and which of their tasks to do next.
 
-    A file takes one writer at a time, and the others would wait: what is next is at the shard with the fewest writers.
-    Of shards with as many, edits go to the first and copying to the last.
+    Only one thread at a time can write to a file, and others would wait. So the next task is one of the shard with the
+    fewest writers. If several shards have equally few, edits go to the first and copying to the last.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class UnderWay(Generic[_R]):
         copies: Iterable[Task[None]] = (),
         edits: Iterable[Task[tuple[str, _R] | None]] = (),
     ) -> None:
-        """Lets tasks of a shard wait for their turn."""
+        """Adds tasks of a shard to the queues."""
         with self._choosing:
             work.to_copy.extend(copies)
             work.to_edit.extend(edits)
@@ -92,11 +92,11 @@ class UnderWay(Generic[_R]):
                 self._works.remove(work)
 
     def copy_next(self) -> None:
-        """Copies what is next; something must wait."""
+        """Runs the next task that copies; there must be one."""
         self._run_next(lambda work: work.to_copy, -1)
 
     def edit_next(self) -> None:
-        """Edits what is next; something must wait."""
+        """Runs the next task that edits; there must be one."""
         self._run_next(lambda work: work.to_edit, 1)
 
     def _run_next(self, queue: Callable[[Work[_R]], deque[Any]], order: int) -> None:

@@ -181,7 +181,7 @@ def load(folder: Path | Files, name: str, expected: str) -> tuple[dict[str, Any]
 
 
 def incomplete(folder: Path | Files, name: str, error: Exception) -> VerifyError:
-    """Returns the error of a receipt that lacks something, or has it otherwise."""
+    """Returns the error of a receipt in which something is missing or malformed."""
     path = _files(folder).shown(name)
     return VerifyError(f"{path}: not a complete receipt ({error}); it was changed after it was written")
 

@@ -1,4 +1,4 @@
-"""Edits parts of tensors block by block, for whoever hands the blocks over one at a time and takes them again."""
+"""What a part of a tensor must offer so that its blocks can be edited one at a time."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 __all__ = ["Reader", "Section"]
 
 Reader: TypeAlias = Callable[[int, int], np.ndarray]
-"""Returns bytes of the source, from an offset and that many, in memory that the next call may take again."""
+"""Takes an offset and a count; returns those bytes of the source, in memory that the next call may overwrite."""
 
 
 class Section(Protocol):
-    """A part of a tensor that is edited by itself, one block after the other, and again where that is wanted.
+    """A part of a tensor that is edited by itself, one block after the other; blocks may be edited more than once.
 
     Attributes:
         start: Offset of its first byte in the shard.
         end: Offset one past its last byte.
         block: Bytes of a block, known once it has been gathered; the last one may be shorter.
-        gathers: Whether all of it is read before its first block can be edited.
+        gathers: Whether all of it must be read before its first block can be edited.
     """
 
     start: int
@@ -30,7 +30,7 @@ class Section(Protocol):
     gathers: bool
 
     def gather(self, read: Reader) -> None:
-        """Learns what has to be known of all of it.
+        """Reads all of it and takes the sums that editing a block needs.
 
         Raises:
             AblateError: The tensor cannot be edited.
@@ -44,7 +44,7 @@ class Section(Protocol):
         """
 
     def measure(self, raw: np.ndarray, offset: int) -> None:
-        """Takes a block as it was written; all of them once, in order."""
+        """Measures a block as it was written; called once for each block, in order."""
 
     def measured(self) -> Any:
         """Returns what was measured, for :meth:`BlockEditor.result`.

@@ -96,7 +96,7 @@ def finetune(
             ``training.json``.
         data: The samples, of all kinds.
         options: What to train, and how.
-        progress: Hears how far the run has come.
+        progress: Receives how far the run has come.
 
     Returns:
         What was trained, and the loss curve.
@@ -242,7 +242,7 @@ def _report(run: Run, progress: Steps) -> None:
         where = " of the linear-attention layers" if all(map(run.skeleton.is_in_linear_attention, untouched)) else ""
         progress.note(f"these targets leave modules{where} untouched: {folded(untouched)}; --targets auto adds them")
     if run.skeleton.fused:
-        progress.note(f"untouched: {folded(run.skeleton.fused)}: fused experts, which are no linear modules")
+        progress.note(f"untouched: {folded(run.skeleton.fused)}: fused experts, which are not linear modules")
     if run.skeleton.mistaken:
         progress.note(f"untouched: {folded(run.skeleton.mistaken)}: peft takes these names for those of the experts")
     hybrid = any(map(run.skeleton.is_in_linear_attention, run.skeleton.linear))
@@ -267,13 +267,13 @@ def _check_memory(run: Run, progress: Steps) -> None:
     # The logits, the same in float32, and their gradient.
     kept += tokens * skeleton.vocabulary * (item + 8)
     needed, free = weights + adapters + kept, free_memory(run.device)
-    told = (
+    amount = (
         f"about {size_text(needed)} on {run.device} ({size_text(weights)} weights, {size_text(adapters)} adapters, "
         f"{size_text(kept)} activations)"
     )
     if weights + adapters > free:
-        raise FinetuneError(f"training takes {told}, but {size_text(free)} are free; use a larger device")
-    progress.note(f"training takes {told}")
+        raise FinetuneError(f"training takes {amount}, but {size_text(free)} are free; use a larger device")
+    progress.note(f"training takes {amount}")
     if needed > free:
         progress.note(f"only {size_text(free)} are free; --batch 1 or a smaller --length takes less")
 

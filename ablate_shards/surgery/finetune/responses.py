@@ -89,7 +89,7 @@ def _encode(tokenizer: Any, ends: frozenset[int], sample: Instruction, length: i
         # Some templates open the answer with what they do not keep of it later, such as a mark for reasoning.
         at = whole.rfind(sample.response.strip())
         if at < 0:
-            raise FinetuneError(f"{where}: the chat template rewrites the response, so its tokens cannot be told apart")
+            raise FinetuneError(f"{where}: the chat template rewrites the response, so its tokens cannot be found")
         before = whole[:at]
     prompt, tokens = encode(tokenizer, before), encode(tokenizer, whole)
     if tokens[: len(prompt)] != prompt:

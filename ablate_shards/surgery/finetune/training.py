@@ -274,12 +274,12 @@ def _callback(staging: Staging, progress: Steps) -> Any:
         def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
             progress.count(state.global_step, state.max_steps)
 
-        def on_log(self, _args: Any, state: Any, _control: Any, **told: Any) -> None:
-            losses = {name: value for name, value in told["logs"].items() if name.endswith("loss")}
+        def on_log(self, _args: Any, state: Any, _control: Any, **given: Any) -> None:
+            losses = {name: value for name, value in given["logs"].items() if name.endswith("loss")}
             if not all(map(math.isfinite, losses.values())):
                 raise FinetuneError(
-                    f"the loss is not finite at step {state.global_step}; lower --learning-rate, and check the model "
-                    "with a prompt of its own"
+                    f"the loss is not finite at step {state.global_step}; lower --learning-rate, and check that "
+                    "the model answers a prompt"
                 )
 
         def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
@@ -289,8 +289,8 @@ def _callback(staging: Staging, progress: Steps) -> Any:
             staging.record(name, {"step": state.global_step})
             last = epochs_of(state.log_history)[-1]
             losses = {"training": last.training, **last.evaluation}
-            told = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items() if loss is not None)
-            progress.note(f"epoch {last.number} of {args.num_train_epochs:g}: loss {told}")
+            shown = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items() if loss is not None)
+            progress.note(f"epoch {last.number} of {args.num_train_epochs:g}: loss {shown}")
 
     return Reporter()
 

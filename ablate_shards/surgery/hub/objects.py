@@ -47,7 +47,7 @@ def perform_in_store(
         operation: What to do.
         url: The folder, such as ``s3://bucket/model-edited``.
         run: How to run; ``overwrite`` replaces a folder that an earlier run made.
-        progress: Hears how far the run has come.
+        progress: Receives how far the run has come.
 
     Returns:
         The result of each edit, by tensor.
@@ -125,7 +125,7 @@ class _Sent:
 
 @dataclass(slots=True)
 class _Journal:
-    """What is complete of a folder under way, kept in it.
+    """What is complete in an unfinished folder; kept in that folder.
 
     Attributes:
         identity: What must be equal for a resumed run to give the same bytes, by what to call it.
@@ -287,12 +287,12 @@ class _Target:
         return self._arrived(name, path.stat().st_size)
 
     def copy(self, source: str, name: str, size: int) -> str:
-        """Has the store copy a file of its own; returns what it calls its state."""
+        """Has the store copy a file that it holds; returns the copy's state as the store names it."""
         self._patiently(lambda: self._system.cp_file(source, f"{self._root}/{name}"))
         return self._arrived(name, size)
 
     def remove(self, names: Iterable[str]) -> None:
-        """Removes files, those that are gone already among them."""
+        """Removes files; a file that is already gone is no error."""
         for name in names:
             self._patiently(functools.partial(self._gone, f"{self._root}/{name}"))
 

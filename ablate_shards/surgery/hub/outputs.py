@@ -30,7 +30,7 @@ def check_options(checkpoint: Checkpoint, out: Path | str, *, link: bool, cache:
     if link and not cache and checkpoint.remote is not None:
         raise UsageError(f"--link: {checkpoint.name} is not on this machine; add --cache, or leave --link out")
     if (link or cache) and not is_folder(out):
-        raise UsageError(f"{out}: --link and --cache are about a folder here; leave them out")
+        raise UsageError(f"{out}: --link and --cache are for an OUT that is a folder on this machine; leave them out")
     repo, origin = hub_repository(out), checkpoint.origin
     if repo is not None and origin is not None and repo.lower() == origin[0].lower():
         raise UsageError(f"{out}: OUT and SOURCE may not be the same repository; name another one")
@@ -54,7 +54,7 @@ def carry_out(
         operation: What to do.
         out: A folder, ``hub:org/name``, or a URL that fsspec writes.
         run: How to run.
-        progress: Hears how far the run has come.
+        progress: Receives how far the run has come.
         private: Make a new repository private.
 
     Returns:

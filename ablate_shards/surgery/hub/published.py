@@ -30,7 +30,7 @@ class Published:
         base: The base model's repository, if it is known.
         revision: The commit of it that was edited.
         origin: What the receipt says it was made of, where that is on the Hub.
-        copied: What is the base model's own, and its card is no card of this one.
+        copied: Files that are the base model's own; a README.md among them is that model's card.
         stale: Why it has to be verified first, None where its receipt is fresh.
     """
 
@@ -64,23 +64,23 @@ def look_at(folder: Path, base_model: str | None = None) -> Published:
     stale = None
     if RECEIPT_NAME in files or MERGE_RECEIPT_NAME in files:
         ablation = RECEIPT_NAME in files
-        told_by = RECEIPT_NAME if ablation else MERGE_RECEIPT_NAME
+        known_by = RECEIPT_NAME if ablation else MERGE_RECEIPT_NAME
         receipt = read_receipt(folder) if ablation else read_merge_receipt(folder)
         copied = receipt.copied
-        stale = f"{folder / told_by} was changed after it was written" if receipt.altered else None
-        stale = stale or _newer(folder, told_by, [*receipt.shards, *copied])
+        stale = f"{folder / known_by} was changed after it was written" if receipt.altered else None
+        stale = stale or _newer(folder, known_by, [*receipt.shards, *copied])
         kind: Kind = "ablation" if ablation else "merge"
     elif _ADAPTER in files:
         if _ADAPTER_WEIGHTS not in files:
             raise UsageError(f"{folder}: has {_ADAPTER}, but no {_ADAPTER_WEIGHTS}; save the adapter as safetensors")
         read_header(folder / _ADAPTER_WEIGHTS)
-        kind, told_by = "adapter", _ADAPTER
+        kind, known_by = "adapter", _ADAPTER
     else:
         raise UsageError(
             f"{folder}: holds no {RECEIPT_NAME}, {MERGE_RECEIPT_NAME} or {_ADAPTER}; name a folder that `ablate`, "
             "`merge` or `finetune` made"
         )
-    base, revision = _origin(folder / told_by)
+    base, revision = _origin(folder / known_by)
     return Published(
         path=folder,
         kind=kind,

@@ -160,7 +160,7 @@ def push(folder: Path, repo: str, options: PushOptions, run: ExecuteOptions, pro
         repo: ``org/name``; made if it does not exist.
         options: How.
         run: Where to recompute, should the folder have to be verified.
-        progress: Hears how far it has come.
+        progress: Receives how far it has come.
 
     Raises:
         HubError: The repository may not be written, or the folder is not what its receipt says.
@@ -179,7 +179,7 @@ def push(folder: Path, repo: str, options: PushOptions, run: ExecuteOptions, pro
         progress.note(f"{published.stale}, so it is verified first")
         _verify(published, options, run, progress)
     store, api = _made(repo, options, store)
-    progress.note(f"sending to {repo} what it has not of {len(published.files) + 1} files")
+    progress.note(f"sending to {repo} those of {len(published.files) + 1} files that it does not have")
     with explained(repo):
         operations = [
             CommitOperationAdd(CARD, card.encode()),
@@ -217,7 +217,7 @@ def open_for_writing(repo: str, options: PushOptions) -> tuple[HubStore, Any]:
 def commit(
     api: Any, repo: str, operations: list[Any], options: PushOptions, store: HubStore, progress: Progress
 ) -> tuple[str, str]:
-    """Sends what is not there yet and makes one commit of it all; returns where it can be seen, and its hash.
+    """Sends what is not there yet, makes one commit of it all, and returns the commit's address and hash.
 
     Raises:
         HubError: The repository has changed since ``store`` was opened, or may not be written.
@@ -397,8 +397,8 @@ def _to_delete(published: Published, repo: str, options: PushOptions, store: Hub
     )
     if left and not options.replace:
         raise HubError(
-            f"{repo}: has {_names(left)}, which {published.path} has not and a loader might prefer; --replace deletes "
-            "them in the same commit"
+            f"{repo}: has {_names(left)}, which {published.path} does not have and a loader might prefer; "
+            "--replace deletes them in the same commit"
         )
     return left
 
@@ -446,7 +446,7 @@ def explained(repo: str) -> Iterator[None]:
 
 @contextmanager
 def warnings_noted(progress: Progress) -> Iterator[None]:
-    """Tells the warnings that the client has for a user, such as those about a card, as notes."""
+    """Shows warnings of the client, such as those about a card, as notes."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield

@@ -69,7 +69,7 @@ def perform_on_hub(
         repo: ``org/name``; made if it does not exist.
         options: How to publish.
         run: How to run; ``overwrite`` replaces weights that the repository has.
-        progress: Hears how far the run has come.
+        progress: Receives how far the run has come.
 
     Returns:
         The result of each edit, by tensor, and the commit's URL.
@@ -159,7 +159,7 @@ class _Sent:
 
 
 class _Ledger:
-    """Sends shards, and keeps of them what the commit needs, so that a later run need not send them again."""
+    """Sends shards and records what the commit needs to know of them, so that a later run need not send them again."""
 
     def __init__(self, staging: Staging, api: Any, repo: str, progress: Progress) -> None:
         self.staging, self.repo = staging, repo
@@ -204,7 +204,9 @@ class _Ledger:
             faults = HubFaults(self.repo, writing=True)
             patiently(faults, lambda: self._api.preupload_lfs_files(self.repo, [addition], free_memory=False))
         if addition._upload_mode != "lfs":
-            raise HubError(f"{self.repo}: takes {name} for text; add `*.safetensors filter=lfs` to its .gitattributes")
+            raise HubError(
+                f"{self.repo}: would store {name} as text; add `*.safetensors filter=lfs` to its .gitattributes"
+            )
 
     def operations(self) -> "list[CommitOperationAdd]":
         """Returns what the commit says of the shards that the Hub has, which need not be here."""
@@ -272,7 +274,7 @@ def _stream(
                     ledger.forget(shard.name)
                     raise HubError(
                         f"{checkpoint.name}: {shard.name} was not the same when it was read again to be sent; "
-                        "run again when it is at rest"
+                        "run again when nothing writes to it"
                     ) from refusal
                 if refusal is not None:
                     raise refusal
@@ -289,7 +291,7 @@ def _known(checkpoint: Checkpoint, shard: Shard, *, edited: bool) -> _Sent | Non
 
 
 def _addition(name: str, sent: _Sent, file: EditedFile[Any, Any] | None = None) -> "CommitOperationAdd":
-    """Returns the addition of a shard whose digest is known, so that none is taken of what is given as its content."""
+    """Returns the addition of a shard whose digest is known, so that the client does not compute it again."""
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.lfs import UploadInfo
 

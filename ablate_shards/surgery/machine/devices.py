@@ -1,4 +1,4 @@
-"""Cores and devices: which this process may use, found without importing torch where that can be told."""
+"""Cores and devices that this process may use, found without importing torch where that is possible."""
 
 import os
 import sys
@@ -31,7 +31,7 @@ def cores() -> int:
 
 
 def find_device(name: str) -> str:
-    """Returns the device of a name as :func:`resolve_device` does, without importing torch where that can be told.
+    """Returns the device of a name as :func:`resolve_device` does, without importing torch where that is possible.
 
     Raises:
         UsageError: There is no such device.
@@ -42,7 +42,7 @@ def find_device(name: str) -> str:
 
 
 def _may_have_accelerator() -> bool:
-    """Tells whether there may be a device that ``auto`` would take: NVIDIA's, AMD's, or one with a render node."""
+    """Returns whether there may be a device that ``auto`` would take: NVIDIA's, AMD's, or one with a render node."""
     if sys.platform == "darwin":
         return False
     if not sys.platform.startswith("linux"):

@@ -1,4 +1,4 @@
-"""Who hears how far something has come."""
+"""Protocols for whatever shows how far a run has come."""
 
 from typing import TYPE_CHECKING, Protocol
 
@@ -9,23 +9,23 @@ __all__ = ["Progress", "Steps"]
 
 
 class Progress(Protocol):
-    """Hears how far a run has come."""
+    """Receives how far a run has come."""
 
     def begin(self, total: int) -> None:
         """Says how many bytes will be read or written."""
 
     def advance(self, count: int) -> None:
-        """Says that so many more bytes are done; called from several threads."""
+        """Adds ``count`` bytes to those that are done; called from several threads."""
 
     def note(self, text: str) -> None:
         """Says something in one line."""
 
 
 class Steps(Protocol):
-    """Hears how far a run with a model has come: in layers, questions or steps of a training."""
+    """Receives how far a run with a model has come: in layers, questions or steps of a training."""
 
     def count(self, done: int, total: int) -> None:
-        """Says that some of so many are done."""
+        """Says that ``done`` of ``total`` are done."""
 
     def note(self, text: str) -> None:
         """Says something in one line."""

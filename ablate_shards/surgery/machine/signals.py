@@ -1,4 +1,4 @@
-"""Signals: SIGTERM ends a run as Ctrl-C does, and neither interrupts a step that cannot be taken back."""
+"""Signals: SIGTERM ends a run as Ctrl-C does, and neither interrupts a step that cannot be undone."""
 
 import contextlib
 import signal
@@ -14,7 +14,7 @@ __all__ = ["sigterm_as_interrupt"]
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Lets a step end that is over soon and cannot be taken back."""
+    """Delays Ctrl-C and SIGTERM until a short step that cannot be undone has ended."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

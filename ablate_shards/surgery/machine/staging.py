@@ -1,4 +1,4 @@
-"""Builds an output folder out of sight: locked, journalled, and given its name only when complete."""
+"""Builds an output folder under a hidden name: locked, with a journal, and named only when complete."""
 
 import ctypes
 import errno
@@ -96,14 +96,14 @@ def locked(out: Path) -> Iterator[None]:
 
 @dataclass(slots=True)
 class Staging:
-    """A half-made output folder and the journal of what in it is complete.
+    """An unfinished output folder and the journal of what is complete in it.
 
     Attributes:
         out: The final name.
         folder: Where the files are until then, on the same filesystem.
         overwrite: Whether an earlier output of that name may be replaced.
         sync: Whether what is said to be complete is on the disk by then.
-        identity: What the journal says must be equal for a resumed run, by what to call it.
+        identity: What must be equal for a resumed run, by the names that errors use, as the journal has it.
         done: What the journal says of each complete shard.
     """
 
@@ -125,11 +125,11 @@ class Staging:
         overwrite: bool,
         sync: bool = True,
     ) -> "Staging":
-        """Makes the folder, or takes up the one an interrupted run left.
+        """Makes the folder, or continues the one an interrupted run left.
 
         Args:
             out: The final name.
-            identity: What must be equal for a resumed run to give the same bytes, by what to call it.
+            identity: What must be equal for a resumed run to give the same bytes, by the names that errors use.
             sizes: Bytes of each shard; one that is gone or of another size is made again. None: of any size.
             resume: Go on with an interrupted run, if there is one.
             overwrite: Throw an interrupted run away (with resume: if it cannot be gone on with).
@@ -184,7 +184,7 @@ class Staging:
             fsync_folder(folder)
 
     def start_writing(self, descriptor: int, start: int, end: int) -> None:
-        """Has a range of a file written to the disk from now on, where the system can, without waiting for it."""
+        """Starts writing a range of a file to the disk, where the system can, without waiting for it."""
         if self.sync and _sync_file_range is not None and start < end:
             _sync_file_range(descriptor, start, end - start, _SYNC_FILE_RANGE_WRITE)
 
@@ -224,7 +224,7 @@ class Staging:
 
     def _read(self, journal: Path, sizes: Mapping[str, int] | None) -> None:
         for line in journal.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):  # a kill can tear the last line; what it told of is done again
+            with suppress(ValueError):  # a kill can tear the last line; the shard that it named is made again
                 entry = json.loads(line)
                 self.identity |= entry.get("identity", {})
                 if "shard" in entry:

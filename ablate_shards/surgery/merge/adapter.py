@@ -146,7 +146,7 @@ class Adapter:
                     return float(value)
             except re.error as error:
                 raise AdapterError(
-                    f"{self.path / CONFIG_NAME}: {which} holds {pattern!r}, which is no regular expression ({error})"
+                    f"{self.path / CONFIG_NAME}: {which} holds {pattern!r}, which is not a regular expression ({error})"
                 ) from error
         return default
 
@@ -225,7 +225,7 @@ def _checked(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     start = config.get("init_lora_weights")
     if not isinstance(start, bool | str | None) or start not in _PLAIN_INITIALISATIONS:
         raise AdapterError(
-            f"{path}: init_lora_weights is {start!r}, which takes its start out of the base; save the adapter "
+            f"{path}: init_lora_weights is {start!r}, which subtracts its start from the base; save the adapter "
             "again with path_initial_model_for_weight_conversion, which makes it a plain one"
         )
 
@@ -284,7 +284,7 @@ def _sort(
         kind = "embedding" if match["embedding"] else "linear"
         role = "bias" if match["what"] == "bias" else match["factor"] or match["embedding"]
         if match["what"] == "bias" and match["factor"] == "A":
-            raise AdapterError(f"{path}: {tensor.name}: a bias of A is not known to LoRA")
+            raise AdapterError(f"{path}: {tensor.name}: LoRA has no bias of A")
         if role != "bias" and (len(tensor.shape) < 2 or 0 in tensor.shape):
             raise AdapterError(
                 f"{path}: {tensor.name}: expected 2 dimensions, found {list(tensor.shape)}; it was saved in pieces"

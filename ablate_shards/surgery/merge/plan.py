@@ -194,7 +194,7 @@ class _Planner:
         )
 
     def _holds(self, source: str, tensor: TensorInfo) -> bool:
-        """Tells whether a tensor that the adapter carries along equals the base's, in its own precision."""
+        """Returns whether a tensor that was saved with the adapter equals the base's, in its own precision."""
         path = next(shard.path for shard in self._checkpoint.shards if shard.name == tensor.shard)
         stored, theirs = STORED[tensor.dtype], STORED[self._adapter.tensors[source].dtype]
         item, count = ITEM_BYTES[tensor.dtype], math.prod(tensor.shape)
@@ -343,7 +343,7 @@ class _Planner:
                 return near == {-1}
         if default is None:
             raise AdapterError(
-                f"{self._file}: {name} is square, and the architecture table does not tell which of its axes is the "
+                f"{self._file}: {name} is square, and the architecture table does not say which of its axes is the "
                 f"input; {_WITH_PEFT}"
             )
         return default

@@ -80,7 +80,7 @@ def receipt_text(
         ExecuteError: The adapter is no longer the one that was planned with.
     """
     if read_adapter(adapter.path).sha256 != adapter.sha256:
-        raise ExecuteError(f"{adapter.path}: changed while it was read; run again when it is at rest")
+        raise ExecuteError(f"{adapter.path}: changed while it was read; run again when nothing writes to it")
     return seal(
         {
             "format": MERGE_FORMAT,

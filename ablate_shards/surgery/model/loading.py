@@ -1,4 +1,4 @@
-"""What the stations that run a model share: its folder read by transformers, no code of it run, nothing fetched."""
+"""Loads a model's folder with transformers: no code from it is run, and nothing is fetched."""
 
 import contextlib
 import importlib
@@ -46,13 +46,13 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def check_packages(doing: str, *names: str, error: type[AblateError], instead: str = "") -> None:
-    """Refuses to start without the packages that a station needs.
+    """Checks that the packages that a command needs are installed.
 
     Args:
         doing: What it does with them, as the sentence begins.
         names: The packages.
         error: What to raise.
-        instead: Another way out, as the sentence ends.
+        instead: What else can be done, as the end of the error's sentence.
     """
     for name in names:
         try:
@@ -95,7 +95,7 @@ def read_tokenizer(folder: Path, error: type[AblateError], *, template: bool = T
         folder: The checkpoint folder.
         error: What to raise.
         template: Whether it must have a chat template.
-        instead: Another way out where it has none, as the sentence ends.
+        instead: What else can be done if it has none, as the end of the error's sentence.
     """
     from transformers import AutoTokenizer
 
@@ -120,7 +120,7 @@ def render(
     thinking: bool = False,
     **how: bool,
 ) -> str:
-    """Returns a chat as the model's template words it.
+    """Returns a chat as text, written by the model's template.
 
     A template that leaves out a text which it is given is given lists of parts instead, as templates of multimodal
     models expect them; if the words are missing then too, it is refused.
@@ -237,7 +237,7 @@ def decoder_layers(folder: Path, network: Any, error: type[AblateError]) -> tupl
     if len(outermost) != 1:
         raise error(
             f"{folder}: found {len(outermost)} lists of {count} layers in {type(decoder).__name__}, expected one; its "
-            "decoder layers cannot be told"
+            "decoder layers cannot be found"
         )
     return decoder, outermost[0]
 
@@ -261,7 +261,7 @@ def free_memory(device: "torch.device") -> int:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the libraries from writing to the terminal; what matters of it is said in their place."""
+    """Keeps the libraries from writing to the terminal; what matters of it is printed instead."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -36,7 +36,7 @@ class ReportOptions:
     """Where the report looks, beside OUT.
 
     Attributes:
-        work: The folder of everything between; None finds it beside OUT.
+        work: The folder with what the stages made; None finds it beside OUT.
         evaluations: Evaluations, from before to after; empty takes those of the run.
     """
 
@@ -74,7 +74,7 @@ class Training:
 
     Attributes:
         losses: Epoch, as a fraction, and training loss of every step.
-        epochs: Held-out loss by kind of sample, after so many epochs.
+        epochs: Held-out loss by kind of sample, by the number of epochs done.
         content: All that the file says.
     """
 
@@ -144,14 +144,14 @@ def gather(out: Path, options: ReportOptions) -> Findings:
             "ablate, merge or run made"
         )
     if options.work is not None and not options.work.is_dir():
-        raise ReportError(f"{options.work}: no such folder; --work names the one that run kept everything between in")
+        raise ReportError(f"{options.work}: no such folder; --work names the one in which run kept its stages")
     work = find_work(out) if options.work is None else options.work
     gatherer = _Gatherer(out, work, [work, out.absolute().parent] if work else [out.absolute().parent])
     return gatherer.gather(options.evaluations)
 
 
 def find_work(out: Path) -> Path | None:
-    """Returns the folder in which ``run`` kept everything between, None if there is none.
+    """Returns the folder in which ``run`` kept what its stages made, None if there is none.
 
     That is ``OUT.work``, or the folder beside OUT whose stages made OUT: its state holds the receipt's digest, which
     stays true when both are moved.
@@ -197,15 +197,15 @@ class _Gatherer:
         try:
             found = read()
         except AblateError as error:
-            self._missing[part] = self._told(str(error))
+            self._missing[part] = self._without_folders(str(error))
             return None
         except OSError as error:
-            self._missing[part] = self._told(f"{error.filename}: {error.strerror}")
+            self._missing[part] = self._without_folders(f"{error.filename}: {error.strerror}")
             return None
         self._missing.pop(part, None)
         return found
 
-    def _told(self, text: str) -> str:
+    def _without_folders(self, text: str) -> str:
         """Returns an error without the folders that the reader of a page knows nothing of."""
         for folder in sorted({self._out, self._out.absolute(), *self._places}, key=lambda path: -len(str(path))):
             text = text.replace(f"{folder}/", "")
@@ -314,7 +314,7 @@ class _Gatherer:
             try:
                 found.append(read_evaluation(path))
             except EvaluateError as error:
-                reasons.append(self._told(str(error)))
+                reasons.append(self._without_folders(str(error)))
         found.sort(key=self._stage)
         if not found:
             reasons.append(
@@ -334,7 +334,7 @@ class _Gatherer:
 
 
 def _chain(found: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
-    """Returns the evaluations that can be told together: the last one's base, those between, and the last."""
+    """Returns the evaluations that can be shown together: the last one's base, those between, and the last."""
     last = found[-1]
     between = [each for each in found[:-1] if each.questions == last.questions]
     first = last.base

@@ -265,7 +265,7 @@ def _scores(found: Findings) -> list[Any]:
 
 
 def _edited(found: Findings) -> dict[str, Any]:
-    """Returns the edited tensors with what was measured of them; at most so many."""
+    """Returns the edited tensors with what was measured of them, up to the most that a page shows."""
     if found.ablation is None:
         return {"rows": [], "left": 0}
     receipt = found.ablation.receipt

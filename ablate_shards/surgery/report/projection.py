@@ -36,7 +36,7 @@ class LayerProjection:
 def project(dump: ActivationDump, basis: Mapping[int, np.ndarray]) -> tuple[LayerProjection, ...]:
     """Projects the activations of every layer that has a direction.
 
-    Where there are many prompts, every so many of them is taken, the same ones in every layer.
+    Of many prompts an evenly spaced selection is taken, the same one in every layer.
 
     Args:
         dump: The activations.
@@ -75,7 +75,7 @@ def _project(dump: ActivationDump, layer: int, basis: np.ndarray, most: int) -> 
 
 
 def _draw(dump: ActivationDump, layer: int, label: Label, most: int) -> np.ndarray:
-    """Returns at most so many prompts, evenly spaced, ``[prompts, d]`` float64."""
+    """Returns at most ``most`` prompts, evenly spaced, ``[prompts, d]`` float64."""
     count = dump.counts(layer)[LABELS.index(label)]
     wanted = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))
     kept, start = [], 0

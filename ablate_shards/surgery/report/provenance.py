@@ -176,5 +176,5 @@ def _shown(value: Any) -> str:
 
 
 def _layers(value: Any) -> Any:
-    """Returns layers as a recipe takes them, and what is no list of layers as it is."""
+    """Returns a list of layers as a recipe takes it; any other value is returned unchanged."""
     return ranges(value) if isinstance(value, list) and all(type(layer) is int for layer in value) else value

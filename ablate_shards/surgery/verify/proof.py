@@ -1,4 +1,4 @@
-"""Re-reads a source and its edited copy, and finds whatever the receipt does not account for."""
+"""Re-reads a source and its edited copy, and finds every difference that the receipt does not explain."""
 
 import functools
 import math
@@ -92,7 +92,7 @@ def verify(
 
     Every byte outside the edited tensors must equal the source's; every edited tensor must equal a
     recomputation (to rounding, where another device or library version recomputes it) and the digest and
-    measurements in the receipt. Which tensors and files there are to compare is told by the source. What is not on
+    measurements in the receipt. The source decides which tensors and files are compared. What is not on
     this machine is read by byte ranges, and nothing of it is kept here. The card of a published model is its own,
     so that it is a note.
 
@@ -109,7 +109,7 @@ def verify(
         checkpoint: The source.
         out: The folder to verify, or its files wherever they are.
         run: Where to recompute, and in how much memory.
-        progress: Hears how far it has come.
+        progress: Receives how far it has come.
         adapter: What was merged, to compute the changed tensors again.
 
     Raises:
@@ -145,7 +145,7 @@ def verify(
 
 @dataclass(frozen=True, slots=True)
 class _Claim:
-    """What a receipt says, whatever was done.
+    """What a receipt says, of an ablation or of a merge.
 
     Attributes:
         receipt_name: The receipt's file.
@@ -399,7 +399,7 @@ class _Examiner:
 
 
 class _Ahead:
-    """Reads a range in large pieces, and gives of the last one what is asked for, as often as it is."""
+    """Reads a range in large pieces and returns parts of the last one, as often as they are asked for."""
 
     def __init__(self, read: Callable[[memoryview, int], None], end: int, piece: int) -> None:
         self._read, self._end, self._piece = read, end, piece
