@@ -200,6 +200,8 @@ def translate(demo, fresh, line):
         reason = NETWORK
     if str(given.get("out", "")).startswith("hub:") or given.get("publish"):
         reason = NETWORK
+    if ".yaml" not in str(given.get("tasks") or ".yaml"):
+        reason = NETWORK
     if str(given.get("device", "")).startswith("cuda"):
         reason = GPU
     shipped = name == "run" and not str(given["recipe"]).endswith(".toml") and str(given["recipe"]) != "RECIPE"
@@ -260,6 +262,13 @@ def as_run(given, demo, fresh, *, shipped):
     ]
 
 
+def write_blocks(page, folder):
+    """Writes the files that a page shows, each below the line that names it."""
+    for name, block in re.findall(r"^`([\w./]+)`.*:\n\n```\w+\n(.*?)```", page.read_text(), re.MULTILINE | re.DOTALL):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(block)
+
+
 _DONE = {}
 
 
@@ -270,6 +279,9 @@ def test_a_documented_command_works(things, tmp_path, monkeypatch, page, line):
     monkeypatch.chdir(tmp_path)
     fresh = tmp_path / "fresh"
     fresh.mkdir()
+    if "--tasks" in line:
+        pytest.importorskip("lm_eval")
+        write_blocks(ROOT / page, tmp_path)
     # An outcome depends on the words alone, but for the folder of what is new.
     words, reason = translate(things, fresh, line)
     key = tuple(word.replace(str(fresh), "") for word in words)

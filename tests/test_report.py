@@ -91,12 +91,11 @@ def test_the_page_says_what_was_done_and_what_it_did(whole):
     assert found.missing == {}
     text = page_of(whole).text
     for words in (
-        "Before, 14 of 16 core questions were answered with a slant, 87.5 % (95 % interval 64",
-        "now 2 of 16 are, 12.5 %",
+        "Slanted answers fell: 58 % → 8 % of 24, p = 0.00049; 92 % are now neutral (42 % before)",
         "was taken out of 6 tensors in layers 1",
         "a LoRA adapter then changed 8 tensors",
-        "the model moved by 0.0200 nats per token",
-        "answers 90.0 % of the controls right, before 100.0 %",
+        "0.02 nats per token on unrelated answers",
+        "18 of 20 controls are answered right, 20 before",
         "Perplexity of neutral.txt",
         "Slanted text 1.",
         "Neutral text 3.",
@@ -269,7 +268,7 @@ def test_a_broken_file_is_said_and_the_rest_is_shown(place, undrawn, name):
     assert name in reason
     assert "Slanted text 1." in text
     # The evaluation before it takes its place, and it is said whose answers these are.
-    assert ("now 2 of 16" in text) == (name != "result.evaluation.json")
+    assert ("Slanted answers fell: 58 % → 8 % of 24" in text) == (name != "result.evaluation.json")
     assert ("what is shown is of ablated" in reason) == (name == "result.evaluation.json")
 
 
@@ -324,15 +323,14 @@ def test_evaluations_are_shown_in_the_order_given(place):
     named = (work / "source.evaluation.json", work / "ablated.evaluation.json")
     found = gather(place / "result", ReportOptions(evaluations=named))
     assert found.stages == ("source", "ablated")
-    assert "now 4 of 16 are" in page_of(place / "result", evaluations=named).text
+    assert "Slanted answers fell: 58 % → 17 % of 24" in page_of(place / "result", evaluations=named).text
 
 
 def test_one_evaluation_is_after_and_two_of_one_name_are_told_apart(place):
     alone, same = place / "alone.json", place / "same.json"
     write_evaluation(evaluation("model", 3, 20), alone)
     text = page_of(place / "result", evaluations=(alone,)).text
-    assert "3 of 16 core questions are answered with a slant" in text
-    assert "how it was before was not measured" in text
+    assert "Of 24 answers to contested questions 88 % are neutral and 12 % slanted" in text
     other = evaluation("model", 5, 20)
     write_evaluation(replace(other, model=replace(other.model, sha256="c" * 64)), same)
     found = gather(place / "result", ReportOptions(evaluations=(same, alone)))

@@ -113,8 +113,9 @@ def _standing(found: Evaluation) -> str:
     if contested:
         verdicts = Counter(answer.verdict for answer in contested)
         shares = [
-            f"{_percent(count, len(contested))} {verdict}{_whose(contested) if verdict == 'slanted' else ''}"
-            for verdict, count in verdicts.most_common()
+            f"{_percent(count, len(contested))} {'' if number else 'are '}{verdict}"
+            f"{_whose(contested) if verdict == 'slanted' else ''}"
+            for number, (verdict, count) in enumerate(verdicts.most_common())
         ]
         parts.append(f"of {len(contested)} answers to contested questions {_listed(shares)}")
     parts += _controls(found)
