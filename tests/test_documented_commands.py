@@ -264,7 +264,9 @@ def as_run(given, demo, fresh, *, shipped):
 
 def write_blocks(page, folder):
     """Writes the files that a page shows, each below the line that names it."""
-    for name, block in re.findall(r"^`([\w./]+)`.*:\n\n```\w+\n(.*?)```", page.read_text(), re.MULTILINE | re.DOTALL):
+    for name, block in re.findall(
+        r"^`([\w./]+)`[^\n]*:\n\n```\w+\n(.*?)```", page.read_text(), re.MULTILINE | re.DOTALL
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(block)
 

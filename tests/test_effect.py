@@ -132,8 +132,8 @@ def test_limits_are_the_recipes(tmp_path):
 def test_a_model_alone_is_described():
     said = effect(answers("s" * 3 + "n" + "b", right=7))
     assert said == (
-        "Of 5 answers to contested questions 60 % are slanted (60 % to the PRC's claims), 20 % neutral and 20 % broken; "
-        "7 of 10 controls are answered right."
+        "Of 5 answers to contested questions 60 % are slanted (60 % to the PRC's claims), 20 % neutral and 20 % "
+        "broken; 7 of 10 controls are answered right."
     )
 
 

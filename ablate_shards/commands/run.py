@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ablate_shards.commands.options import PATH, SOURCE, as_json_flag, debug_flag, print_json
-from ablate_shards.errors import RecipeError, UsageError
+from ablate_shards.errors import GateError, RecipeError, UsageError
 from ablate_shards.terminal.runs import print_course, print_stages
 
 __all__ = ["run"]
@@ -104,8 +104,14 @@ def run(
 
     if gated and not as_json and not any(stage.gated for stage in stages):
         click.secho("the recipe has no [evaluate], so nothing tells whether an edit breaks the model", fg="yellow")
-    run_stages(stages, work, call, tell, check)
     evaluations = [stage.output for stage in stages if stage.command[0] == "evaluate"]
+    try:
+        run_stages(stages, work, call, tell, check)
+    except GateError:
+        # What ended the run is easier seen in its table.
+        if not as_json:
+            print_course([path for path in evaluations if path.is_file()], limits)
+        raise
     if as_json:
         print_json({"out": str(out), "evaluations": list(map(str, evaluations))})
     else:

