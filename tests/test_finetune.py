@@ -372,8 +372,11 @@ def test_a_template_that_refuses_is_told(tmp_path, copy):
 
 
 def test_a_template_that_loses_the_response_is_refused(tmp_path, copy):
-    (copy / "chat_template.jinja").write_text("{% if add_generation_prompt %}>{% else %}<{% endif %}")
-    refused(copy, tmp_path, "sample c0: the chat template rewrites the response")
+    (copy / "chat_template.jinja").write_text(
+        "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}>{% else %}<{% endif %}"
+    )
+    refused(copy, tmp_path, "sample c0: the chat template leaves out what the assistant says")
 
 
 def test_missing_weights_are_not_made_up(tmp_path, copy):
