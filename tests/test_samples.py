@@ -149,6 +149,17 @@ def test_what_is_no_instruction_is_named(file, line, said):
             "slanted; add them, or leave patterns and markers out",
         ),
         ({"prompt": "a", "rubric": {"markers": False}}, "rubric: patterns: expected some for neutral"),
+        (
+            {"prompt": "a", "references": {"neutral": ["b"]}},
+            "references: expected neutral answers and those of a side, such as prc, to compare them with, found "
+            "neutral; add the partner, or leave references out",
+        ),
+        ({"prompt": "a", "references": {"prc": ["b"], "taiwan": ["c"]}}, "found prc and taiwan; add the partner"),
+        ({"prompt": "a", "references": {"neutral": ["b"], "prc": []}}, "references: prc: expected at least one answer"),
+        (
+            {"prompt": "a", "references": {"neutral": ["b"], "prc": ["c", "b"]}},
+            'references: "b" stands under neutral and prc; expected different answers',
+        ),
     ],
 )
 def test_what_is_no_question_is_named(file, line, said):
