@@ -11,16 +11,26 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
+
+from ablate_shards.surgery.model.samples import Verdict
+
+if TYPE_CHECKING:
+    from ablate_shards.surgery.evaluate.evaluation import Evaluation
 
 __all__ = ["MODELS", "NotHere", "build"]
 
 FOLDER = Path(__file__).parents[1] / "build" / "real"
 _PIECE = 1 << 24
+_VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+#: Characters of an answer that are shown.
+_MOST = 160
 
 
 class NotHere(click.ClickException):
@@ -129,6 +139,56 @@ def run_recipe(model: str, recipe: str) -> None:
     except GateError as ended:
         # That a recipe does not get through its gate is a result too.
         click.secho(f"\nthe run ended at its gate: {ended}", fg="yellow")
+
+
+@main.command("show")
+@click.argument("evaluation", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--answers", default=20, show_default=True, help="How many answers to show.")
+def show(evaluation: Path, answers: int) -> None:
+    """Print an evaluation as Markdown: its figures, and some answers that nobody chose."""
+    from ablate_shards.surgery.evaluate.effect import effect
+    from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
+
+    found = read_evaluation(evaluation)
+    sides = [found] if found.base is None else [found.base, found]
+    click.echo("\n".join([*_figures(sides), "", effect(found), "", *_answers(sides, answers)]))
+
+
+def _figures(sides: Sequence["Evaluation"]) -> list[str]:
+    """Returns a row per group and model."""
+    head = [*_VERDICTS, "right", "cut off", "distinct", "detached"]
+    lines = ["| questions | model | " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * len(head)]
+    for manners in zip(*([each for each in side.manners if each.language is None] for side in sides), strict=True):
+        for side, manner in zip(sides, manners, strict=True):
+            rows = {row.group: row.verdicts for row in side.rows if row.language is None}
+            right = {control.group: control.given for control in side.controls if control.language is None}
+            shares = [rows[manner.group][verdict] if manner.group in rows else None for verdict in _VERDICTS]
+            if manner.group not in rows:
+                shares[_VERDICTS.index("broken")] = manner.broken
+            shares += [right.get(manner.group), manner.cut, manner.distinct, manner.detached]
+            cells = ["" if share is None else f"{share.value:.0%}" for share in shares]
+            lines.append(f"| {manner.broken.count} {manner.group} | {side.model.name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _answers(sides: Sequence["Evaluation"], count: int) -> list[str]:
+    """Returns the answers to the questions whose names have the smallest checksums."""
+    asked = [{answer.id: answer for answer in side.answers} for side in sides]
+    chosen = sorted(asked[0], key=lambda name: zlib.crc32(name.encode()))[:count]
+    lines = ["| question | " + " | ".join(side.model.name for side in sides) + " |", "| --- |" + " --- |" * len(sides)]
+    for name in sorted(chosen):
+        cells = [f"**{_said(side[name].verdict, side[name].side)}** {_short(side[name].text)}" for side in asked]
+        lines.append(f"| {_short(asked[0][name].prompt)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _said(verdict: str, side: str | None) -> str:
+    return f"{verdict} ({side})" if side else verdict
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split()).replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
+    return text if len(text) <= _MOST else f"{text[:_MOST]}…"
 
 
 if __name__ == "__main__":
