@@ -63,13 +63,47 @@ def _parse_targets(text: str) -> Any:
     default=None,
     help="Compute activations twice to keep fewer of them.  [default: on a GPU]",
 )
+@click.option(
+    "--keep",
+    type=PATH,
+    metavar="FILE",
+    help="Prompts whose answers are to stay: the model answers them first, and is held to that.",
+)
+@click.option("--keep-weight", type=float, default=2.0, show_default=True, help="Weight of staying with them.")
+@click.option("--keep-length", type=int, default=96, show_default=True, help="Most tokens of such an answer.")
+@click.option(
+    "--beta",
+    type=float,
+    default=2.0,
+    show_default=True,
+    help="How sharply a response is told from the rejected one, where a sample has one.",
+)
+@click.option(
+    "--chosen-weight", type=float, default=0.3, show_default=True, help="Weight of the response's own likelihood then."
+)
+@click.option(
+    "--patience",
+    type=int,
+    default=0,
+    show_default=True,
+    help="End after so many epochs without a smaller held-out loss, and keep the best; 0: never.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="What to compute in; auto: bfloat16 on a GPU that has it, else float32.",
+)
 @device_flag
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @click.option("--overwrite", is_flag=True, help="Replace an ADAPTER that an earlier run made.")
 @as_json_flag
 @quiet_flag
 @debug_flag
-def finetune(model: Path, adapter: Path, *, data: Path, as_json: bool, quiet: bool, **settings: Any) -> None:
+def finetune(
+    model: Path, adapter: Path, *, data: Path, keep: Path | None, as_json: bool, quiet: bool, **settings: Any
+) -> None:
     """Train a LoRA adapter for MODEL on the responses in FILE and write it to ADAPTER.
 
     MODEL is a checkpoint folder with tokenizer and chat template; ADAPTER is a peft folder that
@@ -77,14 +111,15 @@ def finetune(model: Path, adapter: Path, *, data: Path, as_json: bool, quiet: bo
     """
     from ablate_shards.surgery.finetune.lora import FinetuneOptions
     from ablate_shards.surgery.finetune.lora import finetune as train
-    from ablate_shards.surgery.model.samples import load_instructions
+    from ablate_shards.surgery.model.samples import load_instructions, load_questions
     from ablate_shards.terminal.progress import show_progress
 
     options = FinetuneOptions(**settings)
     progress = show_progress(quiet=quiet or as_json, counted="steps")
     samples = load_instructions(data)
+    kept = () if keep is None else load_questions(keep)
     with progress:
-        done = train(model, adapter, samples, options, progress)
+        done = train(model, adapter, samples, options, progress, keep=kept)
     if as_json:
         print_json(dataclasses.asdict(done) | {"adapter": str(done.adapter)})
     elif not quiet:

@@ -17,7 +17,7 @@ from ablate_shards.errors import ExecuteError, FinetuneError, Interrupted, Usage
 from ablate_shards.names import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, files_of
 from ablate_shards.surgery.checkpoint.digest import base_digest
-from ablate_shards.surgery.finetune.responses import encode_instructions, split
+from ablate_shards.surgery.finetune.responses import Sample, encode_instructions, split
 from ablate_shards.surgery.finetune.targets import SEVEN, Targets, build_skeleton, choose, folded
 from ablate_shards.surgery.finetune.training import (
     CHECKPOINTS,
@@ -42,7 +42,7 @@ from ablate_shards.surgery.model.loading import (
     read_tokenizer,
     size_text,
 )
-from ablate_shards.surgery.model.samples import Instruction
+from ablate_shards.surgery.model.samples import Instruction, Question
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,13 @@ class Finetuned:
 
 
 def finetune(
-    model: Path, adapter: Path, data: Sequence[Instruction], options: FinetuneOptions, progress: Steps
+    model: Path,
+    adapter: Path,
+    data: Sequence[Instruction],
+    options: FinetuneOptions,
+    progress: Steps,
+    *,
+    keep: Sequence[Question] = (),
 ) -> Finetuned:
     """Trains a LoRA adapter on the responses of ``data`` and writes it as a peft folder.
 
@@ -97,6 +103,8 @@ def finetune(
         data: The samples, of all kinds.
         options: What to train, and how.
         progress: Receives how far the run has come.
+        keep: Prompts on which the model is to stay as it is: it answers them itself before the first step, and is held
+            to these answers.
 
     Returns:
         What was trained, and the loss curve.
@@ -122,7 +130,7 @@ def finetune(
     checkpoint = _open(model)
     _check_adapter(checkpoint, adapter, overwrite=options.overwrite)
     with quiet(), deterministic():
-        run = _prepare(model, adapter, data, options, device)
+        run = _prepare(model, adapter, data, keep, options, device)
         _report(run, progress)
         with locked(adapter), sigterm_as_interrupt():
             identity = _identity(checkpoint, run)
@@ -153,9 +161,15 @@ def finetune(
 
 
 def _check_options(options: FinetuneOptions) -> None:
-    at_least_one = ("rank", "epochs", "batch", "accumulate")
+    at_least_one = ("rank", "epochs", "batch", "accumulate", "keep_length")
     checks = [(name, getattr(options, name) >= 1, "at least 1") for name in at_least_one]
-    checks += [(name, 0 < getattr(options, name) < math.inf, "more than 0") for name in ("alpha", "learning_rate")]
+    checks += [
+        (name, 0 < getattr(options, name) < math.inf, "more than 0") for name in ("alpha", "learning_rate", "beta")
+    ]
+    checks += [
+        (name, 0 <= getattr(options, name) < math.inf, "at least 0")
+        for name in ("chosen_weight", "keep_weight", "patience")
+    ]
     checks += [
         (name, 0 <= getattr(options, name) < 1, "at least 0 and less than 1")
         for name in ("dropout", "evaluation_share")
@@ -204,12 +218,25 @@ def _read_tokenizer(model: Path) -> Any:
 
 
 def _prepare(
-    model: Path, adapter: Path, data: Sequence[Instruction], options: FinetuneOptions, device: "torch.device"
+    model: Path,
+    adapter: Path,
+    data: Sequence[Instruction],
+    keep: Sequence[Question],
+    options: FinetuneOptions,
+    device: "torch.device",
 ) -> Run:
     config = read_config(model, FinetuneError)
     tokenizer = _read_tokenizer(model)
     skeleton = build_skeleton(model, config)
     trained, held = split(data, options.evaluation_share, options.seed)
+    compared = {number: sample for number, sample in enumerate(data) if sample.rejected is not None}
+    others = [dataclasses.replace(sample, response=str(sample.rejected)) for sample in compared.values()]
+
+    def encoded(samples: Sequence[Instruction]) -> list[Sample]:
+        return encode_instructions(
+            model, config, tokenizer, samples, length=options.length, vocabulary=skeleton.vocabulary
+        )
+
     return Run(
         model=model,
         adapter=adapter,
@@ -220,11 +247,11 @@ def _prepare(
         tokenizer=tokenizer,
         skeleton=skeleton,
         chosen=choose(skeleton, options.targets),
-        encoded=encode_instructions(
-            model, config, tokenizer, data, length=options.length, vocabulary=skeleton.vocabulary
-        ),
+        encoded=encoded(data),
         trained=trained,
         held=held,
+        rejected=dict(zip(compared, encoded(others), strict=True)) if others else {},
+        keep=keep,
     )
 
 
@@ -237,6 +264,8 @@ def _report(run: Run, progress: Steps) -> None:
             f"{len(cut)} of {len(run.data)} responses are cut, so that no sample has more than {run.options.length} "
             f"tokens: {', '.join(cut[:_MOST_NAMES])}{' …' if len(cut) > _MOST_NAMES else ''}; --length takes more"
         )
+    if run.rejected:
+        progress.note(f"{len(run.rejected)} samples have a rejected response, and are preferred to it")
     progress.note(f"adapters on {folded(run.chosen)}")
     if untouched := run.untouched:
         where = " of the linear-attention layers" if all(map(run.skeleton.is_in_linear_attention, untouched)) else ""
@@ -302,7 +331,7 @@ def _identity(checkpoint: Checkpoint, run: Run) -> dict[str, str]:
     """Returns what must be equal for a resumed run to give the same bytes, by what to call it."""
     return {
         "the model": base_digest(checkpoint) or "",
-        "the data": _digest([dataclasses.asdict(sample) for sample in run.data]),
+        "the data": _digest([*map(dataclasses.asdict, run.data), *map(dataclasses.asdict, run.keep)]),
         "the options": _digest(run.settings),
         "the device or a version": _digest([run.device.type, _versions()]),
     }
@@ -348,6 +377,8 @@ def _write(
         "options": run.settings,
         "device": run.device.type,
         "dtype": "bfloat16" if run.bfloat16 else "float32",
+        "kept": len(run.keep),
+        "rejected": len(run.rejected),
         "modules": len(run.chosen),
         "parameters": parameters,
         "untouched": [*run.untouched, *run.skeleton.fused, *run.skeleton.mistaken],

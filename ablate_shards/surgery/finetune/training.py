@@ -7,18 +7,19 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ablate_shards.errors import FinetuneError
-from ablate_shards.surgery.finetune.responses import IGNORED, Sample
+from ablate_shards.surgery.finetune.objective import CHOSEN, KEPT, LEARNT, REJECTED, Weights, objective
+from ablate_shards.surgery.finetune.responses import IGNORED, Sample, encode_kept, prompt_of
 from ablate_shards.surgery.finetune.targets import SEVEN, Skeleton, Targets, folded
 from ablate_shards.surgery.machine.files import fsync_folder
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.staging import Staging
-from ablate_shards.surgery.model.loading import load
-from ablate_shards.surgery.model.samples import Instruction
+from ablate_shards.surgery.model.loading import end_tokens, load
+from ablate_shards.surgery.model.samples import Instruction, Question
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,13 @@ class FinetuneOptions:
         evaluation_share: Share of each kind of sample that is not trained on.
         rslora: Scale by ``alpha / sqrt(rank)`` instead (rank-stabilised LoRA).
         gradient_checkpointing: Compute activations twice to keep fewer of them; on a GPU if None.
+        beta: How sharply a response is told from the rejected one, where a sample has one.
+        chosen_weight: Weight of the response's own likelihood beside that.
+        keep_weight: Weight of the divergence from the start on the prompts that are kept.
+        keep_length: Most tokens of the model's own answer to such a prompt.
+        patience: Epochs without a smaller held-out loss after which the training ends, and goes back to the best; 0
+            trains to the end.
+        dtype: What to compute in; ``auto``: bfloat16 where the device has it, on a CPU float32.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``.
         resume: Go on with an interrupted run.
         overwrite: Replace an adapter that an earlier run made.
@@ -75,6 +83,12 @@ class FinetuneOptions:
     evaluation_share: float = 0.1
     rslora: bool = False
     gradient_checkpointing: bool | None = None
+    beta: float = 2.0
+    chosen_weight: float = 0.3
+    keep_weight: float = 2.0
+    keep_length: int = 96
+    patience: int = 0
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     device: str = "auto"
     resume: bool = False
     overwrite: bool = False
@@ -112,6 +126,8 @@ class Run:
         encoded: The tokens of each sample.
         trained: Which samples are trained on.
         held: By kind, which are held out.
+        rejected: The tokens of the rejected responses, by sample.
+        keep: Prompts on which the model is to stay as it is.
     """
 
     model: Path
@@ -126,6 +142,13 @@ class Run:
     encoded: Sequence[Sample]
     trained: Sequence[int]
     held: Mapping[str, Sequence[int]]
+    rejected: Mapping[int, Sample] = field(default_factory=dict)
+    keep: Sequence[Question] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether the loss is that of the responses alone."""
+        return not self.rejected and not self.keep
 
     @property
     def untouched(self) -> list[str]:
@@ -148,6 +171,8 @@ class Run:
         """Whether the device computes in bfloat16."""
         import torch
 
+        if self.options.dtype != "auto":
+            return self.options.dtype == "bfloat16"
         if self.device.type == "cuda":
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
         return self.device.type == "xpu" and bool(torch.xpu.is_bf16_supported())
@@ -181,12 +206,20 @@ def train(run: Run, staging: Staging, progress: Steps) -> tuple[Any, int]:
         FinetuneError: The model cannot be loaded or adapted, or the loss is no number.
         OutOfMemoryError: The device's memory does not suffice.
     """
-    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments, set_seed
+    from transformers import (
+        DataCollatorForSeq2Seq,
+        EarlyStoppingCallback,
+        PrinterCallback,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
 
     options, held = run.options, run.held
-    features = [sample.features(token_types=run.skeleton.token_types) for sample in run.encoded]
     set_seed(options.seed)
     model = _with_adapters(run)
+    features = _features(run, model, progress)
+    patient = bool(options.patience and held)
     arguments = TrainingArguments(
         output_dir=str(staging.folder / CHECKPOINTS),
         num_train_epochs=options.epochs,
@@ -206,6 +239,9 @@ def train(run: Run, staging: Staging, progress: Steps) -> tuple[Any, int]:
         prediction_loss_only=True,
         save_strategy="epoch",
         save_total_limit=2,
+        load_best_model_at_end=patient,
+        metric_for_best_model=f"eval_{_watched(held)}_loss" if patient else None,
+        greater_is_better=False if patient else None,
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -216,14 +252,22 @@ def train(run: Run, staging: Staging, progress: Steps) -> tuple[Any, int]:
     )
     # More than one would be trained on at once, through DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    trainer = Trainer(
+    padded = DataCollatorForSeq2Seq(run.tokenizer, label_pad_token_id=IGNORED)
+    kept = [features[number] for number in range(len(run.data), len(features))]
+    trainer = (Trainer if run.plain else _preferring(run))(
         model=model,
         args=arguments,
-        data_collator=DataCollatorForSeq2Seq(run.tokenizer, label_pad_token_id=IGNORED),
-        train_dataset=[features[number] for number in run.trained],
+        data_collator=padded if run.plain else _flattened(padded),
+        train_dataset=[*(features[number] for number in run.trained), *kept],
         eval_dataset={kind: [features[number] for number in numbers] for kind, numbers in held.items()} or None,
-        callbacks=[_callback(staging, progress)],
+        callbacks=[
+            _callback(staging, progress),
+            *([EarlyStoppingCallback(early_stopping_patience=options.patience)] if patient else []),
+        ],
     )
+    # The objective is a mean already; the trainer would take it for a sum.
+    if not run.plain:
+        trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)
     name = max(staging.done, key=lambda name: int(staging.done[name]["step"]), default=None)
     step = int(staging.done[name]["step"]) if name else 0
@@ -231,6 +275,79 @@ def train(run: Run, staging: Staging, progress: Steps) -> tuple[Any, int]:
         progress.note(f"going on after step {step}")
     trainer.train(resume_from_checkpoint=str((staging.folder / name).parent) if name else None)
     return trainer, step
+
+
+def _watched(held: Mapping[str, Sequence[int]]) -> str:
+    """Returns the kind of sample whose held-out loss tells when to stop: what is to be learnt, if there is any."""
+    return "contested" if "contested" in held else next(iter(held))
+
+
+def _features(run: Run, model: Any, progress: Steps) -> list[Any]:
+    """Returns what the trainer is given: a row for each sample, or the rows of what is compared and kept."""
+    types = run.skeleton.token_types
+    if run.plain:
+        return [sample.features(token_types=types) for sample in run.encoded]
+    items = []
+    for number, sample in enumerate(run.encoded):
+        other = run.rejected.get(number)
+        rows = [sample.features(token_types=types) | {"role": LEARNT if other is None else CHOSEN}]
+        items.append(rows if other is None else [*rows, other.features(token_types=types) | {"role": REJECTED}])
+    for sample in _own_answers(run, model, progress):
+        items.append([sample.features(token_types=types) | {"role": KEPT}])
+    return items
+
+
+def _own_answers(run: Run, model: Any, progress: Steps) -> Iterator[Sample]:
+    """Yields the prompts that are kept, each with the answer that the model gives before it is trained."""
+    import torch
+    from transformers import GenerationConfig
+
+    if run.keep:
+        progress.note(f"{len(run.keep)} prompts are answered by the model itself, to be kept")
+    ends = end_tokens(model.generation_config.eos_token_id, run.tokenizer.eos_token_id)
+    greedy = GenerationConfig(
+        do_sample=False, eos_token_id=list(ends), pad_token_id=run.tokenizer.pad_token_id, use_cache=True
+    )
+    model.eval()
+    for question in run.keep:
+        prompt = torch.tensor([prompt_of(run.tokenizer, question)], device=model.device)
+        with torch.no_grad(), model.disable_adapter():
+            made = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=greedy,
+                max_new_tokens=run.options.keep_length,
+            )
+        yield encode_kept(run.tokenizer, question, made[0, prompt.shape[1] :].tolist())
+    model.train()
+
+
+def _flattened(padded: Any) -> Any:
+    """Returns a collator that lays out the rows of all items, the rejected ones in the order of their chosen ones."""
+    import torch
+
+    def collate(items: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+        rows = [dict(row) for item in items for row in item]
+        roles = [row.pop("role") for row in rows]
+        return {**padded(rows), "roles": torch.tensor(roles)}
+
+    return collate
+
+
+def _preferring(run: Run) -> Any:
+    from transformers import Trainer
+
+    weights = Weights(run.options.beta, run.options.chosen_weight, run.options.keep_weight)
+
+    class Preferring(Trainer):  # type: ignore[misc]  # transformers is not followed
+        """A trainer whose loss is that of ``objective``."""
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: Any = None, **_: Any) -> Any:
+            roles = inputs.pop("roles")
+            loss = objective(self.accelerator.unwrap_model(model), inputs, roles, weights)
+            return (loss, {}) if return_outputs else loss
+
+    return Preferring
 
 
 def _with_adapters(run: Run) -> Any:

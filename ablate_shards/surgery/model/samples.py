@@ -80,6 +80,7 @@ class Instruction:
         system: The system message, if any.
         sources: Where the facts in the response can be checked.
         as_of: The date at which they held, where they can change (ISO 8601).
+        rejected: A response to the same prompt that is to become less likely than ``response``.
     """
 
     id: str
@@ -90,6 +91,7 @@ class Instruction:
     system: str | None = None
     sources: tuple[str, ...] = ()
     as_of: str | None = None
+    rejected: str | None = None
 
     @property
     def turn(self) -> Turn:
@@ -180,8 +182,13 @@ def load_instructions(path: Path) -> tuple[Instruction, ...]:
         "kind": lambda value: _one_of(value, get_args(Kind)),
         "sources": _texts,
         "as_of": _date,
+        "rejected": _optional_text,
     }
-    return _load(path, Instruction, {"kind": "general"}, readers)
+    samples = _load(path, Instruction, {"kind": "general"}, readers)
+    for sample in samples:
+        if sample.rejected is not None and sample.rejected.strip() == sample.response.strip():
+            raise SamplesError(f"{path}, sample {sample.id}: response and rejected are the same; expected two answers")
+    return samples
 
 
 def load_questions(path: Path) -> tuple[Question, ...]:

@@ -77,6 +77,13 @@ TABLES: Mapping[str, frozenset[str]] = {
             "evaluation-share",
             "rslora",
             "gradient-checkpointing",
+            "keep",
+            "keep-weight",
+            "keep-length",
+            "beta",
+            "chosen-weight",
+            "patience",
+            "dtype",
             "device",
             "scale",
         }
@@ -108,7 +115,9 @@ TABLES: Mapping[str, frozenset[str]] = {
     "publish": frozenset({"repo", "private", "create-pr", "revision", "message", "base-model", "card", "replace"}),
 }
 _EDIT_TABLES = ("source", "directions", "ablate")
-_PATHS = frozenset({"source", "out", "work", "directions", "activations", "pairs", "data", "questions", "text", "card"})
+_PATHS = frozenset(
+    {"source", "out", "work", "directions", "activations", "pairs", "data", "keep", "questions", "text", "card"}
+)
 _SWITCHES = frozenset(
     {
         "biproject",

@@ -125,7 +125,7 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
             raise RecipeError(f"{path}: [lora] needs data, a file of instructions")
         adapter = work / "adapter"
         scale = {"scale": given["lora"].pop("scale")} if "scale" in given["lora"] else {}
-        options, files = _options(given["lora"], files=("data",))
+        options, files = _options(given["lora"], files=("data", "keep"))
         stages.append(
             Stage(
                 "finetune",
