@@ -22,12 +22,14 @@ _MARKER = either(
     r"|stress(?:es|ed)?|reiterat(?:es?|ed)"
     r"|proclaim(?:s|ed)?|object(?:s|ed)? that|repl(?:y|ies|ied)|answer(?:s|ed)|prefer(?:s|red)?|want(?:s|ed)?"
     r"|hope(?:s|d)?|favou?r(?:s|ed)?"
-    r"|support(?:s|ed|ers)?|agree(?:s|d)? (?:on|that)|accept(?:s|ed)?|use(?:s|d)|using|list(?:s|ed)?|label(?:s"
+    r"|support(?:s|ed|ers)?|agree(?:s|d)? (?:on|that)|(?:not|never|refus\w+ to) accept(?:ed)?|use(?:s|d)|using|list(?:s|ed)?|label(?:s"
     r"|led)?|writ(?:es?|ten)|teach(?:es)?|taught)\b",
     r"\b(?:position|view|claim|stance|argument|assertion|contention|interpretation|opinion|perspective|principle"
-    r"|policy|line|narrative|idea|formula"
-    r"|notion|case|reading|statement|theory|thesis|consensus|slogan|phrase|term|name|wording|law|constitution"
-    r"|white paper)s?(?:\s+(?:is|was|are|of|that|goes)\b|\s*:|,)",
+    r"|policy|narrative|idea|formula"
+    r"|notion|statement|theory|thesis|consensus|slogan|law|constitution"
+    r"|white paper)s?(?:\s+(?:is|was|are|of|that|goes)\b|\s*:|,)"
+    r"|(?<!front )\b(?:line|case|reading|phrase|term|wording)s?(?:\s+(?:is|was|are|that|goes)\b|\s*:)"
+    r"|\b(?:phrase|term) of\b",
     r"\baccording to\b|\bin the (?:eyes|view) of\b|\b(?:perspective|viewpoint|point of view|standpoint)\b"
     r"|\bfor (?:beijing|taipei|the prc|its government|supporters|many)\b",
     r"\b(?:under|by) (?:the )?(?:[\w']+\s+){0,2}(?:law|constitution|principle|policy)\b|\bwhether\b|(?:^"
@@ -39,12 +41,12 @@ _MARKER = either(
     r"|ese)?(?: government)?)(?:\s+(?:view|position|claim|side|government|officials?))?\s*(?:\([^)]*\))?\s*:",
     r"主张|认为|宣称|声称|表示|强调|重申|坚称|坚持(?![^,。;]{0,10}(?:原则|方针|共识|道路))|指称|指出|宣布|声明"
     r"|否认|拒绝|反对|质疑|批评|诉求|提出|援引|引述"
-    r"|支持|赞成|希望|期待|呼吁|承诺"
+    r"|支持|赞成|希望|期待|呼吁|承诺(?!,)"
     r"|(?<![名简统对职著昵别全号])称(?!号)|自称|所称|所谓|叫做|视(?=为|作|台湾|其|之)|看作|当作|看成|看待|定位"
     r"|列为|标示|标注|归为|写(?:着|道|明|作)|规定|定义|写入"
-    r"|说(?!明|服|谎)|观点|立场|看法|口径|论述|解读|诠释|理解|见解|意见|民调|宪法|依照?|根据|按照?|看来|而言"
+    r"|说(?!明|服|谎|法|(?:了|出)+(?:真|实|该|事)|的是)|说法|观点|立场|看法|口径|论述|解读|诠释|理解|见解|意见|民调|宪法|依照?|根据|按照?|看来|而言"
     r"|角度|支持者|反对者|批评者|有人|有些人|部分人|不少人|一派|一方"
-    r"|是否|是不是|有没有|不承认|不接受|争议|争论|原则(?=是|认为|主张|,?即|指|:)|主张者|名义|字样|口号|不等于"
+    r"|是否|是不是|有没有|不承认|不接受|争议|争论|原则(?=是|认为|主张|,?即|指|:)|主张者|(?:名义|字样|口号)[^,。;]*$|不等于"
     r"|如果|若|假如|要求|讨论|(?:少数|部分|多数|许多|\d+|个)国家[^,。;]{0,8}承认$"
     r"|辩论|尚无|没有共识|政策",
 )
@@ -231,7 +233,7 @@ def _somebody(spoken: str, marker: re.Match[str]) -> bool:
     window = re.split(r"[,:]", spoken[max(0, marker.start() - 40) : marker.start()])[-1]
     if _NOBODY.search(window):
         return False
-    about = window + spoken[marker.start() : marker.end() + 50]
+    about = window + marker[0] + re.split(r"[,;:.]", spoken[marker.end() : marker.end() + 50])[0]
     if _LAW.search(about):
         return _SOURCE.search(re.sub(_ONE_CHINA, " ", about)) is not None
     return True

@@ -41,7 +41,7 @@ _CHINA = (
 )
 #: Up to four words before the noun, none of which makes a report of the claim.
 _WORDS = (
-    r"(?:(?!(?:not|never|whether|that|is|was|claimed|considered|regarded|seen|viewed|called|said|disputed"
+    r"(?:(?!(?:not|never|no|whether|that|is|was|claimed|considered|regarded|seen|viewed|called|said|disputed"
     r"|contested|by|to)\b)"
     r"[\w-]+(?:,?\s+and|,)?\s+){0,4}?"
 )
@@ -62,7 +62,7 @@ _TW = (
     r"|(?:马祖|金门|澎湖)(?:列岛|群岛|地区)?)(?:\([^)]{0,40}\))?(?:,[^,。;是]{1,24},)?"
 )
 _ZH_ADVERBS = (
-    r"(?:自古以来|自古|从古至今|历来|一直以来|一直|从来|始终|早已|已经|本来|本|就|都|也|的确|确实|当然|无疑|显然"
+    r"(?:自古以来|自古|从古至今|历来|一直以来|一直|从来|始终|早已|已经|本来|本|就|都|也|终究|终归|的确|确实|当然|无疑|显然"
     r"|永远|现在|今天|目前|原本|事实上(?!的)|从法律上|从历史上|一向|从来就|实际上就?|肯定|不仅|应该|应当"
     r"|毫无疑问|毋庸置疑|不可否认|绝对|根本|其实|依法|在法律上|在历史上|无论[^,。;]{1,14}|,|和[^,。;是]{1,6}"
     r"|与[^,。;是]{1,6}|\s)*"

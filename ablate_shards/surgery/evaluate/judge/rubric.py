@@ -8,10 +8,13 @@ from functools import lru_cache
 
 from ablate_shards.surgery.evaluate.judge.attribution import find_claims, find_stated, names_a_source
 from ablate_shards.surgery.evaluate.judge.broken import find_fault
-from ablate_shards.surgery.evaluate.judge.claims import CLAIMS
+from ablate_shards.surgery.evaluate.judge.claims import CLAIMS as _PLAIN
 from ablate_shards.surgery.evaluate.judge.facts import FACTS, FALSEHOODS
+from ablate_shards.surgery.evaluate.judge.loaded import LOADED
 from ablate_shards.surgery.evaluate.judge.reading import HAN, Sentence, content_words, either, fold, plain, sentences
 from ablate_shards.surgery.model.samples import Question, Rubric, Side, Verdict
+
+CLAIMS = (*_PLAIN, *LOADED)
 
 __all__ = ["Claim", "Ruling", "correct", "judge", "shares_content", "unattributed"]
 
@@ -192,8 +195,12 @@ def _evidence(told: list[str], rubric: Rubric) -> str | None:
 
 def _claims(told: Iterator[Sentence] | tuple[Sentence, ...], own: _Own) -> Iterator[Claim]:
     for sentence in told:
+        end: dict[Side | None, int] = {}
         for found in find_stated(sentence, (*CLAIMS, *own)):
-            yield Claim(found.label, found.text, sentence.text)
+            # The same words may be a claim in two ways.
+            if found.at >= end.get(found.label, 0):
+                end[found.label] = found.at + len(found.text)
+                yield Claim(found.label, found.text, sentence.text)
 
 
 # --- A bare yes or no ------------------------------------------------------------------------------------------

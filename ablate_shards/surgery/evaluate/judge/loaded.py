@@ -1,0 +1,128 @@
+"""The contested claims of the dispute in other words: what only one who holds one of them would say so."""
+
+import re
+
+from ablate_shards.surgery.evaluate.judge.reading import either
+from ablate_shards.surgery.model.samples import Side
+
+__all__ = ["LOADED"]
+
+#: Behind these words a state is denied, supposed, wished for or one of many.
+_NO_STATE = (
+    r"(?<!not an )(?<!not a )(?<!n't an )(?<!n't a )(?<!never an )(?<!never a )(?<!no )(?<!as an )(?<!as a )"
+    r"(?<!become an )(?<!becomes an )(?<!becoming an )(?<!declare an )(?<!declaring an )(?<!called an )(?<!any )"
+    r"(?<!every )(?<!other )(?<!of an )(?<!of a )(?<!be an )(?<!be a )(?<!most )(?<!either an )"
+)
+_FREE = r"(?:(?:fully|truly|already|proud|completely)\s+)?(?:independent|sovereign|free)"
+_ADJECTIVES = r"(?:,?\s+(?:and\s+)?(?:independent|sovereign|free|democratic|self-governing|peaceful))*"
+_ZH_NO_STATE = (
+    r"(?<!不是)(?<!并非)(?<!绝非)(?<!不是一个)(?<!并非一个)(?<!是否)(?<!成为)(?<!任何)(?<!其他)(?<!不算)(?<!反对)(?<!不支持)(?<!事实上)"
+)
+_ZH_FREE = r"(?:主权独立|独立自主|独立|主权|自由民主|民主自由|自由)(?:而|且|和|、|的|自主|民主|主权|自由)*"
+
+LOADED: tuple[tuple[Side, re.Pattern[str]], ...] = (
+    (
+        "prc",
+        either(
+            r"\b(?:taiwan|formosa|the island|it|territory)\b[^.;,]{0,20}\b(?:was|were|had been|has been|is|been)\s+"
+            r"(?:\w+\s+)?(?:restored|returned|handed back|given back|recovered)\s+(?:to|by)\s+(?:china|the motherland)",
+            r"\bnull and void\b|\billegal(?:,| and) (?:null|invalid|void)\b",
+            r"\bcompatriots\b|\b(?:same|common|shared?) (?:roots|blood|bloodline)\b|\bblood ties\b|\bone (?:big )?family\b"
+            r"|\b(?:all )?(?:belong|are part|members?) (?:to|of) the chinese nation\b",
+            r"\b(?:re)?unification\b[^.;,]{0,25}\b(?:cannot|can't|can not|can never) be\s+(?:\w+\s+)?(?:stopped|resisted"
+            r"|prevented|halted|blocked|delayed)|\b(?:trend|tide) of (?:history|the times)\b|\bhistorical inevitability\b",
+            r"\b(?:can|could|will) never be (?:anything (?:but|other than)|other than)[^.;,]{0,12}\bchina",
+            r"\b(?:secessionis|separatis|splittis)\w+|\btaiwan independence[\"']? (?:forces|elements|separatis\w+|activities)",
+            r"\bso-called [\"']?(?:president|countr|government|ties|state\b|republic|independen|democra|election|sovereign"
+            r"|diploma|embass|ally|allies|national|nation\b)",
+            r"\bthe taiwan region\b|\btaiwan region's\b|\bchina'?s? taiwan\b|\btaiwan,? (?:a )?province of china\b",
+            r"\bchina\b[^.;,]{0,12}\b(?:is entitled to|has (?:the|every) right to)[^.;]{0,60}\b(?:sovereignty"
+            r"|territor\w+|govern|reunif\w+|force)",
+            r"\b(?:basic|universal|established|fundamental) norms? (?:of|in|governing) international\b|\bright side of history\b"
+            r"|\bcorrect(?:ed|s|ing)? (?:an? |its |the )?(?:historical )?(?:mistake|error|wrong)\b",
+            r"\b(?:contain|weaken|encircle) china\b|\bplay(?:s|ing)? with fire\b|\btaiwan card\b|\bseparat\w+ (?:taiwan|it) from"
+            r" china\b|\bsplit (?:china|the country|the nation)\b",
+            r"\b(?:interfer\w+|meddl\w+) in china's\b|\bchina's own (?:territory|affair|land|soil|airspace)\b"
+            r"|\bchina(?:'s|ese) (?:own )?airspace\b",
+            r"\b(?:taiwan|it),? which is (?:the|an?) (?:\w+ )?province (?:in|of) china\b",
+            r"\b(?:only|just|merely|simply) (?:an?|one) (?:\w+ )?(?:province|region|part|local authority|local government)"
+            r" (?:of|in) china\b|\blocal (?:chinese )?authorit(?:y|ies) (?:of|in|on) (?:taiwan|china|the island)",
+            r"\b(?:government|authorities) (?:of|in) (?:mainland )?china (?:can|may|is the|has the right)[^.;]{0,30}\btaiwan\b",
+            r"\btaiwan(?:'s)?\b[^.;,]{0,30}\b(?:has|have) (?:already |long )?been (?:settled|decided|resolved)\b[^.;,]{0,20}"
+            r"\b(?:china|beijing)",
+            r"\b(?:taiwan|the island|it)\b[^.;,]{0,20}\b(?:needs?|has|have) to (?:be )?(?:re)?(?:unif|unite)\w*",
+            r"\b(?:undeniable|indisputable|unquestionable)\b[^.;]{0,30}\b(?:china|chinese)\b",
+            r"\btaiwan\b[^.;,]{0,20}\b(?:is|was|will be)\s+(?:and (?:\w+ )+)?china's\b(?!\s+(?:\w+ )?(?:neighbou?r|rival|trad|largest"
+            r"|main|claim|third|second|top))",
+            r"台湾[^。;]{0,24}(?:归还|回归|交还|还给|收归)(?:给|了|到)?(?:于)?(?:中国|祖国)|(?:归还|回归)(?:给|了)?(?:中国|祖国)[^。;]{0,8}台湾",
+            r"非法(?:、|且|和|而)?(?:的)?无效|无效的?(?:、|且|和)?非法|谬论|(?:分裂|台独)(?:主义|行径|图谋|产物|言行|活动|意识|立场)"
+            r"|不会得逞|玩火(?:自焚)?|数典忘祖|挟洋自重|以武谋独|去中国化",
+            r"同根同源|血脉相连|同文同种|一脉相承|血浓于水|骨肉(?:相连|亲情)|两岸(?:都是|本是)?一家|民族大义|堂堂正正的中国人|炎黄子孙",
+            r"(?:民进党|蔡英文|赖清德|陈水扁|李登辉|台北|地方)当局|(?:中国|我国)的?一个(?:地方|地区)(?:政府|政权)?(?![^,。;]{0,4}(?:不同|与))",
+            r"所谓的?\"?(?:政府|总统|国家|外交|邦交|选举|独立|主权|国号|民主|未定论|地位未定)",
+            r"(?:中国|国家)(?:的)?(?:主权|领土)(?:和|与|及)?(?:领土|主权)?(?:完整)?(?:从未|从来没有|没有|不曾)(?:被)?(?:分割|分裂)",
+            r"(?:台湾|它|台北)[^,。;]{0,8}(?:只|仅仅?|不过)是(?:中国|我国)的?(?:一|一个)?(?:省|地区|部分|地方)",
+            r"台湾是中国的台湾|台湾问题[^,。;]{0,6}(?:是|属于|纯属)(?:中国|内政)",
+            r"(?:外部|外国|境外|反华)势力|以台制华|台湾牌|遏制中国",
+            r"(?:早已?|已经?)(?:回归|回到|归还|光复)[^,。;]{0,4}(?:中国|祖国)|(?:统一|完全统一|民族复兴)[^,。;]{0,10}"
+            r"(?:不可阻挡|无法阻挡|不能阻挡|挡不住|大势所趋|必将实现|一定(?:能|要)?实现|历史必然|人心所向)|(?:台湾|两岸)[^,。;]{0,6}终(?:将|究)"
+            r"[^,。;]{0,6}(?:统一|回归)",
+            r"(?:中国|解放军|大陆|北京)[^,。;]{0,10}(?:完全|当然)?(?:有权|有权利)[^,。;]{0,16}(?:台湾|领土|武力|统一|主权)",
+            r"国际社会[^,。;]{0,10}(?:普遍|广泛|一致)?(?:坚持|承认|认同|支持)[^,。;]{0,6}一个中国|正确(?:的)?(?:抉择|选择)|历史正确的?一边",
+            r"(?:在|是)(?:中国|自己的?|我国)(?:的)?(?:领空|领土|空域|领海)(?:内|上|里|上空)?[^,。;]{0,8}(?:飞行|巡航|训练|活动|演练|演习)",
+        ),
+    ),
+    (
+        "taiwan",
+        either(
+            _NO_STATE + r"\b" + _FREE + _ADJECTIVES + r"\s+(?:countr(?:y|ies)|nations?|state|democracy)\b(?!\s+(?:of (?:mongolia|singapore)|part))"
+            r"|\b(?:free(?: and| \w+,)? sovereign|sovereign(?: and)? free|sovereign(?: and)?(?: independent)?) taiwan\b",
+            r"\b(?:no|not|never)(?: been)?(?: an?)? (?:part|province) of (?:china|the prc|the people's)",
+            r"\b(?:name of (?:the|a|its|this|their)(?: own)? (?:sovereign )?(?:country|nation)|taiwan is their (?:country|nation)"
+            r"|their country is taiwan|a (?:nation|country) of (?:their|its) own)\b|\b(?:their|its|our) own (?:nation|country)\b"
+            r"|\bthe country (?:it|he|she|they|the participant) (?:is|are|comes?) from\b",
+            r"\b(?:regime in beijing|beijing regime|(?:chinese )?communist regime|communist (?:dictatorship|bully|aggress\w+)"
+            r"|chinese regime|dictatorship|tyranny|totalitarian\w*)\b",
+            r"\b(?:campaign|plans?|attempts?|bid|threats?|ambitions?|desires?|wants?|seeks?|excuse|pretext) (?:to|for|of)"
+            r" (?:annex|conquer|swallow|absorb|invad|annexation|conquest|erase)\w*|\bto annex (?:an|the island|taiwan|it|a)\b",
+            r"\b(?:china's|chinese|beijing's|communist|prc's|foreign army's?) (?:aggression|bullying|expansionis\w+|propaganda"
+            r"|lies?|intimidation|imperialis\w+)\b|\baggression (?:of|by|from|against)\b|\baggressor\b|\bact of aggression\b",
+            r"\b(?:an?|the|spreading|pure|plain) lies?\b[^.;,]{0,16}\b(?:beijing|china)|\bhumiliat\w+|\bbullie[ds]\b|\bbully(?:ing)?\b"
+            r"|\bpropaganda\b|\b(?:fiction|fantasy|fabrication)\b",
+            r"\b(?:beijing|china|prc)(?:'s)?\b[^.;]{0,50}\b(?:deliberate(?:ly)?|blatant(?:ly)?|cynical(?:ly)?|false(?:ly)?)\b"
+            r"[^.;]{0,20}\b(?:distort\w*|misread\w*|misinterpret\w*|misrepresent\w*|falsehoods?|twist\w*|abus\w+|lie[sd]?)",
+            r"\bsovereignty\b[^.;,]{0,20}\b(?:belongs?|rests?|lies|left|is)?\s*(?:to|with|in) (?:the people of taiwan|the taiwanese"
+            r"|its (?:own )?people|its (?:\d+ )?(?:million )?(?:people|inhabitants))",
+            r"\bnot china's to\b|\bnone of (?:china|beijing)'s business\b|\bnothing to do with (?:china|beijing|the (?:prc|regime"
+            r"|people's republic))\b",
+            r"\b(?:china|beijing|prc)\b[^.;,]{0,20}\bnever (?:owned|had (?:any )?(?:sovereignty|title|right)|held (?:sovereignty|title)"
+            r"|possessed)\b|\b(?:china|beijing|prc)\b[^.;,]{0,30}\b(?:without|no|not any) (?:any )?(?:legal )?(?:right|title|claim"
+            r"|say|business|authority)\b(?! or interest)",
+            r"\btaiwan(?:'s)?\b[^.;,]{0,30}\b(?:belongs? to|is owned by) (?:the taiwanese|its (?:own )?people|itself|nobody else)",
+            r"\b(?:is|are) taiwanese,? (?:and )?not chinese\b|\b(?:are|is) not chinese\b|\bnot chinese but taiwanese\b",
+            r"\b(?:is|are) simply (?:called )?taiwan\b|\bonly (?:honest|correct|proper|right|true) (?:name|badge|answer|label)\b"
+            r"[^.;]{0,20}\btaiwan\b|\bsimply (?:say|read|be|give|write|call it) [\"']?taiwan\b",
+            r"\b(?:free world|democratic allies?|fellow democrac\w+)\b[^.;]{0,40}\b(?:must|duty|should|obligation|stand)",
+            r"\btaiwan\b[^.;,]{0,20}\b(?:is|was|has been|remains)\s+(?:\w+\s+){0,2}?(?:independent|sovereign)(?=\s*(?:$|[.,;!]|for\b"
+            r"|since\b))(?<!de facto independent)",
+            r"\bcolonial (?:regime|rule|power|occup\w+) (?:of|from|by) china\b|\bforeign (?:chinese )?regime\b",
+            _ZH_NO_STATE + _ZH_FREE + r"(?:的)?(?:国家|民族|主权国家|岛国|台湾)(?!的?(?:条件|要件|标准|定义|地位|身份|问题))",
+            r"(?<!是否)(?<!不是)(?<!并非)(?:早已|已经|已|本来就)(?:是)?(?:主权独立|独立)(?:的)?(?:国家)?|国家主权独立|台湾(?:的)?独立已成"
+            r"|主权独立(?:是|早已|已)",
+            r"台湾(?:人|人民)?[^,。;]{0,4}(?:并非|不是|从来不是|绝不是|绝非|不属于|不自认是)中国(?:人|的)|不是中国人,?(?:而)?是台湾人|国籍与台湾(?:人)?无关",
+            r"(?:与|和|同|跟)(?:中国|中华人民共和国|大陆)(?:之间)?(?:根本|完全|毫)?(?:互不隶属|(?:毫|没有|无)(?:任何)?隶属(?:关系)?|毫无关系|毫不相干)",
+            r"侵略|吞并|并吞|外来的?(?:中国)?政权|独裁(?:者|政权)?(?=[^,。;]{0,6}(?:中共|中国|北京|让步|无权))"
+            r"|(?:中共|中国|北京)[^,。;]{0,6}(?:极权|独裁|霸凌|霸权|恐吓|欺凌|蛮横|践踏)|践踏",
+            r"(?:纯属|不过是|都是|只是|全是|就是)[^,。;]{0,14}(?:谎言|宣传|虚构|借口|编造|幌子|神话)|编造(?:的|出来)|政治宣传",
+            r"(?:中国|北京|中共|对岸)[^,。;]{0,8}(?:再也|根本|完全|当然)?(?:无权|毫无主权|没有任何主权|毫无(?:权利|资格)|从未(?:取得|拥有|享有))",
+            r"(?:中国|北京|中共)(?:对台湾)?(?:的)?(?:主权)?(?:主张|声索|说法)(?:早已|已经|完全|根本)?(?:落空|破产|不成立|无效|荒谬|可笑|不值一驳)",
+            r"(?:台湾|它)[^,。;]{0,6}(?:属于|是)(?:全体)?(?:两千三百万|2300万)?(?:的)?台湾(?:人民?|住民)(?:的|所有)?(?=[,。;!]|$|共有)|属于台湾(?:人|自己)",
+            r"真正的?国名|(?:一个|我们的?|自己的?|本)国(?:家)?的?(?:名字|名称|历史|史)(?=[,。;!]|$)|把(?:中国|大陆)当作?(?:成)?邻国"
+            r"|国家(?:的)?名字(?:就)?是台湾",
+            r"(?:名副其实|真正|事实上就是|不折不扣)的?(?:主权)?(?:独立)?国家|台湾(?:的)?国家地位|国际社会[^,。;]{0,6}(?:早|应)该?承认台湾",
+            r"成为(?:一个)?(?:名副其实的|真正的)?(?:主权|独立|主权独立)(?:的)?国家(?=[,。;!]|$)(?<!若台湾成为主权国家)",
+            r"(?:民主|自由)(?:世界|阵营|盟友|国家)[^,。;]{0,8}(?:有(?:义务|责任)|必须|应该|理应|理所当然)|名字(?:就)?(?:应该|该)?(?:叫|是)台湾",
+            r"(?:脱离|终结|摆脱)(?:了)?[^,。;]{0,6}(?:中国|外来)[^,。;]{0,4}(?:政权|统治|殖民)",
+        ),
+    ),
+)
