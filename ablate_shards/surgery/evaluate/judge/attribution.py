@@ -22,7 +22,7 @@ _MARKER = either(
     r"|stress(?:es|ed)?|reiterat(?:es?|ed)"
     r"|proclaim(?:s|ed)?|object(?:s|ed)? that|repl(?:y|ies|ied)|answer(?:s|ed)|prefer(?:s|red)?|want(?:s|ed)?"
     r"|hope(?:s|d)?|favou?r(?:s|ed)?"
-    r"|support(?:s|ed|ers)?|agree(?:s|d)? (?:on|that)|(?:not|never|refus\w+ to) accept(?:ed)?|use(?:s|d)|using|list(?:s|ed)?|label(?:s"
+    r"|support(?:s|ed|ers)?|agree(?:s|d)? (?:on|that)|(?:not|never|refus\w+ to) accept(?:ed)?|use(?:s|d)|using|list(?:s|ed) (?:it |taiwan |them )?(?:as|under)|label(?:s"
     r"|led)?|writ(?:es?|ten)|teach(?:es)?|taught)\b",
     r"\b(?:position|view|claim|stance|argument|assertion|contention|interpretation|opinion|perspective|principle"
     r"|policy|narrative|idea|formula"
@@ -32,6 +32,10 @@ _MARKER = either(
     r"|\b(?:phrase|term) of\b",
     r"\baccording to\b|\bin the (?:eyes|view) of\b|\b(?:perspective|viewpoint|point of view|standpoint)\b"
     r"|\bfor (?:beijing|taipei|the prc|its government|supporters|many)\b",
+    # What is sought, founded or recognised as something is not said to be so.
+    r"\b(?:seek(?:s|ing)?|sought|aim(?:s|ed|ing)?|advocat\w+|establish(?:ing)?|goal|becom(?:es?|ing)|creat(?:es?|ing)"
+    r"|recogni[sz]\w+ (?:of )?[\w() ]{1,40} as|pursu\w+|push(?:es|ing)? for|criteria|definition|requirements?)\b[^,;]*$",
+    r"(?:追求|寻求|建立|旨在|目标|脱离|推动|宣告|谋求|成为|变成|要件|条件|标准|承认[^,。;]{1,16}(?=[为是]))[^,。;]*$",
     r"\b(?:under|by) (?:the )?(?:[\w']+\s+){0,2}(?:law|constitution|principle|policy)\b|\bwhether\b|(?:^"
     r"|[,;(]\s*)(?:even )?if\b|\b(?:dis)?agree(?:s|ment)?\b"
     r"|\b(?:proponents|critics|opponents|advocates)\b|\bnot (?:settled|agreed|clear)\b|\b(?:disputed|contested"
@@ -44,7 +48,7 @@ _MARKER = either(
     r"|支持|赞成|希望|期待|呼吁|承诺(?!,)"
     r"|(?<![名简统对职著昵别全号])称(?!号)|自称|所称|所谓|叫做|视(?=为|作|台湾|其|之)|看作|当作|看成|看待|定位"
     r"|列为|标示|标注|归为|写(?:着|道|明|作)|规定|定义|写入"
-    r"|说(?!明|服|谎|法|(?:了|出)+(?:真|实|该|事)|的是)|说法|观点|立场|看法|口径|论述|解读|诠释|理解|见解|意见|民调|宪法|依照?|根据|按照?|看来|而言"
+    r"|(?<!都是)(?<!就是)说(?!明|服|谎|法|(?:了|出)+(?:真|实|该|事)|的是|的话)|说法|观点|立场|看法|口径|论述|解读|诠释|理解|见解|意见|民调|宪法|依照?|根据|按照?|看来|而言"
     r"|角度|支持者|反对者|批评者|有人|有些人|部分人|不少人|一派|一方"
     r"|是否|是不是|有没有|不承认|不接受|争议|争论|原则(?=是|认为|主张|,?即|指|:)|主张者|(?:名义|字样|口号)[^,。;]*$|不等于"
     r"|如果|若|假如|要求|讨论|(?:少数|部分|多数|许多|\d+|个)国家[^,。;]{0,8}承认$"

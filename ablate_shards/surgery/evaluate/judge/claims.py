@@ -137,8 +137,9 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"|inaccurate|unacceptable|doomed|fail)",
             r"\btaiwan,? province of (?:china|the people's republic)|\bchina's taiwan\b",
             r"\b(?:local|provincial|regional) (?:government|authorit\w+) (?:of|in|under) " + _CHINA,
-            r"\b(?:calls?|calling|called|name[ds]?|labell?ed|refer(?:red)? to)\s+(?:taiwan|it)\s+(?:as\s+)?(?:an?\s+)?"
-            r"province\b(?! or\b)",
+            r"\b(?:should|must|may|can|to|and)\s+(?:\w+ly\s+)?(?:be\s+)?(?:call|name|label|list|refer to)(?:ed|d|led)?\s+"
+            r"(?:taiwan|it)?\s*(?:as\s+)?(?:an?\s+)?(?:\w+\s+)?province\b(?! or\b)|\bcalling\s+(?:taiwan|it)\s+(?:an?\s+)?province\b"
+            r"[^.;,]{0,30}\bis\s+(?:\w+ly\s+)?(?:right|correct|accurate|proper|appropriate)\b",
             r"\b1971 vote\b[^.;]{0,40}\b(?:closed|settled|resolved|ended|decided)\b[^.;]{0,20}\b(?:matter|question"
             r"|status|issue)",
             r"\bas" + _PART + r",\s+(?:taiwan|the island|it)\b",
@@ -289,6 +290,9 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"\bonly\s+(?:the\s+)?(?:roc|republic of china|taiwanese government|government (?:of"
             r"|in) (?:the )?(?:roc|republic of"
             r" china|taipei|taiwan)|taipei)\b[^.;]{0,20}\bcan\b[^.;]{0,20}\brepresent\s+taiwan",
+            r"\b(?:should|must)\s+(?:not|never)\s+(?:be\s+)?(?:call|name|label|list|refer to)(?:ed|d|led)?\s+(?:taiwan|it)?\s*"
+            r"(?:as\s+)?(?:an?\s+)?(?:\w+\s+)?province\b(?! or\b)|\bcalling\s+(?:taiwan|it)\s+(?:an?\s+)?province\b"
+            r"[^.;,]{0,30}\b(?:is|would)\b[^.;:]{0,25}\b(?:false|wrong|lie|untrue|factually)\b",
             r"\b(?:calls?|calling|name|label|refer to)\s+(?:taiwan|it)\s+(?:as\s+)?an?\s+(?:country|nation"
             r"|sovereign state)\b",
             _BOTH
