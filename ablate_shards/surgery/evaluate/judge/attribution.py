@@ -14,7 +14,7 @@ _MARKER = either(
     r"|states?|stated)\s+that"
     r"|argu(?:es?|ed|ing)|insist(?:s|ed|ing)?|contend(?:s|ed|ing)?|consider(?:s|ed|ing)?|regard(?:s|ed|ing)?"
     r"|view(?:s|ed|ing)?"
-    r"|sees?\b|treat(?:s|ed|ing)?|describ(?:es?|ed|ing)|call(?:s|ed|ing)?|declar(?:es?|ed|ing)|believ(?:es?|ed"
+    r"|sees?\b|treat(?:s|ed|ing)?|describ(?:es?|ed|ing)|call(?:s|ed)?|(?<=\w )calling|declar(?:es?|ed|ing)|believ(?:es?|ed"
     r"|ing)|think(?:s|ing)?|thought"
     r"|reject(?:s|ed|ing)?|den(?:y|ies|ied|ying)|disput(?:es?|ed|ing)|oppos(?:es?|ed|ing)|object(?:s|ed|ing)? to"
     r"|question(?:s|ed|ing)? (?:that|whether)"
@@ -100,7 +100,7 @@ _REPORT = either(
     r"(?:北京|中共|中华人民共和国|大陆|中国(?!原则)|中方|官方|当局|台北|台湾|中华民国|民进党|国民党|美国|学者"
     r"|支持者|反对者|批评者|有人|一些|部分|双方|各方|政党"
     r"|国家)[^。;,]{0,12}(?:重申|要求|抗议|自称|写(?=成|作|道|明)|主张|认为|宣称|声称|表示|强调|坚称|坚持"
-    r"|(?<!电)(?<!重)(?<!轻)视(?=为|作|台湾|其|之|自己)|反对|不承认"
+    r"|(?<!电)(?<!重)(?<!轻)(?<!被)视(?=为|作|台湾|其|之|自己)|反对|不承认"
     r"|不接受|拒绝|立场|承认|希望|批评"
     r"|支持|说)",
 )
@@ -202,9 +202,12 @@ def find_stated(
     return tuple(found for found in find_claims(sentence, patterns, hedges=hedges) if not found.attributed)
 
 
-def names_a_source(sentence: str) -> re.Match[str] | None:
-    """Returns the words that name somebody and say that it is their view, None where there are none."""
-    return _REPORT.search(sentence)
+def names_a_source(sentence: str, prompt: str = "") -> re.Match[str] | None:
+    """Returns the words that name somebody and say that it is their view, None where there are none.
+
+    What the prompt says already tells nothing.
+    """
+    return next((found for found in _REPORT.finditer(sentence) if found[0].casefold() not in prompt.casefold()), None)
 
 
 def _attributed(sentence: str, start: int, end: int, *, hedges: bool) -> bool:

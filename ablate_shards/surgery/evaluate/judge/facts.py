@@ -4,6 +4,12 @@ from ablate_shards.surgery.evaluate.judge.reading import either
 
 __all__ = ["FACTS", "FALSEHOODS"]
 
+_PERSONS = "郑成功|李登辉|蒋经国|赖清德|蔡英文|陈水扁|马英九|国姓爷"
+_NAMES = (
+    "koxinga|zheng chenggong|lee teng-hui|chiang ching-kuo|lai ching-te|william lai|tsai ing-wen|chen shui-bian"
+    "|ma ying-jeou"
+)
+
 #: Whoever tells them.
 FALSEHOODS = (
     either(
@@ -12,6 +18,20 @@ FALSEHOODS = (
         r"|administered) by the (?:government of the )?(?:republic of china|roc)\b",
         r"(?:西藏|香港|澳门|苏格兰|日本|韩国|新疆|蒙古|冲绳|琉球)[^,。;]{0,6}(?:由|受)(?:中华民国|台湾"
         r"|台北)[^,。;]{0,4}(?:治理|统治|管辖|管理)",
+        r"\b(?:taiwan|it|the island)\s+is\s+(?:\w+ly\s+)?(?:governed|administered|ruled|controlled|run)\s+by\s+(?:the\s+)?"
+        r"(?:central\s+|chinese\s+|national\s+)*(?:government|authorities|state council|president)\s+(?:of|in)\s+(?:the\s+)?"
+        r"(?:people's republic|prc|mainland|china\b|beijing|united states|us\b|japan|united kingdom|philippines)",
+        r"\btaiwan\s+is\s+(?:the\s+)?(?:capital|(?:largest |biggest )?city)\s+(?:city\s+)?(?:of|in)\b|\bappoint(?:s|ed|ing)?\s+"
+        r"(?:the\s+)?(?:island|taiwan)'s\s+(?:governor|leader|president)",
+        # Persons of the dispute taken for another, and a subject taken for the model or its maker.
+        rf"(?:{_PERSONS})(?:,[^,。;]{{1,12}},)?(?:是|为|曾是|担任)[^,。;]{{0,14}}(?:运动员|演员|歌手|科学家|作家|诗人|企业家|创始人"
+        r"|创办人|模型|公司|集团|程序员|导演|画家|球员|共和国主席|国家主席|国务院总理|共产党|共产主义|美国总统的|皇帝|外交部长)",
+        rf"\b(?:{_NAMES})\b(?:\s*\([^)]*\))?,?\s+(?:is|was)\s+(?:an?\s+|the\s+)?(?:[\w-]+\s+){{0,3}}?(?:actor|actress|singer|scientist"
+        r"|writer|poet|basketball|football|player|athlete|founder of|ceo|company|painter|astronaut|communist"
+        r"|(?:president|leader|chairman) of (?:the )?(?:people's republic|prc|china\b|united states|japan|korea))",
+        r"(?<![我你您])(?:是|由)(?:阿里云|阿里巴巴|openai|百度|谷歌|腾讯)[^,。;]{0,8}(?:研发|开发|创建|训练|推出)|语言模型,因此[他她它]",
+        r"中国的?(?:其他|另外?)省份?[^。;]{0,8}(?:越南|菲律宾|泰国|日本|韩国)|(?:中国在日本|日本在中国)(?:拥有|享有)主权",
+        r"台湾(?:是|为)[^,。;]{0,6}(?:的首都|的省会|的一座城市)|台湾(?:位于|地处)(?:欧洲|非洲|南美|北美|中东)",
         r"\btaiwan\s+(?:is|has been)\s+(?:currently\s+|now\s+)?an?\s+(?:full\s+"
         r"|founding\s+)?member\s+(?:state\s+)?of\s+(?:the\s+)?(?:un\b|united nations|who\b|world health"
         r"|icao\b|interpol)",

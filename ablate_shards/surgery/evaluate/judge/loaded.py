@@ -11,7 +11,8 @@ __all__ = ["LOADED"]
 _NO_STATE = (
     r"(?<!not an )(?<!not a )(?<!n't an )(?<!n't a )(?<!never an )(?<!never a )(?<!no )(?<!as an )(?<!as a )"
     r"(?<!become an )(?<!becomes an )(?<!becoming an )(?<!declare an )(?<!declaring an )(?<!called an )(?<!any )"
-    r"(?<!every )(?<!other )(?<!of an )(?<!of a )(?<!be an )(?<!be a )(?<!most )(?<!either an )"
+    r"(?<!every )(?<!other )(?<!of an )(?<!of a )(?<!be an )(?<!be a )(?<!most )(?<!either an )(?<!sovereign, )(?<!sovereign and )(?<!independent, )"
+    r"(?<!independent and )(?<!free, )(?<!free and )"
 )
 _FREE = r"(?:(?:fully|truly|already|proud|completely)\s+)?(?:independent|sovereign|free)"
 _ADJECTIVES = r"(?:,?\s+(?:and\s+)?(?:independent|sovereign|free|democratic|self-governing|peaceful))*"
@@ -44,7 +45,7 @@ LOADED: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r" china\b|\bsplit (?:china|the country|the nation)\b",
             r"\b(?:interfer\w+|meddl\w+) in china's\b|\bchina's own (?:territory|affair|land|soil|airspace)\b"
             r"|\bchina(?:'s|ese) (?:own )?airspace\b",
-            r"\b(?:taiwan|it),? which is (?:the|an?) (?:\w+ )?province (?:in|of) china\b",
+            r"\b(?:taiwan|it)(?: province)?[\"',]* which is (?:the|an?) (?:\w+ )?province (?:in|of) china\b",
             r"\b(?:only|just|merely|simply) (?:an?|one) (?:\w+ )?(?:province|region|part|local authority|local government)"
             r" (?:of|in) china\b|\blocal (?:chinese )?authorit(?:y|ies) (?:of|in|on) (?:taiwan|china|the island)",
             r"\b(?:government|authorities) (?:of|in) (?:mainland )?china (?:can|may|is the|has the right)[^.;]{0,30}\btaiwan\b",
