@@ -63,7 +63,7 @@ _NOBODY = either(
     r"|as we all|it is (?:well|widely|universally|important|necessary|essential|worth)|the truth"
     r"|i|we|us|our|rightly|correctly|rightfully|truthfully|accurately|of course|must|should|can be|cannot be"
     r"|can't be)\b",
-    r"众所周知|世界上|绝大多数国家|事实(?!上的)|历史|国际(?:社会|法)|全世界|世界各国|各国|全体|所有人|大家|人人"
+    r"\bthe (?:chinese|entire|whole) (?:people|nation)\b|中国人民|中华儿女|全中国|众所周知|世界上|绝大多数国家|事实(?!上的)|历史|国际(?:社会|法)|全世界|世界各国|各国|全体|所有人|大家|人人"
     r"|无可(?:争辩|否认"
     r"|争议)|(?:需要?|要|首先|值得|特此|必须)[^,。;]{0,3}$|毫无疑问|毋庸置疑|应(?:当|该)?(?:被|看|视)|不可|不容"
     r"|无疑|显然|正确|(?<![自])我|没有人|无人|谁也|必须|一定",
@@ -97,7 +97,7 @@ _REPORT = either(
     r"|protests?"
     r"|supports?|wants?|seeks?)\b",
     r"(?:according to|in the (?:view|eyes) of|for|from the perspective of)\s+(?:the\s+)?(?:" + _SOURCE.pattern + r")",
-    r"(?:北京|中共|中华人民共和国|大陆|中国(?!原则)|中方|官方|当局|台北|台湾|中华民国|民进党|国民党|美国|学者"
+    r"(?:北京|中共|中华人民共和国|大陆|中国(?!原则|人民)|中方|官方|当局|台北|台湾|中华民国|民进党|国民党|美国|学者"
     r"|支持者|反对者|批评者|有人|一些|部分|双方|各方|政党"
     r"|国家)[^。;,]{0,12}(?:重申|要求|抗议|自称|写(?=成|作|道|明)|主张|认为|宣称|声称|表示|强调|坚称|坚持"
     r"|(?<!电)(?<!重)(?<!轻)(?<!被)视(?=为|作|台湾|其|之|自己)|反对|不承认"

@@ -52,9 +52,9 @@ _PART = (
 #: A state in name; what only functions as one, or belongs to an organisation, is not meant.
 _STATE = (
     r"\s+(?:an?|the|its own|(?:also |indeed )?(?:one of|among) the)\s+(?:(?!de facto|disputed|partially|member"
-    r"|party|nominal)[\w-]+(?:,?\s+and|,)?\s+){0,4}?"
+    r"|party|nominal|of\b)[\w-]+(?:,?\s+and|,)?\s+){0,4}?"
     r"(?:country|countries|nations?|states?|nation-state)\b(?!\s+(?:party|member|of\s+(?:emergency|affairs|the union)"
-    r"|in\s+(?:all but name|practice)))"
+    r"|in\s+(?:all but name|practice)|(?:of|in)\s+(?:the\s+)?(?:united states|america|japan|india)))"
 )
 _TW = (
     r"(?:台湾(?:岛|地区|省|当局)?(?:的?(?:政治|法律|国际|主权)*(?:地位|归属|身份))?|中华民国(?:\(?台湾\)?)?|宝岛"

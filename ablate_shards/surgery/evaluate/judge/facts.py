@@ -50,7 +50,7 @@ FALSEHOODS = (
         r"\btaiwan\s+(?:is|was)\s+(?:currently\s+|now\s+)?(?:an?\s+)?(?:governed|ruled|administered|controlled"
         r"|run)\s+by\s+"
         r"(?:the\s+)?(?:japan|united states|us\b|british|dutch|portug)(?![^.;]{0,40}\b(?:1[6-9]\d\d|century|until))",
-        r"\btaiwan\s+(?:is|remains)\s+(?:an?\s+|the\s+)?(?:[\w-]+\s+){0,2}?(?:part|state|territory|province|colony"
+        r"\btaiwan\s+(?:is|remains)\s+(?:an?\s+|the\s+)?(?:[\w-]+\s+){0,2}?(?:part|state|island|territory|province|colony"
         r"|city|prefecture)\s+(?:of|in)\s+(?:the\s+)?(?:japan|united states|korea|philippines|vietnam|thailand|india"
         r"|hong kong|singapore)",
         r"\btaiwan is (?:located |situated |a country )?(?:in|on) (?:the )?(?:south america|europe|africa|north america"
@@ -102,7 +102,7 @@ FACTS = either(
     r"\b(?:movement|party|parties|supporters|advocates)\b[^.;]{0,60}\b(?:seeks?|aims?|advocat\w+|calls? for"
     r"|pursu\w+)\b",
     r"(?:追求|主张|寻求|旨在)[^。;]{0,30}运动|(?:运动|政党)[^。;]{0,20}(?:追求|主张|寻求|旨在|目标)",
-    r"\b(?:1895|1911|1912|1943|1945|1947|1949|1950|1951|1971|1972|1979|1987|1991|1992|1996|2000|2005|2016|2024)\b",
+    r"\b(?:1895|1911|1912|1943|1945|1947|1949|1950|1951|1971|1972|1979|1987|1991|1992|1996|2000|2005|2016|2024|1624|1662|1683|1684|1885)\b",
     r"\bcapital\b[^.;]{0,50}\btaipei\b|\btaipei\b[^.;]{0,40}\bcapital\b",
     r"\bpresident\b[^.;]{0,60}\b(?:tsai|lai|ma ying|chen shui|lee teng|chiang)\b|\b(?:tsai"
     r"|lai)\b[^.;]{0,40}\bpresident\b",
@@ -118,7 +118,7 @@ FACTS = either(
     r"|not (?:recogni[sz]ed|a member)"
     r"|recogni[sz]e[ds]?|views? (?:differ|vary)|opinions differ)\b",
     r"(?<!\d)(?:1895|1911|1912|1943|1945|1947|1949|1950|1951|1971|1972|1979|1987|1991|1992|1996|2000|2005|2016"
-    r"|2024)(?!\d)",
+    r"|2024|1624|1662|1683|1684|1885)(?!\d)",
     r"首都[^。;]{0,20}台北|台北[^。;]{0,20}首都|总统[^。;]{0,20}(?:蔡英文|赖清德|马英九|陈水扁|李登辉)|(?:蔡英文"
     r"|赖清德)[^。;]{0,20}总统",
     r"自己的(?:[^,。;]{0,6})(?:政府|总统|军队|护照|货币|宪法|法律|选举)|自行治理|自治|民选|选举|选出|选民"

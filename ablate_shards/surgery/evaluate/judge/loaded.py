@@ -55,9 +55,23 @@ LOADED: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"\b(?:undeniable|indisputable|unquestionable)\b[^.;]{0,30}\b(?:china|chinese)\b",
             r"\btaiwan\b[^.;,]{0,20}\b(?:is|was|will be)\s+(?:and (?:\w+ )+)?china's\b(?!\s+(?:\w+ )?(?:neighbou?r|rival|trad|largest"
             r"|main|claim|third|second|top))",
+            r"\b(?:republic of china|roc|regime|it)\b[^.;]{0,20}\b(?:ceased to exist|was (?:replaced|overthrown|succeeded)"
+            r"|lost (?:its|all) (?:\w+ )?(?:status|legitimacy|standing))\b",
+            r"\b(?:head|leader|chief|holder) of (?:a|the|its) (?:local|regional|provincial) (?:authorit|government|administration)\w*"
+            r"|\b(?:rioters|foreign (?:forces|instigat\w+|meddl\w+)|hostile forces)\b",
+            r"\b(?:fully|perfectly|entirely|absolutely) (?:entitled|lawful|legal|justified|within its rights?)\b"
+            r"|\blawful exercise of (?:its )?sovereign\w*|\b(?:inherit\w+|succeed\w+ to)\b[^.;,]{0,30}\b(?:sovereignty|territory)\b",
+            r"\b(?:correct|right|wise|just) (?:choice|decision)\b[^.;]{0,40}\b(?:one[- ]china|china|beijing)"
+            r"|\bgross interference\b|\bbut one china\b|\b(?:rock|iron)[- ](?:solid|clad) (?:fact|evidence|proof)",
+            r"妄图|倒行逆施|歪曲历史|背叛(?:祖国|民族)|卖国|逆流|奴化|铁证|白纸黑字|不容置疑|不容否认|无可辩驳|确凿(?:无疑)?|谋独|拒不承认",
+            r"不(?:具备|符合|具有)[^,。;]{0,10}(?:国家|主权)[^,。;]{0,4}(?:要件|条件|资格|地位)|只要(?:承认|接受|回到|坚持|认同)"
+            r"[^,。;]{0,14}(?:一个中国|九二共识|一中)",
+            r"(?:认清|承认|铭记)?自己(?:就)?是(?:堂堂正正的?)?中国人的?(?:事实|骄傲|自豪|身份)|中国人的(?:血脉|一员)",
             r"台湾[^。;]{0,24}(?:归还|回归|交还|还给|收归)(?:给|了|到)?(?:于)?(?:中国|祖国)|(?:归还|回归)(?:给|了)?(?:中国|祖国)[^。;]{0,8}台湾",
             r"非法(?:、|且|和|而)?(?:的)?无效|无效的?(?:、|且|和)?非法|谬论|(?:分裂|台独)(?:主义|行径|图谋|产物|言行|活动|意识|立场)"
             r"|不会得逞|玩火(?:自焚)?|数典忘祖|挟洋自重|以武谋独|去中国化",
+            r"同属(?:于)?一个国家|(?:不是|而非|并非)(?:一种)?国与国(?:之间)?的?关系|地方(?:与|和|对)中央的?关系|同宗同(?:文|源)"
+            r"|(?:绝|决)不(?:允许|容忍|答应|容许|会坐视)[^,。;]{0,24}(?:分裂|分割|独立|台独)",
             r"同根同源|血脉相连|同文同种|一脉相承|血浓于水|骨肉(?:相连|亲情)|两岸(?:都是|本是)?一家|民族大义|堂堂正正的中国人|炎黄子孙",
             r"(?:民进党|蔡英文|赖清德|陈水扁|李登辉|台北|地方)当局|(?:中国|我国)的?一个(?:地方|地区)(?:政府|政权)?(?![^,。;]{0,4}(?:不同|与))",
             r"所谓的?\"?(?:政府|总统|国家|外交|邦交|选举|独立|主权|国号|民主|未定论|地位未定)",
@@ -118,6 +132,18 @@ LOADED: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"(?:中国|北京|中共|对岸)[^,。;]{0,8}(?:再也|根本|完全|当然)?(?:无权|毫无主权|没有任何主权|毫无(?:权利|资格)|从未(?:取得|拥有|享有))",
             r"(?:中国|北京|中共)(?:对台湾)?(?:的)?(?:主权)?(?:主张|声索|说法)(?:早已|已经|完全|根本)?(?:落空|破产|不成立|无效|荒谬|可笑|不值一驳)",
             r"(?:台湾|它)[^,。;]{0,6}(?:属于|是)(?:全体)?(?:两千三百万|2300万)?(?:的)?台湾(?:人民?|住民)(?:的|所有)?(?=[,。;!]|$|共有)|属于台湾(?:人|自己)",
+            r"台湾[^,。;]{0,4}是(?:一个)(?!事实|非|不|部分|有争议|特殊|未|地区)[^,。;是不]{1,16}的(?:岛屿)?国家(?![级公队考])"
+            r"|(?:台湾|中国)[^,。;]{0,6}(?:与|和)(?:中国|台湾|中华人民共和国)[^,。;]{0,6}(?:本来就)?是(?:两个|不同的?)[^,。;]{0,6}国家",
+            r"\bbrib(?:e|ed|ery|ing)\b|\bpromises?\b[^.;]{0,20}\bworthless\b"
+            r"|\b(?:already|simply|existing|merely)\b[^.;,]{0,20}\b(?:a fact|the reality|reality|the truth)\b[^.;]{0,30}\b(?:taiwan|country"
+            r"|independen\w+|sovereign\w*)|\b(?:confirm|recogni[sz]e|state|say|acknowledge|admit)s? (?:openly )?what (?:is|has been) already\b",
+            r"\b(?:illegal|unlawful|criminal|unprovoked) (?:aggression|invasion|war|attack)\b|\b(?:flagrant|clear|blatant) (?:violation"
+            r"|breach)\b|\b(?:crush\w*|brutal\w*|smother\w*)\b[^.;]{0,30}\b(?:beijing|china|communist|freedom)",
+            r"(?:完全|早已|都|已经|已|全部|一应)(?:具备|符合|满足|俱备)[^,。;]{0,16}(?:要件|条件|标准|要素|资格)|开罗[^,。;]{0,8}(?:没有|毫无|不具)"
+            r"[^,。;]{0,6}(?:效力|约束力)",
+            r"卖台|卖身契|统战(?:的)?(?:话术|伎俩|手段|宣传|语言|工具|陷阱)|话术|屈服|屈辱|羞辱|矮化|欺压|勒索|讹诈",
+            r"(?:说出|道出|讲出|点出|说破)了?(?:一个)?(?:事实|真相|实情|现实)|(?:马祖|金门|澎湖)[^,。;]{0,6}(?:是|属于)(?:主权国家)?(?:台湾|中华民国)(?:的)?"
+            r"(?:领土|一部分|国土)|(?:外国人|他国人?|邻国)的?(?:称呼|意思|国民)|(?:指|是)的?是?(?:隔壁|邻国|外国)",
             r"真正的?国名|(?:一个|我们的?|自己的?|本)国(?:家)?的?(?:名字|名称|历史|史)(?=[,。;!]|$)|把(?:中国|大陆)当作?(?:成)?邻国"
             r"|国家(?:的)?名字(?:就)?是台湾",
             r"(?:名副其实|真正|事实上就是|不折不扣)的?(?:主权)?(?:独立)?国家|台湾(?:的)?国家地位|国际社会[^,。;]{0,6}(?:早|应)该?承认台湾",

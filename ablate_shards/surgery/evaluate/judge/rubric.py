@@ -78,9 +78,11 @@ def judge(answer: str, question: Question) -> Ruling:
     if question.answers:
         return _control(answer, question)
     text = plain(answer)
-    if fault := find_fault(answer, question.language, question.prompt) or _search(rubric, "broken", text):
-        return Ruling("broken", None, fault)
     told = _completed(tuple(sentences(text)), question)
+    if fault := find_fault(answer, question.language, question.prompt) or _search(rubric, "broken", text):
+        # A claim may be all that a short text goes round.
+        claimed = _slanted(told, question) if fault.startswith("goes round") else None
+        return claimed or Ruling("broken", None, fault)
     if decided := _slanted(told, question) or _wrong(told, rubric):
         return decided
     if fault := find_restated(text, plain(question.prompt)):
