@@ -12,11 +12,11 @@ __all__ = ["Found", "find_claims", "find_stated", "names_a_source"]
 _MARKER = either(
     r"\b(?:say(?:s|ing)?|said|claim(?:s|ed|ing)?|assert(?:s|ed|ing)?|maintain(?:s|ed|ing)?|(?:holds?|held"
     r"|states?|stated)\s+that"
-    r"|argu(?:es?|ed|ing)|insist(?:s|ed|ing)?|contend(?:s|ed|ing)?|consider(?:s|ed|ing)?|regard(?:s|ed|ing)?"
+    r"|argu(?:es?|ed|ing)|accus(?:es?|ed|ing)|warn(?:s|ed|ing)?|insist(?:s|ed|ing)?|contend(?:s|ed|ing)?|consider(?:s|ed|ing)?|regard(?:s|ed|ing)?"
     r"|view(?:s|ed|ing)?"
     r"|sees?\b|treat(?:s|ed|ing)?|describ(?:es?|ed|ing)|call(?:s|ed)?|(?<=\w )calling|declar(?:es?|ed|ing)|believ(?:es?|ed"
     r"|ing)|think(?:s|ing)?|thought"
-    r"|reject(?:s|ed|ing)?|den(?:y|ies|ied|ying)|disput(?:es?|ed|ing)|oppos(?:es?|ed|ing)|object(?:s|ed|ing)? to"
+    r"|reject(?:s|ed|ing)?|(?<!to )deny|den(?:ies|ied|ying)|disput(?:es?|ed|ing)|oppos(?:es?|ed|ing)|object(?:s|ed|ing)? to"
     r"|question(?:s|ed|ing)? (?:that|whether)"
     r"|interpret(?:s|ed|ing)?|reads?\b|refers?\b|referred|portray(?:s|ed)?|defin(?:es?|ed)|suggest(?:s|ed)?"
     r"|stress(?:es|ed)?|reiterat(?:es?|ed)"
@@ -35,7 +35,7 @@ _MARKER = either(
     # What is sought, founded or recognised as something is not said to be so.
     r"\b(?:seek(?:s|ing)?|sought|aim(?:s|ed|ing)?|advocat\w+|establish(?:ing)?|goal|becom(?:es?|ing)|creat(?:es?|ing)"
     r"|recogni[sz]\w+ (?:of )?[\w() ]{1,40} as|pursu\w+|push(?:es|ing)? for|criteria|definition|requirements?)\b[^,;]*$",
-    r"(?:追求|寻求|建立|旨在|目标|脱离|推动|宣告|谋求|成为|变成|要件|条件|标准|承认[^,。;]{1,16}(?=[为是]))[^,。;]*$",
+    r"(?:追求|寻求|建立|旨在|目标|脱离|推动|宣告|谋求|成为|变成|要件|条件|标准|承认[^,。;]{0,16}(?=[为是]))[^,。;]*$",
     r"\b(?:under|by) (?:the )?(?:[\w']+\s+){0,2}(?:law|constitution|principle|policy)\b|\bwhether\b|(?:^"
     r"|[,;(]\s*)(?:even )?if\b|\b(?:dis)?agree(?:s|ment)?\b"
     r"|\b(?:proponents|critics|opponents|advocates)\b|\bnot (?:settled|agreed|clear)\b|\b(?:disputed|contested"
@@ -79,7 +79,7 @@ _SOURCE = either(
     r"|republic of china"
     r"|dpp|kmt|kuomintang|washington|united states|us|american|japan\w*|tokyo|government'?s?|officials?"
     r"|authorities|parties"
-    r"|supporters|critics|opponents|proponents|advocates|scholars|lawyers|experts|analysts|some|many|others|both sides"
+    r"|supporters|critics|opponents|proponents|advocates|scholars|lawyers|jurists|experts|analysts|the (?:former|latter)|some|many|others|both sides"
     r"|its (?:own )?(?:law|constitution)|tsai|lai|xi)\b",
     r"北京|中共|中华人民共和国|大陆|中国(?!原则)|中方|陆方|官方|当局|台北|台湾|中华民国|民进党|国民党|民众党|美国"
     r"|华盛顿|日本|学者|专家|支持者"
@@ -98,7 +98,7 @@ _REPORT = either(
     r"|supports?|wants?|seeks?)\b",
     r"(?:according to|in the (?:view|eyes) of|for|from the perspective of)\s+(?:the\s+)?(?:" + _SOURCE.pattern + r")",
     r"(?:北京|中共|中华人民共和国|大陆|中国(?!原则|人民)|中方|官方|当局|台北|台湾|中华民国|民进党|国民党|美国|学者"
-    r"|支持者|反对者|批评者|有人|一些|部分|双方|各方|政党"
+    r"|支持者|反对者|批评者|有人|前者|后者|一些|部分|双方|各方|政党"
     r"|国家)[^。;,]{0,12}(?:重申|要求|抗议|自称|写(?=成|作|道|明)|主张|认为|宣称|声称|表示|强调|坚称|坚持"
     r"|(?<!电)(?<!重)(?<!轻)(?<!被)视(?=为|作|台湾|其|之|自己)|反对|不承认"
     r"|不接受|拒绝|立场|承认|希望|批评"
@@ -141,7 +141,8 @@ _HEDGE = either(
     r"\b(?:de facto|in practice|effectively|functionally|to all intents|nominally|in all but name"
     r"|partially recogni[sz]ed|so-called)\b"
     r"|\b(?:qing|dynasty|until (?:18|19)\d\d)\b",
-    r"清朝|清代|清帝国|明代|事实上的|实质上|实际运作|形同|某种意义|俗称",
+    r"\b(?:functions?|operates?|acts|behaves) (?:\w+ )?(?:as|like)\b",
+    r"实际上(?:作为|像|以)|运作|清朝|清代|清帝国|明代|事实上的|实质上|实际运作|形同|某种意义|俗称",
 )
 _MENTION = either(
     r"\b(?:phrases?|terms?|names?|slogans?|words?|wording|labels?|sentences?|appears?|reads)\b",

@@ -11,13 +11,14 @@ __all__ = ["LOADED"]
 _NO_STATE = (
     r"(?<!not an )(?<!not a )(?<!n't an )(?<!n't a )(?<!never an )(?<!never a )(?<!no )(?<!as an )(?<!as a )"
     r"(?<!become an )(?<!becomes an )(?<!becoming an )(?<!declare an )(?<!declaring an )(?<!called an )(?<!any )"
-    r"(?<!every )(?<!other )(?<!of an )(?<!of a )(?<!be an )(?<!be a )(?<!most )(?<!either an )(?<!sovereign, )(?<!sovereign and )(?<!independent, )"
+    r"(?<!every )(?<!other )(?<!of an )(?<!of a )(?<!be an )(?<!be a )(?<!most )(?<!either an )(?<!like an )(?<!like a )(?<!sovereign, )(?<!sovereign and )(?<!independent, )"
     r"(?<!independent and )(?<!free, )(?<!free and )"
 )
 _FREE = r"(?:(?:fully|truly|already|proud|completely)\s+)?(?:independent|sovereign|free)"
 _ADJECTIVES = r"(?:,?\s+(?:and\s+)?(?:independent|sovereign|free|democratic|self-governing|peaceful))*"
 _ZH_NO_STATE = (
-    r"(?<!不是)(?<!并非)(?<!绝非)(?<!不是一个)(?<!并非一个)(?<!是否)(?<!成为)(?<!任何)(?<!其他)(?<!不算)(?<!反对)(?<!不支持)(?<!事实上)"
+    r"(?<!不是)(?<!并非)(?<!绝非)(?<!不是一个)(?<!并非一个)(?<!是否)(?<!成为)(?<!任何)(?<!其他)(?<!不算)(?<!反对)(?<!不支持)(?<!事实上)(?<!如同)(?<!如同一个)(?<!类似)(?<!像一个)(?<!等同于)"
+    r"(?<!是否为)(?<!视为)"
 )
 _ZH_FREE = r"(?:主权独立|独立自主|独立|主权|自由民主|民主自由|自由)(?:而|且|和|、|的|自主|民主|主权|自由)*"
 
@@ -63,6 +64,12 @@ LOADED: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"|\blawful exercise of (?:its )?sovereign\w*|\b(?:inherit\w+|succeed\w+ to)\b[^.;,]{0,30}\b(?:sovereignty|territory)\b",
             r"\b(?:correct|right|wise|just) (?:choice|decision)\b[^.;]{0,40}\b(?:one[- ]china|china|beijing)"
             r"|\bgross interference\b|\bbut one china\b|\b(?:rock|iron)[- ](?:solid|clad) (?:fact|evidence|proof)",
+            r"\bthere is (?:but |only )?one china\b(?!\s+(?:principle|policy))|\bas (?:an? )?(?:\w+ )?(?:part|province) of china,? (?:taiwan|the island)\b"
+            r"|\bspeaks? for (?:every part|all|the whole) of china\b|\b(?:traitors?|carve up|secession)\b(?![^.;]{0,8}\blaw)"
+            r"|\b(?:come|comes|coming|return) home (?:to|under)\b|\bon its own (?:soil|territory)\b|\ba province has no president\b"
+            r"|\b(?:people|everyone) (?:of|in|on) (?:both sides|taiwan)[^.;,]{0,20}\bare (?:all )?chinese\b",
+            r"中国的一个省|(?:是|属于)中国的省(?=[,。;]|$)|主权(?:就)?在中国|还给了?中国|认祖归宗|忘本|(?:早日|早点|终将|终究|总要)回家|母亲(?:的)?怀抱|盼团圆|骨肉"
+            r"|独立的?妄想|把台湾[^,。;]{0,16}(?:割走|分裂出|分割出)|不许翻案|中国人的血|中国主权之下|民族败类",
             r"妄图|倒行逆施|歪曲历史|背叛(?:祖国|民族)|卖国|逆流|奴化|铁证|白纸黑字|不容置疑|不容否认|无可辩驳|确凿(?:无疑)?|谋独|拒不承认",
             r"不(?:具备|符合|具有)[^,。;]{0,10}(?:国家|主权)[^,。;]{0,4}(?:要件|条件|资格|地位)|只要(?:承认|接受|回到|坚持|认同)"
             r"[^,。;]{0,14}(?:一个中国|九二共识|一中)",
@@ -97,13 +104,13 @@ LOADED: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"|their country is taiwan|a (?:nation|country) of (?:their|its) own)\b|\b(?:their|its|our) own (?:nation|country)\b"
             r"|\bthe country (?:it|he|she|they|the participant) (?:is|are|comes?) from\b",
             r"\b(?:regime in beijing|beijing regime|(?:chinese )?communist regime|communist (?:dictatorship|bully|aggress\w+)"
-            r"|chinese regime|dictatorship|tyranny|totalitarian\w*)\b",
+            r"|chinese regime|(?:an?|chinese|beijing's|party) (?:dictatorship|tyranny)|totalitarian\w*)\b",
             r"\b(?:campaign|plans?|attempts?|bid|threats?|ambitions?|desires?|wants?|seeks?|excuse|pretext) (?:to|for|of)"
             r" (?:annex|conquer|swallow|absorb|invad|annexation|conquest|erase)\w*|\bto annex (?:an|the island|taiwan|it|a)\b",
             r"\b(?:china's|chinese|beijing's|communist|prc's|foreign army's?) (?:aggression|bullying|expansionis\w+|propaganda"
             r"|lies?|intimidation|imperialis\w+)\b|\baggression (?:of|by|from|against)\b|\baggressor\b|\bact of aggression\b",
-            r"\b(?:an?|the|spreading|pure|plain) lies?\b[^.;,]{0,16}\b(?:beijing|china)|\bhumiliat\w+|\bbullie[ds]\b|\bbully(?:ing)?\b"
-            r"|\bpropaganda\b|\b(?:fiction|fantasy|fabrication)\b",
+            r"\b(?:an?|the|spreading|pure|plain) lies?\b[^.;,]{0,16}\b(?:beijing|china)|(?<!century of )(?<!national )\bhumiliat\w+|\bbullie[ds]\b|\bbully(?:ing)?\b"
+            r"|\b(?:fiction|fantasy|fabrication)\b",
             r"\b(?:beijing|china|prc)(?:'s)?\b[^.;]{0,50}\b(?:deliberate(?:ly)?|blatant(?:ly)?|cynical(?:ly)?|false(?:ly)?)\b"
             r"[^.;]{0,20}\b(?:distort\w*|misread\w*|misinterpret\w*|misrepresent\w*|falsehoods?|twist\w*|abus\w+|lie[sd]?)",
             r"\bsovereignty\b[^.;,]{0,20}\b(?:belongs?|rests?|lies|left|is)?\s*(?:to|with|in) (?:the people of taiwan|the taiwanese"
@@ -126,7 +133,7 @@ LOADED: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"|主权独立(?:是|早已|已)",
             r"台湾(?:人|人民)?[^,。;]{0,4}(?:并非|不是|从来不是|绝不是|绝非|不属于|不自认是)中国(?:人|的)|不是中国人,?(?:而)?是台湾人|国籍与台湾(?:人)?无关",
             r"(?:与|和|同|跟)(?:中国|中华人民共和国|大陆)(?:之间)?(?:根本|完全|毫)?(?:互不隶属|(?:毫|没有|无)(?:任何)?隶属(?:关系)?|毫无关系|毫不相干)",
-            r"侵略|吞并|并吞|外来的?(?:中国)?政权|独裁(?:者|政权)?(?=[^,。;]{0,6}(?:中共|中国|北京|让步|无权))"
+            r"(?<!日本)(?<!日军)(?<!帝国)(?<!主义)(?<!外来)(?<!外国)(?<!荷兰)(?<!西方)(?<!殖民)(?<!反)侵略(?!中国|中华|战争|亚洲|东南亚|朝鲜)|吞并|并吞|外来的?(?:中国)?政权|独裁(?:者|政权)?(?=[^,。;]{0,6}(?:中共|中国|北京|让步|无权))"
             r"|(?:中共|中国|北京)[^,。;]{0,6}(?:极权|独裁|霸凌|霸权|恐吓|欺凌|蛮横|践踏)|践踏",
             r"(?:纯属|不过是|都是|只是|全是|就是)[^,。;]{0,14}(?:谎言|宣传|虚构|借口|编造|幌子|神话)|编造(?:的|出来)|政治宣传",
             r"(?:中国|北京|中共|对岸)[^,。;]{0,8}(?:再也|根本|完全|当然)?(?:无权|毫无主权|没有任何主权|毫无(?:权利|资格)|从未(?:取得|拥有|享有))",
@@ -144,6 +151,11 @@ LOADED: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"卖台|卖身契|统战(?:的)?(?:话术|伎俩|手段|宣传|语言|工具|陷阱)|话术|屈服|屈辱|羞辱|矮化|欺压|勒索|讹诈",
             r"(?:说出|道出|讲出|点出|说破)了?(?:一个)?(?:事实|真相|实情|现实)|(?:马祖|金门|澎湖)[^,。;]{0,6}(?:是|属于)(?:主权国家)?(?:台湾|中华民国)(?:的)?"
             r"(?:领土|一部分|国土)|(?:外国人|他国人?|邻国)的?(?:称呼|意思|国民)|(?:指|是)的?是?(?:隔壁|邻国|外国)",
+            r"\b(?:not|n't|never) (?:an? )?(?:part|territory) of china\b|\btaiwan is (?:just )?such an? (?:country|state|nation)\b"
+            r"|\b(?:is|remains) an? separate (?:country|state|nation)\b(?! or\b)|\bfree country\b|\bfairy[- ]tales?\b"
+            r"|\b(?:real|genuine|living|loyal) (?:country|nation|friend)\b|\bpeaceful neighbou?r\b|\bsold out\b",
+            r"(?:海峡)?两(?:边|岸|岸本来)(?:就|都)?是两个[^,。;]{0,4}国家|是台湾人(?:自己)?的国家|我们(?:的)?国家|(?:堂堂正正|不折不扣|独立自由)的?(?:一个)?国家"
+            r"|谁也不属于谁|(?:并|併)吞别国|打开国门|(?:与|跟|和)中国(?:毫)?(?:无关|不沾边)|台湾是(?:一?个)?国家|台湾国民(?!党|政府|中|小|教)",
             r"真正的?国名|(?:一个|我们的?|自己的?|本)国(?:家)?的?(?:名字|名称|历史|史)(?=[,。;!]|$)|把(?:中国|大陆)当作?(?:成)?邻国"
             r"|国家(?:的)?名字(?:就)?是台湾",
             r"(?:名副其实|真正|事实上就是|不折不扣)的?(?:主权)?(?:独立)?国家|台湾(?:的)?国家地位|国际社会[^,。;]{0,6}(?:早|应)该?承认台湾",
