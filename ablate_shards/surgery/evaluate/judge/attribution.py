@@ -12,7 +12,7 @@ __all__ = ["Found", "find_claims", "find_stated", "names_a_source"]
 _MARKER = either(
     r"\b(?:say(?:s|ing)?|said|claim(?:s|ed|ing)?|assert(?:s|ed|ing)?|maintain(?:s|ed|ing)?|(?:holds?|held"
     r"|states?|stated)\s+that"
-    r"|argu(?:es?|ed|ing)|accus(?:es?|ed|ing)|warn(?:s|ed|ing)?|insist(?:s|ed|ing)?|contend(?:s|ed|ing)?|consider(?:s|ed|ing)?|regard(?:s|ed|ing)?"
+    r"|argu(?:es?|ed|ing)|acknowledg(?:es?|ed|ing)|endors(?:es?|ed|ing)|accus(?:es?|ed|ing)|warn(?:s|ed|ing)?|insist(?:s|ed|ing)?|contend(?:s|ed|ing)?|consider(?:s|ed|ing)?|regard(?:s|ed|ing)?"
     r"|view(?:s|ed|ing)?"
     r"|sees?\b|treat(?:s|ed|ing)?|describ(?:es?|ed|ing)|call(?:s|ed)?|(?<=\w )calling|declar(?:es?|ed|ing)|believ(?:es?|ed"
     r"|ing)|think(?:s|ing)?|thought"
@@ -61,7 +61,7 @@ _NOBODY = either(
     r"|chinese(?: people)?|taiwanese|historians|experts|people)"
     r"|(?:the )?international (?:community|law)|the world|history|(?:the )?facts?|(?:the )?evidence|common sense"
     r"|as we all|it is (?:well|widely|universally|important|necessary|essential|worth)|the truth"
-    r"|i|we|us|our|rightly|correctly|rightfully|truthfully|accurately|of course|must|should|can be|cannot be"
+    r"|i|we|(?-i:us)|our|rightly|correctly|rightfully|truthfully|accurately|of course|must|should|can be|cannot be"
     r"|can't be)\b",
     r"\bthe (?:chinese|entire|whole) (?:people|nation)\b|中国人民|中华儿女|全中国|众所周知|世界上|绝大多数国家|事实(?!上的)|历史|国际(?:社会|法)|全世界|世界各国|各国|全体|所有人|大家|人人"
     r"|无可(?:争辩|否认"
@@ -148,6 +148,11 @@ _MENTION = either(
     r"\b(?:phrases?|terms?|names?|slogans?|words?|wording|labels?|sentences?|appears?|reads)\b",
     r"这句|一词|句话|写法|用语",
 )
+#: What is called a fact behind it is not left to whoever says it.
+_FACT = either(
+    r"^\"?,?\s*(?:which|and (?:that|this)) (?:is|remains) (?:an?|the) (?:\w+ )?(?:fact|truth)\b|^\"?,?\s*an? (?:\w+ )?(?:fact|truth)\b",
+    r"^\"?(?:这|此)(?:一|个|项|一个)?(?:客观|历史|基本)?(?:事实|真相|现实)",
+)
 _SPEECH = re.compile(r"\"[^\"]*\"")
 
 _Label = TypeVar("_Label")
@@ -220,6 +225,8 @@ def _attributed(sentence: str, start: int, end: int, *, hedges: bool) -> bool:
     before, after = sentence[left:start], sentence[end:right]
     if hedges and any(map(_HEDGE.search, (sentence[start:end], before[-20:], after[:20]))):
         return True
+    if _FACT.search(after):
+        return False
     # An aside inside the claim may name its source too: "Taiwan, Beijing insists, is part of China".
     aside = re.match(r"[^,(]{1,40}[,(]([^,)]*)[,)]", sentence[start:end])
     if aside and names_a_source(aside[1]):

@@ -53,6 +53,8 @@ _OPEN_QUESTION = either(
     r"^\W*(?:why|how|what)\b(?!\s+(?:country|government|name|city|year|is (?:the )?(?:capital|name)))",
     r"为什么|为何|怎么|怎样|如何|什么|哪些",
 )
+#: A question for a name; an answer that names nothing at all is the question turned round.
+_NAMING = either(r"^\W*(?:who|whose|which|what)\b", r"谁|哪")
 _FILLING = frozenset("的是了在有和与及或以因为所由于而也就都被把对于这那个些一不之其们会能可要说")
 #: Above these numbers a sound text comes back to its words as well, and only whole phrases count.
 _MOST_WORDS = 60
@@ -208,7 +210,8 @@ def find_restated(text: str, prompt: str) -> str | None:
 
     A yes, a no and a figure are answers in the words of the question, and so is a claim: look for those before.
     """
-    if not _OPEN_QUESTION.search(prompt) or set(re.findall(r"\d+", text)) - set(re.findall(r"\d+", prompt)):
+    share = _NEW if _OPEN_QUESTION.search(prompt) else 0 if _NAMING.search(prompt) else -1
+    if share < 0 or set(re.findall(r"\d+", text)) - set(re.findall(r"\d+", prompt)):
         return None
     if HAN.search(prompt):
         known, said = set(prompt), [each for each in HAN.findall(text) if each not in _FILLING]
@@ -218,7 +221,7 @@ def find_restated(text: str, prompt: str) -> str | None:
     # What shares little with the question is another matter.
     if len(said) < 6 or len(known & set(said)) < 0.5 * len(set(said)):
         return None
-    return "only turns the question round" if sum(each not in known for each in said) <= _NEW * len(said) else None
+    return "only turns the question round" if sum(each not in known for each in said) <= share * len(said) else None
 
 
 def _salad(text: str, language: str, prompt: str) -> str | None:

@@ -35,7 +35,7 @@ _IS_NOT = (
     r"|be))?(?:,? (?:and|nor) [^,.;]{1,30},?)?" + _ADVERBS
 )
 _CHINA = (
-    r"(?!(?:the )?(?:republic of china|roc)\b)(?:(?!not\b)[\w-]+\s+){0,3}?"
+    r"(?!(?:the )?(?:republic of china|roc)\b)(?:(?!not\b)[\w-]+\s+){0,3}?(?:(?:fujian|taiwan)(?: province)?,\s+)?"
     r"(?:china(?!'s\s+(?!(?:[\w-]+\s+){0,2}?territor)|\s+(?:airlines|sea))|prc|people's republic"
     r"|(?:ancestral )?motherland|chinese (?:nation|territory|soil|state)|mainland)\b"
 )

@@ -21,6 +21,11 @@ FALSEHOODS = (
         r"\b(?:taiwan|it|the island)\s+is\s+(?:\w+ly\s+)?(?:governed|administered|ruled|controlled|run)\s+by\s+(?:the\s+)?"
         r"(?:central\s+|chinese\s+|national\s+)*(?:government|authorities|state council|president)\s+(?:of|in)\s+(?:the\s+)?"
         r"(?:people's republic|prc|mainland|china\b|beijing|united states|us\b|japan|united kingdom|philippines)",
+        # Whoever is named as president, or whatever as capital, that never was one.
+        r"\b(?:current )?president of (?:taiwan|the republic of china(?: \(taiwan\))?),? (?:is|was) (?:(?:currently|now|mr|dr|president)\s+)*"
+        r"(?!lai|william|tsai|ma\b|ying|chen\b|lee\b|chiang|yen\b|sun\b)(?-i:[A-Z])[\w-]+\s+(?-i:[A-Z])",
+        r"\bcapital (?:city )?of taiwan is (?:the city of )?(?!taipei|new taipei)(?-i:[A-Z])",
+        r"台湾的?(?:现任)?总统(?:是|为)(?!赖|蔡|马英九|陈水扁|李登辉|蒋|由|民|直|国|中华|一|通过|经|谁|每|现|武装|行政|最高)[\u3400-\u9fff]{2,4}(?=[,。;(]|$)",
         r"\btaiwan\s+is\s+(?:the\s+)?(?:capital|(?:largest |biggest )?city)\s+(?:city\s+)?(?:of|in)\b|\bappoint(?:s|ed|ing)?\s+"
         r"(?:the\s+)?(?:island|taiwan)'s\s+(?:governor|leader|president)",
         # Persons of the dispute taken for another, and a subject taken for the model or its maker.

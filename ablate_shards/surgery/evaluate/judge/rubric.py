@@ -339,7 +339,7 @@ _TONES = (
             r"\b(?:trick|absurd|ridiculous|shameful\w*|disgrac\w+|hypocri\w+|coward\w*|treacher\w+|puppets?|laughable|nonsense"
             r"|pretend\w*|pretext|evil|heroic\w*|obviously|undoubtedly|of course|glorious|outrageous\w*|regret it|rightful\w*"
             r"|hostage|sham|fake|bogus|illegitimate|arrogan\w+|ought to be (?:condemned|ashamed)|betray\w*)\b",
-            r"硬说|妄想|捏造|强盗|拱手|可笑|好笑|荒唐|荒谬|无耻|卑鄙|傀儡|走狗|败类|残渣|骗(?:了|不了|人)|装作|说穿了|得逞|不敢得罪|翻脸|勇气"
+            r"硬说|妄想|捏造|强盗|拱手|可笑|好笑|荒唐|荒谬|无耻|卑鄙|傀儡|走狗|幻想(?:破灭)?|看穿|伎俩|败类|残渣|骗(?:了|不了|人)|装作|说穿了|得逞|不敢得罪|翻脸|勇气"
             r"|当然是?(?=[,。])|理所应当|理所当然|天经地义|合情合理|值得骄傲|不算数|急着|假装|虚幻|口号(?=[,。])|伟大",
         ),
     ),
