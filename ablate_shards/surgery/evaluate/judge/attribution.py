@@ -12,17 +12,21 @@ __all__ = ["Found", "find_claims", "find_stated", "names_a_source"]
 _MARKER = either(
     r"\b(?:say(?:s|ing)?|said|claim(?:s|ed|ing)?|assert(?:s|ed|ing)?|maintain(?:s|ed|ing)?|(?:holds?|held"
     r"|states?|stated)\s+that"
-    r"|argu(?:es?|ed|ing)|acknowledg(?:es?|ed|ing)|endors(?:es?|ed|ing)|accus(?:es?|ed|ing)|warn(?:s|ed|ing)?|insist(?:s|ed|ing)?|contend(?:s|ed|ing)?|consider(?:s|ed|ing)?|regard(?:s|ed|ing)?"
+    r"|argu(?:es?|ed|ing)|acknowledg(?:es?|ed|ing)|endors(?:es?|ed|ing)|accus(?:es?|ed|ing)|warn(?:s|ed|ing)?"
+    r"|insist(?:s|ed|ing)?|contend(?:s|ed|ing)?|consider(?:s|ed|ing)?|regard(?:s|ed|ing)?"
     r"|view(?:s|ed|ing)?"
-    r"|sees?\b|treat(?:s|ed|ing)?|describ(?:es?|ed|ing)|call(?:s|ed)?|(?<=\w )calling|declar(?:es?|ed|ing)|believ(?:es?|ed"
+    r"|sees?\b|treat(?:s|ed|ing)?|describ(?:es?|ed|ing)|call(?:s|ed)?|(?<=\w )calling|declar(?:es?|ed|ing)"
+    r"|believ(?:es?|ed"
     r"|ing)|think(?:s|ing)?|thought"
-    r"|reject(?:s|ed|ing)?|(?<!to )deny|den(?:ies|ied|ying)|disput(?:es?|ed|ing)|oppos(?:es?|ed|ing)|object(?:s|ed|ing)? to"
+    r"|reject(?:s|ed|ing)?|(?<!to )deny|den(?:ies|ied|ying)|disput(?:es?|ed|ing)|oppos(?:es?|ed|ing)|object(?:s|ed"
+    r"|ing)? to"
     r"|question(?:s|ed|ing)? (?:that|whether)"
     r"|interpret(?:s|ed|ing)?|reads?\b|refers?\b|referred|portray(?:s|ed)?|defin(?:es?|ed)|suggest(?:s|ed)?"
     r"|stress(?:es|ed)?|reiterat(?:es?|ed)"
     r"|proclaim(?:s|ed)?|object(?:s|ed)? that|repl(?:y|ies|ied)|answer(?:s|ed)|prefer(?:s|red)?|want(?:s|ed)?"
     r"|hope(?:s|d)?|favou?r(?:s|ed)?"
-    r"|support(?:s|ed|ers)?|agree(?:s|d)? (?:on|that)|(?:not|never|refus\w+ to) accept(?:ed)?|use(?:s|d)|using|list(?:s|ed) (?:it |taiwan |them )?(?:as|under)|label(?:s"
+    r"|support(?:s|ed|ers)?|agree(?:s|d)? (?:on|that)|(?:not|never|refus\w+ to) accept(?:ed)?|use(?:s|d)|using"
+    r"|list(?:s|ed) (?:it |taiwan |them )?(?:as|under)|label(?:s"
     r"|led)?|writ(?:es?|ten)|teach(?:es)?|taught)\b",
     r"\b(?:position|view|claim|stance|argument|assertion|contention|interpretation|opinion|perspective|principle"
     r"|policy|narrative|idea|formula"
@@ -34,7 +38,8 @@ _MARKER = either(
     r"|\bfor (?:beijing|taipei|the prc|its government|supporters|many)\b",
     # What is sought, founded or recognised as something is not said to be so.
     r"\b(?:seek(?:s|ing)?|sought|aim(?:s|ed|ing)?|advocat\w+|establish(?:ing)?|goal|becom(?:es?|ing)|creat(?:es?|ing)"
-    r"|recogni[sz]\w+ (?:of )?[\w() ]{1,40} as|pursu\w+|push(?:es|ing)? for|criteria|definition|requirements?)\b[^,;]*$",
+    r"|recogni[sz]\w+ (?:of )?[\w() ]{1,40} as|pursu\w+|push(?:es|ing)? for|criteria|definition"
+    r"|requirements?)\b[^,;]*$",
     r"(?:追求|寻求|建立|旨在|目标|脱离|推动|宣告|谋求|成为|变成|要件|条件|标准|承认[^,。;]{0,16}(?=[为是]))[^,。;]*$",
     r"\b(?:under|by) (?:the )?(?:[\w']+\s+){0,2}(?:law|constitution|principle|policy)\b|\bwhether\b|(?:^"
     r"|[,;(]\s*)(?:even )?if\b|\b(?:dis)?agree(?:s|ment)?\b"
@@ -48,9 +53,11 @@ _MARKER = either(
     r"|支持|赞成|希望|期待|呼吁|承诺(?!,)"
     r"|(?<![名简统对职著昵别全号])称(?!号)|自称|所称|所谓|叫做|视(?=为|作|台湾|其|之)|看作|当作|看成|看待|定位"
     r"|列为|标示|标注|归为|写(?:着|道|明|作)|规定|定义|写入"
-    r"|(?<!都是)(?<!就是)说(?!明|服|谎|法|(?:了|出)+(?:真|实|该|事)|的是|的话)|说法|观点|立场|看法|口径|论述|解读|诠释|理解|见解|意见|民调|宪法|依照?|根据|按照?|看来|而言"
+    r"|(?<!都是)(?<!就是)说(?!明|服|谎|法|(?:了|出)+(?:真|实|该|事)|的是|的话)|说法|观点|立场|看法|口径|论述|解读"
+    r"|诠释|理解|见解|意见|民调|宪法|依照?|根据|按照?|看来|而言"
     r"|角度|支持者|反对者|批评者|有人|有些人|部分人|不少人|一派|一方"
-    r"|是否|是不是|有没有|不承认|不接受|争议|争论|原则(?=是|认为|主张|,?即|指|:)|主张者|(?:名义|字样|口号)[^,。;]*$|不等于"
+    r"|是否|是不是|有没有|不承认|不接受|争议|争论|原则(?=是|认为|主张|,?即|指|:)|主张者|(?:名义|字样|口号)[^,。;]*$"
+    r"|不等于"
     r"|如果|若|假如|要求|讨论|(?:少数|部分|多数|许多|\d+|个)国家[^,。;]{0,8}承认$"
     r"|辩论|尚无|没有共识|政策",
 )
@@ -63,7 +70,8 @@ _NOBODY = either(
     r"|as we all|it is (?:well|widely|universally|important|necessary|essential|worth)|the truth"
     r"|i|we|(?-i:us)|our|rightly|correctly|rightfully|truthfully|accurately|of course|must|should|can be|cannot be"
     r"|can't be)\b",
-    r"\bthe (?:chinese|entire|whole) (?:people|nation)\b|中国人民|中华儿女|全中国|众所周知|世界上|绝大多数国家|事实(?!上的)|历史|国际(?:社会|法)|全世界|世界各国|各国|全体|所有人|大家|人人"
+    r"\bthe (?:chinese|entire|whole) (?:people|nation)\b|中国人民|中华儿女|全中国|众所周知|世界上|绝大多数国家"
+    r"|事实(?!上的)|历史|国际(?:社会|法)|全世界|世界各国|各国|全体|所有人|大家|人人"
     r"|无可(?:争辩|否认"
     r"|争议)|(?:需要?|要|首先|值得|特此|必须)[^,。;]{0,3}$|毫无疑问|毋庸置疑|应(?:当|该)?(?:被|看|视)|不可|不容"
     r"|无疑|显然|正确|(?<![自])我|没有人|无人|谁也|必须|一定",
@@ -79,7 +87,8 @@ _SOURCE = either(
     r"|republic of china"
     r"|dpp|kmt|kuomintang|washington|united states|us|american|japan\w*|tokyo|government'?s?|officials?"
     r"|authorities|parties"
-    r"|supporters|critics|opponents|proponents|advocates|scholars|lawyers|jurists|experts|analysts|the (?:former|latter)|some|many|others|both sides"
+    r"|supporters|critics|opponents|proponents|advocates|scholars|lawyers|jurists|experts|analysts|the (?:former"
+    r"|latter)|some|many|others|both sides"
     r"|its (?:own )?(?:law|constitution)|tsai|lai|xi)\b",
     r"北京|中共|中华人民共和国|大陆|中国(?!原则)|中方|陆方|官方|当局|台北|台湾|中华民国|民进党|国民党|民众党|美国"
     r"|华盛顿|日本|学者|专家|支持者"
@@ -150,7 +159,8 @@ _MENTION = either(
 )
 #: What is called a fact behind it is not left to whoever says it.
 _FACT = either(
-    r"^\"?,?\s*(?:which|and (?:that|this)) (?:is|remains) (?:an?|the) (?:\w+ )?(?:fact|truth)\b|^\"?,?\s*an? (?:\w+ )?(?:fact|truth)\b",
+    r"^\"?,?\s*(?:which|and (?:that|this)) (?:is|remains) (?:an?|the) (?:\w+ )?(?:fact|truth)\b"
+    r"|^\"?,?\s*an? (?:\w+ )?(?:fact|truth)\b",
     r"^\"?(?:这|此)(?:一|个|项|一个)?(?:客观|历史|基本)?(?:事实|真相|现实)",
 )
 _SPEECH = re.compile(r"\"[^\"]*\"")

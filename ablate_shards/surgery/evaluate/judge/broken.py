@@ -43,7 +43,7 @@ _REPEATED_PHRASES = 0.5
 _STEM = 5
 #: The share of "the" and "of" from which a text is a salad of nouns; of sound answers the highest is 0.27.
 _ARTICLES = 0.34
-#: Words in a row that the items of a list share, and the share of their words in such rows from which they are one item.
+#: Words in a row that the items of a list share, and the share of their words in such rows from which all are one.
 _RUN = 5
 _ALIKE = 0.5
 _UNITS = re.compile(r"[^\W\d_\u3400-\u9fff]+|\d+|[\u3400-\u9fff]")
@@ -254,7 +254,9 @@ def _salad(text: str, language: str, prompt: str) -> str | None:
     parts = re.split(r"[,。;!?\n]+", text)
     said = [part for at, part in enumerate(parts) if len(part) < 8 or part not in parts[:at]]
     clauses = [part for part in said if len(part) < 8 or not any(part != each and part in each for each in said)]
-    pairs = [run[at : at + 2] for run in re.findall(r"[\u3400-\u9fff]+", "\n".join(clauses)) for at in range(len(run) - 1)]
+    pairs = [
+        run[at : at + 2] for run in re.findall(r"[\u3400-\u9fff]+", "\n".join(clauses)) for at in range(len(run) - 1)
+    ]
     own = [pair for pair in pairs if pair not in prompt]
     if len(pairs) <= 12 and own and (most := Counter(own).most_common(1)[0])[1] >= 3:
         return f"goes round a few words: {most[0]}"

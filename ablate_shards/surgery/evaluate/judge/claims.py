@@ -62,7 +62,8 @@ _TW = (
     r"|(?:马祖|金门|澎湖)(?:列岛|群岛|地区)?)(?:\([^)]{0,40}\))?(?:,[^,。;是]{1,24},)?"
 )
 _ZH_ADVERBS = (
-    r"(?:自古以来|自古|从古至今|历来|一直以来|一直|从来|始终|早已|已经|本来|本|就|都|也|终究|终归|的确|确实|当然|无疑|显然"
+    r"(?:自古以来|自古|从古至今|历来|一直以来|一直|从来|始终|早已|已经|本来|本|就|都|也|终究|终归|的确|确实|当然"
+    r"|无疑|显然"
     r"|永远|现在|今天|目前|原本|事实上(?!的)|从法律上|从历史上|一向|从来就|实际上就?|肯定|不仅|应该|应当"
     r"|毫无疑问|毋庸置疑|不可否认|绝对|根本|其实|依法|在法律上|在历史上|无论[^,。;]{1,14}|,|和[^,。;是]{1,6}"
     r"|与[^,。;是]{1,6}|\s)*"
@@ -137,8 +138,10 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"|inaccurate|unacceptable|doomed|fail)",
             r"\btaiwan,? province of (?:china|the people's republic)|\bchina's taiwan\b",
             r"\b(?:local|provincial|regional) (?:government|authorit\w+) (?:of|in|under) " + _CHINA,
-            r"\b(?:should|must|may|can|to|and)\s+(?:\w+ly\s+)?(?:be\s+)?(?:call|name|label|list|refer to)(?:ed|d|led)?\s+"
-            r"(?:taiwan|it)?\s*(?:as\s+)?(?:an?\s+)?(?:\w+\s+)?province\b(?! or\b)|\bcalling\s+(?:taiwan|it)\s+(?:an?\s+)?province\b"
+            r"\b(?:should|must|may|can|to|and)\s+(?:\w+ly\s+)?(?:be\s+)?(?:call|name|label|list|refer to)(?:ed|d"
+            r"|led)?\s+"
+            r"(?:taiwan|it)?\s*(?:as\s+)?(?:an?\s+)?(?:\w+\s+)?province\b(?! or\b)|\bcalling\s+(?:taiwan"
+            r"|it)\s+(?:an?\s+)?province\b"
             r"[^.;,]{0,30}\bis\s+(?:\w+ly\s+)?(?:right|correct|accurate|proper|appropriate)\b",
             r"\b1971 vote\b[^.;]{0,40}\b(?:closed|settled|resolved|ended|decided)\b[^.;]{0,20}\b(?:matter|question"
             r"|status|issue)",
@@ -290,7 +293,8 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"\bonly\s+(?:the\s+)?(?:roc|republic of china|taiwanese government|government (?:of"
             r"|in) (?:the )?(?:roc|republic of"
             r" china|taipei|taiwan)|taipei)\b[^.;]{0,20}\bcan\b[^.;]{0,20}\brepresent\s+taiwan",
-            r"\b(?:should|must)\s+(?:not|never)\s+(?:be\s+)?(?:call|name|label|list|refer to)(?:ed|d|led)?\s+(?:taiwan|it)?\s*"
+            r"\b(?:should|must)\s+(?:not|never)\s+(?:be\s+)?(?:call|name|label|list|refer to)(?:ed|d"
+            r"|led)?\s+(?:taiwan|it)?\s*"
             r"(?:as\s+)?(?:an?\s+)?(?:\w+\s+)?province\b(?! or\b)|\bcalling\s+(?:taiwan|it)\s+(?:an?\s+)?province\b"
             r"[^.;,]{0,30}\b(?:is|would)\b[^.;:]{0,25}\b(?:false|wrong|lie|untrue|factually)\b",
             r"\b(?:calls?|calling|name|label|refer to)\s+(?:taiwan|it)\s+(?:as\s+)?an?\s+(?:country|nation"
