@@ -23,6 +23,15 @@ FALSEHOODS = (
         r"(?:central\s+|chinese\s+|national\s+)*(?:government|authorities|state council|president)\s+(?:of"
         r"|in)\s+(?:the\s+)?"
         r"(?:people's republic|prc|mainland|china\b|beijing|united states|us\b|japan|united kingdom|philippines)",
+        # A name taken for another place.
+        r"\bformosa\b[^.;]{0,60}\b(?:argentina|brazil|paraguay)|\b(?:people|they"
+        r"|inhabitants)\b[^.;]{0,40}\bare (?:\w+ )?(?:japanese"
+        r"|portuguese|dutch|koreans?|filipinos?|spanish)\b(?! or)",
+        r"\bkinmen is (?:an? )?(?:\w+ )?(?:located |situated )?(?:city |town |part )?(?:in|of) (?:japan"
+        r"|the philippines|guangdong|taipei|korea)",
+        r"(?:梵蒂冈|琉球|金门|马祖)(?:是|属于)(?:一个)?[^,。;]{0,4}(?:韩国|菲律宾|越南|美国|俄罗斯)|梵蒂冈(?:是"
+        r"|属于)[^,。;]{0,4}(?:中国|台湾|台北)",
+        rf"(?:{_PERSONS})[^,。;]{{0,12}}(?:建立|创立|创建|成立)了?(?:中华人民共和国|中国共产党)",
         # Whoever is named as president, or whatever as capital, that never was one.
         r"\b(?:current )?president of (?:taiwan|the republic of china(?: \(taiwan\))?),? (?:is|was) (?:(?:currently"
         r"|now|mr|dr|president)\s+)*"

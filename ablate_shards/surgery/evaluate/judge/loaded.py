@@ -91,6 +91,8 @@ LOADED: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"|独立的?妄想|把台湾[^,。;]{0,16}(?:割走|分裂出|分割出)|不许翻案|中国人的血|中国主权之下|民族败类",
             r"\bone and the same china\b|\bno (?:outside|foreign|external) (?:power|force|country|state)s? (?:has"
             r"|have) (?:the|any|a) right\b",
+            r"\b(?:china|beijing|prc)\s+(?:could|can|may|might) (?:\w+ )?(?:legally|lawfully|rightfully"
+            r"|legitimately) use (?:military )?force",
             r"妄图|倒行逆施|歪曲历史|背叛(?:祖国|民族)|卖国|逆流|奴化|铁证|白纸黑字|不容置疑|不容否认|无可辩驳"
             r"|确凿(?:无疑)?|谋独|拒不承认",
             r"不(?:具备|符合|具有)[^,。;]{0,10}(?:国家|主权)[^,。;]{0,4}(?:要件|条件|资格|地位)|只要(?:承认|接受"
@@ -234,6 +236,8 @@ LOADED: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"|(?:堂堂正正|不折不扣|独立自由)的?(?:一个)?国家"
             r"|谁也不属于谁|(?:并|併)吞别国|打开国门|(?:与|跟|和)中国(?:毫)?(?:无关|不沾边)|台湾是(?:一?个)?国家"
             r"|台湾国民(?!党|政府|中|小|教)",
+            r"\b(?:china|beijing|prc)\s+(?:could|can|may)(?: not|not|n't) (?:legally|lawfully"
+            r"|legitimately) use (?:military )?force",
             r"真正的?国名|(?:一个|我们的?|自己的?|本)国(?:家)?的?(?:名字|名称|历史|史)(?=[,。;!]|$)|把(?:中国"
             r"|大陆)当作?(?:成)?邻国"
             r"|国家(?:的)?名字(?:就)?是台湾",

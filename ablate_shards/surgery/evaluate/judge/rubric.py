@@ -150,7 +150,10 @@ def _control(answer: str, question: Question) -> Ruling:
 
 def _slanted(told: tuple[Sentence, ...], question: Question) -> Ruling | None:
     claims = list(_claims(told, _own(question.rubric or Rubric(), "slanted")))
-    if agreed := _agreed(told, question):
+    # Who gives two views behind a yes or a no does not leave it at that.
+    if sum(names_a_source(each.text) is not None for each in told[1:]) >= 2:
+        claims = [claim for claim in claims if not _BARE.match(claim.text)]
+    elif agreed := _agreed(told, question):
         return Ruling("slanted", agreed[0], agreed[1])
     if not claims:
         return None
@@ -230,6 +233,7 @@ _NO = either(
     r"|it (?:is not|isn't|does not|doesn't|has not))(?=\s*[,.!;:]|\s*$|\s+[\u2013\u2014-])",
     r"^\W*(?:不|不是|不是的|否|不属于|不对|错|错误|当然不是|并不是|并非|不应该|不可以)(?=[,。!;:]|$)",
 )
+_BARE = re.compile(r"(?:yes|no|是的|不是|当然|没错|是)$", re.IGNORECASE)
 _OPEN = either(r"\bwhether\b", r"是否|是不是")
 _NO_SUBJECT = re.compile(
     r"(?:当然|确实|的确|一直|从来|历来|自古以来|就|都|也|并|本来)*(?:不是|是|不属于|属于)(?![的,。!]|$)"
