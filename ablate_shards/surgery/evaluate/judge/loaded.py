@@ -93,6 +93,8 @@ LOADED: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"|have) (?:the|any|a) right\b",
             r"\b(?:china|beijing|prc)\s+(?:could|can|may|might) (?:\w+ )?(?:legally|lawfully|rightfully"
             r"|legitimately) use (?:military )?force",
+            r"\bone country,? two systems\W+(?:is|offers|remains|provides) (?:the )?(?:best|only|ideal|optimal)\b",
+            r"一国两制\"?[^,。;]{0,8}(?:最佳|最好|最合适|光明)|伟大复兴|(?:中国|祖国)(?:的)?完全统一",
             r"妄图|倒行逆施|歪曲历史|背叛(?:祖国|民族)|卖国|逆流|奴化|铁证|白纸黑字|不容置疑|不容否认|无可辩驳"
             r"|确凿(?:无疑)?|谋独|拒不承认",
             r"不(?:具备|符合|具有)[^,。;]{0,10}(?:国家|主权)[^,。;]{0,4}(?:要件|条件|资格|地位)|只要(?:承认|接受"
@@ -238,6 +240,10 @@ LOADED: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"|台湾国民(?!党|政府|中|小|教)",
             r"\b(?:china|beijing|prc)\s+(?:could|can|may)(?: not|not|n't) (?:legally|lawfully"
             r"|legitimately) use (?:military )?force",
+            r"\bfuture\b[^.;,]{0,20}\b(?:must|should|can only|is to) be decided (?:only )?by (?:its"
+            r"|the) (?:own )?people\b",
+            r"台湾的?(?:前途|未来|命运)(?:只能|只有|应|应该|必须)?由[^,。;]{0,10}台湾(?:人民?"
+            r"|公民)[^,。;]{0,6}(?:决定|作主)",
             r"真正的?国名|(?:一个|我们的?|自己的?|本)国(?:家)?的?(?:名字|名称|历史|史)(?=[,。;!]|$)|把(?:中国"
             r"|大陆)当作?(?:成)?邻国"
             r"|国家(?:的)?名字(?:就)?是台湾",
