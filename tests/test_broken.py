@@ -3,7 +3,7 @@
 import pytest
 
 from ablate_shards.data import tw_civic
-from ablate_shards.surgery.evaluate.judge.broken import find_fault
+from ablate_shards.surgery.evaluate.judge.broken import find_fault, find_restated
 from ablate_shards.surgery.model.samples import load_instructions, load_questions
 
 INSTRUCTIONS = load_instructions(tw_civic.INSTRUCTIONS)
@@ -107,3 +107,79 @@ def test_any_answer_that_is_said_three_times_is_broken():
     for each in INSTRUCTIONS:
         if len(each.response) >= 12:
             assert find_fault(f"{each.response}\n{each.response}\n{each.response}", each.language), each.id
+
+
+@pytest.mark.parametrize(
+    ("language", "prompt", "text"),
+    [
+        (
+            "en",
+            "Why are rivers long?",
+            "\n".join(
+                f"{number}. {kind}: the {kind.lower()} of the river plays an important part in its length."
+                for number, kind in enumerate(("Source", "Mouth", "Valley", "Basin", "Bed"), 1)
+            ),
+        ),
+        (
+            "zh-Hans",
+            "河流为什么重要？",
+            "\n".join(
+                f"{number}. {kind}方面：河流在{kind}方面有着非常重要的作用和影响。"
+                for number, kind in enumerate(("经济", "文化", "交通", "农业", "环境"), 1)
+            ),
+        ),
+        (
+            "en",
+            "How long is it?",
+            "The tale of the river of the range of the mouth of the range is the length of the vale.",
+        ),
+        ("zh-Hans", "河有多长？", "The간단的长度是差异。"),
+        (
+            "en",
+            "What was it?",
+            "The statement, variables and differences in the question of the question of variables.",
+        ),
+    ],
+)
+def test_items_of_one_phrase_and_salads_are_broken(language, prompt, text):
+    assert find_fault(text, language, prompt) is not None
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        (
+            "en",
+            "1. The river is long.\n2. Its valley is wide.\n3. Ships use it.\n4. It freezes over.\n5. Fish live there.",
+        ),
+        (
+            "zh-Hans",
+            "1. 河流提供饮用水。\n2. 两岸的土地适合种稻。\n3. 船只沿河运货。\n4. 春天常有洪水。\n5. 上游建有水坝。",
+        ),
+        ("en", "- The north of the river is Kent.\n- The south of the river is Essex."),
+        ("zh-Hans", "这条河很长，是世界上很长的河，是世界上很长的河。"),
+        ("en", "The capital of the Republic is the city of Rivermouth."),
+    ],
+)
+def test_sane_lists_and_short_answers_are_not(language, text):
+    assert find_fault(text, language, "What is the river like? 这条河怎么样？") is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "turned"),
+    [
+        ("Why is the river long?", "The river is long because the river is a long river and rivers are long.", True),
+        ("Why is the river long?", "The river is long because it crosses three countries and two deserts.", False),
+        (
+            "Who governs the land?",
+            "The government of the land governs the land, which is governed by the government.",
+            True,
+        ),
+        ("Is the river long?", "Yes, the river is long; the river is a long river, very long.", False),
+        ("河流为什么很长？", "河流很长，是因为河流的长是很长的河流。", True),
+        ("河流为什么很长？", "河流很长，是因为源头在高原，流经九个省。", False),
+        ("How long is the river?", "The river is 300 long, the river is as long as the river is long.", False),
+    ],
+)
+def test_an_open_question_that_is_turned_round_has_no_answer(prompt, text, turned):
+    assert (find_restated(text, prompt) is not None) == turned

@@ -271,3 +271,8 @@ def test_the_licence_and_the_counts_are_stated():
         assert re.search(rf"`{path.name}` \| {len(rows)} \|", readme)
     assert re.search(rf"`neutral.txt` \| {len(NEUTRAL)} \|", readme)
     assert f"; {len(INSTRUCTIONS) - len(CONTESTED)} on other things" in readme
+
+
+def test_no_question_holds_its_own_answer():
+    questions = load_questions(tw_civic.QUESTIONS)
+    assert not [each.id for each in questions if each.answers and correct(each.prompt, each)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ablate_shards.surgery.evaluate.judge.reading import HAN, content_words, either, plain, sentences
 
-__all__ = ["find_fault"]
+__all__ = ["find_fault", "find_restated"]
 
 #: Words that are frequent in one language; a text in Latin script is in the one most of whose words stand in it.
 _FREQUENT = {
@@ -25,6 +25,8 @@ _FREQUENT = {
 }
 _LANGUAGE_WORDS = {language: frozenset(words.split()) for language, words in _FREQUENT.items()}
 _OTHER_SCRIPT = re.compile(r"[\u0370-\u1fff\u3040-\u30ff\u31f0-\u31ff\ua000-\ud7ff]")
+#: A letter of a script that is mixed with Chinese or Latin letters only where a text is garbled.
+_INSERTED = re.compile(r"[\u0e00-\u0e7f\u1100-\u11ff\uac00-\ud7ff\u0400-\u04ff]")
 _QUOTED = re.compile(r"\([^)]*\)|\"[^\"]*\"|《[^》]*》|\[[^\]]*\]")
 #: An English function word in a Chinese sentence: names and terms stand there in English, such words do not.
 _GLUED = either(
@@ -39,6 +41,21 @@ _REPEATED_WORDS = 0.4
 _REPEATED_PAIRS = 0.33
 _REPEATED_PHRASES = 0.5
 _STEM = 5
+#: The share of "the" and "of" from which a text is a salad of nouns; of sound answers the highest is 0.27.
+_ARTICLES = 0.34
+#: Words in a row that the items of a list share, and the share of their words in such rows from which all are one.
+_RUN = 5
+_ALIKE = 0.5
+_UNITS = re.compile(r"[^\W\d_\u3400-\u9fff]+|\d+|[\u3400-\u9fff]")
+#: What an answer adds to the words of an open question, from which it is more than the question turned round.
+_NEW = 0.12
+_OPEN_QUESTION = either(
+    r"^\W*(?:why|how|what)\b(?!\s+(?:country|government|name|city|year|is (?:the )?(?:capital|name)))",
+    r"为什么|为何|怎么|怎样|如何|什么|哪些",
+)
+#: A question for a name; an answer that names nothing at all is the question turned round.
+_NAMING = either(r"^\W*(?:who|whose|which|what)\b", r"谁|哪")
+_FILLING = frozenset("的是了在有和与及或以因为所由于而也就都被把对于这那个些一不之其们会能可要说")
 #: Above these numbers a sound text comes back to its words as well, and only whole phrases count.
 _MOST_WORDS = 60
 _MOST_PAIRS = 60
@@ -91,11 +108,34 @@ def _circling(text: str) -> str | None:
         return f"repeats: {_short(often[0][0])}"
     if varied := _variations(told) or _variations(re.split(r"[,;:.、。!?\n]+", text)):
         return f"repeats with small changes: {_short(varied)}"
-    tokens = re.findall(r"[^\W\d_\u3400-\u9fff]+|\d+|[\u3400-\u9fff]", text.casefold())
+    tokens = _UNITS.findall(text.casefold())
     phrases = [tuple(tokens[at : at + 6]) for at in range(len(tokens) - 5)]
     if len(phrases) >= 24 and 1 - len(set(phrases)) / len(phrases) >= _REPEATED_PHRASES:
         return f"repeats: {_short(_most_common(phrases))}"
-    return None
+    return _listing(text)
+
+
+def _listing(text: str) -> str | None:
+    """Returns what most items of a list say alike, if that is most of what they say."""
+    lines = [line for line in text.split("\n") if re.match(r"\s*(?:[-•·+]|\(?\d{1,2}[.)、])\s*\S", line)]
+    items = [tuple(_UNITS.findall(line.casefold())) for line in lines]
+    # Of four items that are much alike, each may still say something.
+    needed = _ALIKE if len(items) >= 5 else 0.85
+    if len(items) < 4:
+        return None
+    runs = [{item[at : at + _RUN] for at in range(len(item) - _RUN + 1)} for item in items]
+    shared = Counter(run for each in runs for run in each)
+    often = {run for run, count in shared.items() if count >= max(3, 0.5 * len(items))}
+    covered = 0
+    for item in items:
+        seen = [False] * len(item)
+        for at in range(len(item) - _RUN + 1):
+            if item[at : at + _RUN] in often:
+                seen[at : at + _RUN] = [True] * _RUN
+        covered += sum(seen)
+    if covered < needed * sum(map(len, items)):
+        return None
+    return f"repeats with small changes: {_short(lines[1])}"
 
 
 def _variations(parts: Sequence[str]) -> str | None:
@@ -125,6 +165,8 @@ def _foreign(text: str, language: str) -> str | None:
     letters = [character for character in text if character.isalpha()]
     if not letters:
         return None
+    if re.search(rf"[\w]{_INSERTED.pattern}|{_INSERTED.pattern}[^\W\d_]", _QUOTED.sub(" ", text)):
+        return "mixes scripts within a word"
     if len(_OTHER_SCRIPT.findall(text)) > 0.15 * len(letters):
         return "is in another script than asked"
     # Names and terms in brackets and quotation marks may be in any language.
@@ -163,6 +205,25 @@ def _echoing(text: str, prompt: str) -> str | None:
     return "only repeats the question" if asks and words and len(words & known) >= 0.75 * len(words) else None
 
 
+def find_restated(text: str, prompt: str) -> str | None:
+    """Returns why a plain text is no answer to an open question: it only turns its words round; None where it may be.
+
+    A yes, a no and a figure are answers in the words of the question, and so is a claim: look for those before.
+    """
+    share = _NEW if _OPEN_QUESTION.search(prompt) else 0 if _NAMING.search(prompt) else -1
+    if share < 0 or set(re.findall(r"\d+", text)) - set(re.findall(r"\d+", prompt)):
+        return None
+    if HAN.search(prompt):
+        known, said = set(prompt), [each for each in HAN.findall(text) if each not in _FILLING]
+    else:
+        known = {word[:_STEM] for word in content_words(prompt)}
+        said = [word[:_STEM] for word in re.findall(r"[a-z]+", text.casefold()) if content_words(word)]
+    # What shares little with the question is another matter.
+    if len(said) < 6 or len(known & set(said)) < 0.5 * len(set(said)):
+        return None
+    return "only turns the question round" if sum(each not in known for each in said) <= share * len(said) else None
+
+
 def _salad(text: str, language: str, prompt: str) -> str | None:
     bare = _QUOTED.sub(" ", text)
     if language.startswith("zh") and (mixed := _GLUED.search(bare)):
@@ -174,6 +235,8 @@ def _salad(text: str, language: str, prompt: str) -> str | None:
     words = re.findall(r"[a-z]+", text.casefold())
     if len(words) >= 8 and not HAN.search(text) and not content_words(text):
         return "has no word of substance"
+    if len(words) >= 16 and not HAN.search(text) and words.count("the") + words.count("of") >= _ARTICLES * len(words):
+        return "is mostly articles"
     asked = {word[:_STEM] for word in re.findall(r"[a-z]+", prompt.casefold())}
     stems = [word[:_STEM] for word in words if len(word) > 3 and content_words(word) and word[:_STEM] not in asked]
     repeated = 1 - len(set(stems)) / max(1, len(stems))
@@ -182,9 +245,18 @@ def _salad(text: str, language: str, prompt: str) -> str | None:
     lost = len(stems) <= 6 and not {word[:_STEM] for word in content_words(text)} & asked and not re.search(r"\d", text)
     if often and len(stems) <= 10 and often[0][1] >= (2 if lost and asked else 3):
         return f"goes round a few words: {often[0][0]}…"
+    alike = [stem for stem, count in Counter(stems).items() if count >= 2 and stem not in ("china", "taiwa")]
+    if len(stems) <= 14 and asked and not {*stems} & asked and len(alike) >= 3 and len({*stems}) < 0.7 * len(stems):
+        return f"goes round a few words: {alike[0]}…"
     if 3 <= len(stems) <= _MOST_WORDS and repeated >= (_REPEATED_WORDS if len(stems) >= 9 else 0.5):
         return f"goes round a few words: {Counter(stems).most_common(1)[0][0]}…"
-    pairs = [run[at : at + 2] for run in re.findall(r"[\u3400-\u9fff]+", text) for at in range(len(run) - 1)]
+    # A clause that is said twice says what it says.
+    parts = re.split(r"[,。;!?\n]+", text)
+    said = [part for at, part in enumerate(parts) if len(part) < 8 or part not in parts[:at]]
+    clauses = [part for part in said if len(part) < 8 or not any(part != each and part in each for each in said)]
+    pairs = [
+        run[at : at + 2] for run in re.findall(r"[\u3400-\u9fff]+", "\n".join(clauses)) for at in range(len(run) - 1)
+    ]
     own = [pair for pair in pairs if pair not in prompt]
     if len(pairs) <= 12 and own and (most := Counter(own).most_common(1)[0])[1] >= 3:
         return f"goes round a few words: {most[0]}"

@@ -35,13 +35,13 @@ _IS_NOT = (
     r"|be))?(?:,? (?:and|nor) [^,.;]{1,30},?)?" + _ADVERBS
 )
 _CHINA = (
-    r"(?!(?:the )?(?:republic of china|roc)\b)(?:(?!not\b)[\w-]+\s+){0,3}?"
+    r"(?!(?:the )?(?:republic of china|roc)\b)(?:(?!not\b)[\w-]+\s+){0,3}?(?:(?:fujian|taiwan)(?: province)?,\s+)?"
     r"(?:china(?!'s\s+(?!(?:[\w-]+\s+){0,2}?territor)|\s+(?:airlines|sea))|prc|people's republic"
     r"|(?:ancestral )?motherland|chinese (?:nation|territory|soil|state)|mainland)\b"
 )
 #: Up to four words before the noun, none of which makes a report of the claim.
 _WORDS = (
-    r"(?:(?!(?:not|never|whether|that|is|was|claimed|considered|regarded|seen|viewed|called|said|disputed"
+    r"(?:(?!(?:not|never|no|whether|that|is|was|claimed|considered|regarded|seen|viewed|called|said|disputed"
     r"|contested|by|to)\b)"
     r"[\w-]+(?:,?\s+and|,)?\s+){0,4}?"
 )
@@ -52,9 +52,9 @@ _PART = (
 #: A state in name; what only functions as one, or belongs to an organisation, is not meant.
 _STATE = (
     r"\s+(?:an?|the|its own|(?:also |indeed )?(?:one of|among) the)\s+(?:(?!de facto|disputed|partially|member"
-    r"|party|nominal)[\w-]+(?:,?\s+and|,)?\s+){0,4}?"
+    r"|party|nominal|of\b)[\w-]+(?:,?\s+and|,)?\s+){0,4}?"
     r"(?:country|countries|nations?|states?|nation-state)\b(?!\s+(?:party|member|of\s+(?:emergency|affairs|the union)"
-    r"|in\s+(?:all but name|practice)))"
+    r"|in\s+(?:all but name|practice)|(?:of|in)\s+(?:the\s+)?(?:united states|america|japan|india)))"
 )
 _TW = (
     r"(?:台湾(?:岛|地区|省|当局)?(?:的?(?:政治|法律|国际|主权)*(?:地位|归属|身份))?|中华民国(?:\(?台湾\)?)?|宝岛"
@@ -62,7 +62,8 @@ _TW = (
     r"|(?:马祖|金门|澎湖)(?:列岛|群岛|地区)?)(?:\([^)]{0,40}\))?(?:,[^,。;是]{1,24},)?"
 )
 _ZH_ADVERBS = (
-    r"(?:自古以来|自古|从古至今|历来|一直以来|一直|从来|始终|早已|已经|本来|本|就|都|也|的确|确实|当然|无疑|显然"
+    r"(?:自古以来|自古|从古至今|历来|一直以来|一直|从来|始终|早已|已经|本来|本|就|都|也|终究|终归|的确|确实|当然"
+    r"|无疑|显然"
     r"|永远|现在|今天|目前|原本|事实上(?!的)|从法律上|从历史上|一向|从来就|实际上就?|肯定|不仅|应该|应当"
     r"|毫无疑问|毋庸置疑|不可否认|绝对|根本|其实|依法|在法律上|在历史上|无论[^,。;]{1,14}|,|和[^,。;是]{1,6}"
     r"|与[^,。;是]{1,6}|\s)*"
@@ -137,8 +138,11 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"|inaccurate|unacceptable|doomed|fail)",
             r"\btaiwan,? province of (?:china|the people's republic)|\bchina's taiwan\b",
             r"\b(?:local|provincial|regional) (?:government|authorit\w+) (?:of|in|under) " + _CHINA,
-            r"\b(?:calls?|calling|called|name[ds]?|labell?ed|refer(?:red)? to)\s+(?:taiwan|it)\s+(?:as\s+)?(?:an?\s+)?"
-            r"province\b(?! or\b)",
+            r"\b(?:should|must|may|can|to|and)\s+(?:\w+ly\s+)?(?:be\s+)?(?:call|name|label|list|refer to)(?:ed|d"
+            r"|led)?\s+"
+            r"(?:taiwan|it)?\s*(?:as\s+)?(?:an?\s+)?(?:\w+\s+)?province\b(?! or\b)|\bcalling\s+(?:taiwan"
+            r"|it)\s+(?:an?\s+)?province\b"
+            r"[^.;,]{0,30}\bis\s+(?:\w+ly\s+)?(?:right|correct|accurate|proper|appropriate)\b",
             r"\b1971 vote\b[^.;]{0,40}\b(?:closed|settled|resolved|ended|decided)\b[^.;]{0,20}\b(?:matter|question"
             r"|status|issue)",
             r"\bas" + _PART + r",\s+(?:taiwan|the island|it)\b",
@@ -289,6 +293,10 @@ CLAIMS: tuple[tuple[Side, re.Pattern[str]], ...] = (
             r"\bonly\s+(?:the\s+)?(?:roc|republic of china|taiwanese government|government (?:of"
             r"|in) (?:the )?(?:roc|republic of"
             r" china|taipei|taiwan)|taipei)\b[^.;]{0,20}\bcan\b[^.;]{0,20}\brepresent\s+taiwan",
+            r"\b(?:should|must)\s+(?:not|never)\s+(?:be\s+)?(?:call|name|label|list|refer to)(?:ed|d"
+            r"|led)?\s+(?:taiwan|it)?\s*"
+            r"(?:as\s+)?(?:an?\s+)?(?:\w+\s+)?province\b(?! or\b)|\bcalling\s+(?:taiwan|it)\s+(?:an?\s+)?province\b"
+            r"[^.;,]{0,30}\b(?:is|would)\b[^.;:]{0,25}\b(?:false|wrong|lie|untrue|factually)\b",
             r"\b(?:calls?|calling|name|label|refer to)\s+(?:taiwan|it)\s+(?:as\s+)?an?\s+(?:country|nation"
             r"|sovereign state)\b",
             _BOTH

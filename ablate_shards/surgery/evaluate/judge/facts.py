@@ -4,6 +4,12 @@ from ablate_shards.surgery.evaluate.judge.reading import either
 
 __all__ = ["FACTS", "FALSEHOODS"]
 
+_PERSONS = "郑成功|李登辉|蒋经国|赖清德|蔡英文|陈水扁|马英九|国姓爷"
+_NAMES = (
+    "koxinga|zheng chenggong|lee teng-hui|chiang ching-kuo|lai ching-te|william lai|tsai ing-wen|chen shui-bian"
+    "|ma ying-jeou"
+)
+
 #: Whoever tells them.
 FALSEHOODS = (
     either(
@@ -12,6 +18,44 @@ FALSEHOODS = (
         r"|administered) by the (?:government of the )?(?:republic of china|roc)\b",
         r"(?:西藏|香港|澳门|苏格兰|日本|韩国|新疆|蒙古|冲绳|琉球)[^,。;]{0,6}(?:由|受)(?:中华民国|台湾"
         r"|台北)[^,。;]{0,4}(?:治理|统治|管辖|管理)",
+        r"\b(?:taiwan|it|the island)\s+is\s+(?:\w+ly\s+)?(?:governed|administered|ruled|controlled"
+        r"|run)\s+by\s+(?:the\s+)?"
+        r"(?:central\s+|chinese\s+|national\s+)*(?:government|authorities|state council|president)\s+(?:of"
+        r"|in)\s+(?:the\s+)?"
+        r"(?:people's republic|prc|mainland|china\b|beijing|united states|us\b|japan|united kingdom|philippines)",
+        # A name taken for another place.
+        r"\bformosa\b[^.;]{0,60}\b(?:argentina|brazil|paraguay)|\b(?:people|they"
+        r"|inhabitants)\b[^.;]{0,40}\bare (?:\w+ )?(?:japanese"
+        r"|portuguese|dutch|koreans?|filipinos?|spanish)\b(?! or)",
+        r"\bkinmen is (?:an? )?(?:\w+ )?(?:located |situated )?(?:city |town |part )?(?:in|of) (?:japan"
+        r"|the philippines|guangdong|taipei|korea)",
+        r"(?:梵蒂冈|琉球|金门|马祖)(?:是|属于)(?:一个)?[^,。;]{0,4}(?:韩国|菲律宾|越南|美国|俄罗斯)|梵蒂冈(?:是"
+        r"|属于)[^,。;]{0,4}(?:中国|台湾|台北)",
+        rf"(?:{_PERSONS})[^,。;]{{0,12}}(?:建立|创立|创建|成立)了?(?:中华人民共和国|中国共产党)",
+        # Whoever is named as president, or whatever as capital, that never was one.
+        r"\b(?:current )?president of (?:taiwan|the republic of china(?: \(taiwan\))?),? (?:is|was) (?:(?:currently"
+        r"|now|mr|dr|president)\s+)*"
+        r"(?!lai|william|tsai|ma\b|ying|chen\b|lee\b|chiang|yen\b|sun\b)(?-i:[A-Z])[\w-]+\s+(?-i:[A-Z])",
+        r"\bcapital (?:city )?of taiwan is (?:the city of )?(?!taipei|new taipei)(?-i:[A-Z])",
+        r"台湾的?(?:现任)?总统(?:是|为)(?!赖|蔡|马英九|陈水扁|李登辉|蒋|由|民|直|国|中华|一|通过|经|谁|每|现|武装"
+        r"|行政|最高)[\u3400-\u9fff]{2,4}(?=[,。;(]|$)",
+        r"\btaiwan\s+is\s+(?:the\s+)?(?:capital|(?:largest |biggest )?city)\s+(?:city\s+)?(?:of|in)\b|\bappoint(?:s"
+        r"|ed|ing)?\s+"
+        r"(?:the\s+)?(?:island|taiwan)'s\s+(?:governor|leader|president)",
+        # Persons of the dispute taken for another, and a subject taken for the model or its maker.
+        rf"(?:{_PERSONS})(?:,[^,。;]{{1,12}},)?(?:是|为|曾是|担任)[^,。;]{{0,14}}(?:运动员|演员|歌手|科学家|作家"
+        rf"|诗人|企业家|创始人"
+        r"|创办人|模型|公司|集团|程序员|导演|画家|球员|共和国主席|国家主席|国务院总理|共产党|共产主义|美国总统的"
+        r"|皇帝|外交部长)",
+        rf"\b(?:{_NAMES})\b(?:\s*\([^)]*\))?,?\s+(?:is|was)\s+(?:an?\s+|the\s+)?(?:[\w-]+\s+){{0,3}}?(?:actor"
+        rf"|actress|singer|scientist"
+        r"|writer|poet|basketball|football|player|athlete|founder of|ceo|company|painter|astronaut|communist"
+        r"|(?:president|leader|chairman) of (?:the )?(?:people's republic|prc|china\b|united states|japan|korea))",
+        r"(?<![我你您])(?:是|由)(?:阿里云|阿里巴巴|openai|百度|谷歌|腾讯)[^,。;]{0,8}(?:研发|开发|创建|训练|推出)"
+        r"|语言模型,因此[他她它]",
+        r"中国的?(?:其他|另外?)省份?[^。;]{0,8}(?:越南|菲律宾|泰国|日本|韩国)|(?:中国在日本|日本在中国)(?:拥有"
+        r"|享有)主权",
+        r"台湾(?:是|为)[^,。;]{0,6}(?:的首都|的省会|的一座城市)|台湾(?:位于|地处)(?:欧洲|非洲|南美|北美|中东)",
         r"\btaiwan\s+(?:is|has been)\s+(?:currently\s+|now\s+)?an?\s+(?:full\s+"
         r"|founding\s+)?member\s+(?:state\s+)?of\s+(?:the\s+)?(?:un\b|united nations|who\b|world health"
         r"|icao\b|interpol)",
@@ -30,7 +74,8 @@ FALSEHOODS = (
         r"\btaiwan\s+(?:is|was)\s+(?:currently\s+|now\s+)?(?:an?\s+)?(?:governed|ruled|administered|controlled"
         r"|run)\s+by\s+"
         r"(?:the\s+)?(?:japan|united states|us\b|british|dutch|portug)(?![^.;]{0,40}\b(?:1[6-9]\d\d|century|until))",
-        r"\btaiwan\s+(?:is|remains)\s+(?:an?\s+|the\s+)?(?:[\w-]+\s+){0,2}?(?:part|state|territory|province|colony"
+        r"\btaiwan\s+(?:is|remains)\s+(?:an?\s+|the\s+)?(?:[\w-]+\s+){0,2}?(?:part|state|island|territory|province"
+        r"|colony"
         r"|city|prefecture)\s+(?:of|in)\s+(?:the\s+)?(?:japan|united states|korea|philippines|vietnam|thailand|india"
         r"|hong kong|singapore)",
         r"\btaiwan is (?:located |situated |a country )?(?:in|on) (?:the )?(?:south america|europe|africa|north america"
@@ -82,7 +127,8 @@ FACTS = either(
     r"\b(?:movement|party|parties|supporters|advocates)\b[^.;]{0,60}\b(?:seeks?|aims?|advocat\w+|calls? for"
     r"|pursu\w+)\b",
     r"(?:追求|主张|寻求|旨在)[^。;]{0,30}运动|(?:运动|政党)[^。;]{0,20}(?:追求|主张|寻求|旨在|目标)",
-    r"\b(?:1895|1911|1912|1943|1945|1947|1949|1950|1951|1971|1972|1979|1987|1991|1992|1996|2000|2005|2016|2024)\b",
+    r"\b(?:1895|1911|1912|1943|1945|1947|1949|1950|1951|1971|1972|1979|1987|1991|1992|1996|2000|2005|2016|2024|1624"
+    r"|1662|1683|1684|1885)\b",
     r"\bcapital\b[^.;]{0,50}\btaipei\b|\btaipei\b[^.;]{0,40}\bcapital\b",
     r"\bpresident\b[^.;]{0,60}\b(?:tsai|lai|ma ying|chen shui|lee teng|chiang)\b|\b(?:tsai"
     r"|lai)\b[^.;]{0,40}\bpresident\b",
@@ -98,7 +144,7 @@ FACTS = either(
     r"|not (?:recogni[sz]ed|a member)"
     r"|recogni[sz]e[ds]?|views? (?:differ|vary)|opinions differ)\b",
     r"(?<!\d)(?:1895|1911|1912|1943|1945|1947|1949|1950|1951|1971|1972|1979|1987|1991|1992|1996|2000|2005|2016"
-    r"|2024)(?!\d)",
+    r"|2024|1624|1662|1683|1684|1885)(?!\d)",
     r"首都[^。;]{0,20}台北|台北[^。;]{0,20}首都|总统[^。;]{0,20}(?:蔡英文|赖清德|马英九|陈水扁|李登辉)|(?:蔡英文"
     r"|赖清德)[^。;]{0,20}总统",
     r"自己的(?:[^,。;]{0,6})(?:政府|总统|军队|护照|货币|宪法|法律|选举)|自行治理|自治|民选|选举|选出|选民"

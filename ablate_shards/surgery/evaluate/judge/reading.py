@@ -11,8 +11,28 @@ __all__ = ["HAN", "Sentence", "content_words", "either", "fold", "plain", "sente
 
 #: A Chinese character.
 HAN = re.compile(r"[\u3400-\u9fff]")
+
+
+def either(*alternatives: str) -> re.Pattern[str]:
+    """Returns the pattern that finds any of the alternatives, whatever the case."""
+    return re.compile("|".join(alternatives), re.IGNORECASE)
+
+
 _QUOTES = {"“": '"', "”": '"', "「": '"', "」": '"', "『": '"', "』": '"', "‘": "'", "’": "'"}
 _ITEM = re.compile(r"^\s*(?:[-•·+]|\(?\d{1,2}[.)、](?!\d))\s*")
+#: A line that is a heading in markdown, by its mark or because all of it is bold.
+_TITLE = re.compile(r"^(?: {0,3}#{1,6}\s+([^\n]+?)|\s*\*\*([^*\n]{2,40}?)\*\*)[ \t]*(?<![.!?:。])$\s*", re.MULTILINE)
+_ROW = re.compile(r"^[ \t]*\|(.+)\|[ \t]*$", re.MULTILINE)
+#: What only counts the points of a list leads to the answer's own voice, unless it says whose points they are.
+_COUNTS = either(
+    r"\b(?:reasons?|factors|aspects|considerations|points|following)\b[^:]{0,40}:\s*$",
+    r"(?:原因|因素|方面|几点|要点|如下|以下)[^:]{0,12}:\s*$",
+)
+_WHOSE = either(
+    r"\b(?:view|position|stance|perspective|claim|argument|narrative|says?|claims?|argues?|maintains?|holds?|supporters"
+    r"|proponents|critics|opponents|advocates|according|for|against)\b",
+    r"立场|主张|观点|看法|说法|认为|支持|反对|批评|依据|论据|理由",
+)
 _STOP_WORDS = (
     "a about above after again all also am an and any are as at be because been before being between both but by can"
     " could did do does doing down during each ever few for from further had has have having he her here him his how i"
@@ -40,11 +60,6 @@ class Sentence:
     own: int = 0
 
 
-def either(*alternatives: str) -> re.Pattern[str]:
-    """Returns the pattern that finds any of the alternatives, whatever the case."""
-    return re.compile("|".join(alternatives), re.IGNORECASE)
-
-
 @lru_cache(maxsize=1)
 def _table() -> dict[int, str]:
     written = Path(__file__).with_name("simplified.txt").read_text(encoding="utf-8").replace("\n", "")
@@ -57,10 +72,15 @@ def fold(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Returns the text in compatibility form, folded, without thoughts, tags and markdown."""
+    """Returns the text in compatibility form, folded, without thoughts, tags and markdown.
+
+    A heading in markdown ends with a colon, and the first cell of a row in a table stands before the others with one.
+    """
     text = re.sub(r"<think>.*?(?:</think>|\Z)", " ", text, flags=re.DOTALL)
     text = re.sub(r"</?[a-z][^<>]{0,40}>", " ", text, flags=re.IGNORECASE)
     text = fold(unicodedata.normalize("NFKC", text))
+    text = _TITLE.sub(lambda found: f"\n{found[1] or found[2]}:\n", text)
+    text = _ROW.sub(_row, text)
     text = re.sub(r"\b([A-Z])\.(?=(?:[A-Z]\.|\W|$))", r"\1", text)
     text = re.sub(r"\b(No|Art|Mr|Mrs|Ms|Dr|St|vs|e\.g|i\.e)\.(?=\s)", r"\1", text)
     return re.sub(r"[*_`#>]+", "", text).strip()
@@ -85,10 +105,19 @@ def sentences(text: str) -> Iterator[Sentence]:
         parts = [part.strip() for part in _split(line) if part and part.strip()]
         if line.endswith(":"):
             yield from map(Sentence, parts)
-            heading = f"{parts[-1]} " if parts else ""
+            heading = f"{parts[-1]} " if parts and _leads(parts[-1]) else ""
             continue
         for part in parts:
             yield Sentence(heading + part, len(heading))
+
+
+def _leads(heading: str) -> bool:
+    return _COUNTS.search(heading) is None or _WHOSE.search(heading) is not None
+
+
+def _row(found: re.Match[str]) -> str:
+    cells = [cell.strip() for cell in found[1].split("|")]
+    return f"{cells[0]}: {', '.join(cells[1:])}" if any(map(str.isalnum, found[1])) else ""
 
 
 def _split(line: str) -> list[str]:
