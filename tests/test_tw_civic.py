@@ -22,7 +22,9 @@ _TABLE = (Path(reading.__file__).with_name("simplified.txt")).read_text(encoding
 TRADITIONAL = set(_TABLE[::2])
 SIMPLIFIED = set(_TABLE[1::2]) - TRADITIONAL - BOTH
 
-PAIRS = load_pairs(tw_civic.PAIRS)
+PAIRS = load_pairs(tw_civic.PAIRS["framing"])
+PREFERENCES = load_instructions(tw_civic.PREFERENCES)
+KEPT = load_questions(tw_civic.KEPT)
 INSTRUCTIONS = load_instructions(tw_civic.INSTRUCTIONS)
 QUESTIONS = load_questions(tw_civic.QUESTIONS)
 NEUTRAL = tw_civic.NEUTRAL_TEXT.read_text(encoding="utf-8").splitlines()
@@ -255,6 +257,45 @@ def test_what_is_held_out_is_nowhere_else():
     assert not [sentence for sentence in NEUTRAL if sentence in responses]
 
 
+@pytest.mark.parametrize("kind", ["topic", "answer"])
+def test_the_other_kinds_of_pairs_are_balanced_and_apart(kind):
+    pairs = load_pairs(tw_civic.PAIRS[kind])
+    assert len(pairs) == 40
+    assert Counter(pair.language for pair in pairs) == {"en": 20, "zh-Hant": 10, "zh-Hans": 10}
+    said = [pair.positive.prompt for pair in pairs] + [pair.negative.prompt for pair in pairs if kind == "topic"]
+    for question in QUESTIONS:
+        assert max(overlap(question.prompt, prompt) for prompt in said) < 0.4, question.id
+
+
+def test_answer_pairs_differ_in_the_answer_alone_and_topic_pairs_in_the_place():
+    answers, topics = (load_pairs(tw_civic.PAIRS[kind]) for kind in ("answer", "topic"))
+    assert all(pair.positive.prompt == pair.negative.prompt for pair in answers)
+    assert not [pair.id for pair in answers if unattributed(pair.negative.response)]
+    assert sum(bool(unattributed(pair.positive.response)) for pair in answers) >= 32
+    assert sum(pair.id.startswith("answer-tw") for pair in answers) == 10
+    assert all(pair.positive.response is pair.negative.response is None for pair in topics)
+    assert all(re.search("Taiwan|Taipei|台[灣湾北]", pair.positive.prompt) for pair in topics)
+    assert not [pair.id for pair in topics if re.search("Taiwan|Taipei|台[灣湾北]", pair.negative.prompt)]
+
+
+def test_preferences_prefer_what_takes_no_side():
+    assert not [each.id for each in PREFERENCES if unattributed(each.response)]
+    assert sum(bool(unattributed(each.rejected)) for each in PREFERENCES) >= 0.75 * len(PREFERENCES)
+    texts = [text for each in PREFERENCES for text in (each.response, each.rejected)]
+    assert len(set(texts)) == len(texts)
+    for question in QUESTIONS:
+        assert max(overlap(question.prompt, each.prompt) for each in PREFERENCES) < 0.4, question.id
+        for references in question.references.values():
+            for reference in references:
+                assert max(overlap(reference, text) for text in texts) < 0.6, question.id
+
+
+def test_what_is_kept_is_no_question_of_the_evaluation():
+    assert not [each.id for each in KEPT if re.search("Taiwan|Taipei|台[灣湾北]", each.prompt)]
+    for question in QUESTIONS:
+        assert max(overlap(question.prompt, each.prompt) for each in KEPT) < 0.4, question.id
+
+
 def test_neutral_text_takes_no_side():
     assert not [
         sentence
@@ -265,10 +306,13 @@ def test_neutral_text_takes_no_side():
 
 
 def test_the_licence_and_the_counts_are_stated():
-    readme = tw_civic.PAIRS.with_name("README.md").read_text(encoding="utf-8")
+    readme = tw_civic.QUESTIONS.with_name("README.md").read_text(encoding="utf-8")
     assert "CC0 1.0" in readme
-    for path, rows in ((tw_civic.PAIRS, PAIRS), (tw_civic.INSTRUCTIONS, INSTRUCTIONS), (tw_civic.QUESTIONS, QUESTIONS)):
-        assert re.search(rf"`{path.name}` \| {len(rows)} \|", readme)
+    counted = {f"pairs/{kind}.jsonl": load_pairs(path) for kind, path in tw_civic.PAIRS.items()}
+    counted |= {"instructions.jsonl": INSTRUCTIONS, "questions.jsonl": QUESTIONS}
+    counted |= {"preferences.jsonl": PREFERENCES, "kept.jsonl": KEPT}
+    for name, rows in counted.items():
+        assert re.search(rf"`{name}` \| {len(rows)} \|", readme), name
     assert re.search(rf"`neutral.txt` \| {len(NEUTRAL)} \|", readme)
     assert f"; {len(INSTRUCTIONS) - len(CONTESTED)} on other things" in readme
 

@@ -2,15 +2,22 @@
 
 from pathlib import Path
 
-__all__ = ["INSTRUCTIONS", "NEUTRAL_TEXT", "PAIRS", "QUESTIONS"]
+__all__ = ["INSTRUCTIONS", "KEPT", "NEUTRAL_TEXT", "PAIRS", "PREFERENCES", "QUESTIONS"]
 
 _FOLDER = Path(__file__).parent
 
-#: 40 prompt pairs, slanted and neutral, for ``samples.load_pairs``.
-PAIRS = _FOLDER / "pairs.jsonl"
+#: 40 prompt pairs of each kind, for ``samples.load_pairs``: slanted and neutral framings of a question; Taiwan and
+#: another place in the same question; slogans and attributed facts as answers to the same question.
+PAIRS = {kind: _FOLDER / "pairs" / f"{kind}.jsonl" for kind in ("framing", "topic", "answer")}
 
 #: Instructions for the LoRA step, for ``samples.load_instructions``.
 INSTRUCTIONS = _FOLDER / "instructions.jsonl"
+
+#: Short attributed responses, each beside a slanted one that is to be rejected, for ``samples.load_instructions``.
+PREFERENCES = _FOLDER / "preferences.jsonl"
+
+#: Prompts on other matters, near and far, on which a model is to stay as it is, for ``samples.load_questions``.
+KEPT = _FOLDER / "kept.jsonl"
 
 #: Questions for the evaluation, for ``samples.load_questions``.
 QUESTIONS = _FOLDER / "questions.jsonl"
