@@ -17,7 +17,14 @@ from safetensors.numpy import load_file, save_file
 from ablate_shards.errors import AblateError, ActivationsError, DirectionsError, UsageError
 from ablate_shards.surgery.directions import activations, estimate
 from ablate_shards.surgery.directions.activations import open_activations
-from ablate_shards.surgery.directions.directions import Directions, LayerScore, apply_gain, biproject, score_table
+from ablate_shards.surgery.directions.directions import (
+    Directions,
+    LayerScore,
+    apply_gain,
+    biproject,
+    score_row,
+    score_table,
+)
 from ablate_shards.surgery.directions.estimate import EstimatorOptions, compute_directions
 from ablate_shards.surgery.directions.formats import read_directions, write_directions
 
@@ -101,7 +108,7 @@ def test_means_and_scores_are_those_of_plain_arithmetic(tmp_path):
     )
     np.testing.assert_array_equal(found.basis[0][0], unit(gap).astype(np.float32))
     np.testing.assert_array_equal(found.reference[0], means[1].astype(np.float32))
-    for name, value in dataclasses.asdict(wanted).items():
+    for name, value in score_row(wanted).items():
         assert getattr(score, name) == pytest.approx(value, rel=1e-12), name
 
 
@@ -269,7 +276,7 @@ def test_chunks_and_threads_change_nothing_that_matters(tmp_path, monkeypatch, o
     chunked = compute(path, options)
     for layer in range(3):
         np.testing.assert_allclose(chunked.basis[layer], whole.basis[layer], atol=1e-6)
-        for name, value in dataclasses.asdict(whole.scores[layer]).items():
+        for name, value in score_row(whole.scores[layer]).items():
             assert getattr(chunked.scores[layer], name) == pytest.approx(value, rel=1e-6), name
 
 
@@ -314,7 +321,7 @@ def test_few_prompts_are_scored(tmp_path, prompts, options):
     positive, negative, _ = planted(pairs=prompts)
     score = compute(dump(tmp_path / "dump.safetensors", positive, negative), options).scores[0]
     assert score.auc is not None
-    assert np.isfinite(list(dataclasses.asdict(score).values())).all()
+    assert np.isfinite(list(score_row(score).values())).all()
 
 
 @pytest.mark.parametrize("options", [MEAN, MEDIAN, SVD])
@@ -458,7 +465,7 @@ def test_a_written_file_reads_the_same(tmp_path):
     assert again.scores == found.scores
     assert again.metadata == found.metadata
     assert (again.layers, again.rank, again.hidden_size) == ((0, 1), 2, HIDDEN)
-    assert score_table(again)[1] == dataclasses.asdict(found.scores[1])
+    assert score_table(again)[1] == score_row(found.scores[1])
     assert {name: values.dtype for name, values in load_file(path).items()} == {
         f"{kind}.layers.{layer}": np.float32 for kind in ("direction", "reference") for layer in (0, 1)
     }
