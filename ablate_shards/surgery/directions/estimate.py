@@ -212,7 +212,8 @@ class _Layer:
             bases, left = self._taken_out(bases, gaps, self._without)
         measured = self._held_out(bases[:, 0], (positive + negative) / 2) if self._folds else (None, None, None)
         score = score_by_means(self._layer, positive[0], negative[0], gaps[0], bases[0, 0])
-        score = LayerScore(score.layer, score.cosine, score.contrast, score.purity, *measured, left)
+        signal, auc, split_half = measured
+        score = replace(score, signal_to_noise=signal, auc=auc, split_half=split_half, left=left)
         return bases[0].astype(np.float32), negative[0].astype(np.float32), score
 
     def _taken_out(self, bases: np.ndarray, gaps: np.ndarray, without: Without) -> tuple[np.ndarray, float]:
