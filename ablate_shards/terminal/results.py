@@ -311,7 +311,7 @@ def print_scores(directions: Directions, file: Path) -> None:
 def print_comparison(comparison: "Comparison") -> None:
     """Prints how the directions of several dumps score at their best layers, how far they agree, and which is taken."""
     screen = output()
-    rows = [score_row(kind.best) if kind.best is not None else {} for kind in comparison.kinds]
+    rows = [score_row(candidate.best) if candidate.best is not None else {} for candidate in comparison.candidates]
     most = max((row.get("auc") or 0.0 for row in rows), default=0.0)
     columns = [*_COMPARED, *([_LEFT] if any(_LEFT[0] in row for row in rows) else [])]
     print_table(
@@ -327,16 +327,16 @@ def print_comparison(comparison: "Comparison") -> None:
         [
             Row(
                 (
-                    kind.name,
+                    candidate.name,
                     str(row.get("layer", _NO_LAYER)),
                     _score(row.get("auc")),
-                    bar(row.get("auc"), most, "green" if kind is comparison.taken else "cyan"),
+                    bar(row.get("auc"), most, "green" if candidate is comparison.taken else "cyan"),
                     *(_score(row.get(name)) for name, _ in columns[1:]),
-                    "best" if kind is comparison.taken else "",
+                    "best" if candidate is comparison.taken else "",
                 ),
-                "bold" if kind is comparison.taken else "",
+                "bold" if candidate is comparison.taken else "",
             )
-            for kind, row in zip(comparison.kinds, rows, strict=True)
+            for candidate, row in zip(comparison.candidates, rows, strict=True)
         ],
     )
     say(screen, "each dump's scores at its own best layer; the bar is the held-out AUC", "dim")
@@ -387,9 +387,9 @@ def scores(directions: Directions, comparison: "Comparison | None" = None) -> di
     compared: dict[str, Any] = {}
     if comparison is not None:
         compared = comparison.as_dict()
-        for row, kind in zip(compared["dumps"], comparison.kinds, strict=True):
-            row["path"] = str(kind.path)
-            row["layers"] = score_table(kind.directions)
+        for row, candidate in zip(compared["dumps"], comparison.candidates, strict=True):
+            row["path"] = str(candidate.path)
+            row["layers"] = score_table(candidate.directions)
     return {
         **compared,
         "sha256": directions.sha256(),

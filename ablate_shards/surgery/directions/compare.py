@@ -15,14 +15,14 @@ from ablate_shards.surgery.directions.directions import Directions, LayerScore, 
 from ablate_shards.surgery.directions.estimate import EstimatorOptions, compute_directions
 from ablate_shards.surgery.directions.without import read_without
 
-__all__ = ["Agreement", "Comparison", "Kind", "compare_directions"]
+__all__ = ["Agreement", "Candidate", "Comparison", "compare_directions"]
 
 #: Areas under the curve that differ by no more are a tie, and the rounding of their difference.
 _TIE = 0.01 + 1e-9
 
 
 @dataclass(frozen=True)
-class Kind:
+class Candidate:
     """The directions of one dump.
 
     Attributes:
@@ -64,20 +64,20 @@ class Comparison:
     """Several kinds of pairs, compared.
 
     Attributes:
-        kinds: In the order given.
+        candidates: In the order given.
         agreements: Of each two.
-        taken: The kind that separates best.
+        taken: The candidate that separates best.
         reason: Why, in words.
     """
 
-    kinds: tuple[Kind, ...]
+    candidates: tuple[Candidate, ...]
     agreements: tuple[Agreement, ...]
-    taken: Kind
+    taken: Candidate
     reason: str
 
     @property
     def directions(self) -> Directions:
-        """The directions of the kind that separates best; their metadata say what it was compared with."""
+        """The directions of the candidate that separates best; their metadata say what it was compared with."""
         taken, summary = self.taken.directions, self.as_dict()
         return replace(
             taken,
@@ -96,13 +96,13 @@ class Comparison:
             "reason": self.reason,
             "dumps": [
                 {
-                    "dump": kind.name,
-                    "positive_label": kind.labels[0],
-                    "negative_label": kind.labels[1],
-                    "sha256": kind.directions.sha256(),
-                    "best": None if kind.best is None else score_row(kind.best),
+                    "dump": candidate.name,
+                    "positive_label": candidate.labels[0],
+                    "negative_label": candidate.labels[1],
+                    "sha256": candidate.directions.sha256(),
+                    "best": None if candidate.best is None else score_row(candidate.best),
                 }
-                for kind in self.kinds
+                for candidate in self.candidates
             ],
             "agreement": [
                 {
@@ -141,17 +141,17 @@ def compare_directions(
     # Files of directions that do not fit are refused before a dump is read.
     others = [read_without(without, dump) for dump in dumps]
     total = sum(len(dump.layers) for dump in dumps)
-    kinds: list[Kind] = []
+    candidates: list[Candidate] = []
     for name, dump, other in zip(names, dumps, others, strict=True):
-        before = len(kinds) * len(dump.layers)
+        before = len(candidates) * len(dump.layers)
         told = None if progress is None else partial(_counted, progress, before, total)
         found = compute_directions(dump, options, without=other, progress=told)
         labels = dump.metadata.get("positive_label"), dump.metadata.get("negative_label")
         best = found.scores.get(found.best_layer()) if found.scores else None
-        kinds.append(Kind(name, dump.path, labels, found, best))
-    taken, reason = _best(kinds)
-    pairs = [(first, second) for place, first in enumerate(kinds) for second in kinds[place + 1 :]]
-    return Comparison(tuple(kinds), tuple(_agreement(*pair) for pair in pairs), taken, reason)
+        candidates.append(Candidate(name, dump.path, labels, found, best))
+    taken, reason = _best(candidates)
+    pairs = [(first, second) for place, first in enumerate(candidates) for second in candidates[place + 1 :]]
+    return Comparison(tuple(candidates), tuple(_agreement(*pair) for pair in pairs), taken, reason)
 
 
 def _counted(progress: Callable[[int, int], None], before: int, total: int, done: int, _: int) -> None:
@@ -188,32 +188,33 @@ def _refuse_other_model(dumps: Sequence[ActivationDump]) -> None:
             )
 
 
-def _best(kinds: Sequence[Kind]) -> tuple[Kind, str]:
-    """Returns the kind that separates best, and why; ``docs/directions.md`` has the rule and its reason."""
-    scored = [(kind, kind.best, kind.best.auc) for kind in kinds if kind.best is not None and kind.best.auc is not None]
-    areas = [(area, kind, best) for kind, best, area in scored if area is not None]
-    if not areas:
+def _best(candidates: Sequence[Candidate]) -> tuple[Candidate, str]:
+    """Returns the one that separates best, and why; ``docs/directions.md`` has the rule and its reason."""
+    scored = [
+        (candidate, best, best.auc, (best.split_half or 0.0, best.signal_to_noise or 0.0))
+        for candidate in candidates
+        if (best := candidate.best) is not None and best.auc is not None
+    ]
+    if not scored:
         raise DirectionsError(
-            f"{kinds[0].path} and the others cannot be compared, as nothing was held out of any; give dumps of two "
-            "prompts of each label at least"
+            f"{candidates[0].path} and the others cannot be compared, as nothing was held out of any; give dumps of at "
+            "least two prompts of each label"
         )
-    highest = max(area for area, *_ in areas)
-    tied = [(best.split_half or 0.0, best.signal_to_noise or 0.0, -place) for place, (_, _, best) in enumerate(areas)]
-    among = [order for order, (area, *_) in zip(tied, areas, strict=True) if highest - area <= _TIE]
-    place = -max(among)[2]
-    area, taken, best = areas[place]
-    if len(among) == 1:
-        return taken, f"it has the highest held-out AUC, {area:.3f} at layer {best.layer}"
-    near = f"{len(among)} of the dumps have a held-out AUC within 0.01 of the highest, {highest:.3f}, and of those"
-    split_half, signal, _ = max(among)
-    if [order[0] for order in among].count(split_half) == 1:
-        return taken, f"{near} it has the highest split-half cosine, {split_half:.3f} at layer {best.layer}"
-    if [order[:2] for order in among].count((split_half, signal)) == 1:
-        return taken, f"{near} it has the highest signal-to-noise, {signal:.3f} at layer {best.layer}"
-    return taken, f"{near} it comes first, their other scores being equal"
+    highest = max(auc for _, _, auc, _ in scored)
+    near = [entry for entry in scored if highest - entry[2] <= _TIE]
+    # The first of equal ones.
+    taken, best, auc, order = max(near, key=lambda entry: entry[3])
+    if len(near) == 1:
+        return taken, f"it has the highest held-out AUC, {auc:.3f} at layer {best.layer}"
+    reason = f"{len(near)} of the dumps have a held-out AUC within 0.01 of the highest, {highest:.3f}, and of those it"
+    if [split_half for *_, (split_half, _) in near].count(order[0]) == 1:
+        return taken, f"{reason} has the highest split-half cosine, {order[0]:.3f} at layer {best.layer}"
+    if [other for *_, other in near].count(order) == 1:
+        return taken, f"{reason} has the highest signal-to-noise, {order[1]:.3f} at layer {best.layer}"
+    return taken, f"{reason} comes first, their other scores being equal"
 
 
-def _agreement(first: Kind, second: Kind) -> Agreement:
+def _agreement(first: Candidate, second: Candidate) -> Agreement:
     layers = [layer for layer in first.directions.layers if layer in second.directions.basis]
     cosines = {
         layer: _cosine(first.directions.basis[layer].astype(float), second.directions.basis[layer].astype(float))
