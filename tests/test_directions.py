@@ -1063,3 +1063,13 @@ def test_an_ablation_takes_others_out_of_activations_alone(tmp_path):
     refused = run(source, tmp_path / "two", "-d", tmp_path / "d.safetensors", "--without", other)
     assert refused.exit_code == 2
     assert "--without is about activations" in refused.stderr
+    recipe = tmp_path / "edit.toml"
+    recipe.write_text('[directions]\nactivations = "a.safetensors"\nwithout = "o.safetensors"\n')
+    assert run(source, tmp_path / "three", "--recipe", recipe, "-q").exit_code == 0
+    again = json.loads((tmp_path / "three" / "ablation.json").read_text())
+    assert again["directions"]["sha256"] == receipt["directions"]["sha256"]
+    # Directions that lie beside the weights are as finished as those that are named.
+    write_random_directions(source / "directions.safetensors")
+    beside = run(source, tmp_path / "four", "--without", other)
+    assert beside.exit_code == 2
+    assert "holds directions already; use -a DUMP" in beside.stderr
