@@ -24,7 +24,11 @@ FED = {
 SAID = {
     ("source", "source"): "Checkpoint to edit: a `.safetensors` file, a folder or a Hub id.",
     ("source", "out"): "Folder for the result. [default: the recipe's name]",
-    ("directions", "pairs"): "Pairs of prompts, as JSON Lines: captured from the source.",
+    (
+        "directions",
+        "pairs",
+    ): "Pairs of prompts, as JSON Lines: captured from the source; of a list of files, the best is taken.",
+    ("directions", "without"): "Directions file, or a list of them, to make each layer's directions orthogonal to.",
     ("lora", "data"): "Instructions and responses, as JSON Lines.",
     ("publish", "repo"): "The repository on the Hub.",
     ("gate", "broken"): "Most that the share of broken answers may grow by. [default: 0.1]",

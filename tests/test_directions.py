@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw_checkpoints import write_directions as write_random_directions
@@ -15,11 +16,20 @@ from raw_checkpoints import write_dump, write_llama, write_shard
 from safetensors.numpy import load_file, save_file
 
 from ablate_shards.errors import AblateError, ActivationsError, DirectionsError, UsageError
-from ablate_shards.surgery.directions import activations, estimate
+from ablate_shards.surgery.directions import activations, compare, estimate
 from ablate_shards.surgery.directions.activations import open_activations
-from ablate_shards.surgery.directions.directions import Directions, LayerScore, apply_gain, biproject, score_table
+from ablate_shards.surgery.directions.compare import Candidate, compare_directions
+from ablate_shards.surgery.directions.directions import (
+    Directions,
+    LayerScore,
+    apply_gain,
+    biproject,
+    score_row,
+    score_table,
+)
 from ablate_shards.surgery.directions.estimate import EstimatorOptions, compute_directions
 from ablate_shards.surgery.directions.formats import read_directions, write_directions
+from ablate_shards.surgery.directions.without import read_without
 
 HIDDEN = 24
 MEAN = EstimatorOptions()
@@ -101,7 +111,7 @@ def test_means_and_scores_are_those_of_plain_arithmetic(tmp_path):
     )
     np.testing.assert_array_equal(found.basis[0][0], unit(gap).astype(np.float32))
     np.testing.assert_array_equal(found.reference[0], means[1].astype(np.float32))
-    for name, value in dataclasses.asdict(wanted).items():
+    for name, value in score_row(wanted).items():
         assert getattr(score, name) == pytest.approx(value, rel=1e-12), name
 
 
@@ -269,7 +279,7 @@ def test_chunks_and_threads_change_nothing_that_matters(tmp_path, monkeypatch, o
     chunked = compute(path, options)
     for layer in range(3):
         np.testing.assert_allclose(chunked.basis[layer], whole.basis[layer], atol=1e-6)
-        for name, value in dataclasses.asdict(whole.scores[layer]).items():
+        for name, value in score_row(whole.scores[layer]).items():
             assert getattr(chunked.scores[layer], name) == pytest.approx(value, rel=1e-6), name
 
 
@@ -314,7 +324,7 @@ def test_few_prompts_are_scored(tmp_path, prompts, options):
     positive, negative, _ = planted(pairs=prompts)
     score = compute(dump(tmp_path / "dump.safetensors", positive, negative), options).scores[0]
     assert score.auc is not None
-    assert np.isfinite(list(dataclasses.asdict(score).values())).all()
+    assert np.isfinite(list(score_row(score).values())).all()
 
 
 @pytest.mark.parametrize("options", [MEAN, MEDIAN, SVD])
@@ -458,7 +468,7 @@ def test_a_written_file_reads_the_same(tmp_path):
     assert again.scores == found.scores
     assert again.metadata == found.metadata
     assert (again.layers, again.rank, again.hidden_size) == ((0, 1), 2, HIDDEN)
-    assert score_table(again)[1] == dataclasses.asdict(found.scores[1])
+    assert score_table(again)[1] == score_row(found.scores[1])
     assert {name: values.dtype for name, values in load_file(path).items()} == {
         f"{kind}.layers.{layer}": np.float32 for kind in ("direction", "reference") for layer in (0, 1)
     }
@@ -805,3 +815,261 @@ def test_a_measurement_file_gives_the_same_directions_either_way(tmp_path):
     assert computed.sha256() == read_directions(tmp_path / "m.refuse").sha256()
     unit = content["refuse_1"].numpy() / np.linalg.norm(content["refuse_1"].numpy())
     assert abs(float(computed.basis[0][0] @ unit)) == pytest.approx(1, abs=1e-6)
+
+
+def contrasts(folder, *, layers=6, pairs=24, size=40):
+    """Writes three dumps of one model: a weak contrast, a strong one, and one that overlaps the strong one."""
+    axes = orthonormal(normal(3, size, seed=11))
+    kinds = {"framing": (axes[0], 1.5), "topic": (axes[1], 9.0), "answer": (0.6 * axes[1] + 0.8 * axes[2], 7.0)}
+    for number, (name, (concept, gap)) in enumerate(kinds.items()):
+        layer = [
+            (normal(pairs, size, seed=100 * number + 2 * layer) + gap * concept, normal(pairs, size, seed=50 + layer))
+            for layer in range(layers)
+        ]
+        dump(folder / f"{name}.safetensors", [positive for positive, _ in layer], [negative for _, negative in layer])
+    return axes
+
+
+def compared(folder, *names, **options):
+    return compare_directions([open_activations(folder / f"{name}.safetensors") for name in names], MEAN, **options)
+
+
+@pytest.mark.parametrize("names", [("framing", "topic"), ("topic", "framing")])
+def test_the_kind_that_separates_better_is_taken(tmp_path, names):
+    contrasts(tmp_path)
+    found = compared(tmp_path, *names)
+    assert found.taken.name == "topic"
+    assert found.directions.sha256() == compute(tmp_path / "topic.safetensors").sha256()
+    assert "the highest held-out AUC, 1.000" in found.reason
+    metadata = found.directions.metadata
+    assert metadata["dump"] == "topic"
+    assert {row["dump"] for row in json.loads(metadata["compared"])} == set(names)
+    write_directions(found.directions, tmp_path / "d.safetensors")
+    assert read_directions(tmp_path / "d.safetensors").metadata == metadata
+
+
+def test_kinds_agree_as_far_as_their_directions_do(tmp_path):
+    contrasts(tmp_path)
+    (tmp_path / "same.safetensors").write_bytes((tmp_path / "topic.safetensors").read_bytes())
+    agreed = {
+        (one.first, one.second): one for one in compared(tmp_path, "topic", "same", "framing", "answer").agreements
+    }
+    assert len(agreed) == 6
+    assert agreed["topic", "same"].median == pytest.approx(1, abs=1e-6)
+    assert agreed["topic", "same"].at_layer == pytest.approx(1, abs=1e-6)
+    assert agreed["topic", "same"].layer == compute(tmp_path / "topic.safetensors").best_layer()
+    assert abs(agreed["topic", "framing"].median) < 0.3
+    assert agreed["topic", "answer"].median == pytest.approx(0.6, abs=0.1)
+
+
+def test_opposite_labels_disagree_and_spans_are_compared_by_their_nearest_vectors(tmp_path):
+    axes = contrasts(tmp_path)
+    values, shift = normal(30, 40), normal(30, 40, seed=3) * 0.1
+    for name, spread in (("one", axes[:2]), ("two", axes[1:])):
+        positive = values + shift + (normal(30, 2, seed=4) * [2, 3] + [6, 6]) @ spread
+        dump(tmp_path / f"{name}.safetensors", positive, values)
+        dump(tmp_path / f"{name}-turned.safetensors", values, positive)
+    assert compared(tmp_path, "one", "one-turned").agreements[0].median == pytest.approx(-1, abs=1e-6)
+    options = EstimatorOptions("svd", 2)
+    dumps = [open_activations(tmp_path / f"{name}.safetensors") for name in ("one", "two")]
+    (agreement,) = compare_directions(dumps, options).agreements
+    assert agreement.median > 0.98, "the planes share a line"
+
+
+@pytest.mark.parametrize(
+    ("scores", "taken", "why"),
+    [
+        ([(0.90, 0.9, 9.0), (0.92, 0.1, 1.0)], 1, "highest held-out AUC, 0.920"),
+        ([(0.99, 0.9, 1.0), (1.0, 0.8, 9.0)], 0, "2 of the dumps have a held-out AUC within 0.01"),
+        ([(1.0, 0.9, 2.0), (1.0, 0.9, 3.0)], 1, "highest signal-to-noise, 3.000"),
+        ([(1.0, 0.9, 2.0), (1.0, 0.9, 2.0)], 0, "comes first"),
+        ([(None, None, None), (0.6, 0.1, 0.1)], 1, "highest held-out AUC, 0.600"),
+        ([(0.98, 0.9, 9.0), (0.995, 0.1, 1.0), (1.0, 0.2, 0.5)], 2, "the highest split-half cosine, 0.200"),
+    ],
+)
+def test_the_rule_for_the_best(tmp_path, scores, taken, why):
+    candidates = [
+        Candidate(str(number), tmp_path, (None, None), scored(0.0), LayerScore(0, 0.5, 1.0, 1.0, signal, auc, split))
+        for number, (auc, split, signal) in enumerate(scores)
+    ]
+    found, reason = compare._best(candidates)
+    assert found.name == str(taken)
+    assert why in reason
+
+
+def test_dumps_that_cannot_be_compared_are_refused(tmp_path):
+    contrasts(tmp_path)
+    topic = tmp_path / "topic.safetensors"
+
+    def refused(error, *paths):
+        with pytest.raises(error) as caught:
+            compare_directions([open_activations(path) for path in paths], MEAN)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    wide = dump(tmp_path / "wide.safetensors", [normal(4, 41)] * 6, [normal(4, 41, seed=1)] * 6)
+    assert "do not come from one model: hidden size 41 and 40" in refused(ActivationsError, topic, wide)
+    deep = dump(tmp_path / "deep.safetensors", [normal(4, 40)] * 7, [normal(4, 40, seed=1)] * 7)
+    assert f"only {deep} has layer 6" in refused(ActivationsError, topic, deep)
+    models = []
+    for model in ("a", "b"):
+        models.append(tmp_path / f"{model}.safetensors")
+        metadata = {"format": "ablate-shards.activations/1", "model": model}
+        save_file(load_file(topic), models[-1], metadata)
+    assert "their metadata say 'b' and 'a'" in refused(ActivationsError, models[0], topic, models[1])
+    assert "is given twice" in refused(UsageError, topic, tmp_path / "." / "topic.safetensors")
+    for name in ("x", "y"):
+        dump(tmp_path / f"{name}.safetensors", normal(1, 4) + 9, normal(1, 4, seed=1))
+    said = refused(DirectionsError, tmp_path / "x.safetensors", tmp_path / "y.safetensors")
+    assert "nothing was held out of any" in said
+
+
+@pytest.mark.parametrize("options", [*ESTIMATORS, EstimatorOptions("svd", 2)])
+def test_other_directions_are_taken_out_exactly(tmp_path, options):
+    positive, negative, concept = planted(pairs=40)
+    other = unit(unit(normal(HIDDEN, seed=21)) + 0.5 * concept)
+    path = dump(tmp_path / "dump.safetensors", [positive] * 2, [negative - 3 * other] * 2, dtype=np.float64)
+    files = [tmp_path / "topic.npz", tmp_path / "style.npz"]
+    np.savez(files[0], **{f"direction.layers.{layer}": other for layer in range(3)})
+    # What two files share, and an axis that they nearly share, is taken out once.
+    np.savez(files[1], **{f"direction.layers.{layer}": [other, other + 1e-3 * np.eye(HIDDEN)[0]] for layer in range(3)})
+    opened = open_activations(path)
+    before = compute(path, options)
+    others = [read_directions(file) for file in files]
+    axes = np.vstack([np.concatenate([other.basis[0] for other in others])]).astype(float)
+    assert np.abs(before.basis[0] @ axes.T).max() > 0.1
+
+    found = compute(path, options, without=read_without(files, opened))
+
+    for layer in (0, 1):
+        basis = found.basis[layer].astype(float)
+        assert np.abs(basis @ axes.T).max() <= 1e-7
+        np.testing.assert_allclose(basis @ basis.T, np.eye(len(basis)), atol=1e-6)
+        assert 0 < found.scores[layer].left < 0.99
+    assert found.reference[0].tobytes() == before.reference[0].tobytes()
+    assert json.loads(found.metadata["without"]) == [
+        {"file": file.name, "sha256": other.sha256()} for file, other in zip(files, others, strict=True)
+    ]
+    write_directions(found, tmp_path / "d.safetensors")
+    again = read_directions(tmp_path / "d.safetensors")
+    assert again.scores == found.scores
+    assert again.metadata == found.metadata
+
+
+def test_the_scores_are_those_of_what_is_left(tmp_path):
+    """They are the scores of a dump from whose activations the other direction was taken."""
+    positive, negative, _ = planted(pairs=40, gap=0.4)
+    other = unit(normal(HIDDEN, seed=21)).astype(np.float32).astype(float)
+    positive += 8 * other
+    path = dump(tmp_path / "dump.safetensors", positive, negative, dtype=np.float64)
+    np.savez(tmp_path / "o.npz", **{"direction.layers.0": other})
+    without = read_without([tmp_path / "o.npz"], open_activations(path))
+    axis = without.axes[0][0]
+    flat = [values - np.outer(values @ axis, axis) for values in (positive, negative)]
+    wanted = compute(dump(tmp_path / "flat.safetensors", *flat, dtype=np.float64))
+    found = compute(path, without=without)
+    np.testing.assert_allclose(found.basis[0], wanted.basis[0], atol=1e-6)
+    for name in ("signal_to_noise", "auc", "split_half"):
+        assert getattr(found.scores[0], name) == pytest.approx(getattr(wanted.scores[0], name), rel=1e-6), name
+    assert found.scores[0].auc < compute(path).scores[0].auc, "the topic alone separated"
+    assert found.scores[0].left < 0.2
+
+
+def test_class_means_are_cleaned_too(tmp_path):
+    measurements(tmp_path / "m.pt")
+    opened = open_activations(tmp_path / "m.pt")
+    before = compute(tmp_path / "m.pt")
+    other = normal(before.hidden_size, seed=4)
+    np.savez(tmp_path / "o.npz", **{f"direction.layers.{layer}": other for layer in before.layers})
+    found = compute(tmp_path / "m.pt", without=read_without([tmp_path / "o.npz"], opened))
+    for layer in found.layers:
+        assert abs(found.basis[layer][0] @ unit(other)) < 1e-7
+        assert 0 < found.scores[layer].left < 1
+        assert found.scores[layer].purity != before.scores[layer].purity
+        assert found.scores[layer].contrast == before.scores[layer].contrast
+
+
+def test_directions_that_cannot_be_taken_out_are_refused(tmp_path):
+    positive, negative, _ = planted()
+    path = dump(tmp_path / "dump.safetensors", [positive] * 2, [negative] * 2)
+    write_directions(compute(path), tmp_path / "same.safetensors")
+    files = {"short": {"direction.layers.0": np.ones(HIDDEN)}, "narrow": {"direction.layers.1": np.ones(5)}}
+    for name, arrays in files.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+
+    def refused(name):
+        with pytest.raises(DirectionsError) as caught:
+            compute(path, without=read_without([tmp_path / name], open_activations(path)))
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "holds no direction of layer 1" in refused("short.npz")
+    assert "such as that of layer 1, have hidden size 5, but" in refused("narrow.npz")
+    assert "layer 0: only" in refused("same.safetensors")
+
+
+def test_directions_of_one_dump_are_the_same_bytes_as_ever(tmp_path):
+    run("directions", write_dump(tmp_path / "a.safetensors"), tmp_path / "d.safetensors")
+    arrays = load_file(tmp_path / "d.safetensors")
+    with (tmp_path / "d.safetensors").open("rb") as file:
+        metadata = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
+    assert set(metadata) == {"estimator", "format", "scores"}
+    assert set(json.loads(metadata["scores"])[0]) == {
+        *("layer", "cosine", "contrast", "purity", "signal_to_noise", "auc", "split_half")
+    }
+    assert len(arrays) == 6
+
+
+def test_the_command_says_which_dump_was_taken_and_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    contrasts(tmp_path)
+    dumps = [tmp_path / f"{name}.safetensors" for name in ("framing", "topic", "answer")]
+    shown = run("directions", *dumps, tmp_path / "d.safetensors")
+    assert shown.exit_code == 0, shown.output
+    lines = shown.stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["framing", "topic", "answer"]
+    assert "is taken: " in shown.stdout
+    assert "find different things" in shown.stdout
+    taken = read_directions(tmp_path / "d.safetensors").metadata["dump"]
+    assert lines[["framing", "topic", "answer"].index(taken) + 1].endswith("best")
+
+    again = run("directions", *dumps, tmp_path / "d.safetensors", "--json", "--overwrite")
+    content = json.loads(again.stdout)
+    assert content["dump"] == taken
+    assert len(content["dumps"]) == len(content["agreement"]) == 3
+    assert all(len(row["layers"]) == 6 for row in content["dumps"])
+
+    topic = tmp_path / "t.safetensors"
+    assert run("directions", dumps[1], topic).exit_code == 0
+    cleaned = run("directions", dumps[0], dumps[2], tmp_path / "d.safetensors", "--overwrite", "--without", topic)
+    assert cleaned.exit_code == 0, cleaned.output
+    assert "left: of each direction without those of --without; all scores are of what is left" in cleaned.stdout
+    refused = run("directions", dumps[0], topic, "--overwrite", "--without", topic)
+    assert refused.exit_code == 2
+    assert "is read by --without" in refused.stderr
+
+
+def test_an_ablation_takes_others_out_of_activations_alone(tmp_path):
+    source = write_llama(tmp_path / "source")
+    other = write_random_directions(tmp_path / "o.safetensors")
+    path = write_dump(tmp_path / "a.safetensors")
+    assert run("directions", path, tmp_path / "d.safetensors", "--without", other).exit_code == 0
+    done = run(source, tmp_path / "one", "-a", path, "--without", other, "-q")
+    assert done.exit_code == 0, done.output
+    receipt = json.loads((tmp_path / "one" / "ablation.json").read_text())
+    assert receipt["directions"]["sha256"] == read_directions(tmp_path / "d.safetensors").sha256()
+    assert "o.safetensors" in receipt["directions"]["metadata"]["without"]
+    refused = run(source, tmp_path / "two", "-d", tmp_path / "d.safetensors", "--without", other)
+    assert refused.exit_code == 2
+    assert "--without is about activations" in refused.stderr
+    recipe = tmp_path / "edit.toml"
+    recipe.write_text('[directions]\nactivations = "a.safetensors"\nwithout = "o.safetensors"\n')
+    assert run(source, tmp_path / "three", "--recipe", recipe, "-q").exit_code == 0
+    again = json.loads((tmp_path / "three" / "ablation.json").read_text())
+    assert again["directions"]["sha256"] == receipt["directions"]["sha256"]
+    # Directions that lie beside the weights are as finished as those that are named.
+    write_random_directions(source / "directions.safetensors")
+    beside = run(source, tmp_path / "four", "--without", other)
+    assert beside.exit_code == 2
+    assert "holds directions already; use -a DUMP" in beside.stderr

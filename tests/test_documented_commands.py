@@ -9,6 +9,7 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner
+from raw_checkpoints import write_directions
 from safetensors.torch import load_file, save_file
 
 from ablate_shards.cli import cli
@@ -105,6 +106,7 @@ def foreign(demo):
 
     dump, own = load_file(demo / "dump.safetensors"), load_file(demo / "directions.safetensors")
     layers = range(len(own) // 2)
+    write_directions(demo / "style.safetensors", layers=len(layers), hidden=own["direction.layers.0"].shape[1])
     np.savez(demo / "dump.npz", **{name: tensor.float().numpy() for name, tensor in dump.items()})
     (demo / "dump").mkdir()
     save_file(dump, demo / "dump" / "first.safetensors", metadata={"format": "ablate-shards.activations/1"})
@@ -155,10 +157,18 @@ def inputs(demo, name, given):
         "recipe": demo / ("recipe.toml" if name == "run" else "edit.toml"),
         "directions": alike(demo, given.get("directions"), demo / "directions.safetensors"),
         "activations": alike(demo, given.get("activations"), demo / "dump.safetensors"),
-        **({"dump": alike(demo, given.get("dump"), demo / "dump.safetensors")} if name == "directions" else {}),
+        **({"dump": dumps(demo, given["dump"])} if name == "directions" else {}),
+        "without": demo / "style.safetensors",
         **({"out": edited} if name in ("verify", "push", "report") else {}),
         **({"work": demo} if name == "report" else {}),
     }
+
+
+def dumps(demo, given):
+    """Returns a dump for each that is given; of several, no two are the same file."""
+    if len(given) == 1:
+        return [alike(demo, given[0], demo / "dump.safetensors")]
+    return [demo / name for name in ("dump.safetensors", "dump.npz", "dump")][: len(given)]
 
 
 def alike(demo, given, otherwise):

@@ -10,8 +10,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from raw_checkpoints import write_directions, write_dump
+from raw_checkpoints import write_directions, write_dump, write_llama
 from report_runs import HOSTILE, evaluation, make_ablated, make_run, run
+from safetensors.numpy import load_file, save_file
 
 from ablate_shards.errors import EvaluateError, ReportError
 from ablate_shards.surgery.directions.activations import open_activations
@@ -305,6 +306,27 @@ def test_directions_that_were_not_removed_are_not_shown(tmp_path):
     assert gather(out, ReportOptions()).directions is not None, "computed again from the activations"
     write_dump(tmp_path / "activations.safetensors", layers=4, seed=9)
     assert gather(out, ReportOptions()).directions is None
+
+
+def test_of_several_kinds_of_pairs_the_dump_of_what_was_removed_is_shown(tmp_path):
+    work = tmp_path / "result.work"
+    work.mkdir()
+    write_llama(tmp_path / "source", layers=4)
+    other = write_directions(tmp_path / "other.safetensors", layers=4, seed=5)
+    dumps = [work / f"activations-{name}.safetensors" for name in ("answer", "topic")]
+    for seed, path in enumerate(dumps):
+        arrays = load_file(write_dump(path, layers=4, seed=seed))
+        save_file(arrays, path, {"format": "ablate-shards.activations/1", "inputs": path.stem})
+    run("directions", *dumps, work / "directions.safetensors", "--without", other, "--quiet")
+    run(tmp_path / "source", tmp_path / "result", "-d", work / "directions.safetensors", "--quiet")
+    found = gather(tmp_path / "result", ReportOptions(work=work))
+    removed = found.directions.metadata["inputs"]
+    assert len(found.projections) == 4
+    assert removed == found.directions.metadata["dump"]
+    (work / f"{removed}.safetensors").unlink()
+    assert "projection" in gather(tmp_path / "result", ReportOptions(work=work)).missing
+    (tmp_path / "recipe.toml").write_text(rebuilt_recipe(found))
+    assert read_recipe(tmp_path / "recipe.toml").tables["directions"]["without"] == (str(other),)
 
 
 def test_the_work_folder_is_known_by_what_it_made(place):

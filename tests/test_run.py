@@ -112,6 +112,59 @@ def test_keys_become_flags_of_the_command_they_belong_to(place):
     assert commands["merge"].endswith("--scale 0.5")
 
 
+KINDS = """
+[directions]
+position = "last"
+pairs = ["topic.jsonl", "pairs.jsonl"]
+estimator = "svd"
+without = ["style.safetensors", "other.gguf"]
+"""
+
+
+def test_each_kind_of_pairs_is_captured_and_all_are_compared(place):
+    stages = planned(place, KINDS)
+    assert [stage.name for stage in stages] == ["capture topic", "capture pairs", "directions", "ablate"]
+    topic, pairs, directions, _ = stages
+    work = place / "work"
+    assert topic.output == work / "activations-topic.safetensors"
+    for stage, name in ((topic, "topic"), (pairs, "pairs")):
+        words = ("--position", "last", "--pairs", str(place / f"{name}.jsonl"))
+        assert stage.command == ("capture", str(place / "source"), str(stage.output), *words)
+        assert stage.inputs == (place / "source", place / f"{name}.jsonl")
+    others = [str(place / name) for name in ("style.safetensors", "other.gguf")]
+    assert directions.command == (
+        *("directions", str(topic.output), str(pairs.output), str(work / "directions.safetensors")),
+        *("--estimator", "svd", "--without", others[0], "--without", others[1]),
+    )
+    assert list(map(str, directions.inputs)) == [str(topic.output), str(pairs.output), *others]
+
+
+def test_a_changed_kind_of_pairs_is_captured_alone(place):
+    for name in ("topic.jsonl", "style.safetensors", "other.gguf"):
+        (place / name).write_text("{}\n")
+    stages = planned(place, KINDS)
+    go(stages, place, Tool(stages))
+    (place / "topic.jsonl").write_text('{"new": 1}\n')
+    tool = Tool(stages)
+    go(stages, place, tool)
+    assert tool.called == ["capture topic", "directions"]
+    (place / "style.safetensors").write_text("new")
+    tool = Tool(stages)
+    go(stages, place, tool)
+    assert tool.called == ["directions"]
+
+
+@pytest.mark.parametrize("pairs", ['"pairs.jsonl"', '["pairs.jsonl"]'])
+def test_one_file_of_pairs_is_the_stage_it_always_was(place, pairs):
+    """Its words and their order are what a former run is recognised by."""
+    capture, directions, _ = planned(place, f'[directions]\nposition = "mean"\npairs = {pairs}\nbatch = 4\nrank = 1\n')
+    dump, file = str(place / "work" / "activations.safetensors"), str(place / "work" / "directions.safetensors")
+    assert capture.name == "capture"
+    options = ("--position", "mean", "--pairs", str(place / "pairs.jsonl"), "--batch", "4")
+    assert capture.command == ("capture", str(place / "source"), dump, *options)
+    assert directions.command == ("directions", dump, file, "--rank", "1")
+
+
 def test_a_second_run_skips_everything(place):
     stages = planned(place)
     tool = Tool(stages)
@@ -184,6 +237,11 @@ def test_a_state_that_cannot_be_read_is_an_error(place):
     [
         ("[directions]\nrank = 1\n", "needs pairs, activations or directions"),
         ('[directions]\npairs = "pairs.jsonl"\n[lora]\nrank = 4\n', r"\[lora\] needs data"),
+        ('[directions]\npairs = ["a/topic.jsonl", "b/Topic.jsonl"]\n', "two files are called topic"),
+        ('[directions]\npairs = ["topic.jsonl", "topic.jsonl"]\n', "pairs: names a file twice"),
+        ("[directions]\npairs = []\n", r"pairs: expected a path or a list of paths, found \[\]"),
+        ('[directions]\npairs = ["a.jsonl", 1]\n', r'expected a path or a list of paths, found \["a.jsonl", 1\]'),
+        ('[directions]\ndirections = "d.gguf"\nwithout = "o.gguf"\n', "without is about pairs or activations"),
         ("[lora]\nrnak = 4\n", "the nearest known one is 'rank'"),
     ],
 )

@@ -116,6 +116,41 @@ def test_what_is_no_pair_is_named(file, line, said):
     assert isinstance(caught.value, AblateError)
 
 
+ANSWERED = {"positive": {"prompt": "a", "response": "b"}, "negative": {"prompt": "a", "response": "c"}}
+UNANSWERED = {"positive": "a", "negative": "b"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([UNANSWERED, UNANSWERED, ANSWERED, UNANSWERED], "line 3: expected no responses as in the lines before, found"),
+        ([ANSWERED, ANSWERED, UNANSWERED, ANSWERED], "line 3: expected responses as in the lines before, found none"),
+    ],
+)
+def test_a_file_has_pairs_of_one_kind(file, lines, said):
+    with pytest.raises(SamplesError) as caught:
+        load_pairs(file(*lines))
+    assert said in str(caught.value)
+    assert "files of their own" in str(caught.value)
+    assert len(load_pairs(file(ANSWERED, ANSWERED))) == len(load_pairs(file(UNANSWERED, UNANSWERED))) == 2
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative"),
+    [
+        ("a", "a"),
+        ("a", {"prompt": "a"}),
+        ({"prompt": "a", "response": "b"}, {"prompt": "a", "response": "b\n"}),
+        ({"prompt": "a", "response": "b", "system": "c"}, {"prompt": "a", "response": "b", "system": "c"}),
+    ],
+)
+def test_a_pair_has_a_contrast(file, positive, negative):
+    with pytest.raises(SamplesError, match="line 1: both sides are the same, so there is nothing to contrast"):
+        load_pairs(file({"positive": positive, "negative": negative}))
+    system = {"positive": {"prompt": "a", "system": "b"}, "negative": {"prompt": "a", "system": "c"}}
+    assert len(load_pairs(file(system))) == 1
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

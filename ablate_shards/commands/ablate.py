@@ -122,6 +122,7 @@ def ablate(
     estimator: Any,
     rank: int,
     winsorize: float | None,
+    without: tuple[Path, ...],
     recipe: Any,
     device: str,
     memory: int,
@@ -178,7 +179,7 @@ def ablate(
     if not dry_run and is_folder(out):
         check_out(checkpoint.path, files_of(checkpoint), out, overwrite=overwrite)
     estimation = EstimatorOptions(estimator=estimator, rank=rank, winsorize=winsorize)
-    found, used = _find_directions(checkpoint, directions, activations, estimation, progress)
+    found, used = _find_directions(checkpoint, directions, activations, estimation, without, progress)
     progress.note(f"directions: {used}")
     if options.source_layer == "best":
         progress.note(f"source layer: {found.best_layer()}, the best by its scores")
@@ -223,28 +224,38 @@ def _one_source(directions: Path | None, activations: Path | None) -> tuple[Path
         if typed("directions") == typed("activations"):
             raise UsageError("--directions and --activations both name the directions; give one of them")
         directions, activations = (directions, None) if typed("directions") else (None, activations)
-    ignored = [name for name in ("estimator", "rank", "winsorize") if typed(name)]
+    ignored = [name for name in ("estimator", "rank", "winsorize", "without") if typed(name)]
     if directions is not None and ignored:
         raise UsageError(f"--{ignored[0]} is about activations, but {directions} holds directions already; use -a DUMP")
     return directions, activations
 
 
 def _find_directions(
-    checkpoint: Any, directions: Path | None, activations: Path | None, estimation: Any, progress: Any
+    checkpoint: Any,
+    directions: Path | None,
+    activations: Path | None,
+    estimation: Any,
+    without: tuple[Path, ...],
+    progress: Any,
 ) -> tuple[Any, Path]:
     from ablate_shards.surgery.directions.activations import open_activations
     from ablate_shards.surgery.directions.estimate import compute_directions
     from ablate_shards.surgery.directions.formats import read_directions
+    from ablate_shards.surgery.directions.without import read_without
 
     if directions is None and activations is None and checkpoint.remote is None:
         beside = [checkpoint.root / f"{name}.safetensors" for name in ("directions", "activations")]
         directions = beside[0] if beside[0].is_file() else None
         activations = beside[1] if directions is None and beside[1].is_file() else None
+        if directions is not None and without:
+            raise UsageError(f"--without is about activations, but {directions} holds directions already; use -a DUMP")
     if directions is not None:
         return read_directions(directions), directions
     if activations is not None:
+        dump = open_activations(activations)
+        other = read_without(without, dump)
         with progress:
-            return compute_directions(open_activations(activations), estimation, progress=progress.count), activations
+            return compute_directions(dump, estimation, without=other, progress=progress.count), activations
     here = f", and neither directions.safetensors nor activations.safetensors is in {checkpoint.root}"
     raise UsageError(
         f"no directions given{here if checkpoint.remote is None else ''}; make them with "

@@ -198,6 +198,13 @@ estimation = _options(
         metavar="QUANTILE",
         help="Clip each prompt's activations at this quantile of their magnitudes.",
     ),
+    click.option(
+        "--without",
+        type=PATH,
+        multiple=True,
+        metavar="FILE",
+        help="Make each layer's directions orthogonal to those of this directions file; may be repeated.",
+    ),
 )
 
 

@@ -13,7 +13,7 @@ from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAME
 from ablate_shards.surgery.anatomy.architecture import Anatomy, Writer, split_layer
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
-from ablate_shards.surgery.directions.directions import Directions, score_table
+from ablate_shards.surgery.directions.directions import Directions, score_row, score_table
 from ablate_shards.surgery.edit.receipt import TensorResult
 from ablate_shards.surgery.plan.edits import Edit, TensorEdit
 from ablate_shards.surgery.plan.plan import Plan
@@ -22,6 +22,7 @@ from ablate_shards.terminal.tables import Column, Row, Stack, bar, output, print
 
 if TYPE_CHECKING:
     # Only for types: most commands need none of these rooms.
+    from ablate_shards.surgery.directions.compare import Comparison
     from ablate_shards.surgery.hub.push import PushPlan
     from ablate_shards.surgery.merge.merge import Merged
     from ablate_shards.surgery.merge.plan import MergeEdit, MergePlan
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "inspection",
+    "print_comparison",
     "print_inspection",
     "print_merge",
     "print_merge_plan",
@@ -48,6 +50,10 @@ _NO_LAYER = "–"
 _PARTS = {"attention": ("█", "cyan"), "mlp": ("▓", "blue")}
 #: The columns of scores in their order, and which are left out first where a screen is narrow.
 _SCORES = (("signal_to_noise", 0), ("auc", 1), ("purity", 2), ("cosine", 3), ("split_half", 4), ("contrast", 5))
+#: The norm that is left of a direction, where others were taken out.
+_LEFT = ("left", 1)
+#: The columns of a comparison, as above.
+_COMPARED = (("auc", 0), ("signal_to_noise", 1), ("split_half", 2), ("purity", 3))
 
 
 def print_plan(checkpoint: Checkpoint, plan: Plan) -> None:
@@ -278,6 +284,7 @@ def print_scores(directions: Directions, file: Path) -> None:
     screen = output()
     best = _best_layer(directions)
     scored = score_table(directions)
+    columns = (*_SCORES, *([_LEFT] if any(_LEFT[0] in row for row in scored) else []))
     most = max((row["signal_to_noise"] or 0.0 for row in scored), default=0.0)
     rows = [
         Row(
@@ -285,18 +292,83 @@ def print_scores(directions: Directions, file: Path) -> None:
                 str(row["layer"]),
                 *(_score(row[column]) for column, _ in _SCORES[:1]),
                 bar(row["signal_to_noise"], most, "green" if row["layer"] == best else "cyan"),
-                *(_score(row[column]) for column, _ in _SCORES[1:]),
+                *(_score(row[column]) for column, _ in columns[1:]),
                 "best" if row["layer"] == best else "",
             ),
             "bold" if row["layer"] == best else "",
         )
         for row in scored
     ]
-    headings = [Column(column.replace("_", " "), right=True, rank=rank) for column, rank in _SCORES]
+    headings = [Column(column.replace("_", " "), right=True, rank=rank) for column, rank in columns]
     print_table(screen, (_LAYER, headings[0], Column("", bar=True), *headings[1:], Column("")), rows)
     say(screen, "the bar is the signal to noise; higher is better, except for the cosine, that of the two means", "dim")
+    if len(columns) > len(_SCORES):
+        say(screen, "left: of each direction without those of --without; all scores are of what is left", "dim")
     known = f"best layer: {best}" if best is not None else "the best layer is not known, choose it with --source-layer"
     _print_line(screen, f"{known}; written to {file}")
+
+
+def print_comparison(comparison: "Comparison") -> None:
+    """Prints how the directions of several dumps score at their best layers, how far they agree, and which is taken."""
+    screen = output()
+    rows = [score_row(candidate.best) if candidate.best is not None else {} for candidate in comparison.candidates]
+    most = max((row.get("auc") or 0.0 for row in rows), default=0.0)
+    columns = [*_COMPARED, *([_LEFT] if any(_LEFT[0] in row for row in rows) else [])]
+    print_table(
+        screen,
+        (
+            _DUMP,
+            Column("best layer", right=True),
+            *(Column(name.replace("_", " "), right=True, rank=rank) for name, rank in columns[:1]),
+            Column("", bar=True),
+            *(Column(name.replace("_", " "), right=True, rank=rank) for name, rank in columns[1:]),
+            Column(""),
+        ),
+        [
+            Row(
+                (
+                    candidate.name,
+                    str(row.get("layer", _NO_LAYER)),
+                    _score(row.get("auc")),
+                    bar(row.get("auc"), most, "green" if candidate is comparison.taken else "cyan"),
+                    *(_score(row.get(name)) for name, _ in columns[1:]),
+                    "best" if candidate is comparison.taken else "",
+                ),
+                "bold" if candidate is comparison.taken else "",
+            )
+            for candidate, row in zip(comparison.candidates, rows, strict=True)
+        ],
+    )
+    say(screen, "each dump's scores at its own best layer; the bar is the held-out AUC", "dim")
+    print_table(
+        screen,
+        (
+            _DUMP,
+            Column("and", wraps=True),
+            Column("cosine", right=True),
+            Column("at layer", right=True, rank=1),
+            Column("cosine there", right=True, rank=1),
+        ),
+        [
+            Row(
+                (
+                    agreement.first,
+                    agreement.second,
+                    _score(agreement.median),
+                    _NO_LAYER if agreement.layer is None else str(agreement.layer),
+                    _score(agreement.at_layer),
+                )
+            )
+            for agreement in comparison.agreements
+        ],
+    )
+    several = ", of several the largest principal cosine" if comparison.directions.rank > 1 else ""
+    say(screen, f"cosine: of the directions of two dumps{several}, median over the layers", "dim")
+    say(
+        screen,
+        f"{comparison.taken.name} is taken: {comparison.reason}. Where the agreement is low, the kinds find different "
+        "things, and removing what one finds leaves what the others find.",
+    )
 
 
 def _score(value: float | None) -> str:
@@ -310,9 +382,16 @@ def _best_layer(directions: Directions) -> int | None:
         return None
 
 
-def scores(directions: Directions) -> dict[str, Any]:
-    """Returns what ``directions`` shows, as JSON types."""
+def scores(directions: Directions, comparison: "Comparison | None" = None) -> dict[str, Any]:
+    """Returns what ``directions`` shows, as JSON types; of a comparison, also every layer of every dump."""
+    compared: dict[str, Any] = {}
+    if comparison is not None:
+        compared = comparison.as_dict()
+        for row, candidate in zip(compared["dumps"], comparison.candidates, strict=True):
+            row["path"] = str(candidate.path)
+            row["layers"] = score_table(candidate.directions)
     return {
+        **compared,
         "sha256": directions.sha256(),
         "rank": directions.rank,
         "best_layer": _best_layer(directions),
@@ -447,6 +526,7 @@ def _count(number: int, noun: str) -> str:
 
 
 _LAYER = Column("layer", right=True)
+_DUMP = Column("dump", wraps=True)
 _TENSORS = Column("tensors", wraps=True, brief=_leaves_of)
 _MERGED = (
     _LAYER,

@@ -9,13 +9,15 @@ import numpy as np
 from ablate_shards.errors import DirectionsError
 from ablate_shards.surgery.directions.vectors import (
     NOTHING_LEFT,
+    orthogonal_to,
     orthonormal,
     project_out,
     smallest_singular_value,
+    span,
     unit,
 )
 
-__all__ = ["Directions", "LayerScore", "apply_gain", "biproject", "score_table"]
+__all__ = ["Directions", "LayerScore", "apply_gain", "biproject", "score_row", "score_table"]
 
 #: Where in the stack the best layer is looked for, as a share of the last layer's index.
 _MIDDLE = (0.4, 0.9)
@@ -33,6 +35,8 @@ class LayerScore:
         signal_to_noise: Gap of the class means along held-out directions, over the pooled deviation.
         auc: Area under the curve of held-out prompts, along directions that did not see them.
         split_half: Cosine of the directions of two halves of the prompts.
+        left: Norm left of the unit direction when other directions were taken out of it (the least of several rows);
+            None where none were. All that is said of the direction is then said of what is left.
     """
 
     layer: int
@@ -42,6 +46,7 @@ class LayerScore:
     signal_to_noise: float | None = None
     auc: float | None = None
     split_half: float | None = None
+    left: float | None = None
 
 
 @dataclass(frozen=True)
@@ -127,16 +132,10 @@ def biproject(basis: np.ndarray, references: Sequence[np.ndarray]) -> tuple[np.n
     Raises:
         DirectionsError: Less than 1e-6 is left of a direction.
     """
-    axes = np.empty((0, basis.shape[1]))
-    for reference in references:
-        rest = project_out(unit(reference.astype(np.float64)), axes)
-        if np.linalg.norm(rest) > NOTHING_LEFT:
-            axes = np.vstack([axes, unit(project_out(unit(rest), axes))])
-    rest = project_out(basis.astype(np.float64), axes)
-    left = smallest_singular_value(rest)
+    found, left = orthogonal_to(span(references, basis.shape[1]), basis)
     if left < NOTHING_LEFT:
         raise DirectionsError(f"only {left:.1e} of it is left; use --no-biproject or another --source-layer")
-    return orthonormal(project_out(orthonormal(rest), axes)), left
+    return found, left
 
 
 def apply_gain(basis: np.ndarray, gain: np.ndarray) -> np.ndarray:
@@ -161,8 +160,13 @@ def apply_gain(basis: np.ndarray, gain: np.ndarray) -> np.ndarray:
 
 
 def score_table(directions: Directions) -> list[dict[str, int | float | None]]:
-    """Returns a row per scored layer, ascending."""
-    return [asdict(directions.scores[layer]) for layer in sorted(directions.scores)]
+    """Returns a row per scored layer, ascending; ``left`` is in it only where directions were taken out."""
+    return [score_row(directions.scores[layer]) for layer in sorted(directions.scores)]
+
+
+def score_row(score: LayerScore) -> dict[str, int | float | None]:
+    """Returns a layer's scores by name."""
+    return {name: value for name, value in asdict(score).items() if name != "left" or value is not None}
 
 
 _TINY = float(np.finfo(np.float64).tiny)

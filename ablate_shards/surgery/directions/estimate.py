@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -21,7 +21,8 @@ from ablate_shards.surgery.directions.activations import (
 )
 from ablate_shards.surgery.directions.directions import Directions, LayerScore, score_by_means
 from ablate_shards.surgery.directions.formats import read_directions
-from ablate_shards.surgery.directions.vectors import LARGEST, NOTHING_LEFT, orthonormal, unit
+from ablate_shards.surgery.directions.vectors import LARGEST, NOTHING_LEFT, orthonormal, project_out, unit
+from ablate_shards.surgery.directions.without import Without
 
 __all__ = ["Estimator", "EstimatorOptions", "compute_directions"]
 
@@ -84,13 +85,18 @@ class EstimatorOptions:
 
 
 def compute_directions(
-    dump: ActivationDump, options: EstimatorOptions, *, progress: Callable[[int, int], None] | None = None
+    dump: ActivationDump,
+    options: EstimatorOptions,
+    *,
+    without: Without | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Directions:
     """Computes one basis per layer and scores it; all statistics are float64.
 
     Args:
         dump: The activations.
         options: The estimator.
+        without: Other directions to take out of every direction, those that the scores are computed from included.
         progress: Called with the layers done and their number.
 
     Returns:
@@ -98,7 +104,7 @@ def compute_directions(
 
     Raises:
         ActivationsError: A value is not finite, or the labels do not pair up where they must.
-        DirectionsError: Positives equal negatives, or the rank is too high.
+        DirectionsError: Positives equal negatives, the rank is too high, or nothing is left without other directions.
     """
     if dump.means_only:
         if options != EstimatorOptions():
@@ -106,7 +112,8 @@ def compute_directions(
                 f"{dump.path}: holds class means, of which only mean-difference can be taken; capture an activation "
                 "dump for another estimator or to winsorize"
             )
-        return read_directions(dump.path)
+        measured = read_directions(dump.path)
+        return measured if without is None else _taken_out(measured, without, dump)
     basis, reference, scores = {}, {}, {}
     # The svd estimator spends its time in LAPACK, which has threads of its own, and needs a Gram matrix in each.
     workers = 1 if options.estimator == "svd" else min(_WORKERS, os.cpu_count() or 1)
@@ -115,7 +122,7 @@ def compute_directions(
     def solve(layer: int) -> tuple[np.ndarray, np.ndarray, LayerScore]:
         if not hasattr(local, "kept"):
             local.kept = {label: Kept(_KEPT_BYTES) for label in LABELS}
-        return _Layer(dump, layer, options, local.kept).solve()
+        return _Layer(dump, layer, options, local.kept, without).solve()
 
     with ThreadPoolExecutor(workers) as pool:
         solved = pool.map(solve, dump.layers)
@@ -125,7 +132,21 @@ def compute_directions(
                 progress(done, len(dump.layers))
     metadata = {key: value for key, value in dump.metadata.items() if key not in ("format", "hidden_size")}
     metadata["estimator"] = json.dumps(asdict(options))
+    if without is not None:
+        metadata["without"] = without.as_metadata()
     return Directions(basis, reference, scores, metadata)
+
+
+def _taken_out(directions: Directions, without: Without, dump: ActivationDump) -> Directions:
+    """Takes other directions out of those that were measured elsewhere, of which only the purity can be scored."""
+    basis, scores = {}, {}
+    for layer in directions.layers:
+        found, left = without.take_out(layer, directions.basis[layer], f"{dump.path}: layer {layer}")
+        basis[layer] = found.astype(np.float32)
+        if layer in directions.scores:
+            purity = float(np.linalg.norm(project_out(found[0], unit(directions.reference[layer].astype(float))[None])))
+            scores[layer] = replace(directions.scores[layer], purity=purity, left=left)
+    return Directions(basis, directions.reference, scores, {**directions.metadata, "without": without.as_metadata()})
 
 
 class _Layer:
@@ -136,8 +157,15 @@ class _Layer:
     all of them; all but each fold; each half.
     """
 
-    def __init__(self, dump: ActivationDump, layer: int, options: EstimatorOptions, kept: Mapping[Label, Kept]) -> None:
-        self._dump, self._layer, self._options, self._kept = dump, layer, options, kept
+    def __init__(
+        self,
+        dump: ActivationDump,
+        layer: int,
+        options: EstimatorOptions,
+        kept: Mapping[Label, Kept],
+        without: Without | None = None,
+    ) -> None:
+        self._dump, self._layer, self._options, self._kept, self._without = dump, layer, options, kept, without
         self._where = f"{dump.path}: layer {layer}"
         self._counts = dict(zip(LABELS, dump.counts(layer), strict=True))
         fewest = min(self._counts.values())
@@ -179,10 +207,29 @@ class _Layer:
             bases = unit(self._medians("positive", positive) - self._medians("negative", negative))[:, None]
         else:
             bases = self._singular(gaps)
+        left = None
+        if self._without is not None:
+            bases, left = self._taken_out(bases, gaps, self._without)
         measured = self._held_out(bases[:, 0], (positive + negative) / 2) if self._folds else (None, None, None)
         score = score_by_means(self._layer, positive[0], negative[0], gaps[0], bases[0, 0])
-        score = LayerScore(score.layer, score.cosine, score.contrast, score.purity, *measured)
+        signal, auc, split_half = measured
+        score = replace(score, signal_to_noise=signal, auc=auc, split_half=split_half, left=left)
         return bases[0].astype(np.float32), negative[0].astype(np.float32), score
+
+    def _taken_out(self, bases: np.ndarray, gaps: np.ndarray, without: Without) -> tuple[np.ndarray, float]:
+        """Takes other directions out of the bases ``[subsets, k, d]``; also returns what is left of the first.
+
+        What is held out is thus scored along what is left. The vectors stay on the side of the positives.
+        """
+        first, left = without.take_out(self._layer, bases[0], self._where)
+        axes = without.axes[self._layer]
+        rest = project_out(bases, axes)
+        rest = unit(
+            project_out(unit(np.where(np.linalg.norm(rest, axis=2, keepdims=True) > NOTHING_LEFT, rest, 0)), axes)
+        )
+        rest[0] = first
+        signs = np.where(np.vecdot(rest, gaps[:, None]) < 0, -1.0, 1.0)
+        return rest * signs[:, :, None], left
 
     def _chunks(self, label: Label) -> Iterator[np.ndarray]:
         """Yields the (winsorised) activations, ``[prompts, d]`` float64; the next overwrites them."""

@@ -162,10 +162,31 @@ _Read = TypeVar("_Read")
 def load_pairs(path: Path) -> tuple[Pair, ...]:
     """Reads prompt pairs; a side is an object with ``prompt``, ``response`` and ``system``, or a prompt alone.
 
+    Activations are read at the end of a response, or where one would begin: a file has responses throughout or none.
+    A pair of which one side alone has one is left to what reads activations.
+
     Raises:
-        SamplesError: The file cannot be read, or a line is not a pair.
+        SamplesError: The file cannot be read, a line is not a pair, or is odd: its sides are the same, or it alone has
+            responses or has none.
     """
-    return _load(path, Pair, {}, {"positive": _turn, "negative": _turn, "language": _text})
+    answered: list[bool] = []
+
+    def check(pair: Pair) -> None:
+        sides = pair.positive, pair.negative
+        if len({(side.prompt, (side.response or "").strip(), side.system) for side in sides}) == 1:
+            raise ValueError("both sides are the same, so there is nothing to contrast; change one, or remove the line")
+        found = {side.response is not None for side in sides}
+        if len(found) > 1:
+            return
+        answered.extend(found)
+        if answered[-1] != answered[0]:
+            expected, seen = ("responses", "none") if answered[0] else ("no responses", "some")
+            raise ValueError(
+                f"expected {expected} as in the lines before, found {seen}; the two are read at different places, so "
+                "put them into files of their own"
+            )
+
+    return _load(path, Pair, {}, {"positive": _turn, "negative": _turn, "language": _text}, check)
 
 
 def load_instructions(path: Path) -> tuple[Instruction, ...]:

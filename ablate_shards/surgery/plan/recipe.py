@@ -39,7 +39,7 @@ _CAPTURE = frozenset({"pairs", "position", "plain", "batch", "dtype", "offload",
 #: The recipe's tables and their keys; each key is the long name of a flag or argument.
 TABLES: Mapping[str, frozenset[str]] = {
     "source": frozenset({"source", "out", "work"}),
-    "directions": frozenset({"directions", "activations", "estimator", "rank", "winsorize", *_CAPTURE}),
+    "directions": frozenset({"directions", "activations", "estimator", "rank", "winsorize", "without", *_CAPTURE}),
     "ablate": frozenset(
         {
             "layers",
@@ -116,8 +116,23 @@ TABLES: Mapping[str, frozenset[str]] = {
 }
 _EDIT_TABLES = ("source", "directions", "ablate")
 _PATHS = frozenset(
-    {"source", "out", "work", "directions", "activations", "pairs", "data", "keep", "questions", "text", "card"}
+    {
+        "source",
+        "out",
+        "work",
+        "directions",
+        "activations",
+        "pairs",
+        "without",
+        "data",
+        "keep",
+        "questions",
+        "text",
+        "card",
+    }
 )
+#: Those that may be lists.
+_PATH_LISTS = frozenset({"pairs", "without"})
 _SWITCHES = frozenset(
     {
         "biproject",
@@ -194,7 +209,8 @@ class Recipe:
     """A recipe as read.
 
     Attributes:
-        tables: Per table, values by flag name as a user would type them; paths are relative to the recipe.
+        tables: Per table, values by flag name as a user would type them; paths are relative to the recipe, and
+            several of one key are a tuple.
         overrides: The ``[[ablate.override]]`` entries.
         targets: The ``[[ablate.target]]`` entries.
     """
@@ -305,6 +321,9 @@ def read_recipe(path: Path) -> Recipe:
                 raise RecipeError(f"{path}: [{table}] {key}: expected {wanted}, found {json.dumps(value)}")
             if isinstance(value, dict):
                 raise RecipeError(f"{path}: [{table}] {key}: expected a value, found a table")
+            if key in _PATH_LISTS:
+                flags[key] = _paths(path, table, key, value)
+                continue
             if key in _PATHS:
                 if not isinstance(value, str):
                     raise RecipeError(f"{path}: [{table}] {key}: expected a path, found {value!r}")
@@ -313,7 +332,24 @@ def read_recipe(path: Path) -> Recipe:
                 names = value if isinstance(value, list) else str(value).split(",")
                 value = [str(path.parent / name) if _is_file_of_tasks(name) else name for name in map(str, names)]
             flags[key] = ",".join(map(str, value)) if isinstance(value, list) else value
+    made = tables.get("directions", {})
+    if "without" in made and "directions" in made:
+        raise RecipeError(
+            f"{path}: [directions] without is about pairs or activations, but directions names directions that are "
+            "computed already; remove one of the two"
+        )
     return Recipe(tables, tuple(overrides), tuple(targets))
+
+
+def _paths(recipe: Path, table: str, key: str, value: Any) -> tuple[str, ...]:
+    """Returns one path or several, as they are from where the recipe lies."""
+    found = value if isinstance(value, list) else [value]
+    if not found or not all(isinstance(each, str) for each in found):
+        raise RecipeError(f"{recipe}: [{table}] {key}: expected a path or a list of paths, found {json.dumps(value)}")
+    paths = tuple(_located(recipe, key, each) for each in found)
+    if len(set(paths)) < len(paths):
+        raise RecipeError(f"{recipe}: [{table}] {key}: names a file twice; name each once")
+    return paths
 
 
 def _is_file_of_tasks(name: str) -> bool:

@@ -27,6 +27,7 @@ __all__ = ["Ablation", "Findings", "Merging", "ReportOptions", "Training", "find
 _TRAINING_FORMAT = "ablate-shards.training/1"
 _EVALUATION = ".evaluation.json"
 _ACTIVATIONS = "activations.safetensors"
+_KINDS = "activations-*.safetensors"
 
 _T = TypeVar("_T")
 
@@ -279,7 +280,9 @@ class _Gatherer:
             same = dump.metadata.get("inputs") == directions.metadata.get("inputs")
             return project(dump, directions.basis) if same else ()
 
-        for path in (place / _ACTIVATIONS for place in self._places):
+        # Of several kinds of pairs, the inputs tell which dump it was.
+        dumps = [(place / _ACTIVATIONS, *sorted(place.glob(_KINDS))) for place in self._places]
+        for path in (path for found in dumps for path in found):
             if path.exists() and (found := self._try("projection", partial(read, path))):
                 return found
         self._missing.setdefault(

@@ -109,6 +109,9 @@ def _directions_table(found: Findings) -> Iterator[str]:
     try:
         estimator = json.loads(metadata["estimator"])
         yield from (f"{key} = {_toml(estimator[key])}" for key in _ESTIMATED if estimator.get(key) is not None)
+        if others := json.loads(metadata.get("without", "[]")):
+            yield from (f"# SHA-256 of {_line(other['file'])} {_line(other['sha256'])}" for other in others)
+            yield f"without = {_toml([other['file'] for other in others])}"
     except (LookupError, TypeError, ValueError, AttributeError):
         return
 

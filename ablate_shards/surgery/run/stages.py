@@ -47,6 +47,7 @@ class Stage:
 def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path) -> tuple[Stage, ...]:
     """Returns what a recipe asks for, in order: each table that is there adds its stages.
 
+    Each file of pairs is captured in a stage of its own, and the directions of several are compared.
     ``[evaluate]`` measures the source, the ablated checkpoint and the result; ``[lora]`` trains an adapter on
     the ablated checkpoint and merges it.
 
@@ -58,7 +59,8 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
         work: The folder for everything between.
 
     Raises:
-        RecipeError: The recipe names no directions and nothing to make them from, or no data for ``[lora]``.
+        RecipeError: The recipe names no directions and nothing to make them from, two files of pairs of one name, or
+            no data for ``[lora]``.
     """
     given = {name: dict(recipe.tables.get(name, {})) for name in ("directions", "ablate", "lora", "evaluate")}
     made = given["directions"]
@@ -79,32 +81,23 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
     if "directions" in made:
         directions = Path(made["directions"])
     else:
+        computed = _only(made, "estimator", "rank", "winsorize", "without")
         if "activations" in made:
-            dump = Path(made["activations"])
+            dumps = [Path(made["activations"])]
         elif "pairs" in made:
-            dump = work / "activations.safetensors"
-            estimation = ("estimator", "rank", "winsorize")
-            options, files = _options(
-                {key: value for key, value in made.items() if key not in estimation}, files=("pairs",)
-            )
-            stages.append(
-                Stage(
-                    "capture",
-                    ("capture", str(source), str(dump), *options),
-                    (source, *files),
-                    dump,
-                    ("--resume", "--overwrite"),
-                )
-            )
+            settings = {key: value for key, value in made.items() if key not in computed}
+            captures = _captures(settings, path, source, work)
+            stages += captures
+            dumps = [stage.output for stage in captures]
         else:
             raise RecipeError(f"{path}: [directions] needs pairs, activations or directions to start from")
         directions = work / "directions.safetensors"
-        options, _ = _options(_only(made, "estimator", "rank", "winsorize"))
+        options, files = _options(computed, files=("without",))
         stages.append(
             Stage(
                 "directions",
-                ("directions", str(dump), str(directions), *options),
-                (dump,),
+                ("directions", *map(str, dumps), str(directions), *options),
+                (*dumps, *files),
                 directions,
                 ("--overwrite",),
             )
@@ -147,6 +140,25 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
         )
         evaluated("result", out, source, "finetune")
     return tuple(stages)
+
+
+def _captures(settings: Mapping[str, Any], recipe: Path, source: Path, work: Path) -> list[Stage]:
+    """Returns a stage per file of pairs; that of a single one does not carry its name."""
+    pairs: Sequence[str] = settings["pairs"]
+    stems = [Path(file).stem for file in pairs]
+    stages = []
+    for file, stem in zip(pairs, stems, strict=True):
+        if [other.casefold() for other in stems].count(stem.casefold()) > 1:
+            raise RecipeError(
+                f"{recipe}: [directions] pairs: two files are called {stem}, which is what their dumps would be called "
+                "by; rename one"
+            )
+        name, dump = ("capture", "activations") if len(pairs) == 1 else (f"capture {stem}", f"activations-{stem}")
+        output = work / f"{dump}.safetensors"
+        options = as_flags({**settings, "pairs": file})
+        command = ("capture", str(source), str(output), *options)
+        stages.append(Stage(name, command, (source, Path(file)), output, ("--resume", "--overwrite")))
+    return stages
 
 
 def run_stages(
@@ -205,7 +217,7 @@ def as_flags(table: Mapping[str, Any]) -> tuple[str, ...]:
         elif value is False:
             words += [f"--no-{key}"] if key in _BOTH_WAYS else []
         else:
-            words += [f"--{key}", str(value)]
+            words += [word for each in _each(value) for word in (f"--{key}", str(each))]
     return tuple(words)
 
 
@@ -295,4 +307,9 @@ def _only(table: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 def _options(table: Mapping[str, Any], files: Sequence[str] = ()) -> tuple[tuple[str, ...], tuple[Path, ...]]:
     """Returns the flags that keys stand for, and those among them that are files to read."""
-    return as_flags(table), tuple(Path(table[key]) for key in files if key in table)
+    return as_flags(table), tuple(Path(each) for key in files if key in table for each in _each(table[key]))
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    """Returns the values of a key that may be given several times."""
+    return value if isinstance(value, tuple) else (value,)
