@@ -19,9 +19,11 @@ _VERDICTS = {
     "neutral": "#5fa2d0",
     "deflecting": _GREY,
     "wrong": _PURPLE,
-    "broken": "#8a3b2e",
-    "unclear": "#e4e1da",
+    "broken": "#a81e3c",
+    "unclear": "#e2dfd8",
 }
+#: What is no answer is striped, so that it can be told without its colour.
+_STRIPES = {"broken": "/////"}
 _RAMP = ("#f1efea", "#14507f")
 _STYLE: Mapping[str, Any] = {
     "axes.axisbelow": True,
@@ -177,13 +179,23 @@ def _verdicts(figure: "Figure", data: Mapping[str, Any]) -> None:
         starts = np.zeros(len(inside))
         for verdict, colour in _VERDICTS.items():
             shares = np.array([row[verdict][0] / row[verdict][1] for row in inside])
-            axes.barh([row["stage"] for row in inside], shares, left=starts, color=colour, label=verdict, height=0.7)
+            axes.barh(
+                [row["stage"] for row in inside],
+                shares,
+                left=starts,
+                color=colour,
+                label=verdict,
+                height=0.7,
+                hatch=_STRIPES.get(verdict),
+                edgecolor="white",
+                linewidth=0.6,
+            )
             starts += shares
         axes.set_title(group)
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(PercentFormatter(1))
     handles, labels = every[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6)
 
 
 def _bias(figure: "Figure", data: Mapping[str, Any]) -> None:
