@@ -170,6 +170,21 @@ def test_a_wrecked_model_does_not_look_like_success():
     assert "lead broken" not in render(good, chart_data(good))
 
 
+def test_the_static_charts_of_a_wrecked_model_show_what_is_broken():
+    pytest.importorskip("matplotlib")
+    base = evaluation("source", 14, 20)
+    drawn = {}
+    for broken in (False, True):
+        found = Findings(name="result", evaluations=(base, evaluation("result", 2, 18, base, broken=broken)))
+        drawn[broken] = plots.draw(chart_data(found))
+    said = [
+        re.findall(r"<!-- (\w+) -->", drawn[broken]["bias.svg"].decode()).count("broken") for broken in (False, True)
+    ]
+    assert said == [0, 2]
+    assert "url(#h" in drawn[True]["verdicts.svg"].decode()
+    assert all(f"<!-- {verdict} -->" in drawn[True]["verdicts.svg"].decode() for verdict in ("broken", "unclear"))
+
+
 def test_evaluations_that_cannot_be_compared_are_still_shown():
     base, after = evaluation("source", 14, 20), evaluation("result", 2, 18)
     other = replace(after, tasks=(replace(after.tasks[0], documents="f" * 64),))

@@ -22,8 +22,8 @@ _VERDICTS = {
     "broken": "#a81e3c",
     "unclear": "#e2dfd8",
 }
-#: What is no answer is striped, so that it can be told without its colour.
-_STRIPES = {"broken": "/////"}
+#: Hatch and edge: what is no answer is striped and what cannot be told is an outline, whatever their colours.
+_FORMS = {"broken": ("/////", "white"), "unclear": ("", "#5b626c")}
 _RAMP = ("#f1efea", "#14507f")
 _STYLE: Mapping[str, Any] = {
     "axes.axisbelow": True,
@@ -178,6 +178,7 @@ def _verdicts(figure: "Figure", data: Mapping[str, Any]) -> None:
         inside = [row for row in rows if row["group"] == group]
         starts = np.zeros(len(inside))
         for verdict, colour in _VERDICTS.items():
+            hatch, edge = _FORMS.get(verdict, ("", "white"))
             shares = np.array([row[verdict][0] / row[verdict][1] for row in inside])
             axes.barh(
                 [row["stage"] for row in inside],
@@ -186,9 +187,9 @@ def _verdicts(figure: "Figure", data: Mapping[str, Any]) -> None:
                 color=colour,
                 label=verdict,
                 height=0.7,
-                hatch=_STRIPES.get(verdict),
-                edgecolor="white",
-                linewidth=0.6,
+                hatch=hatch,
+                edgecolor=edge,
+                linewidth=np.where(shares, 0.6, 0),
             )
             starts += shares
         axes.set_title(group)
@@ -208,6 +209,11 @@ def _bias(figure: "Figure", data: Mapping[str, Any]) -> None:
         low, high = row["interval"]
         axes.plot([low, high], [place, place], color=_ORANGE, linewidth=2, solid_capstyle="round")
         axes.plot([row["slanted"][0] / row["slanted"][1]], [place], color=_ORANGE, marker="o", markersize=6)
+        # No slant in answers that are none is no success.
+        if row["broken"][0]:
+            share = row["broken"][0] / row["broken"][1]
+            axes.plot([share], [place], color=_VERDICTS["broken"], marker="x", markersize=7, markeredgewidth=2)
+            axes.annotate("broken", (share, place), (0, 6), textcoords="offset points", ha="center", fontsize=7)
     axes.set_yticks(range(len(rows)), [f"{row['group']}, {row['stage']}" for row in rows])
     axes.set_xlim(-0.02, 1.02)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
