@@ -10,9 +10,11 @@ from raw_checkpoints import HIDDEN, write_dump, write_llama
 from safetensors.numpy import save_file
 
 from ablate_shards.cli import cli
-from ablate_shards.surgery.evaluate.evaluation import Answer, Evaluation, Model, Text, compare
+from ablate_shards.surgery.evaluate.evaluation import Answer, Evaluation, Lean, Model, Text, compare
 from ablate_shards.surgery.evaluate.evaluation_file import write_evaluation
 from ablate_shards.surgery.evaluate.likelihood import Divergence, Perplexity
+from ablate_shards.surgery.evaluate.statistics import ratio
+from ablate_shards.surgery.evaluate.tasks import TaskScore
 
 LAYERS = 4
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)> & \u2028 '\""
@@ -62,6 +64,8 @@ def answers(slanted: int, right: int) -> tuple[Answer, ...]:
             raw=None,
             ended=True,
             verdict="slanted" if number < slanted else "neutral",
+            side=("taiwan" if number == 1 else "prc") if number < slanted else None,
+            because=f"states as fact: “Slanted text {number}”" if number < slanted else f"tells: “text {number}”",
         )
         for number in range(24)
     ]
@@ -85,14 +89,64 @@ def answers(slanted: int, right: int) -> tuple[Answer, ...]:
     return (*contested, *controls)
 
 
-def evaluation(name: str, slanted: int, right: int, base: Evaluation | None = None, questions="q" * 64) -> Evaluation:
+def wrecked(answers: tuple[Answer, ...]) -> tuple[Answer, ...]:
+    """Returns what a model says that an edit broke: the same salad, some of it cut off, and nothing slanted."""
+    return tuple(
+        replace(
+            answer,
+            text="of of of of" if number % 4 else f"certainly {number}",
+            ended=number % 3 > 0,
+            verdict="broken" if number % 4 else "unclear",
+            side=None,
+            because="loops: “of of of of”" if number % 4 else "nothing tells",
+            detached=True,
+            exact=None if answer.exact is None else False,
+            given=None if answer.given is None else False,
+        )
+        for number, answer in enumerate(answers)
+    )
+
+
+def evaluation(
+    name: str,
+    slanted: int,
+    right: int,
+    base: Evaluation | None = None,
+    questions="q" * 64,
+    *,
+    broken: bool = False,
+    measured: bool = True,
+) -> Evaluation:
+    """Makes an evaluation.
+
+    Args:
+        name: The model's.
+        slanted: How many answers are slanted.
+        right: How many controls are answered right.
+        base: What it is compared with.
+        questions: Digest of the questions.
+        broken: Whether an edit broke the model.
+        measured: Whether the lean was measured and tasks were asked.
+    """
+    said = answers(slanted, right)
+    scores = tuple(float(number < right) for number in range(20))
     found = Evaluation(
         model=Model(name, "a" * 64),
         options={"length": 64, "thinking": False},
         versions={"torch": "0.0"},
         questions=questions,
-        answers=answers(slanted, right),
+        answers=wrecked(said) if broken else said,
+        leans=tuple(
+            Lean(each.id, each.language, each.group, -1.0 - number / 40, {"prc": slanted / 10 - 2, "taiwan": -2.0})
+            for number, each in enumerate(said)
+            if each.exact is None
+        )
+        if measured
+        else (),
         text=Text("neutral.txt", "b" * 64, Perplexity(3.0, 100)),
+        tasks=(TaskScore("colours", "acc", True, right / 20, 20, ratio(map(bool, scores)).interval, scores, "e" * 64),)
+        if measured
+        else (),
     )
     if base is None:
         return found
@@ -108,8 +162,8 @@ def make_ablated(place: Path) -> Path:
     return place / "result"
 
 
-def make_run(place: Path) -> Path:
-    """Makes ``result`` and ``result.work``, as a recipe with every stage leaves them."""
+def make_run(place: Path, *, broken: bool = False) -> Path:
+    """Makes ``result`` and ``result.work``, as a recipe with every stage leaves them; ``broken`` as one that wrecks."""
     work = place / "result.work"
     work.mkdir(parents=True)
     write_llama(place / "source", layers=LAYERS)
@@ -120,5 +174,5 @@ def make_run(place: Path) -> Path:
     before = evaluation("source", 14, 20)
     write_evaluation(before, work / "source.evaluation.json")
     write_evaluation(evaluation("ablated", 4, 19, before), work / "ablated.evaluation.json")
-    write_evaluation(evaluation("result", 2, 18, before), work / "result.evaluation.json")
+    write_evaluation(evaluation("result", 2, 18, before, broken=broken), work / "result.evaluation.json")
     return place / "result"

@@ -6,6 +6,7 @@ import json
 import pytest
 import yaml
 from hub.hub_server import check_card
+from report_runs import evaluation
 
 from ablate_shards.errors import HubError
 from ablate_shards.names import BEGIN, END
@@ -131,15 +132,14 @@ def test_a_real_evaluation_is_shown_before_and_after(folder):
             )
             for number in range(4)
         )
-        evaluation = Evaluation(
+        made = Evaluation(
             model=Model(model, "0" * 64), options={"length": 8}, versions={}, questions="1" * 64, answers=answers
         )
         if base is None:
-            return evaluation
-        return dataclasses.replace(evaluation, base=base, comparison=compare(evaluation, base))
+            return made
+        return dataclasses.replace(made, base=base, comparison=compare(made, base))
 
-    evaluation = asked("edited", "neutral", base=asked("base", "slanted"))
-    write_evaluation(evaluation, folder / "edited.evaluation.json")
+    write_evaluation(asked("edited", "neutral", base=asked("base", "slanted")), folder / "edited.evaluation.json")
     card = model_card(folder, options(files=["ablation.json", "edited.evaluation.json"]))
     assert check_card(card) == ([], [])
     after, before = (ratio([False] * 4), ratio([False, True, True, True]))
@@ -150,6 +150,66 @@ def test_a_real_evaluation_is_shown_before_and_after(folder):
     for name, found in (("core slanted", after), ("core slanted (base model, before)", before)):
         assert metrics[name]["value"] == found.value
         assert metrics[name]["args"]["interval"] == pytest.approx(found.interval, abs=1e-6)
+
+
+def test_measures_are_named_as_a_person_reads_them(folder):
+    base = evaluation("base", 14, 20)
+    found = evaluation("edited", 2, 18, base)
+    write_evaluation(found, folder / "edited.evaluation.json")
+    card = model_card(folder, options(files=["ablation.json", "edited.evaluation.json"]))
+    assert check_card(card) == ([], [])
+    section = card[card.index(BEGIN) :]
+    rows = {line.split(" | ")[0][2:]: line for line in section.splitlines() if line.startswith("| ")}
+    for name, now, before in (
+        ("core slanted", "12.5%", "87.5%"),
+        ("core slanted to the PRC's claims", "6.2%", "81.2%"),
+        ("core slanted to Taiwan's independence", "6.2%", "6.2%"),
+        ("core broken", "0.0%", "0.0%"),
+        ("core (zh-Hant) slanted", "12.5%", "87.5%"),
+        ("unrelated answered exactly", "90.0%", "100.0%"),
+        ("lean, neutral over the PRC's claims (nats)", "0.5125", "-0.6875"),
+        ("core lean, neutral over Taiwan's independence (nats)", "0.8125", "0.8125"),
+        ("colours, acc", "0.9", "1"),
+        ("perplexity of neutral.txt", "20.09", "20.09"),
+        ("KL from the base over all tokens (nats)", "0.02", "–"),
+    ):
+        cells = rows[name].split(" | ")
+        assert (cells[1], cells[4]) == (now, before), name
+    assert section.index("**Slanted answers fell: 58 % → 8 % of 24") < section.index("## The edit")
+    for words in ("sides", "comparison", "controls unrelated", "manner"):
+        assert words not in card
+    (model,) = yaml.safe_load(card.split("---")[1])["model-index"]
+    metrics = {metric["type"]: metric for metric in model["results"][0]["metrics"]}
+    assert metrics["core-slanted-to-the-prc-s-claims"]["value"] == 0.0625
+    assert metrics["base-colours-acc"]["name"] == "colours, acc (base model, before)"
+
+
+def test_a_model_whose_answers_take_no_side_is_not_said_to(folder):
+    found = evaluation("edited", 0, 18, evaluation("base", 0, 20, measured=False), measured=False)
+    write_evaluation(found, folder / "edited.evaluation.json")
+    card = model_card(folder, options(files=["ablation.json", "edited.evaluation.json"]))
+    assert "| core slanted | 0.0% |" in card
+    for words in ("PRC", "Taiwan", "lean", "colours"):
+        assert words not in card
+
+
+def test_the_card_of_a_wrecked_model_says_so_first(folder):
+    found = evaluation("edited", 2, 18, evaluation("base", 14, 20), broken=True)
+    write_evaluation(found, folder / "edited.evaluation.json")
+    card = model_card(folder, options(files=["ablation.json", "edited.evaluation.json"]))
+    assert check_card(card) == ([], [])
+    assert card.index("**The edit broke the model: 75 % of its answers are broken") < card.index(
+        "| core slanted | 0.0% |"
+    )
+    assert "| core broken | 75.0% |" in card
+
+
+def test_names_from_files_break_no_table(folder):
+    base = evaluation("base", 2, 20)
+    found = dataclasses.replace(base, text=dataclasses.replace(base.text, name="a | b\nc.txt"))
+    write_evaluation(found, folder / "edited.evaluation.json")
+    card = model_card(folder, options(files=["ablation.json", "edited.evaluation.json"]))
+    assert "| perplexity of a \\| b c.txt | 20.09 | – | 100 |" in card
 
 
 def test_what_is_no_evaluation_is_not_taken_for_one(folder):

@@ -226,7 +226,7 @@ def test_a_file_says_all(tmp_path, found):
     assert [each.name for each in tmp_path.iterdir()] == ["e.json"]
 
 
-def test_what_a_file_adds_up_to_is_what_a_model_card_reads():
+def test_the_figures_of_a_file_are_found_by_their_keys():
     names = {measure.name: measure for measure in read_measures(json.loads(evaluation_text(whole())))}
 
     assert names["core slanted"].value == 0

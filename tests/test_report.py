@@ -105,6 +105,96 @@ def test_the_page_says_what_was_done_and_what_it_did(whole):
         assert words in text
 
 
+def test_whose_claims_and_what_decided_are_said(whole):
+    text = page_of(whole).text
+    for words in (
+        "source 88 %: 81 % to the PRC's claims, 6 % to Taiwan's independence; ablated 25",
+        "slanted to Taiwan's independence",
+        "states as fact: “Slanted text 1”",
+        "tells: “text 20”",
+    ):
+        assert words in text
+    (core,) = (
+        row
+        for row in chart_data(gather(whole, ReportOptions()))["verdicts"]
+        if row["stage"] == "result" and row["group"] == "core"
+    )
+    assert core["whose"] == "6\u202f% to the PRC's claims, 6\u202f% to Taiwan's independence"
+    assert {"broken", "unclear"} < core.keys()
+
+
+def test_lean_and_tasks_are_tables_where_they_were_measured(whole):
+    text = page_of(whole).text
+    assert re.search(r"the PRC's claims ?24 ?−0\.69 ?\+0\.31 ?\+0\.51 ?\+1\.20 ?\+1\.20 to \+1\.20 ?< 0\.0001", text)
+    assert re.search(r"colours, acc ?20 ?1\.000 ?0\.950 ?0\.900 ?−0\.100 ?−0\.250 to 0\.000 ?0\.500", text)
+    base = evaluation("source", 14, 20, measured=False)
+    bare = Findings(name="result", evaluations=(base, evaluation("result", 2, 20, base, measured=False)))
+    text = Page(render(bare, chart_data(bare))).text
+    for words in ("Lean", "Tasks", "lm-evaluation-harness", "How it answers", "Broken answers"):
+        assert words not in text
+    assert "No answer is broken or cut off" in text
+
+
+def test_one_evaluation_alone_has_lean_and_tasks_without_a_difference():
+    alone = Findings(name="result", evaluations=(evaluation("result", 2, 18),))
+    text = Page(render(alone, chart_data(alone))).text
+    assert re.search(r"the PRC's claims, held-out ?8 ?\+0\.31 ?Taiwan", text)
+    assert "Difference" not in text
+
+
+def test_a_wrecked_model_does_not_look_like_success():
+    base = evaluation("source", 14, 20)
+    found = Findings(name="result", evaluations=(base, evaluation("result", 2, 18, base, broken=True)))
+    page = render(found, chart_data(found))
+    text = Page(page).text
+    assert re.search(
+        r'<p class="lead broken">The edit broke the model: 75 % of its answers are broken \(0 % before\)', page
+    )
+    assert "What it says of slant therefore means nothing." in text
+    # "Slanted 0 %" never stands alone: what it became of stands beside it.
+    assert page.index("Bias ratio: slanted answers") < page.index("Broken answers") < page.index("Neutral answers")
+    assert "33 of 44, before 0 of 44" in text
+    for words in ("How it answers", "loops: “of of of of”", "cut off", "detached"):
+        assert words in text
+    options = re.search(r'<select id="by-after">(.*?)</select>', page)[1]
+    assert re.findall(r"<option>(\w+)</option>", options)[:6] == [
+        "slanted",
+        "neutral",
+        "deflecting",
+        "wrong",
+        "broken",
+        "unclear",
+    ]
+    # Broken answers to controls are found as such too.
+    assert page.count('data-after="broken"') == 33
+    good = Findings(name="result", evaluations=(base, evaluation("result", 2, 18, base)))
+    assert "lead broken" not in render(good, chart_data(good))
+
+
+def test_the_static_charts_of_a_wrecked_model_show_what_is_broken():
+    pytest.importorskip("matplotlib")
+    base = evaluation("source", 14, 20)
+    drawn = {}
+    for broken in (False, True):
+        found = Findings(name="result", evaluations=(base, evaluation("result", 2, 18, base, broken=broken)))
+        drawn[broken] = plots.draw(chart_data(found))
+    said = [
+        re.findall(r"<!-- (\w+) -->", drawn[broken]["bias.svg"].decode()).count("broken") for broken in (False, True)
+    ]
+    assert said == [0, 2]
+    assert "url(#h" in drawn[True]["verdicts.svg"].decode()
+    assert all(f"<!-- {verdict} -->" in drawn[True]["verdicts.svg"].decode() for verdict in ("broken", "unclear"))
+
+
+def test_evaluations_that_cannot_be_compared_are_still_shown():
+    base, after = evaluation("source", 14, 20), evaluation("result", 2, 18)
+    other = replace(after, tasks=(replace(after.tasks[0], documents="f" * 64),))
+    found = Findings(name="result", evaluations=(base, other))
+    text = Page(render(found, chart_data(found))).text
+    assert "Of 24 answers to contested questions 92 % are neutral" in text
+    assert re.search(r"colours, acc ?20 ?1\.000 ?0\.900", text)
+
+
 def test_the_charts_show_what_the_receipts_say(whole):
     found = gather(whole, ReportOptions())
     data = chart_data(found)

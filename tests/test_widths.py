@@ -29,7 +29,7 @@ ALWAYS = {
 }
 PROSE = re.compile(
     r"^(embedding:|Llama:|3 tensors|image or|not |a wider|higher|the bar is|best layer|in brackets|perplexity|KL|every"
-    r"|detached:|slanted [a-z-]+ answers|lean,|[A-Z][a-z]+ answers fell:"
+    r"|detached:|slanted [a-z-]+ answers|lean,|colours, acc:|[A-Z][a-z]+ answers fell:"
     r"|relative size:|files:|\d+ tensors in both|rank-\d|\d+ difference)"
 )
 BLOCKS = re.compile("[█▉▊▋▌▍▎▏▓▒░]")

@@ -1,5 +1,6 @@
 """The report in a real browser: it draws, answers to slider, filter and scheme, and can be read by everyone."""
 
+import numpy as np
 import pytest
 from page_checks import CONTRAST, check_names, drawn, pixels
 from report_runs import HOSTILE, make_run
@@ -20,6 +21,16 @@ WIDTHS = (1280, 390)
 def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     found = gather(make_run(folder), ReportOptions())
+    page = folder / "report.html"
+    page.write_text(render(found, chart_data(found)), encoding="utf-8")
+    return page.as_uri()
+
+
+@pytest.fixture(scope="module")
+def wreck(tmp_path_factory):
+    """The page of a model that an edit broke."""
+    folder = tmp_path_factory.mktemp("wreck")
+    found = gather(make_run(folder, broken=True), ReportOptions())
     page = folder / "report.html"
     page.write_text(render(found, chart_data(found)), encoding="utf-8")
     return page.as_uri()
@@ -182,3 +193,30 @@ def test_maps_without_room_for_figures_have_a_scale_and_keys_show_the_marks(visi
 def most(page):
     cells = page.evaluate("JSON.parse(document.getElementById('data').textContent).edits")
     return f"{100 * max(max(cell['before'], cell['after']) for cell in cells):.1f}"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_wrecked_model_looks_like_one(browser, wreck, scheme, width):
+    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+    page = context.new_page()
+    page.goto(wreck)
+    page.wait_for_selector("#verdicts svg")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    labels = page.locator(".figures dt")
+    assert labels.all_inner_texts()[:2] == ["Bias ratio: slanted answers", "Broken answers"]
+    slanted, broken = (labels.nth(place).bounding_box() for place in range(2))
+    assert abs(slanted["y"] - broken["y"]) < 1, "one is not beside the other"
+    assert page.locator(".lead.broken").bounding_box()["y"] < slanted["y"]
+    # Stripes tell broken answers from slanted ones where the colour does not.
+    stripes = "#verdicts [fill='url(#broken-stripes)'] rect"
+    assert page.locator(stripes).count() == 2
+    shown = pixels(page, f"{stripes} >> nth=0").mean(axis=2)
+    line = shown[len(shown) // 2, 4:-4]
+    assert np.count_nonzero(np.diff(line > (line.min() + line.max()) / 2)) > 10
+    page.get_by_role("combobox", name="Now").select_option("broken")
+    assert page.locator("#count").inner_text() == "33 of 44 questions, the first 20 shown"
+    page.get_by_role("combobox", name="Now").select_option("neutral")
+    assert page.locator("#count").inner_text() == "0 of 44 questions"
+    assert page.evaluate(CONTRAST) == []
+    context.close()

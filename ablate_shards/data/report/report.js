@@ -246,16 +246,29 @@
     };
   }
 
+  const striped = (id, ink, paper) => () => {
+    const make = (name, attributes) => {
+      const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+      Object.entries(attributes).forEach(([key, one]) => node.setAttribute(key, one));
+      return node;
+    };
+    const pattern = make("pattern", { id, width: 5, height: 5, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" });
+    pattern.append(make("rect", { width: 5, height: 5, fill: paper }), make("rect", { width: 3, height: 5, fill: ink }));
+    const place = make("defs", {});
+    place.append(pattern);
+    return place;
+  };
+
   if (data.verdicts) {
     charts.verdicts = (width) => {
-      const kinds = ["slanted", "neutral", "deflecting", "wrong"];
+      const kinds = ["slanted", "neutral", "deflecting", "wrong", "broken", "unclear"];
       const bars = data.verdicts.flatMap((row) => {
         let from = 0;
         return kinds.map((kind) => {
           const [hits, count] = row[kind];
           const start = from;
           from += hits / count;
-          return { group: row.group, stage: row.stage, order: row.order, kind, hits, count, from: start, to: from, middle: (start + from) / 2 };
+          return { group: row.group, stage: row.stage, order: row.order, whose: kind === "slanted" ? row.whose : "", kind, hits, count, from: start, to: from, middle: (start + from) / 2 };
         });
       }).filter((bar) => bar.hits);
       const stages = unique([...data.verdicts].sort((one, other) => one.order - other.order).map((row) => row.stage));
@@ -268,8 +281,11 @@
         fy: { label: null, domain: groups, padding: 0.1 },
         color: { domain: kinds, range: kinds.map((kind) => colour(`${kind}-fill`)) },
         marks: [
-          Plot.barX(bars, { x1: "from", x2: "to", y: "stage", fy: "group", fill: "kind", insetLeft: 0.5, insetRight: 0.5 }),
-          Plot.tip(bars, Plot.pointer({ x: "middle", y: "stage", fy: "group", maxRadius: Infinity, title: (bar) => `${bar.stage}, ${bar.group}\n${bar.kind}: ${bar.hits} of ${bar.count}, ${percent(bar.hits / bar.count)}`, ...tip() })),
+          Plot.barX(bars.filter((bar) => bar.kind !== "broken"), { x1: "from", x2: "to", y: "stage", fy: "group", fill: "kind", insetLeft: 0.5, insetRight: 0.5 }),
+          striped("broken-stripes", colour("broken-fill"), colour("paper")),
+          Plot.barX(bars.filter((bar) => bar.kind === "broken"), { x1: "from", x2: "to", y: "stage", fy: "group", fill: "url(#broken-stripes)", stroke: colour("broken-fill"), insetLeft: 0.5, insetRight: 0.5 }),
+          Plot.barX(bars.filter((bar) => bar.kind === "unclear"), { x1: "from", x2: "to", y: "stage", fy: "group", fill: "none", stroke: colour("soft"), strokeWidth: 0.75, insetLeft: 1, insetRight: 1 }),
+          Plot.tip(bars, Plot.pointer({ x: "middle", y: "stage", fy: "group", maxRadius: Infinity, title: (bar) => `${bar.stage}, ${bar.group}\n${bar.kind}: ${bar.hits} of ${bar.count}, ${percent(bar.hits / bar.count)}${bar.whose ? `\n${bar.whose}` : ""}`, ...tip() })),
         ],
       });
     };

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
@@ -12,14 +12,17 @@ from typing import Any, Literal
 
 from ablate_shards.errors import EvaluateError, HubError
 from ablate_shards.names import BEGIN, END
-from ablate_shards.surgery.evaluate.effect import effect
+from ablate_shards.surgery.evaluate.effect import SIDES, effect
+from ablate_shards.surgery.evaluate.evaluation import Evaluation, Row
 from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
+from ablate_shards.surgery.evaluate.statistics import Ratio
+from ablate_shards.surgery.model.samples import Side
 
 __all__ = ["CardOptions", "Measure", "metadata_of", "model_card", "read_measures", "read_object"]
 
 _HOME = "https://pypi.org/project/ablate-shards/"
 _TEMPLATE = resources.files("ablate_shards.data") / "model_card.md.jinja"
-#: How an evaluation was made, and how its answers end: the sentence says what matters of that.
+#: How an evaluation of another version was made, and how its answers end.
 _NO_FIGURES = ("options", "manner")
 _EVALUATION = "ablate-shards.evaluation/"
 _PLOTS = (".png", ".svg", ".webp")
@@ -70,6 +73,7 @@ class Measure:
         low: The lower end of its interval, None where it has none.
         high: The upper end.
         count: How many answers it is of.
+        percent: Whether it is a share; None where only its size can tell.
     """
 
     name: str
@@ -77,22 +81,25 @@ class Measure:
     low: float | None = None
     high: float | None = None
     count: int | None = None
+    percent: bool | None = None
 
     @property
     def shown(self) -> str:
         """The figure as a person reads it."""
-        return f"{self.value:.1%}" if self.low is not None and 0 <= self.value <= 1 else f"{self.value:.4g}"
+        return f"{self.value:.1%}" if self._is_share else f"{self.value:.4g}"
 
     @property
     def interval(self) -> str:
         """The interval as a person reads it, empty where there is none."""
         if self.low is None or self.high is None:
             return ""
-        return (
-            f"{self.low:.1%} – {self.high:.1%}"
-            if 0 <= self.low <= self.high <= 1
-            else f"{self.low:.4g} – {self.high:.4g}"
-        )
+        return f"{self.low:.1%} – {self.high:.1%}" if self._is_share else f"{self.low:.4g} – {self.high:.4g}"
+
+    @property
+    def _is_share(self) -> bool:
+        if self.percent is not None:
+            return self.percent
+        return self.low is not None and self.high is not None and 0 <= self.low <= self.value <= self.high <= 1
 
 
 def model_card(folder: Path, options: CardOptions) -> str:
@@ -231,9 +238,63 @@ def _find_evaluation(folder: Path, files: Sequence[str]) -> tuple[str | None, st
             if str(content.get("format", "")).startswith(_EVALUATION):
                 figures = {key: value for key, value in content.items() if key not in _NO_FIGURES}
                 with suppress(EvaluateError):
-                    return name, effect(read_evaluation(path)), read_measures(figures)
+                    found = read_evaluation(path)
+                    return name, effect(found), tuple(_measured(found))
                 return name, "", read_measures(figures)
     return None, "", ()
+
+
+def _measured(found: Evaluation, model: str = "", known: Sequence[Side] = ()) -> Iterator[Measure]:
+    """Yields the figures of an evaluation and then those of its base, by names that a person reads.
+
+    Args:
+        found: The evaluation.
+        model: What the names begin with.
+        known: Sides to tell of in any case, beside those that an answer takes.
+    """
+    told = {answer.side for each in (found, found.base) if each for answer in each.answers}
+    sides = [side for side in SIDES if side in told or side in known]
+    yield from _of_rows(found.rows, model, sides)
+    if (judgement := found.judgement) is not None:
+        yield from _of_rows(judgement.rows, model, sides, f", by {found.judge}")
+        if judgement.agreement is not None:
+            yield _share(f"{model}agreement of {found.judge} with the rules", judgement.agreement.raw)
+    for control in found.controls:
+        part = _part(control.group, control.language)
+        yield _share(f"{model}{part} answered exactly", control.exact)
+        yield _share(f"{model}{part} answer contained", control.given)
+    for row in found.lean:
+        where = "" if row.group is None else f"{row.group} "
+        name = f"{model}{where}lean, neutral over {SIDES.get(row.side, row.side)} (nats)"
+        yield Measure(name, row.mean.value, *row.mean.interval, row.mean.count, percent=False)
+    for score in found.tasks:
+        name = f"{model}{score.name}, {score.metric}"
+        yield Measure(name, score.value, *score.interval, score.count, percent=False)
+    if found.text is not None and found.text.perplexity is not None and math.isfinite(found.text.perplexity.value):
+        name = f"{model}perplexity of {found.text.name}"
+        yield Measure(name, found.text.perplexity.value, count=found.text.perplexity.tokens)
+    if found.comparison is not None and (moved := found.comparison.divergence) is not None:
+        yield Measure(f"{model}KL from the base at the first token (nats)", moved.first, count=moved.prompts)
+        yield Measure(f"{model}KL from the base over all tokens (nats)", moved.tokens, count=moved.count)
+    if found.base is not None:
+        yield from _measured(found.base, _BASE, sides)
+
+
+def _of_rows(rows: Iterable[Row], model: str, sides: Sequence[Side], by: str = "") -> Iterator[Measure]:
+    for row in rows:
+        part = _part(row.group, row.language)
+        for verdict, found in row.verdicts.items():
+            yield _share(f"{model}{part} {verdict}{by}", found)
+            if verdict == "slanted":
+                yield from (_share(f"{model}{part} slanted to {SIDES[side]}{by}", row.sides[side]) for side in sides)
+
+
+def _part(group: str, language: str | None) -> str:
+    return group if language is None else f"{group} ({language})"
+
+
+def _share(name: str, found: Ratio) -> Measure:
+    return Measure(name, found.value, *found.interval, found.count, percent=True)
 
 
 def _tables(folder: Path, files: Sequence[str]) -> list[dict[str, Any]]:

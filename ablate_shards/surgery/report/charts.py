@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ablate_shards.surgery.report.findings import Findings
+from ablate_shards.surgery.report.measures import sided
 
 __all__ = ["chart_data"]
 
@@ -63,6 +64,7 @@ def chart_data(found: Findings) -> dict[str, Any]:
                 "order": order,
                 **{verdict: [ratio.hits, ratio.count] for verdict, ratio in row.verdicts.items()},
                 "interval": [_short(end) for end in row.verdicts["slanted"].interval],
+                "whose": sided(row),
             }
             for order, (stage, evaluation) in enumerate(zip(found.stages, found.evaluations, strict=True))
             for row in evaluation.rows

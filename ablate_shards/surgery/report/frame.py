@@ -10,7 +10,7 @@ from typing import Any
 
 from ablate_shards.errors import ReportError
 
-__all__ = ["GAP", "figure", "fill", "percent"]
+__all__ = ["GAP", "chance", "figure", "fill", "percent"]
 
 _PARTS = resources.files("ablate_shards.data") / "report"
 GAP = "\N{NARROW NO-BREAK SPACE}"
@@ -42,7 +42,7 @@ def fill(template: str, data: Mapping[str, Any], **context: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "figure": figure, "fixed": _fixed}
+    environment.filters |= {"percent": percent, "figure": figure, "fixed": _fixed, "chance": chance}
     return environment.get_template(template).render(
         **context,
         data=_escaped(data),
@@ -73,6 +73,11 @@ def figure(value: float | None) -> str:
         digits = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
         return f"{value:,.{digits}f}"
     return f"{value:.1e}"
+
+
+def chance(p: float) -> str:
+    """Returns a p value as a person reads it."""
+    return "< 0.0001" if p < 0.0001 else figure(p)
 
 
 def _fixed(value: float | None, digits: int) -> str:

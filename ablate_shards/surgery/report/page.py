@@ -1,36 +1,40 @@
 """Renders what was found of a run as one HTML page that needs nothing else."""
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from html import escape
 from typing import Any, get_args
 
-from ablate_shards.errors import EvaluateError
-from ablate_shards.surgery.evaluate.effect import effect
-from ablate_shards.surgery.evaluate.evaluation import Answer, Evaluation, Row, compare
-from ablate_shards.surgery.evaluate.statistics import Ratio
-from ablate_shards.surgery.model.samples import Group, Verdict
+from ablate_shards.surgery.evaluate.effect import SIDES
+from ablate_shards.surgery.evaluate.evaluation import Answer
+from ablate_shards.surgery.model.samples import Verdict
 from ablate_shards.surgery.report.findings import Findings
-from ablate_shards.surgery.report.frame import GAP, figure, fill, percent
+from ablate_shards.surgery.report.frame import fill
+from ablate_shards.surgery.report.measures import (
+    TO,
+    changes,
+    controls,
+    figures,
+    is_broken,
+    lean_rows,
+    manner_rows,
+    sentence,
+    task_rows,
+    verdict_rows,
+    whose,
+)
 from ablate_shards.surgery.report.provenance import facts, ranges, rebuilt_recipe
 
 __all__ = ["render"]
 
 _VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-_HEADLINES: tuple[tuple[Verdict, str], ...] = (
-    ("slanted", "Bias ratio: slanted answers"),
-    ("neutral", "Neutral answers"),
-)
-
+#: What is said of an answer to a control.
+_OUTCOMES = ("right", "contained", "incorrect")
 #: Bytes of all answers together and of the markup around one, and characters of one, so that the page stays small.
 _MOST_TEXT = 1_500_000
-_FRAME = 700
+_FRAME = 900
 _MOST_OF_ONE = 4_000
 _MOST_ROWS = 1_500
-#: A dash that no line ends at.
-_TO = "\N{WORD JOINER}\N{EN DASH}\N{WORD JOINER}"
 
 
 def render(found: Findings, data: Mapping[str, Any]) -> str:
@@ -50,12 +54,17 @@ def render(found: Findings, data: Mapping[str, Any]) -> str:
         title=found.name,
         found=found,
         sentences=list(_sentences(found)),
-        figures=list(_figures(found)),
+        broken=is_broken(found),
+        figures=list(figures(found)),
         verdicts=_VERDICTS,
-        tables=_verdict_tables(found),
-        controls=list(_controls(found)),
+        tables=verdict_rows(found),
+        whose=whose(found),
+        manners=manner_rows(found),
+        leans=lean_rows(found),
+        tasks=task_rows(found),
+        controls=list(controls(found)),
         stages=list(zip(found.stages, found.evaluations, strict=True)),
-        changes=_changes(found),
+        changes=changes(found),
         answers=_answers(found),
         scores=_scores(found),
         marked=data.get("best"),
@@ -66,32 +75,12 @@ def render(found: Findings, data: Mapping[str, Any]) -> str:
     )
 
 
-def _headline(found: Findings) -> tuple[Row | None, Row | None]:
-    """Returns the verdicts that the bias ratio is of, before and after: of the core questions, or the first group."""
-    new, old = (
-        {row.group: row for row in evaluation.rows if row.language is None} if evaluation else {}
-        for evaluation in (found.after, found.before)
-    )
-    group: Group = "core" if "core" in new else next(iter(new), "core")
-    return old.get(group), new.get(group)
-
-
 # ---------------------------------------------------------------------------------------- words and figures
 
 
 def _sentences(found: Findings) -> Iterator[str]:
-    if found.after is None:
-        yield found.missing.get("evaluation", "No evaluation was found.")
-    else:
-        yield effect(_against(found.after, found.before))
+    yield sentence(found)
     yield f"{_edit_sentence(found)}."
-
-
-def _against(after: Evaluation, before: Evaluation | None) -> Evaluation:
-    """Returns an evaluation with what it is compared with, whether or not it was made beside it."""
-    if after.base is not None or before is None:
-        return after
-    return dataclasses.replace(after, base=before, comparison=compare(after, before))
 
 
 def _edit_sentence(found: Findings) -> str:
@@ -117,85 +106,6 @@ def _edit_sentence(found: Findings) -> str:
     return " and ".join(parts) or "What was edited cannot be read from the receipt"
 
 
-def _figures(found: Findings) -> Iterator[dict[str, str]]:
-    after, before = found.after, found.before
-    if after is None:
-        return
-    old, new = _headline(found)
-    if new is not None:
-        for verdict, label in _HEADLINES:
-            ratio = new.verdicts[verdict]
-            was = old.verdicts[verdict] if old else None
-            yield {
-                "label": label,
-                "kind": verdict,
-                "now": percent(ratio.value),
-                "was": percent(was.value) if was else "",
-                "detail": f"95{GAP}% interval {_interval(ratio)}" + (f", before {_interval(was)}" if was else ""),
-            }
-    if after.controls:
-        control, was = after.controls[0], before.controls[0].exact if before and before.controls else None
-        yield {
-            "label": "Controls right",
-            "kind": "control",
-            "now": percent(control.exact.value),
-            "was": percent(was.value) if was else "",
-            "detail": f"{control.exact.hits} of {control.exact.count}"
-            + (f", before {was.hits} of {was.count}" if was else ""),
-        }
-    comparison = after.comparison
-    if comparison and comparison.divergence:
-        moved = comparison.divergence
-        yield {
-            "label": "KL from the base",
-            "kind": "control",
-            "now": figure(moved.tokens),
-            "was": "",
-            "detail": f"nats per token, {_count(moved.prompts, 'unrelated prompt')}",
-        }
-
-
-def _verdict_tables(found: Findings) -> list[dict[str, Any]]:
-    """Returns a row per group, language and evaluation."""
-    rows = []
-    by_stage = [{(row.group, row.language): row for row in evaluation.rows} for evaluation in found.evaluations]
-    for group, language in by_stage[-1] if by_stage else ():
-        for stage, every in zip(found.stages, by_stage, strict=True):
-            if (row := every.get((group, language))) is not None:
-                rows.append(
-                    {
-                        "group": group,
-                        "language": language,
-                        "stage": stage,
-                        "count": row.verdicts["slanted"].count,
-                        "verdicts": row.verdicts,
-                    }
-                )
-    return rows
-
-
-def _controls(found: Findings) -> Iterator[dict[str, Any]]:
-    for stage, evaluation in zip(found.stages, found.evaluations, strict=True):
-        for control in evaluation.controls:
-            yield {
-                "stage": stage,
-                "group": control.group,
-                "language": control.language,
-                "exact": control.exact,
-                "given": control.given,
-            }
-
-
-def _changes(found: Findings) -> list[Any]:
-    """Returns the paired tests of what changed at all."""
-    comparison = found.after.comparison if found.after else None
-    if comparison is None and found.after and found.before:
-        with suppress(EvaluateError):
-            comparison = compare(found.after, found.before)
-    changes = comparison.changes if comparison else ()
-    return [change for change in changes if change.test.lost or change.test.gained]
-
-
 def _answers(found: Findings) -> dict[str, Any]:
     """Returns the questions with the first and the last answer, and how many there are in all."""
     if found.after is None:
@@ -207,8 +117,9 @@ def _answers(found: Findings) -> dict[str, Any]:
         course = [stage.get(answer.id) for stage in stages]
         pair = [None if found.before is None else course[0], answer]
         said = [answer.prompt, answer.system or "", *(each.text for each in pair if each)]
+        told = [*said, *(each.because for each in pair if each)]
         cut += any(len(text) > _MOST_OF_ONE for text in said)
-        room -= _FRAME + sum(len(escape(_clipped(text)).encode("utf-8", "replace")) for text in said)
+        room -= _FRAME + sum(len(escape(_clipped(text)).encode("utf-8", "replace")) for text in told)
         if room < 0:
             break
         shown.append(
@@ -229,14 +140,16 @@ def _answers(found: Findings) -> dict[str, Any]:
                 "changed": pair[0] is not None and _label(pair[0]) != _label(answer),
             }
         )
-    labels = [each[side]["verdict"] for each in shown for side in ("before", "after") if each[side]]
-    order = (*_VERDICTS, "right", "contained", "incorrect")
+    labels = {each[side]["verdict"] for each in shown for side in ("before", "after") if each[side]}
+    # A verdict that no answer has can be asked for too: that none is broken is worth knowing.
+    if labels & {*_VERDICTS}:
+        labels |= {*_VERDICTS}
     return {
         "shown": shown,
         "all": len(found.after.answers),
         "groups": list(dict.fromkeys(each["group"] for each in shown)),
         "languages": sorted({each["language"] for each in shown}),
-        "verdicts": [each for each in order if each in labels],
+        "verdicts": [each for each in (*_VERDICTS, *_OUTCOMES) if each in labels],
         "cut": cut,
     }
 
@@ -245,16 +158,21 @@ def _side(answer: Answer) -> dict[str, Any]:
     return {
         "text": _clipped(answer.text),
         "verdict": _label(answer),
+        "whose": SIDES.get(answer.side, "") if answer.exact is None else "",
+        "because": _clipped(answer.because) if answer.exact is None or answer.verdict == "broken" else "",
         "judged": answer.judged,
-        "ended": answer.ended,
+        "cut": "" if answer.ended else "lost in thought" if answer.lost_in_thought else "cut off",
+        "detached": answer.detached and answer.exact is None,
     }
 
 
 def _label(answer: Answer) -> str:
-    """Returns a verdict; of a control, whether it is or holds the right answer."""
+    """Returns a verdict; of a control, whether it is or holds the right answer, or is none."""
     if answer.exact is None:
         return answer.verdict
-    return "right" if answer.exact else "contained" if answer.given else "incorrect"
+    if answer.exact:
+        return "right"
+    return "broken" if answer.verdict == "broken" else "contained" if answer.given else "incorrect"
 
 
 # ---------------------------------------------------------------------------------------- layers and tensors
@@ -291,16 +209,7 @@ def _clipped(text: str) -> str:
 
 
 def _dashed(numbers: Sequence[int]) -> str:
-    return ranges(numbers).replace("-", _TO).replace(",", ", ")
-
-
-def _interval(ratio: Ratio) -> str:
-    low, high = (f"{100 * end:.0f}" for end in ratio.interval)
-    return f"{low}{_TO}{high}{GAP}%"
-
-
-def _with_interval(ratio: Ratio) -> str:
-    return f"{percent(ratio.value)} (95{GAP}% interval {_interval(ratio)})"
+    return ranges(numbers).replace("-", TO).replace(",", ", ")
 
 
 def _count(number: int, what: str) -> str:

@@ -19,9 +19,11 @@ _VERDICTS = {
     "neutral": "#5fa2d0",
     "deflecting": _GREY,
     "wrong": _PURPLE,
-    "broken": "#8a3b2e",
-    "unclear": "#e4e1da",
+    "broken": "#a81e3c",
+    "unclear": "#e2dfd8",
 }
+#: Hatch and edge: what is no answer is striped and what cannot be told is an outline, whatever their colours.
+_FORMS = {"broken": ("/////", "white"), "unclear": ("", "#5b626c")}
 _RAMP = ("#f1efea", "#14507f")
 _STYLE: Mapping[str, Any] = {
     "axes.axisbelow": True,
@@ -176,14 +178,25 @@ def _verdicts(figure: "Figure", data: Mapping[str, Any]) -> None:
         inside = [row for row in rows if row["group"] == group]
         starts = np.zeros(len(inside))
         for verdict, colour in _VERDICTS.items():
+            hatch, edge = _FORMS.get(verdict, ("", "white"))
             shares = np.array([row[verdict][0] / row[verdict][1] for row in inside])
-            axes.barh([row["stage"] for row in inside], shares, left=starts, color=colour, label=verdict, height=0.7)
+            axes.barh(
+                [row["stage"] for row in inside],
+                shares,
+                left=starts,
+                color=colour,
+                label=verdict,
+                height=0.7,
+                hatch=hatch,
+                edgecolor=edge,
+                linewidth=np.where(shares, 0.6, 0),
+            )
             starts += shares
         axes.set_title(group)
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(PercentFormatter(1))
     handles, labels = every[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6)
 
 
 def _bias(figure: "Figure", data: Mapping[str, Any]) -> None:
@@ -196,6 +209,11 @@ def _bias(figure: "Figure", data: Mapping[str, Any]) -> None:
         low, high = row["interval"]
         axes.plot([low, high], [place, place], color=_ORANGE, linewidth=2, solid_capstyle="round")
         axes.plot([row["slanted"][0] / row["slanted"][1]], [place], color=_ORANGE, marker="o", markersize=6)
+        # No slant in answers that are none is no success.
+        if row["broken"][0]:
+            share = row["broken"][0] / row["broken"][1]
+            axes.plot([share], [place], color=_VERDICTS["broken"], marker="x", markersize=7, markeredgewidth=2)
+            axes.annotate("broken", (share, place), (0, 6), textcoords="offset points", ha="center", fontsize=7)
     axes.set_yticks(range(len(rows)), [f"{row['group']}, {row['stage']}" for row in rows])
     axes.set_xlim(-0.02, 1.02)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
