@@ -136,9 +136,11 @@ def run_recipe(model: str, recipe: str) -> None:
     words = ["run", recipe, "--source", str(build(model)), "--out", str(out)]
     try:
         cli.main(words, prog_name="ablate-shards", standalone_mode=False)
-    except GateError as ended:
+    except click.ClickException as error:
         # That a recipe does not get through its gate is a result too.
-        click.secho(f"\nthe run ended at its gate: {ended}", fg="yellow")
+        if not isinstance(error.__cause__, GateError):
+            raise
+        click.secho(f"\nthe run ended at its gate: {error.message}", fg="yellow")
 
 
 @main.command("show")

@@ -421,8 +421,9 @@ def test_the_file_goes_beside_the_model(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def command(compared, files, tmp_path):
+def command(compared, files, tmp_path, monkeypatch):
     _, out, _ = compared
+    monkeypatch.setenv("COLUMNS", "160")
     common = ["--questions", str(files / "q.jsonl"), "--text", str(files / "t.txt"), "--length", "32", "--batch", "4"]
 
     def call(*arguments):

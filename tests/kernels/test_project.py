@@ -950,7 +950,8 @@ class TestForm:
     def test_triton_is_imported_only_where_it_runs(self):
         code = (
             "import sys, torch\n"
-            "from ablate_shards.kernels.ablate.project import ProjectOptions, project\n"
+            "from ablate_shards.kernels.ablate.memory import project\n"
+            "from ablate_shards.kernels.ablate.options import ProjectOptions\n"
             "project(torch.ones(4, 4), torch.eye(4, dtype=torch.float64)[:1], ProjectOptions())\n"
             "sys.exit('triton' in sys.modules)"
         )
