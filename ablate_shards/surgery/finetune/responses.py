@@ -11,7 +11,7 @@ from ablate_shards.errors import FinetuneError
 from ablate_shards.surgery.model.loading import encode, end_tokens, most_tokens, render
 from ablate_shards.surgery.model.samples import Instruction, Question
 
-__all__ = ["IGNORED", "Sample", "encode_instructions", "encode_kept", "prompt_of", "split"]
+__all__ = ["IGNORED", "Sample", "encode_instructions", "prompt_of", "split"]
 
 #: The label of a token that is not learnt.
 IGNORED = -100
@@ -33,12 +33,6 @@ class Sample(NamedTuple):
             "labels": [IGNORED] * self.start + self.tokens[self.start :],
         }
         return given | {"token_type_ids": [0] * count} if token_types else given
-
-
-def encode_kept(tokenizer: Any, question: Question, response: Sequence[int]) -> Sample:
-    """Returns the tokens of a prompt with the model's own answer to it."""
-    prompt = prompt_of(tokenizer, question)
-    return Sample([*prompt, *response], len(prompt), cut=False)
 
 
 def prompt_of(tokenizer: Any, question: Question) -> list[int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ablate_shards.errors import FinetuneError
 from ablate_shards.surgery.finetune.objective import CHOSEN, KEPT, LEARNT, REJECTED, Weights, objective
-from ablate_shards.surgery.finetune.responses import IGNORED, Sample, encode_kept, prompt_of
+from ablate_shards.surgery.finetune.responses import IGNORED, Sample, prompt_of
 from ablate_shards.surgery.finetune.targets import SEVEN, Skeleton, Targets, folded
 from ablate_shards.surgery.machine.files import fsync_folder
 from ablate_shards.surgery.machine.progress import Steps
@@ -35,6 +35,8 @@ __all__ = [
     "train",
 ]
 
+#: Prompts that the model answers at a time before it is trained.
+_AT_ONCE = 16
 #: The folder of the trainer's own checkpoints, inside the staged adapter.
 CHECKPOINTS = "trainer"
 
@@ -309,16 +311,30 @@ def _own_answers(run: Run, model: Any, progress: Steps) -> Iterator[Sample]:
         do_sample=False, eos_token_id=list(ends), pad_token_id=run.tokenizer.pad_token_id, use_cache=True
     )
     model.eval()
-    for question in run.keep:
-        prompt = torch.tensor([prompt_of(run.tokenizer, question)], device=model.device)
+    prompts = [prompt_of(run.tokenizer, question) for question in run.keep]
+    # Of one length, as far as possible; padded on the left, with the mask that says so.
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    answers: dict[int, list[int]] = {}
+    for at in range(0, len(order), _AT_ONCE):
+        rows = order[at : at + _AT_ONCE]
+        width = len(prompts[rows[0]])
+        ids = torch.full((len(rows), width), run.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for line, row in enumerate(rows):
+            ids[line, width - len(prompts[row]) :] = torch.tensor(prompts[row])
+            mask[line, width - len(prompts[row]) :] = 1
         with torch.no_grad(), model.disable_adapter():
             made = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
                 generation_config=greedy,
                 max_new_tokens=run.options.keep_length,
             )
-        yield encode_kept(run.tokenizer, question, made[0, prompt.shape[1] :].tolist())
+        for row, tokens in zip(rows, made[:, width:].tolist(), strict=True):
+            end = next((place + 1 for place, token in enumerate(tokens) if token in ends), None)
+            answers[row] = tokens[:end]
+    for number, prompt in enumerate(prompts):
+        yield Sample([*prompt, *answers[number]], len(prompt), cut=False)
     model.train()
 
 
