@@ -20,6 +20,7 @@ from ablate_shards.surgery.model.loading import (
     generating_class,
     load,
     most_tokens,
+    pad_left,
     quiet,
     read_config,
     read_tokenizer,
@@ -157,14 +158,8 @@ class Speaker:
 
     def _generate(self, prompts: Sequence[Prompt], tokens: int, listener: "_Listener | None" = None) -> list[list[int]]:
         """Returns the tokens that follow each prompt, as long as the longest answer."""
-        import torch
-
-        width = max(len(prompt.tokens) for prompt in prompts)
-        ids = torch.full((len(prompts), width), self.pad)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
-            mask[row, width - len(prompt.tokens) :] = 1
+        ids, mask = pad_left([prompt.tokens for prompt in prompts], self.pad)
+        width = ids.shape[1]
         most = tokens if self.most is None else min(tokens, self.most - width)
         with self.computing():
             made = self.network.generate(

@@ -18,7 +18,7 @@ from ablate_shards.surgery.finetune.targets import SEVEN, Skeleton, Targets, fol
 from ablate_shards.surgery.machine.files import fsync_folder
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.staging import Staging
-from ablate_shards.surgery.model.loading import end_tokens, load
+from ablate_shards.surgery.model.loading import end_tokens, load, pad_left
 from ablate_shards.surgery.model.samples import Instruction, Question
 
 if TYPE_CHECKING:
@@ -312,17 +312,12 @@ def _own_answers(run: Run, model: Any, progress: Steps) -> Iterator[Sample]:
     )
     model.eval()
     prompts = [prompt_of(run.tokenizer, question) for question in run.keep]
-    # Of one length, as far as possible; padded on the left, with the mask that says so.
+    # Of one length, as far as possible.
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     answers: dict[int, list[int]] = {}
     for at in range(0, len(order), _AT_ONCE):
         rows = order[at : at + _AT_ONCE]
-        width = len(prompts[rows[0]])
-        ids = torch.full((len(rows), width), run.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for line, row in enumerate(rows):
-            ids[line, width - len(prompts[row]) :] = torch.tensor(prompts[row])
-            mask[line, width - len(prompts[row]) :] = 1
+        ids, mask = pad_left([prompts[row] for row in rows], run.tokenizer.pad_token_id)
         with torch.no_grad(), model.disable_adapter():
             made = model.generate(
                 input_ids=ids.to(model.device),
@@ -330,7 +325,7 @@ def _own_answers(run: Run, model: Any, progress: Steps) -> Iterator[Sample]:
                 generation_config=greedy,
                 max_new_tokens=run.options.keep_length,
             )
-        for row, tokens in zip(rows, made[:, width:].tolist(), strict=True):
+        for row, tokens in zip(rows, made[:, ids.shape[1] :].tolist(), strict=True):
             end = next((place + 1 for place, token in enumerate(tokens) if token in ends), None)
             answers[row] = tokens[:end]
     for number, prompt in enumerate(prompts):

@@ -27,6 +27,7 @@ __all__ = [
     "load",
     "most_tokens",
     "open_folder",
+    "pad_left",
     "quiet",
     "read_config",
     "read_tokenizer",
@@ -169,6 +170,22 @@ def _opening(text: str) -> str:
 def encode(tokenizer: Any, text: str, *, special: bool = False) -> tuple[int, ...]:
     """Returns the tokens of a text, and no others unless ``special`` asks for the model's own."""
     return tuple(tokenizer(text, add_special_tokens=special, return_attention_mask=False)["input_ids"])
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Returns prompts side by side, ending together: tokens ``[prompts, tokens]`` and ones where there is a token.
+
+    A model that sees the padding answers something else, so the mask must go with the tokens.
+    """
+    import torch
+
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
 
 
 def end_tokens(*stated: Any) -> tuple[int, ...]:
