@@ -1,6 +1,7 @@
 """What is said of an edit in words, and what ends a run."""
 
 import dataclasses
+import json
 
 import pytest
 from command_line import run
@@ -162,7 +163,9 @@ def test_the_gate_ends_a_run_with_what_to_change(tmp_path):
         check_gate(stage(path, "finetune"), Limits())
     check_gate(stage(path, None), Limits())
 
-    write_evaluation(compared(answers("s" * 20), answers("n" * 20)), path)
+    mild = compared(answers("s" * 20), answers("n" * 20))
+    write_evaluation(mild, path)
+    assert json.loads(path.read_text())["effect"] == effect(mild)
     check_gate(stage(path), Limits())
 
 

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from ablate_shards import __version__
 from ablate_shards.errors import EvaluateError
+from ablate_shards.surgery.evaluate.effect import effect
 from ablate_shards.surgery.evaluate.evaluation import (
     Answer,
     Evaluation,
@@ -36,7 +37,8 @@ _MANNERS = ("broken", "cut", "lost_in_thought", "distinct", "detached")
 
 def evaluation_text(evaluation: Evaluation) -> str:
     """Returns an evaluation as JSON; what adds up stands before the answers, which it is computed from."""
-    content = {"format": FORMAT, "tool": f"ablate-shards {__version__}", **_content(evaluation)}
+    told = {"format": FORMAT, "tool": f"ablate-shards {__version__}", "effect": effect(evaluation)}
+    content = {**told, **_content(evaluation)}
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
