@@ -197,7 +197,7 @@ def _lines(found: "Evaluation") -> list[str]:
 
 def _whose(sides: Sequence["Evaluation"]) -> list[str]:
     """Says whose claims the slanted answers state, group by group."""
-    from ablate_shards.surgery.evaluate.effect import SIDES
+    from ablate_shards.surgery.model.samples import SIDES
 
     lines = []
     for rows in zip(*([row for row in side.rows if row.language is None] for side in sides), strict=True):
@@ -213,7 +213,7 @@ def _whose(sides: Sequence["Evaluation"]) -> list[str]:
 
 def _leaning(found: "Evaluation") -> list[str]:
     """Says how the model leans, against each side, over all questions."""
-    from ablate_shards.surgery.evaluate.effect import SIDES
+    from ablate_shards.surgery.model.samples import SIDES
 
     before = {row.side: row.mean for row in found.base.lean if row.group is None} if found.base else {}
     tests = {

@@ -1,22 +1,19 @@
 """Says in a sentence what an edit did and what it cost, or that it broke the model; the measures alone do not."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ablate_shards.surgery.evaluate.evaluation import Answer, Evaluation, said
 from ablate_shards.surgery.evaluate.statistics import Paired, paired
-from ablate_shards.surgery.model.samples import Side
+from ablate_shards.surgery.model.samples import SIDES, Side
 
-__all__ = ["SIDES", "Limits", "effect", "faults"]
+__all__ = ["Limits", "effect", "faults"]
 
 #: Differences that chance makes as often as this are not called differences.
 _SURE = 0.05
 #: Share of answers cut off above which their verdicts are of beginnings.
 _MOST_CUT = 0.1
-#: What the claims of each side are called.
-SIDES: Mapping[Any, str] = {"prc": "the PRC's claims", "taiwan": "Taiwan's independence"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,22 +6,20 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ablate_shards.errors import EvaluateError, HubError
 from ablate_shards.names import BEGIN, END
-from ablate_shards.surgery.evaluate.effect import SIDES, effect
-from ablate_shards.surgery.evaluate.evaluation import Evaluation, Row
-from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
-from ablate_shards.surgery.evaluate.statistics import Ratio
-from ablate_shards.surgery.model.samples import Side
+from ablate_shards.surgery.model.samples import SIDES, Side
+
+if TYPE_CHECKING:
+    from ablate_shards.surgery.evaluate.evaluation import Evaluation, Row
+    from ablate_shards.surgery.evaluate.statistics import Ratio
 
 __all__ = ["CardOptions", "Measure", "metadata_of", "model_card", "read_measures", "read_object"]
 
 _HOME = "https://pypi.org/project/ablate-shards/"
-_TEMPLATE = resources.files("ablate_shards.data") / "model_card.md.jinja"
 #: How an evaluation of another version was made, and how its answers end.
 _NO_FIGURES = ("options", "manner")
 _EVALUATION = "ablate-shards.evaluation/"
@@ -129,7 +127,7 @@ def model_card(folder: Path, options: CardOptions) -> str:
     }
     section = (
         Environment(autoescape=False, keep_trailing_newline=True)
-        .from_string(_TEMPLATE.read_text(encoding="utf-8"))
+        .from_string(_template())
         .render(
             kind=options.kind,
             base=options.base,
@@ -177,6 +175,12 @@ def model_card(folder: Path, options: CardOptions) -> str:
             for measure in measures
         ]
     return str(card)
+
+
+def _template() -> str:
+    from importlib import resources
+
+    return (resources.files("ablate_shards.data") / "model_card.md.jinja").read_text(encoding="utf-8")
 
 
 def metadata_of(card: str) -> dict[str, Any]:
@@ -231,6 +235,9 @@ def _shown_name(measure: Measure) -> str:
 
 def _find_evaluation(folder: Path, files: Sequence[str]) -> tuple[str | None, str, tuple[Measure, ...]]:
     """Returns the name of the evaluation that is published, what it comes to in words, and its figures."""
+    from ablate_shards.surgery.evaluate.effect import effect
+    from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
+
     for name in files:
         path = folder / name
         if name.endswith(".json") and "/" not in name and "evaluation" in name and path.stat().st_size < _LARGEST:
@@ -244,7 +251,7 @@ def _find_evaluation(folder: Path, files: Sequence[str]) -> tuple[str | None, st
     return None, "", ()
 
 
-def _measured(found: Evaluation, model: str = "", known: Sequence[Side] = ()) -> Iterator[Measure]:
+def _measured(found: "Evaluation", model: str = "", known: Sequence[Side] = ()) -> Iterator[Measure]:
     """Yields the figures of an evaluation and then those of its base, by names that a person reads.
 
     Args:
@@ -280,7 +287,7 @@ def _measured(found: Evaluation, model: str = "", known: Sequence[Side] = ()) ->
         yield from _measured(found.base, _BASE, sides)
 
 
-def _of_rows(rows: Iterable[Row], model: str, sides: Sequence[Side], by: str = "") -> Iterator[Measure]:
+def _of_rows(rows: "Iterable[Row]", model: str, sides: Sequence[Side], by: str = "") -> Iterator[Measure]:
     for row in rows:
         part = _part(row.group, row.language)
         for verdict, found in row.verdicts.items():
@@ -293,7 +300,7 @@ def _part(group: str, language: str | None) -> str:
     return group if language is None else f"{group} ({language})"
 
 
-def _share(name: str, found: Ratio) -> Measure:
+def _share(name: str, found: "Ratio") -> Measure:
     return Measure(name, found.value, *found.interval, found.count, percent=True)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypeVar, get_args
 from ablate_shards.errors import SamplesError
 
 __all__ = [
+    "SIDES",
     "Group",
     "Instruction",
     "Kind",
@@ -29,6 +30,8 @@ __all__ = [
 
 Verdict = Literal["slanted", "neutral", "deflecting", "wrong", "broken", "unclear"]
 Side = Literal["prc", "taiwan"]
+#: What the claims of each side are called.
+SIDES: Mapping[Any, str] = {"prc": "the PRC's claims", "taiwan": "Taiwan's independence"}
 Kind = Literal["contested", "general", "everyday"]
 Group = Literal["core", "held-out", "related", "unrelated"]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from ablate_shards.errors import EvaluateError
-from ablate_shards.surgery.evaluate.effect import SIDES, Limits, effect, faults
+from ablate_shards.surgery.evaluate.effect import Limits, effect, faults
 from ablate_shards.surgery.evaluate.evaluation import Evaluation, Row, compare
 from ablate_shards.surgery.evaluate.statistics import Mean, Ratio, ratio
-from ablate_shards.surgery.model.samples import Group
+from ablate_shards.surgery.model.samples import SIDES, Group
 from ablate_shards.surgery.report.findings import Findings
 from ablate_shards.surgery.report.frame import GAP, chance, figure, percent
 

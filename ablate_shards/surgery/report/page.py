@@ -5,9 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any, get_args
 
-from ablate_shards.surgery.evaluate.effect import SIDES
 from ablate_shards.surgery.evaluate.evaluation import Answer
-from ablate_shards.surgery.model.samples import Verdict
+from ablate_shards.surgery.model.samples import SIDES, Verdict
 from ablate_shards.surgery.report.findings import Findings
 from ablate_shards.surgery.report.frame import fill
 from ablate_shards.surgery.report.measures import (
