@@ -17,6 +17,7 @@
     ├── ExecuteError            a run that cannot start, go on or be resumed
     │   └── Interrupted         stopped by Ctrl-C or SIGTERM; resumable
     ├── EvaluateError           a model, an endpoint or an evaluation that cannot be asked, read or compared
+    ├── GateError               an edit that broke the model, which ends a run
     ├── HubError                a repository or an object store that cannot be read or written
     ├── ReportError             a folder without anything to report, or a broken part of it
     └── VerifyError             an output that cannot be verified at all (no receipt, newer receipt)
@@ -33,6 +34,7 @@ __all__ = [
     "EvaluateError",
     "ExecuteError",
     "FinetuneError",
+    "GateError",
     "HubError",
     "Interrupted",
     "PlanError",
@@ -41,6 +43,7 @@ __all__ = [
     "SamplesError",
     "UsageError",
     "VerifyError",
+    "reason",
 ]
 
 
@@ -118,3 +121,9 @@ class ReportError(AblateError):
 
 class VerifyError(AblateError):
     """An output cannot be verified."""
+
+
+def reason(error: Exception) -> str:
+    """Returns the first line of what a library says."""
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

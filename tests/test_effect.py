@@ -119,6 +119,13 @@ def test_what_was_broken_before_is_not_held_against_the_edit():
     assert not faults(wreck, Limits())
 
 
+def test_a_base_that_was_asked_more_is_counted_on_the_same_questions():
+    more = answers("b" * 10 + "n" * 20)
+    same = answers("b" * 10)
+    assert faults(compared(more, same), Limits()) == ()
+    assert effect(compared(more, answers("n" * 10))).count("0 % → 0 % of 10") == 1
+
+
 def test_limits_are_the_recipes(tmp_path):
     assert read_limits({}, tmp_path) == Limits()
     assert read_limits({"broken": 0.2, "gate": False}, tmp_path) == Limits(broken=0.2)

@@ -2,15 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ablate_shards.commands.options import PATH, answering, as_json_flag, debug_flag, print_json, quiet_flag
 from ablate_shards.terminal.evaluations import print_answers, print_evaluation
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["evaluate"]
 

@@ -3,15 +3,11 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ablate_shards.errors import DirectionsError, PlanError
 from ablate_shards.kernels.reference import Preserve
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "AMPLIFICATION",

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ablate_shards.errors import CaptureError
+from ablate_shards.errors import CaptureError, reason
 from ablate_shards.surgery.capture.dump import DumpWriter
 from ablate_shards.surgery.capture.prompts import Batch, Position
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.directions.activations import LABELS
 from ablate_shards.surgery.machine.progress import Steps
-from ablate_shards.surgery.model.loading import build, decoder_layers, load, reason
+from ablate_shards.surgery.model.loading import build, decoder_layers, load
 
 if TYPE_CHECKING:
     import torch

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ablate_shards.errors import CheckpointError, PlanError
+from ablate_shards.errors import CheckpointError, PlanError, reason
 from ablate_shards.names import RECEIPT_NAMES, is_report
 from ablate_shards.surgery.checkpoint.files import Files, Folder, Remote, leaves_folder
-from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, Shard, TensorInfo, _reason, read_header
+from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, Shard, TensorInfo, read_header
 
 __all__ = [
     "Checkpoint",
@@ -129,9 +129,9 @@ def assemble(files: Files, remote: Remote | None = None) -> Checkpoint:
     shards: list[Shard] = []
     sidecars: list[str] = []
     left_out: list[tuple[str, str]] = []
-    for name, reason in listed:
-        if reason is not None:
-            left_out.append((name, reason))
+    for name, why in listed:
+        if why is not None:
+            left_out.append((name, why))
         elif name in named:
             pass
         elif name.endswith(".safetensors"):
@@ -308,7 +308,7 @@ def _read_json(files: Files, name: str) -> dict[str, Any]:
     try:
         content = json.loads(files.read(name))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{files.shown(name)}: not valid JSON ({_reason(error)}); restore the file") from error
+        raise CheckpointError(f"{files.shown(name)}: not valid JSON ({reason(error)}); restore the file") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{files.shown(name)}: expected a JSON object, found {type(content).__name__}")
     return content

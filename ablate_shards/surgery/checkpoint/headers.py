@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ablate_shards.errors import CheckpointError
+from ablate_shards.errors import CheckpointError, reason
 
 __all__ = ["ITEM_BYTES", "Shard", "TensorInfo", "read_header"]
 
@@ -81,7 +81,7 @@ def read_header(path: Path, name: str | None = None, shown: str | None = None) -
         raise CheckpointError(f"{shown or path}: the file does not exist") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{shown or path}: not a valid safetensors file ({_reason(error)}); fetch it again or export it again"
+            f"{shown or path}: not a valid safetensors file ({reason(error)}); fetch it again or export it again"
         ) from error
     header = json.loads(raw)
     metadata = header.pop("__metadata__", {})
@@ -105,8 +105,3 @@ def read_header(path: Path, name: str | None = None, shown: str | None = None) -
         tensors=tuple(sorted(tensors, key=lambda tensor: (tensor.start, tensor.end, tensor.name))),
     )
     return shard, metadata
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__

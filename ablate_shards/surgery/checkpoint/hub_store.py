@@ -7,7 +7,7 @@ from typing import Self
 from ablate_shards.errors import HubError
 from ablate_shards.surgery.checkpoint.remote import Entry, need, patiently
 
-__all__ = ["HubFaults", "HubStore", "explain_hub", "hub_pause", "quieten_hub"]
+__all__ = ["HubFaults", "HubStore", "explain_hub", "hub_errors", "hub_pause", "quieten_hub"]
 
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
 
@@ -205,7 +205,12 @@ def _unwrapped(error: Exception) -> Exception:
 
 
 @contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
+def hub_errors(name: str) -> Iterator[None]:
+    """Says in a sentence what the Hub's client raises about a repository.
+
+    Raises:
+        HubError: The client raised what is understood.
+    """
     try:
         yield
     except Exception as error:

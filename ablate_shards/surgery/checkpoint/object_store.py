@@ -7,7 +7,7 @@ from typing import Any, Self
 from ablate_shards.errors import CheckpointError, HubError, UsageError
 from ablate_shards.surgery.checkpoint.remote import Entry, need, patiently
 
-__all__ = ["UNFINISHED", "FsspecFaults", "entry_of", "listing", "open_system"]
+__all__ = ["UNFINISHED", "FsspecFaults", "FsspecStore", "entry_of", "listing", "open_system"]
 
 #: The journal of a folder in an object store that is half made; it goes when the folder is complete.
 UNFINISHED = ".ablate-unfinished.json"
@@ -84,7 +84,7 @@ def entry_of(info: Mapping[str, Any]) -> Entry:
     return Entry(info["size"], f"{info['size']} {stamp}")
 
 
-class _FsspecStore(FsspecFaults):
+class FsspecStore(FsspecFaults):
     """A folder of whatever file system fsspec knows, such as ``s3://bucket/model``.
 
     Args:

@@ -7,8 +7,8 @@ from pathlib import Path
 from ablate_shards.errors import UsageError
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from ablate_shards.surgery.checkpoint.files import Files, Folder
-from ablate_shards.surgery.checkpoint.hub_store import HubStore, _hub_errors
-from ablate_shards.surgery.checkpoint.object_store import _FsspecStore
+from ablate_shards.surgery.checkpoint.hub_store import HubStore, hub_errors
+from ablate_shards.surgery.checkpoint.object_store import FsspecStore
 from ablate_shards.surgery.checkpoint.remote import RemoteFiles, Store, open_remote
 
 __all__ = ["cached", "hub_repository", "is_hub_id", "open_files", "open_source"]
@@ -64,7 +64,7 @@ def _store(place: str | Path) -> Store | None:
     if text.startswith("hf://"):
         # fsspec would read it as well, but at no commit in particular.
         raise UsageError(f"{text}: expected a model repository, such as org/name or hf://org/name@revision")
-    return _FsspecStore(text) if "://" in text else None
+    return FsspecStore(text) if "://" in text else None
 
 
 def open_source(source: str | Path) -> Checkpoint:
@@ -100,7 +100,7 @@ def cached(checkpoint: Checkpoint) -> Checkpoint:
     repo, revision = checkpoint.origin
     wanted = [shard.name for shard in checkpoint.shards] + [*checkpoint.sidecars, "config.json"]
     names = [re.sub(r"([\[*?])", r"[\1]", name) for name in wanted]
-    with _hub_errors(checkpoint.name):
+    with hub_errors(checkpoint.name):
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=names))
     # A snapshot may hold more than was asked for, such as weights that another tool wanted in another format.
     local = dataclasses.replace(

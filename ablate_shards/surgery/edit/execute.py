@@ -45,7 +45,6 @@ __all__ = [
 
 _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R", bound="DataclassInstance")
-_T = TypeVar("_T")
 
 #: Bytes copied before an edit may write: with more, edits wait too long; with fewer, copying does. A large shard is
 #: copied in larger pieces, so that there are never more than _MOST_PIECES.

@@ -6,12 +6,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ablate_shards.surgery.checkpoint.headers import Shard
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Task", "UnderWay", "Work"]
 

@@ -1,12 +1,9 @@
 """What a part of a tensor must offer so that its blocks can be edited one at a time."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Reader", "Section"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ablate_shards.errors import EvaluateError
+from ablate_shards.errors import EvaluateError, reason
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.evaluate.endpoint import Reply
 from ablate_shards.surgery.machine.devices import resolve_device
@@ -24,7 +24,6 @@ from ablate_shards.surgery.model.loading import (
     quiet,
     read_config,
     read_tokenizer,
-    reason,
     render,
 )
 from ablate_shards.surgery.model.samples import Question

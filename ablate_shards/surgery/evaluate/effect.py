@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ablate_shards.surgery.evaluate.evaluation import Answer, Evaluation, said
 from ablate_shards.surgery.evaluate.statistics import Paired, paired
@@ -42,9 +42,8 @@ def faults(found: Evaluation, limits: Limits) -> tuple[str, ...]:
         found: The evaluation of the edited model, with its base; without one nothing is found.
         limits: How much may be broken.
     """
-    if found.base is None:
-        return ()
-    return tuple(_faults(found, found.base, limits))
+    base = _base_of(found)
+    return () if base is None else tuple(_faults(found, base, limits))
 
 
 def effect(found: Evaluation, limits: Limits | None = None) -> str:
@@ -61,11 +60,20 @@ def effect(found: Evaluation, limits: Limits | None = None) -> str:
         if len(cut) > _MOST_CUT * len(found.answers)
         else ""
     )
-    if found.base is None:
+    base = _base_of(found)
+    if base is None:
         return _standing(found) + room
     if broken := faults(found, limits or Limits()):
         return f"The edit broke the model: {_listed(broken)}. What it says of slant therefore means nothing."
-    return _difference(found, found.base) + room
+    return _difference(found, base) + room
+
+
+def _base_of(found: Evaluation) -> Evaluation | None:
+    """Returns the base with its answers to the same questions alone, since shares are of these."""
+    asked = {answer.id for answer in found.answers}
+    return found.base and replace(
+        found.base, answers=tuple(answer for answer in found.base.answers if answer.id in asked)
+    )
 
 
 # ---------------------------------------------------------------------------------------- broken

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ablate_shards.errors import EvaluateError, UsageError
+from ablate_shards.errors import EvaluateError, UsageError, reason
 
 if TYPE_CHECKING:
     import httpx2
@@ -243,7 +243,7 @@ async def _request(
             if timeouts == _MOST_TIMEOUTS:
                 break
         except httpx2.TransportError as error:
-            problem = f"cannot be reached ({_redacted(endpoint, _reason(error))})"
+            problem = f"cannot be reached ({_redacted(endpoint, reason(error))})"
         else:
             said = _redacted(endpoint, _excerpt(raw))
             if status == 200:
@@ -345,8 +345,3 @@ def _excerpt(raw: bytes) -> str:
 
 def _redacted(endpoint: Endpoint, text: str) -> str:
     return text.replace(endpoint.key.text, "***") if endpoint.key else text
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__

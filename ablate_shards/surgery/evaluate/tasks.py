@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from ablate_shards.errors import EvaluateError, UsageError
+from ablate_shards.errors import EvaluateError, UsageError, reason
 from ablate_shards.surgery.evaluate.answers import Speaker
 from ablate_shards.surgery.evaluate.resampling import mean_interval, sign_flip_p
 from ablate_shards.surgery.evaluate.statistics import paired, ratio
 from ablate_shards.surgery.machine.progress import Steps
-from ablate_shards.surgery.model.loading import quiet, reason
+from ablate_shards.surgery.model.loading import quiet
 
 __all__ = ["TaskChange", "TaskScore", "Tasks", "compare_tasks", "open_tasks", "run_tasks"]
 

@@ -29,7 +29,6 @@ _INHERITED = ("license", "license_name", "license_link", "language", "library_na
 _BASE = "base "
 _VALUES = ("value", "ratio", "rate", "share", "mean")
 _COUNTS = ("count", "n", "of", "total")
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LARGEST = 64 << 20
 #: What tells one adapter from another, of all that PEFT writes down.
 _ADAPTER_KEYS = {"peft_type", "r", "lora_alpha", "target_modules", "target_parameters", "use_rslora", "use_dora"}

@@ -1,9 +1,6 @@
 """Protocols for whatever shows how far a run has come."""
 
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    pass
+from typing import Protocol
 
 __all__ = ["Progress", "Steps"]
 

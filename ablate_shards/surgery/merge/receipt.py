@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ablate_shards import __version__
 from ablate_shards.errors import ExecuteError
@@ -16,9 +16,6 @@ from ablate_shards.surgery.checkpoint.headers import TensorInfo
 from ablate_shards.surgery.edit.receipt import incomplete, items, load, number, revision_of, seal, source_record, typed
 from ablate_shards.surgery.merge.adapter import Adapter, read_adapter
 from ablate_shards.surgery.merge.plan import MergeEdit, MergePlan, receipts_beside
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["MERGE_FORMAT", "MergeReceipt", "MergeResult", "read_merge_receipt"]
 

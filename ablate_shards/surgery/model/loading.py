@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ablate_shards.errors import AblateError
+from ablate_shards.errors import AblateError, reason
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ __all__ = [
     "quiet",
     "read_config",
     "read_tokenizer",
-    "reason",
     "render",
     "size_text",
 ]
@@ -292,12 +291,6 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def reason(error: Exception) -> str:
-    """Returns the first line of what a library says."""
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
 
 
 def size_text(count: int) -> str:
