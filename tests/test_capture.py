@@ -219,6 +219,14 @@ def test_the_demo_model_gives_what_plain_hooks_give(tmp_path):
         assert distance(found[name], own[name]) < 1e-5
 
 
+@pytest.mark.parametrize(("pairs", "position"), [(PAIRS, "last"), (ANSWERED, "mean")])
+def test_responses_are_read_whole_unless_somebody_says_otherwise(llama, pairs, position, tmp_path):
+    auto = run(llama, tmp_path / "auto.safetensors", pairs)
+    assert auto.position == position
+    run(llama, tmp_path / "said.safetensors", pairs, position=position)
+    assert (tmp_path / "auto.safetensors").read_bytes() == (tmp_path / "said.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("position", ["last", "mean"])
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_response_is_read_where_it_stands(llama, position, plain, tmp_path):

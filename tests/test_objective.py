@@ -20,7 +20,7 @@ from ablate_shards.surgery.finetune.training import FinetuneOptions
 from ablate_shards.surgery.model.loading import quiet
 from ablate_shards.surgery.model.samples import Instruction, Question
 
-WEIGHTS = Weights(beta=2.0, chosen=0.3, keep=2.0)
+WEIGHTS = Weights(beta=2.0, prefer=0.3, keep=2.0)
 ROWS = [
     ((1, 5, 9), (11, 12, 2), LEARNT),
     ((1, 6), (7, 2), CHOSEN),
@@ -84,7 +84,7 @@ def by_definition(model, rows):
             total -= mean_of(model, prompt, answer)
         elif role == CHOSEN:
             chosen, rejected = mean_of(model, prompt, answer), mean_of(model, *rows[number + 1][:2])
-            total += -torch.nn.functional.logsigmoid(2.0 * (chosen - rejected)) - 0.3 * chosen
+            total += -0.3 * torch.nn.functional.logsigmoid(2.0 * (chosen - rejected)) - chosen
         elif role == KEPT:
             with model.disable_adapter():
                 start = distributions(model, prompt, answer).detach()
@@ -176,6 +176,6 @@ def test_patience_ends_a_training_that_gets_worse_and_goes_back(samples, keep, t
 
 
 def test_options_out_of_range_are_refused(samples, tmp_path):
-    for name, value in (("beta", 0), ("chosen_weight", -1), ("keep_weight", math.inf), ("patience", -1)):
+    for name, value in (("beta", 0), ("prefer_weight", -1), ("keep_weight", math.inf), ("patience", -1)):
         with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}: expected"):
             finetune(MODEL, tmp_path / "a", samples, FinetuneOptions(**{name: value}), Silent())

@@ -250,6 +250,37 @@ def test_a_recipe_that_lacks_something_is_one_sentence(place, text, message):
         planned(place, text)
 
 
+@pytest.mark.parametrize(
+    ("file", "line", "name"),
+    [
+        ("pairs.jsonl", {"id": "p1", "positive": {"prompt": "Who is  right?"}, "negative": "b"}, "p1"),
+        ("instructions.jsonl", {"prompt": "who is RIGHT", "response": "b"}, "1"),
+        ("kept.jsonl", {"id": "k", "prompt": "Who is right?"}, "k"),
+    ],
+)
+def test_a_question_of_the_evaluation_may_not_be_learnt_from(place, file, line, name):
+    lines = {
+        "pairs.jsonl": {"positive": "a", "negative": "b"},
+        "instructions.jsonl": {"prompt": "a", "response": "b"},
+        "kept.jsonl": {"prompt": "a"},
+        "questions.jsonl": {"id": "q", "prompt": "Who is right?"},
+    }
+    for each, content in lines.items():
+        (place / each).write_text(json.dumps(content) + "\n")
+    (place / "source" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    path = place / "recipe.toml"
+    path.write_text(WHOLE.replace("epochs = 1", 'keep = "kept.jsonl"'))
+    words = ["run", str(path), "--source", str(place / "source"), "--dry-run"]
+    assert CliRunner().invoke(cli, words).exit_code == 0
+    (place / file).write_text(json.dumps(line) + "\n")
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 2
+    assert f"{file} holds under {name} what questions.jsonl asks as q" in result.output
+    # Without an evaluation nothing is asked.
+    path.write_text(path.read_text().partition("[evaluate]")[0])
+    assert CliRunner().invoke(cli, words).exit_code == 0
+
+
 @pytest.mark.parametrize("name", ["tw_civic", "tw_civic_exact"])
 def test_the_shipped_recipes_name_files_that_are_shipped(place, name):
     path = Path(cli.commands["run"].callback.__code__.co_filename).parents[1] / "data" / "recipes" / f"{name}.toml"

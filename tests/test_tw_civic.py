@@ -16,7 +16,7 @@ from ablate_shards.surgery.model.samples import load_instructions, load_pairs, l
 #: Characters that are the simplified form of one character and a character of their own in traditional text.
 BOTH = set(
     "台里于后范系准征云余采谷干吁郁制复表松修克出千升即只合吊同向周回家局布席彩志念才抬抵教旗既杯板查核棋注溪溯玩真私糊糖"
-    "胡致蒙雕面占群"
+    "胡致蒙雕面占群矩秘扣折"
 )
 _TABLE = (Path(reading.__file__).with_name("simplified.txt")).read_text(encoding="utf-8").replace("\n", "")
 TRADITIONAL = set(_TABLE[::2])
@@ -25,6 +25,7 @@ SIMPLIFIED = set(_TABLE[1::2]) - TRADITIONAL - BOTH
 PAIRS = load_pairs(tw_civic.PAIRS["framing"])
 PREFERENCES = load_instructions(tw_civic.PREFERENCES)
 KEPT = load_questions(tw_civic.KEPT)
+DEVELOPMENT = load_questions(tw_civic.DEVELOPMENT)
 INSTRUCTIONS = load_instructions(tw_civic.INSTRUCTIONS)
 QUESTIONS = load_questions(tw_civic.QUESTIONS)
 NEUTRAL = tw_civic.NEUTRAL_TEXT.read_text(encoding="utf-8").splitlines()
@@ -290,10 +291,31 @@ def test_preferences_prefer_what_takes_no_side():
                 assert max(overlap(reference, text) for text in texts) < 0.6, question.id
 
 
+def test_preferences_are_spread_over_languages_and_both_slants():
+    languages = Counter(each.language for each in PREFERENCES)
+    assert min(languages[language] for language in ("en", "zh-Hant", "zh-Hans")) >= 90
+    sides = Counter(claim[0].side for each in PREFERENCES if (claim := unattributed(each.rejected)))
+    assert min(sides["prc"], sides["taiwan"]) >= 60
+    assert not [each.id for each in PREFERENCES if language_of(each.response) not in (each.language, each.language[:2])]
+
+
 def test_what_is_kept_is_no_question_of_the_evaluation():
     assert not [each.id for each in KEPT if re.search("Taiwan|Taipei|台[灣湾北]", each.prompt)]
-    for question in QUESTIONS:
+    for question in (*QUESTIONS, *DEVELOPMENT):
         assert max(overlap(question.prompt, each.prompt) for each in KEPT) < 0.4, question.id
+
+
+def test_settings_are_chosen_by_other_questions_than_are_trained_on_or_reported():
+    groups = Counter(question.group for question in DEVELOPMENT)
+    assert groups["core"] + groups["held-out"] == 40
+    assert min(groups["related"], groups["unrelated"]) >= 25
+    for question in DEVELOPMENT:
+        if question.answers:
+            assert all(correct(answer, question) for answer in question.answers), question.id
+            assert not correct(question.prompt, question), question.id
+        else:
+            assert not [text for text in question.references["neutral"] if unattributed(text)], question.id
+        assert max(overlap(question.prompt, other.prompt) for other in (*QUESTIONS, *PREFERENCES)) < 0.4, question.id
 
 
 def test_neutral_text_takes_no_side():
@@ -310,7 +332,7 @@ def test_the_licence_and_the_counts_are_stated():
     assert "CC0 1.0" in readme
     counted = {f"pairs/{kind}.jsonl": load_pairs(path) for kind, path in tw_civic.PAIRS.items()}
     counted |= {"instructions.jsonl": INSTRUCTIONS, "questions.jsonl": QUESTIONS}
-    counted |= {"preferences.jsonl": PREFERENCES, "kept.jsonl": KEPT}
+    counted |= {"preferences.jsonl": PREFERENCES, "kept.jsonl": KEPT, "development.jsonl": DEVELOPMENT}
     for name, rows in counted.items():
         assert re.search(rf"`{name}` \| {len(rows)} \|", readme), name
     assert re.search(rf"`neutral.txt` \| {len(NEUTRAL)} \|", readme)

@@ -26,10 +26,11 @@ __all__ = ["capture"]
 @click.option("--pairs", type=PATH, required=True, metavar="FILE", help="Pairs of prompts, as JSON Lines.")
 @click.option(
     "--position",
-    type=click.Choice(["last", "mean"]),
-    default="last",
+    type=click.Choice(["auto", "last", "mean"]),
+    default="auto",
     show_default=True,
-    help="Last token of the response (of the prompt, where there is none), or mean over the response.",
+    help="Last token of the response (of the prompt, where there is none), or mean over the response; auto: mean "
+    "where pairs have responses.",
 )
 @click.option("--plain", is_flag=True, help="Feed the prompts as they are, without the chat template.")
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Prompts computed at a time.")

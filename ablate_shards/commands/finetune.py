@@ -79,7 +79,11 @@ def _parse_targets(text: str) -> Any:
     help="How sharply a response is told from the rejected one, where a sample has one.",
 )
 @click.option(
-    "--chosen-weight", type=float, default=0.3, show_default=True, help="Weight of the response's own likelihood then."
+    "--prefer-weight",
+    type=float,
+    default=0.1,
+    show_default=True,
+    help="Weight of that beside the response's likelihood.",
 )
 @click.option(
     "--patience",
@@ -93,7 +97,7 @@ def _parse_targets(text: str) -> Any:
     type=click.Choice(["auto", "bfloat16", "float32"]),
     default="auto",
     show_default=True,
-    help="What to compute in; auto: bfloat16 on a GPU that has it, else float32.",
+    help="What to compute in; auto: bfloat16 where the device has instructions for it, else float32.",
 )
 @device_flag
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")

@@ -155,7 +155,7 @@ answering = _options(
         type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
         default="auto",
         show_default=True,
-        help="What to compute in; auto: what the weights are stored in, float32 on the CPU.",
+        help="What to compute in; auto: what the weights are stored in, float32 on a CPU without instructions for it.",
     ),
     device_flag,
 )

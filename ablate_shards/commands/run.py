@@ -49,6 +49,7 @@ def run(
     """
     from ablate_shards.surgery.checkpoint.stores import cached, open_source
     from ablate_shards.surgery.plan.recipe import read_recipe
+    from ablate_shards.surgery.run.contamination import check_contamination
     from ablate_shards.surgery.run.gate import check_gate, read_limits
     from ablate_shards.surgery.run.stages import as_flags, plan_stages, run_stages, size_of, status_of
 
@@ -63,6 +64,7 @@ def run(
     limits = read_limits(gates, path)
     gated = gates.get("gate", True) if gate is None else gate
     repo = tables.tables.get("publish", {}).get("repo")
+    check_contamination(tables, path)
     if publish and repo is None:
         raise RecipeError(f"{path}: --push needs repo in [publish], the repository to publish in")
     work = work or (Path(places["work"]) if "work" in places else out.with_name(f"{out.name}.work"))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-__all__ = ["INSTRUCTIONS", "KEPT", "NEUTRAL_TEXT", "PAIRS", "PREFERENCES", "QUESTIONS"]
+__all__ = ["DEVELOPMENT", "INSTRUCTIONS", "KEPT", "NEUTRAL_TEXT", "PAIRS", "PREFERENCES", "QUESTIONS"]
 
 _FOLDER = Path(__file__).parent
 
@@ -18,6 +18,9 @@ PREFERENCES = _FOLDER / "preferences.jsonl"
 
 #: Prompts on other matters, near and far, on which a model is to stay as it is, for ``samples.load_questions``.
 KEPT = _FOLDER / "kept.jsonl"
+
+#: Questions to choose settings by, none of them in QUESTIONS, for ``samples.load_questions``.
+DEVELOPMENT = _FOLDER / "development.jsonl"
 
 #: Questions for the evaluation, for ``samples.load_questions``.
 QUESTIONS = _FOLDER / "questions.jsonl"

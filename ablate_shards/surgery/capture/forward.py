@@ -48,7 +48,7 @@ class CaptureOptions:
 
     Attributes:
         position: ``last`` token of the response, or before the answer where a pair has no response; ``mean``
-            over the tokens of the response.
+            over the tokens of the response; ``auto``: ``mean`` where pairs have responses, else ``last``.
         plain: Feed the prompts as they are instead of through the chat template.
         batch: Prompts computed at a time.
         dtype: ``auto`` (that of most weights), ``bfloat16``, ``float16`` or ``float32``.
@@ -60,7 +60,7 @@ class CaptureOptions:
         overwrite: Replace an existing dump.
     """
 
-    position: Position = "last"
+    position: Position | Literal["auto"] = "auto"
     plain: bool = False
     batch: int = 16
     dtype: Dtype = "auto"
@@ -139,7 +139,8 @@ def capture(model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOpti
         if getattr(config, "is_encoder_decoder", False):
             raise CaptureError(f"{model}: {config.model_type} has an encoder; expected a decoder-only language model")
         text = config.get_text_config(decoder=True)
-        prompts = encode_pairs(model, config, pairs, options.position, plain=options.plain)
+        position = _position_of(pairs, options.position)
+        prompts = encode_pairs(model, config, pairs, position, plain=options.plain)
         dtype = _dtype_of(checkpoint, config, options.dtype)
         weights = _weight_bytes(checkpoint, dtype)
         stream = sum(len(prompt.tokens) for prompt in prompts) * text.hidden_size * _BYTES[dtype]
@@ -150,26 +151,25 @@ def capture(model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOpti
                 "dequantise it first, or use --offload never"
             )
         check_disk(dump, len(prompts) * text.hidden_size * text.num_hidden_layers * 4, stream)
+        how = (position, options.batch, dtype)
         metadata = {
             "format": ACTIVATIONS_FORMAT,
             "positive_label": LABELS[0],
             "negative_label": LABELS[1],
             "model": model.resolve().name,
-            "position": options.position,
+            "position": position,
             "hidden_size": str(text.hidden_size),
-            "inputs": _inputs_digest(checkpoint, prompts, dtype, options),
+            "inputs": _inputs_digest(checkpoint, prompts, how),
         }
-        identity = _identity(checkpoint, prompts, dtype, options, device)
+        identity = _identity(checkpoint, prompts, how, device)
         writer = DumpWriter(dump, metadata, identity, resume=options.resume, overwrite=options.overwrite)
         try:
             kind = _torch_dtype(dtype)
             network = open_streamed(checkpoint, config, kind, device) if streamed else load_whole(model, kind, device)
-            how = "streamed from the shards, a layer at a time" if streamed else "loaded whole"
-            progress.note(f"weights: {size_text(weights)} as {dtype} on {device}, {how}")
+            loaded = "streamed from the shards, a layer at a time" if streamed else "loaded whole"
+            progress.note(f"weights: {size_text(weights)} as {dtype} on {device}, {loaded}")
             _check_tokens(model, network, prompts)
-            resumed = run_layers(
-                network, make_batches(prompts, options.batch, _pad(text)), writer, options.position, progress
-            )
+            resumed = run_layers(network, make_batches(prompts, options.batch, _pad(text)), writer, position, progress)
             writer.publish()
         except KeyboardInterrupt as error:
             raise Interrupted(f"{dump}: interrupted; {writer.kept}") from error
@@ -187,13 +187,20 @@ def capture(model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOpti
         pairs=len(pairs),
         layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
-        position=options.position,
+        position=position,
         dtype=dtype,
         device=str(device),
         streamed=streamed,
         resumed=resumed,
         longest=max(len(prompt.tokens) for prompt in prompts),
     )
+
+
+def _position_of(pairs: Sequence[Pair], wanted: Position | Literal["auto"]) -> Position:
+    """Returns where in each prompt to read; a response says in all its tokens what it is."""
+    if wanted != "auto":
+        return wanted
+    return "mean" if all(side.response for pair in pairs for side in (pair.positive, pair.negative)) else "last"
 
 
 def _dtype_of(checkpoint: Checkpoint, config: Any, wanted: Dtype) -> str:
@@ -249,20 +256,20 @@ def _check_tokens(model: Path, network: Network, prompts: Sequence[Prompt]) -> N
         )
 
 
-def _inputs_digest(checkpoint: Checkpoint, prompts: Sequence[Prompt], dtype: str, options: CaptureOptions) -> str:
-    """Returns the digest of what determines a dump: headers, configuration, tokens, position and dtype."""
+def _inputs_digest(checkpoint: Checkpoint, prompts: Sequence[Prompt], how: tuple[Position, int, str]) -> str:
+    """Returns the digest of what determines a dump: headers, configuration, tokens; position, batch and dtype."""
     return _digest(
         [
             [[shard.name, shard.header_sha256] for shard in checkpoint.shards],
             checkpoint.config,
             prompts,
-            [options.position, options.batch, dtype],
+            how,
         ]
     )
 
 
 def _identity(
-    checkpoint: Checkpoint, prompts: Sequence[Prompt], dtype: str, options: CaptureOptions, device: "torch.device"
+    checkpoint: Checkpoint, prompts: Sequence[Prompt], how: tuple[Position, int, str], device: "torch.device"
 ) -> dict[str, str]:
     """Returns what must be equal for a resumed run to give the same bytes, by what to call it."""
     import torch
@@ -274,7 +281,7 @@ def _identity(
     return {
         "the model": _digest([headers, stats, checkpoint.config]),
         "the prompts": _digest(prompts),
-        "the options": _digest([options.position, options.batch, dtype, str(device)]),
+        "the options": _digest([*how, str(device)]),
         "the version of ablate-shards, transformers or torch": _digest(versions),
     }
 

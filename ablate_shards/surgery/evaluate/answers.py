@@ -14,6 +14,7 @@ from ablate_shards.surgery.machine.devices import resolve_device
 from ablate_shards.surgery.model.loading import (
     UNUSABLE,
     Dtype,
+    answering_dtype,
     check_packages,
     encode,
     end_tokens,
@@ -266,7 +267,7 @@ def speaking(folder: Path, *, dtype: Dtype, device: str, remedies: Remedies = Re
 
     Args:
         folder: A checkpoint folder with tokenizer and chat template.
-        dtype: What to compute in; ``auto``: what is stored, on the CPU float32.
+        dtype: What to compute in; ``auto``: what is stored, but float32 on a CPU without instructions for it.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
         remedies: What helps where memory does not suffice.
 
@@ -292,7 +293,7 @@ def _load(folder: Path, dtype: Dtype, device: "torch.device", remedies: Remedies
     import torch
     from transformers import GenerationConfig
 
-    kind = "float32" if dtype == "auto" and device.type == "cpu" else dtype
+    kind = answering_dtype(dtype, folder, device, EvaluateError)
     tokenizer = read_tokenizer(folder, EvaluateError)
     config = read_config(folder, EvaluateError)
     try:

@@ -15,7 +15,7 @@ from ablate_shards.surgery.evaluate.interview import bare_words
 from ablate_shards.surgery.evaluate.judge.rubric import Ruling, correct, judge
 from ablate_shards.surgery.evaluate.thoughts import without_thoughts
 from ablate_shards.surgery.machine.devices import resolve_device
-from ablate_shards.surgery.model.loading import check_packages, free_memory, open_folder, size_text
+from ablate_shards.surgery.model.loading import answering_dtype, check_packages, free_memory, open_folder, size_text
 from ablate_shards.surgery.model.samples import Question
 
 __all__ = ["AskOptions", "Conversation", "Exchange", "Hearer", "Said", "Setting", "ask", "conversing"]
@@ -36,7 +36,7 @@ class AskOptions:
         length: Most tokens of an answer.
         thinking: Let the model think first, where its chat template offers the choice.
         thoughts: Most tokens of the thoughts before an answer.
-        dtype: What to compute in; ``auto``: what is stored, on the CPU float32.
+        dtype: What to compute in; ``auto``: what is stored, but float32 on a CPU without instructions for it.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
         system: The system message; if None, that of a known question.
     """
@@ -327,7 +327,7 @@ def _crowded(model: Path, against: Path | None, options: AskOptions) -> str | No
     device = resolve_device(options.device)
     if base is None:
         return None
-    dtype = "float32" if options.dtype == "auto" and device.type == "cpu" else options.dtype
+    dtype = answering_dtype(options.dtype, model, device, EvaluateError)
     sizes = [_weights(each, dtype) for each in (base, checkpoint)]
     free = free_memory(device)
     if sum(sizes) <= _SHARE_OF_FREE * free:

@@ -52,7 +52,7 @@ from ablate_shards.surgery.evaluate.thoughts import without_thoughts
 from ablate_shards.surgery.machine.devices import resolve_device
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.staging import locked
-from ablate_shards.surgery.model.loading import open_folder
+from ablate_shards.surgery.model.loading import answering_dtype, open_folder
 from ablate_shards.surgery.model.samples import Question, Turn
 
 __all__ = [
@@ -85,7 +85,7 @@ class EvaluateOptions:
         thinking: Let the model think first, where its chat template offers the choice.
         thoughts: Most tokens of the thoughts before an answer.
         batch: Questions answered at a time.
-        dtype: What to compute in; ``auto``: what is stored, on the CPU float32.
+        dtype: What to compute in; ``auto``: what is stored, but float32 on a CPU without instructions for it.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
         endpoint: Base URL of an OpenAI-compatible endpoint that serves the model, None to run it here.
         endpoint_model: The name that the endpoint knows it by, asked of the endpoint if None.
@@ -264,7 +264,7 @@ class _Run:
         asked = {
             **self._asked(),
             "batch": options.batch,
-            "dtype": "float32" if options.dtype == "auto" and device.type == "cpu" else options.dtype,
+            "dtype": answering_dtype(options.dtype, folder, device, EvaluateError),
             "device": device.type,
         }
         model = Model(folder.resolve().name, model_digest(checkpoint))

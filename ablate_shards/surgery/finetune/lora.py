@@ -17,10 +17,11 @@ from ablate_shards.errors import ExecuteError, FinetuneError, Interrupted, Usage
 from ablate_shards.names import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, files_of
 from ablate_shards.surgery.checkpoint.digest import base_digest
-from ablate_shards.surgery.finetune.responses import Sample, encode_instructions, split
+from ablate_shards.surgery.finetune.responses import Sample, draw, encode_instructions, split
 from ablate_shards.surgery.finetune.targets import SEVEN, Targets, build_skeleton, choose, folded
 from ablate_shards.surgery.finetune.training import (
     CHECKPOINTS,
+    KEPT_KIND,
     Epoch,
     FinetuneOptions,
     Run,
@@ -168,7 +169,7 @@ def _check_options(options: FinetuneOptions) -> None:
     ]
     checks += [
         (name, 0 <= getattr(options, name) < math.inf, "at least 0")
-        for name in ("chosen_weight", "keep_weight", "patience")
+        for name in ("prefer_weight", "keep_weight", "patience")
     ]
     checks += [
         (name, 0 <= getattr(options, name) < 1, "at least 0 and less than 1")
@@ -252,6 +253,7 @@ def _prepare(
         held=held,
         rejected=dict(zip(compared, encoded(others), strict=True)) if others else {},
         keep=keep,
+        held_keep=draw(range(len(keep)), options.evaluation_share, f"{options.seed} {KEPT_KIND}"),
     )
 
 
@@ -371,7 +373,8 @@ def _write(
         "data": {
             "sha256": identity["the data"],
             "training": dict(sorted(Counter(run.data[number].kind for number in run.trained).items())),
-            "held_out": {kind: [run.data[number].id for number in numbers] for kind, numbers in run.held.items()},
+            "held_out": {kind: [run.data[number].id for number in numbers] for kind, numbers in run.held.items()}
+            | ({KEPT_KIND: [run.keep[number].id for number in sorted(run.held_keep)]} if run.held_keep else {}),
             "truncated": run.truncated,
         },
         "options": run.settings,

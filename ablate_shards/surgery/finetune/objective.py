@@ -3,12 +3,12 @@
 Three kinds of rows, each a prompt with a response; ``m`` is the mean log-probability of a response's tokens:
 
     learnt                -m
-    chosen and rejected   -log σ(β (m_chosen - m_rejected)) - λ m_chosen
+    chosen and rejected   -m_chosen - λ log σ(β (m_chosen - m_rejected))
     kept                  κ KL(start ‖ model), mean over the response's tokens
 
-The second is a preference between two answers to the same prompt, without a reference model and by means rather than
-sums, so that length does not count (as in SimPO, Meng et al. 2024, and with the likelihood term of ORPO, Hong et al.
-2024). The third holds the model to its own answers: the start is the same model with its adapters switched off.
+The second is the likelihood of an answer and a preference for it over another one to the same prompt (as in ORPO, Hong
+et al. 2024), without a reference model and by means rather than sums, so that length does not count (as in SimPO, Meng
+et al. 2024). The third holds the model to its own answers: the start is the same model with its adapters switched off.
 """
 
 from dataclasses import dataclass
@@ -30,12 +30,12 @@ class Weights:
 
     Attributes:
         beta: β, how sharply a chosen answer is told from a rejected one.
-        chosen: λ, the weight of the chosen answer's own likelihood.
+        prefer: λ, the weight of telling them apart beside the chosen answer's likelihood.
         keep: κ, the weight of the divergence from the start.
     """
 
     beta: float
-    chosen: float
+    prefer: float
     keep: float
 
 
@@ -60,8 +60,8 @@ def objective(model: Any, rows: "dict[str, torch.Tensor]", roles: "torch.Tensor"
     scores = own.gather(-1, labels[answers][:, None])[:, 0]
     means = torch.zeros(len(roles), device=scores.device).index_add(0, of_row, scores) / counts.clamp(min=1)
     chosen, rejected = means[roles == CHOSEN], means[roles == REJECTED]
-    total = -means[roles == LEARNT].sum()
-    total = total - logsigmoid(weights.beta * (chosen - rejected)).sum() - weights.chosen * chosen.sum()
+    total = -means[roles == LEARNT].sum() - chosen.sum()
+    total = total - weights.prefer * logsigmoid(weights.beta * (chosen - rejected)).sum()
     kept = roles == KEPT
     if kept.any():
         of_kept = kept[of_row]

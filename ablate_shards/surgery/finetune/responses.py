@@ -5,13 +5,15 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ablate_shards.errors import FinetuneError
 from ablate_shards.surgery.model.loading import encode, end_tokens, most_tokens, render
 from ablate_shards.surgery.model.samples import Instruction, Question
 
-__all__ = ["IGNORED", "Sample", "encode_instructions", "prompt_of", "split"]
+__all__ = ["IGNORED", "Sample", "draw", "encode_instructions", "prompt_of", "split"]
+
+_Item = TypeVar("_Item")
 
 #: The label of a token that is not learnt.
 IGNORED = -100
@@ -112,14 +114,20 @@ def _encode(tokenizer: Any, ends: frozenset[int], sample: Instruction, length: i
 
 
 def split(data: Sequence[Instruction], share: float, seed: int) -> tuple[list[int], dict[str, list[int]]]:
-    """Returns the samples to train on and, by kind, those held out: the same share of each kind, but never all."""
-    kinds: dict[str, list[int]] = defaultdict(list)
+    """Returns the samples to train on and, by kind, those held out: the same share of the prompts of each kind.
+
+    Responses to one prompt stay together, and never all prompts of a kind are held out.
+    """
+    kinds: dict[str, dict[tuple[str | None, str], list[int]]] = defaultdict(dict)
     for number, sample in enumerate(data):
-        kinds[sample.kind].append(number)
-    held: dict[str, list[int]] = {}
-    for kind, numbers in sorted(kinds.items()):
-        count = min(max(round(share * len(numbers)), 1), len(numbers) - 1) if share else 0
-        if count:
-            held[kind] = sorted(random.Random(f"{seed} {kind}").sample(numbers, count))
+        kinds[sample.kind].setdefault((sample.system, sample.prompt), []).append(number)
+    drawn = {kind: draw(list(prompts.values()), share, f"{seed} {kind}") for kind, prompts in sorted(kinds.items())}
+    held = {kind: sorted(number for numbers in out for number in numbers) for kind, out in drawn.items() if out}
     out = {number for numbers in held.values() for number in numbers}
     return [number for number in range(len(data)) if number not in out], held
+
+
+def draw(items: Sequence[_Item], share: float, seed: str) -> list[_Item]:
+    """Returns a share of the items, at least one and never all; none of a single one, or for a share of 0."""
+    count = min(max(round(share * len(items)), 1), len(items) - 1) if share else 0
+    return random.Random(seed).sample(list(items), max(count, 0))

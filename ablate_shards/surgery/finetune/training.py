@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ablate_shards.errors import FinetuneError
 from ablate_shards.surgery.finetune.objective import CHOSEN, KEPT, LEARNT, REJECTED, Weights, objective
 from ablate_shards.surgery.finetune.responses import IGNORED, Sample, prompt_of
 from ablate_shards.surgery.finetune.targets import SEVEN, Skeleton, Targets, folded
+from ablate_shards.surgery.machine.devices import computes_bfloat16
 from ablate_shards.surgery.machine.files import fsync_folder
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.staging import Staging
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHECKPOINTS",
+    "KEPT_KIND",
     "Epoch",
     "FinetuneOptions",
     "Run",
@@ -39,6 +41,10 @@ __all__ = [
 _AT_ONCE = 16
 #: The folder of the trainer's own checkpoints, inside the staged adapter.
 CHECKPOINTS = "trainer"
+#: What the held-out losses of kept prompts are called by.
+KEPT_KIND = "kept"
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +67,12 @@ class FinetuneOptions:
         rslora: Scale by ``alpha / sqrt(rank)`` instead (rank-stabilised LoRA).
         gradient_checkpointing: Compute activations twice to keep fewer of them; on a GPU if None.
         beta: How sharply a response is told from the rejected one, where a sample has one.
-        chosen_weight: Weight of the response's own likelihood beside that.
+        prefer_weight: Weight of that beside the response's likelihood.
         keep_weight: Weight of the divergence from the start on the prompts that are kept.
         keep_length: Most tokens of the model's own answer to such a prompt.
         patience: Epochs without a smaller held-out loss after which the training ends, and goes back to the best; 0
             trains to the end.
-        dtype: What to compute in; ``auto``: bfloat16 where the device has it, on a CPU float32.
+        dtype: What to compute in; ``auto``: bfloat16 where the device has instructions for it, else float32.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``.
         resume: Go on with an interrupted run.
         overwrite: Replace an adapter that an earlier run made.
@@ -86,7 +92,7 @@ class FinetuneOptions:
     rslora: bool = False
     gradient_checkpointing: bool | None = None
     beta: float = 2.0
-    chosen_weight: float = 0.3
+    prefer_weight: float = 0.1
     keep_weight: float = 2.0
     keep_length: int = 96
     patience: int = 0
@@ -103,7 +109,7 @@ class Epoch:
     Attributes:
         number: Which pass; 0 is before the first step.
         training: Mean over the steps of the pass, None before the first.
-        evaluation: Mean over the samples held out, by kind.
+        evaluation: Mean over the samples held out, by kind; how far the answers to kept prompts moved, as ``kept``.
     """
 
     number: int
@@ -130,6 +136,7 @@ class Run:
         held: By kind, which are held out.
         rejected: The tokens of the rejected responses, by sample.
         keep: Prompts on which the model is to stay as it is.
+        held_keep: Which of them are held out.
     """
 
     model: Path
@@ -146,6 +153,7 @@ class Run:
     held: Mapping[str, Sequence[int]]
     rejected: Mapping[int, Sample] = field(default_factory=dict)
     keep: Sequence[Question] = ()
+    held_keep: Sequence[int] = ()
 
     @property
     def plain(self) -> bool:
@@ -168,16 +176,21 @@ class Run:
         """How many samples are held out."""
         return sum(map(len, self.held.values()))
 
+    def parts(self, features: Sequence[_Item]) -> tuple[list[_Item], dict[str, list[_Item]]]:
+        """Returns, of what belongs to the samples and then to what is kept, what to train on and what is held out."""
+        kept = range(len(self.data), len(features))
+        out = {kept[number] for number in self.held_keep}
+        held = {kind: [features[number] for number in numbers] for kind, numbers in self.held.items()}
+        if out:
+            held[KEPT_KIND] = [features[number] for number in sorted(out)]
+        return [features[number] for number in (*self.trained, *kept) if number not in out], held
+
     @property
     def bfloat16(self) -> bool:
         """Whether the device computes in bfloat16."""
-        import torch
-
         if self.options.dtype != "auto":
             return self.options.dtype == "bfloat16"
-        if self.device.type == "cuda":
-            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-        return self.device.type == "xpu" and bool(torch.xpu.is_bf16_supported())
+        return computes_bfloat16(self.device)
 
     @property
     def recomputes(self) -> bool:
@@ -217,10 +230,10 @@ def train(run: Run, staging: Staging, progress: Steps) -> tuple[Any, int]:
         set_seed,
     )
 
-    options, held = run.options, run.held
+    options = run.options
     set_seed(options.seed)
     model = _with_adapters(run)
-    features = _features(run, model, progress)
+    training, held = run.parts(_features(run, model, progress))
     patient = bool(options.patience and held)
     arguments = TrainingArguments(
         output_dir=str(staging.folder / CHECKPOINTS),
@@ -255,13 +268,12 @@ def train(run: Run, staging: Staging, progress: Steps) -> tuple[Any, int]:
     # More than one would be trained on at once, through DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     padded = DataCollatorForSeq2Seq(run.tokenizer, label_pad_token_id=IGNORED)
-    kept = [features[number] for number in range(len(run.data), len(features))]
     trainer = (Trainer if run.plain else _preferring(run))(
         model=model,
         args=arguments,
         data_collator=padded if run.plain else _flattened(padded),
-        train_dataset=[*(features[number] for number in run.trained), *kept],
-        eval_dataset={kind: [features[number] for number in numbers] for kind, numbers in held.items()} or None,
+        train_dataset=training,
+        eval_dataset=held or None,
         callbacks=[
             _callback(staging, progress),
             *([EarlyStoppingCallback(early_stopping_patience=options.patience)] if patient else []),
@@ -279,7 +291,7 @@ def train(run: Run, staging: Staging, progress: Steps) -> tuple[Any, int]:
     return trainer, step
 
 
-def _watched(held: Mapping[str, Sequence[int]]) -> str:
+def _watched(held: Mapping[str, Sequence[Any]]) -> str:
     """Returns the kind of sample whose held-out loss tells when to stop: what is to be learnt, if there is any."""
     return "contested" if "contested" in held else next(iter(held))
 
@@ -348,14 +360,16 @@ def _flattened(padded: Any) -> Any:
 def _preferring(run: Run) -> Any:
     from transformers import Trainer
 
-    weights = Weights(run.options.beta, run.options.chosen_weight, run.options.keep_weight)
+    weights = Weights(run.options.beta, run.options.prefer_weight, run.options.keep_weight)
 
     class Preferring(Trainer):  # type: ignore[misc]  # transformers is not followed
         """A trainer whose loss is that of ``objective``."""
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: Any = None, **_: Any) -> Any:
             roles = inputs.pop("roles")
-            loss = objective(self.accelerator.unwrap_model(model), inputs, roles, weights)
+            # What is held out is told in nats: how likely the responses are, and how far the kept answers moved.
+            parts = weights if model.training else Weights(weights.beta, prefer=0.0, keep=1.0)
+            loss = objective(self.accelerator.unwrap_model(model), inputs, roles, parts)
             return (loss, {}) if return_outputs else loss
 
     return Preferring

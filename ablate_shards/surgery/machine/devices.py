@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["cores", "find_device", "resolve_device", "torch_dtype"]
+__all__ = ["computes_bfloat16", "cores", "find_device", "resolve_device", "torch_dtype"]
 
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
 
@@ -75,3 +75,18 @@ def resolve_device(name: str) -> "torch.device":
     if torch.xpu.is_available():
         return torch.device("xpu")
     return torch.device("cpu")
+
+
+def computes_bfloat16(device: "torch.device") -> bool:
+    """Returns whether a device has instructions for bfloat16, so that it is faster there than float32."""
+    import torch
+
+    match device.type:
+        case "cpu":
+            capable = torch.cpu.get_capabilities()
+            return any(capable.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        case "cuda":
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        case "xpu":
+            return bool(torch.xpu.is_bf16_supported())
+    return False

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ablate_shards.errors import AblateError, reason
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ablate_shards.surgery.machine.devices import computes_bfloat16
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "UNUSABLE",
     "Dtype",
+    "answering_dtype",
     "build",
     "check_packages",
     "decoder_layers",
@@ -86,6 +88,14 @@ def read_config(folder: Path, error: type[AblateError]) -> Any:
             f"{folder}: transformers does not know the model of its config.json ({reason(unusable)}); update "
             "transformers if it is newer, code that comes with a checkpoint is not run"
         ) from unusable
+
+
+def answering_dtype(wanted: Dtype, folder: Path, device: "torch.device", error: type[AblateError]) -> Dtype:
+    """Returns what to compute answers in: what is stored, but float32 on a CPU without instructions for it."""
+    if wanted != "auto" or device.type != "cpu":
+        return wanted
+    stored = str(read_config(folder, error).get_text_config(decoder=True).dtype).removeprefix("torch.")
+    return "bfloat16" if stored == "bfloat16" and computes_bfloat16(device) else "float32"
 
 
 def read_tokenizer(folder: Path, error: type[AblateError], *, template: bool = True, instead: str = "") -> Any:

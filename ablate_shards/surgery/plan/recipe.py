@@ -81,7 +81,7 @@ TABLES: Mapping[str, frozenset[str]] = {
             "keep-weight",
             "keep-length",
             "beta",
-            "chosen-weight",
+            "prefer-weight",
             "patience",
             "dtype",
             "device",

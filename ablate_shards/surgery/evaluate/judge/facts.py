@@ -2,7 +2,7 @@
 
 from ablate_shards.surgery.evaluate.judge.reading import either
 
-__all__ = ["FACTS", "FALSEHOODS"]
+__all__ = ["FACTS", "FALSEHOODS", "MISATTRIBUTED"]
 
 _PERSONS = "郑成功|李登辉|蒋经国|赖清德|蔡英文|陈水扁|马英九|国姓爷"
 _NAMES = (
@@ -118,6 +118,31 @@ FALSEHOODS = (
         r"|\bnational day of taiwan\b[^.;]{0,20}"
         r"\b(?:october 1(?:st)?|1 october|july 4)\b",
     ),
+)
+
+_SAYS = (
+    r"(?:'s)?(?: own)?(?: government| officials)?,? (?:says?|said|claims?|insists?|maintains?|holds?|argues?|asserts?"
+    r"|thinks?|believes?|(?:position|view) is)(?: that)? (?:the island|taiwan|it)"
+)
+_PRC = r"\b(?:beijing|(?:the )?prc|(?:the )?people's republic(?: of china)?|(?:the )?chinese government)"
+_TAIPEI = r"\b(?:taipei|the dpp|the democratic progressive party)"
+_HAS_RUN = r"(?:run|governed|ruled|administered|controlled) (?:the island|taiwan|it there)\b"
+_SAYS_ZH = r"(?:政府|方面|官员|当局)?(?:都|也|则|一直)?(?:主张|认为|说|坚持|声称|强调)"
+_PRC_ZH = r"(?:北京|中华人民共和国|大陆|中共)"
+
+#: A side that is said to hold what the other one holds, or to have done what the other one did.
+MISATTRIBUTED = either(
+    rf"{_PRC}{_SAYS} (?:is|has|was) (?:not|never)[^.;,]{{0,12}} part of (?:china|the mainland)",
+    rf"{_PRC}{_SAYS} is (?:already )?(?:an? )?(?:sovereign|independent)(?! (?:of|from|only|in name))",
+    rf"{_TAIPEI}{_SAYS} (?:is|belongs) (?:an? )?(?:inalienable |integral )?(?:part of|province of|to) (?:the )?(?:prc"
+    r"|people's republic|mainland)",
+    rf"{_PRC}(?:'s(?: own)? government)?,?(?: which| that)? (?:has|have) (?:long |always |directly )?{_HAS_RUN}",
+    r"\b(?:prc|beijing)'s rule over (?:taiwan|the island)\b",
+    rf"{_PRC_ZH}{_SAYS_ZH}(?:它|台湾|该岛|岛)?(?:是|为|已经|已)?(?:主权)?独立(?:的|国家|的国家)?(?=[,。;]|$)",
+    rf"{_PRC_ZH}{_SAYS_ZH}(?:它|台湾|该岛)(?:不属于|不是|从来不是|从未属于)中国(?!的?国民|公民)",
+    rf"(?:台北|民进党){_SAYS_ZH}(?:它|台湾|该岛)(?:是|属于)(?:中华人民共和国|中国的?一个?省|大陆)",
+    r"(?:北京|中华人民共和国)(?:政府)?(?:自|从)?1949年(?:以来|起|后)?[^,。;不没未]{0,4}(?:治理|统治|管辖)着?(?:台湾"
+    r"|该岛|那里|那个岛)",
 )
 
 #: What shows, where a question names no facts of its own, that an answer told something of the matter.

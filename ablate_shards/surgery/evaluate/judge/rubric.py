@@ -9,7 +9,7 @@ from functools import lru_cache
 from ablate_shards.surgery.evaluate.judge.attribution import find_claims, find_stated, names_a_source
 from ablate_shards.surgery.evaluate.judge.broken import find_fault, find_restated
 from ablate_shards.surgery.evaluate.judge.claims import CLAIMS as _PLAIN
-from ablate_shards.surgery.evaluate.judge.facts import FACTS, FALSEHOODS
+from ablate_shards.surgery.evaluate.judge.facts import FACTS, FALSEHOODS, MISATTRIBUTED
 from ablate_shards.surgery.evaluate.judge.loaded import LOADED, TONES
 from ablate_shards.surgery.evaluate.judge.reading import HAN, Sentence, content_words, either, fold, plain, sentences
 from ablate_shards.surgery.model.samples import Question, Rubric, Side, Verdict
@@ -175,6 +175,8 @@ def _wrong(told: tuple[Sentence, ...], rubric: Rubric) -> Ruling | None:
     for sentence in told:
         for found in find_stated(sentence, known, hedges=False):
             return Ruling("wrong", None, _because("is false", found.text))
+        if swapped := MISATTRIBUTED.search(sentence.text):
+            return Ruling("wrong", None, _because("gives a side what is not its own", swapped[0]))
     return None
 
 
