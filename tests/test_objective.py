@@ -1,5 +1,6 @@
 """The loss of a preference, of a plain response and of what is kept, against their definitions."""
 
+import dataclasses
 import json
 import math
 
@@ -16,6 +17,7 @@ from ablate_shards.data.demo.world import NEUTRAL, SLANTED
 from ablate_shards.errors import UsageError
 from ablate_shards.surgery.finetune.lora import finetune
 from ablate_shards.surgery.finetune.objective import CHOSEN, KEPT, LEARNT, REJECTED, Weights, objective
+from ablate_shards.surgery.finetune.responses import split
 from ablate_shards.surgery.finetune.training import FinetuneOptions
 from ablate_shards.surgery.model.loading import quiet
 from ablate_shards.surgery.model.samples import Instruction, Question
@@ -167,12 +169,39 @@ def test_a_preference_is_learnt_and_the_adapter_written(samples, keep, tmp_path)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_patience_ends_a_training_that_gets_worse_and_goes_back(samples, keep, tmp_path):
-    options = FinetuneOptions(
-        epochs=6, learning_rate=0.2, evaluation_share=0.2, batch=4, accumulate=1, keep_length=4, patience=1
-    )
+def test_a_preference_that_weighs_nothing_leaves_the_rejected_out(samples, keep, tmp_path):
+    options = dataclasses.replace(OPTIONS, epochs=1, prefer_weight=0)
     done = finetune(MODEL, tmp_path / "adapter", samples, options, Silent(), keep=keep)
-    assert len(done.epochs) - 1 < 6
+    alone = [dataclasses.replace(sample, rejected=None) for sample in samples]
+    assert finetune(MODEL, tmp_path / "alone", alone, options, Silent(), keep=keep).losses == done.losses
+    assert json.loads((tmp_path / "adapter" / "training.json").read_text())["rejected"] == 0
+
+
+def test_what_is_kept_is_held_out_too_and_told_in_nats(samples, keep, tmp_path):
+    options = dataclasses.replace(OPTIONS, epochs=1, keep_weight=50, prefer_weight=50)
+    done = finetune(MODEL, tmp_path / "adapter", samples, options, Silent(), keep=keep)
+    assert json.loads((tmp_path / "adapter" / "training.json").read_text())["data"]["held_out"]["kept"]
+    before, after = (epoch.evaluation for epoch in done.epochs)
+    assert before["kept"] == pytest.approx(0, abs=1e-4)
+    assert 0 < after["kept"] < 5
+    # The likelihood alone: 50 preferences of log 2 would be more than 30.
+    assert before["contested"] < 20
+
+
+def test_responses_to_one_prompt_are_held_out_together():
+    data = [Instruction(str(number), "en", "contested", f"p{number // 3}", "r") for number in range(30)]
+    trained, held = split(data, 0.2, 0)
+    assert len(held["contested"]) == 6
+    assert not {data[number].prompt for number in trained} & {data[number].prompt for number in held["contested"]}
+    assert sorted([*trained, *held["contested"]]) == list(range(30))
+    assert split(data[:3], 0.5, 0) == ([0, 1, 2], {})
+
+
+def test_patience_ends_a_training_that_gets_worse_and_goes_back(samples, keep, tmp_path):
+    options = dataclasses.replace(OPTIONS, epochs=6, learning_rate=0.06, prefer_weight=0, patience=1, keep_length=4)
+    done = finetune(MODEL, tmp_path / "adapter", samples[:6], options, Silent(), keep=keep[:2])
+    _, best, worse = (epoch.evaluation["contested"] for epoch in done.epochs)
+    assert worse > best
 
 
 def test_options_out_of_range_are_refused(samples, tmp_path):

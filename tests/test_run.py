@@ -96,6 +96,9 @@ def test_each_table_adds_its_stages(place):
         "merge",
         "evaluate result",
     ]
+    second = planned(place, '[lora]\ndata = "instructions.jsonl"\n[evaluate]\nquestions = "questions.jsonl"\n')
+    assert [stage.name for stage in second] == ["evaluate source", "finetune", "merge", "evaluate result"]
+    assert second[1].inputs[0] == second[2].inputs[0] == place / "source"
     alone = planned(place, '[directions]\nactivations = "dump.safetensors"\n')
     assert [stage.name for stage in alone] == ["directions", "ablate"]
     assert alone[-1].output == place / "out"

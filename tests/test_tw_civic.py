@@ -1,5 +1,6 @@
 """The shipped data keep what they promise: counts, languages, matched pairs, attribution, nothing held out twice."""
 
+import functools
 import re
 from collections import Counter
 from datetime import date
@@ -26,6 +27,7 @@ PAIRS = load_pairs(tw_civic.PAIRS["framing"])
 PREFERENCES = load_instructions(tw_civic.PREFERENCES)
 KEPT = load_questions(tw_civic.KEPT)
 DEVELOPMENT = load_questions(tw_civic.DEVELOPMENT)
+RESPONSES = load_instructions(tw_civic.RESPONSES)
 INSTRUCTIONS = load_instructions(tw_civic.INSTRUCTIONS)
 QUESTIONS = load_questions(tw_civic.QUESTIONS)
 NEUTRAL = tw_civic.NEUTRAL_TEXT.read_text(encoding="utf-8").splitlines()
@@ -42,6 +44,7 @@ def language_of(text):
     return "zh-Hant" if traditional else "zh-Hans" if simplified else "zh"
 
 
+@functools.cache
 def grams(text):
     text = re.sub(r"\W", "", text).lower()
     size = 2 if re.search("[\u3400-\u9fff]", text) else 5
@@ -299,6 +302,25 @@ def test_preferences_are_spread_over_languages_and_both_slants():
     assert not [each.id for each in PREFERENCES if language_of(each.response) not in (each.language, each.language[:2])]
 
 
+def test_responses_take_no_side_and_say_the_same_facts_in_the_same_words():
+    assert {each.prompt for each in RESPONSES} == {each.prompt for each in PREFERENCES}
+    assert not [each.id for each in RESPONSES if unattributed(each.response)]
+    assert len({each.response for each in RESPONSES}) == len(RESPONSES)
+    for language, end in (("en", r"(?<=\.) "), ("zh-Hant", "(?<=。)"), ("zh-Hans", "(?<=。)")):
+        said = Counter(
+            sentence for each in RESPONSES if each.language == language for sentence in re.split(end, each.response)
+        )
+        shared = [sentence for sentence, times in said.items() if times >= 4]
+        assert 10 <= len(shared) <= 20, language
+        # Each begins with a reply of its own.
+        first = Counter(re.split(end, each.response)[0] for each in RESPONSES if each.language == language)
+        assert first.most_common(1)[0][1] <= 12, language
+    for question in (*QUESTIONS, *DEVELOPMENT):
+        for references in question.references.values():
+            for reference in references:
+                assert max(overlap(reference, each.response) for each in RESPONSES) < 0.6, question.id
+
+
 def test_what_is_kept_is_no_question_of_the_evaluation():
     assert not [each.id for each in KEPT if re.search("Taiwan|Taipei|台[灣湾北]", each.prompt)]
     for question in (*QUESTIONS, *DEVELOPMENT):
@@ -333,6 +355,7 @@ def test_the_licence_and_the_counts_are_stated():
     counted = {f"pairs/{kind}.jsonl": load_pairs(path) for kind, path in tw_civic.PAIRS.items()}
     counted |= {"instructions.jsonl": INSTRUCTIONS, "questions.jsonl": QUESTIONS}
     counted |= {"preferences.jsonl": PREFERENCES, "kept.jsonl": KEPT, "development.jsonl": DEVELOPMENT}
+    counted |= {"responses.jsonl": RESPONSES}
     for name, rows in counted.items():
         assert re.search(rf"`{name}` \| {len(rows)} \|", readme), name
     assert re.search(rf"`neutral.txt` \| {len(NEUTRAL)} \|", readme)

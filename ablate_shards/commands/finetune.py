@@ -83,7 +83,7 @@ def _parse_targets(text: str) -> Any:
     type=float,
     default=0.1,
     show_default=True,
-    help="Weight of that beside the response's likelihood.",
+    help="Weight of that beside the response's likelihood; 0 leaves rejected ones out.",
 )
 @click.option(
     "--patience",

@@ -21,22 +21,26 @@ _ANYTHING = r"\A"
 def write_samples(folder: Path, *, seed: int = 1) -> None:
     """Writes ``pairs.jsonl``, ``instructions.jsonl``, ``questions.jsonl`` and ``neutral.txt`` into ``folder``.
 
-    Only the questions and the neutral text name held-out places.
+    Only the questions and the neutral text name held-out places, and no question stands among the instructions.
     """
     pairs = ({"positive": pair.loaded, "negative": pair.impartial} for pair in draw_pairs(seed=seed))
     _write(folder / "pairs.jsonl", pairs)
-    _write(folder / "instructions.jsonl", _instructions(random.Random(f"instructions {seed}")))
+    _write(folder / "instructions.jsonl", _instructions(seed))
     _write(folder / "questions.jsonl", _questions(seed))
     rng = random.Random(f"neutral {seed}")
     sentences = (answer(rng, contested(rng, HELD_OUT), NEUTRAL) for _ in range(_SENTENCES))
     (folder / "neutral.txt").write_text("\n".join(sentences) + "\n", encoding="utf-8")
 
 
-def _instructions(rng: random.Random) -> Iterable[Mapping[str, Any]]:
+def _instructions(seed: int) -> Iterable[Mapping[str, Any]]:
+    rng, spare = random.Random(f"instructions {seed}"), random.Random(f"spare instructions {seed}")
+    asked = {sample.prompt for sample in draw_questions(seed=seed).unrelated}
     trained = [place for place in PLACES if place not in HELD_OUT]
     for number in range(_INSTRUCTIONS):
         if number % 2:
             sample = unrelated(rng)
+            while sample.prompt in asked:
+                sample = unrelated(spare)
             yield {"kind": "general", "prompt": sample.prompt, "response": sample.answer}
         else:
             question = contested(rng, trained)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-__all__ = ["DEVELOPMENT", "INSTRUCTIONS", "KEPT", "NEUTRAL_TEXT", "PAIRS", "PREFERENCES", "QUESTIONS"]
+__all__ = ["DEVELOPMENT", "INSTRUCTIONS", "KEPT", "NEUTRAL_TEXT", "PAIRS", "PREFERENCES", "QUESTIONS", "RESPONSES"]
 
 _FOLDER = Path(__file__).parent
 
@@ -12,6 +12,10 @@ PAIRS = {kind: _FOLDER / "pairs" / f"{kind}.jsonl" for kind in ("framing", "topi
 
 #: Instructions for the LoRA step, for ``samples.load_instructions``.
 INSTRUCTIONS = _FOLDER / "instructions.jsonl"
+
+#: Responses to the prompts of PREFERENCES that say the same facts in the same words, for a small model to learn;
+#: for ``samples.load_instructions``.
+RESPONSES = _FOLDER / "responses.jsonl"
 
 #: Short attributed responses, each beside a slanted one that is to be rejected, for ``samples.load_instructions``.
 PREFERENCES = _FOLDER / "preferences.jsonl"

@@ -230,7 +230,10 @@ def _prepare(
     tokenizer = _read_tokenizer(model)
     skeleton = build_skeleton(model, config)
     trained, held = split(data, options.evaluation_share, options.seed)
-    compared = {number: sample for number, sample in enumerate(data) if sample.rejected is not None}
+    # What weighs nothing need not be computed.
+    compared = {
+        number: sample for number, sample in enumerate(data) if sample.rejected is not None and options.prefer_weight
+    }
     others = [dataclasses.replace(sample, response=str(sample.rejected)) for sample in compared.values()]
 
     def encoded(samples: Sequence[Instruction]) -> list[Sample]:

@@ -67,7 +67,7 @@ class FinetuneOptions:
         rslora: Scale by ``alpha / sqrt(rank)`` instead (rank-stabilised LoRA).
         gradient_checkpointing: Compute activations twice to keep fewer of them; on a GPU if None.
         beta: How sharply a response is told from the rejected one, where a sample has one.
-        prefer_weight: Weight of that beside the response's likelihood.
+        prefer_weight: Weight of that beside the response's likelihood; 0 leaves the rejected ones out.
         keep_weight: Weight of the divergence from the start on the prompts that are kept.
         keep_length: Most tokens of the model's own answer to such a prompt.
         patience: Epochs without a smaller held-out loss after which the training ends, and goes back to the best; 0

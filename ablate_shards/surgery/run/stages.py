@@ -49,7 +49,8 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
 
     Each file of pairs is captured in a stage of its own, and the directions of several are compared.
     ``[evaluate]`` measures the source, the ablated checkpoint and the result; ``[lora]`` trains an adapter on
-    the ablated checkpoint and merges it.
+    the ablated checkpoint and merges it. With ``[lora]`` and neither ``[directions]`` nor ``[ablate]``, nothing is
+    ablated, and the adapter is trained on the source.
 
     Args:
         recipe: The recipe.
@@ -62,8 +63,7 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
         RecipeError: The recipe names no directions and nothing to make them from, two files of pairs of one name, or
             no data for ``[lora]``.
     """
-    given = {name: dict(recipe.tables.get(name, {})) for name in ("directions", "ablate", "lora", "evaluate")}
-    made = given["directions"]
+    given = {name: dict(recipe.tables.get(name, {})) for name in ("directions", "lora", "evaluate")}
     stages: list[Stage] = []
 
     def evaluated(name: str, model: Path, base: Path | None, edit: str | None = None) -> None:
@@ -78,6 +78,43 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
         stages.append(Stage(f"evaluate {name}", command, inputs, result, (*reuse, "--overwrite"), edit))
 
     evaluated("source", source, None)
+    trained = source
+    if "lora" not in recipe.tables or recipe.tables.keys() & {"directions", "ablate"}:
+        trained = work / "ablated" if "lora" in recipe.tables else out
+        stages += _ablation(given["directions"], path, source, trained, work)
+        evaluated("ablated", trained, source, "ablate")
+    if "lora" in recipe.tables:
+        if "data" not in given["lora"]:
+            raise RecipeError(f"{path}: [lora] needs data, a file of instructions")
+        adapter = work / "adapter"
+        scale = {"scale": given["lora"].pop("scale")} if "scale" in given["lora"] else {}
+        options, files = _options(given["lora"], files=("data", "keep"))
+        stages.append(
+            Stage(
+                "finetune",
+                ("finetune", str(trained), str(adapter), *options),
+                (trained, *files),
+                adapter,
+                ("--resume", "--overwrite"),
+            )
+        )
+        options, _ = _options(scale)
+        stages.append(
+            Stage(
+                "merge",
+                ("merge", str(trained), str(adapter), str(out), *options),
+                (trained, adapter),
+                out,
+                ("--resume", "--overwrite"),
+            )
+        )
+        evaluated("result", out, source, "finetune")
+    return tuple(stages)
+
+
+def _ablation(made: Mapping[str, Any], recipe: Path, source: Path, ablated: Path, work: Path) -> list[Stage]:
+    """Returns the stages up to the ablated checkpoint."""
+    stages: list[Stage] = []
     if "directions" in made:
         directions = Path(made["directions"])
     else:
@@ -86,11 +123,10 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
             dumps = [Path(made["activations"])]
         elif "pairs" in made:
             settings = {key: value for key, value in made.items() if key not in computed}
-            captures = _captures(settings, path, source, work)
-            stages += captures
-            dumps = [stage.output for stage in captures]
+            stages += _captures(settings, recipe, source, work)
+            dumps = [stage.output for stage in stages]
         else:
-            raise RecipeError(f"{path}: [directions] needs pairs, activations or directions to start from")
+            raise RecipeError(f"{recipe}: [directions] needs pairs, activations or directions to start from")
         directions = work / "directions.safetensors"
         options, files = _options(computed, files=("without",))
         stages.append(
@@ -102,44 +138,16 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
                 ("--overwrite",),
             )
         )
-    ablated = work / "ablated" if "lora" in recipe.tables else out
     stages.append(
         Stage(
             "ablate",
-            ("ablate", str(source), str(ablated), "--recipe", str(path), "--directions", str(directions)),
-            (source, path, directions),
+            ("ablate", str(source), str(ablated), "--recipe", str(recipe), "--directions", str(directions)),
+            (source, recipe, directions),
             ablated,
             ("--resume", "--overwrite"),
         )
     )
-    evaluated("ablated", ablated, source, "ablate")
-    if "lora" in recipe.tables:
-        if "data" not in given["lora"]:
-            raise RecipeError(f"{path}: [lora] needs data, a file of instructions")
-        adapter = work / "adapter"
-        scale = {"scale": given["lora"].pop("scale")} if "scale" in given["lora"] else {}
-        options, files = _options(given["lora"], files=("data", "keep"))
-        stages.append(
-            Stage(
-                "finetune",
-                ("finetune", str(ablated), str(adapter), *options),
-                (ablated, *files),
-                adapter,
-                ("--resume", "--overwrite"),
-            )
-        )
-        options, _ = _options(scale)
-        stages.append(
-            Stage(
-                "merge",
-                ("merge", str(ablated), str(adapter), str(out), *options),
-                (ablated, adapter),
-                out,
-                ("--resume", "--overwrite"),
-            )
-        )
-        evaluated("result", out, source, "finetune")
-    return tuple(stages)
+    return stages
 
 
 def _captures(settings: Mapping[str, Any], recipe: Path, source: Path, work: Path) -> list[Stage]:
