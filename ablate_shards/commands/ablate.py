@@ -181,9 +181,10 @@ def ablate(
     estimation = EstimatorOptions(estimator=estimator, rank=rank, winsorize=winsorize)
     found, used = _find_directions(checkpoint, directions, activations, estimation, without, progress)
     progress.note(f"directions: {used}")
-    if options.source_layer == "best":
-        progress.note(f"source layer: {found.best_layer()}, the best by its scores")
     plan = make_plan(checkpoint, found, options)
+    # Without scores no edit is left to the best layer, or there would be no plan.
+    if options.source_layer == "best" and found.scores:
+        progress.note(f"source layer: {found.best_layer()}, the best by its scores")
     for note in plan.notes:
         progress.note(note)
     if dry_run:
