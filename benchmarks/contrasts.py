@@ -17,7 +17,7 @@ import click
 from ablate_shards.data import tw_civic
 from benchmarks.real import FOLDER, MODELS, build
 
-__all__ = ["SETTINGS", "Setting"]
+__all__ = ["RESULT", "SETTINGS", "Setting", "table"]
 
 RESULT = Path(__file__).parent / "results" / "real-contrasts.json"
 FORMAT = "ablate-shards.contrasts/1"
@@ -43,7 +43,7 @@ def _settings() -> Iterator[Setting]:
     for contrast in ("topic", "answer", "framing"):
         for source_layer in ("own", "best", ONE):
             yield Setting(contrast, source_layer, 1.0)
-        for coefficient in (0.5, 1.5, 2.0, 2.5):
+        for coefficient in (0.5, 1.5, 2.5) if contrast == "topic" else (0.5, 2.5):
             yield Setting(contrast, "own", coefficient)
 
 
@@ -97,7 +97,7 @@ def measure(model: str, length: int, dtype: str) -> None:
 def show() -> None:
     """Print the table as Markdown."""
     found = json.loads(RESULT.read_text(encoding="utf-8"))
-    click.echo("\n".join(_table(found)))
+    click.echo("\n".join(table(found)))
 
 
 def _collected(model: str, work: Path) -> dict[str, Any]:
@@ -148,7 +148,8 @@ def _figures(evaluation: Any) -> dict[str, Any]:
     }
 
 
-def _table(found: dict[str, Any]) -> list[str]:
+def table(found: dict[str, Any]) -> list[str]:
+    """Returns the lines of the table in Markdown, from what the result file holds."""
     verdicts = ("slanted", "neutral", "deflecting", "wrong", "broken", "unclear")
     head = ["contrast", "source layer", "α", *verdicts, "related", "unrelated", "lean moved", "KL"]
     lines = [f"| {' | '.join(head)} |", "| --- | --- |" + " ---: |" * (len(head) - 2)]

@@ -67,16 +67,17 @@ def print_table(figures: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
 
 def edits() -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield the name and the flags of each edit."""
+    best = ("--source-layer", "best")
     for layers in RANGES:
         for coefficient in COEFFICIENTS:
             for preserve in PRESERVES:
                 flags = ("--layers", layers, "--coefficient", str(coefficient), "--preserve", preserve)
-                yield f"layers {layers}, best, {coefficient}, {preserve}", flags
+                yield f"layers {layers}, best, {coefficient}, {preserve}", (*best, *flags)
     for alpha in ("1.0", "2.5"):
         yield f"layers 0-7, own, {alpha}, rows", ("--coefficient", alpha, "--source-layer", "own")
-    yield "layers 0-7, best, 1.0, rows, not biprojected", ("--no-biproject",)
+    yield "layers 0-7, best, 1.0, rows, not biprojected", (*best, "--no-biproject")
     for component in ("attention", "mlp"):
-        yield f"layers 0-7, best, 1.0, rows, {component} only", ("--components", component)
+        yield f"layers 0-7, best, 1.0, rows, {component} only", (*best, "--components", component)
 
 
 def measured(model: Path) -> Iterator[tuple[str, dict[str, float]]]:

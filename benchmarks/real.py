@@ -144,16 +144,19 @@ def run_recipe(model: str, recipe: str) -> None:
 
 
 @main.command("show")
-@click.argument("evaluation", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("evaluations", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--answers", default=20, show_default=True, help="How many answers to show.")
-def show(evaluation: Path, answers: int) -> None:
-    """Print an evaluation as Markdown: its figures, and some answers that nobody chose."""
+def show(evaluations: tuple[Path, ...], answers: int) -> None:
+    """Print evaluations of edits of one model as Markdown: figures, and some answers that nobody chose."""
     from ablate_shards.surgery.evaluate.effect import effect
     from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
 
-    found = read_evaluation(evaluation)
-    sides = [found] if found.base is None else [found.base, found]
-    click.echo("\n".join([*_figures(sides), "", effect(found), "", *_answers(sides, answers)]))
+    found = [read_evaluation(path) for path in evaluations]
+    sides = [*([] if found[0].base is None else [found[0].base]), *found]
+    click.echo("\n".join([*_figures(sides), "", *_moved(found), ""]))
+    for each in found:
+        click.echo(f"{each.model.name}: *{effect(each)}*\n")
+    click.echo("\n".join(_answers(sides, answers)))
 
 
 def _figures(sides: Sequence["Evaluation"]) -> list[str]:
@@ -170,6 +173,27 @@ def _figures(sides: Sequence["Evaluation"]) -> list[str]:
             shares += [right.get(manner.group), manner.cut, manner.distinct, manner.detached]
             cells = ["" if share is None else f"{share.value:.0%}" for share in shares]
             lines.append(f"| {manner.broken.count} {manner.group} | {side.model.name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _moved(sides: Sequence["Evaluation"]) -> list[str]:
+    """Returns a row per edit: the KL to the base, and the lean by side with how far it moved."""
+    lines = ["| model | KL, nats per token | lean against each side, and how far it moved |", "| --- | ---: | --- |"]
+    for side in sides:
+        compared = side.comparison
+        now = {row.side: row.mean.value for row in side.lean if row.group is None}
+        moved = {row.side: row.test.change for row in (compared.leans if compared else ()) if row.group is None}
+        cells = [
+            f"{name} {value:+.2f}"
+            + (
+                f" ({moved[name].value:+.2f} [{moved[name].interval[0]:+.2f}, {moved[name].interval[1]:+.2f}])"
+                if name in moved
+                else ""
+            )
+            for name, value in now.items()
+        ]
+        divergence = f"{compared.divergence.tokens:.3g}" if compared and compared.divergence else ""
+        lines.append(f"| {side.model.name} | {divergence} | {'; '.join(cells)} |")
     return lines
 
 

@@ -192,7 +192,8 @@ def test_a_negative_coefficient_leaves_the_slant(tmp_path, dump):
 def test_the_negatives_are_what_stays(tmp_path, dump, before):
     assert before.impartial["slanted"] <= 0.1
 
-    after = behaviour_after(tmp_path, rewrite(dump, tmp_path / "swapped.safetensors", sides_swapped))
+    swapped = rewrite(dump, tmp_path / "swapped.safetensors", sides_swapped)
+    after = behaviour_after(tmp_path, swapped, "--source-layer", "best")
 
     assert after.loaded["slanted"] >= 0.8
     assert after.impartial["slanted"] >= 0.8

@@ -263,11 +263,12 @@ def test_recipe_gives_flags_and_a_flag_wins(tmp_path, source, directions):
 def test_directions_without_scores_serve_where_every_source_layer_is_named(tmp_path, source, directions):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("[[ablate.override]]\nsource-layer = 1\n")
-    named = run(source, tmp_path / "named", "-d", directions, "--recipe", recipe)
+    named = run(source, tmp_path / "named", "-d", directions, "--recipe", recipe, "--source-layer", "best")
     assert "best by its scores" not in named.output
     run(source, tmp_path / "said", "-d", directions, "--source-layer", 1)
     assert tensor_bytes(tmp_path / "named") == tensor_bytes(tmp_path / "said")
-    assert "the directions carry no scores" in run(source, tmp_path / "best", "-d", directions, code=1).output
+    refused = run(source, tmp_path / "best", "-d", directions, "--source-layer", "best", code=1)
+    assert "the directions carry no scores" in refused.output
 
 
 def test_targets_describe_an_unknown_architecture(tmp_path, source, directions):

@@ -90,9 +90,9 @@ def _parse_source_layer(text: str) -> Any:
     "--source-layer",
     metavar="LAYER",
     callback=parsed(_parse_source_layer),
-    default="best",
+    default="own",
     show_default=True,
-    help="Layer whose direction is removed: best, own (each layer's) or a number.",
+    help="Layer whose direction is removed: own (each layer's), best (by the scores) or a number.",
 )
 @click.option(
     "--mtp",

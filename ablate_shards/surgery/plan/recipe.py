@@ -187,7 +187,7 @@ class AblateOptions:
         coefficient: The α of the projection: 1 removes, 2 reflects.
         preserve: Which norms of a weight stay, those of its rows, of its columns, or none.
         biproject: Make the direction orthogonal to the reference means of both layers first.
-        source_layer: Where the direction is measured: the best layer, the edited layer, or a number.
+        source_layer: Where the direction is measured: the edited layer, the best layer, or a number.
         mtp: Whether multi-token-prediction layers are edited.
         overrides: Exceptions, later ones win.
         targets: Writers described by the user, instead of the architecture table.
@@ -198,7 +198,7 @@ class AblateOptions:
     coefficient: float = 1.0
     preserve: Preserve = "rows"
     biproject: bool = True
-    source_layer: SourceLayer = "best"
+    source_layer: SourceLayer = "own"
     mtp: Literal["keep", "edit"] = "keep"
     overrides: tuple[Override, ...] = ()
     targets: tuple[Target, ...] = ()
