@@ -25,7 +25,7 @@ from ablate_shards.surgery.finetune.lora import FinetuneOptions, finetune
 from ablate_shards.surgery.merge.adapter import read_adapter
 from ablate_shards.surgery.model.samples import Instruction
 
-QUICK = FinetuneOptions(rank=4, alpha=8, epochs=1, learning_rate=1e-3, batch=4, accumulate=1)
+QUICK = FinetuneOptions(rank=4, alpha=8, epochs=1, learning_rate=1e-3, batch=4, accumulate=1, dtype="float32")
 LONGER = dataclasses.replace(QUICK, epochs=3, learning_rate=3e-3, dropout=0.1)
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 peft_is_behind = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

@@ -15,6 +15,9 @@ from benchmarks.real import NotHere, build
 
 pytestmark = pytest.mark.real
 
+#: In float32, so that the answers are the same on every processor.
+OPTIONS = EvaluateOptions(length=64, dtype="float32")
+
 
 class Silent:
     def count(self, done, total):
@@ -41,7 +44,7 @@ def questions():
 
 @pytest.fixture(scope="module")
 def before(smollm, questions):
-    return evaluate(smollm, questions, EvaluateOptions(length=64), Silent())
+    return evaluate(smollm, questions, OPTIONS, Silent())
 
 
 def test_a_real_model_answers_in_words_and_leans(before):
@@ -68,7 +71,7 @@ def wrecked(smollm, tmp_path_factory):
 
 
 def test_a_wrecked_model_is_called_broken_and_not_unslanted(smollm, wrecked, questions):
-    found = evaluate(wrecked, questions, EvaluateOptions(length=64), Silent(), against=smollm)
+    found = evaluate(wrecked, questions, OPTIONS, Silent(), against=smollm)
 
     said = effect(found)
     assert said.startswith("The edit broke the model: ")
@@ -78,7 +81,7 @@ def test_a_wrecked_model_is_called_broken_and_not_unslanted(smollm, wrecked, que
 
 def test_a_model_against_itself_is_whole(smollm, questions, before, tmp_path):
     same = shutil.copytree(smollm, tmp_path / "same")
-    found = evaluate(same, questions, EvaluateOptions(length=64), Silent(), against=smollm)
+    found = evaluate(same, questions, OPTIONS, Silent(), against=smollm)
 
     assert faults(found, Limits()) == ()
     assert found.comparison.divergence.tokens == 0
