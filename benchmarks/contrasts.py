@@ -8,14 +8,14 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ablate_shards.data import tw_civic
-from benchmarks.real import FOLDER, MODELS, build
+from benchmarks.real import FOLDER, MODELS, VERDICTS, build, with_interval
 
 __all__ = ["RESULT", "SETTINGS", "Setting", "table"]
 
@@ -104,22 +104,17 @@ def _collected(model: str, work: Path) -> dict[str, Any]:
     """Returns the figures of every setting, without the answers."""
     from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
 
-    rows = []
-    before = None
-    for setting in SETTINGS:
-        evaluation = read_evaluation(work / f"{setting.name}.evaluation.json")
-        before = evaluation.base
-        rows.append(
-            {"contrast": setting.contrast, "source_layer": setting.source_layer, "coefficient": setting.coefficient}
-            | _figures(evaluation)
-        )
+    before = read_evaluation(work / "source.evaluation.json")
     return {
         "format": FORMAT,
         "model": MODELS[model].name,
-        "options": dict(before.options) if before else {},
-        "versions": dict(before.versions) if before else {},
+        "options": dict(before.options),
+        "versions": dict(before.versions),
         "before": _figures(before),
-        "settings": rows,
+        "settings": [
+            asdict(setting) | _figures(read_evaluation(work / f"{setting.name}.evaluation.json"))
+            for setting in SETTINGS
+        ],
     }
 
 
@@ -150,8 +145,7 @@ def _figures(evaluation: Any) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> list[str]:
     """Returns the lines of the table in Markdown, from what the result file holds."""
-    verdicts = ("slanted", "neutral", "deflecting", "wrong", "broken", "unclear")
-    head = ["contrast", "source layer", "α", *verdicts, "related", "unrelated", "lean moved", "KL"]
+    head = ["contrast", "source layer", "α", *VERDICTS, "related", "unrelated", "lean moved", "KL"]
     lines = [f"| {' | '.join(head)} |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
     for row in [{"contrast": "before", "source_layer": "", "coefficient": None}, *found["settings"]]:
         figures = row if row["coefficient"] is not None else found["before"]
@@ -161,9 +155,9 @@ def table(found: dict[str, Any]) -> list[str]:
             row["source_layer"],
             "" if row["coefficient"] is None else f"{row['coefficient']:g}",
             "{:.0%} [{:.0%}, {:.0%}]".format(figures["verdicts"].get("slanted", 0) / count, *figures["slanted"]),
-            *(f"{figures['verdicts'].get(verdict, 0) / count:.0%}" for verdict in verdicts[1:]),
+            *(f"{figures['verdicts'].get(verdict, 0) / count:.0%}" for verdict in VERDICTS[1:]),
             *("{}/{}".format(*figures["right"][group]) for group in ("related", "unrelated")),
-            "" if not figures["lean_moved"] else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*figures["lean_moved"]["prc"]),
+            "" if not figures["lean_moved"] else with_interval(*figures["lean_moved"]["prc"]),
             "" if figures["kl"] is None else f"{figures['kl']:.3f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -24,11 +24,11 @@ from ablate_shards.surgery.model.samples import Verdict
 if TYPE_CHECKING:
     from ablate_shards.surgery.evaluate.evaluation import Evaluation
 
-__all__ = ["MODELS", "NotHere", "build"]
+__all__ = ["FOLDER", "MODELS", "VERDICTS", "NotHere", "build", "with_interval"]
 
 FOLDER = Path(__file__).parents[1] / "build" / "real"
 _PIECE = 1 << 24
-_VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 #: Characters of an answer that are shown.
 _MOST = 160
 
@@ -161,15 +161,15 @@ def show(evaluations: tuple[Path, ...], answers: int) -> None:
 
 def _figures(sides: Sequence["Evaluation"]) -> list[str]:
     """Returns a row per group and model."""
-    head = [*_VERDICTS, "right", "cut off", "distinct", "detached"]
+    head = [*VERDICTS, "right", "cut off", "distinct", "detached"]
     lines = ["| questions | model | " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * len(head)]
     for manners in zip(*([each for each in side.manners if each.language is None] for side in sides), strict=True):
         for side, manner in zip(sides, manners, strict=True):
             rows = {row.group: row.verdicts for row in side.rows if row.language is None}
             right = {control.group: control.given for control in side.controls if control.language is None}
-            shares = [rows[manner.group][verdict] if manner.group in rows else None for verdict in _VERDICTS]
+            shares = [rows[manner.group][verdict] if manner.group in rows else None for verdict in VERDICTS]
             if manner.group not in rows:
-                shares[_VERDICTS.index("broken")] = manner.broken
+                shares[VERDICTS.index("broken")] = manner.broken
             shares += [right.get(manner.group), manner.cut, manner.distinct, manner.detached]
             cells = ["" if share is None else f"{share.value:.0%}" for share in shares]
             lines.append(f"| {manner.broken.count} {manner.group} | {side.model.name} | " + " | ".join(cells) + " |")
@@ -183,18 +183,18 @@ def _moved(sides: Sequence["Evaluation"]) -> list[str]:
         compared = side.comparison
         now = {row.side: row.mean.value for row in side.lean if row.group is None}
         moved = {row.side: row.test.change for row in (compared.leans if compared else ()) if row.group is None}
-        cells = [
-            f"{name} {value:+.2f}"
-            + (
-                f" ({moved[name].value:+.2f} [{moved[name].interval[0]:+.2f}, {moved[name].interval[1]:+.2f}])"
-                if name in moved
-                else ""
-            )
-            for name, value in now.items()
-        ]
+        cells = [f"{name} {value:+.2f}" for name, value in now.items()]
+        if moved:
+            changes = (with_interval(moved[name].value, *moved[name].interval) for name in now)
+            cells = [f"{cell} ({change})" for cell, change in zip(cells, changes, strict=True)]
         divergence = f"{compared.divergence.tokens:.3g}" if compared and compared.divergence else ""
         lines.append(f"| {side.model.name} | {divergence} | {'; '.join(cells)} |")
     return lines
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """Returns a difference with the interval that it lies in."""
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def _answers(sides: Sequence["Evaluation"], count: int) -> list[str]:

@@ -64,9 +64,9 @@ def run(
     limits = read_limits(gates, path)
     gated = gates.get("gate", True) if gate is None else gate
     repo = tables.tables.get("publish", {}).get("repo")
-    check_contamination(tables, path)
     if publish and repo is None:
         raise RecipeError(f"{path}: --push needs repo in [publish], the repository to publish in")
+    check_contamination(tables, path)
     work = work or (Path(places["work"]) if "work" in places else out.with_name(f"{out.name}.work"))
     checkpoint = open_source(source)
     if checkpoint.remote is not None and not dry_run:

@@ -293,9 +293,9 @@ def _load(folder: Path, dtype: Dtype, device: "torch.device", remedies: Remedies
     import torch
     from transformers import GenerationConfig
 
-    kind = answering_dtype(dtype, folder, device, EvaluateError)
     tokenizer = read_tokenizer(folder, EvaluateError)
     config = read_config(folder, EvaluateError)
+    kind = answering_dtype(dtype, config, device)
     try:
         network, missing = load(
             folder,

@@ -15,7 +15,14 @@ from ablate_shards.surgery.evaluate.interview import bare_words
 from ablate_shards.surgery.evaluate.judge.rubric import Ruling, correct, judge
 from ablate_shards.surgery.evaluate.thoughts import without_thoughts
 from ablate_shards.surgery.machine.devices import resolve_device
-from ablate_shards.surgery.model.loading import answering_dtype, check_packages, free_memory, open_folder, size_text
+from ablate_shards.surgery.model.loading import (
+    answering_dtype,
+    check_packages,
+    free_memory,
+    open_folder,
+    read_config,
+    size_text,
+)
 from ablate_shards.surgery.model.samples import Question
 
 __all__ = ["AskOptions", "Conversation", "Exchange", "Hearer", "Said", "Setting", "ask", "conversing"]
@@ -327,7 +334,7 @@ def _crowded(model: Path, against: Path | None, options: AskOptions) -> str | No
     device = resolve_device(options.device)
     if base is None:
         return None
-    dtype = answering_dtype(options.dtype, model, device, EvaluateError)
+    dtype = answering_dtype(options.dtype, read_config(model, EvaluateError), device)
     sizes = [_weights(each, dtype) for each in (base, checkpoint)]
     free = free_memory(device)
     if sum(sizes) <= _SHARE_OF_FREE * free:

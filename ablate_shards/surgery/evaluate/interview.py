@@ -52,7 +52,7 @@ from ablate_shards.surgery.evaluate.thoughts import without_thoughts
 from ablate_shards.surgery.machine.devices import resolve_device
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.staging import locked
-from ablate_shards.surgery.model.loading import answering_dtype, open_folder
+from ablate_shards.surgery.model.loading import answering_dtype, open_folder, read_config
 from ablate_shards.surgery.model.samples import Question, Turn
 
 __all__ = [
@@ -264,7 +264,7 @@ class _Run:
         asked = {
             **self._asked(),
             "batch": options.batch,
-            "dtype": answering_dtype(options.dtype, folder, device, EvaluateError),
+            "dtype": answering_dtype(options.dtype, read_config(folder, EvaluateError), device),
             "device": device.type,
         }
         model = Model(folder.resolve().name, model_digest(checkpoint))

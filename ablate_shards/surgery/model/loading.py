@@ -90,11 +90,11 @@ def read_config(folder: Path, error: type[AblateError]) -> Any:
         ) from unusable
 
 
-def answering_dtype(wanted: Dtype, folder: Path, device: "torch.device", error: type[AblateError]) -> Dtype:
+def answering_dtype(wanted: Dtype, config: Any, device: "torch.device") -> Dtype:
     """Returns what to compute answers in: what is stored, but float32 on a CPU without instructions for it."""
     if wanted != "auto" or device.type != "cpu":
         return wanted
-    stored = str(read_config(folder, error).get_text_config(decoder=True).dtype).removeprefix("torch.")
+    stored = str(config.get_text_config(decoder=True).dtype).removeprefix("torch.")
     return "bfloat16" if stored == "bfloat16" and computes_bfloat16(device) else "float32"
 
 
