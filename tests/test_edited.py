@@ -16,7 +16,8 @@ from ablate_shards.surgery.directions.formats import read_directions
 from ablate_shards.surgery.edit import edited_file as edited
 from ablate_shards.surgery.edit.ablation import ablation
 from ablate_shards.surgery.edit.edited_file import EditedFile
-from ablate_shards.surgery.edit.execute import ExecuteOptions, perform
+from ablate_shards.surgery.edit.execute import ExecuteOptions, perform_in_folder
+from ablate_shards.surgery.machine.staging import OutFolder
 from ablate_shards.surgery.plan.edits import by_shard
 from ablate_shards.surgery.plan.plan import make_plan
 from ablate_shards.surgery.plan.recipe import AblateOptions
@@ -41,7 +42,7 @@ def prepared(folder, **options):
     checkpoint = open_checkpoint(folder / "model")
     directions = read_directions(folder / "d.safetensors")
     options = AblateOptions(source_layer=1, **options)
-    return checkpoint, ablation(checkpoint, make_plan(checkpoint, directions, options), directions, options)
+    return checkpoint, ablation(make_plan(checkpoint, directions, options), directions, options)
 
 
 def opened(checkpoint, operation, *, window, progress=None, room=None):
@@ -65,7 +66,9 @@ def folder(tmp_path):
 def test_the_bytes_and_the_results_of_a_file(folder, preserve, window):
     """Down to a window into which no matrix fits, and blocks far smaller than a matrix."""
     checkpoint, operation = prepared(folder, preserve=preserve, components=("attention", "mlp", "embedding"))
-    results = perform(checkpoint, operation, folder / "out", ExecuteOptions(), Quiet())
+    results = perform_in_folder(
+        checkpoint, operation, OutFolder(folder / "out", overwrite=False), ExecuteOptions(), Quiet()
+    )
     expected = snapshot(folder / "out")[SHARD]
     assert expected != snapshot(folder / "model")[SHARD]
     progress = Quiet()
@@ -83,7 +86,9 @@ def test_the_bytes_and_the_results_of_a_file(folder, preserve, window):
 def test_the_form_that_devices_compute_in(folder, monkeypatch):
     monkeypatch.setattr("ablate_shards.kernels.choose.choose_form", lambda *_, **__: ("torch", "asked for"))
     checkpoint, operation = prepared(folder)
-    results = perform(checkpoint, operation, folder / "out", ExecuteOptions(), Quiet())
+    results = perform_in_folder(
+        checkpoint, operation, OutFolder(folder / "out", overwrite=False), ExecuteOptions(), Quiet()
+    )
     for window in (0, 1 << 30):
         with opened(checkpoint, operation, window=window, room=1 << 17) as file:
             assert file.survey().results == results
@@ -92,7 +97,7 @@ def test_the_form_that_devices_compute_in(folder, monkeypatch):
 
 def test_any_offset_in_any_order(folder):
     checkpoint, operation = prepared(folder)
-    perform(checkpoint, operation, folder / "out", ExecuteOptions(), Quiet())
+    perform_in_folder(checkpoint, operation, OutFolder(folder / "out", overwrite=False), ExecuteOptions(), Quiet())
     expected = snapshot(folder / "out")[SHARD]
     rng = np.random.default_rng(0)
     for window in (0, 1 << 30):
@@ -208,7 +213,9 @@ def test_experts_are_sections_of_their_own(tmp_path):
     write_directions(tmp_path / "d.safetensors", layers=2, hidden=hidden)
     checkpoint, operation = prepared(tmp_path, layers=frozenset({0}))
     assert {edit.kind for edit in operation.edits} == {"weight", "bias"}
-    results = perform(checkpoint, operation, tmp_path / "out", ExecuteOptions(), Quiet())
+    results = perform_in_folder(
+        checkpoint, operation, OutFolder(tmp_path / "out", overwrite=False), ExecuteOptions(), Quiet()
+    )
     expected = snapshot(tmp_path / "out")[SHARD]
     for window, room in ((0, 1 << 11), (1 << 12, 1 << 14), (1 << 30, 1 << 20)):
         with opened(checkpoint, operation, window=window, room=room) as file:

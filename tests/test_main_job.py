@@ -1,6 +1,7 @@
 """The main job through the command line: bytes, accuracy, receipt, refusals."""
 
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -309,6 +310,9 @@ def test_refuses_what_would_lose_something(tmp_path, source, directions):
     run(source, tmp_path / "empty", *arguments, "--overwrite", "--preserve", "none")
     receipt = json.loads((tmp_path / "empty" / "ablation.json").read_text())
     assert receipt["recipe"]["preserve"] == "none"
+    inside = shutil.copy(directions, tmp_path / "empty" / "d.safetensors")
+    held = run(source, tmp_path / "empty", "-d", inside, "--source-layer", 1, "--overwrite", code=2)
+    assert f"holds {inside}, which would be replaced" in held.output
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

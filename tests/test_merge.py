@@ -324,7 +324,7 @@ def test_only_a_folder_that_a_run_made_is_replaced(tmp_path, base, adapter):
     run("merge", base, adapter, out, "--overwrite", "--scale", 2)
     shutil.copytree(adapter, out / "adapter")
     held = run("merge", base, out / "adapter", out, "--overwrite", code=2)
-    assert "holds ADAPTER" in held.output
+    assert f"holds {out / 'adapter'}, which would be replaced" in held.output
     assert "is not replaced" in run("merge", base, adapter, adapter, "--overwrite", code=1).output
     assert (adapter / "adapter_config.json").is_file()
     run("ablate", base, out, "-d", write_directions(tmp_path / "d.safetensors"), "--source-layer", 1, "--overwrite")

@@ -1,27 +1,12 @@
 """``ablate``: removes a direction from a checkpoint."""
 
-import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ablate_shards.commands.options import (
-    PATH,
-    SOURCE,
-    as_json_flag,
-    cache_flag,
-    debug_flag,
-    estimation,
-    parsed,
-    print_json,
-    private_flag,
-    quiet_flag,
-    recipe_flag,
-    resources,
-    sync_flag,
-)
+from ablate_shards.commands.options import PATH, SOURCE, estimation, parsed, print_json, recipe_flag
+from ablate_shards.commands.output import OutputOptions, made, output_options
 from ablate_shards.commands.startup import one_blas_thread
 from ablate_shards.errors import UsageError
 
@@ -101,18 +86,8 @@ def _parse_source_layer(text: str) -> Any:
     show_default=True,
     help="What to do with multi-token-prediction layers.",
 )
-@resources
 @recipe_flag
-@cache_flag
-@private_flag
-@click.option("--link", is_flag=True, help="Hard-link shards without an edit; they share their bytes with SOURCE.")
-@sync_flag
-@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
-@click.option("--overwrite", is_flag=True, help="Replace a folder that an earlier run made.")
-@as_json_flag
-@quiet_flag
-@debug_flag
+@output_options
 def ablate(
     source: Path | str,
     out: Path | str,
@@ -124,18 +99,7 @@ def ablate(
     winsorize: float | None,
     without: tuple[Path, ...],
     recipe: Any,
-    device: str,
-    memory: int,
-    jobs: int | None,
-    cache: bool,
-    private: bool,
-    link: bool,
-    sync: bool,
-    dry_run: bool,
-    resume: bool,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
+    output: OutputOptions,
     **settings: Any,
 ) -> None:
     """Remove a direction from the weights of SOURCE and write the edited checkpoint to OUT.
@@ -147,68 +111,39 @@ def ablate(
     """
     if activations is None:
         one_blas_thread()
-    from ablate_shards.surgery.checkpoint.checkpoint import files_of
-    from ablate_shards.surgery.checkpoint.hub_store import quieten_hub
-    from ablate_shards.surgery.checkpoint.stores import cached, hub_repository, open_source
     from ablate_shards.surgery.directions.estimate import EstimatorOptions
     from ablate_shards.surgery.edit.ablation import ablation
-    from ablate_shards.surgery.edit.execute import ExecuteOptions
-    from ablate_shards.surgery.hub.outputs import carry_out, check_options, is_folder
-    from ablate_shards.surgery.machine.staging import check_out
-    from ablate_shards.surgery.plan.bases import resolve_bases
     from ablate_shards.surgery.plan.plan import make_plan
     from ablate_shards.surgery.plan.recipe import AblateOptions
-    from ablate_shards.terminal.progress import show_progress
 
-    progress = show_progress(quiet=quiet or as_json)
+    progress = output.show_progress()
     directions, activations = _one_source(directions, activations)
+    prepared = output.prepare(source, out, (directions, activations, *without), progress)
+    checkpoint = prepared.checkpoint
+    estimation = EstimatorOptions(estimator=estimator, rank=rank, winsorize=winsorize)
+    found, used = _find_directions(checkpoint, directions, activations, estimation, without, progress)
+    progress.note(f"directions: {used}")
     options = AblateOptions(
         **settings,
         overrides=recipe.overrides if recipe else (),
         targets=recipe.targets if recipe else (),
     )
-    run = ExecuteOptions(
-        device=device, memory=memory, jobs=jobs, resume=resume, overwrite=overwrite, link=link, sync=sync
-    )
-    checkpoint = open_source(source)
-    check_options(checkpoint, out, link=link, cache=cache, private=private)
-    if checkpoint.remote is not None and checkpoint.remote.revision:
-        progress.note(f"{checkpoint.name} is commit {checkpoint.remote.revision}")
-    if cache or hub_repository(out) is not None:
-        quieten_hub(bars=quiet or as_json or not sys.stderr.isatty())
-    if not dry_run and is_folder(out):
-        check_out(checkpoint.path, files_of(checkpoint), out, overwrite=overwrite)
-    estimation = EstimatorOptions(estimator=estimator, rank=rank, winsorize=winsorize)
-    found, used = _find_directions(checkpoint, directions, activations, estimation, without, progress)
-    progress.note(f"directions: {used}")
     plan = make_plan(checkpoint, found, options)
-    # Without scores no edit is left to the best layer, or there would be no plan.
-    if options.source_layer == "best" and found.scores:
-        progress.note(f"source layer: {found.best_layer()}, the best by its scores")
     for note in plan.notes:
         progress.note(note)
-    if dry_run:
-        resolve_bases(plan.edits, checkpoint, found)
-        if as_json:
+    if output.dry_run:
+        if output.as_json:
             print_json(plan.as_dict())
-        elif not quiet:
+        elif not output.quiet:
             from ablate_shards.terminal.results import print_plan
 
             print_plan(checkpoint, plan)
         return
-    if cache:
-        checkpoint = cached(checkpoint)
     with progress:
-        operation = ablation(checkpoint, plan, found, options)
-        results, url = carry_out(checkpoint, operation, out, run, progress, private=private)
-    if as_json:
-        print_json(
-            {
-                "out": url or str(out),
-                "tensors": {name: dataclasses.asdict(result) for name, result in results.items()},
-            }
-        )
-    elif not quiet:
+        results, url = prepared.perform(ablation(plan, found, options), progress)
+    if output.as_json:
+        print_json(made(out, url, results))
+    elif not output.quiet:
         from ablate_shards.terminal.results import print_results
 
         print_results(checkpoint, plan, results, out, url)

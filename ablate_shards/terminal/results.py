@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     # Only for types: most commands need none of these rooms.
     from ablate_shards.surgery.directions.compare import Comparison
     from ablate_shards.surgery.hub.push import PushPlan
-    from ablate_shards.surgery.merge.merge import Merged
     from ablate_shards.surgery.merge.plan import MergeEdit, MergePlan
+    from ablate_shards.surgery.merge.receipt import MergeResult
     from ablate_shards.surgery.verify.proof import Verification
 
 __all__ = [
@@ -163,19 +163,26 @@ def print_merge_plan(checkpoint: Checkpoint, plan: "MergePlan") -> None:
         say(screen, f"not carried over: {name} ({reason})")
 
 
-def print_merge(checkpoint: Checkpoint, merged: "Merged", adapter: Path, out: Path | str, url: str | None) -> None:
+def print_merge(
+    checkpoint: Checkpoint,
+    plan: "MergePlan",
+    results: Mapping[str, "MergeResult"],
+    adapter: Path,
+    out: Path | str,
+    url: str | None,
+) -> None:
     """Prints what a merge changed, and by how much; see :func:`print_results`."""
     screen = output()
     rows = []
-    for layer, edits in _merged_by_layer(merged.plan.edits):
-        changes = [merged.results[edit.name].change for edit in edits]
+    for layer, edits in _merged_by_layer(plan.edits):
+        changes = [results[edit.name].change for edit in edits]
         known = [change for change in changes if change is not None]
         rows.append(Row((layer, edits[0].kind, *_merge_cells(edits), f"{max(known):.3%}" if known else "–")))
     print_table(screen, (*_MERGED, Column("largest change", right=True)), rows)
     say(screen, "change: norm of what was added, relative to the norm of the weight", "dim")
-    if not any(result.change is None or result.change for result in merged.results.values()):
+    if not any(result.change is None or result.change for result in results.values()):
         say(screen, f"{adapter} adds nothing: it was saved before it was trained")
-    say(screen, f"{_share_of(checkpoint, merged.plan.edits)} changed; every other byte is the source's")
+    say(screen, f"{_share_of(checkpoint, plan.edits)} changed; every other byte is the source's")
     _print_where(screen, checkpoint, out, url, MERGE_RECEIPT_NAME, f" --adapter {adapter}")
 
 

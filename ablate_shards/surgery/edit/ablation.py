@@ -3,22 +3,18 @@
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ablate_shards.errors import ExecuteError
 from ablate_shards.names import RECEIPT_NAME
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES
 from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.edit.blocks import BlockEditor
-from ablate_shards.surgery.edit.execute import ExecuteOptions, Operation, perform
+from ablate_shards.surgery.edit.execute import Operation
 from ablate_shards.surgery.edit.receipt import TensorResult, receipt_text
 from ablate_shards.surgery.edit.sections import Reader, Section
-from ablate_shards.surgery.machine.progress import Progress
-from ablate_shards.surgery.plan.bases import resolve_bases
 from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit
 from ablate_shards.surgery.plan.plan import Plan
 from ablate_shards.surgery.plan.recipe import AblateOptions
@@ -28,7 +24,7 @@ if TYPE_CHECKING:
     from ablate_shards.kernels.ablate.project import Meter, Projector, Workspace
     from ablate_shards.kernels.form import Array
 
-__all__ = ["AblatedBias", "AblatedMatrices", "Editor", "ablation", "execute", "nonfinite"]
+__all__ = ["AblatedBias", "AblatedMatrices", "Editor", "ablation", "nonfinite"]
 
 
 class AblatedMatrices:
@@ -257,49 +253,21 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
         )
 
 
-def ablation(
-    checkpoint: Checkpoint, plan: Plan, directions: Directions, options: AblateOptions
-) -> Operation[TensorEdit, TensorResult]:
-    """Returns the operation that carries out a plan; its editor finds whether anything is left of a direction."""
+def ablation(plan: Plan, directions: Directions, options: AblateOptions) -> Operation[TensorEdit, TensorResult]:
+    """Returns the operation that carries out a plan.
+
+    Args:
+        plan: What to do.
+        directions: What it was made from, for the receipt.
+        options: How it was made, for the receipt.
+    """
     return Operation(
         edits=plan.edits,
         identity={"the plan": plan.sha256()},
-        # Called after copying has begun.
-        editor=lambda run, stop: Editor(
-            run.device, run.memory, run.jobs, stop, resolve_bases(plan.edits, checkpoint, directions)
-        ),
+        editor=lambda run, stop: Editor(run.device, run.memory, run.jobs, stop, plan.bases),
         result=TensorResult,
         receipt_name=RECEIPT_NAME,
-        receipt=lambda results, device: receipt_text(checkpoint, plan, options, directions, results, device),
+        receipt=lambda checkpoint, results, arithmetic: receipt_text(
+            checkpoint, plan, options, directions, results, arithmetic
+        ),
     )
-
-
-def execute(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    directions: Directions,
-    options: AblateOptions,
-    out: Path,
-    run: ExecuteOptions,
-    progress: Progress,
-) -> dict[str, TensorResult]:
-    """Writes the ablated checkpoint; OUT appears complete or not at all.
-
-    Args:
-        checkpoint: The source, never opened for writing.
-        plan: What to do.
-        directions: What to remove.
-        options: The options the plan was made with, for the receipt.
-        out: The folder to make.
-        run: How to run.
-        progress: Receives how far the run has come.
-
-    Returns:
-        What was measured of each edited tensor, as re-read from the written files.
-
-    Raises:
-        DirectionsError: Nothing is left of a direction, or a reference mean is missing.
-        ExecuteError: OUT is in the way, the disk is too small, or a tensor cannot be edited.
-        Interrupted: Ctrl-C or SIGTERM; the staged state can be resumed.
-    """
-    return perform(checkpoint, ablation(checkpoint, plan, directions, options), out, run, progress)

@@ -26,6 +26,7 @@ __all__ = ["BlockEditor", "Channels", "Part", "Stopped"]
 _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R")
 
+_MAY_LACK_FLOAT64 = ("mps", "xpu")
 _WITHOUT_TORCH = ("native", "numpy")
 _CPU_BLOCK = 1 << 20
 #: Bytes of a tensor that one thread edits before another may continue, and bytes read again at a time for its digest.
@@ -66,6 +67,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
 
     Attributes:
         on_cpu: The form that the arithmetic has on a CPU.
+        needs_float64: Whether devices that may lack float64 leave the arithmetic to the CPU.
         jobs: Tensors to edit at a time, fewer than asked for where memory is short.
         reason: One line that says what does the arithmetic, and why.
 
@@ -74,13 +76,18 @@ class BlockEditor(ABC, Generic[_E, _R]):
     """
 
     on_cpu: ClassVar["OnCpu"] = "torch"
+    needs_float64: ClassVar[bool] = False
 
     def __init__(self, device: str, memory: int, jobs: int | None, stop: threading.Event) -> None:
         from ablate_shards.kernels.choose import choose_form
 
-        self._device = find_device(device)
+        found = find_device(device)
+        kind = found.partition(":")[0]
+        self._device = "cpu" if self.needs_float64 and kind in _MAY_LACK_FLOAT64 else found
         self._form: Form
         self._form, why = choose_form(self._device, on_cpu=self.on_cpu)
+        if self._device != found:
+            why = f"it needs float64, which not every {kind} has"
         if self._form not in _WITHOUT_TORCH:
             with _no_collections():
                 import torch  # noqa: F401 - before there are threads, which would wait for it

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from ablate_shards import __version__
 from ablate_shards.errors import ExecuteError, HubError, Interrupted
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, files_of, fingerprint, size_of
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, fingerprint, size_of
 from ablate_shards.surgery.checkpoint.headers import Shard
 from ablate_shards.surgery.edit.blocks import BlockEditor, Channels, Part, Stopped
 from ablate_shards.surgery.edit.queue import Task, UnderWay, Work
-from ablate_shards.surgery.machine.devices import cores, find_device
+from ablate_shards.surgery.machine.devices import cores
 from ablate_shards.surgery.machine.files import pread_into, pwrite_all
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt, uninterrupted
-from ablate_shards.surgery.machine.staging import Staging, check_out, locked
+from ablate_shards.surgery.machine.staging import OutFolder, Staging, locked
 from ablate_shards.surgery.plan.edits import Edit, by_shard
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ __all__ = [
     "Surgeon",
     "check_unchanged",
     "ending_early",
-    "perform",
+    "perform_in_folder",
     "untouched",
     "what_is_kept",
 ]
@@ -89,7 +89,7 @@ class Operation(Generic[_E, _R]):
         editor: Makes the editor of a run that ends early when the event is set.
         result: Makes a result of the fields that the journal kept of it.
         receipt_name: The file in OUT that says what was done.
-        receipt: Returns its text, from the results and from what did the arithmetic.
+        receipt: Returns its text, from the source, the results and what did the arithmetic.
     """
 
     edits: tuple[_E, ...]
@@ -97,7 +97,7 @@ class Operation(Generic[_E, _R]):
     editor: Callable[[ExecuteOptions, threading.Event], BlockEditor[_E, _R]]
     result: Callable[..., _R]
     receipt_name: str
-    receipt: Callable[[Mapping[str, _R], Mapping[str, str]], str]
+    receipt: Callable[[Checkpoint, Mapping[str, _R], Mapping[str, str]], str]
 
     def identity_on(self, checkpoint: Checkpoint) -> dict[str, str]:
         """Returns all that must be equal for an interrupted run on a checkpoint to be resumed."""
@@ -108,10 +108,10 @@ class Operation(Generic[_E, _R]):
         }
 
 
-def perform(
-    checkpoint: Checkpoint, operation: Operation[_E, _R], out: Path, run: ExecuteOptions, progress: Progress
+def perform_in_folder(
+    checkpoint: Checkpoint, operation: Operation[_E, _R], out: OutFolder, run: ExecuteOptions, progress: Progress
 ) -> dict[str, _R]:
-    """Carries out an operation on a checkpoint; OUT appears complete or not at all.
+    """Performs an operation on a checkpoint; OUT appears complete or not at all.
 
     Args:
         checkpoint: The source, never opened for writing.
@@ -124,30 +124,26 @@ def perform(
         The result of each edit, by tensor.
 
     Raises:
-        ExecuteError: OUT is in the way, the disk is too small, or a tensor cannot be edited.
+        ExecuteError: An interrupted run is in the way, the disk is too small, or a tensor cannot be edited.
         Interrupted: Ctrl-C or SIGTERM; the staged state can be resumed.
     """
-    check_out(checkpoint.path, files_of(checkpoint), out, overwrite=run.overwrite)
-    out = out.resolve() if out.is_symlink() else out
     sizes = {shard.name: shard.size for shard in checkpoint.shards}
     identity = operation.identity_on(checkpoint)
-    if run.device != "auto":
-        find_device(run.device)
     staging: Staging | None = None
 
     def discard() -> None:
         if staging is not None and not run.resume:
             staging.discard()
 
-    with sigterm_as_interrupt(), locked(out), ending_early(out, lambda: what_is_kept(staging), discard):
-        staging = Staging.open(out, identity, sizes, resume=run.resume, overwrite=run.overwrite, sync=run.sync)
+    with sigterm_as_interrupt(), locked(out.path), ending_early(out.path, lambda: what_is_kept(staging), discard):
+        staging = Staging.open(out.path, identity, sizes, resume=run.resume, overwrite=out.overwrite, sync=run.sync)
         _check_disk(checkpoint, operation.edits, staging, link=run.link)
         progress.begin(_bytes_to_write(checkpoint, staging))
         with Surgeon(checkpoint, operation, staging, progress, link=run.link) as surgeon:
             results, identity = surgeon.operate(run)
         check_unchanged(checkpoint)
         with (staging.folder / operation.receipt_name).open("w", encoding="utf-8") as file:
-            file.write(operation.receipt(results, identity))
+            file.write(operation.receipt(checkpoint, results, identity))
             file.flush()
             staging.fsync(file.fileno())
         with uninterrupted():

@@ -1,5 +1,5 @@
 """Where results go: a folder, an object store, the Hub; and the model card."""
 
-from ablate_shards.surgery.hub.outputs import carry_out
+from ablate_shards.surgery.hub.outputs import Prepared, prepare
 
-__all__ = ["carry_out"]
+__all__ = ["Prepared", "prepare"]

@@ -98,7 +98,7 @@ def perform_in_store(
                 results, device = sender.operate(run)
             check_unchanged(checkpoint)
             receipt = staging.folder / operation.receipt_name
-            receipt.write_text(operation.receipt(results, device), encoding="utf-8")
+            receipt.write_text(operation.receipt(checkpoint, results, device), encoding="utf-8")
             for name in [*sorted(checkpoint.sidecars, key=_found_first), operation.receipt_name]:
                 target.send(staging.folder / name, name)
             ours = {operation.receipt_name, *(shard.name for shard in checkpoint.shards), *checkpoint.sidecars}

@@ -16,7 +16,7 @@ from ablate_shards.errors import ExecuteError, UsageError
 from ablate_shards.names import RECEIPT_NAMES, TRAINING_NAME
 from ablate_shards.surgery.machine.files import fsync_folder
 
-__all__ = ["Staging", "check_out", "locked"]
+__all__ = ["OutFolder", "Staging", "check_out", "locked"]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _sync_file_range: Any = getattr(_libc, "sync_file_range", None)
@@ -28,7 +28,22 @@ _JOURNAL = ".journal.jsonl"
 _RECEIPTS = (*RECEIPT_NAMES, TRAINING_NAME)
 
 
-def check_out(source: Path, files: Iterable[Path], out: Path, *, overwrite: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class OutFolder:
+    """A folder to make, in which nothing would be lost; :func:`check_out` returns it.
+
+    Attributes:
+        path: Its name, no link.
+        overwrite: Whether a folder of that name that an earlier run made may be replaced.
+    """
+
+    path: Path
+    overwrite: bool
+
+
+def check_out(
+    source: Path, files: Iterable[Path], out: Path, *, overwrite: bool, inputs: Iterable[Path] = ()
+) -> OutFolder:
     """Refuses an output folder that would lose something.
 
     Args:
@@ -36,9 +51,10 @@ def check_out(source: Path, files: Iterable[Path], out: Path, *, overwrite: bool
         files: Its files, which may be links to other places.
         out: The folder to make.
         overwrite: Whether a folder that an earlier run made may be replaced.
+        inputs: What else is read.
 
     Raises:
-        UsageError: OUT is SOURCE, lies inside it or holds it, or is not a folder name.
+        UsageError: OUT is SOURCE, lies inside it or holds it, holds another input, or is not a folder name.
         ExecuteError: OUT exists and may not be replaced, or its parent does not exist.
     """
     if out.suffix == ".safetensors":
@@ -54,16 +70,19 @@ def check_out(source: Path, files: Iterable[Path], out: Path, *, overwrite: bool
             raise UsageError(f"{out}: {file} is a link into OUT, which would be replaced; name another folder")
     if not there.parent.is_dir():
         raise ExecuteError(f"{there.parent}: the folder that OUT would lie in does not exist; make it first")
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if not out.exists() and not out.is_symlink():
-        return
-    if not _made_by_a_run(out):
-        raise ExecuteError(
-            f"{out}: already exists and holds no {' or '.join(_RECEIPTS)}, so it is not replaced; name another folder"
-        )
-    if not overwrite:
-        raise ExecuteError(f"{out}: already exists; --overwrite replaces it, or name another folder")
+    empty = out.is_dir() and not any(out.iterdir())
+    if (out.exists() or out.is_symlink()) and not empty:
+        if not _made_by_a_run(out):
+            raise ExecuteError(
+                f"{out}: already exists and holds no {' or '.join(_RECEIPTS)}, so it is not replaced; name another "
+                "folder"
+            )
+        if not overwrite:
+            raise ExecuteError(f"{out}: already exists; --overwrite replaces it, or name another folder")
+    for path in inputs:
+        if there in (path.resolve(), *path.resolve().parents):
+            raise UsageError(f"{out}: holds {path}, which would be replaced; name another folder")
+    return OutFolder(there if out.is_symlink() else out, overwrite)
 
 
 @contextmanager

@@ -2,24 +2,20 @@
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from ablate_shards.errors import ExecuteError, UsageError
+from ablate_shards.errors import ExecuteError
 from ablate_shards.kernels.codecs.plain import GREATEST, STORED, decoded, encode
 from ablate_shards.kernels.merge.merge_numpy import NumpyMerger, update_norm
 from ablate_shards.names import MERGE_RECEIPT_NAME
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, files_of
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES
 from ablate_shards.surgery.edit.blocks import BlockEditor
 from ablate_shards.surgery.edit.execute import Operation
 from ablate_shards.surgery.edit.sections import Reader, Section
-from ablate_shards.surgery.machine.devices import find_device, torch_dtype
-from ablate_shards.surgery.machine.staging import check_out
+from ablate_shards.surgery.machine.devices import torch_dtype
 from ablate_shards.surgery.merge.adapter import Adapter
 from ablate_shards.surgery.merge.plan import PIECE_ELEMENTS, MergeEdit, MergePlan
 from ablate_shards.surgery.merge.receipt import MergeResult, receipt_text
@@ -28,50 +24,19 @@ if TYPE_CHECKING:
     from ablate_shards.kernels.choose import Form
     from ablate_shards.kernels.merge.merge_torch import Merger
 
-__all__ = ["MergeEditor", "Merged", "check_merge_out", "merging"]
+__all__ = ["MergeEditor", "merging"]
 
 
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """What a merge did.
-
-    Attributes:
-        plan: What was planned.
-        results: What was measured, by tensor.
-    """
-
-    plan: MergePlan
-    results: Mapping[str, MergeResult]
-
-
-def check_merge_out(checkpoint: Checkpoint, adapter: Path, out: Path, *, overwrite: bool) -> None:
-    """Refuses an output folder that would lose something, before anything is read.
-
-    Raises:
-        ExecuteError: OUT exists and may not be replaced, or its parent does not exist.
-        UsageError: OUT is, or is in, MODEL or ADAPTER or holds it.
-    """
-    check_out(checkpoint.path, files_of(checkpoint), out, overwrite=overwrite)
-    if out.resolve() in (adapter.resolve(), *adapter.resolve().parents):
-        raise UsageError(f"{out}: holds ADAPTER, which would be replaced; name another folder")
-
-
-def merging(checkpoint: Checkpoint, adapter: Adapter, plan: MergePlan) -> Operation[MergeEdit, MergeResult]:
-    """Returns the operation that merges an adapter, for whatever carries operations out."""
+def merging(adapter: Adapter, plan: MergePlan) -> Operation[MergeEdit, MergeResult]:
+    """Returns the operation that merges an adapter as planned."""
     return Operation(
         edits=plan.edits,
         identity={"the plan": plan.sha256()},
         editor=lambda run, stop: MergeEditor(run.device, run.memory, run.jobs, stop, adapter),
         result=MergeResult,
         receipt_name=MERGE_RECEIPT_NAME,
-        receipt=lambda results, device: receipt_text(checkpoint, adapter, plan, results, device),
+        receipt=lambda checkpoint, results, arithmetic: receipt_text(checkpoint, adapter, plan, results, arithmetic),
     )
-
-
-# ------------------------------------------------------------------------------------------- planning
-
-
-# ------------------------------------------------------------------------------------------- editing
 
 
 class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
@@ -89,13 +54,10 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
     """
 
     on_cpu = "numpy"
+    needs_float64 = True
 
     def __init__(self, device: str, memory: int, jobs: int | None, stop: threading.Event, adapter: Adapter) -> None:
-        found = find_device(device).partition(":")[0]
-        without_float64 = found in ("mps", "xpu")
-        super().__init__("cpu" if without_float64 else device, memory, jobs, stop)
-        if without_float64:
-            self.reason = f"arithmetic: {self._form} on cpu (merging needs float64, which not every {found} has)"
+        super().__init__(device, memory, jobs, stop)
         self._adapter = adapter
 
     def sections(self, edit: MergeEdit) -> Sequence[Section]:
@@ -251,6 +213,3 @@ def _refuse(edit: MergeEdit, *, finite: bool) -> NoReturn:
         f"{edit.name}: with the adapter added, values lie beyond what {edit.dtype} can hold; "
         "convert the checkpoint to BF16, or lower --scale"
     )
-
-
-# ------------------------------------------------------------------------------------------- receipt

@@ -7,6 +7,7 @@ import numpy as np
 from ablate_shards.errors import DirectionsError
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_vector
 from ablate_shards.surgery.directions.directions import Directions, apply_gain, biproject
+from ablate_shards.surgery.directions.vectors import orthonormal
 from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit
 
 __all__ = ["resolve_bases"]
@@ -27,7 +28,7 @@ def resolve_bases(
     bases: dict[BasisKey, np.ndarray] = {}
     for key in dict.fromkeys(edit.basis for edit in edits):
         # Stored as float32, the rows are orthonormal to seven digits only.
-        basis = np.linalg.qr(directions.basis[key.source_layer].astype(np.float64).T)[0].T
+        basis = orthonormal(directions.basis[key.source_layer].astype(np.float64))
         if key.references:
             missing = [layer for layer in key.references if layer not in directions.reference]
             if missing:

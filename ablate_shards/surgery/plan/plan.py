@@ -5,15 +5,18 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from ablate_shards.errors import DirectionsError, PlanError, UsageError
 from ablate_shards.surgery.anatomy.architecture import Component, LeftOut, Writer, dissect, split_layer
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
 from ablate_shards.surgery.directions.directions import Directions
+from ablate_shards.surgery.plan.bases import resolve_bases
 from ablate_shards.surgery.plan.edits import BasisKey, Skip, TensorEdit
 from ablate_shards.surgery.plan.recipe import AblateOptions, SourceLayer
 
@@ -34,6 +37,8 @@ class Plan:
         skipped: What could have been edited and is not.
         notes: What the user should know before the run, a line each.
         directions_sha256: Digest of the directions.
+        bases: For each basis that an edit names ``[k, d]`` float64, orthonormal rows. They follow from the rest and
+            the source, hence are in no digest.
     """
 
     family: str
@@ -42,10 +47,13 @@ class Plan:
     skipped: tuple[Skip, ...]
     notes: tuple[str, ...]
     directions_sha256: str
+    bases: Mapping[BasisKey, np.ndarray] = field(repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the plan as JSON types."""
-        return dataclasses.asdict(self)
+        content = dataclasses.asdict(dataclasses.replace(self, bases={}))
+        del content["bases"]
+        return content
 
     def sha256(self) -> str:
         """Returns the digest of the plan's canonical JSON form."""
@@ -61,11 +69,12 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
         options: How.
 
     Returns:
-        The plan; nothing has been read but headers.
+        The plan; nothing of the weights has been read but headers and post-norm gains.
 
     Raises:
         ArchitectureError: The architecture is not known, or a writer does not have the expected shape.
-        DirectionsError: The directions do not fit the checkpoint.
+        DirectionsError: The directions do not fit the checkpoint, nothing is left of one, or a reference mean is
+            missing.
         PlanError: A selected layer has no writer, or a writer cannot be edited.
         UsageError: A coefficient is not a number.
     """
@@ -104,8 +113,9 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
         hidden_size=anatomy.hidden_size,
         edits=tuple(edits),
         skipped=tuple(skipped),
-        notes=tuple(_warnings(edits, tied=anatomy.tied)),
+        notes=tuple(_notes(edits, directions, options, tied=anatomy.tied)),
         directions_sha256=directions.sha256(),
+        bases=resolve_bases(edits, checkpoint, directions),
     )
 
 
@@ -232,17 +242,18 @@ def _check_experts(edits: Iterable[TensorEdit]) -> None:
             raise PlanError(f"{name}: expert {missing[0]} of {count} is missing; the checkpoint is incomplete")
 
 
-def _warnings(edits: Sequence[TensorEdit], *, tied: bool) -> list[str]:
-    warnings = []
+def _notes(edits: Sequence[TensorEdit], directions: Directions, options: AblateOptions, *, tied: bool) -> Iterator[str]:
+    # Directions without scores have no best layer; then no edit is left to it, or there would be no plan.
+    if options.source_layer == "best" and directions.scores:
+        yield f"source layer: {directions.best_layer()}, the best by its scores"
     if tied and any(edit.component == "embedding" for edit in edits):
-        warnings.append("the output head is tied to the token embedding, so both are edited")
+        yield "the output head is tied to the token embedding, so both are edited"
     above = max((edit.coefficient for edit in edits), default=0.0)
     if above > 1:
-        warnings.append(
+        yield (
             f"coefficient {above:g} is above 1: it turns the component into {1 - above:+g} times itself "
             "(1 removes, 2 reflects)"
         )
-    return warnings
 
 
 def _ranges(numbers: Iterable[int]) -> str:

@@ -1,0 +1,113 @@
+"""What ``ablate`` and ``merge`` have in common: the options of an OUT, and how SOURCE and OUT are opened."""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ablate_shards.commands.options import (
+    as_json_flag,
+    cache_flag,
+    debug_flag,
+    private_flag,
+    quiet_flag,
+    resources,
+    sync_flag,
+)
+from ablate_shards.terminal.progress import ScreenProgress, show_progress
+
+if TYPE_CHECKING:
+    from ablate_shards.surgery.hub.outputs import Prepared
+
+__all__ = ["OutputOptions", "made", "output_options"]
+
+_OPTIONS = (
+    resources,
+    cache_flag,
+    private_flag,
+    click.option("--link", is_flag=True, help="Hard-link shards that stay as they are; they share their bytes."),
+    sync_flag,
+    click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
+    click.option("--resume", is_flag=True, help="Go on with an interrupted run."),
+    click.option("--overwrite", is_flag=True, help="Replace a folder that an earlier run made."),
+    as_json_flag,
+    quiet_flag,
+    debug_flag,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """What the user said of OUT and of how to run; ``--help`` says what each option means."""
+
+    device: str
+    memory: int
+    jobs: int | None
+    cache: bool
+    private: bool
+    link: bool
+    sync: bool
+    dry_run: bool
+    resume: bool
+    overwrite: bool
+    as_json: bool
+    quiet: bool
+
+    def show_progress(self) -> ScreenProgress:
+        """Returns what shows how far the command has come, nothing where nobody would read it."""
+        return show_progress(quiet=self.quiet or self.as_json)
+
+    def prepare(
+        self, source: Path | str, out: Path | str, inputs: Sequence[Path | None], progress: ScreenProgress
+    ) -> "Prepared":
+        """Opens SOURCE and checks OUT; what else is read may not lie in it.
+
+        Raises:
+            AblateError: SOURCE cannot be read, or OUT not be written.
+        """
+        from ablate_shards.surgery.checkpoint.hub_store import quieten_hub
+        from ablate_shards.surgery.checkpoint.stores import hub_repository
+        from ablate_shards.surgery.edit.execute import ExecuteOptions
+        from ablate_shards.surgery.hub.outputs import prepare
+
+        run = ExecuteOptions(
+            device=self.device,
+            memory=self.memory,
+            jobs=self.jobs,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            link=self.link,
+            sync=self.sync,
+        )
+        given = [path for path in inputs if path is not None]
+        prepared = prepare(source, out, run, inputs=given, cache=self.cache, private=self.private, dry_run=self.dry_run)
+        remote = prepared.checkpoint.remote
+        if remote is not None and remote.revision:
+            progress.note(f"{prepared.checkpoint.name} is commit {remote.revision}")
+        if self.cache or hub_repository(out) is not None:
+            quieten_hub(bars=self.quiet or self.as_json or not sys.stderr.isatty())
+        return prepared
+
+
+def made(out: Path | str, url: str | None, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what ``--json`` prints of an OUT and of what was measured of its tensors."""
+    return {"out": url or str(out), "tensors": {name: dataclasses.asdict(found) for name, found in results.items()}}
+
+
+def output_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of an OUT to a command, which gets them as ``output``."""
+    names = [field.name for field in dataclasses.fields(OutputOptions)]
+
+    @functools.wraps(command)
+    def with_output(*args: Any, **given: Any) -> None:
+        output = OutputOptions(**{name: given.pop(name) for name in names})
+        command(*args, output=output, **given)
+
+    for option in reversed(_OPTIONS):
+        with_output = option(with_output)
+    return with_output
