@@ -16,7 +16,8 @@ from ablate_shards.surgery.directions.formats import read_directions
 from ablate_shards.surgery.edit import edited_file as edited
 from ablate_shards.surgery.edit.ablation import ablation
 from ablate_shards.surgery.edit.edited_file import EditedFile
-from ablate_shards.surgery.edit.execute import ExecuteOptions, perform_in_folder
+from ablate_shards.surgery.edit.folder import perform_in_folder
+from ablate_shards.surgery.edit.operation import RunOptions
 from ablate_shards.surgery.machine.staging import OutFolder
 from ablate_shards.surgery.plan.edits import by_shard
 from ablate_shards.surgery.plan.plan import make_plan
@@ -46,7 +47,7 @@ def prepared(folder, **options):
 
 
 def opened(checkpoint, operation, *, window, progress=None, room=None):
-    editor = operation.editor(ExecuteOptions(jobs=1), threading.Event())
+    editor = operation.editor(RunOptions(jobs=1), threading.Event())
     if room is not None:
         editor._room = room
     (shard,) = checkpoint.shards
@@ -67,7 +68,7 @@ def test_the_bytes_and_the_results_of_a_file(folder, preserve, window):
     """Down to a window into which no matrix fits, and blocks far smaller than a matrix."""
     checkpoint, operation = prepared(folder, preserve=preserve, components=("attention", "mlp", "embedding"))
     results = perform_in_folder(
-        checkpoint, operation, OutFolder(folder / "out", overwrite=False), ExecuteOptions(), Quiet()
+        checkpoint, operation, OutFolder(folder / "out", overwrite=False), RunOptions(), Quiet()
     )
     expected = snapshot(folder / "out")[SHARD]
     assert expected != snapshot(folder / "model")[SHARD]
@@ -87,7 +88,7 @@ def test_the_form_that_devices_compute_in(folder, monkeypatch):
     monkeypatch.setattr("ablate_shards.kernels.choose.choose_form", lambda *_, **__: ("torch", "asked for"))
     checkpoint, operation = prepared(folder)
     results = perform_in_folder(
-        checkpoint, operation, OutFolder(folder / "out", overwrite=False), ExecuteOptions(), Quiet()
+        checkpoint, operation, OutFolder(folder / "out", overwrite=False), RunOptions(), Quiet()
     )
     for window in (0, 1 << 30):
         with opened(checkpoint, operation, window=window, room=1 << 17) as file:
@@ -97,7 +98,7 @@ def test_the_form_that_devices_compute_in(folder, monkeypatch):
 
 def test_any_offset_in_any_order(folder):
     checkpoint, operation = prepared(folder)
-    perform_in_folder(checkpoint, operation, OutFolder(folder / "out", overwrite=False), ExecuteOptions(), Quiet())
+    perform_in_folder(checkpoint, operation, OutFolder(folder / "out", overwrite=False), RunOptions(), Quiet())
     expected = snapshot(folder / "out")[SHARD]
     rng = np.random.default_rng(0)
     for window in (0, 1 << 30):
@@ -214,7 +215,7 @@ def test_experts_are_sections_of_their_own(tmp_path):
     checkpoint, operation = prepared(tmp_path, layers=frozenset({0}))
     assert {edit.kind for edit in operation.edits} == {"weight", "bias"}
     results = perform_in_folder(
-        checkpoint, operation, OutFolder(tmp_path / "out", overwrite=False), ExecuteOptions(), Quiet()
+        checkpoint, operation, OutFolder(tmp_path / "out", overwrite=False), RunOptions(), Quiet()
     )
     expected = snapshot(tmp_path / "out")[SHARD]
     for window, room in ((0, 1 << 11), (1 << 12, 1 << 14), (1 << 30, 1 << 20)):

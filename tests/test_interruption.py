@@ -11,8 +11,8 @@ import pytest
 from command_line import run
 from raw_checkpoints import snapshot, write_directions, write_llama
 
-from ablate_shards.surgery.edit import execute as execute_module
-from ablate_shards.surgery.machine.staging import locked
+from ablate_shards.surgery.edit.shard_writer import ShardWriter
+from ablate_shards.surgery.machine.staging import Staging, locked
 
 
 @pytest.fixture
@@ -30,14 +30,14 @@ def hidden_files(folder):
 
 
 def stop_after(monkeypatch, shards, error):
-    record = execute_module.Staging.record
+    record = Staging.record
 
     def recording(self, shard, content):
         record(self, shard, content)
         if len(self.done) == shards:
             raise error
 
-    monkeypatch.setattr(execute_module.Staging, "record", recording)
+    monkeypatch.setattr(Staging, "record", recording)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 4])
@@ -122,13 +122,13 @@ def test_a_failing_disk_keeps_what_is_complete(case, monkeypatch):
 
 def test_a_source_that_changes_meanwhile_is_noticed(case, monkeypatch):
     folder, arguments = case
-    complete = execute_module.Surgeon.complete
+    finish = ShardWriter.finish
 
     def touching(self, work):
         os.utime(folder / "source" / "config.json", ns=(1, 1))
-        return complete(self, work)
+        return finish(self, work)
 
-    monkeypatch.setattr(execute_module.Surgeon, "complete", touching)
+    monkeypatch.setattr(ShardWriter, "finish", touching)
     result = run(*arguments)
     assert result.exit_code == 1
     assert "changed while it was read" in result.output
@@ -224,14 +224,14 @@ def test_a_staged_shard_that_is_gone_is_made_again(case, monkeypatch):
 
 def test_what_appears_at_out_meanwhile_is_not_lost(case, monkeypatch):
     folder, arguments = case
-    publish = execute_module.Staging.publish
+    publish = Staging.publish
 
     def late(self):
         (folder / "out").mkdir()
         (folder / "out" / "precious.txt").write_text("years of work")
         publish(self)
 
-    monkeypatch.setattr(execute_module.Staging, "publish", late)
+    monkeypatch.setattr(Staging, "publish", late)
     taken = run(*arguments)
     assert taken.exit_code == 1
     assert "appeared during the run" in taken.stderr

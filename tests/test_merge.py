@@ -21,8 +21,8 @@ from ablate_shards.kernels import reference
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.checkpoint.digest import base_digest
 from ablate_shards.surgery.edit import blocks as editor
-from ablate_shards.surgery.edit import execute as execute_module
 from ablate_shards.surgery.edit.receipt import seal
+from ablate_shards.surgery.machine.staging import Staging
 from ablate_shards.surgery.merge.adapter import Adapter
 
 ROOT = "base_model.model."
@@ -300,14 +300,14 @@ def test_a_dry_run_and_json(tmp_path, base, adapter):
 def test_an_interrupted_merge_goes_on(tmp_path, base, adapter, monkeypatch, shards):
     out = tmp_path / "out"
     run("merge", base, adapter, tmp_path / "whole")
-    record = execute_module.Staging.record
+    record = Staging.record
 
     def recording(self, shard, content):
         record(self, shard, content)
         if len(self.done) == shards:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(execute_module.Staging, "record", recording)
+    monkeypatch.setattr(Staging, "record", recording)
     assert "--resume" in run("merge", base, adapter, out, code=1).output
     assert not out.exists()
     monkeypatch.undo()
@@ -515,13 +515,13 @@ def test_the_tied_head_is_explained(tmp_path):
 
 
 def test_an_adapter_that_changes_meanwhile_is_refused(tmp_path, base, adapter, monkeypatch):
-    record = execute_module.Staging.record
+    record = Staging.record
 
     def recording(self, shard, content):
         record(self, shard, content)
         llama_adapter(adapter, lora_alpha=9)
 
-    monkeypatch.setattr(execute_module.Staging, "record", recording)
+    monkeypatch.setattr(Staging, "record", recording)
     assert "changed while it was read" in run("merge", base, adapter, tmp_path / "out", code=1).output
     assert not (tmp_path / "out").exists()
 

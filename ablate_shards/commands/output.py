@@ -72,10 +72,10 @@ class OutputOptions:
         """
         from ablate_shards.surgery.checkpoint.hub_store import quieten_hub
         from ablate_shards.surgery.checkpoint.stores import hub_repository
-        from ablate_shards.surgery.edit.execute import ExecuteOptions
+        from ablate_shards.surgery.edit.operation import RunOptions
         from ablate_shards.surgery.hub.outputs import prepare
 
-        run = ExecuteOptions(
+        run = RunOptions(
             device=self.device,
             memory=self.memory,
             jobs=self.jobs,

@@ -57,7 +57,7 @@ def push(
     """
     from ablate_shards.surgery.checkpoint.hub_store import quieten_hub
     from ablate_shards.surgery.checkpoint.stores import hub_repository
-    from ablate_shards.surgery.edit.execute import ExecuteOptions
+    from ablate_shards.surgery.edit.operation import RunOptions
     from ablate_shards.surgery.hub.push import PushOptions, plan_push
     from ablate_shards.surgery.hub.push import push as push_folder
     from ablate_shards.terminal.progress import show_progress
@@ -76,7 +76,7 @@ def push(
             print_push(plan)
         return
     with progress:
-        pushed = push_folder(out, repo, options, ExecuteOptions(device=device, memory=memory, jobs=jobs), progress)
+        pushed = push_folder(out, repo, options, RunOptions(device=device, memory=memory, jobs=jobs), progress)
     if as_json:
         print_json(dataclasses.asdict(pushed))
     elif not quiet:

@@ -49,12 +49,12 @@ def verify(
     """
     one_blas_thread()
     from ablate_shards.surgery.checkpoint.stores import cached, open_files, open_source
-    from ablate_shards.surgery.edit.execute import ExecuteOptions
+    from ablate_shards.surgery.edit.operation import RunOptions
     from ablate_shards.surgery.verify.proof import verify as verify_checkpoint
     from ablate_shards.terminal.progress import show_progress
 
     progress = show_progress(quiet=quiet or as_json)
-    run = ExecuteOptions(device=device, memory=memory, jobs=jobs)
+    run = RunOptions(device=device, memory=memory, jobs=jobs)
     checkpoint = open_source(source)
     files = open_files(out)
     for each in (checkpoint.files, files):

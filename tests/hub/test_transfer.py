@@ -122,7 +122,7 @@ WITH_SMALL_FILES = """
 import pathlib, resource, signal, sys
 from ablate_shards.surgery.directions.formats import read_directions
 from ablate_shards.surgery.edit.ablation import ablation
-from ablate_shards.surgery.edit.execute import ExecuteOptions
+from ablate_shards.surgery.edit.operation import RunOptions
 from ablate_shards.surgery.hub.push import PushOptions
 from ablate_shards.surgery.plan.plan import make_plan
 from ablate_shards.surgery.plan.recipe import AblateOptions
@@ -141,7 +141,7 @@ operation = ablation(make_plan(checkpoint, directions, options), directions, opt
 limit = int(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-perform_on_hub(checkpoint, operation, "me/edited", PushOptions(), ExecuteOptions(), Quiet())
+perform_on_hub(checkpoint, operation, "me/edited", PushOptions(), RunOptions(), Quiet())
 """
 
 

@@ -12,7 +12,7 @@ from ablate_shards.names import RECEIPT_NAME
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES
 from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.edit.blocks import BlockEditor
-from ablate_shards.surgery.edit.execute import Operation
+from ablate_shards.surgery.edit.operation import Operation
 from ablate_shards.surgery.edit.receipt import TensorResult, receipt_text
 from ablate_shards.surgery.edit.sections import Reader, Section
 from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit

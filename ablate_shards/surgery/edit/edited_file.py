@@ -20,10 +20,9 @@ from blake3 import blake3
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import Shard
 from ablate_shards.surgery.edit.blocks import BlockEditor
-from ablate_shards.surgery.edit.execute import untouched
 from ablate_shards.surgery.edit.sections import Section
 from ablate_shards.surgery.machine.files import pread_into
-from ablate_shards.surgery.plan.edits import Edit
+from ablate_shards.surgery.plan.edits import Edit, untouched
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance, WriteableBuffer

@@ -16,8 +16,9 @@ from ablate_shards.names import RECEIPT_NAMES
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, size_of
 from ablate_shards.surgery.checkpoint.object_store import UNFINISHED, FsspecFaults, entry_of, listing, open_system
 from ablate_shards.surgery.checkpoint.remote import Entry, patiently
-from ablate_shards.surgery.edit.execute import ExecuteOptions, Operation, Surgeon, check_unchanged, ending_early
+from ablate_shards.surgery.edit.operation import Operation, RunOptions, check_unchanged, ending_early
 from ablate_shards.surgery.edit.queue import Work
+from ablate_shards.surgery.edit.shard_writer import ShardWriter
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import Staging, locked
@@ -33,7 +34,7 @@ _T = TypeVar("_T")
 
 
 def perform_in_store(
-    checkpoint: Checkpoint, operation: Operation[_E, Any], url: str, run: ExecuteOptions, progress: Progress
+    checkpoint: Checkpoint, operation: Operation[_E, Any], url: str, run: RunOptions, progress: Progress
 ) -> dict[str, Any]:
     """Carries out an operation into a folder of an object store.
 
@@ -95,7 +96,7 @@ def perform_in_store(
                 found.keep(target)
             part = dataclasses.replace(checkpoint, shards=here)
             with _Sender(part, operation, staging, progress, target, found) as sender:
-                results, device = sender.operate(run)
+                results, device = sender.write(run)
             check_unchanged(checkpoint)
             receipt = staging.folder / operation.receipt_name
             receipt.write_text(operation.receipt(checkpoint, results, device), encoding="utf-8")
@@ -142,7 +143,7 @@ class _Journal:
         target.write(UNFINISHED, json.dumps(dataclasses.asdict(self)).encode())
 
 
-def _open_journal(target: "_Target", run: ExecuteOptions, identity: Mapping[str, str]) -> _Journal:
+def _open_journal(target: "_Target", run: RunOptions, identity: Mapping[str, str]) -> _Journal:
     """Returns the journal of an interrupted run, or a new one where the folder may be written.
 
     Raises:
@@ -195,7 +196,7 @@ def _read(target: "_Target") -> _Journal:
         ) from error
 
 
-class _Sender(Surgeon[_E, Any]):
+class _Sender(ShardWriter[_E, Any]):
     """Edits one shard at a time, sends it, and removes it here."""
 
     in_flight = 1
@@ -213,9 +214,9 @@ class _Sender(Surgeon[_E, Any]):
         super().__init__(checkpoint, operation, staging, progress, link=checkpoint.remote is None)
         self._target, self._journal = target, journal
 
-    def complete(self, work: Work[Any]) -> dict[str, Any]:
+    def finish(self, work: Work[Any]) -> dict[str, Any]:
         """Waits for a shard and sends it."""
-        results = super().complete(work)
+        results = super().finish(work)
         name = work.shard.name
         path = self._staging.folder / name
         stamp = self._target.send(path, name)

@@ -8,7 +8,8 @@ from typing import Any, TypeGuard
 from ablate_shards.errors import UsageError
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, files_of
 from ablate_shards.surgery.checkpoint.stores import cached, hub_repository, open_source
-from ablate_shards.surgery.edit.execute import ExecuteOptions, Operation, perform_in_folder
+from ablate_shards.surgery.edit.folder import perform_in_folder
+from ablate_shards.surgery.edit.operation import Operation, RunOptions
 from ablate_shards.surgery.machine.devices import find_device
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.staging import OutFolder, check_out
@@ -30,7 +31,7 @@ class Prepared:
 
     checkpoint: Checkpoint
     out: OutFolder | Path | str
-    run: ExecuteOptions
+    run: RunOptions
     cache: bool = False
     private: bool = False
 
@@ -67,7 +68,7 @@ class Prepared:
 def prepare(
     source: Path | str,
     out: Path | str,
-    run: ExecuteOptions,
+    run: RunOptions,
     *,
     inputs: Sequence[Path] = (),
     cache: bool = False,

@@ -13,7 +13,7 @@ from ablate_shards.errors import AblateError, HubError, UsageError
 from ablate_shards.surgery.checkpoint.hub_store import HubFaults, HubStore, explain_hub, hub_pause
 from ablate_shards.surgery.checkpoint.remote import Entry, Patience, RemoteFiles, patiently
 from ablate_shards.surgery.checkpoint.stores import is_hub_id, open_source
-from ablate_shards.surgery.edit.execute import ExecuteOptions
+from ablate_shards.surgery.edit.operation import RunOptions
 from ablate_shards.surgery.hub.card import CardOptions, Kind, metadata_of, model_card
 from ablate_shards.surgery.hub.published import CARD, Published, look_at
 from ablate_shards.surgery.machine.progress import Progress
@@ -152,7 +152,7 @@ def plan_push(folder: Path, repo: str, options: PushOptions) -> PushPlan:
     )
 
 
-def push(folder: Path, repo: str, options: PushOptions, run: ExecuteOptions, progress: Progress) -> Pushed:
+def push(folder: Path, repo: str, options: PushOptions, run: RunOptions, progress: Progress) -> Pushed:
     """Publishes a folder in one commit, so that nobody ever sees half of it.
 
     Args:
@@ -280,7 +280,7 @@ def _made(repo: str, options: PushOptions, store: HubStore | None) -> tuple[HubS
     return store, api
 
 
-def _verify(published: Published, options: PushOptions, run: ExecuteOptions, progress: Progress) -> None:
+def _verify(published: Published, options: PushOptions, run: RunOptions, progress: Progress) -> None:
     folder = published.path
     source = options.source or published.origin
     if source is None:

@@ -17,15 +17,15 @@ from ablate_shards.surgery.checkpoint.hub_store import HubFaults, HubStore
 from ablate_shards.surgery.checkpoint.remote import patiently
 from ablate_shards.surgery.checkpoint.stores import is_hub_id
 from ablate_shards.surgery.edit.edited_file import EditedFile
-from ablate_shards.surgery.edit.execute import (
-    ExecuteOptions,
+from ablate_shards.surgery.edit.operation import (
     Operation,
-    Surgeon,
+    RunOptions,
     check_unchanged,
     ending_early,
     what_is_kept,
 )
 from ablate_shards.surgery.edit.queue import Work
+from ablate_shards.surgery.edit.shard_writer import ShardWriter
 from ablate_shards.surgery.hub.card import Kind
 from ablate_shards.surgery.hub.published import CARD, Published
 from ablate_shards.surgery.hub.push import PushOptions, card_of, commit, explained, open_for_writing, warnings_noted
@@ -52,7 +52,7 @@ def perform_on_hub(
     operation: Operation[_E, Any],
     repo: str,
     options: PushOptions,
-    run: ExecuteOptions,
+    run: RunOptions,
     progress: Progress,
 ) -> tuple[dict[str, Any], str]:
     """Carries out an operation into a repository, which shows all of it at once or nothing.
@@ -222,7 +222,7 @@ class _Ledger:
         write_whole(self._path, [text.encode()])
 
 
-_Send = Callable[[Checkpoint, Operation[Any, Any], ExecuteOptions, _Ledger, Progress], dict[str, str]]
+_Send = Callable[[Checkpoint, Operation[Any, Any], RunOptions, _Ledger, Progress], dict[str, str]]
 
 
 def _way(staging: Staging, checkpoint: Checkpoint, progress: Progress) -> _Send:
@@ -242,7 +242,7 @@ def _way(staging: Staging, checkpoint: Checkpoint, progress: Progress) -> _Send:
 
 
 def _stream(
-    checkpoint: Checkpoint, operation: Operation[Any, Any], run: ExecuteOptions, ledger: _Ledger, progress: Progress
+    checkpoint: Checkpoint, operation: Operation[Any, Any], run: RunOptions, ledger: _Ledger, progress: Progress
 ) -> dict[str, str]:
     """Sends shards that are computed while they are sent; returns what did the arithmetic."""
     window = run.memory // 2
@@ -303,7 +303,7 @@ def _addition(name: str, sent: _Sent, file: EditedFile[Any, Any] | None = None) 
 
 
 def _stage(
-    checkpoint: Checkpoint, operation: Operation[Any, Any], run: ExecuteOptions, ledger: _Ledger, progress: Progress
+    checkpoint: Checkpoint, operation: Operation[Any, Any], run: RunOptions, ledger: _Ledger, progress: Progress
 ) -> dict[str, str]:
     """Sends shards that are made here one at a time and removed again; returns what did the arithmetic."""
     staging = ledger.staging
@@ -313,11 +313,11 @@ def _stage(
     with _Stager(checkpoint, operation, ledger, progress) as stager:
         for name in sorted(made):
             stager.send(name)
-        _, identity = stager.operate(run)
+        _, identity = stager.write(run)
     return identity
 
 
-class _Stager(Surgeon[_E, Any]):
+class _Stager(ShardWriter[_E, Any]):
     """Edits one shard at a time, sends it, and removes it here."""
 
     in_flight = 1
@@ -328,9 +328,9 @@ class _Stager(Surgeon[_E, Any]):
         super().__init__(checkpoint, operation, ledger.staging, progress, link=False)
         self._ledger = ledger
 
-    def complete(self, work: Work[Any]) -> dict[str, Any]:
+    def finish(self, work: Work[Any]) -> dict[str, Any]:
         """Waits for a shard and sends it."""
-        results = super().complete(work)
+        results = super().finish(work)
         self.send(work.shard.name)
         return results
 

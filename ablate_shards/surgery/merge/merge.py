@@ -13,7 +13,7 @@ from ablate_shards.kernels.merge.merge_numpy import NumpyMerger, update_norm
 from ablate_shards.names import MERGE_RECEIPT_NAME
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES
 from ablate_shards.surgery.edit.blocks import BlockEditor
-from ablate_shards.surgery.edit.execute import Operation
+from ablate_shards.surgery.edit.operation import Operation
 from ablate_shards.surgery.edit.sections import Reader, Section
 from ablate_shards.surgery.machine.devices import torch_dtype
 from ablate_shards.surgery.merge.adapter import Adapter

@@ -1,14 +1,15 @@
 """The edits of a plan: which tensor, where its bytes lie, what is removed from it."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
 from ablate_shards.surgery.anatomy.architecture import Component
+from ablate_shards.surgery.checkpoint.headers import Shard
 from ablate_shards.surgery.plan.recipe import Preserve
 
-__all__ = ["BasisKey", "Edit", "Skip", "TensorEdit", "by_shard"]
+__all__ = ["BasisKey", "Edit", "Skip", "TensorEdit", "by_shard", "untouched"]
 
 
 class Edit(Protocol):
@@ -112,3 +113,14 @@ def by_shard(edits: Iterable[_E]) -> Mapping[str, Sequence[_E]]:
     for edit in sorted(edits, key=lambda edit: edit.start):
         groups[edit.shard].append(edit)
     return groups
+
+
+def untouched(shard: Shard, edits: Iterable[Edit]) -> Iterator[tuple[int, int]]:
+    """Yields the byte ranges of a shard outside its edits (in the order of their bytes), the header among them."""
+    position = 0
+    for edit in edits:
+        if position < edit.start:
+            yield position, edit.start
+        position = edit.end
+    if position < shard.size:
+        yield position, shard.size

@@ -21,7 +21,7 @@ from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, Shard
 from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.edit.ablation import Editor
 from ablate_shards.surgery.edit.blocks import BlockEditor, Channels
-from ablate_shards.surgery.edit.execute import ExecuteOptions, untouched
+from ablate_shards.surgery.edit.operation import RunOptions
 from ablate_shards.surgery.edit.receipt import Receipt, read_receipt
 from ablate_shards.surgery.machine.devices import cores
 from ablate_shards.surgery.machine.progress import Progress
@@ -30,7 +30,7 @@ from ablate_shards.surgery.merge.merge import MergeEditor
 from ablate_shards.surgery.merge.plan import plan_merge
 from ablate_shards.surgery.merge.receipt import MergeReceipt, read_merge_receipt
 from ablate_shards.surgery.plan.bases import resolve_bases
-from ablate_shards.surgery.plan.edits import Edit, TensorEdit, by_shard
+from ablate_shards.surgery.plan.edits import Edit, TensorEdit, by_shard, untouched
 
 __all__ = ["Difference", "Verification", "verify"]
 
@@ -86,7 +86,7 @@ class Verification:
 
 
 def verify(
-    checkpoint: Checkpoint, out: Path | Files, run: ExecuteOptions, progress: Progress, *, adapter: Path | None = None
+    checkpoint: Checkpoint, out: Path | Files, run: RunOptions, progress: Progress, *, adapter: Path | None = None
 ) -> Verification:
     """Compares an edited checkpoint with its source and with its receipt, that of an ablation or that of a merge.
 
@@ -163,7 +163,7 @@ class _Claim:
     copied: tuple[str, ...]
     edits: tuple[Edit, ...]
     digests: Mapping[str, str]
-    editor: Callable[[ExecuteOptions, threading.Event], BlockEditor[Any, Any]] | None
+    editor: Callable[[RunOptions, threading.Event], BlockEditor[Any, Any]] | None
     differ: Callable[[str, Any], str | None]
     altered: bool
 
@@ -219,7 +219,7 @@ def _claim_of_merge(checkpoint: Checkpoint, out: Files, adapter: Path | None) ->
         if {edit.name for edit in edits} != receipt.tensors.keys():
             raise VerifyError(f"{path}: does not record what {adapter} changes; it was changed after it was written")
 
-        def editor(run: ExecuteOptions, stop: threading.Event) -> BlockEditor[Any, Any]:
+        def editor(run: RunOptions, stop: threading.Event) -> BlockEditor[Any, Any]:
             return MergeEditor(run.device, run.memory, run.jobs, stop, read)
 
     return _Claim(
@@ -260,9 +260,7 @@ def _unfitting(name: str, path: str) -> VerifyError:
 class _Examiner:
     """Compares shard after shard in threads of its own."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, out: Files, claim: _Claim, run: ExecuteOptions, progress: Progress
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, out: Files, claim: _Claim, run: RunOptions, progress: Progress) -> None:
         self._checkpoint, self._source, self._out = checkpoint, checkpoint.files, out
         self._claim, self._progress = claim, progress
         self._stop = threading.Event()
