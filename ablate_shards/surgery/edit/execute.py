@@ -26,6 +26,7 @@ from ablate_shards.surgery.machine.devices import cores, find_device
 from ablate_shards.surgery.machine.files import pread_into, pwrite_all
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt, uninterrupted
+from ablate_shards.surgery.machine.sizes import size_text
 from ablate_shards.surgery.machine.staging import Staging, check_out, locked
 from ablate_shards.surgery.plan.edits import Edit, by_shard
 
@@ -404,7 +405,7 @@ def _check_disk(checkpoint: Checkpoint, edits: Iterable[Edit], staging: Staging,
     free = shutil.disk_usage(staging.folder).free
     if free < needed:
         raise ExecuteError(
-            f"{staging.out}: needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; "
+            f"{staging.out}: needs {size_text(needed, 5)}, but its disk has {size_text(free, 5)} free; "
             "free some or name a folder on another disk"
         )
 

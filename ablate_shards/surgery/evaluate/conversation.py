@@ -15,13 +15,13 @@ from ablate_shards.surgery.evaluate.interview import bare_words
 from ablate_shards.surgery.evaluate.judge.rubric import Ruling, correct, judge
 from ablate_shards.surgery.evaluate.thoughts import without_thoughts
 from ablate_shards.surgery.machine.devices import resolve_device
+from ablate_shards.surgery.machine.sizes import size_text
 from ablate_shards.surgery.model.loading import (
     answering_dtype,
     check_packages,
     free_memory,
     open_folder,
     read_config,
-    size_text,
 )
 from ablate_shards.surgery.model.samples import Question
 
