@@ -114,7 +114,7 @@ class Exchange:
 
 
 class Hearer(Protocol):
-    """Hears how the conversation goes."""
+    """Receives the answers of a conversation as they are made."""
 
     def loading(self, name: str) -> None:
         """Says that a model is being loaded."""
@@ -177,7 +177,7 @@ def ask(
         texts: What to ask.
         known: The questions whose answers can be judged, known by their words.
         options: How.
-        hearer: Hears every answer as it is made.
+        hearer: Receives every answer as it is made.
         against: The model that it was made from, to be asked the same.
 
     Raises:

@@ -31,7 +31,7 @@ _KEY = re.compile(r"[!-~]+")
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where to ask, and how patiently.
+    """Where to ask, how long to wait for an answer, and how often to try.
 
     Attributes:
         url: The base, such as ``http://localhost:8000/v1``; holds no secret.
@@ -116,12 +116,12 @@ def chat(
         endpoint: Where.
         conversations: What was said so far in each.
         options: How to ask.
-        answered: Hears the number of a conversation and the reply, in the order in which they come.
-        note: Hears what the endpoint will not do, in one line.
+        answered: Receives the number of a conversation and the reply, in the order in which replies come.
+        note: Receives one line on what the endpoint does not support.
 
     Raises:
         EvaluateError: The endpoint does not answer in time, is unreachable, refuses, or answers garbage, after
-            several attempts where another may help. What came before has been heard.
+            several attempts where another may help. Earlier replies have been passed on.
     """
     asyncio.run(_Chat(endpoint, options, note).run(conversations, answered))
 
