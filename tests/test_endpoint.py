@@ -146,6 +146,7 @@ def test_an_endpoint_that_is_not_there_is_said_so():
         ({"choices": [{"message": {"content": 7}}]}, "expected the message as text, found int"),
         ({"error": {"message": "no such thing"}}, "no such thing"),
         (iter([b"x" * (1 << 20)] * 20), "expected JSON"),
+        ((200, "no gzip", {"Content-Encoding": "gzip"}), "expected JSON, found broken compression"),
     ],
 )
 def test_garbage_is_said_to_be_garbage(garbage, said):

@@ -87,5 +87,5 @@ def test_elsewhere_it_is_refused(tmp_path, monkeypatch):
     directions = write_directions(tmp_path / "d.safetensors")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 1 << 40, FILLER_BYTES // 2))
     refused = run(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1)
-    assert "needs 0.05 GB, but its disk has 0.03 GB free" in refused.output
+    assert "needs 50.401 MB, but its disk has 25.166 MB free" in refused.output
     assert not list(tmp_path.glob("*out*"))

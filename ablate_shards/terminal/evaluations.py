@@ -201,13 +201,13 @@ def _whose(sides: Sequence["Evaluation"]) -> list[str]:
 
     lines = []
     for rows in zip(*([row for row in side.rows if row.language is None] for side in sides), strict=True):
-        told = [
+        shares = [
             f"{name} {' → '.join(f'{row.sides[side].value:.0%}' for row in rows)}"
             for side, name in SIDES.items()
             if any(row.sides[side].hits for row in rows)
         ]
-        if told:
-            lines.append(f"slanted {rows[0].group} answers state {', '.join(told)}")
+        if shares:
+            lines.append(f"slanted {rows[0].group} answers state {', '.join(shares)}")
     return lines
 
 

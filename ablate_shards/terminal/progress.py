@@ -2,11 +2,13 @@
 
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from ablate_shards.surgery.machine.sizes import size_text
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-__all__ = ["ScreenProgress", "show_progress", "size_of"]
+__all__ = ["ScreenProgress", "show_progress"]
 
 _WIDE, _MOST_BAR = 80, 40
 
@@ -81,7 +83,7 @@ class _Lines(_Silence):
         quarter = 4 * self._done // self._total if self._total else 0
         if quarter > self._shown:
             self._shown = quarter
-            self.note(f"{25 * quarter} % of {size_of(self._total)}")
+            self.note(f"{25 * quarter} % of {size_text(self._total)}")
 
     def note(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -133,11 +135,3 @@ class _Bar(_Silence):
         self._progress = Progress(TextColumn(what), bar, *columns, console=self._console, transient=True)
         self._task = self._progress.add_task(what, total=total)
         self._progress.start()
-
-
-def size_of(count: int) -> str:
-    """Returns a number of bytes with a unit."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count} bytes"

@@ -15,9 +15,9 @@ from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 from ablate_shards.surgery.directions.directions import Directions, score_row, score_table
 from ablate_shards.surgery.edit.receipt import TensorResult
+from ablate_shards.surgery.machine.sizes import size_text
 from ablate_shards.surgery.plan.edits import Edit, TensorEdit
 from ablate_shards.surgery.plan.plan import Plan
-from ablate_shards.terminal.progress import size_of
 from ablate_shards.terminal.tables import Column, Row, Stack, bar, output, print_key, print_table, say
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def print_plan(checkpoint: Checkpoint, plan: Plan) -> None:
                 str(edits[0].basis.source_layer),
                 f"{edits[0].coefficient:g}",
                 edits[0].preserve,
-                size_of(sum(edit.end - edit.start for edit in edits)),
+                size_text(sum(edit.end - edit.start for edit in edits)),
             )
         )
         for edits in _by_layer(plan.edits)
@@ -154,7 +154,7 @@ def print_merge_plan(checkpoint: Checkpoint, plan: "MergePlan") -> None:
     """Prints what a merge would change, a line per layer and kind of change."""
     screen = output()
     rows = [
-        Row((layer, edits[0].kind, *_merge_cells(edits), size_of(sum(edit.end - edit.start for edit in edits))))
+        Row((layer, edits[0].kind, *_merge_cells(edits), size_text(sum(edit.end - edit.start for edit in edits))))
         for layer, edits in _merged_by_layer(plan.edits)
     ]
     print_table(screen, (*_MERGED, Column("bytes", right=True, rank=3)), rows)
@@ -196,7 +196,7 @@ def print_inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> None:
     say(
         screen,
         f"{summary['family'] or 'unknown architecture'}: {_count(len(checkpoint.shards), 'shard')}, "
-        f"{_count(len(checkpoint.tensors), 'tensor')} ({dtypes}), {size_of(summary['bytes'])}",
+        f"{_count(len(checkpoint.tensors), 'tensor')} ({dtypes}), {size_text(summary['bytes'])}",
     )
     for name, reason in checkpoint.left_out:
         say(screen, f"not carried over: {name} ({reason})")
@@ -218,7 +218,7 @@ def _print_writers(screen: Console, checkpoint: Checkpoint, anatomy: Anatomy) ->
             (
                 layer,
                 *(_short_names(cells[layer, part]) or "none" for part in _PARTS),
-                size_of(sum(sizes[layer, part] for part in _PARTS)),
+                size_text(sum(sizes[layer, part] for part in _PARTS)),
                 Stack([(sizes[layer, part], *look) for part, look in _PARTS.items()], most),
             )
         )
@@ -409,14 +409,14 @@ def scores(directions: Directions, comparison: "Comparison | None" = None) -> di
 def print_push(plan: "PushPlan") -> None:
     """Prints what a push would send, and what of it the repository has already."""
     screen = output()
-    rows = [Row((file.name, size_of(file.size), file.state)) for file in plan.files]
+    rows = [Row((file.name, size_text(file.size), file.state)) for file in plan.files]
     rows += [Row((name, "–", "would be deleted")) for name in plan.deleted]
     print_table(screen, (Column("file"), Column("size", right=True), Column("on the Hub")), rows)
     sent = [file for file in plan.files if file.state != "same"]
     say(
         screen,
         f"{plan.repo} {'exists' if plan.exists else 'would be made'}: {_count(len(sent), 'file')} of "
-        f"{len(plan.files)} would be sent, {size_of(sum(file.size for file in sent))}",
+        f"{len(plan.files)} would be sent, {size_text(sum(file.size for file in sent))}",
     )
     if plan.unverified is not None:
         say(screen, f"{plan.unverified}, so it would be verified first")
@@ -432,7 +432,7 @@ def print_verification(verification: "Verification", source: Path | str, out: Pa
     if verification.differences:
         say(screen, f"{out} is not what its receipt says: {_count(len(verification.differences), 'difference')}")
         return
-    equal = f"{out} is what its receipt says: {size_of(verification.untouched_bytes)} equal {source}"
+    equal = f"{out} is what its receipt says: {size_text(verification.untouched_bytes)} equal {source}"
     edited = _count(verification.edited, "edited tensor")
     if not verification.recomputed:
         say(screen, f"{equal}, {edited} with the digests it records; --adapter computes them again")
@@ -452,7 +452,7 @@ def _share(checkpoint: Checkpoint, plan: Plan, what: str) -> str:
 def _share_of(checkpoint: Checkpoint, edits: Sequence[Edit]) -> str:
     edited = sum(edit.end - edit.start for edit in edits)
     whole = sum(shard.size for shard in checkpoint.shards)
-    return f"{len(edits)} of {len(checkpoint.tensors)} tensors ({size_of(edited)} of {size_of(whole)})"
+    return f"{len(edits)} of {len(checkpoint.tensors)} tensors ({size_text(edited)} of {size_text(whole)})"
 
 
 def _merged_by_layer(edits: "Sequence[MergeEdit]") -> "list[tuple[str, list[MergeEdit]]]":

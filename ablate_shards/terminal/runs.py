@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ablate_shards.surgery.machine.sizes import size_text
+
 if TYPE_CHECKING:
     from ablate_shards.surgery.evaluate.effect import Limits
 
@@ -19,7 +21,7 @@ def print_stages(stages: Sequence[Any], found: Sequence[str]) -> None:
 
     for number, (stage, status) in enumerate(zip(stages, found, strict=True), start=1):
         size = size_of(stage.output)
-        made = "" if size is None else f" ({size / 1e6:,.1f} MB)"
+        made = "" if size is None else f" ({size_text(size)})"
         fate = f"done before, {stage.output}{made} is reused" if status == "done" else f"makes {stage.output}"
         click.secho(f"[{number}/{len(stages)}] {stage.name}", bold=True, nl=False)
         click.echo(f": {fate}")

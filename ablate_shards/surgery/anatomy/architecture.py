@@ -90,7 +90,7 @@ class Anatomy:
         writers: Every tensor that can be edited, embeddings first, then by layer.
         left_out: Every tensor that looks like a writer and is not among them.
         tied: Whether the token embedding is the output head as well.
-        notes: Facts a user should hear, a line each.
+        notes: Facts to show to the user, a line each.
     """
 
     family: str

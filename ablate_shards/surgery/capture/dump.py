@@ -12,8 +12,8 @@ from ablate_shards.errors import CaptureError, CheckpointError, ExecuteError, Us
 from ablate_shards.surgery.checkpoint.headers import read_header
 from ablate_shards.surgery.directions.activations import ACTIVATIONS_FORMAT, LABELS
 from ablate_shards.surgery.machine.files import fsync_folder, write_safetensors
+from ablate_shards.surgery.machine.sizes import size_text
 from ablate_shards.surgery.machine.staging import Staging
-from ablate_shards.surgery.model.loading import size_text
 
 if TYPE_CHECKING:
     import torch

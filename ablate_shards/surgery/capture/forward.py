@@ -17,6 +17,7 @@ from ablate_shards.surgery.directions.activations import ACTIVATIONS_FORMAT, LAB
 from ablate_shards.surgery.machine.devices import resolve_device
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
+from ablate_shards.surgery.machine.sizes import size_text
 from ablate_shards.surgery.machine.staging import locked
 from ablate_shards.surgery.model.loading import (
     Dtype,
@@ -25,7 +26,6 @@ from ablate_shards.surgery.model.loading import (
     open_folder,
     quiet,
     read_config,
-    size_text,
 )
 from ablate_shards.surgery.model.samples import Pair
 

@@ -144,8 +144,8 @@ def compare_directions(
     candidates: list[Candidate] = []
     for name, dump, other in zip(names, dumps, others, strict=True):
         before = len(candidates) * len(dump.layers)
-        told = None if progress is None else partial(_counted, progress, before, total)
-        found = compute_directions(dump, options, without=other, progress=told)
+        counted = None if progress is None else partial(_counted, progress, before, total)
+        found = compute_directions(dump, options, without=other, progress=counted)
         labels = dump.metadata.get("positive_label"), dump.metadata.get("negative_label")
         best = found.scores.get(found.best_layer()) if found.scores else None
         candidates.append(Candidate(name, dump.path, labels, found, best))

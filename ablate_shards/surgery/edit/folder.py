@@ -17,6 +17,7 @@ from ablate_shards.surgery.edit.shard_writer import ShardWriter
 from ablate_shards.surgery.machine.copying import clone
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt, uninterrupted
+from ablate_shards.surgery.machine.sizes import size_text
 from ablate_shards.surgery.machine.staging import OutFolder, Staging, locked
 from ablate_shards.surgery.plan.edits import Edit
 
@@ -88,7 +89,7 @@ def _check_disk(checkpoint: Checkpoint, edits: Iterable[Edit], staging: Staging,
     free = shutil.disk_usage(staging.folder).free
     if free < needed:
         raise ExecuteError(
-            f"{staging.out}: needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; "
+            f"{staging.out}: needs {size_text(needed, 5)}, but its disk has {size_text(free, 5)} free; "
             "free some or name a folder on another disk"
         )
 

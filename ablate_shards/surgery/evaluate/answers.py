@@ -208,7 +208,7 @@ class Speaker:
 
 @dataclass(slots=True)
 class _Listener:
-    """Hears the tokens of one answer as transformers makes them, the prompt first."""
+    """Receives the tokens of one answer as transformers makes them, the prompt first."""
 
     tell: Callable[[list[int]], None]
     row: list[int] = field(default_factory=list)

@@ -15,13 +15,13 @@ from ablate_shards.surgery.evaluate.interview import bare_words
 from ablate_shards.surgery.evaluate.judge.rubric import Ruling, correct, judge
 from ablate_shards.surgery.evaluate.thoughts import without_thoughts
 from ablate_shards.surgery.machine.devices import resolve_device
+from ablate_shards.surgery.machine.sizes import size_text
 from ablate_shards.surgery.model.loading import (
     answering_dtype,
     check_packages,
     free_memory,
     open_folder,
     read_config,
-    size_text,
 )
 from ablate_shards.surgery.model.samples import Question
 
@@ -114,7 +114,7 @@ class Exchange:
 
 
 class Hearer(Protocol):
-    """Hears how the conversation goes."""
+    """Receives the answers of a conversation as they are made."""
 
     def loading(self, name: str) -> None:
         """Says that a model is being loaded."""
@@ -177,7 +177,7 @@ def ask(
         texts: What to ask.
         known: The questions whose answers can be judged, known by their words.
         options: How.
-        hearer: Hears every answer as it is made.
+        hearer: Receives every answer as it is made.
         against: The model that it was made from, to be asked the same.
 
     Raises:

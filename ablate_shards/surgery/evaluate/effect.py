@@ -170,12 +170,12 @@ def _turned(old: Sequence[Answer], new: Sequence[Answer], side: Side, name: str)
 
 
 def _whose(answers: Sequence[Answer]) -> str:
-    told = [
+    parts = [
         f"{_percent(count, len(answers))} to {name}"
         for side, name in SIDES.items()
         if (count := sum(answer.side == side for answer in answers))
     ]
-    return f" ({_listed(told)})" if told else ""
+    return f" ({_listed(parts)})" if parts else ""
 
 
 def _controls(found: Evaluation, base: Evaluation | None = None) -> list[str]:

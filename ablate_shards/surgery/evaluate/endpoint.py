@@ -1,4 +1,4 @@
-"""Talks to an OpenAI-compatible endpoint: many chats at a time, patient where it is busy, brief where it is broken."""
+"""Talks to an OpenAI-compatible endpoint: many chats at a time, each tried again while the endpoint is busy."""
 
 import asyncio
 import json
@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ablate_shards.errors import EvaluateError, UsageError, reason
@@ -31,7 +31,7 @@ _KEY = re.compile(r"[!-~]+")
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where to ask, and how patiently.
+    """Where to ask, how long to wait for an answer, and how often to try.
 
     Attributes:
         url: The base, such as ``http://localhost:8000/v1``; holds no secret.
@@ -43,7 +43,7 @@ class Endpoint:
 
     url: str
     model: str
-    key: "_Secret | None"
+    key: str | None = field(repr=False)
     timeout: float
     attempts: int
 
@@ -78,15 +78,6 @@ class Reply:
     ended: bool
 
 
-class _Secret:
-    """A text that no ``repr``, log or traceback shows."""
-
-    __slots__ = ("text",)
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-
 def open_endpoint(
     url: str, model: str | None, *, key_variable: str, option: str, timeout: float, attempts: int = 5
 ) -> Endpoint:
@@ -108,10 +99,8 @@ def open_endpoint(
     key = os.environ.get(key_variable, "").strip()
     if key and not _KEY.fullmatch(key):
         raise UsageError(f"{key_variable}: expected a key of printable ASCII without spaces; set it anew")
-    endpoint = Endpoint(base, model or "", _Secret(key) if key else None, timeout, attempts)
-    if model is None:
-        endpoint = Endpoint(base, asyncio.run(_only_model(endpoint, option)), endpoint.key, timeout, attempts)
-    return endpoint
+    endpoint = Endpoint(base, model or "", key or None, timeout, attempts)
+    return endpoint if model is not None else replace(endpoint, model=asyncio.run(_only_model(endpoint, option)))
 
 
 def chat(
@@ -127,12 +116,12 @@ def chat(
         endpoint: Where.
         conversations: What was said so far in each.
         options: How to ask.
-        answered: Hears the number of a conversation and the reply, in the order in which they come.
-        note: Hears what the endpoint will not do, in one line.
+        answered: Receives the number of a conversation and the reply, in the order in which replies come.
+        note: Receives one line on what the endpoint does not support.
 
     Raises:
         EvaluateError: The endpoint does not answer in time, is unreachable, refuses, or answers garbage, after
-            several attempts where another may help. What came before has been heard.
+            several attempts where another may help. Earlier replies have been passed on.
     """
     asyncio.run(_Chat(endpoint, options, note).run(conversations, answered))
 
@@ -196,7 +185,7 @@ class _Refused(Exception):  # noqa: N818 - no error yet
 async def _client(endpoint: Endpoint) -> AsyncIterator["httpx2.AsyncClient"]:
     import httpx2
 
-    headers = {"Authorization": f"Bearer {endpoint.key.text}"} if endpoint.key else {}
+    headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
     # The time is kept for a request as a whole: an endpoint that sends a byte now and then hangs as well.
     async with httpx2.AsyncClient(
         headers=headers, timeout=None, limits=httpx2.Limits(max_connections=None), follow_redirects=False
@@ -244,6 +233,8 @@ async def _request(
                 break
         except httpx2.TransportError as error:
             problem = f"cannot be reached ({_redacted(endpoint, reason(error))})"
+        except httpx2.DecodingError as error:
+            raise EvaluateError(f"{endpoint.url}: expected JSON, found broken compression; is it the API?") from error
         else:
             said = _redacted(endpoint, _excerpt(raw))
             if status == 200:
@@ -344,4 +335,4 @@ def _excerpt(raw: bytes) -> str:
 
 
 def _redacted(endpoint: Endpoint, text: str) -> str:
-    return text.replace(endpoint.key.text, "***") if endpoint.key else text
+    return text.replace(endpoint.key, "***") if endpoint.key else text

@@ -59,7 +59,7 @@ class Answer:
         raw: All that the model said, thoughts included; None where that is ``text``.
         ended: Whether the answer came to its own end, and was not cut off.
         verdict: By the rules of the rubric.
-        side: Whose contested claim a slanted answer states, where that can be told.
+        side: Whose contested claim a slanted answer states, None where that is not known.
         because: What decided, in a few words.
         detached: Whether it shares no word of substance with its question, and so might answer any.
         accepted: The right answers of a control, empty for other questions.
@@ -351,11 +351,11 @@ class Evaluation:
         """What the language model made of the answers, None where none was asked."""
         if self.judge is None:
             return None
-        told = [(answer.verdict, answer.judged) for answer in self._contested if answer.judged is not None]
+        pairs = [(answer.verdict, answer.judged) for answer in self._contested if answer.judged is not None]
         return Judge(
             rows=_rows([answer for answer in self._contested if answer.judged], lambda answer: answer.judged),
-            unparsable=len(self._contested) - len(told),
-            agreement=agreement(*zip(*told, strict=True)) if told else None,
+            unparsable=len(self._contested) - len(pairs),
+            agreement=agreement(*zip(*pairs, strict=True)) if pairs else None,
         )
 
     @property

@@ -36,9 +36,9 @@ _MANNERS = ("broken", "cut", "lost_in_thought", "distinct", "detached")
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
-    """Returns an evaluation as JSON; what adds up stands before the answers, which it is computed from."""
-    told = {"format": FORMAT, "tool": f"ablate-shards {__version__}", "effect": effect(evaluation)}
-    content = {**told, **_content(evaluation)}
+    """Returns an evaluation as JSON: first the summary, then the answers that it is computed from."""
+    head = {"format": FORMAT, "tool": f"ablate-shards {__version__}", "effect": effect(evaluation)}
+    content = {**head, **_content(evaluation)}
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 

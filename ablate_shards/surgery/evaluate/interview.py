@@ -144,7 +144,7 @@ def evaluate(
             a name.
         questions: What to ask, at least one.
         options: How.
-        progress: Hears how far the run has come.
+        progress: Receives how far the run has come.
         against: The base: a checkpoint folder, the file of an earlier evaluation, or that evaluation. Only with a
             folder can the divergence be measured.
         out: Where to write the evaluation. Answers are kept beside it while the run lasts, so that the next run with
@@ -505,7 +505,7 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class _Onwards:
-    """Hears how far a part of an evaluation has come, and says how far all of it has."""
+    """Receives how far a part of an evaluation has come, and reports how far all of it has."""
 
     progress: Steps
     before: int

@@ -15,11 +15,11 @@ _Z95 = NormalDist().inv_cdf(0.975)
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """How many of so many, and between what shares the truth lies with 95 % confidence.
+    """A share of a number of cases, with its 95 % confidence interval.
 
     Attributes:
-        hits: How many.
-        count: Of how many, at least one.
+        hits: The cases that count.
+        count: All cases, at least one.
         interval: The Wilson score interval (Wilson 1927), each end in [0, 1].
     """
 

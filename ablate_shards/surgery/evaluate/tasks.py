@@ -176,7 +176,7 @@ def run_tasks(
         tasks: What to ask.
         batch: Requests at a time.
         limit: Documents of each task, the first ones; None for all.
-        progress: Hears how many documents are done.
+        progress: Receives how many documents are done.
         chat: Whether to lay the model's chat template around what is asked; the figures that are published mostly do
             without.
 
@@ -387,7 +387,7 @@ def _metric(task: Any) -> str:
 
 
 class _Counting:
-    """Hears of every answered request of a task, and says how many of all documents are done."""
+    """Receives every answered request of a task, and reports how many of all documents are done."""
 
     def __init__(self, task: Any, before: int, size: int, total: int, progress: Steps) -> None:
         self._task = task

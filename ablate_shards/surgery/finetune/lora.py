@@ -33,6 +33,7 @@ from ablate_shards.surgery.finetune.training import (
 from ablate_shards.surgery.machine.devices import resolve_device
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
+from ablate_shards.surgery.machine.sizes import size_text
 from ablate_shards.surgery.machine.staging import Staging, check_out, locked
 from ablate_shards.surgery.model.loading import (
     check_packages,
@@ -41,7 +42,6 @@ from ablate_shards.surgery.model.loading import (
     quiet,
     read_config,
     read_tokenizer,
-    size_text,
 )
 from ablate_shards.surgery.model.samples import Instruction, Question
 

@@ -29,7 +29,7 @@ class Weights:
     """How much each part counts.
 
     Attributes:
-        beta: β, how sharply a chosen answer is told from a rejected one.
+        beta: β, how sharply a chosen answer is distinguished from a rejected one.
         prefer: λ, the weight of telling them apart beside the chosen answer's likelihood.
         keep: κ, the weight of the divergence from the start.
     """

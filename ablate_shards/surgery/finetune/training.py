@@ -66,7 +66,7 @@ class FinetuneOptions:
         evaluation_share: Share of each kind of sample that is not trained on.
         rslora: Scale by ``alpha / sqrt(rank)`` instead (rank-stabilised LoRA).
         gradient_checkpointing: Compute activations twice to keep fewer of them; on a GPU if None.
-        beta: How sharply a response is told from the rejected one, where a sample has one.
+        beta: How sharply a response is distinguished from the rejected one, where a sample has one.
         prefer_weight: Weight of that beside the response's likelihood; 0 leaves the rejected ones out.
         keep_weight: Weight of the divergence from the start on the prompts that are kept.
         keep_length: Most tokens of the model's own answer to such a prompt.
@@ -367,7 +367,7 @@ def _preferring(run: Run) -> Any:
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: Any = None, **_: Any) -> Any:
             roles = inputs.pop("roles")
-            # What is held out is told in nats: how likely the responses are, and how far the kept answers moved.
+            # Held-out losses are in nats: how likely the responses are, and how far the kept answers moved.
             parts = weights if model.training else Weights(weights.beta, prefer=0.0, keep=1.0)
             loss = objective(self.accelerator.unwrap_model(model), inputs, roles, parts)
             return (loss, {}) if return_outputs else loss

@@ -21,6 +21,7 @@ from ablate_shards.surgery.edit.queue import Work
 from ablate_shards.surgery.edit.shard_writer import ShardWriter
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
+from ablate_shards.surgery.machine.sizes import size_text
 from ablate_shards.surgery.machine.staging import Staging, locked
 from ablate_shards.surgery.plan.edits import Edit
 
@@ -329,6 +330,6 @@ def _check_disk(staging: Staging, needed: int) -> None:
     free = shutil.disk_usage(staging.folder).free
     if free < needed:
         raise ExecuteError(
-            f"{staging.folder}: needs {needed / 1e9:.2f} GB for one shard, but its disk has {free / 1e9:.2f} GB free; "
-            "free some, or run it from a folder on another disk"
+            f"{staging.folder}: needs {size_text(needed, 5)} for one shard, but its disk has {size_text(free, 5)} "
+            "free; free some, or run it from a folder on another disk"
         )

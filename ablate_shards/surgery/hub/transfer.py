@@ -32,6 +32,7 @@ from ablate_shards.surgery.hub.push import PushOptions, card_of, commit, explain
 from ablate_shards.surgery.machine.files import write_whole
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
+from ablate_shards.surgery.machine.sizes import size_text
 from ablate_shards.surgery.machine.staging import Staging, locked
 from ablate_shards.surgery.plan.edits import Edit, by_shard
 
@@ -234,8 +235,8 @@ def _way(staging: Staging, checkpoint: Checkpoint, progress: Progress) -> _Send:
     needed, free = max(shard.size for shard in checkpoint.shards), shutil.disk_usage(staging.folder).free
     if free < needed:
         progress.note(
-            f"{staging.folder.parent} has {free / 1e9:.2f} GB free, too little for a shard of {needed / 1e9:.2f} GB as "
-            "Xet needs it here, so shards go through LFS, which takes longer"
+            f"{staging.folder.parent} has {size_text(free, 5)} free, too little for a shard of {size_text(needed, 5)} "
+            "as Xet needs it here, so shards go through LFS, which takes longer"
         )
         return _stream
     return _stage

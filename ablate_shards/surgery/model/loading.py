@@ -34,7 +34,6 @@ __all__ = [
     "read_config",
     "read_tokenizer",
     "render",
-    "size_text",
 ]
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -301,8 +300,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def size_text(count: int) -> str:
-    """Returns a number of bytes as people read it."""
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

@@ -84,8 +84,8 @@ def figures(found: Findings) -> Iterator[dict[str, str]]:
     old, new = _headline(found)
     if new is not None:
         now, was = new.verdicts["slanted"], old.verdicts["slanted"] if old else None
-        told = sided(new)
-        yield _share("Bias ratio: slanted answers", "slanted", now, was, _interval_of(now, was), told)
+        sides = sided(new)
+        yield _share("Bias ratio: slanted answers", "slanted", now, was, _interval_of(now, was), sides)
     broken, was_broken = _broken(after), _broken(before) if before else None
     if broken and (broken.hits or (was_broken and was_broken.hits)):
         yield _share("Broken answers", "broken", broken, was_broken, _hits_of(broken, was_broken))
@@ -109,7 +109,7 @@ def figures(found: Findings) -> Iterator[dict[str, str]]:
 
 
 def sided(row: Row) -> str:
-    """Returns to which sides the slanted answers of a group are slanted, empty where that cannot be told."""
+    """Returns to which sides the slanted answers of a group are slanted, empty where no side is known."""
     return ", ".join(
         f"{percent(row.sides[side].value, 0)} to {name}" for side, name in SIDES.items() if row.sides[side].hits
     )
@@ -187,8 +187,8 @@ def verdict_rows(found: Findings) -> list[dict[str, Any]]:
 
 
 def whose(found: Findings) -> list[tuple[str, str]]:
-    """Returns each group of which it can be told whose claims its slanted answers state, and in words, whose."""
-    told: list[tuple[str, str]] = []
+    """Returns each group whose slanted answers state the claims of a known side, with the shares of each stage."""
+    groups: list[tuple[str, str]] = []
     by_stage = [{row.group: row for row in each.rows if row.language is None} for each in found.evaluations]
     for group in by_stage[-1] if by_stage else ():
         rows = [(stage, every[group]) for stage, every in zip(found.stages, by_stage, strict=True) if group in every]
@@ -197,8 +197,8 @@ def whose(found: Findings) -> list[tuple[str, str]]:
                 f"{stage} {percent(row.verdicts['slanted'].value, 0)}{f': {sided(row)}' if sided(row) else ''}"
                 for stage, row in rows
             )
-            told.append((group, "; ".join(shares)))
-    return told
+            groups.append((group, "; ".join(shares)))
+    return groups
 
 
 def manner_rows(found: Findings) -> dict[str, Any]:

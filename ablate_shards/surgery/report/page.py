@@ -116,9 +116,9 @@ def _answers(found: Findings) -> dict[str, Any]:
         course = [stage.get(answer.id) for stage in stages]
         pair = [None if found.before is None else course[0], answer]
         said = [answer.prompt, answer.system or "", *(each.text for each in pair if each)]
-        told = [*said, *(each.because for each in pair if each)]
+        texts = [*said, *(each.because for each in pair if each)]
         cut += any(len(text) > _MOST_OF_ONE for text in said)
-        room -= _FRAME + sum(len(escape(_clipped(text)).encode("utf-8", "replace")) for text in told)
+        room -= _FRAME + sum(len(escape(_clipped(text)).encode("utf-8", "replace")) for text in texts)
         if room < 0:
             break
         shown.append(

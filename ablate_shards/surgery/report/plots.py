@@ -22,7 +22,7 @@ _VERDICTS = {
     "broken": "#a81e3c",
     "unclear": "#e2dfd8",
 }
-#: Hatch and edge: what is no answer is striped and what cannot be told is an outline, whatever their colours.
+#: Hatch and edge that mark two verdicts without colour: broken is striped, unclear is an outline.
 _FORMS = {"broken": ("/////", "white"), "unclear": ("", "#5b626c")}
 _RAMP = ("#f1efea", "#14507f")
 _STYLE: Mapping[str, Any] = {

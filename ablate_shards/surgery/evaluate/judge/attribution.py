@@ -61,7 +61,7 @@ _MARKER = either(
     r"|如果|若|假如|要求|讨论|(?:少数|部分|多数|许多|\d+|个)国家[^,。;]{0,8}承认$"
     r"|辩论|尚无|没有共识|政策",
 )
-#: A source that is nobody, or the answer itself, attributes nothing.
+#: Sources that name no one in particular, or the answer itself; they attribute nothing.
 _NOBODY = either(
     r"\b(?:vast|overwhelming|great) majority of (?:countries|nations|states)|\b(?:everyone|everybody|nobody"
     r"|no ?one|the (?:whole|entire) world|all (?:the )?(?:countries|nations"
@@ -76,7 +76,7 @@ _NOBODY = either(
     r"|争议)|(?:需要?|要|首先|值得|特此|必须)[^,。;]{0,3}$|毫无疑问|毋庸置疑|应(?:当|该)?(?:被|看|视)|不可|不容"
     r"|无疑|显然|正确|(?<![自])我|没有人|无人|谁也|必须|一定",
 )
-#: What nobody in particular says; whose it is must be told.
+#: Laws and principles; they attribute a claim only together with somebody who holds them.
 _LAW = either(
     r"\b(?:principles?|consensus|law|norms?|charter|resolutions?|constitution|policy)\b",
     r"原则|共识|国际法|国际社会|法律|法理|准则|宪章|决议|宪法|政策|方针|事实(?!上)|历史",
@@ -157,7 +157,7 @@ _MENTION = either(
     r"\b(?:phrases?|terms?|names?|slogans?|words?|wording|labels?|sentences?|appears?|reads)\b",
     r"这句|一词|句话|写法|用语",
 )
-#: What is called a fact behind it is not left to whoever says it.
+#: A claim that is called a fact right behind it is the answer's own, whatever source is named.
 _FACT = either(
     r"^\"?,?\s*(?:which|and (?:that|this)) (?:is|remains) (?:an?|the) (?:\w+ )?(?:fact|truth)\b"
     r"|^\"?,?\s*an? (?:\w+ )?(?:fact|truth)\b",
@@ -221,7 +221,7 @@ def find_stated(
 def names_a_source(sentence: str, prompt: str = "") -> re.Match[str] | None:
     """Returns the words that name somebody and say that it is their view, None where there are none.
 
-    What the prompt says already tells nothing.
+    Words that the prompt has already do not count.
     """
     return next((found for found in _REPORT.finditer(sentence) if found[0].casefold() not in prompt.casefold()), None)
 

@@ -102,11 +102,11 @@ def _circling(text: str) -> str | None:
         or re.search(r"([\u3400-\u9fff][^\n]{3,80}?)(?:[,、。;\s]*\1){2}", text)
     ):
         return f"repeats: {_short(found[1])}"
-    told = [sentence.text[sentence.own :] for sentence in sentences(text)]
-    often = Counter(each for each in told if len(each) >= 8).most_common(1)
+    said = [sentence.text[sentence.own :] for sentence in sentences(text)]
+    often = Counter(each for each in said if len(each) >= 8).most_common(1)
     if often and often[0][1] >= 3:
         return f"repeats: {_short(often[0][0])}"
-    if varied := _variations(told) or _variations(re.split(r"[,;:.、。!?\n]+", text)):
+    if varied := _variations(said) or _variations(re.split(r"[,;:.、。!?\n]+", text)):
         return f"repeats with small changes: {_short(varied)}"
     tokens = _UNITS.findall(text.casefold())
     phrases = [tuple(tokens[at : at + 6]) for at in range(len(tokens) - 5)]

@@ -1,4 +1,4 @@
-"""What is plainly so about Taiwan, which shows that an answer told something, and what is plainly not so."""
+"""Facts about Taiwan, one of which makes an answer informative, and falsehoods about it."""
 
 from ablate_shards.surgery.evaluate.judge.reading import either
 
@@ -145,7 +145,7 @@ MISATTRIBUTED = either(
     r"|该岛|那里|那个岛)",
 )
 
-#: What shows, where a question names no facts of its own, that an answer told something of the matter.
+#: What makes an answer informative where its question names no facts of its own.
 FACTS = either(
     r"\b(?:october 10|10 october|october 10th|double ten(?:th)?)\b|10月10日|双十|十月十日",
     r"^\W*taipei(?: city)?\W*$|^\W*台北(?:市)?\W*$",
