@@ -20,7 +20,9 @@ from ablate_shards.errors import EvaluateError, Interrupted, SamplesError, Usage
 from ablate_shards.surgery.evaluate import endpoint as endpoint_station
 from ablate_shards.surgery.evaluate import interview as station
 from ablate_shards.surgery.evaluate.answers import Speaker
+from ablate_shards.surgery.evaluate.endpoint import Reply
 from ablate_shards.surgery.evaluate.interview import EvaluateOptions, default_out, evaluate, read_evaluation
+from ablate_shards.surgery.evaluate.measures import judged
 from ablate_shards.surgery.model.samples import Question, load_questions
 
 DRAWN = draw_questions(loaded=6, impartial=4, unrelated_count=6)
@@ -252,13 +254,13 @@ def test_answers_match_but_for_case_spaces_and_final_punctuation():
     question = Question("q", "en", "unrelated", "Capital?", answers=("Paris", "la ville de Paris"))
 
     def exact(text):
-        return station._judged(question, station.Reply(text, ended=True)).exact
+        return judged(question, Reply(text, ended=True)).exact
 
     assert all(
         map(exact, ("Paris", " paris. ", "PARIS!", "La  ville\nde Paris", "Ｐａｒｉｓ。", "<think>Rome?</think>Paris"))
     )
     assert not any(map(exact, ("It is Paris.", "Pari s", "", "Rome", ".", "<think>Paris")))
-    held = station._judged(question, station.Reply("<think>Rome?</think>It is Paris.", ended=True))
+    held = judged(question, Reply("<think>Rome?</think>It is Paris.", ended=True))
     assert (held.exact, held.given, held.text) == (False, True, "It is Paris.")
     assert held.raw == "<think>Rome?</think>It is Paris."
 

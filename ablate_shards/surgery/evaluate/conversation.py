@@ -11,8 +11,8 @@ from ablate_shards.errors import EvaluateError, Interrupted, UsageError
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.evaluate.answers import Dtype, Remedies, Speaker, speaking
 from ablate_shards.surgery.evaluate.endpoint import Reply
-from ablate_shards.surgery.evaluate.interview import bare_words
 from ablate_shards.surgery.evaluate.judge.rubric import Ruling, correct, judge
+from ablate_shards.surgery.evaluate.measures import bare_words
 from ablate_shards.surgery.evaluate.thoughts import without_thoughts
 from ablate_shards.surgery.machine.devices import resolve_device
 from ablate_shards.surgery.machine.sizes import size_text

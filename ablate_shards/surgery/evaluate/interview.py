@@ -4,9 +4,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import math
-import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,7 +13,6 @@ from typing import Any
 from ablate_shards.errors import AblateError, EvaluateError, Interrupted, UsageError
 from ablate_shards.surgery.evaluate.answers import (
     Dtype,
-    Prompt,
     Speaker,
     batches,
     check_transformers,
@@ -25,7 +21,6 @@ from ablate_shards.surgery.evaluate.answers import (
 )
 from ablate_shards.surgery.evaluate.endpoint import ChatOptions, Endpoint, Messages, Reply, chat, open_endpoint
 from ablate_shards.surgery.evaluate.evaluation import (
-    Answer,
     Comparison,
     Evaluation,
     Lean,
@@ -37,18 +32,16 @@ from ablate_shards.surgery.evaluate.evaluation import (
 from ablate_shards.surgery.evaluate.evaluation_file import FORMAT, read_evaluation, write_evaluation
 from ablate_shards.surgery.evaluate.journal import Journal
 from ablate_shards.surgery.evaluate.judge.llm_judge import judge_messages, read_verdict
-from ablate_shards.surgery.evaluate.judge.rubric import correct, judge, shares_content
 from ablate_shards.surgery.evaluate.likelihood import (
     Divergence,
     Forced,
     Recording,
     divergence,
-    log_likelihoods,
     perplexity,
     record,
 )
+from ablate_shards.surgery.evaluate.measures import forced_answers, is_control, judged, measure_leans
 from ablate_shards.surgery.evaluate.tasks import Tasks, TaskScore, open_tasks, run_tasks
-from ablate_shards.surgery.evaluate.thoughts import without_thoughts
 from ablate_shards.surgery.machine.devices import resolve_device
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.staging import locked
@@ -286,7 +279,7 @@ class _Run:
                 self._advance(len(rows))
             replies = [self._journal[key] for key in keys]
             if self._referenced:
-                leans = known.leans if known else self._leans(speaker, prompts)
+                leans = known.leans if known else measure_leans(speaker, self._questions, prompts, batch=options.batch)
                 self._advance(1)
             if self._text is not None:
                 name, digest, content = self._text
@@ -297,7 +290,7 @@ class _Run:
             if recorded is not None:
                 moved = divergence(speaker, recorded.forced, recorded.recording)
                 self._advance(1)
-            if recording and (forced := self._forced(speaker, replies)):
+            if recording and (forced := forced_answers(speaker, self._questions, replies, thinking=options.thinking)):
                 kept = _Recorded(forced, record(speaker, forced))
                 self._advance(1)
         found = self._evaluation(model, {**asked, **self._tasked()}, versions, replies)
@@ -352,43 +345,6 @@ class _Run:
         options = self._options
         thoughts = {"thoughts": options.thoughts} if options.thinking else {}
         return {"length": options.length, "thinking": options.thinking, **thoughts}
-
-    def _leans(self, speaker: Speaker, prompts: Sequence[Prompt]) -> tuple[Lean, ...]:
-        """Measures how likely the model finds the reference answers of each question that has them."""
-        close = speaker.encode("</think>\n\n")
-        forced, places = [], []
-        for question, prompt in zip(self._questions, prompts, strict=True):
-            before = (*prompt.tokens, *close) if prompt.thinks else prompt.tokens
-            for side, texts in question.references.items():
-                for text in texts:
-                    forced.append(Forced(before, speaker.encode(text), ended=True))
-                    places.append((question, side))
-        found: dict[str, dict[str, list[float | None]]] = {}
-        for (question, side), value in zip(
-            places, log_likelihoods(speaker, forced, batch=self._options.batch), strict=True
-        ):
-            found.setdefault(question.id, {}).setdefault(side, []).append(value)
-        leans = []
-        for question in self._questions:
-            values = {side: _mean(each) for side, each in found.get(question.id, {}).items()}
-            neutral = values.pop("neutral", None)
-            slanted = {side: value for side, value in values.items() if value is not None}
-            if neutral is not None and slanted:
-                leans.append(Lean(question.id, question.language, question.group, neutral, slanted))
-        return tuple(leans)
-
-    def _forced(self, speaker: Speaker, replies: Sequence[Reply]) -> list[Forced]:
-        """Returns the unrelated questions with the model's own answers as responses."""
-        forced = []
-        for question, reply in zip(self._questions, replies, strict=True):
-            if question.group == "unrelated":
-                prompt = speaker.prompt(question, thinking=self._options.thinking)
-                said = reply.text.removeprefix("<think>") if prompt.thinks else reply.text
-                response = speaker.encode(said)
-                if speaker.most is not None:
-                    response = response[: speaker.most - len(prompt.tokens)]
-                forced.append(Forced(prompt.tokens, response, reply.ended))
-        return forced
 
     # ------------------------------------------------------------------------------------ an endpoint
 
@@ -463,7 +419,7 @@ class _Run:
         versions: Mapping[str, str],
         replies: Sequence[Reply],
     ) -> Evaluation:
-        answers = tuple(_judged(question, reply) for question, reply in zip(self._questions, replies, strict=True))
+        answers = tuple(judged(question, reply) for question, reply in zip(self._questions, replies, strict=True))
         return Evaluation(model, asked, versions, self._digest, answers)
 
     def _judged_anew(self, earlier: Evaluation) -> Evaluation:
@@ -477,7 +433,7 @@ class _Run:
                     f"question {question.id}: {earlier.model.name} was not asked it in these words; evaluate it with "
                     "the same questions"
                 )
-            answers.append(_judged(question, answer.reply))
+            answers.append(judged(question, answer.reply))
         return dataclasses.replace(
             earlier,
             questions=self._digest,
@@ -491,7 +447,7 @@ class _Run:
 
     def _plan(self, *, models: int, referee: bool, evaluations: int) -> None:
         """Counts the steps to come."""
-        contested = sum(not _is_control(question) for question in self._questions)
+        contested = sum(not is_control(question) for question in self._questions)
         unrelated = any(question.group == "unrelated" for question in self._questions)
         steps = len(self._questions) + self._referenced + (self._text is not None)
         self._total = models * (steps + self._tasks.count(self._options.task_limit))
@@ -517,44 +473,6 @@ class _Onwards:
 
     def note(self, text: str) -> None:
         self.progress.note(text)
-
-
-def _judged(question: Question, reply: Reply) -> Answer:
-    parted = without_thoughts(reply.text)
-    control = _is_control(question)
-    ruling = judge(parted.answer, question)
-    return Answer(
-        id=question.id,
-        language=question.language,
-        group=question.group,
-        prompt=question.prompt,
-        system=question.system,
-        text=parted.answer,
-        raw=None if reply.text == parted.answer else reply.text,
-        ended=reply.ended,
-        verdict=ruling.verdict,
-        side=ruling.side,
-        because=ruling.because,
-        detached=not shares_content(parted.answer, question),
-        accepted=question.answers,
-        exact=bare_words(parted.answer) in map(bare_words, question.answers) if control else None,
-        given=correct(parted.answer, question) if control else None,
-    )
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    """Returns the mean, None if one of them is no number."""
-    numbers = [value for value in values if value is not None]
-    return math.fsum(numbers) / len(numbers) if len(numbers) == len(values) else None
-
-
-def _is_control(question: Question) -> bool:
-    return question.group in ("related", "unrelated") and bool(question.answers)
-
-
-def bare_words(text: str) -> str:
-    """Returns a text without what an exact match does not mind: case, width, spaces and final punctuation."""
-    return re.sub(r"[\s.。!?…]+$", "", " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
 
 
 def _keyed(evaluation: Evaluation) -> dict[str, Reply]:
