@@ -106,17 +106,17 @@ class _Measured:
 
 #: What makes a difference of values one of a kind. The first kind that applies is the tensor's.
 _KINDS: tuple[tuple[Kind, Callable[[_Measured], bool]], ...] = (
-    # Of values that are no numbers nothing else can be said.
+    # Nothing else that was measured holds for values that are no numbers.
     ("non-finite", lambda it: it.tensor.nonfinite > 0),
     ("retyped", lambda it: not it.energy and it.retyped),
-    # Equal values of unequal bytes: a zero has two signs.
+    # Equal values of unequal bytes, as a zero has two signs; or differences so small that their squares vanish.
     ("rounding", lambda it: not it.energy),
     # An edit may stay below a unit everywhere and is told by its pattern; across dtypes rounding itself has patterns.
     ("rounding", lambda it: not it.tensor.beyond and (it.retyped or not it.patterned)),
-    # A few values that change are of low rank as well.
+    # A few changed values are of low rank as well; in a short vector four are not few.
     ("sparse", lambda it: it.few and not (it.is_vector and it.tensor.elements <= _SHORT)),
     ("vector", lambda it: it.is_vector),
-    # Of a stack, one matrix is enough.
+    # One matrix of a stack is enough.
     ("full-rank", lambda it: it.full_rank),
     # Some values are off by more than a unit, but all of them together by no more than rounding explains.
     ("rounding", lambda it: it.tensor.rank == 0 and it.tensor.form == "plain"),

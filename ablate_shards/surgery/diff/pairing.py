@@ -68,11 +68,12 @@ def _names(fused: Sequence[Fusion]) -> set[str]:
 
 def _renamed(lost: Mapping[str, StoredTensor], added: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Returns the partners of tensors that go by another name, found by shape and values."""
-    groups: dict[tuple[int, ...], tuple[list[StoredTensor], list[StoredTensor]]] = defaultdict(lambda: ([], []))
+    groups: dict[tuple[object, ...], tuple[list[StoredTensor], list[StoredTensor]]] = defaultdict(lambda: ([], []))
     for side, tensors in enumerate((lost, added)):
         for tensor in tensors.values():
             if tensor.elements:
-                groups[tensor.shape][side].append(tensor)
+                # What is not decoded can only be compared with what is stored in the same way.
+                groups[tensor.shape, None if tensor.is_float else tensor.dtype][side].append(tensor)
     return {name: new for olds, news in groups.values() if olds and news for name, new in _best_pairs(olds, news)}
 
 
