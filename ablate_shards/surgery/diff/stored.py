@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
-from ablate_shards.surgery.checkpoint.headers import TensorInfo
 from ablate_shards.surgery.machine.files import pread_into
 
 if TYPE_CHECKING:
@@ -51,39 +50,27 @@ class StoredTensor:
     """A tensor in an open file.
 
     Attributes:
-        info: What the header says of it.
+        name: Its name.
+        dtype: Its safetensors dtype.
+        shape: Its shape.
         file: The descriptor of its shard.
         inode: The device and inode of that shard.
+        start: Where in it the tensor begins.
+        size: Its bytes.
     """
 
-    info: TensorInfo
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
     file: int
     inode: tuple[int, int]
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        return self.info.name
-
-    @property
-    def dtype(self) -> str:
-        """Its safetensors dtype."""
-        return self.info.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return self.info.shape
-
-    @property
-    def size(self) -> int:
-        """Its bytes."""
-        return self.info.end - self.info.start
+    start: int
+    size: int
 
     @property
     def elements(self) -> int:
         """How many values it has."""
-        return math.prod(self.info.shape)
+        return math.prod(self.shape)
 
     @property
     def width(self) -> int:
@@ -97,7 +84,7 @@ class StoredTensor:
 
     def read_into(self, buffer: np.ndarray, start: int) -> None:
         """Fills a buffer of bytes from an offset within the tensor."""
-        pread_into(self.file, buffer.data, self.info.start + start)
+        pread_into(self.file, buffer.data, self.start + start)
 
     def head(self, start: int, most: int) -> bytes:
         """Reads ``most`` bytes from an offset on, fewer where the tensor ends before."""
@@ -125,16 +112,19 @@ class StoredTensor:
 
 def open_tensors(checkpoint: Checkpoint, cleanup: ExitStack) -> dict[str, StoredTensor]:
     """Opens every shard, to be closed by ``cleanup``, and returns the tensors by name."""
-    files = {shard.name: cleanup.enter_context(shard.path.open("rb")).fileno() for shard in checkpoint.shards}
-    inodes = {name: (stat.st_dev, stat.st_ino) for name, file in files.items() for stat in [os.fstat(file)]}
-    return {
-        name: StoredTensor(info, files[info.shard], inodes[info.shard]) for name, info in checkpoint.tensors.items()
-    }
+    tensors: dict[str, StoredTensor] = {}
+    for shard in checkpoint.shards:
+        file = cleanup.enter_context(shard.path.open("rb")).fileno()
+        stat = os.fstat(file)
+        for info in shard.tensors:
+            place = (file, (stat.st_dev, stat.st_ino), info.start, info.end - info.start)
+            tensors[info.name] = StoredTensor(info.name, info.dtype, info.shape, *place)
+    return tensors
 
 
 def same_bytes(one: StoredTensor, other: StoredTensor, size: int, start: int = 0, other_start: int = 0) -> bool:
     """Tells whether two tensors hold the same ``size`` bytes from an offset within each."""
-    if one.inode == other.inode and one.info.start + start == other.info.start + other_start:
+    if one.inode == other.inode and one.start + start == other.start + other_start:
         return True
     buffers = tuple(np.empty(min(CHUNK, size), np.uint8) for _ in range(2))
     for done in range(0, size, CHUNK):
