@@ -32,11 +32,17 @@ class Measuring:
     """Measures one tensor after another, in as many threads as call it."""
 
     def __init__(self, memory: int, rank: int, cleanup: ExitStack) -> None:
-        """Takes the bytes that one tensor may take, the largest rank to recognise, and what sets torch back."""
+        """Prepares to measure.
+
+        Args:
+            memory: Bytes that one tensor may take.
+            rank: The largest rank that is recognised as low.
+            cleanup: Sets torch back to as many threads as it had.
+        """
         self._memory, self._rank = memory, rank
         self._cleanup = cleanup
         self._lock = threading.Lock()
-        self._torch_is_quiet = False
+        self._torch_has_one_thread = False
 
     def measure(self, blank: TensorDiff, old: StoredTensor, new: StoredTensor) -> Explained:
         """Returns how a tensor differs.
@@ -56,7 +62,7 @@ class Measuring:
         return explain(blank, list(self._changes(old, new)))
 
     def _changes(self, old: StoredTensor, new: StoredTensor) -> Iterator["Change"]:
-        """Yields how the vector or matrix changed; of a cleanup, how each matrix did that differs."""
+        """Yields how the vector or matrix changed; of a stack, how each matrix did that differs."""
         from ablate_shards.kernels.measure.sketch import Unit, compare_matrix, compare_vector
 
         formats = FLOATS[old.dtype], FLOATS[new.dtype]
@@ -82,8 +88,8 @@ class Measuring:
         from ablate_shards.kernels.choose import one_thread
 
         with self._lock:
-            if not self._torch_is_quiet:
-                self._torch_is_quiet = True
+            if not self._torch_has_one_thread:
+                self._torch_has_one_thread = True
                 self._cleanup.enter_context(one_thread("torch"))
 
 
