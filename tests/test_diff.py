@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from ablate_shards.data.demo import MODEL as DEMO
 from ablate_shards.errors import DirectionsError
 from ablate_shards.kernels.measure.sketch import Unit, compare_matrix
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
+from ablate_shards.surgery.diff.differences import Kind
 from ablate_shards.surgery.diff.survey import DiffOptions, diff
 from ablate_shards.surgery.directions.formats import read_directions
 
@@ -470,6 +472,153 @@ def test_raw_dtypes_are_counted(tmp_path):
     found = compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert [(tensor.kind, tensor.changed) for tensor in found.tensors] == [("raw", 4)]
     assert found.verdict == ("1 tensor of types that are not decoded changed (I32; 4 values)",)
+
+
+def test_renamed_tensors_of_raw_types_are_found(tmp_path):
+    """Those of one shape and several types lie side by side, as in quantised checkpoints."""
+    values = {"weight": torch.ones(16, 32) / 3, "packed": torch.arange(512, dtype=torch.int32).view(16, 32)}
+    for prefix in ("old", "new"):
+        save_file({f"{prefix}.{name}": value for name, value in values.items()}, tmp_path / f"{prefix}.safetensors")
+    found = compare(tmp_path / "old.safetensors", tmp_path / "new.safetensors")
+    assert {(tensor.name, tensor.new_name, tensor.kind) for tensor in found.tensors} == {
+        ("old.weight", "new.weight", "equal"),
+        ("old.packed", "new.packed", "equal"),
+    }
+
+
+def test_renamed_tensors_of_half_a_byte_are_found(tmp_path):
+    for name in ("old", "new"):
+        header = json.dumps({f"{name}.w": {"dtype": "F4", "shape": [64, 64], "data_offsets": [0, 2048]}}).encode()
+        raw = len(header).to_bytes(8, "little") + header + bytes(number * 7 % 256 for number in range(2048))
+        (tmp_path / f"{name}.safetensors").write_bytes(raw)
+    (tensor,) = compare(tmp_path / "old.safetensors", tmp_path / "new.safetensors").tensors
+    assert (tensor.name, tensor.new_name, tensor.kind) == ("old.w", "new.w", "equal")
+
+
+# ---------------------------------------------------------------------------------------- which kind wins
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+UNIT = torch.nn.functional.normalize(normal(48, seed=1), dim=0)
+MATRIX, STACK, VECTOR = normal(48, 32), normal(3, 48, 32), normal(80)
+#: Between 1 and 2, where a unit in the last place of float32 is 2^-23 everywhere.
+LEVEL = 1 + torch.rand(48, 32, generator=torch.Generator().manual_seed(0))
+ROW_SCALES = 1 + torch.rand(48, 1, generator=torch.Generator().manual_seed(2))
+INTEGERS = torch.arange(48 * 32, dtype=torch.int32).view(48, 32)
+
+
+def ablated(old):
+    return old - torch.outer(UNIT, UNIT @ old)
+
+
+def updated(old):
+    """Adds what has rank two and nothing to do with the old values."""
+    return old + 0.1 * normal(48, 2, seed=3) @ normal(2, 32, seed=4)
+
+
+def trained(old):
+    return old + 0.1 * normal(*old.shape, seed=5)
+
+
+def changed(old, count, by=1.0):
+    """Changes so many values, in a pattern that has no low rank."""
+    new = old.clone()
+    new.view(-1)[torch.randperm(new.numel(), generator=torch.Generator().manual_seed(6))[:count]] += by
+    return new
+
+
+def stacked(*edits):
+    return torch.stack([edit(old) for edit, old in zip(edits, STACK, strict=True)])
+
+
+def unchanged(old):
+    return old
+
+
+def negative_zeros(old):
+    return torch.where(old == 0, -0.0, old)
+
+
+def not_a_number(old):
+    return torch.cat([old[:-1], torch.full_like(old[-1:], float("nan"))])
+
+
+TINY = torch.full((48, 32), 1e-30)
+HOLLOW = torch.where(MATRIX.abs() < 0.1, 0.0, MATRIX)
+#: A pattern of rank one that is a unit in the last place everywhere.
+FAINT = LEVEL + 2**-23 * torch.outer(normal(48).sign(), normal(32, seed=1).sign())
+
+KINDS = {
+    "retyped": (MATRIX, MATRIX.double()),
+    "rounding": (MATRIX.bfloat16(), MATRIX.half()),
+    "sparse": (MATRIX, changed(MATRIX, 1)),
+    "ablation": (MATRIX, ablated(MATRIX)),
+    "low-rank": (MATRIX, updated(MATRIX)),
+    "scaled": (MATRIX, ROW_SCALES * MATRIX),
+    "full-rank": (MATRIX, trained(MATRIX)),
+    "vector": (VECTOR, trained(VECTOR)),
+    "non-finite": (MATRIX, not_a_number(MATRIX)),
+    "raw": (INTEGERS, INTEGERS + 1),
+    "reshaped": (MATRIX, MATRIX.view(24, 64)),
+    "transposed": (MATRIX, MATRIX.T),
+    "resized": (MATRIX, MATRIX[:40]),
+    "other shape": (MATRIX, normal(48, 40)),
+}
+
+
+def kind_of(folder, old, new, **options):
+    for name, tensor in (("a", old), ("b", new)):
+        save_file({"w": tensor.contiguous()}, folder / f"{name}.safetensors")
+    (tensor,) = compare(folder / "a.safetensors", folder / "b.safetensors", **options).tensors
+    return tensor.kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_told(tmp_path, kind):
+    assert kind_of(tmp_path, *KINDS[kind]) == kind
+
+
+def test_no_kind_is_left_out():
+    """Tensors that are equal are told of only where they have another name."""
+    assert {*KINDS, "equal"} == set(get_args(Kind))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "kind"),
+    [
+        pytest.param(MATRIX, ablated(MATRIX), "ablation", id="an ablation"),
+        pytest.param(MATRIX, not_a_number(ablated(MATRIX)), "non-finite", id="an ablation with a NaN"),
+        pytest.param(MATRIX, not_a_number(MATRIX).double(), "non-finite", id="another dtype with a NaN"),
+        pytest.param(VECTOR, not_a_number(VECTOR), "non-finite", id="one NaN in a vector"),
+        pytest.param(HOLLOW, negative_zeros(HOLLOW), "rounding", id="zeros of the other sign"),
+        pytest.param(HOLLOW, negative_zeros(HOLLOW).double(), "retyped", id="zeros of the other sign, another dtype"),
+        pytest.param(TINY, 2 * TINY, "rounding", id="differences whose squares vanish"),
+        pytest.param(LEVEL, FAINT, "low-rank", id="a pattern of a unit in the last place"),
+        pytest.param(LEVEL, FAINT.double(), "rounding", id="such a pattern, another dtype"),
+        pytest.param(LEVEL, changed(LEVEL, 1, by=2**-23), "rounding", id="one value off by a unit"),
+        pytest.param(LEVEL, changed(LEVEL, 4, by=2**-22), "sparse", id="four values off by two units"),
+        pytest.param(LEVEL, changed(LEVEL, 16, by=2**-22), "rounding", id="sixteen values off by two units"),
+        pytest.param(MATRIX, changed(MATRIX, 4), "sparse", id="four values"),
+        pytest.param(MATRIX, changed(MATRIX, 40), "full-rank", id="forty values"),
+        pytest.param(VECTOR, changed(VECTOR, 4), "sparse", id="four values of a vector"),
+        pytest.param(VECTOR, changed(VECTOR, 5), "vector", id="five values of a vector"),
+        pytest.param(VECTOR[:64], changed(VECTOR[:64], 1), "vector", id="one value of a short vector"),
+        pytest.param(VECTOR, torch.nextafter(VECTOR, torch.zeros(())), "rounding", id="a vector within a unit"),
+        pytest.param(STACK, stacked(ablated, ablated, unchanged), "ablation", id="experts ablated"),
+        pytest.param(STACK, stacked(ablated, updated, unchanged), "low-rank", id="one ablated, one updated"),
+        pytest.param(STACK, stacked(ablated, trained, unchanged), "full-rank", id="one ablated, one trained"),
+        pytest.param(STACK, stacked(*3 * [lambda old: ROW_SCALES * old]), "scaled", id="experts scaled"),
+        pytest.param(STACK, stacked(lambda old: ROW_SCALES * old, updated, unchanged), "low-rank", id="one updated"),
+        pytest.param(INTEGERS, INTEGERS.long(), "raw", id="integers of another size"),
+        pytest.param(INTEGERS, INTEGERS.float(), "raw", id="integers and floats"),
+        pytest.param(MATRIX, MATRIX.T.double(), "other shape", id="transposed, another dtype"),
+    ],
+)
+def test_where_several_kinds_apply_the_first_wins(tmp_path, old, new, kind):
+    assert kind_of(tmp_path, old, new, rank=8) == kind
 
 
 # ---------------------------------------------------------------------------------------- the sketch

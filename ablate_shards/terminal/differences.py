@@ -137,13 +137,13 @@ def _shapes(tensor: "TensorDiff") -> str:
     return f"{tensor.name}: {list(tensor.shape)} → {list(tensor.new_shape)} ({tensor.kind})"
 
 
-def _leaves(group: Sequence["TensorDiff"]) -> str:
+def _modules(group: Sequence["TensorDiff"]) -> str:
     """Returns the modules of some tensors, with how many there are of each."""
-    counts = Counter(_leaf(tensor.name) for tensor in group)
-    return ", ".join(leaf if count == 1 else f"{count} x {leaf}" for leaf, count in counts.items())
+    counts = Counter(_module(tensor.name) for tensor in group)
+    return ", ".join(module if count == 1 else f"{count} x {module}" for module, count in counts.items())
 
 
-def _leaf(name: str) -> str:
+def _module(name: str) -> str:
     parts = name.removesuffix(".weight").split(".")
     return ".".join(parts[-2:]) if parts[-1] == "bias" else parts[-1]
 
@@ -163,7 +163,7 @@ _COLUMNS = (
     _Column("component", lambda group: group[0].component, right=False),
     _Column("relative size", _relative),
     _Column("change", lambda group: group[0].kind, 2, right=False),
-    _Column("tensors", _leaves, 3, right=False),
+    _Column("tensors", _modules, 3, right=False),
     _Column("rank", _rank, 4),
     _Column("closest direction", _best_direction, 5, aligned=True),
     _Column("coefficient", _coefficient, 6),

@@ -1,46 +1,35 @@
 """Says in words what the differences between two checkpoints come to."""
 
+import itertools
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from ablate_shards.surgery.diff.differences import Diff, TensorDiff, common_ending, leaf
+from ablate_shards.surgery.diff.differences import Diff, Fusion, TensorDiff, common_ending, leaf
 
 __all__ = ["describe"]
 
+#: Least cosine of directions that are called one.
 _SAME = 0.95
+#: Coefficients that differ by less are called one.
+_SAME_COEFFICIENT = 0.05
+#: What share of the tensors is nearly all.
 _MOST = 0.9
 
 
 def describe(found: Diff) -> tuple[str, ...]:
     """Returns a sentence for each kind of difference, the most telling first; ``no difference`` where there is none."""
-    kinds: dict[str, list[TensorDiff]] = defaultdict(list)
-    for tensor in found.tensors:
-        kinds[tensor.kind].append(tensor)
-    lines = []
-    for kind, sentence in _SENTENCES.items():
-        if tensors := kinds.get(kind):
-            lines.append(sentence(tensors))
-    lines += _retyped(found)
-    if renamed := [tensor for tensor in found.tensors if tensor.name != tensor.new_name]:
-        lines.append(f"{_count(len(renamed), 'tensor')} renamed{_renaming(renamed)}")
-    for split in (False, True):
-        if joined := [item for item in found.fused if item.split is split]:
-            parts = sum(len(item.parts) for item in joined)
-            equal = sum(item.equal for item in joined)
-            ends = (
-                f"{_count(parts, 'tensor')} joined into {len(joined)}",
-                f"{_count(len(joined), 'tensor')} split into {parts}",
-            )
-            what = (
-                "every part equal to the byte" if equal == parts else f"{_count(parts - equal, 'part')} changed as well"
-            )
-            lines.append(f"{ends[split]}, {what}")
-    lines += [f"{what} missing in B" for what in _by_tower(found.lost)]
-    lines += [f"{what} only in B" for what in _by_tower(found.added)]
+    if found.same:
+        return ("no difference",)
+    lines = [
+        *_by_kind(found.tensors),
+        *_retyped(found),
+        *_renamed(found.tensors),
+        *_fused(found.fused),
+        *(f"{what} missing in B" for what in _by_tower(found.lost)),
+        *(f"{what} only in B" for what in _by_tower(found.added)),
+    ]
     if not lines:
-        if found.same:
-            return ("no difference",)
         lines.append("the weights are equal")
     if found.metadata:
         lines.append(f"{_count(len(found.metadata), 'difference')} in the shards' metadata or number")
@@ -49,17 +38,25 @@ def describe(found: Diff) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def _by_kind(tensors: Iterable[TensorDiff]) -> Iterator[str]:
+    kinds: dict[str, list[TensorDiff]] = defaultdict(list)
+    for tensor in tensors:
+        kinds[tensor.kind].append(tensor)
+    for kind, sentence in _SENTENCES.items():
+        if kind in kinds:
+            yield sentence(kinds[kind])
+
+
 def _say_ablation(tensors: Sequence[TensorDiff]) -> str:
     ablations = [tensor.ablation for tensor in tensors if tensor.ablation is not None]
     writers = all(tensor.writer for tensor in tensors)
     noun = "residual writer" if writers else "weight"
-    middle = [item.coefficient for item in ablations]
-    spread = max(middle) - min(middle)
-    coefficient = (
-        f"coefficient {statistics.median(middle):.2f}"
-        if spread < 0.05
-        else f"coefficients {min(middle):.2f} to {max(middle):.2f}"
-    )
+    coefficients = [item.coefficient for item in ablations]
+    low, high = min(coefficients), max(coefficients)
+    if high - low < _SAME_COEFFICIENT:
+        coefficient = f"coefficient {statistics.median(coefficients):.2f}"
+    else:
+        coefficient = f"coefficients {low:.2f} to {high:.2f}"
     facts = [coefficient, _kept(tensors), _same_direction(tensors), _along(tensors)]
     return (
         f"{_ranks(tensors)} edit{'' if len(tensors) == 1 else 's'} of {_count(len(tensors), noun)}{_where(tensors)}, "
@@ -216,36 +213,53 @@ def _retyped(found: Diff) -> Iterator[str]:
         yield f"{who} retyped from {old} to {new}{what}"
 
 
-def _renaming(tensors: Sequence[TensorDiff]) -> str:
-    """Says which beginning of the names became which, where one did for most of them."""
+def _renamed(tensors: Iterable[TensorDiff]) -> Iterator[str]:
+    """Says how many tensors were renamed, and which beginning of their names became which where one did for several."""
+    renamed = [tensor for tensor in tensors if tensor.name != tensor.new_name]
+    if not renamed:
+        return
     changes: Counter[tuple[str, str]] = Counter()
-    for tensor in tensors:
+    for tensor in renamed:
         ending = common_ending(tensor.name, tensor.new_name)
         starts = (name.split(".") for name in (tensor.name, tensor.new_name))
         one, other = (".".join(parts[: len(parts) - ending]) for parts in starts)
         changes[one, other] += 1
     (old, new), count = changes.most_common(1)[0]
-    how = "put before" if new else "taken off"
     if count == 1:
-        return f" (such as {tensors[0].name} → {tensors[0].new_name})"
-    return f" ({count} of them from {old}. to {new}.)" if old and new else f" ({count} of them: {old or new}. {how})"
+        how = f"such as {renamed[0].name} → {renamed[0].new_name}"
+    elif old and new:
+        how = f"{count} of them from {old}. to {new}."
+    else:
+        how = f"{count} of them: {old or new}. {'put before' if new else 'taken off'}"
+    yield f"{_count(len(renamed), 'tensor')} renamed ({how})"
+
+
+def _fused(fusions: Iterable[Fusion]) -> Iterator[str]:
+    """Says how many tensors were joined and how many were split."""
+    fusions = sorted(fusions, key=lambda fusion: fusion.split)
+    for split, alike in itertools.groupby(fusions, key=lambda fusion: fusion.split):
+        wholes = list(alike)
+        parts, equal = sum(len(whole.parts) for whole in wholes), sum(whole.equal for whole in wholes)
+        what = "every part equal to the byte" if equal == parts else f"{_count(parts - equal, 'part')} changed as well"
+        if split:
+            yield f"{_count(len(wholes), 'tensor')} split into {parts}, {what}"
+        else:
+            yield f"{_count(parts, 'tensor')} joined into {len(wholes)}, {what}"
 
 
 def _by_tower(names: Iterable[str]) -> Iterator[str]:
-    groups: Counter[str] = Counter()
-    for name in names:
-        parts = name.split(".")
-        groups[
-            "MTP tensor"
-            if "mtp" in parts
-            else "vision tensor"
-            if any("visual" in part or "vision" in part for part in parts)
-            else "head tensor"
-            if "lm_head" in parts
-            else "tensor"
-        ] += 1
-    for noun, count in groups.items():
+    """Counts tensors by what part of a model they belong to."""
+    for noun, count in Counter(map(_noun, names)).items():
         yield _count(count, noun)
+
+
+def _noun(name: str) -> str:
+    parts = name.split(".")
+    if "mtp" in parts:
+        return "MTP tensor"
+    if any("visual" in part or "vision" in part for part in parts):
+        return "vision tensor"
+    return "head tensor" if "lm_head" in parts else "tensor"
 
 
 def _where(tensors: Sequence[TensorDiff], *, listed: bool = True) -> str:

@@ -1,0 +1,144 @@
+"""A tensor in an open file: its bytes and its values, read by range."""
+
+import math
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.machine.files import pread_into
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CHUNK", "FLOATS", "FloatType", "StoredTensor", "open_tensors", "same_bytes"]
+
+CHUNK = 1 << 20
+
+
+class FloatType(NamedTuple):
+    """A dtype whose values are decoded.
+
+    Attributes:
+        torch_name: What torch calls it.
+        relative: A unit in its last place, relative to the power of two below a value.
+        least: The least such unit.
+    """
+
+    torch_name: str
+    relative: float
+    least: float
+
+
+#: By the name that safetensors has for it. Differences are float32, so that no unit is below the least of that.
+FLOATS: Mapping[str, FloatType] = {
+    "F64": FloatType("float64", 2.0**-52, 2.0**-149),
+    "F32": FloatType("float32", 2.0**-23, 2.0**-149),
+    "BF16": FloatType("bfloat16", 2.0**-7, 2.0**-133),
+    "F16": FloatType("float16", 2.0**-10, 2.0**-24),
+    "F8_E4M3": FloatType("float8_e4m3fn", 2.0**-3, 2.0**-9),
+    "F8_E5M2": FloatType("float8_e5m2", 2.0**-2, 2.0**-16),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in an open file.
+
+    Attributes:
+        name: Its name.
+        dtype: Its safetensors dtype.
+        shape: Its shape.
+        file: The descriptor of its shard.
+        inode: The device and inode of that shard.
+        start: Where in it the tensor begins.
+        size: Its bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: int
+    inode: tuple[int, int]
+    start: int
+    size: int
+
+    @property
+    def elements(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    @property
+    def width(self) -> int:
+        """Bytes per value, 1 where several values share a byte."""
+        return max(1, self.size // max(1, self.elements))
+
+    @property
+    def is_float(self) -> bool:
+        """Whether its values are decoded."""
+        return self.dtype in FLOATS
+
+    def read_into(self, buffer: np.ndarray, start: int) -> None:
+        """Fills a buffer of bytes from an offset within the tensor."""
+        pread_into(self.file, buffer.data, self.start + start)
+
+    def head(self, start: int, most: int) -> bytes:
+        """Reads ``most`` bytes from an offset on, fewer where the tensor ends before."""
+        buffer = np.empty(min(most, self.size - start), np.uint8)
+        self.read_into(buffer, start)
+        return buffer.tobytes()
+
+    def decode(self, first: int, count: int) -> "torch.Tensor":
+        """Reads values of a float dtype, as they are stored."""
+        import torch
+
+        raw = torch.empty(count * self.width, dtype=torch.uint8)
+        self.read_into(raw.numpy(), first * self.width)
+        return raw.view(getattr(torch, FLOATS[self.dtype].torch_name))
+
+    def numbers(self, first: int, count: int) -> np.ndarray:
+        """Reads values as float64, zero where they are not finite; of dtypes that are not decoded, their bytes."""
+        if self.is_float:
+            values: np.ndarray = np.nan_to_num(self.decode(first, count).double().numpy(), posinf=0, neginf=0)
+            return values
+        buffer = np.empty(count * self.width, np.uint8)
+        self.read_into(buffer, first * self.width)
+        return buffer.astype(np.float64)
+
+
+def open_tensors(checkpoint: Checkpoint, cleanup: ExitStack) -> dict[str, StoredTensor]:
+    """Opens every shard, to be closed by ``cleanup``, and returns the tensors by name."""
+    tensors: dict[str, StoredTensor] = {}
+    for shard in checkpoint.shards:
+        file = cleanup.enter_context(shard.path.open("rb")).fileno()
+        stat = os.fstat(file)
+        for info in shard.tensors:
+            place = (file, (stat.st_dev, stat.st_ino), info.start, info.end - info.start)
+            tensors[info.name] = StoredTensor(info.name, info.dtype, info.shape, *place)
+    return tensors
+
+
+def same_bytes(one: StoredTensor, other: StoredTensor, size: int, start: int = 0, other_start: int = 0) -> bool:
+    """Tells whether two tensors hold the same ``size`` bytes from an offset within each."""
+    if one.inode == other.inode and one.start + start == other.start + other_start:
+        return True
+    buffers = tuple(np.empty(min(CHUNK, size), np.uint8) for _ in range(2))
+    for done in range(0, size, CHUNK):
+        ours, theirs = (buffer[: size - done] for buffer in buffers)
+        one.read_into(ours, start + done)
+        other.read_into(theirs, other_start + done)
+        if not _equal(ours, theirs):
+            return False
+    return True
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    """Compares bytes, eight at a time."""
+    whole = len(one) // 8 * 8
+    return np.array_equal(one[:whole].view(np.uint64), other[:whole].view(np.uint64)) and np.array_equal(
+        one[whole:], other[whole:]
+    )
