@@ -16,7 +16,7 @@ from ablate_shards.surgery.finetune.objective import CHOSEN, KEPT, LEARNT, REJEC
 from ablate_shards.surgery.finetune.responses import IGNORED, Sample, prompt_of
 from ablate_shards.surgery.finetune.targets import SEVEN, Skeleton, Targets, folded
 from ablate_shards.surgery.machine.devices import computes_bfloat16
-from ablate_shards.surgery.machine.files import fsync_folder
+from ablate_shards.surgery.machine.files import fsync_files
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.staging import Staging
 from ablate_shards.surgery.model.loading import end_tokens, load, pad_left
@@ -33,7 +33,6 @@ __all__ = [
     "Run",
     "deterministic",
     "epochs_of",
-    "make_durable",
     "train",
 ]
 
@@ -426,7 +425,7 @@ def _callback(staging: Staging, progress: Steps) -> Any:
 
         def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            make_durable(folder)
+            fsync_files(folder)
             name = (folder / "trainer_state.json").relative_to(staging.folder).as_posix()
             staging.record(name, {"step": state.global_step})
             last = epochs_of(state.log_history)[-1]
@@ -451,18 +450,6 @@ def epochs_of(history: Sequence[Mapping[str, Any]]) -> tuple[Epoch, ...]:
         Epoch(number, sum(losses) / len(losses) if (losses := training.get(number)) else None, evaluation[number])
         for number in sorted(training.keys() | evaluation.keys())
     )
-
-
-def make_durable(folder: Path) -> None:
-    """Waits until what a library wrote into a folder is on disk."""
-    for path in folder.iterdir():
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    fsync_folder(folder)
 
 
 @contextmanager
