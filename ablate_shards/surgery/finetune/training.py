@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ablate_shards.errors import FinetuneError
+from ablate_shards.surgery.finetune.foreign import take_loss_as_mean, use_one_device
 from ablate_shards.surgery.finetune.objective import CHOSEN, KEPT, LEARNT, REJECTED, Weights, objective
 from ablate_shards.surgery.finetune.responses import IGNORED, Sample, prompt_of
 from ablate_shards.surgery.finetune.targets import SEVEN, Skeleton, Targets, folded
@@ -264,8 +265,7 @@ def train(run: Run, staging: Staging, progress: Steps) -> tuple[Any, int]:
         remove_unused_columns=False,
         dataloader_pin_memory=run.device.type == "cuda",
     )
-    # More than one would be trained on at once, through DataParallel.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
+    use_one_device(arguments)
     padded = DataCollatorForSeq2Seq(run.tokenizer, label_pad_token_id=IGNORED)
     trainer = (Trainer if run.plain else _preferring(run))(
         model=model,
@@ -278,9 +278,8 @@ def train(run: Run, staging: Staging, progress: Steps) -> tuple[Any, int]:
             *([EarlyStoppingCallback(early_stopping_patience=options.patience)] if patient else []),
         ],
     )
-    # The objective is a mean already; the trainer would take it for a sum.
     if not run.plain:
-        trainer.model_accepts_loss_kwargs = False
+        take_loss_as_mean(trainer)
     trainer.remove_callback(PrinterCallback)
     name = max(staging.done, key=lambda name: int(staging.done[name]["step"]), default=None)
     step = int(staging.done[name]["step"]) if name else 0
