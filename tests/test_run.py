@@ -344,6 +344,28 @@ def test_an_unknown_recipe_names_the_shipped_ones():
     assert "tw_civic, tw_civic_exact" in result.output
 
 
+@pytest.mark.parametrize(
+    ("table", "adapter"),
+    [
+        ('[directions]\nactivations = "dump.safetensors"\n', None),
+        ('[lora]\ndata = "instructions.jsonl"\n', "out.work/adapter"),
+    ],
+)
+def test_a_result_is_published_with_what_it_was_made_of(place, monkeypatch, table, adapter):
+    published = {}
+    monkeypatch.setattr(cli.commands["push"], "callback", lambda **given: published.update(given))
+    monkeypatch.setattr("ablate_shards.surgery.run.stages.run_stages", lambda *_: None)
+    (place / "source" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    recipe = place / "recipe.toml"
+    recipe.write_text(
+        f'[source]\nsource = "source"\nout = "out"\n{table}[publish]\nrepo = "me/model"\nprivate = true\n'
+    )
+    cli.main(["run", str(recipe), "--push"], standalone_mode=False)
+    assert (published["out"], published["repo"], published["private"]) == (place / "out", "me/model", True)
+    assert str(published["source"]) == str(place / "source")
+    assert published["adapter"] == (adapter and place / adapter)
+
+
 def test_a_report_beside_the_result_changes_nothing(place):
     stages = planned(place)
     go(stages, place, Tool(stages))
