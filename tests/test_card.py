@@ -8,12 +8,12 @@ import yaml
 from hub.hub_server import check_card
 from report_runs import evaluation
 
-from ablate_shards.errors import HubError
+from ablate_shards.errors import EvaluateError, HubError
 from ablate_shards.names import BEGIN, END
 from ablate_shards.surgery.evaluate.evaluation import Answer, Evaluation, Model, compare
 from ablate_shards.surgery.evaluate.evaluation_file import write_evaluation
 from ablate_shards.surgery.evaluate.statistics import ratio
-from ablate_shards.surgery.hub.card import CardOptions, Measure, metadata_of, model_card, read_measures
+from ablate_shards.surgery.hub.card import CardOptions, metadata_of, model_card
 
 RECEIPT = {
     "format": "ablate-shards.receipt/1",
@@ -31,16 +31,6 @@ RECEIPT = {
         {"before": 0.05, "after": 0.001, "norm_drift": 1e-4},
         {"before": 0.03, "after": 0.002, "norm_drift": None},
     ],
-}
-EVALUATION = {
-    "format": "ablate-shards.evaluation/1",
-    "summary": {
-        "core": {"slanted": {"ratio": 0.125, "interval": [0.02, 0.47], "count": 8}},
-        "unrelated": {"exact match": {"value": 0.99, "interval": [0.97, 1.0], "n": 180}},
-    },
-    "kl": {"first token": {"value": 0.0021}},
-    "options": {"temperature": {"value": 3}},
-    "answers": [{"value": 1.0, "interval": [0, 1]}],
 }
 
 
@@ -98,22 +88,38 @@ def test_the_check_is_one_that_fails():
 
 
 def test_evaluations_with_intervals_become_results(folder):
-    (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
+    found = evaluation("edited", 2, 18)
+    write_evaluation(found, folder / "evaluation.json")
     card = model_card(folder, options(files=["ablation.json", "evaluation.json", "report/slant.png"]))
     assert check_card(card) == ([], [])
     (model,) = yaml.safe_load(card.split("---")[1])["model-index"]
     metrics = model["results"][0]["metrics"]
+    slanted = found.rows[0].verdicts["slanted"]
     assert model["name"] == "edited"
     assert metrics[0] == {
         "type": "core-slanted",
         "name": "core slanted",
         "value": 0.125,
-        "args": {"interval": [0.02, 0.47]},
+        "args": {"interval": [round(end, 6) for end in slanted.interval]},
     }
-    assert [metric["name"] for metric in metrics] == ["core slanted", "unrelated exact match", "kl first token"]
-    assert "| core slanted | 12.5% | 2.0% – 47.0% | 8 |" in card
-    assert "| kl first token | 0.0021 | – | – |" in card
+    low, high = (f"{end:.1%}" for end in slanted.interval)
+    assert f"| core slanted | 12.5% | {low} – {high} | 16 |" in card
+    assert "| perplexity of neutral.txt | 20.09 | – | 100 |" in card
+    (perplexity,) = [metric for metric in metrics if metric["name"] == "perplexity of neutral.txt"]
+    assert "args" not in perplexity
     assert "![slant](report/slant.png)" in card
+
+
+def test_an_evaluation_that_cannot_be_read_is_not_published(folder):
+    write_evaluation(evaluation("edited", 2, 18), folder / "evaluation.json")
+    content = json.loads((folder / "evaluation.json").read_text())
+    files = ["ablation.json", "evaluation.json"]
+    (folder / "evaluation.json").write_text(json.dumps({**content, "format": "ablate-shards.evaluation/1"}))
+    with pytest.raises(EvaluateError, match=r"found .*/1'; evaluate the model with this version"):
+        model_card(folder, options(files=files))
+    (folder / "evaluation.json").write_text(json.dumps({**content, "answers": None}))
+    with pytest.raises(EvaluateError, match=r"evaluation\.json: not a complete evaluation"):
+        model_card(folder, options(files=files))
 
 
 def test_a_real_evaluation_is_shown_before_and_after(folder):
@@ -213,17 +219,10 @@ def test_names_from_files_break_no_table(folder):
 
 
 def test_what_is_no_evaluation_is_not_taken_for_one(folder):
-    (folder / "evaluation.json").write_text(json.dumps({**EVALUATION, "format": "other/1"}))
+    (folder / "evaluation.json").write_text(json.dumps({"format": "other/1", "core": {"slanted": {"ratio": 0.125}}}))
     card = model_card(folder, options(files=["ablation.json", "evaluation.json"]))
     assert "model-index" not in card
     assert "## Evaluation" not in card
-
-
-def test_measures_are_found_wherever_they_stand():
-    assert read_measures({"a": {"b": {"rate": 1, "interval": [0, "x"]}}}) == (Measure("a b", 1.0),)
-    assert read_measures({"value": 3}) == ()
-    assert read_measures({"a": {"value": float("nan")}, "b": {"value": True}, "c": [1], "d": None}) == ()
-    assert read_measures(["not an object"]) == ()
 
 
 def test_an_existing_card_is_kept_around_the_generated_section(folder):

@@ -155,7 +155,7 @@ def test_answers_without_room_are_said():
 
 
 def stage(path, gated="ablate"):
-    return Stage("evaluate ablated", ("evaluate",), (), path, gated=gated)
+    return Stage("evaluate", path, gated=gated)
 
 
 def test_the_gate_ends_a_run_with_what_to_change(tmp_path):

@@ -53,12 +53,12 @@ class Tool:
     """Stands for the commands: each writes a file that depends on what it reads, and remembers its name."""
 
     def __init__(self, stages, fails=()):
-        self.stages = {(*stage.command[0:2], str(stage.output)): stage for stage in stages}
+        self.stages = {(*stage.command, *stage.flags): stage for stage in stages}
         self.fails = fails
         self.called = []
 
     def __call__(self, words):
-        stage = next(stage for stage in self.stages.values() if tuple(words[: len(stage.command)]) == stage.command)
+        stage = self.stages[tuple(words)]
         self.called.append(stage.name)
         if stage.name in self.fails:
             raise AblateError(f"{stage.name} failed")
@@ -66,7 +66,7 @@ class Tool:
         folder = stage.output.suffix == ""
         target = stage.output / "made" if folder else stage.output
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(" ".join([*stage.command[:1], *read])[:5000] if stage.name != "directions" else "same")
+        target.write_text(" ".join([stage.kind, *read])[:5000] if stage.name != "directions" else "same")
 
 
 def content(path):
@@ -113,6 +113,48 @@ def test_keys_become_flags_of_the_command_they_belong_to(place):
     assert "--targets q,v" in commands["finetune"]
     assert "--scale" not in commands["finetune"]
     assert commands["merge"].endswith("--scale 0.5")
+
+
+def test_the_stages_are_the_commands_they_always_were(place):
+    """Their names, words and inputs are what a former run is recognised by."""
+    source, out, work = place / "source", place / "out", place / "work"
+    ablated, adapter, questions = work / "ablated", work / "adapter", place / "questions.jsonl"
+    dump, directions = work / "activations.safetensors", work / "directions.safetensors"
+    pairs, data, recipe = place / "pairs.jsonl", place / "instructions.jsonl", place / "recipe.toml"
+    files = {name: work / f"{name}.evaluation.json" for name in ("source", "ablated", "result")}
+    asked = f"--questions {questions}"
+    trained = f"--data {data} --epochs 1 --targets q,v --no-gradient-checkpointing"
+    reused, resumed, fresh = f"--reuse {files['source']} --overwrite", "--resume --overwrite", "--overwrite"
+    expected = [
+        ("evaluate source", f"evaluate {source} --out {files['source']} {asked}", fresh, {source, questions}),
+        ("capture", f"capture {source} {dump} --pairs {pairs} --position mean", resumed, {source, pairs}),
+        ("directions", f"directions {dump} {directions} --estimator svd --rank 2", fresh, {dump}),
+        (
+            "ablate",
+            f"ablate {source} {ablated} --recipe {recipe} --directions {directions}",
+            resumed,
+            {source, recipe, directions},
+        ),
+        (
+            "evaluate ablated",
+            f"evaluate {ablated} --against {source} --out {files['ablated']} {asked}",
+            reused,
+            {ablated, source, questions},
+        ),
+        ("finetune", f"finetune {ablated} {adapter} {trained}", resumed, {ablated, data}),
+        ("merge", f"merge {ablated} {adapter} {out} --scale 0.5", resumed, {ablated, adapter}),
+        (
+            "evaluate result",
+            f"evaluate {out} --against {source} --out {files['result']} {asked}",
+            reused,
+            {out, source, questions},
+        ),
+    ]
+    found = [
+        (stage.name, " ".join(stage.command), " ".join(stage.flags), set(stage.inputs)) for stage in planned(place)
+    ]
+    assert found == expected
+    assert [stage.gated for stage in planned(place) if stage.kind == "evaluate"] == [None, "ablate", "finetune"]
 
 
 KINDS = """
@@ -300,6 +342,28 @@ def test_an_unknown_recipe_names_the_shipped_ones():
     result = CliRunner().invoke(cli, ["run", "nothing"])
     assert result.exit_code == 2
     assert "tw_civic, tw_civic_exact" in result.output
+
+
+@pytest.mark.parametrize(
+    ("table", "adapter"),
+    [
+        ('[directions]\nactivations = "dump.safetensors"\n', None),
+        ('[lora]\ndata = "instructions.jsonl"\n', "out.work/adapter"),
+    ],
+)
+def test_a_result_is_published_with_what_it_was_made_of(place, monkeypatch, table, adapter):
+    published = {}
+    monkeypatch.setattr(cli.commands["push"], "callback", lambda **given: published.update(given))
+    monkeypatch.setattr("ablate_shards.surgery.run.stages.run_stages", lambda *_: None)
+    (place / "source" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    recipe = place / "recipe.toml"
+    recipe.write_text(
+        f'[source]\nsource = "source"\nout = "out"\n{table}[publish]\nrepo = "me/model"\nprivate = true\n'
+    )
+    cli.main(["run", str(recipe), "--push"], standalone_mode=False)
+    assert (published["out"], published["repo"], published["private"]) == (place / "out", "me/model", True)
+    assert str(published["source"]) == str(place / "source")
+    assert published["adapter"] == (adapter and place / adapter)
 
 
 def test_a_report_beside_the_result_changes_nothing(place):

@@ -3,13 +3,16 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ablate_shards.commands.options import PATH, SOURCE, as_json_flag, debug_flag, print_json
 from ablate_shards.errors import GateError, RecipeError, UsageError
 from ablate_shards.terminal.runs import print_course, print_stages
+
+if TYPE_CHECKING:
+    from ablate_shards.surgery.run.stages import Stage
 
 __all__ = ["run"]
 
@@ -51,7 +54,7 @@ def run(
     from ablate_shards.surgery.plan.recipe import read_recipe
     from ablate_shards.surgery.run.contamination import check_contamination
     from ablate_shards.surgery.run.gate import check_gate, read_limits
-    from ablate_shards.surgery.run.stages import as_flags, plan_stages, run_stages, size_of, status_of
+    from ablate_shards.surgery.run.stages import as_flags, bytes_in, plan_stages, run_stages, status_of
 
     path = _find(recipe)
     tables = read_recipe(path)
@@ -78,7 +81,7 @@ def run(
         if as_json:
             print_json(
                 [
-                    {"stage": stage.name, "command": stage.command, "status": status, "bytes": size_of(stage.output)}
+                    {"stage": stage.name, "command": stage.command, "status": status, "bytes": bytes_in(stage.output)}
                     for stage, status in zip(stages, found, strict=True)
                 ]
             )
@@ -92,7 +95,7 @@ def run(
         words = [*arguments, "--quiet"] if as_json else list(arguments)
         program.main(words, prog_name="ablate-shards", standalone_mode=False)
 
-    def tell(number: int, stage: Any, status: str) -> None:
+    def tell(number: int, stage: "Stage", status: str) -> None:
         if as_json:
             return
         click.secho(f"\n[{number}/{len(stages)}] {stage.name}", bold=True, nl=False)
@@ -100,35 +103,31 @@ def run(
         if status != "done":
             click.secho(f"$ ablate-shards {shlex.join(stage.command)}", fg="cyan")
 
-    def check(stage: Any) -> None:
+    def check(stage: "Stage") -> None:
         if gated:
             check_gate(stage, limits)
 
     if gated and not as_json and not any(stage.gated for stage in stages):
         click.secho("the recipe has no [evaluate], so nothing tells whether an edit breaks the model", fg="yellow")
-    evaluations = [stage.output for stage in stages if stage.command[0] == "evaluate"]
+    evaluations = {stage.subject: stage.output for stage in stages if stage.kind == "evaluate"}
     try:
         run_stages(stages, work, call, tell, check)
     except GateError:
         # What ended the run is easier seen in its table.
         if not as_json:
-            print_course([path for path in evaluations if path.is_file()], limits)
+            print_course({subject: path for subject, path in evaluations.items() if path.is_file()}, limits)
         raise
     if as_json:
-        print_json({"out": str(out), "evaluations": list(map(str, evaluations))})
+        print_json({"out": str(out), "evaluations": list(map(str, evaluations.values()))})
     else:
         if evaluations:
             print_course(evaluations, limits)
         click.echo(f"see it with: ablate-shards report {shlex.quote(str(out))} --work {shlex.quote(str(work))} --open")
     if publish:
         settings = {key: value for key, value in tables.tables["publish"].items() if key != "repo"}
-        last = next(stage for stage in reversed(stages) if stage.output == out)
-        made_of = [
-            "--source",
-            str(last.inputs[0]),
-            *(["--adapter", str(last.inputs[1])] if last.name == "merge" else []),
-        ]
-        call(["push", str(out), str(repo), *made_of, *as_flags(settings)])
+        made = next(stage for stage in stages if stage.output == out)
+        flags = as_flags({"source": made.model, "adapter": made.adapter, **settings})
+        call(["push", str(out), str(repo), *flags])
 
 
 def _find(recipe: Path) -> Path:

@@ -1,7 +1,7 @@
 """The stages of a run, and how the model fared after each."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +11,17 @@ from ablate_shards.surgery.machine.sizes import size_text
 
 if TYPE_CHECKING:
     from ablate_shards.surgery.evaluate.effect import Limits
+    from ablate_shards.surgery.run.stages import Stage
 
 __all__ = ["print_course", "print_stages"]
 
 
-def print_stages(stages: Sequence[Any], found: Sequence[str]) -> None:
+def print_stages(stages: "Sequence[Stage]", found: Sequence[str]) -> None:
     """Prints the stages of a run and what is there of each."""
-    from ablate_shards.surgery.run.stages import size_of
+    from ablate_shards.surgery.run.stages import bytes_in
 
     for number, (stage, status) in enumerate(zip(stages, found, strict=True), start=1):
-        size = size_of(stage.output)
+        size = bytes_in(stage.output)
         made = "" if size is None else f" ({size_text(size)})"
         fate = f"done before, {stage.output}{made} is reused" if status == "done" else f"makes {stage.output}"
         click.secho(f"[{number}/{len(stages)}] {stage.name}", bold=True, nl=False)
@@ -28,13 +29,18 @@ def print_stages(stages: Sequence[Any], found: Sequence[str]) -> None:
         click.secho(f"$ ablate-shards {shlex.join(stage.command)}", fg="cyan")
 
 
-def print_course(evaluations: Sequence[Path], limits: "Limits") -> None:
-    """Prints one table of all evaluations, group by group what each stage left, and a sentence about each edit."""
+def print_course(evaluations: Mapping[str, Path], limits: "Limits") -> None:
+    """Prints one table of all evaluations, group by group what each stage left, and a sentence about each edit.
+
+    Args:
+        evaluations: The files, by the stage after which the model was asked.
+        limits: What breaks a model.
+    """
     from ablate_shards.surgery.evaluate.effect import effect
     from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
     from ablate_shards.terminal.tables import Column, Row, output, print_table, say
 
-    found = {path.name.removesuffix(".evaluation.json"): read_evaluation(path) for path in evaluations}
+    found = {stage: read_evaluation(path) for stage, path in evaluations.items()}
     outcomes = ("slanted", "neutral", "deflecting", "wrong", "broken", "unclear", "given")
     columns = [Column("questions", brief=lambda label: label.rpartition(" ")[2]), Column("after")]
     columns += [

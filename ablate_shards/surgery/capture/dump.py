@@ -1,7 +1,6 @@
 """Writes an activation dump a layer at a time, under a hidden name until complete, and continues an interrupted one."""
 
 import errno
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from ablate_shards.errors import CaptureError, CheckpointError, ExecuteError, UsageError
 from ablate_shards.surgery.checkpoint.headers import read_header
 from ablate_shards.surgery.directions.activations import ACTIVATIONS_FORMAT, LABELS
-from ablate_shards.surgery.machine.files import fsync_folder, write_safetensors
+from ablate_shards.surgery.machine.files import write_safetensors
 from ablate_shards.surgery.machine.sizes import size_text
 from ablate_shards.surgery.machine.staging import Staging
 
@@ -81,27 +80,15 @@ class DumpWriter:
 
     def write(self, layer: int, tensors: Mapping[str, "torch.Tensor"]) -> None:
         """Writes a layer's shard."""
-        header = {
-            name: (_DTYPES[str(tensor.dtype).removeprefix("torch.")], list(tensor.shape), tensor.nbytes)
-            for name, tensor in tensors.items()
-        }
-        write_safetensors(self._shard(layer), header, self._metadata, map(_bytes_of, tensors.values()))
+        _write(self._shard(layer), tensors, self._metadata)
 
     def save_stream(self, done: int, streams: Sequence["torch.Tensor"]) -> None:
         """Saves what the next layer starts from, unless that would take too large a share of the time."""
-        from safetensors.torch import save_file
-
         start = time.perf_counter()
         if self.useful and start - self._saved < self._cost / _SAVING_SHARE:
             return
-        path = self._staging.folder / _STREAM
-        partial = path.with_suffix(".partial")
-        tensors = {f"batch.{number}": stream.cpu().contiguous() for number, stream in enumerate(streams)}
-        save_file(tensors, partial, {"format": _STREAM_FORMAT, "done": str(done)})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-        fsync_folder(self._staging.folder)
+        tensors = {f"batch.{number}": stream for number, stream in enumerate(streams)}
+        _write(self._staging.folder / _STREAM, tensors, {"format": _STREAM_FORMAT, "done": str(done)})
         if not self.useful:
             self._staging.record(_STREAM, None)
         self._saved = time.perf_counter()
@@ -117,19 +104,17 @@ class DumpWriter:
             raise FileExistsError(errno.EEXIST, "appeared during the run and is not replaced", str(self._dump))
         folder = self._staging.folder
         if self._dump.suffix == ".safetensors":
-            whole = folder / "whole.partial"
             found = [(path, tensor) for path in sorted(folder.glob(_SHARDS)) for tensor in read_header(path)[0].tensors]
             found.sort(key=lambda place: _order(place[1].name))
             header = {tensor.name: (tensor.dtype, list(tensor.shape), tensor.end - tensor.start) for _, tensor in found}
             write_safetensors(
-                whole, header, self._metadata, _ranges((path, tensor.start, tensor.end) for path, tensor in found)
+                self._dump, header, self._metadata, _ranges((path, tensor.start, tensor.end) for path, tensor in found)
             )
-            whole.replace(self._dump)
             shutil.rmtree(folder)
-            fsync_folder(self._dump.absolute().parent)
         else:
-            for rest in (_STREAM, Path(_STREAM).with_suffix(".partial")):
-                (folder / rest).unlink(missing_ok=True)
+            # A run that was killed while it wrote leaves a part of a file.
+            for rest in (folder / _STREAM, *folder.glob(".*.partial")):
+                rest.unlink(missing_ok=True)
             self._staging.publish(replaceable=_is_dump)
 
     def discard(self) -> None:
@@ -161,10 +146,18 @@ def _order(name: str) -> tuple[int, str]:
     return int(layer), "" if label == LABELS[0] else label
 
 
+def _write(path: Path, tensors: Mapping[str, "torch.Tensor"], metadata: Mapping[str, str]) -> None:
+    header = {
+        name: (_DTYPES[str(tensor.dtype).removeprefix("torch.")], tensor.shape, tensor.nbytes)
+        for name, tensor in tensors.items()
+    }
+    write_safetensors(path, header, metadata, map(_bytes_of, tensors.values()))
+
+
 def _bytes_of(tensor: "torch.Tensor") -> bytes:
     import torch
 
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _ranges(places: Iterable[tuple[Path, int, int]]) -> Iterator[bytes]:

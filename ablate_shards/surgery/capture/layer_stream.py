@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ablate_shards.errors import CaptureError, reason
 from ablate_shards.surgery.capture.dump import DumpWriter
+from ablate_shards.surgery.capture.foreign import WeightLoader
 from ablate_shards.surgery.capture.prompts import Batch, Position
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.directions.activations import LABELS
@@ -101,42 +102,24 @@ def open_streamed(checkpoint: Checkpoint, config: Any, dtype: "torch.dtype", dev
 
 
 class _Shards:
-    """Loads parts of a model built without weights, through the conversions that transformers knows for it."""
+    """Loads parts of a model built without weights."""
 
     def __init__(self, checkpoint: Checkpoint, model: Any, decoder: Any, layers: Any, device: "torch.device") -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-        from transformers.modeling_utils import LoadStateDictConfig
-
-        self._model = model
+        self._loader = WeightLoader(model, device)
         names = {module: name for name, module in model.named_modules()}
         self._modules: dict[int, tuple[str, Any]] = {
             REST: (names[decoder], decoder),
             **{index: (names[layer], layer) for index, layer in enumerate(layers)},
         }
-        mapping = get_model_conversion_mapping(model)
-        self._config = LoadStateDictConfig(
-            device_map={"": device},
-            dtype=model.dtype,
-            dtype_plan=model._get_dtype_plan(model.dtype),
-            weight_mapping=mapping,
-        )
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        known = model.state_dict()
-        prefix = model.base_model_prefix
         self._tensors: dict[int, list[tuple[str, Path]]] = {part: [] for part in self._modules}
         for shard in checkpoint.shards:
             for tensor in shard.tensors:
-                target, _ = rename_source_key(tensor.name, renamings, converters, prefix, known)
-                if target not in known:
-                    target, _ = rename_source_key(tensor.name, [], [], prefix, known)
-                if target in known and (part := self._part_of(target)) is not None:
+                target = self._loader.target(tensor.name)
+                if target is not None and (part := self._part_of(target)) is not None:
                     self._tensors[part].append((tensor.name, shard.path))
         for module in decoder.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(device)
+            for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+                setattr(module, name, buffer.to(device))
 
     def _part_of(self, target: str) -> int | None:
         """Returns the part that a parameter belongs to, None if it is not in the decoder."""
@@ -146,7 +129,6 @@ class _Shards:
     def load(self, part: int) -> None:
         """Brings one part's weights to the device."""
         from safetensors import safe_open
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
         with contextlib.ExitStack() as stack:
             files: dict[Path, Any] = {}
@@ -155,9 +137,9 @@ class _Shards:
                 if path not in files:
                     files[path] = stack.enter_context(safe_open(path, framework="pt"))
                 tensors[name] = files[path].get_slice(name)
-            found, _ = convert_and_load_state_dict_in_model(self._model, tensors, self._config, None)
+            problems = self._loader.load(tensors)
         where, _ = self._modules[part]
-        if problems := [*found.conversion_errors, *(str(name) for name, *_ in found.mismatched_keys)]:
+        if problems:
             raise CaptureError(f"{problems[0]}: does not have the shape that config.json asks for; restore the file")
         for name, parameter in self._parameters(part):
             if parameter.is_meta:

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from ablate_shards.surgery.evaluate.endpoint import Reply
+from ablate_shards.surgery.machine.files import append_lines
 
 __all__ = ["Journal"]
 
@@ -50,12 +50,7 @@ class Journal:
         self._own += len(replies.keys() - self._replies.keys())
         self._replies |= replies
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                for key, reply in replies.items():
-                    # The leading line break ends a line that a kill has torn.
-                    file.write("\n" + json.dumps({"key": key, **dataclasses.asdict(reply)}) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_lines(self._path, ({"key": key, **dataclasses.asdict(reply)} for key, reply in replies.items()))
 
     def remove(self) -> None:
         """Removes the file: what was answered stands in the evaluation."""

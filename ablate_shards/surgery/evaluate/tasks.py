@@ -5,12 +5,8 @@ import difflib
 import functools
 import hashlib
 import importlib
-import io
-import logging
 import math
-import os
 import random
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +16,14 @@ import numpy as np
 
 from ablate_shards.errors import EvaluateError, UsageError, reason
 from ablate_shards.surgery.evaluate.answers import Speaker
+from ablate_shards.surgery.evaluate.foreign import quiet_harness, untied
 from ablate_shards.surgery.evaluate.resampling import mean_interval, sign_flip_p
 from ablate_shards.surgery.evaluate.statistics import paired, ratio
 from ablate_shards.surgery.machine.progress import Steps
-from ablate_shards.surgery.model.loading import quiet
 
 __all__ = ["TaskChange", "TaskScore", "Tasks", "compare_tasks", "open_tasks", "run_tasks"]
 
 _SEED = 1234
-_LIBRARIES = ("lm_eval", "datasets", "evaluate", "huggingface_hub", "fsspec", "absl", "sacrebleu", "rouge_score")
-#: Where the harness shows bars of its own, which cannot be switched off.
-_WITH_BARS = ("lm_eval.api.model", "lm_eval.api.task", "lm_eval.models.huggingface")
-#: Read when a task's own code imports the package that fetches metrics, which are code.
-_NO_METRICS = "HF_EVALUATE_OFFLINE"
 _YAML = (".yaml", ".yml")
 #: What makes a YAML file one of the harness's: its own name, or the file from which it takes all it does not say.
 _KEYS = ("task", "group", "class", "include")
@@ -152,7 +143,7 @@ def open_tasks(names: Sequence[str]) -> Tasks:
             "`pip install 'ablate-shards[tasks]'`"
         ) from missing
     asked: list[_Asked] = []
-    with _unheard():
+    with quiet_harness():
         for name in names:
             asked += _open(name)
     seen: set[str] = set()
@@ -187,7 +178,7 @@ def run_tasks(
 
     scores = []
     done, total = 0, tasks.count(limit)
-    with _unheard():
+    with quiet_harness():
         judged = _judged_model(speaker, batch)
         for each in tasks.asked:
             samples: list[float] = []
@@ -413,23 +404,16 @@ def _judged_model(speaker: Speaker, batch: int) -> Any:
 
     from lm_eval.models.huggingface import HFLM
 
-    network = speaker.network
-    # The harness would tie the output head to the embedding again where the configuration says so, even if the
-    # checkpoint holds two that differ.
-    network.tie_weights = lambda *_args, **_how: None
-    try:
-        with _named("of all"):
-            return HFLM(
-                pretrained=network,
-                # It sets the side and the token to fill up with.
-                tokenizer=copy.deepcopy(speaker.tokenizer),
-                backend="causal",
-                max_length=speaker.most,
-                batch_size=batch,
-                enable_thinking=False,
-            )
-    finally:
-        del network.tie_weights
+    with untied(speaker.network), _named("of all"):
+        return HFLM(
+            pretrained=speaker.network,
+            # It sets the side and the token to fill up with.
+            tokenizer=copy.deepcopy(speaker.tokenizer),
+            backend="causal",
+            max_length=speaker.most,
+            batch_size=batch,
+            enable_thinking=False,
+        )
 
 
 @contextlib.contextmanager
@@ -471,9 +455,6 @@ def _binary(samples: Sequence[float]) -> bool:
     return all(value in (0.0, 1.0) for value in samples)
 
 
-# ---------------------------------------------------------------------------------------- seeds and silence
-
-
 def _seed() -> None:
     """Sets every generator of random numbers that a task may draw from."""
     import torch
@@ -481,49 +462,3 @@ def _seed() -> None:
     random.seed(_SEED)
     np.random.seed(_SEED)
     torch.manual_seed(_SEED)
-
-
-@contextlib.contextmanager
-def _unheard() -> Iterator[None]:
-    """Keeps the harness and what it needs quiet, from telling the Hub what is read, and from running code of it."""
-    import datasets
-    import lm_eval.api.task as definitions
-    from lm_eval.api.registry import metric_registry
-    from tqdm import tqdm
-
-    def registered(name: str, hub: bool = False) -> Any:  # noqa: FBT001, FBT002 - the harness calls it so
-        if hub or name not in metric_registry:
-            raise EvaluateError(
-                f"its metric {name} is none of the harness's own; it would be code from the Hub, which is not run"
-            )
-        return metric_registry.get(name)
-
-    levels = {name: logging.getLogger(name).level for name in _LIBRARIES}
-    with_bars = [importlib.import_module(name) for name in _WITH_BARS]
-    counts, hidden = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, datasets.are_progress_bars_disabled()
-    metrics, offline = definitions.get_metric, os.environ.get(_NO_METRICS)
-    try:
-        for name in levels:
-            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-        for module in with_bars:
-            vars(module)["tqdm"] = lambda *given, **how: tqdm(*given, **{**how, "disable": True})
-        definitions.get_metric = registered
-        os.environ[_NO_METRICS] = "1"
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-        datasets.disable_progress_bars()
-        with quiet(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.filterwarnings("ignore", module=rf"({'|'.join(_LIBRARIES)})\b")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        for module in with_bars:
-            vars(module)["tqdm"] = tqdm
-        definitions.get_metric = metrics
-        if offline is None:
-            del os.environ[_NO_METRICS]
-        else:
-            os.environ[_NO_METRICS] = offline
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
-        if not hidden:
-            datasets.enable_progress_bars()

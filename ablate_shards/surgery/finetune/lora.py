@@ -27,10 +27,10 @@ from ablate_shards.surgery.finetune.training import (
     Run,
     deterministic,
     epochs_of,
-    make_durable,
     train,
 )
 from ablate_shards.surgery.machine.devices import resolve_device
+from ablate_shards.surgery.machine.files import write_whole
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.sizes import size_text
@@ -392,11 +392,10 @@ def _write(
         "epochs": [dataclasses.asdict(epoch) for epoch in epochs],
         "versions": _versions(),
     }
-    (folder / WEIGHTS_NAME).write_bytes(save(tensors, {"format": "pt"}))
+    write_whole(folder / WEIGHTS_NAME, [save(tensors, {"format": "pt"})])
     for name, content in ((CONFIG_NAME, described), (TRAINING_NAME, training)):
         text = json.dumps(content, indent=1, sort_keys=name == CONFIG_NAME, ensure_ascii=False, default=sorted)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
-    make_durable(folder)
+        write_whole(folder / name, [f"{text}\n".encode()])
     shutil.rmtree(folder / CHECKPOINTS)
     return Finetuned(
         adapter=run.adapter,

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ablate_shards.errors import FinetuneError
+from ablate_shards.surgery.finetune.foreign import take_loss_as_mean, use_one_device
 from ablate_shards.surgery.finetune.objective import CHOSEN, KEPT, LEARNT, REJECTED, Weights, objective
 from ablate_shards.surgery.finetune.responses import IGNORED, Sample, prompt_of
 from ablate_shards.surgery.finetune.targets import SEVEN, Skeleton, Targets, folded
 from ablate_shards.surgery.machine.devices import computes_bfloat16
-from ablate_shards.surgery.machine.files import fsync_folder
+from ablate_shards.surgery.machine.files import fsync_files
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.staging import Staging
 from ablate_shards.surgery.model.loading import end_tokens, load, pad_left
@@ -33,7 +34,6 @@ __all__ = [
     "Run",
     "deterministic",
     "epochs_of",
-    "make_durable",
     "train",
 ]
 
@@ -265,8 +265,7 @@ def train(run: Run, staging: Staging, progress: Steps) -> tuple[Any, int]:
         remove_unused_columns=False,
         dataloader_pin_memory=run.device.type == "cuda",
     )
-    # More than one would be trained on at once, through DataParallel.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
+    use_one_device(arguments)
     padded = DataCollatorForSeq2Seq(run.tokenizer, label_pad_token_id=IGNORED)
     trainer = (Trainer if run.plain else _preferring(run))(
         model=model,
@@ -279,9 +278,8 @@ def train(run: Run, staging: Staging, progress: Steps) -> tuple[Any, int]:
             *([EarlyStoppingCallback(early_stopping_patience=options.patience)] if patient else []),
         ],
     )
-    # The objective is a mean already; the trainer would take it for a sum.
     if not run.plain:
-        trainer.model_accepts_loss_kwargs = False
+        take_loss_as_mean(trainer)
     trainer.remove_callback(PrinterCallback)
     name = max(staging.done, key=lambda name: int(staging.done[name]["step"]), default=None)
     step = int(staging.done[name]["step"]) if name else 0
@@ -426,7 +424,7 @@ def _callback(staging: Staging, progress: Steps) -> Any:
 
         def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            make_durable(folder)
+            fsync_files(folder)
             name = (folder / "trainer_state.json").relative_to(staging.folder).as_posix()
             staging.record(name, {"step": state.global_step})
             last = epochs_of(state.log_history)[-1]
@@ -451,18 +449,6 @@ def epochs_of(history: Sequence[Mapping[str, Any]]) -> tuple[Epoch, ...]:
         Epoch(number, sum(losses) / len(losses) if (losses := training.get(number)) else None, evaluation[number])
         for number in sorted(training.keys() | evaluation.keys())
     )
-
-
-def make_durable(folder: Path) -> None:
-    """Waits until what a library wrote into a folder is on disk."""
-    for path in folder.iterdir():
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    fsync_folder(folder)
 
 
 @contextmanager

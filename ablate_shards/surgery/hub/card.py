@@ -4,31 +4,27 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ablate_shards.errors import EvaluateError, HubError
+from ablate_shards.errors import HubError
 from ablate_shards.names import BEGIN, END
 from ablate_shards.surgery.model.samples import SIDES, Side
+from ablate_shards.surgery.plan.recipe import layer_ranges
 
 if TYPE_CHECKING:
     from ablate_shards.surgery.evaluate.evaluation import Evaluation, Row
     from ablate_shards.surgery.evaluate.statistics import Ratio
 
-__all__ = ["CardOptions", "Measure", "metadata_of", "model_card", "read_measures", "read_object"]
+__all__ = ["CardOptions", "Measure", "metadata_of", "model_card", "read_object"]
 
 _HOME = "https://pypi.org/project/ablate-shards/"
-#: How an evaluation of another version was made, and how its answers end.
-_NO_FIGURES = ("options", "manner")
 _EVALUATION = "ablate-shards.evaluation/"
 _PLOTS = (".png", ".svg", ".webp")
 _INHERITED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
 #: What begins the name of a measure of the model as it was before: an evaluation has it under ``base``.
 _BASE = "base "
-_VALUES = ("value", "ratio", "rate", "share", "mean")
-_COUNTS = ("count", "n", "of", "total")
 _LARGEST = 64 << 20
 #: What tells one adapter from another, of all that PEFT writes down.
 _ADAPTER_KEYS = {"peft_type", "r", "lora_alpha", "target_modules", "target_parameters", "use_rslora", "use_dora"}
@@ -70,7 +66,7 @@ class Measure:
         low: The lower end of its interval, None where it has none.
         high: The upper end.
         count: How many answers it is of.
-        percent: Whether it is a share; None where only its size can tell.
+        percent: Whether it is a share, to be read in percent.
     """
 
     name: str
@@ -78,25 +74,22 @@ class Measure:
     low: float | None = None
     high: float | None = None
     count: int | None = None
-    percent: bool | None = None
+    percent: bool = False
 
     @property
     def shown(self) -> str:
         """The figure as a person reads it."""
-        return f"{self.value:.1%}" if self._is_share else f"{self.value:.4g}"
+        return self._written(self.value)
 
     @property
     def interval(self) -> str:
         """The interval as a person reads it, empty where there is none."""
         if self.low is None or self.high is None:
             return ""
-        return f"{self.low:.1%} – {self.high:.1%}" if self._is_share else f"{self.low:.4g} – {self.high:.4g}"
+        return f"{self._written(self.low)} – {self._written(self.high)}"
 
-    @property
-    def _is_share(self) -> bool:
-        if self.percent is not None:
-            return self.percent
-        return self.low is not None and self.high is not None and 0 <= self.low <= self.value <= self.high <= 1
+    def _written(self, value: float) -> str:
+        return f"{value:.1%}" if self.percent else f"{value:.4g}"
 
 
 def model_card(folder: Path, options: CardOptions) -> str:
@@ -108,6 +101,7 @@ def model_card(folder: Path, options: CardOptions) -> str:
 
     Raises:
         HubError: The existing card's metadata, or a receipt, cannot be read.
+        EvaluateError: The evaluation cannot be read, or is of another version.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
     from jinja2 import Environment
@@ -195,37 +189,6 @@ def metadata_of(card: str) -> dict[str, Any]:
     return metadata
 
 
-def read_measures(content: Any) -> tuple[Measure, ...]:
-    """Returns the figures of an evaluation, wherever in it they stand.
-
-    A figure is an object with a number under ``value``, ``ratio``, ``rate``, ``share`` or ``mean``, and an
-    ``interval`` of two numbers if it has one; its name is the path of keys to it. Lists, which hold the single
-    answers, are not searched.
-    """
-    return tuple(_measures(content, ()))
-
-
-def _measures(node: Any, path: tuple[str, ...]) -> Iterator[Measure]:
-    if not isinstance(node, dict):
-        return
-    value = next((node[key] for key in _VALUES if _is_number(node.get(key))), None)
-    if value is not None and path:
-        interval = node.get("interval")
-        ends = (
-            interval if isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval)) else None
-        )
-        count = next((node[key] for key in _COUNTS if type(node.get(key)) is int), None)
-        low, high = ends or (None, None)
-        yield Measure(" ".join(path), float(value), low, high, count)
-        return
-    for key, inner in node.items():
-        yield from _measures(inner, (*path, str(key)) if key not in ("metrics", "summary", "results") else path)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _shown_name(measure: Measure) -> str:
     """Returns a measure's name that says of which model it is."""
     own = measure.name.removeprefix(_BASE)
@@ -239,15 +202,15 @@ def _find_evaluation(folder: Path, files: Sequence[str]) -> tuple[str | None, st
 
     for name in files:
         path = folder / name
-        if name.endswith(".json") and "/" not in name and "evaluation" in name and path.stat().st_size < _LARGEST:
-            content = read_object(path)
-            if str(content.get("format", "")).startswith(_EVALUATION):
-                figures = {key: value for key, value in content.items() if key not in _NO_FIGURES}
-                with suppress(EvaluateError):
-                    found = read_evaluation(path)
-                    return name, effect(found), tuple(_measured(found))
-                return name, "", read_measures(figures)
+        named = name.endswith(".json") and "/" not in name and "evaluation" in name
+        if named and path.stat().st_size < _LARGEST and _is_evaluation(path):
+            found = read_evaluation(path)
+            return name, effect(found), tuple(_measured(found))
     return None, "", ()
+
+
+def _is_evaluation(path: Path) -> bool:
+    return str(read_object(path).get("format", "")).startswith(_EVALUATION)
 
 
 def _measured(found: "Evaluation", model: str = "", known: Sequence[Side] = ()) -> Iterator[Measure]:
@@ -272,10 +235,10 @@ def _measured(found: "Evaluation", model: str = "", known: Sequence[Side] = ()) 
     for row in found.lean:
         where = "" if row.group is None else f"{row.group} "
         name = f"{model}{where}lean, neutral over {SIDES.get(row.side, row.side)} (nats)"
-        yield Measure(name, row.mean.value, *row.mean.interval, row.mean.count, percent=False)
+        yield Measure(name, row.mean.value, *row.mean.interval, row.mean.count)
     for score in found.tasks:
         name = f"{model}{score.name}, {score.metric}"
-        yield Measure(name, score.value, *score.interval, score.count, percent=False)
+        yield Measure(name, score.value, *score.interval, score.count)
     if found.text is not None and found.text.perplexity is not None and math.isfinite(found.text.perplexity.value):
         name = f"{model}perplexity of {found.text.name}"
         yield Measure(name, found.text.perplexity.value, count=found.text.perplexity.tokens)
@@ -359,21 +322,13 @@ def _flat(content: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, list) and value and all(type(item) is int for item in value):
+        return layer_ranges(value, to="–")
     if isinstance(value, list):
-        return _ranges(value) if value and all(type(item) is int for item in value) else ", ".join(map(_plain, value))
+        return ", ".join(map(_plain, value))
     if isinstance(value, float):
         return f"{value:g}"
     return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{low}" if low == high else f"{low}–{high}" for low, high in runs)
 
 
 def _languages(value: Any) -> list[str]:

@@ -163,6 +163,7 @@ def push(folder: Path, repo: str, options: PushOptions, run: RunOptions, progres
         progress: Receives how far it has come.
 
     Raises:
+        EvaluateError: The folder's evaluation cannot be read, or is of another version.
         HubError: The repository may not be written, or the folder is not what its receipt says.
         UsageError: The folder holds nothing that can be published.
         VerifyError: Its receipt cannot be read.

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ablate_shards.errors import HubError
 from ablate_shards.names import MERGE_RECEIPT_NAME
@@ -27,6 +27,7 @@ from ablate_shards.surgery.edit.operation import (
 from ablate_shards.surgery.edit.queue import Work
 from ablate_shards.surgery.edit.shard_writer import ShardWriter
 from ablate_shards.surgery.hub.card import Kind
+from ablate_shards.surgery.hub.foreign import addition_of, has_xet, is_stored_as_text, mark_sent, refuses_to_copy
 from ablate_shards.surgery.hub.published import CARD, Published
 from ablate_shards.surgery.hub.push import PushOptions, card_of, commit, explained, open_for_writing, warnings_noted
 from ablate_shards.surgery.machine.files import write_whole
@@ -127,7 +128,7 @@ def perform_on_hub(
         try:
             url, oid = publish(copied)
         except HubError as error:
-            if not on_hub or not _refuses_to_copy(error.__cause__):
+            if not on_hub or not refuses_to_copy(error.__cause__):
                 raise
             progress.note(f"the Hub does not copy files of {checkpoint.name} by itself, so they pass through here")
             rest = (*(shard for shard in checkpoint.shards if shard.name in left), *_large(checkpoint))
@@ -204,7 +205,7 @@ class _Ledger:
         with explained(self.repo), warnings_noted(self._progress):
             faults = HubFaults(self.repo, writing=True)
             patiently(faults, lambda: self._api.preupload_lfs_files(self.repo, [addition], free_memory=False))
-        if addition._upload_mode != "lfs":
+        if is_stored_as_text(addition):
             raise HubError(
                 f"{self.repo}: would store {name} as text; add `*.safetensors filter=lfs` to its .gitattributes"
             )
@@ -213,8 +214,8 @@ class _Ledger:
         """Returns what the commit says of the shards that the Hub has, which need not be here."""
         operations = []
         for name, sent in sorted(self.arrived().items()):
-            addition = _addition(name, sent)
-            addition._upload_mode, addition._should_ignore, addition._is_uploaded = "lfs", False, True
+            addition = addition_of(name, sent.size, sent.sha256)
+            mark_sent(addition)
             operations.append(addition)
         return operations
 
@@ -228,9 +229,7 @@ _Send = Callable[[Checkpoint, Operation[Any, Any], RunOptions, _Ledger, Progress
 
 def _way(staging: Staging, checkpoint: Checkpoint, progress: Progress) -> _Send:
     """Returns how shards are sent: through Xet where there is one and a shard has room here, else through LFS."""
-    from huggingface_hub.utils._runtime import is_xet_available
-
-    if not is_xet_available():
+    if not has_xet():
         return _stream
     needed, free = max(shard.size for shard in checkpoint.shards), shutil.disk_usage(staging.folder).free
     if free < needed:
@@ -267,7 +266,7 @@ def _stream(
                 ledger.note(shard.name, known)
                 refusal = None
                 try:
-                    ledger.send(_addition(shard.name, known, file))
+                    ledger.send(addition_of(shard.name, known.size, known.sha256, file, file.sample))
                 except HubError as error:
                     refusal = error
                 if file.digest not in (None, known.sha256):
@@ -289,18 +288,6 @@ def _known(checkpoint: Checkpoint, shard: Shard, *, edited: bool) -> _Sent | Non
         return None
     digest, expected = checkpoint.remote.digest(shard.name)
     return _Sent(expected, shard.size, {}, arrived=False) if expected and digest.name == "sha256" else None
-
-
-def _addition(name: str, sent: _Sent, file: EditedFile[Any, Any] | None = None) -> "CommitOperationAdd":
-    """Returns the addition of a shard whose digest is known, so that the client does not compute it again."""
-    from huggingface_hub import CommitOperationAdd
-    from huggingface_hub.lfs import UploadInfo
-
-    addition, sample = CommitOperationAdd(name, b""), b""
-    if file is not None:
-        addition.path_or_fileobj, sample = cast(BinaryIO, file), file.sample
-    addition.upload_info = UploadInfo(size=sent.size, sample=sample, sha256=bytes.fromhex(sent.sha256))
-    return addition
 
 
 def _stage(
@@ -373,15 +360,6 @@ def _copies(checkpoint: Checkpoint, shards: set[str], ledger: _Ledger, *, by_hub
         CommitOperationCopy(name, name, src_revision=revision, src_repo_id=repo, src_repo_type="model")
         for name in names
     ]
-
-
-def _refuses_to_copy(error: BaseException | None) -> bool:
-    """Returns whether it was the copying between repositories that failed, and not the commit."""
-    from huggingface_hub.errors import FileDuplicationError, HfHubHTTPError
-
-    if isinstance(error, HfHubHTTPError):
-        return error.response.url.path.endswith("/lfs-files/duplicate")
-    return isinstance(error, FileDuplicationError) or (isinstance(error, ValueError) and "no xet hash" in str(error))
 
 
 def _published(folder: Path, checkpoint: Checkpoint, receipt_name: str, options: PushOptions) -> Published:

@@ -8,7 +8,15 @@ from pathlib import Path
 
 from ablate_shards.errors import ExecuteError
 
-__all__ = ["fsync_folder", "pread_into", "pwrite_all", "write_safetensors", "write_whole"]
+__all__ = [
+    "append_lines",
+    "fsync_files",
+    "fsync_folder",
+    "pread_into",
+    "pwrite_all",
+    "write_safetensors",
+    "write_whole",
+]
 
 
 def pread_into(descriptor: int, data: memoryview, offset: int) -> None:
@@ -33,11 +41,27 @@ def pwrite_all(descriptor: int, data: memoryview, offset: int) -> None:
 
 def fsync_folder(folder: Path) -> None:
     """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _fsync(folder)
+
+
+def fsync_files(folder: Path) -> None:
+    """Makes the files that a library wrote into a folder, and their names, durable."""
+    for path in folder.iterdir():
+        if path.is_file():
+            _fsync(path)
+    fsync_folder(folder)
+
+
+def append_lines(path: Path, records: Iterable[object], *, sync: bool = True) -> None:
+    """Appends records to a file, one a line as JSON, durably unless ``sync`` is off.
+
+    Each begins with a line break, which ends a line that a kill has torn.
+    """
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(f"\n{json.dumps(record)}\n" for record in records)
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
 
 
 def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
@@ -84,3 +108,11 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     write_whole(path, itertools.chain([len(text).to_bytes(8, "little") + text], data))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

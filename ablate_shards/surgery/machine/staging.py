@@ -14,7 +14,7 @@ from typing import Any
 
 from ablate_shards.errors import ExecuteError, UsageError
 from ablate_shards.names import RECEIPT_NAMES, TRAINING_NAME
-from ablate_shards.surgery.machine.files import fsync_folder
+from ablate_shards.surgery.machine.files import append_lines, fsync_folder
 
 __all__ = ["OutFolder", "Staging", "check_out", "locked"]
 
@@ -254,11 +254,7 @@ class Staging:
                 del self.done[name]
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        with (self.folder / _JOURNAL).open("a", encoding="utf-8") as file:
-            # The leading line break ends a line that a kill has torn.
-            file.write("\n" + json.dumps(entry) + "\n")
-            file.flush()
-            self.fsync(file.fileno())
+        append_lines(self.folder / _JOURNAL, [entry], sync=self.sync)
 
 
 def _made_by_a_run(folder: Path) -> bool:

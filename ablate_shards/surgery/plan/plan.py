@@ -18,7 +18,7 @@ from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
 from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.plan.bases import resolve_bases
 from ablate_shards.surgery.plan.edits import BasisKey, Skip, TensorEdit
-from ablate_shards.surgery.plan.recipe import AblateOptions, SourceLayer
+from ablate_shards.surgery.plan.recipe import AblateOptions, SourceLayer, layer_ranges
 
 __all__ = ["Plan", "make_plan"]
 
@@ -124,7 +124,8 @@ def _select_layers(existing: Sequence[int], directions: Directions, options: Abl
     if missing := sorted(wanted - set(existing)):
         what = "the directions have" if options.layers is None else "--layers names"
         way_out = "select them with --layers" if options.layers is None else "leave it out"
-        raise PlanError(f"{what} layer {missing[0]}, but the checkpoint has layers {_ranges(existing)}; {way_out}")
+        there = layer_ranges(existing) or "none"
+        raise PlanError(f"{what} layer {missing[0]}, but the checkpoint has layers {there}; {way_out}")
     return wanted
 
 
@@ -199,7 +200,7 @@ def _source_layer(source: SourceLayer, own: int, directions: Directions, name: s
     if layer not in directions.basis:
         raise DirectionsError(
             f"{name}: needs the direction of layer {layer}, but the directions have layers "
-            f"{_ranges(directions.layers)}; use --source-layer best or another --layers"
+            f"{layer_ranges(directions.layers)}; use --source-layer best or another --layers"
         )
     return layer
 
@@ -254,13 +255,3 @@ def _notes(edits: Sequence[TensorEdit], directions: Directions, options: AblateO
             f"coefficient {above:g} is above 1: it turns the component into {1 - above:+g} times itself "
             "(1 removes, 2 reflects)"
         )
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in runs) or "none"

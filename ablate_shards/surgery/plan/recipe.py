@@ -4,7 +4,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ __all__ = [
     "Preserve",
     "Recipe",
     "SourceLayer",
+    "layer_ranges",
     "parse_components",
     "parse_layers",
     "parse_source_layer",
@@ -245,6 +246,23 @@ def parse_layers(text: str | int | Sequence[int]) -> frozenset[int]:
             raise ValueError(f"expected numbers and ranges such as 1-23,30, found {part.strip()!r}")
         layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return frozenset(layers)
+
+
+def layer_ranges(layers: Iterable[int], *, to: str = "-", between: str = ", ") -> str:
+    """Returns layers as the ranges they form, such as ``1-23, 30``; what :func:`parse_layers` reads.
+
+    Args:
+        layers: The layers, in any order.
+        to: What stands between the ends of a range.
+        between: What stands between ranges.
+    """
+    runs: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return between.join(f"{low}" if low == high else f"{low}{to}{high}" for low, high in runs)
 
 
 def parse_components(text: str | Sequence[str]) -> tuple[Component, ...]:

@@ -1,12 +1,13 @@
 """Renders what was found of a run as one HTML page that needs nothing else."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any, get_args
 
 from ablate_shards.surgery.evaluate.evaluation import Answer
 from ablate_shards.surgery.model.samples import SIDES, Verdict
+from ablate_shards.surgery.plan.recipe import layer_ranges
 from ablate_shards.surgery.report.findings import Findings
 from ablate_shards.surgery.report.frame import fill
 from ablate_shards.surgery.report.measures import (
@@ -22,7 +23,7 @@ from ablate_shards.surgery.report.measures import (
     verdict_rows,
     whose,
 )
-from ablate_shards.surgery.report.provenance import facts, ranges, rebuilt_recipe
+from ablate_shards.surgery.report.provenance import facts, rebuilt_recipe
 
 __all__ = ["render"]
 
@@ -96,7 +97,7 @@ def _edit_sentence(found: Findings) -> str:
         parts.append(
             f"{'One direction' if rank == 1 else f'{rank} directions'}, measured at {where}, "
             f"{'was' if rank == 1 else 'were'} taken out of {_count(len(edits), 'tensor')}"
-            f"{f' in layers {_dashed(layers)}' if layers else ''}"
+            f"{f' in layers {layer_ranges(layers, to=TO)}' if layers else ''}"
             f"{f' at coefficient {coefficients[0]:g}' if len(coefficients) == 1 else ''}"
         )
     if found.merge:
@@ -205,10 +206,6 @@ def _skipped(found: Findings) -> list[tuple[str, int]]:
 
 def _clipped(text: str) -> str:
     return text if len(text) <= _MOST_OF_ONE else f"{text[:_MOST_OF_ONE]} …"
-
-
-def _dashed(numbers: Sequence[int]) -> str:
-    return ranges(numbers).replace("-", TO).replace(",", ", ")
 
 
 def _count(number: int, what: str) -> str:

@@ -1,12 +1,13 @@
 """Says where a result comes from: digests, versions, and the recipe that makes it again."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ablate_shards.surgery.plan.recipe import layer_ranges
 from ablate_shards.surgery.report.findings import Findings
 
-__all__ = ["facts", "ranges", "rebuilt_recipe"]
+__all__ = ["facts", "rebuilt_recipe"]
 
 #: Options of finetune as the recipe calls them; the rest follows from the machine.
 _TRAINED = (
@@ -50,17 +51,6 @@ def rebuilt_recipe(found: Findings) -> str:
         if (text := found.after.text) is not None:
             lines += [f"# SHA-256 {_line(text.sha256)}", f"text = {_toml(text.name)}"]
     return "\n".join(lines) + "\n"
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Returns numbers as the ranges they form, such as 1-7,9."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in runs)
 
 
 def _facts(found: Findings) -> Iterator[tuple[str, Any]]:
@@ -159,6 +149,7 @@ def _table(record: Any, key: str) -> dict[str, Any]:
 
 
 def _toml(value: Any) -> str:
+    # A library (tomli-w) writes no comments, which hold the digests here, and breaks every list over several lines.
     # A basic string of TOML is a string of JSON, but for DEL, which JSON leaves as it is.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
@@ -180,4 +171,6 @@ def _shown(value: Any) -> str:
 
 def _layers(value: Any) -> Any:
     """Returns a list of layers as a recipe takes it; any other value is returned unchanged."""
-    return ranges(value) if isinstance(value, list) and all(type(layer) is int for layer in value) else value
+    if isinstance(value, list) and all(type(layer) is int for layer in value):
+        return layer_ranges(value, between=",")
+    return value

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,34 +14,87 @@ from ablate_shards.names import STATE_NAME, is_report
 from ablate_shards.surgery.machine.files import write_whole
 from ablate_shards.surgery.plan.recipe import Recipe
 
-__all__ = ["Stage", "Status", "as_flags", "plan_stages", "run_stages", "size_of", "status_of"]
+__all__ = ["Stage", "Status", "as_flags", "bytes_in", "plan_stages", "run_stages", "status_of"]
 
+Kind = Literal["capture", "directions", "ablate", "finetune", "merge", "evaluate"]
 Status = Literal["done", "changed", "missing"]
 
 _FORMAT = "ablate-shards.stages/1"
 #: Switches that are on or off where nobody says so.
 _BOTH_WAYS = frozenset({"gradient-checkpointing", "perplexity", "divergence", "lean"})
+#: Settings that name files to read.
+_FILES = frozenset({"pairs", "without", "data", "keep", "questions", "text"})
+#: Settings of ``[directions]`` that are about computing them; the others are about capturing.
+_COMPUTED = frozenset({"estimator", "rank", "winsorize", "without"})
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One command of a recipe.
+    """One command of a recipe: what it reads, what it makes, and how.
 
     Attributes:
-        name: What it does, in a word or two.
-        command: The arguments of ``ablate-shards``; paths among them are exactly ``inputs`` and ``output``.
-        inputs: What it reads.
+        kind: The command.
         output: What it makes: a file, or a folder.
-        flags: Arguments that cannot change the output, such as ``--resume``; given, but not compared.
-        gated: For an evaluation, the stage whose edit it measures, and after which a broken model ends the run.
+        subject: What tells it from other stages of its kind, such as a file of pairs; empty where it is the only one.
+        model: The checkpoint that it reads, None for ``directions``.
+        adapter: For ``merge``, the adapter.
+        activations: For ``directions``, the dumps.
+        recipe: For ``ablate``, the recipe.
+        directions: For ``ablate``, the directions.
+        base: For ``evaluate``, the checkpoint that the model is compared with, None if it is that one itself.
+        base_evaluation: For ``evaluate``, the evaluation of the base, whose answers are used again.
+        gated: For ``evaluate``, the stage whose edit it measures, and after which a broken model ends the run.
+        settings: Keys of the recipe, with their values.
     """
 
-    name: str
-    command: tuple[str, ...]
-    inputs: tuple[Path, ...]
+    kind: Kind
     output: Path
-    flags: tuple[str, ...] = ()
-    gated: str | None = None
+    subject: str = ""
+    model: Path | None = None
+    adapter: Path | None = None
+    activations: tuple[Path, ...] = ()
+    recipe: Path | None = None
+    directions: Path | None = None
+    base: Path | None = None
+    base_evaluation: Path | None = None
+    gated: Literal["ablate", "finetune"] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What it does, in a word or two; the name of no other stage of the run."""
+        return f"{self.kind} {self.subject}".rstrip()
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """What it reads and its output depends on."""
+        read = (self.model, self.adapter, *self.activations, self.base, self.recipe, self.directions)
+        files = (Path(each) for key, value in self.settings.items() if key in _FILES for each in _each(value))
+        return (*(path for path in read if path is not None), *files)
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The arguments of ``ablate-shards`` that its output depends on; paths are exactly inputs and the output."""
+        measures = self.kind == "evaluate"
+        places = (self.model, self.adapter, *self.activations, None if measures else self.output)
+        named = {
+            "against": self.base,
+            "out": self.output if measures else None,
+            "recipe": self.recipe,
+            "directions": self.directions,
+        }
+        return (
+            self.kind,
+            *(str(place) for place in places if place is not None),
+            *as_flags(named),
+            *as_flags(self.settings),
+        )
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Arguments that cannot change the output; given, but not compared."""
+        resumable = self.kind not in ("directions", "evaluate")
+        return as_flags({"reuse": self.base_evaluation, "resume": resumable, "overwrite": True})
 
 
 def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path) -> tuple[Stage, ...]:
@@ -63,110 +116,104 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
         RecipeError: The recipe names no directions and nothing to make them from, two files of pairs of one name, or
             no data for ``[lora]``.
     """
-    given = {name: dict(recipe.tables.get(name, {})) for name in ("directions", "lora", "evaluate")}
-    stages: list[Stage] = []
+    given, lora, evaluate = (recipe.tables.get(name, {}) for name in ("directions", "lora", "evaluate"))
+    trains, measures = "lora" in recipe.tables, "evaluate" in recipe.tables
+    ablates = not trains or bool(recipe.tables.keys() & {"directions", "ablate"})
 
-    def evaluated(name: str, model: Path, base: Path | None, edit: str | None = None) -> None:
-        if "evaluate" not in recipe.tables:
-            return
-        result = work / f"{name}.evaluation.json"
-        options, files = _options(given["evaluate"], files=("questions", "text"))
-        against = () if base is None else ("--against", str(base))
-        reuse = () if base is None else ("--reuse", str(work / "source.evaluation.json"))
-        command = ("evaluate", str(model), *against, "--out", str(result), *options)
-        inputs = (model, *files) if base is None else (model, base, *files)
-        stages.append(Stage(f"evaluate {name}", command, inputs, result, (*reuse, "--overwrite"), edit))
-
-    evaluated("source", source, None)
-    trained = source
-    if "lora" not in recipe.tables or recipe.tables.keys() & {"directions", "ablate"}:
-        trained = work / "ablated" if "lora" in recipe.tables else out
-        stages += _ablation(given["directions"], path, source, trained, work)
-        evaluated("ablated", trained, source, "ablate")
-    if "lora" in recipe.tables:
-        if "data" not in given["lora"]:
-            raise RecipeError(f"{path}: [lora] needs data, a file of instructions")
+    stages = [_evaluate("source", source, evaluate, work)]
+    model = source
+    if ablates:
+        stages += _directions_from(given, path, source, work)
+        directions = Path(given["directions"]) if "directions" in given else stages[-1].output
+        model = work / "ablated" if trains else out
+        stages.append(_ablate(source, path, directions, model))
+        stages.append(_evaluate("ablated", model, evaluate, work, base=source, gated="ablate"))
+    if trains:
         adapter = work / "adapter"
-        scale = {"scale": given["lora"].pop("scale")} if "scale" in given["lora"] else {}
-        options, files = _options(given["lora"], files=("data", "keep"))
-        stages.append(
-            Stage(
-                "finetune",
-                ("finetune", str(trained), str(adapter), *options),
-                (trained, *files),
-                adapter,
-                ("--resume", "--overwrite"),
-            )
-        )
-        options, _ = _options(scale)
-        stages.append(
-            Stage(
-                "merge",
-                ("merge", str(trained), str(adapter), str(out), *options),
-                (trained, adapter),
-                out,
-                ("--resume", "--overwrite"),
-            )
-        )
-        evaluated("result", out, source, "finetune")
-    return tuple(stages)
+        stages.append(_finetune(model, lora, path, adapter))
+        stages.append(_merge(model, adapter, lora, out))
+        stages.append(_evaluate("result", out, evaluate, work, base=source, gated="finetune"))
+    return tuple(stage for stage in stages if measures or stage.kind != "evaluate")
 
 
-def _ablation(made: Mapping[str, Any], recipe: Path, source: Path, ablated: Path, work: Path) -> list[Stage]:
-    """Returns the stages up to the ablated checkpoint."""
-    stages: list[Stage] = []
-    if "directions" in made:
-        directions = Path(made["directions"])
+def _directions_from(table: Mapping[str, Any], recipe: Path, source: Path, work: Path) -> list[Stage]:
+    """Returns the stages that make the directions, the last of which writes them; none where they are given."""
+    if "directions" in table:
+        return []
+    if "activations" in table:
+        captures, dumps = [], [Path(table["activations"])]
+    elif "pairs" in table:
+        captures = _captures(table, recipe, source, work)
+        dumps = [stage.output for stage in captures]
     else:
-        computed = _only(made, "estimator", "rank", "winsorize", "without")
-        if "activations" in made:
-            dumps = [Path(made["activations"])]
-        elif "pairs" in made:
-            settings = {key: value for key, value in made.items() if key not in computed}
-            stages += _captures(settings, recipe, source, work)
-            dumps = [stage.output for stage in stages]
-        else:
-            raise RecipeError(f"{recipe}: [directions] needs pairs, activations or directions to start from")
-        directions = work / "directions.safetensors"
-        options, files = _options(computed, files=("without",))
-        stages.append(
-            Stage(
-                "directions",
-                ("directions", *map(str, dumps), str(directions), *options),
-                (*dumps, *files),
-                directions,
-                ("--overwrite",),
-            )
-        )
-    stages.append(
-        Stage(
-            "ablate",
-            ("ablate", str(source), str(ablated), "--recipe", str(recipe), "--directions", str(directions)),
-            (source, recipe, directions),
-            ablated,
-            ("--resume", "--overwrite"),
-        )
-    )
-    return stages
+        raise RecipeError(f"{recipe}: [directions] needs pairs, activations or directions to start from")
+    return [*captures, _directions(dumps, table, work / "directions.safetensors")]
 
 
-def _captures(settings: Mapping[str, Any], recipe: Path, source: Path, work: Path) -> list[Stage]:
+def _captures(table: Mapping[str, Any], recipe: Path, source: Path, work: Path) -> list[Stage]:
     """Returns a stage per file of pairs; that of a single one does not carry its name."""
-    pairs: Sequence[str] = settings["pairs"]
+    pairs: Sequence[str] = table["pairs"]
+    if len(pairs) == 1:
+        return [_capture(source, pairs[0], table, work / "activations.safetensors")]
     stems = [Path(file).stem for file in pairs]
-    stages = []
-    for file, stem in zip(pairs, stems, strict=True):
-        if [other.casefold() for other in stems].count(stem.casefold()) > 1:
+    folded = [stem.casefold() for stem in stems]
+    for stem in stems:
+        if folded.count(stem.casefold()) > 1:
             raise RecipeError(
                 f"{recipe}: [directions] pairs: two files are called {stem}, which is what their dumps would be called "
                 "by; rename one"
             )
-        name, dump = ("capture", "activations") if len(pairs) == 1 else (f"capture {stem}", f"activations-{stem}")
-        output = work / f"{dump}.safetensors"
-        options = as_flags({**settings, "pairs": file})
-        command = ("capture", str(source), str(output), *options)
-        stages.append(Stage(name, command, (source, Path(file)), output, ("--resume", "--overwrite")))
-    return stages
+    return [
+        _capture(source, file, table, work / f"activations-{stem}.safetensors", subject=stem)
+        for file, stem in zip(pairs, stems, strict=True)
+    ]
+
+
+def _capture(model: Path, pairs: str, table: Mapping[str, Any], dump: Path, subject: str = "") -> Stage:
+    settings = {key: value for key, value in table.items() if key not in _COMPUTED}
+    return Stage("capture", dump, subject, model=model, settings={**settings, "pairs": pairs})
+
+
+def _directions(dumps: Sequence[Path], table: Mapping[str, Any], output: Path) -> Stage:
+    settings = {key: value for key, value in table.items() if key in _COMPUTED}
+    return Stage("directions", output, activations=tuple(dumps), settings=settings)
+
+
+def _ablate(model: Path, recipe: Path, directions: Path, out: Path) -> Stage:
+    return Stage("ablate", out, model=model, recipe=recipe, directions=directions)
+
+
+def _finetune(model: Path, table: Mapping[str, Any], recipe: Path, adapter: Path) -> Stage:
+    if "data" not in table:
+        raise RecipeError(f"{recipe}: [lora] needs data, a file of instructions")
+    settings = {key: value for key, value in table.items() if key != "scale"}
+    return Stage("finetune", adapter, model=model, settings=settings)
+
+
+def _merge(model: Path, adapter: Path, table: Mapping[str, Any], out: Path) -> Stage:
+    settings = {key: value for key, value in table.items() if key == "scale"}
+    return Stage("merge", out, model=model, adapter=adapter, settings=settings)
+
+
+def _evaluate(
+    subject: str,
+    model: Path,
+    table: Mapping[str, Any],
+    work: Path,
+    *,
+    base: Path | None = None,
+    gated: Literal["ablate", "finetune"] | None = None,
+) -> Stage:
+    return Stage(
+        "evaluate",
+        work / f"{subject}.evaluation.json",
+        subject,
+        model=model,
+        base=base,
+        base_evaluation=None if base is None else work / "source.evaluation.json",
+        gated=gated,
+        settings=table,
+    )
 
 
 def run_stages(
@@ -217,9 +264,11 @@ def status_of(stages: Sequence[Stage], work: Path) -> tuple[Status, ...]:
 
 
 def as_flags(table: Mapping[str, Any]) -> tuple[str, ...]:
-    """Turns keys of a recipe into flags of a command."""
+    """Turns keys of a recipe into flags of a command; a key without a value gives none."""
     words: list[str] = []
     for key, value in table.items():
+        if value is None:
+            continue
         if value is True:
             words.append(f"--{key}")
         elif value is False:
@@ -229,7 +278,7 @@ def as_flags(table: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(words)
 
 
-def size_of(path: Path) -> int | None:
+def bytes_in(path: Path) -> int | None:
     """Returns the bytes of a file, or of the files in a folder; None if there is nothing."""
     files = _files(path)
     return sum(file.stat().st_size for file in files) if files else None
@@ -307,15 +356,6 @@ def _files(path: Path) -> list[Path]:
         return [path]
     found = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
     return sorted(file for file in found if file.is_file() and not is_report(file.relative_to(path).as_posix()))
-
-
-def _only(table: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: value for key, value in table.items() if key in keys}
-
-
-def _options(table: Mapping[str, Any], files: Sequence[str] = ()) -> tuple[tuple[str, ...], tuple[Path, ...]]:
-    """Returns the flags that keys stand for, and those among them that are files to read."""
-    return as_flags(table), tuple(Path(each) for key in files if key in table for each in _each(table[key]))
 
 
 def _each(value: Any) -> tuple[Any, ...]:
