@@ -186,7 +186,7 @@ class RowNorms(Passes):
             self.degenerate += piece.form.move(piece, basis, self.squares, self._gram, self._q, limits)
 
     def _close(self) -> list[Pass]:
-        """Find the matrices that must be probed: ``|U_i|`` is at least ``|1 - a|R_iᵀQ||``, which may decide."""
+        """Probe the matrices that the bound ``|U_i| >= |1 - a|R_iᵀQ||`` does not show float32 to be enough for."""
         self._keep_q()
         batch = self.batch
         along = batch.xp.sqrt(heights(batch.basis.double, self._gram, batch.xp))
@@ -195,7 +195,7 @@ class RowNorms(Passes):
         return [Pass(near, self._probe, self._close_probe)] if near else []
 
     def _probe(self, piece: Piece) -> None:
-        """Find the matrices that float32 is not accurate enough for."""
+        """Take ``QŴᵀ`` of each row, to find the matrices that float32 is not accurate enough for."""
         entries, span, batch = piece.entries, piece.span, self.batch
         squares, basis = self.squares[entries, span], batch.basis.double[..., span]
         dots = piece.row_sums(self._q.entries(entries), known=squares)
@@ -206,7 +206,7 @@ class RowNorms(Passes):
         return self._again(self._doubtful, [self._sums], (self.measure, self._keep_q))
 
     def _keep_q(self) -> list[Pass]:
-        """Keep ``Q`` as it was summed; no pass must follow."""
+        """Keep ``Q`` and ``Q Qᵀ`` for the apply pass; no other pass is needed."""
         self._gram = _gram(self._sums_of_q, self.batch.arrays)
         self._q = self.batch.pair(self.batch.arrays.clone(self._sums_of_q))
         return []
@@ -287,7 +287,7 @@ class TransposedRowNorms(_StoredInColumns):
 
 
 def passes_of(options: ProjectOptions) -> type[Passes]:
-    """Return the row of the table."""
+    """Return the class that is the row of the table for how a matrix is stored and which norms are kept."""
     stored_as = "[d, n]" if options.axis == -2 else "[n, d]"
     return {
         ("[d, n]", "columns"): ColumnNorms,
