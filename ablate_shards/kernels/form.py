@@ -1,13 +1,26 @@
-"""What a form of the ablation's arithmetic must do, and what all of them agree on."""
+"""What a form of the ablation's arithmetic must do, and how float64 stands in where its float32 sums fail."""
 
 from collections.abc import Callable, Container
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-__all__ = ["GROUP_ROWS", "HIGH", "LOW", "Arithmetic", "Array", "Arrays", "extremes", "in_range"]
+__all__ = [
+    "GROUP_ROWS",
+    "HIGH",
+    "LOW",
+    "Arithmetic",
+    "Array",
+    "Arrays",
+    "Limits",
+    "Pair",
+    "Piece",
+    "extremes",
+    "in_range",
+]
 
 Array: TypeAlias = Any
 """A NumPy array or a torch tensor. What is written once for both keeps to what both understand alike."""
@@ -17,6 +30,14 @@ LOW, HIGH = 1e-30, 1e30
 
 GROUP_ROWS = 128
 """Rows that one float32 reduction down a column covers at most."""
+
+
+class Limits(NamedTuple):
+    """The coefficient, and up to which amplification of its rounding and up to which norm float32 is trusted."""
+
+    coefficient: float
+    amplification: float
+    largest_norm: float
 
 
 class Arithmetic(Protocol):
@@ -70,6 +91,31 @@ class Arithmetic(Protocol):
             column_factor: ``[1 or matrices, k, cols]``.
         """
 
+    def mix(self, piece: "Piece", basis: Array, squares: Array, into: Array) -> None:
+        """Take the squared norms of rows, and with them what is added up along the directions.
+
+        Args:
+            piece: The rows; what follows is of the whole batch.
+            basis: ``[k, rows]`` float64.
+            squares: Where the squared norms go, ``[matrices, rows]`` float64.
+            into: What to add to, float64: ``R W`` ``[matrices, k, cols]``, or ``[matrices, 2k, cols]`` with ``Q``.
+        """
+
+    def move(self, piece: "Piece", basis: Array, squares: Array, gram: Array, mixed: "Pair", limits: Limits) -> int:
+        """Ablate rows and keep their norms.
+
+        Args:
+            piece: The rows; what follows is of the whole batch.
+            basis: ``[k, rows]`` float64.
+            squares: Squared norms ``[matrices, rows]``, float64.
+            gram: ``Q Qᵀ``, ``[matrices, k, k]`` float64.
+            mixed: ``Q``, ``[matrices, k, cols]``.
+            limits: The coefficient, and where float64 takes over.
+
+        Returns:
+            How many rows were too close to the directions to be rescaled.
+        """
+
 
 class Arrays(Protocol):
     """Where blocks and sums live: in NumPy arrays, or in torch tensors of a device.
@@ -114,6 +160,131 @@ class Arrays(Protocol):
 
     def quiet(self) -> AbstractContextManager[object]:
         """Turn off warnings of values that become NaN or infinite: they are looked for afterwards."""
+
+
+class Pair(NamedTuple):
+    """Factors ``[1 or matrices, k, length]`` in both precisions."""
+
+    single: Array
+    double: Array
+
+    @classmethod
+    def rounded(cls, double: Array, arrays: Arrays) -> "Pair":
+        """Return float64 factors, and what float32 makes of them."""
+        return cls(arrays.single(double), double)
+
+    def of(self, form: Arithmetic) -> Array:
+        """Return them in the precision of a form."""
+        return self.double if form.is_double else self.single
+
+    def part(self, span: slice) -> "Pair":
+        """Return a part of their length."""
+        return Pair(self.single[..., span], self.double[..., span])
+
+    def entries(self, entries: slice) -> "Pair":
+        """Return those of some matrices."""
+        return self if len(self.double) == 1 else Pair(self.single[entries], self.double[entries])
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some rows of some matrices of a batch; chunks whose float32 sums cannot be trusted are summed in float64.
+
+    Attributes:
+        form: What computes it.
+        exact: The same in float64.
+        guarded: Whether the sums of ``form`` may fail: not in float64, nor in float32 of what is stored as float16.
+        arrays: Where its sums live.
+        chunk_rows: Rows of a chunk.
+        entries: Which matrices.
+        span: Which of their rows; they begin at a chunk.
+        view: Where to write, ``[matrices, rows, cols]``.
+        source: What to read: the view, or a copy of it.
+    """
+
+    form: Arithmetic
+    exact: Arithmetic
+    guarded: bool
+    arrays: Arrays
+    chunk_rows: int
+    entries: slice
+    span: slice
+    view: Array
+    source: Array
+
+    def row_sums(self, weights: Pair | None, *, squares: bool = False, known: Array | None = None) -> Array:
+        """Reduce along each row, as :meth:`Arithmetic.rows` does.
+
+        Args:
+            weights: ``[1 or matrices, k, cols]``.
+            squares: Whether the squared norms of the rows are wanted.
+            known: These norms ``[matrices, rows]``, where they are known already.
+        """
+        sums = self.form.rows(self.source, weights and weights.of(self.form), squares=squares)
+        if not self.guarded:
+            return sums
+        if squares:
+            known = sums[:, -1]
+        elif known is None:
+            # Products alone: only their overflow shows, and only it matters.
+            known = 1 + self.arrays.xp.amax(abs(sums), 1)
+        for entry, chunk in self._unsafe(known):
+            chosen = weights and weights.entries(slice(entry, entry + 1))
+            exact = self.chunk(entry, chunk).row_sums(chosen, squares=squares)
+            sums[entry, :, self._rows_of(chunk)] = exact[0]
+        return sums
+
+    def add_columns(
+        self, weights: Pair | None, into: Array, *, squares: bool = False, known: Array | None = None
+    ) -> None:
+        """Reduce along each column and add to ``into``, as :meth:`Arithmetic.add_columns` does.
+
+        Args:
+            weights: ``[1 or matrices, k, rows]``.
+            into: ``[matrices, k (+ 1), cols]`` float64.
+            squares: Whether the squared norms of the columns are wanted.
+            known: Squared norms of the rows ``[matrices, rows]``; without either, float32 is trusted.
+        """
+
+        def repair(entry: int, chunk: int) -> Array:
+            chosen = weights and weights.entries(slice(entry, entry + 1)).part(self._rows_of(chunk))
+            sums = self.arrays.zeros(1, *into.shape[1:])
+            self.chunk(entry, chunk).add_columns(chosen, sums, squares=squares)
+            return sums[0]
+
+        unsafe: list[tuple[int, int]] | None = []
+        if self.guarded and squares:
+            unsafe = None
+        elif self.guarded and known is not None:
+            unsafe = self._unsafe(known)
+        chosen = weights and weights.of(self.form)
+        self.form.add_columns(self.source, chosen, into, squares=squares, unsafe=unsafe, repair=repair)
+
+    def chunks_with(self, mask: Array) -> list[tuple[int, int]]:
+        """Return matrix and chunk of the rows that a mask ``[matrices, rows]`` marks."""
+        return sorted({(entry, row // self.chunk_rows) for entry, row in self.arrays.xp.argwhere(mask).tolist()})
+
+    def chunk(self, entry: int, chunk: int) -> "Piece":
+        """Return one chunk, for float64."""
+        rows, first = self._rows_of(chunk), self.entries.start + entry
+        view, source = (block[entry : entry + 1, rows] for block in (self.view, self.source))
+        start = self.span.start + rows.start
+        return replace(
+            self,
+            form=self.exact,
+            guarded=False,
+            entries=slice(first, first + 1),
+            span=slice(start, start + view.shape[1]),
+            view=view,
+            source=source,
+        )
+
+    def _unsafe(self, squares: Array) -> list[tuple[int, int]]:
+        """Matrix and chunk of the rows ``[matrices, rows]`` whose squares are out of float32's range."""
+        return [] if in_range(squares) else self.chunks_with(~((squares > LOW) & (squares < HIGH)))
+
+    def _rows_of(self, chunk: int) -> slice:
+        return slice(chunk * self.chunk_rows, (chunk + 1) * self.chunk_rows)
 
 
 def extremes(values: Array) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from ablate_shards.errors import DirectionsError, PlanError
 from ablate_shards.kernels import reference
 from ablate_shards.kernels.ablate import resident
 from ablate_shards.kernels.ablate.memory import project, project_vector, stream, vector_component
-from ablate_shards.kernels.ablate.options import ProjectOptions, merge, norm_drift
+from ablate_shards.kernels.ablate.options import Measure, ProjectOptions, norm_drift
 from ablate_shards.kernels.ablate.project import Meter, Projector, Workspace
 from ablate_shards.kernels.ablate.resident import Ablation, project_
 from ablate_shards.kernels.choose import choose_form
@@ -590,7 +590,7 @@ class TestDeterminism:
             assert other.before().component == measure.component
         parts = [run(weight[entry : entry + 1], basis, options, form=form) for entry in range(3)]
         assert torch.equal(torch.cat([part for part, _ in parts]), whole)
-        joined = merge([single.before() for _, single in parts])
+        joined = Measure.pooled([single.before() for _, single in parts])
         assert joined.component == measure.component
         assert np.array_equal(joined.norms, measure.norms)
         torch.set_num_threads(2)

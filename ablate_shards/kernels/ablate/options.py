@@ -16,7 +16,6 @@ __all__ = [
     "ProjectOptions",
     "ProjectReport",
     "check_fit",
-    "merge",
     "norm_drift",
     "orthonormal",
 ]
@@ -71,6 +70,20 @@ class Measure:
     along: tuple[float, ...]
     total: tuple[float, ...]
 
+    @classmethod
+    def pooled(cls, measures: "Iterable[Measure]") -> "Measure":
+        """Return the measure of several batches together, such as one per expert.
+
+        Args:
+            measures: At least one, all with equally many vectors.
+        """
+        parts = list(measures)
+        return cls(
+            norms=np.concatenate([part.norms for part in parts]),
+            along=tuple(value for part in parts for value in part.along),
+            total=tuple(value for part in parts for value in part.total),
+        )
+
     @property
     def component(self) -> float:
         """Norm of the component along the directions, relative to the norm; 0 for a zero matrix."""
@@ -93,20 +106,6 @@ class ProjectReport:
     after: Measure
     drift: float
     degenerate: int
-
-
-def merge(measures: Iterable[Measure]) -> Measure:
-    """Join the measures of several batches, such as one per expert, into that of all of them.
-
-    Args:
-        measures: At least one, all with equally many vectors.
-    """
-    parts = list(measures)
-    return Measure(
-        norms=np.concatenate([part.norms for part in parts]),
-        along=tuple(value for part in parts for value in part.along),
-        total=tuple(value for part in parts for value in part.total),
-    )
 
 
 def orthonormal(basis: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ablate_shards.kernels.ablate.stepwise import Stepwise
 from ablate_shards.kernels.form import GROUP_ROWS, Arithmetic, in_range
 
 __all__ = ["DTYPES", "TorchArrays", "TorchForm"]
@@ -23,7 +24,7 @@ ALIGNED = 16
 """Elements in a cache line; what a product reads starts on one, wherever its block starts."""
 
 
-class TorchForm:
+class TorchForm(Stepwise):
     """Chunk arithmetic in one precision, over scratch memory that is allocated once.
 
     Blocks are ``[matrices, rows, cols]`` in the storage dtype and start at a chunk; :class:`Arithmetic` says what the

@@ -20,6 +20,7 @@ from torch.cuda import device_of
 from triton import knobs
 
 from ablate_shards.kernels.ablate.project_torch import TorchArrays
+from ablate_shards.kernels.ablate.stepwise import Stepwise
 from ablate_shards.kernels.form import HIGH, LOW, Arithmetic, in_range
 
 __all__ = ["TritonArrays", "TritonForm"]
@@ -205,7 +206,7 @@ def update_kernel(
     tl.store(out_tile, b_x.to(out_ptr.dtype.element_ty), mask=m_tile)
 
 
-class TritonForm:
+class TritonForm(Stepwise):
     """The same sums and update as :class:`TorchForm` in float32, for many matrices and chunks at a time."""
 
     is_double = False

@@ -27,13 +27,19 @@ enum { WIDTH = 8 };
 enum { WIDTH = 4 };
 #endif
 
-/* Columns of a strip, which stays in the first-level cache with its factors and sums; rows added at once, and in all
-   in float32 before the sums go on in float64; sums down the columns taken at once; sums along a row, columns taken at
-   once, and vectors of each half of these. */
-enum { STRIP = 512, ROWS = 4, GROUP = 32, LINES = 4, LANES = 16, PAIR = 2 * LANES, VECTORS = LANES / WIDTH };
-/* Sums along a row of a dump, vectors of them, and the bytes by which rows are fetched ahead of their use; columns of a
-   merge looked at together. */
-enum { EIGHT = 8, EIGHTS = 2 * EIGHT / WIDTH, AHEAD = 2048, PIECE = 64 };
+enum {
+    STRIP = 512,                /* columns taken together, which stay in the first-level cache with factors and sums */
+    ROWS = 4,                   /* rows added at once */
+    GROUP = 32,                 /* rows added in float32 before the sums go on in float64 */
+    LINES = 4,                  /* sums down the columns taken at once */
+    LANES = 16,                 /* sums along a row taken side by side */
+    PAIR = 2 * LANES,           /* columns taken at once */
+    VECTORS = LANES / WIDTH,    /* vectors of each half of a PAIR */
+    EIGHT = 8,                  /* sums along a row of a dump, in float64 */
+    EIGHTS = 2 * EIGHT / WIDTH, /* vectors of these */
+    AHEAD = 2048,               /* bytes by which rows of a dump are fetched ahead of their use */
+    PIECE = 64,                 /* columns of a merge looked at together */
+};
 
 /* Squared norms between which float32 sums neither underflow nor overflow: form.py. */
 #define LOW 1e-30

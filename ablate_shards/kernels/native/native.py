@@ -15,7 +15,7 @@ from types import ModuleType
 import numpy as np
 
 from ablate_shards.kernels.codecs.plain import STORED
-from ablate_shards.kernels.form import in_range
+from ablate_shards.kernels.form import Limits, Pair, Piece, in_range
 
 __all__ = [
     "LIBRARY",
@@ -310,55 +310,28 @@ class NativeForm:
         """Return scratch memory for ``lines`` factors of each column, laid out as the library wants it."""
         return np.empty((lines, _whole_pairs(block)), self._precision)
 
-    def mix(self, block: np.ndarray, basis: np.ndarray, first: int, squares: np.ndarray, into: np.ndarray) -> None:
-        """Take the squared norms of rows, and with them what is added up along the directions.
-
-        Args:
-            block: ``[matrices, rows, cols]``, as stored.
-            basis: ``[k, all rows]`` float64.
-            first: The block's first row.
-            squares: Where the squared norms go, ``[matrices, all rows]`` float64.
-            into: What to add to, float64: ``R W`` ``[matrices, k, cols]``, or ``[matrices, 2k, cols]`` with ``Q``.
-        """
+    def mix(self, piece: Piece, basis: np.ndarray, squares: np.ndarray, into: np.ndarray) -> None:
+        """Take the squared norms of rows, and with them what is added up along the directions."""
         count, rows = basis.shape
+        first, squares, into = 8 * piece.span.start, squares[piece.entries], into[piece.entries]
         self._mix(
-            *_described(block), self._chunk_rows, self.is_double, basis.ctypes.data + 8 * first, rows, count,
-            into.shape[1] > count, squares.ctypes.data + 8 * first, into.ctypes.data,
+            *_described(piece.source), self._chunk_rows, self.is_double, basis.ctypes.data + first, rows, count,
+            into.shape[1] > count, squares.ctypes.data + first, into.ctypes.data,
         )  # fmt: skip
 
     def move(
-        self,
-        block: np.ndarray,
-        basis: np.ndarray,
-        first: int,
-        squares: np.ndarray,
-        gram: np.ndarray,
-        mixed: tuple[np.ndarray, np.ndarray],
-        limits: tuple[float, float, float],
+        self, piece: Piece, basis: np.ndarray, squares: np.ndarray, gram: np.ndarray, mixed: Pair, limits: Limits
     ) -> int:
-        """Ablate rows in place and keep their norms.
-
-        Args:
-            block: ``[matrices, rows, cols]``, as stored.
-            basis: ``[k, all rows]`` float64.
-            first: The block's first row.
-            squares: Squared norms ``[matrices, all rows]``, float64.
-            gram: ``Q Qᵀ``, ``[matrices, k, k]`` float64.
-            mixed: ``Q`` ``[matrices, k, cols]`` in float32 and in float64.
-            limits: The coefficient, and up to which amplification and norm float32 is trusted.
-
-        Returns:
-            How many rows were too close to the directions to be rescaled.
-        """
+        """Ablate rows and keep their norms; return how many were too close to the directions to be rescaled."""
         count, rows = basis.shape
-        at = 8 * first
-        single, double = mixed
-        scratch = np.empty((2 * count, _whole_pairs(block)))
+        first, squares, gram = 8 * piece.span.start, squares[piece.entries], gram[piece.entries]
+        single, double = mixed.entries(piece.entries)
+        scratch = np.empty((2 * count, _whole_pairs(piece.view)))
         move = _Move(
-            rows, count, *limits, basis.ctypes.data + at, squares.ctypes.data + at, gram.ctypes.data,
+            rows, count, *limits, basis.ctypes.data + first, squares.ctypes.data + first, gram.ctypes.data,
             single.ctypes.data, double.ctypes.data, scratch.ctypes.data,
         )  # fmt: skip
-        return int(self._move(*_described(block), self.is_double, move))
+        return int(self._move(*_described(piece.view), self.is_double, move))
 
 
 class _Factors:

@@ -238,12 +238,12 @@ class Editor(BlockEditor[TensorEdit, TensorResult]):
 
     def result(self, edit: TensorEdit, measured: Sequence[Any], digest: str) -> TensorResult:
         """Returns what was measured of a tensor."""
-        from ablate_shards.kernels.ablate.options import merge, norm_drift
+        from ablate_shards.kernels.ablate.options import Measure, norm_drift
 
         if edit.kind == "bias":
             ((before, after),) = measured
             return TensorResult(before=before, after=after, norm_drift=None, degenerate=0, blake3=digest)
-        before, after = (merge(part[side] for part in measured) for side in (0, 1))
+        before, after = (Measure.pooled(part[side] for part in measured) for side in (0, 1))
         return TensorResult(
             before=before.component,
             after=after.component,
