@@ -87,7 +87,11 @@ def receipt_text(
                 {"name": name, "sha256": hashlib.sha256(_read(checkpoint, name)).hexdigest()}
                 for name in receipts_beside(checkpoint)
             ],
-            "adapter": {"name": adapter.path.resolve().name, "sha256": adapter.sha256, **adapter.config},
+            "adapter": {
+                "name": adapter.path.resolve().name,
+                "sha256": adapter.sha256,
+                **dataclasses.asdict(adapter.config),
+            },
             "scale": plan.scale,
             "device": dict(device),
             "tensors": [_record(edit, results[edit.name]) for edit in plan.edits],
