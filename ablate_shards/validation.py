@@ -4,9 +4,8 @@ import dataclasses
 import difflib
 import functools
 import json
-import re
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -40,12 +39,14 @@ def checked(content: Any, kind: type[_T], place: str = "", *, closed: Collection
     Raises:
         ValueError: Something does not fit, such as ``lora: rank: expected a positive integer, found 0``.
     """
-    if closed:
-        _refuse_unknown(content, kind, place, closed)
     try:
-        return msgspec.convert(content, kind)
+        value = msgspec.convert(content, kind)
     except msgspec.ValidationError as error:
-        raise ValueError(_sentence(str(error), content, kind, place)) from error
+        # Its own message shows neither the value nor the keys of mappings.
+        raise ValueError(next(_faults(content, kind, place, closed), _misfit(content, kind, place))) from error
+    if closed and (fault := next(_faults(content, kind, place, closed), None)):
+        raise ValueError(fault)
+    return value
 
 
 def unknown(key: str, known: Iterable[str], what: str = "key") -> str:
@@ -62,52 +63,46 @@ def shown(value: Any) -> str:
     return text if text == plain else f"half a character ({plain})"
 
 
-def _sentence(said: str, content: Any, kind: Any, place: str) -> str:
-    """Says what does not fit; of msgspec's message it takes the path, such as ``$.tensors[2][...]``."""
-    match = re.fullmatch(r".* - at `(?P<key>key` in `)?\$(?P<path>.*)`", said, re.DOTALL)
-    for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", match["path"] if match else ""):
-        step: Any = int(index) if index.isdigit() else name or _unfit(content.items(), 1, _parts(kind)[1])
-        content, kind, place = content[step], _inner(kind, step), _joined(place, step)
-    if match and match["key"]:
-        kind = _parts(kind)[0]
-        content = _unfit(content.items(), 0, kind)
-    if _fields(_holder(kind)) and isinstance(content, dict):
-        fault = f"expected {_missing(content, kind)}, found only {', '.join(content) or 'an empty object'}"
-    else:
-        fault = f"expected {_expected(kind)}, found {shown(content)}"
-    return _joined(place, fault)
-
-
-def _unfit(members: Iterable[tuple[str, Any]], which: Literal[0, 1], kind: Any) -> str:
-    """Returns the key of the first member whose key or value does not fit, which msgspec does not name."""
-    for member in members:
-        try:
-            msgspec.convert(member[which], kind)
-        except msgspec.ValidationError:
-            return member[0]
-    raise LookupError("all members fit")
-
-
-def _missing(content: Mapping[str, Any], kind: Any) -> str:
-    required = [
-        field.name
-        for field in dataclasses.fields(_holder(kind))
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    return " and ".join(name for name in required if name not in content)
-
-
-def _refuse_unknown(content: Any, kind: Any, place: str, closed: Collection[type]) -> None:
+def _faults(content: Any, kind: Any, place: str, closed: Collection[type]) -> Iterator[str]:
+    """Yields a sentence on each part of the content that does not fit."""
     holder = _holder(kind)
-    steps: Iterable[Any] = ()
-    if (known := _fields(holder)) and isinstance(content, dict):
-        steps = [key for key in content if key in known]
-        if holder in closed and (odd := [key for key in content if key not in known]):
-            raise ValueError(_joined(place, unknown(odd[0], known)))
-    elif get_origin(holder) in (list, tuple) and isinstance(content, list):
-        steps = range(len(content))
-    for step in steps:
-        _refuse_unknown(content[step], _inner(holder, step), _joined(place, step), closed)
+    origin, kinds = get_origin(holder), [part for part in get_args(holder) if part is not ...]
+    parts: Iterable[tuple[str | int, Any, Any]] = ()
+    if (fields := _fields(holder)) and isinstance(content, dict):
+        if holder in closed and (odd := [key for key in content if key not in fields]):
+            yield _joined(place, unknown(odd[0], fields))
+        if missing := [name for name in _required(holder) if name not in content]:
+            found = ", ".join(content) or "an empty object"
+            yield _joined(place, f"expected {' and '.join(missing)}, found only {found}")
+        parts = [(name, content[name], fields[name]) for name in fields if name in content]
+    elif origin in (dict, Mapping) and isinstance(content, dict):
+        for key in content:
+            yield from _faults(key, kinds[0], place, closed)
+        parts = [(key, value, kinds[1]) for key, value in content.items()]
+    elif origin in (list, tuple) and isinstance(content, list) and (len(kinds) < 2 or len(kinds) == len(content)):
+        parts = [(index, value, kinds[index % len(kinds)]) for index, value in enumerate(content)]
+    elif not _fits(content, kind):
+        yield _misfit(content, kind, place)
+    for step, value, inner in parts:
+        yield from _faults(value, inner, _joined(place, step), closed)
+
+
+def _fits(content: Any, kind: Any) -> bool:
+    try:
+        msgspec.convert(content, kind)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+def _misfit(content: Any, kind: Any, place: str) -> str:
+    return _joined(place, f"expected {_expected(kind)}, found {shown(content)}")
+
+
+def _joined(place: str, more: str | int) -> str:
+    if isinstance(more, int):
+        return f"{place}[{more}]"
+    return f"{place}: {more}" if place else more
 
 
 def _holder(kind: Any) -> Any:
@@ -116,31 +111,20 @@ def _holder(kind: Any) -> Any:
         return _holder(get_args(kind)[0])
     if get_origin(kind) in (Union, UnionType):
         members = [_holder(member) for member in get_args(kind)]
-        return next((one for one in members if dataclasses.is_dataclass(one) or get_origin(one)), members[0])
+        return next((each for each in members if _fields(each) or get_origin(each)), members[0])
     return kind
 
 
 @functools.cache
-def _fields(kind: Any) -> Mapping[Any, Any]:
+def _fields(kind: Any) -> Mapping[str, Any]:
     """Returns the types of a dataclass's fields; other types have none."""
     return get_type_hints(kind, include_extras=True) if dataclasses.is_dataclass(kind) else {}
 
 
-def _parts(kind: Any) -> list[Any]:
-    return [part for part in get_args(_holder(kind)) if part is not ...]
-
-
-def _inner(kind: Any, step: str | int) -> Any:
-    """Returns the type of what lies in a dataclass, a mapping or a list."""
-    if fields := _fields(_holder(kind)):
-        return fields[step]
-    return _parts(kind)[1] if isinstance(step, str) else _parts(kind)[min(step, len(_parts(kind)) - 1)]
-
-
-def _joined(place: str, more: str | int) -> str:
-    if isinstance(more, int):
-        return f"{place}[{more}]"
-    return f"{place}: {more}" if place else more
+@functools.cache
+def _required(kind: Any) -> tuple[str, ...]:
+    missing = dataclasses.MISSING
+    return tuple(field.name for field in dataclasses.fields(kind) if field.default is field.default_factory is missing)
 
 
 def _expected(kind: Any) -> str:
@@ -151,6 +135,6 @@ def _expected(kind: Any) -> str:
         return f"one of {', '.join(map(str, parts))}"
     if origin in (Union, UnionType):
         return " or ".join(map(_expected, parts))
-    if origin is tuple and ... not in parts:
-        return f"a list of {len(parts)}"
-    return "a list" if origin in (list, tuple) else _WORDS.get(kind, "an object")
+    if origin in (list, tuple):
+        return f"a list of {len(parts)}" if len(parts) > 1 and ... not in parts else "a list"
+    return _WORDS.get(kind, "an object")

@@ -72,8 +72,12 @@ class LoraSettings:
     r: _Rank = 8
     lora_alpha: _Number = 8
     use_rslora: bool = False
-    rank_pattern: Mapping[str, _Rank] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, _Number] = field(default_factory=dict)
+    rank_pattern: Annotated[Mapping[str, _Rank], Meta(description="positive integers by pattern")] = field(
+        default_factory=dict
+    )
+    alpha_pattern: Annotated[Mapping[str, _Number], Meta(description="finite numbers by pattern")] = field(
+        default_factory=dict
+    )
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     target_parameters: Annotated[tuple[str, ...], Meta(description="a list of names")] = ()
