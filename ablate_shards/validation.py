@@ -20,7 +20,7 @@ Finite = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info
 #: Not blank, and without halves of characters, which JSON can spell and no file takes.
 Text = Annotated[str, msgspec.Meta(pattern=r"\A(?=[\s\S]*\S)[^\ud800-\udfff]*\Z", description="text")]
 
-_WORDS = {str: "text", bool: "true or false", int: "an integer", float: "a number", type(None): "null"}
+_WORDS = {str: "text", bool: "true or false", int: "an integer", float: "a number"}
 _SHOWN = 40
 
 
@@ -84,7 +84,8 @@ def _faults(content: Any, kind: Any, place: str, closed: Collection[type]) -> It
     elif not _fits(content, kind):
         yield _misfit(content, kind, place)
     for step, value, inner in parts:
-        yield from _faults(value, inner, _joined(place, step), closed)
+        if closed or not _fits(value, inner):
+            yield from _faults(value, inner, _joined(place, step), closed)
 
 
 def _fits(content: Any, kind: Any) -> bool:
@@ -134,7 +135,7 @@ def _expected(kind: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, parts))}"
     if origin in (Union, UnionType):
-        return " or ".join(map(_expected, parts))
+        return " or ".join(_expected(part) for part in parts if part is not type(None))
     if origin in (list, tuple):
         return f"a list of {len(parts)}" if len(parts) > 1 and ... not in parts else "a list"
     return _WORDS.get(kind, "an object")

@@ -25,13 +25,14 @@ from ablate_shards.validation import Finite, checked
 __all__ = [
     "FORMAT",
     "Receipt",
-    "Source",
     "TensorResult",
     "copied_files",
+    "headers_of",
     "incomplete",
     "load",
     "read_receipt",
     "receipt_text",
+    "revision_of",
     "seal",
     "source_record",
     "with_range",
@@ -60,35 +61,13 @@ class TensorResult:
 
 
 @dataclass(frozen=True, slots=True)
-class SourceShard:
-    """A shard of the source as a receipt names it."""
-
+class _Shard:
     name: str
     header_sha256: str
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """The source as a receipt names it.
-
-    Attributes:
-        shards: Its shards.
-        revision: Its commit, None where it has no history.
-    """
-
-    shards: tuple[SourceShard, ...]
-    revision: str | None = None
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """Digests of the shards' headers, by shard."""
-        return {shard.name: shard.header_sha256 for shard in self.shards}
-
-
-@dataclass(frozen=True, slots=True)
 class _Array:
-    """A matrix, its float32 numbers in base64."""
-
     shape: tuple[int, int]
     float32: str
 
@@ -162,17 +141,14 @@ def read_receipt(folder: Path | Files) -> Receipt:
     """
     content, altered = load(folder, RECEIPT_NAME, FORMAT)
     try:
-        source = checked(content["source"], Source, "source")
         records = content["tensors"]
-        edits = checked(
-            [{**with_range(record), "basis": record} for record in records], tuple[TensorEdit, ...], "tensors"
-        )
+        edits = checked([with_range(record, basis=record) for record in records], tuple[TensorEdit, ...], "tensors")
         results = checked(records, tuple[TensorResult, ...], "tensors")
         if len({edit.name for edit in edits}) < len(edits):
             raise ValueError("records a tensor twice")
         return Receipt(
-            revision=source.revision,
-            shards=source.headers,
+            revision=revision_of(content),
+            shards=headers_of(content),
             copied=copied_files(content),
             edits=edits,
             results={edit.name: result for edit, result in zip(edits, results, strict=True)},
@@ -217,15 +193,27 @@ def incomplete(folder: Path | Files, name: str, error: Exception) -> VerifyError
     return VerifyError(f"{path}: not a complete receipt ({error}); it was changed after it was written")
 
 
+def revision_of(content: Mapping[str, Any]) -> str | None:
+    """Returns the commit of the source that a receipt names, None where it names none."""
+    source = content["source"]
+    return checked(source["revision"], str, "source: revision") if "revision" in source else None
+
+
+def headers_of(content: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the digests of the source's headers that a receipt names, by shard."""
+    shards = checked(content["source"]["shards"], tuple[_Shard, ...], "source: shards")
+    return {shard.name: shard.header_sha256 for shard in shards}
+
+
 def copied_files(content: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the files that a receipt says were copied beside the shards."""
     return checked(content["files"]["copied"], tuple[str, ...], "files: copied")
 
 
-def with_range(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a tensor's record with its ``bytes`` as ``start`` and ``end``, which edits call them."""
+def with_range(record: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Returns a tensor's record with its ``bytes`` as ``start`` and ``end``, as the plan calls them, and with more."""
     start, end = record["bytes"]
-    return {**record, "start": start, "end": end}
+    return {**record, "start": start, "end": end, **more}
 
 
 def source_record(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.files import Files
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 from ablate_shards.surgery.edit.receipt import (
-    Source,
     copied_files,
+    headers_of,
     incomplete,
     load,
+    revision_of,
     seal,
     source_record,
     with_range,
@@ -145,15 +146,14 @@ def read_merge_receipt(folder: Path | Files) -> MergeReceipt:
     """
     content, altered = load(folder, MERGE_RECEIPT_NAME, MERGE_FORMAT)
     try:
-        source = checked(content["source"], Source, "source")
         records = content["tensors"]
         tensors = checked([with_range(record) for record in records], tuple[TensorInfo, ...], "tensors")
         results = checked(records, tuple[MergeResult, ...], "tensors")
         if len({tensor.name for tensor in tensors}) < len(tensors):
             raise ValueError("records a tensor twice")
         return MergeReceipt(
-            revision=source.revision,
-            shards=source.headers,
+            revision=revision_of(content),
+            shards=headers_of(content),
             copied=copied_files(content),
             adapter_sha256=checked(content["adapter"]["sha256"], str, "adapter: sha256"),
             scale=checked(content["scale"], Finite, "scale"),
