@@ -285,7 +285,7 @@ def test_a_state_that_cannot_be_read_is_an_error(place):
         ('[directions]\npairs = ["a/topic.jsonl", "b/Topic.jsonl"]\n', "two files are called topic"),
         ('[directions]\npairs = ["topic.jsonl", "topic.jsonl"]\n', "pairs: names a file twice"),
         ("[directions]\npairs = []\n", r"pairs: expected a path or a list of paths, found \[\]"),
-        ('[directions]\npairs = ["a.jsonl", 1]\n', r'expected a path or a list of paths, found \["a.jsonl", 1\]'),
+        ('[directions]\npairs = ["a.jsonl", 1]\n', r"\[directions\] pairs\[1\]: expected a path, found 1"),
         ('[directions]\ndirections = "d.gguf"\nwithout = "o.gguf"\n', "without is about pairs or activations"),
         ("[lora]\nrnak = 4\n", "the nearest known one is 'rank'"),
     ],

@@ -3,11 +3,14 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta
 
 from ablate_shards.errors import DirectionsError
 from ablate_shards.surgery.directions.vectors import (
+    LARGEST,
     NOTHING_LEFT,
     orthogonal_to,
     orthonormal,
@@ -21,6 +24,8 @@ __all__ = ["Directions", "LayerScore", "apply_gain", "biproject", "score_row", "
 
 #: Where in the stack the best layer is looked for, as a share of the last layer's index.
 _MIDDLE = (0.4, 0.9)
+
+_Score = Annotated[float, Meta(ge=-LARGEST, le=LARGEST, description="a finite number")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +45,13 @@ class LayerScore:
     """
 
     layer: int
-    cosine: float
-    contrast: float
-    purity: float
-    signal_to_noise: float | None = None
-    auc: float | None = None
-    split_half: float | None = None
-    left: float | None = None
+    cosine: _Score
+    contrast: _Score
+    purity: _Score
+    signal_to_noise: _Score | None = None
+    auc: _Score | None = None
+    split_half: _Score | None = None
+    left: _Score | None = None
 
 
 @dataclass(frozen=True)

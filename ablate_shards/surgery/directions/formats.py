@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from ablate_shards.surgery.directions.activations import (
 from ablate_shards.surgery.directions.directions import Directions, LayerScore, score_by_means, score_table
 from ablate_shards.surgery.directions.vectors import LARGEST, NOTHING_LEFT, orthonormal, smallest_singular_value, unit
 from ablate_shards.surgery.machine.files import write_safetensors
+from ablate_shards.validation import checked
 
 __all__ = ["DIRECTIONS_FORMAT", "read_directions", "write_directions"]
 
@@ -96,24 +96,14 @@ def _read_own(path: Path) -> Directions:
 
 def _read_scores(path: Path, text: str, layers: Mapping[int, Any]) -> dict[int, LayerScore]:
     try:
-        scores = [LayerScore(**row) for row in json.loads(text)]
-    except (ValueError, TypeError, RecursionError) as error:
-        raise DirectionsError(f"{path}: the scores in its metadata cannot be read; compute it again") from error
-    numbers = [item for item in fields(LayerScore) if item.name != "layer"]
-    for score in scores:
-        values = [(getattr(score, item.name), item.default is MISSING) for item in numbers]
-        if (
-            type(score.layer) is not int
-            or score.layer not in layers
-            or not all(_is_number(value) or (value is None and not needed) for value, needed in values)
-        ):
-            raise DirectionsError(f"{path}: its scores do not fit its layers or are not numbers; compute it again")
+        scores = checked(json.loads(text), tuple[LayerScore, ...], "scores", closed=(LayerScore,))
+        if odd := [score.layer for score in scores if score.layer not in layers]:
+            raise ValueError(f"expected scores of its own layers, found one of layer {odd[0]}")
+    except (ValueError, RecursionError) as error:
+        raise DirectionsError(
+            f"{path}: the scores in its metadata cannot be read ({error}); compute it again"
+        ) from error
     return {score.layer: score for score in scores}
-
-
-def _is_number(value: object) -> bool:
-    # A bound rather than a look for infinities, since an integer may be too long for a float.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _read_measurements(path: Path) -> Directions:

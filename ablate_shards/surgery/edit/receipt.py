@@ -4,11 +4,10 @@ import base64
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -18,29 +17,28 @@ from ablate_shards.names import RECEIPT_NAME
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.files import Files, Folder
 from ablate_shards.surgery.directions.directions import Directions
-from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit
+from ablate_shards.surgery.plan.edits import TensorEdit
 from ablate_shards.surgery.plan.plan import Plan
-from ablate_shards.surgery.plan.recipe import COMPONENTS, PRESERVE, AblateOptions
+from ablate_shards.surgery.plan.recipe import AblateOptions
+from ablate_shards.validation import Finite, checked
 
 __all__ = [
     "FORMAT",
     "Receipt",
     "TensorResult",
+    "copied_files",
+    "headers_of",
     "incomplete",
-    "items",
     "load",
-    "number",
     "read_receipt",
     "receipt_text",
     "revision_of",
     "seal",
     "source_record",
-    "typed",
+    "with_range",
 ]
 
 FORMAT = "ablate-shards.receipt/1"
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +53,23 @@ class TensorResult:
         blake3: Digest of the tensor's bytes in the output.
     """
 
-    before: float
-    after: float
-    norm_drift: float | None
+    before: Finite
+    after: Finite
+    norm_drift: Finite | None
     degenerate: int
     blake3: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    name: str
+    header_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Array:
+    shape: tuple[int, int]
+    float32: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,28 +141,25 @@ def read_receipt(folder: Path | Files) -> Receipt:
     """
     content, altered = load(folder, RECEIPT_NAME, FORMAT)
     try:
-        shards = {
-            typed(entry, "name", str): typed(entry, "header_sha256", str) for entry in content["source"]["shards"]
-        }
-        edits = tuple(_edit(record) for record in content["tensors"])
-        results = {edit.name: _result(record) for edit, record in zip(edits, content["tensors"], strict=True)}
-        if len(results) < len(edits):
+        records = content["tensors"]
+        edits = checked([with_range(record, basis=record) for record in records], tuple[TensorEdit, ...], "tensors")
+        results = checked(records, tuple[TensorResult, ...], "tensors")
+        if len({edit.name for edit in edits}) < len(edits):
             raise ValueError("records a tensor twice")
-        receipt = Receipt(
+        return Receipt(
             revision=revision_of(content),
-            shards=shards,
-            copied=items(content["files"], "copied", str),
+            shards=headers_of(content),
+            copied=copied_files(content),
             edits=edits,
-            results=results,
+            results={edit.name: result for edit, result in zip(edits, results, strict=True)},
             directions=Directions(
                 basis=_decode(content["directions"]["basis"]),
                 reference={layer: array[0] for layer, array in _decode(content["directions"]["reference"]).items()},
             ),
             altered=altered,
         )
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise incomplete(folder, RECEIPT_NAME, error) from error
-    return receipt
 
 
 def load(folder: Path | Files, name: str, expected: str) -> tuple[dict[str, Any], bool]:
@@ -187,12 +194,26 @@ def incomplete(folder: Path | Files, name: str, error: Exception) -> VerifyError
 
 
 def revision_of(content: Mapping[str, Any]) -> str | None:
-    """Returns the commit of the source that a receipt names, None where it names none.
+    """Returns the commit of the source that a receipt names, None where it names none."""
+    source = content["source"]
+    return checked(source["revision"], str, "source: revision") if "revision" in source else None
 
-    Raises:
-        TypeError: What it names is no text.
-    """
-    return typed(content["source"], "revision", str) if "revision" in content["source"] else None
+
+def headers_of(content: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the digests of the source's headers that a receipt names, by shard."""
+    shards = checked(content["source"]["shards"], tuple[_Shard, ...], "source: shards")
+    return {shard.name: shard.header_sha256 for shard in shards}
+
+
+def copied_files(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the files that a receipt says were copied beside the shards."""
+    return checked(content["files"]["copied"], tuple[str, ...], "files: copied")
+
+
+def with_range(record: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Returns a tensor's record with its ``bytes`` as ``start`` and ``end``, as the plan calls them, and with more."""
+    start, end = record["bytes"]
+    return {**record, "start": start, "end": end, **more}
 
 
 def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -261,72 +282,6 @@ def _record(edit: TensorEdit, result: TensorResult) -> dict[str, Any]:
     }
 
 
-def _edit(record: Mapping[str, Any]) -> TensorEdit:
-    start, end = items(record, "bytes", int)
-    return TensorEdit(
-        name=typed(record, "name", str),
-        shard=typed(record, "shard", str),
-        dtype=typed(record, "dtype", str),
-        shape=items(record, "shape", int),
-        start=start,
-        end=end,
-        axis=typed(record, "axis", int),
-        kind=_one_of(record, "kind", ("weight", "bias")),
-        layer=None if record["layer"] is None else typed(record, "layer", int),
-        component=_one_of(record, "component", COMPONENTS),
-        mtp=typed(record, "mtp", bool),
-        coefficient=number(record, "coefficient"),
-        preserve=_one_of(record, "preserve", PRESERVE),
-        basis=BasisKey(
-            source_layer=typed(record, "source_layer", int),
-            references=items(record, "references", int),
-            gain=None if record["gain"] is None else typed(record, "gain", str),
-            gain_offset=number(record, "gain_offset"),
-        ),
-    )
-
-
-def _result(record: Mapping[str, Any]) -> TensorResult:
-    return TensorResult(
-        before=number(record, "before"),
-        after=number(record, "after"),
-        norm_drift=None if record["norm_drift"] is None else number(record, "norm_drift"),
-        degenerate=typed(record, "degenerate", int),
-        blake3=typed(record, "blake3", str),
-    )
-
-
-def typed(record: Mapping[str, Any], key: str, kind: type[_T]) -> _T:
-    """Returns what a record holds under a key, checked to be of a type."""
-    return _of_type(record[key], key, kind)
-
-
-def items(record: Mapping[str, Any], key: str, kind: type[_T]) -> tuple[_T, ...]:
-    """Returns the list that a record holds under a key, each item checked to be of a type."""
-    return tuple(_of_type(item, key, kind) for item in typed(record, key, list))
-
-
-def _of_type(value: object, key: str, kind: type[_T]) -> _T:
-    # To Python a bool is an int as well.
-    if not isinstance(value, kind) or type(value) is not kind:
-        raise TypeError(f"{key}: expected {kind.__name__}, found {type(value).__name__}")
-    return value
-
-
-def number(record: Mapping[str, Any], key: str) -> float:
-    """Returns what a record holds under a key, checked to be a finite number."""
-    value = record[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{key}: expected a finite number")
-    return float(value)
-
-
-def _one_of(record: Mapping[str, Any], key: str, choices: tuple[_T, ...]) -> _T:
-    if record[key] not in choices:
-        raise ValueError(f"{key}: expected one of {', '.join(map(str, choices))}")
-    return choices[choices.index(record[key])]
-
-
 def _encode(arrays: Mapping[int, np.ndarray], layers: set[int]) -> dict[str, Any]:
     return {
         str(layer): {
@@ -337,11 +292,11 @@ def _encode(arrays: Mapping[int, np.ndarray], layers: set[int]) -> dict[str, Any
     }
 
 
-def _decode(entries: Mapping[str, Any]) -> dict[int, np.ndarray]:
+def _decode(entries: Any) -> dict[int, np.ndarray]:
     arrays = {}
-    for layer, entry in entries.items():
-        rows, columns = items(entry, "shape", int)
-        array = np.frombuffer(base64.b64decode(typed(entry, "float32", str), validate=True), "<f4")
+    for layer, entry in checked(entries, dict[str, _Array], "directions").items():
+        array = np.frombuffer(base64.b64decode(entry.float32, validate=True), "<f4")
+        rows, columns = entry.shape
         if min(rows, columns) < 1 or rows * columns != array.size or not np.isfinite(array).all():
             raise ValueError(f"layer {layer!r}: expected finite numbers, as many as its shape says")
         arrays[int(layer)] = array.reshape(rows, columns)

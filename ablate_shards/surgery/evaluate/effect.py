@@ -3,6 +3,9 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
+
+from msgspec import Meta
 
 from ablate_shards.surgery.evaluate.evaluation import Answer, Evaluation, said
 from ablate_shards.surgery.evaluate.statistics import Paired, paired
@@ -14,6 +17,9 @@ __all__ = ["Limits", "effect", "faults"]
 _SURE = 0.05
 #: Share of answers cut off above which their verdicts are of beginnings.
 _MOST_CUT = 0.1
+
+
+_Limit = Annotated[float, Meta(ge=0, description="a number from 0")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +34,11 @@ class Limits:
         detached: Most that the share of answers to contested questions without a word of their question may grow by.
     """
 
-    broken: float = 0.1
-    controls: float = 0.5
-    kl: float = 0.5
-    distinct: float = 0.5
-    detached: float = 0.25
+    broken: _Limit = 0.1
+    controls: _Limit = 0.5
+    kl: _Limit = 0.5
+    distinct: _Limit = 0.5
+    detached: _Limit = 0.25
 
 
 def faults(found: Evaluation, limits: Limits) -> tuple[str, ...]:

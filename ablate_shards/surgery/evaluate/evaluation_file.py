@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from ablate_shards import __version__
 from ablate_shards.errors import EvaluateError
@@ -19,19 +19,17 @@ from ablate_shards.surgery.evaluate.evaluation import (
     Text,
     compare,
 )
-from ablate_shards.surgery.evaluate.likelihood import Divergence, Perplexity
+from ablate_shards.surgery.evaluate.likelihood import Divergence
 from ablate_shards.surgery.evaluate.statistics import Mean, Ratio
 from ablate_shards.surgery.evaluate.tasks import TaskScore
 from ablate_shards.surgery.machine.files import write_whole
-from ablate_shards.surgery.model.samples import Group, Side, Verdict
+from ablate_shards.surgery.model.samples import Group
+from ablate_shards.validation import checked
 
 __all__ = ["FORMAT", "evaluation_text", "read_evaluation", "write_evaluation"]
 
 FORMAT = "ablate-shards.evaluation/2"
 
-_VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-_GROUPS: tuple[Group, ...] = get_args(Group)
-_SIDES: tuple[Side, ...] = get_args(Side)
 _MANNERS = ("broken", "cut", "lost_in_thought", "distinct", "detached")
 
 
@@ -178,59 +176,31 @@ def _read(content: Mapping[str, Any]) -> Evaluation:
     text, judge, inner = content["perplexity"], content["judge"], content.get("base")
     base = None if inner is None else _read(inner)
     evaluation = Evaluation(
-        model=Model(**content["model"]),
+        model=checked(content["model"], Model, "model", closed=(Model,)),
         options=dict(content["options"]),
         versions=dict(content["versions"]),
-        questions=str(content["questions"]["sha256"]),
-        answers=tuple(_read_answer(record) for record in content["answers"]),
-        leans=tuple(_read_lean(record) for record in content["leans"]),
+        questions=checked(content["questions"]["sha256"], str, "questions: sha256"),
+        answers=checked(content["answers"], tuple[Answer, ...], "answers", closed=(Answer,)),
+        leans=checked(content["leans"], tuple[Lean, ...], "leans"),
         text=None if text is None else _read_text(text),
-        tasks=tuple(_read_score(record) for record in content["tasks"]),
-        judge=None if judge is None else str(judge["model"]),
+        tasks=checked(content["tasks"], tuple[TaskScore, ...], "tasks", closed=(TaskScore,)),
+        judge=None if judge is None else checked(judge["model"], str, "judge: model"),
         base=base,
     )
     if base is None:
         return evaluation
     moved = content["comparison"]["divergence"]
-    divergence = None
-    if moved is not None:
-        first, tokens = moved["first"], moved["tokens"]
-        divergence = Divergence(float(first["mean"]), float(tokens["mean"]), int(first["count"]), int(tokens["count"]))
-    comparison = dataclasses.replace(
-        compare(evaluation, base, divergence), notes=tuple(map(str, content["comparison"]["notes"]))
-    )
-    return dataclasses.replace(evaluation, comparison=comparison)
+    notes = checked(content["comparison"]["notes"], tuple[str, ...], "comparison: notes")
+    comparison = compare(evaluation, base, None if moved is None else _read_divergence(moved))
+    return dataclasses.replace(evaluation, comparison=dataclasses.replace(comparison, notes=notes))
 
 
-def _read_text(text: Mapping[str, Any]) -> Text:
-    nats = text["nats"]
-    found = None if nats is None else Perplexity(float(nats), int(text["tokens"]))
-    return Text(str(text["name"]), str(text["sha256"]), found)
+def _read_text(record: Mapping[str, Any]) -> Text:
+    perplexity = None if record["nats"] is None else record
+    return checked({**record, "perplexity": perplexity}, Text, "perplexity")
 
 
-def _read_score(record: Mapping[str, Any]) -> TaskScore:
-    low, high = map(float, record["interval"])
-    return TaskScore(**{**record, "interval": (low, high), "samples": tuple(map(float, record["samples"]))})
-
-
-def _read_lean(record: Mapping[str, Any]) -> Lean:
-    values = {str(side): float(value) for side, value in record["slanted"].items()}
-    lean = Lean(str(record["id"]), str(record["language"]), record["group"], float(record["neutral"]), values)
-    if lean.group not in _GROUPS:
-        raise ValueError(f"{lean.id}: unknown group")
-    return lean
-
-
-def _read_answer(record: Mapping[str, Any]) -> Answer:
-    answer = Answer(**{**record, "accepted": tuple(record["accepted"])})
-    for name in ("id", "language", "prompt", "text", "because"):
-        if not isinstance(getattr(answer, name), str):
-            raise TypeError(f"an answer's {name} is no text")
-    for name in ("system", "raw", "said"):
-        if not isinstance(getattr(answer, name), str | None):
-            raise TypeError(f"an answer's {name} is no text")
-    if answer.group not in _GROUPS or answer.verdict not in _VERDICTS or answer.judged not in (None, *_VERDICTS):
-        raise ValueError(f"{answer.id}: unknown group or verdict")
-    if answer.side not in (None, *_SIDES):
-        raise ValueError(f"{answer.id}: unknown side")
-    return answer
+def _read_divergence(record: Mapping[str, Any]) -> Divergence:
+    first, tokens = record["first"], record["tokens"]
+    means = {"first": first["mean"], "tokens": tokens["mean"]}
+    return checked({**means, "prompts": first["count"], "count": tokens["count"]}, Divergence, "comparison: divergence")

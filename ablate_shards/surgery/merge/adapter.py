@@ -4,19 +4,21 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from msgspec import Meta
 
 from ablate_shards.errors import AdapterError, CheckpointError
 from ablate_shards.kernels.codecs.plain import STORED, decoded
 from ablate_shards.names import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo, read_header
+from ablate_shards.validation import Finite, checked
 
-__all__ = ["Adapter", "LowRank", "read_adapter"]
+__all__ = ["Adapter", "LoraSettings", "LowRank", "read_adapter"]
 
 _ROOT = "base_model.model."
 _FACTOR = re.compile(
@@ -56,6 +58,30 @@ _TRAINING_ONLY = {"velora_config"}
 #: Initialisations that leave the base as it is; the others subtract from it what they start with.
 _PLAIN_INITIALISATIONS = {True, False, None, "gaussian", "eva", "orthogonal", "mica"}
 
+#: The largest integer up to which a float holds every one.
+_EXACT = 2**53
+_Rank = Annotated[int, Meta(ge=1, le=_EXACT, description="a positive integer")]
+#: An integer stays one, as the receipt of a merge has it.
+_Number = Annotated[Annotated[int, Meta(ge=-_EXACT, le=_EXACT)] | Finite, Meta(description="a finite number")]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """What of ``adapter_config.json`` decides the result, under peft's names."""
+
+    r: _Rank = 8
+    lora_alpha: _Number = 8
+    use_rslora: bool = False
+    rank_pattern: Annotated[Mapping[str, _Rank], Meta(description="positive integers by pattern")] = field(
+        default_factory=dict
+    )
+    alpha_pattern: Annotated[Mapping[str, _Number], Meta(description="finite numbers by pattern")] = field(
+        default_factory=dict
+    )
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    target_parameters: Annotated[tuple[str, ...], Meta(description="a list of names")] = ()
+
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
@@ -85,7 +111,7 @@ class Adapter:
     Attributes:
         path: The folder.
         sha256: Digest of the configuration and the weights.
-        config: What of ``adapter_config.json`` decides the result.
+        config: Its settings.
         tensors: What the weights file holds, by the names in it.
         updates: The low-rank updates.
         replaced: Whole parameters, from their path in the model to the tensor that replaces them.
@@ -95,7 +121,7 @@ class Adapter:
 
     path: Path
     sha256: str
-    config: Mapping[str, Any]
+    config: LoraSettings
     tensors: Mapping[str, TensorInfo]
     updates: tuple[LowRank, ...]
     replaced: Mapping[str, str]
@@ -108,9 +134,9 @@ class Adapter:
         Raises:
             AdapterError: A pattern is not a regular expression.
         """
-        rank = self._by_pattern("rank_pattern", key, self.config["r"])
-        alpha = self._by_pattern("alpha_pattern", key, self.config["lora_alpha"])
-        return int(rank), alpha / (math.sqrt(rank) if self.config["use_rslora"] else rank)
+        rank = self._by_pattern("rank_pattern", key, self.config.r)
+        alpha = self._by_pattern("alpha_pattern", key, self.config.lora_alpha)
+        return int(rank), alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of one of its tensors."""
@@ -139,8 +165,8 @@ class Adapter:
             raise AdapterError(f"{self.path / WEIGHTS_NAME}: {name} holds NaN or infinite values; train it again")
         return values.reshape(info.shape) if count is None else values
 
-    def _by_pattern(self, which: str, key: str, default: float) -> float:
-        for pattern, value in self.config[which].items():
+    def _by_pattern(self, which: Literal["rank_pattern", "alpha_pattern"], key: str, default: float) -> float:
+        for pattern, value in getattr(self.config, which).items():
             try:
                 if re.match(rf"(.*\.)?({pattern})$", key):
                     return float(value)
@@ -208,7 +234,7 @@ def _object(path: Path, raw: bytes) -> dict[str, Any]:
     return content
 
 
-def _checked(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _checked(config: Mapping[str, Any], path: Path) -> LoraSettings:
     """Returns what decides the result, checked; refuses by name whatever is not plain LoRA."""
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -229,46 +255,14 @@ def _checked(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
             "again with path_initial_model_for_weight_conversion, which makes it a plain one"
         )
 
-    def take(key: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
-        value = config.get(key)
-        value = default if value is None else value
-        if not fits(value):
-            raise AdapterError(f"{path}: {key}: expected {expected}, found {value!r}")
-        return value
-
-    def pattern(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-        return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
-
-    return {
-        "r": take("r", 8, _is_rank, "a positive integer"),
-        "lora_alpha": take("lora_alpha", 8, _is_number, "a finite number"),
-        "use_rslora": take("use_rslora", False, _is_flag, "true or false"),  # noqa: FBT003 - a value, no argument
-        "rank_pattern": take("rank_pattern", {}, pattern(_is_rank), "positive integers by pattern"),
-        "alpha_pattern": take("alpha_pattern", {}, pattern(_is_number), "finite numbers by pattern"),
-        "fan_in_fan_out": take("fan_in_fan_out", False, _is_flag, "true or false"),  # noqa: FBT003
-        "bias": take("bias", "none", lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
-        "target_parameters": take("target_parameters", [], _are_names, "a list of names"),
-    }
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    try:
+        return checked({key: value for key, value in config.items() if value is not None}, LoraSettings)
+    except ValueError as error:
+        raise AdapterError(f"{path}: {error}") from error
 
 
 def _sort(
-    tensors: tuple[TensorInfo, ...], path: Path, config: Mapping[str, Any]
+    tensors: tuple[TensorInfo, ...], path: Path, config: LoraSettings
 ) -> tuple[tuple[LowRank, ...], dict[str, str], dict[str, str]]:
     """Sorts the tensors by what they do: factors of updates, replacements, copies of the base."""
     factors: dict[tuple[str, int, str], dict[str, str]] = {}
@@ -304,7 +298,7 @@ def _sort(
         if match := _NOT_PLAIN.search(inner):
             raise AdapterError(f"{path}: {name}: {match['what']} cannot be merged here; merge it with peft itself")
         if match := _BASE_COPY.fullmatch(inner):
-            trained = match["what"] == "bias" and config["bias"] != "none"
+            trained = match["what"] == "bias" and config.bias != "none"
             (replaced if trained else copies)[f"{match['module']}.{match['what']}"] = name
         else:
             replaced[inner] = name

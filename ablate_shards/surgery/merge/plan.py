@@ -214,7 +214,7 @@ class _Planner:
         if update.kind == "embedding":
             transposed = True
         elif outer == inner and tensor.shape == (outer, inner):
-            transposed = self._stored_as_conv1d(name, default=self._adapter.config["fan_in_fan_out"])
+            transposed = self._stored_as_conv1d(name, default=self._adapter.config.fan_in_fan_out)
         else:
             transposed = tensor.shape == (inner, outer)
         self._check_shape(update.up, (inner, outer) if transposed else (outer, inner), tensor)
@@ -226,7 +226,7 @@ class _Planner:
 
     def _of_parameters(self, module: str, updates: list[LowRank]) -> Iterator[MergeEdit]:
         """Plans the updates of a module whose parameters were wrapped one by one; shapes tell which is whose."""
-        targets = [target.rpartition(".") for target in self._adapter.config["target_parameters"]]
+        targets = [target.rpartition(".") for target in self._adapter.config.target_parameters]
         leaves = [
             leaf
             for parent, _, leaf in targets

@@ -13,9 +13,19 @@ from ablate_shards.names import MERGE_RECEIPT_NAME
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.files import Files
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
-from ablate_shards.surgery.edit.receipt import incomplete, items, load, number, revision_of, seal, source_record, typed
+from ablate_shards.surgery.edit.receipt import (
+    copied_files,
+    headers_of,
+    incomplete,
+    load,
+    revision_of,
+    seal,
+    source_record,
+    with_range,
+)
 from ablate_shards.surgery.merge.adapter import Adapter, read_adapter
 from ablate_shards.surgery.merge.plan import MergeEdit, MergePlan, receipts_beside
+from ablate_shards.validation import Finite, checked
 
 __all__ = ["MERGE_FORMAT", "MergeReceipt", "MergeResult", "read_merge_receipt"]
 
@@ -32,7 +42,7 @@ class MergeResult:
         blake3: Digest of the tensor's bytes in the output, as re-read from the written file.
     """
 
-    change: float | None
+    change: Finite | None
     blake3: str
 
 
@@ -87,7 +97,11 @@ def receipt_text(
                 {"name": name, "sha256": hashlib.sha256(_read(checkpoint, name)).hexdigest()}
                 for name in receipts_beside(checkpoint)
             ],
-            "adapter": {"name": adapter.path.resolve().name, "sha256": adapter.sha256, **adapter.config},
+            "adapter": {
+                "name": adapter.path.resolve().name,
+                "sha256": adapter.sha256,
+                **dataclasses.asdict(adapter.config),
+            },
             "scale": plan.scale,
             "device": dict(device),
             "tensors": [_record(edit, results[edit.name]) for edit in plan.edits],
@@ -133,38 +147,19 @@ def read_merge_receipt(folder: Path | Files) -> MergeReceipt:
     content, altered = load(folder, MERGE_RECEIPT_NAME, MERGE_FORMAT)
     try:
         records = content["tensors"]
-        tensors = [_tensor(record) for record in records]
+        tensors = checked([with_range(record) for record in records], tuple[TensorInfo, ...], "tensors")
+        results = checked(records, tuple[MergeResult, ...], "tensors")
         if len({tensor.name for tensor in tensors}) < len(tensors):
             raise ValueError("records a tensor twice")
         return MergeReceipt(
             revision=revision_of(content),
-            shards={
-                typed(entry, "name", str): typed(entry, "header_sha256", str) for entry in content["source"]["shards"]
-            },
-            copied=items(content["files"], "copied", str),
-            adapter_sha256=typed(content["adapter"], "sha256", str),
-            scale=number(content, "scale"),
+            shards=headers_of(content),
+            copied=copied_files(content),
+            adapter_sha256=checked(content["adapter"]["sha256"], str, "adapter: sha256"),
+            scale=checked(content["scale"], Finite, "scale"),
             tensors={tensor.name: tensor for tensor in tensors},
-            results={
-                tensor.name: MergeResult(
-                    change=None if record["change"] is None else number(record, "change"),
-                    blake3=typed(record, "blake3", str),
-                )
-                for tensor, record in zip(tensors, records, strict=True)
-            },
+            results={tensor.name: result for tensor, result in zip(tensors, results, strict=True)},
             altered=altered,
         )
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise incomplete(folder, MERGE_RECEIPT_NAME, error) from error
-
-
-def _tensor(record: Mapping[str, Any]) -> TensorInfo:
-    start, end = items(record, "bytes", int)
-    return TensorInfo(
-        name=typed(record, "name", str),
-        dtype=typed(record, "dtype", str),
-        shape=items(record, "shape", int),
-        shard=typed(record, "shard", str),
-        start=start,
-        end=end,
-    )

@@ -1,19 +1,22 @@
 """Reads prompt pairs, instructions and questions from JSON Lines, checked line by line."""
 
-import difflib
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Annotated, Any, Literal, Protocol, TypeVar
+
+from msgspec import Meta
 
 from ablate_shards.errors import SamplesError
+from ablate_shards.validation import Text, checked, shown
 
 __all__ = [
     "SIDES",
+    "Findable",
     "Group",
     "Instruction",
     "Kind",
@@ -28,7 +31,9 @@ __all__ = [
     "load_questions",
 ]
 
-Verdict = Literal["slanted", "neutral", "deflecting", "wrong", "broken", "unclear"]
+#: What a pattern can find; an answer is unclear where none does.
+Findable = Literal["slanted", "neutral", "deflecting", "wrong", "broken"]
+Verdict = Literal[Findable, "unclear"]
 Side = Literal["prc", "taiwan"]
 #: What the claims of each side are called.
 SIDES: Mapping[Any, str] = {"prc": "the PRC's claims", "taiwan": "Taiwan's independence"}
@@ -38,14 +43,17 @@ Group = Literal["core", "held-out", "related", "unrelated"]
 #: Stands for the language where a line names none, as BCP 47 has it.
 _UNDETERMINED = "und"
 
+_Id = Annotated[Text, Meta(description="text or a number")]
+_Texts = Annotated[tuple[Text, ...], Meta(description="a list of texts")]
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One exchange of a chat; without a response it ends where the model would answer."""
 
-    prompt: str
-    response: str | None = None
-    system: str | None = None
+    prompt: Text
+    response: Text | None = None
+    system: Text | None = None
 
     def messages(self) -> list[dict[str, str]]:
         """Returns the chat messages for a chat template: system if there is one, user, assistant if answered."""
@@ -64,10 +72,10 @@ class Pair:
         negative: The side it is compared with.
     """
 
-    id: str
-    language: str
-    positive: Turn
-    negative: Turn
+    id: _Id
+    language: Text
+    positive: Annotated[Turn, Meta(description="text, or an object with prompt")]
+    negative: Annotated[Turn, Meta(description="text, or an object with prompt")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +94,15 @@ class Instruction:
         rejected: A response to the same prompt that is to become less likely than ``response``.
     """
 
-    id: str
-    language: str
+    id: _Id
+    language: Text
     kind: Kind
-    prompt: str
-    response: str
-    system: str | None = None
-    sources: tuple[str, ...] = ()
-    as_of: str | None = None
-    rejected: str | None = None
+    prompt: Text
+    response: Text
+    system: Text | None = None
+    sources: _Texts = ()
+    as_of: Text | None = None
+    rejected: Text | None = None
 
     @property
     def turn(self) -> Turn:
@@ -112,13 +120,13 @@ class Rubric:
         markers: Whether the rules built into ``rubric.judge`` apply beside the patterns.
     """
 
-    slanted: str = ""
-    neutral: str = ""
-    deflecting: str = ""
-    wrong: str = ""
-    broken: str = ""
-    unclear: str = ""
-    patterns: Mapping[Verdict, tuple[str, ...]] = field(default_factory=dict)
+    slanted: Text = ""
+    neutral: Text = ""
+    deflecting: Text = ""
+    wrong: Text = ""
+    broken: Text = ""
+    unclear: Text = ""
+    patterns: Mapping[Findable, _Texts] = field(default_factory=dict)
     markers: bool = True
 
 
@@ -138,14 +146,14 @@ class Question:
             their side; empty, or both.
     """
 
-    id: str
-    language: str
+    id: _Id
+    language: Text
     group: Group
-    prompt: str
-    system: str | None = None
+    prompt: Text
+    system: Text | None = None
     rubric: Rubric | None = None
-    answers: tuple[str, ...] = ()
-    references: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    answers: _Texts = ()
+    references: Mapping[Text, _Texts] = field(default_factory=dict)
 
     @property
     def turn(self) -> Turn:
@@ -159,7 +167,6 @@ class _Identified(Protocol):
 
 
 _Sample = TypeVar("_Sample", bound=_Identified)
-_Read = TypeVar("_Read")
 
 
 def load_pairs(path: Path) -> tuple[Pair, ...]:
@@ -189,7 +196,7 @@ def load_pairs(path: Path) -> tuple[Pair, ...]:
                 "put them into files of their own"
             )
 
-    return _load(path, Pair, {}, {"positive": _turn, "negative": _turn, "language": _text}, check)
+    return _load(path, Pair, {}, check)
 
 
 def load_instructions(path: Path) -> tuple[Instruction, ...]:
@@ -198,21 +205,7 @@ def load_instructions(path: Path) -> tuple[Instruction, ...]:
     Raises:
         SamplesError: The file cannot be read, or a line is not an instruction.
     """
-    readers: Mapping[str, Callable[[Any], Any]] = {
-        "prompt": _text,
-        "response": _text,
-        "system": _optional_text,
-        "language": _text,
-        "kind": lambda value: _one_of(value, get_args(Kind)),
-        "sources": _texts,
-        "as_of": _date,
-        "rejected": _optional_text,
-    }
-    samples = _load(path, Instruction, {"kind": "general"}, readers)
-    for sample in samples:
-        if sample.rejected is not None and sample.rejected.strip() == sample.response.strip():
-            raise SamplesError(f"{path}, sample {sample.id}: response and rejected are the same; expected two answers")
-    return samples
+    return _load(path, Instruction, {"kind": "general"}, _check_instruction)
 
 
 def load_questions(path: Path) -> tuple[Question, ...]:
@@ -224,24 +217,11 @@ def load_questions(path: Path) -> tuple[Question, ...]:
     Raises:
         SamplesError: The file cannot be read, or a line is not a question.
     """
-    readers: Mapping[str, Callable[[Any], Any]] = {
-        "prompt": _text,
-        "system": _optional_text,
-        "language": _text,
-        "group": lambda value: _one_of(value, get_args(Group)),
-        "rubric": lambda value: None if value is None else _object(value, Rubric, _RUBRIC),
-        "answers": _texts,
-        "references": _references,
-    }
-    return _load(path, Question, {"group": "held-out"}, readers, _has_facts)
+    return _load(path, Question, {"group": "held-out"}, _check_question)
 
 
 def _load(
-    path: Path,
-    kind: type[_Sample],
-    defaults: Mapping[str, str],
-    readers: Mapping[str, Callable[[Any], Any]],
-    check: Callable[[_Sample], None] = lambda sample: None,
+    path: Path, kind: type[_Sample], defaults: Mapping[str, str], check: Callable[[_Sample], None]
 ) -> tuple[_Sample, ...]:
     try:
         # Not splitlines: U+2028 and its like may stand inside a JSON text.
@@ -261,8 +241,8 @@ def _load(
         try:
             content = json.loads(line, object_pairs_hook=_once)
             if isinstance(content, dict):
-                content = {"id": str(number), "language": _UNDETERMINED, **defaults, **content}
-            sample = _object(content, kind, {"id": _id, **readers})
+                content = _spelt_out({"id": number, "language": _UNDETERMINED, **defaults, **content})
+            sample = checked(content, kind, closed=(Pair, Turn, Instruction, Question, Rubric))
             check(sample)
         except (json.JSONDecodeError, RecursionError) as error:
             raise SamplesError(f"{where}: expected one JSON object a line, found text that is not JSON") from error
@@ -277,39 +257,15 @@ def _load(
     return tuple(samples)
 
 
-def _has_facts(question: Question) -> None:
-    """Raises ValueError where patterns judge the answers, but none says what shows that one is neutral."""
-    rubric = question.rubric
-    if rubric is None or question.answers or rubric.patterns.get("neutral"):
-        return
-    if rubric.patterns or not rubric.markers:
-        given = " and ".join(verdict for verdict, expressions in rubric.patterns.items() if expressions)
-        raise ValueError(
-            "rubric: patterns: expected some for neutral, the facts without which no answer counts as neutral, found "
-            f"{given or 'none'}; add them, or leave patterns and markers out"
-        )
+def _spelt_out(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a line with its number as text, and a side that is a prompt alone as an object."""
 
+    def spelt_out(key: str, value: Any) -> Any:
+        if key == "id" and type(value) is int:
+            return str(value)
+        return {"prompt": value} if key in ("positive", "negative") and isinstance(value, str) else value
 
-def _object(value: Any, kind: type[_Read], readers: Mapping[str, Callable[[Any], Any]]) -> _Read:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected an object, found {_shown(value)}")
-    values = {}
-    for key, content in value.items():
-        if key not in readers:
-            nearest = difflib.get_close_matches(key, readers, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown key {key!r}; the nearest known one is {nearest!r}")
-        try:
-            values[key] = readers[key](content)
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from error
-    required = [
-        each.name
-        for each in fields(kind)  # type: ignore[arg-type]  # every kind is a dataclass
-        if each.default is MISSING and each.default_factory is MISSING
-    ]
-    if missing := [name for name in required if name not in values]:
-        raise ValueError(f"expected {' and '.join(missing)}, found only {', '.join(value) or 'an empty object'}")
-    return kind(**values)
+    return {key: spelt_out(key, value) for key, value in content.items()}
 
 
 def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -319,108 +275,51 @@ def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(members)
 
 
-def _turn(value: Any) -> Turn:
-    if isinstance(value, dict):
-        return _object(value, Turn, {"prompt": _text, "response": _optional_text, "system": _optional_text})
-    return Turn(_text(value))
-
-
-def _id(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f"expected text or a number, found {_shown(value)}")
-    return _text(str(value))
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected text, found {_shown(value)}")
-    if not value.strip():
-        raise ValueError("expected text, found none")
+def _check_instruction(sample: Instruction) -> None:
     try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"expected text, found half a character ({value[:20]!a})") from None
-    return value
-
-
-def _optional_text(value: Any) -> str | None:
-    return None if value is None else _text(value)
-
-
-def _date(value: Any) -> str | None:
-    text = _optional_text(value)
-    try:
-        return text and date.fromisoformat(text).isoformat()
+        date.fromisoformat(sample.as_of or "2024-06-30")
     except ValueError as error:
-        raise ValueError(f"expected a date such as 2024-06-30, found {_shown(value)}") from error
+        raise ValueError(f"as_of: expected a date such as 2024-06-30, found {shown(sample.as_of)}") from error
+    if sample.rejected is not None and sample.rejected.strip() == sample.response.strip():
+        raise ValueError("response and rejected are the same; expected two answers")
 
 
-def _texts(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise ValueError(f"expected a list of texts, found {_shown(value)}")
-    return tuple(_text(each) for each in value)
+def _check_question(question: Question) -> None:
+    if question.rubric is not None:
+        _check_patterns(question.rubric, control=bool(question.answers))
+    if question.references:
+        _check_references(question.references)
 
 
-def _references(value: Any) -> Mapping[str, tuple[str, ...]]:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected an object, found {_shown(value)}")
-    references: dict[str, tuple[str, ...]] = {}
-    for side, texts in value.items():
-        try:
-            references[_text(side)] = _texts(texts)
-        except ValueError as error:
-            raise ValueError(f"{side}: {error}") from error
-        if not texts:
-            raise ValueError(f"{side}: expected at least one answer, found none")
-    if "neutral" not in references or len(references) < 2:
-        found = " and ".join(references) or "none"
-        raise ValueError(
-            f"expected neutral answers and those of a side, such as prc, to compare them with, found {found}; add the "
-            "partner, or leave references out"
-        )
-    for side, texts in references.items():
-        for other, others in references.items():
-            if side < other and (same := set(texts) & set(others)):
-                raise ValueError(f"{_shown(min(same))} stands under {side} and {other}; expected different answers")
-    return references
-
-
-def _patterns(value: Any) -> Mapping[Verdict, tuple[str, ...]]:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected an object, found {_shown(value)}")
-    patterns: dict[Verdict, tuple[str, ...]] = {}
-    for verdict, expressions in value.items():
-        patterns[_one_of(verdict, _FOUND)] = _texts(expressions)
-        for expression in patterns[_one_of(verdict, _FOUND)]:
+def _check_patterns(rubric: Rubric, *, control: bool) -> None:
+    """Raises ValueError where patterns judge the answers, but none says what shows that one is neutral."""
+    for verdict, expressions in rubric.patterns.items():
+        for expression in expressions:
             try:
                 re.compile(expression)
             except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(f"{expression!r} is not a regular expression ({error})") from error
-    return patterns
+                raise ValueError(
+                    f"rubric: patterns: {verdict}: {expression!r} is not a regular expression ({error})"
+                ) from error
+    if not control and not rubric.patterns.get("neutral") and (rubric.patterns or not rubric.markers):
+        given = " and ".join(verdict for verdict, expressions in rubric.patterns.items() if expressions)
+        raise ValueError(
+            "rubric: patterns: expected some for neutral, the facts without which no answer counts as neutral, found "
+            f"{given or 'none'}; add them, or leave patterns and markers out"
+        )
 
 
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"expected true or false, found {_shown(value)}")
-    return value
-
-
-def _one_of(value: Any, allowed: tuple[Any, ...]) -> Any:
-    if value not in allowed:
-        raise ValueError(f"expected one of {', '.join(allowed)}, found {_shown(value)}")
-    return value
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else f"{text[:40]}…"
-
-
-#: What a pattern can find; an answer is unclear where none does.
-_FOUND = tuple(verdict for verdict in get_args(Verdict) if verdict != "unclear")
-
-_RUBRIC: Mapping[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(get_args(Verdict), _text),
-    "patterns": _patterns,
-    "markers": _flag,
-}
+def _check_references(references: Mapping[str, tuple[str, ...]]) -> None:
+    if "neutral" not in references or len(references) < 2:
+        raise ValueError(
+            "references: expected neutral answers and those of a side, such as prc, to compare them with, found "
+            f"{' and '.join(references)}; add the partner, or leave references out"
+        )
+    for side, texts in references.items():
+        if not texts:
+            raise ValueError(f"references: {side}: expected at least one answer, found none")
+        for other, others in references.items():
+            if side < other and (same := set(texts) & set(others)):
+                raise ValueError(
+                    f"references: {shown(min(same))} stands under {side} and {other}; expected different answers"
+                )

@@ -8,6 +8,7 @@ from typing import Literal, Protocol, TypeVar
 from ablate_shards.surgery.anatomy.architecture import Component
 from ablate_shards.surgery.checkpoint.headers import Shard
 from ablate_shards.surgery.plan.recipe import Preserve
+from ablate_shards.validation import Finite
 
 __all__ = ["BasisKey", "Edit", "Skip", "TensorEdit", "by_shard", "untouched"]
 
@@ -57,7 +58,7 @@ class BasisKey:
     source_layer: int
     references: tuple[int, ...]
     gain: str | None
-    gain_offset: float
+    gain_offset: Finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ class TensorEdit:
     layer: int | None
     component: Component
     mtp: bool
-    coefficient: float
+    coefficient: Finite
     preserve: Preserve
     basis: BasisKey
 

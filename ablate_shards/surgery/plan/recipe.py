@@ -1,20 +1,20 @@
 """Reads a recipe: the options of the command line as a TOML file, plus overrides and targets."""
 
-import difflib
-import json
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
+
+from msgspec import Meta
 
 from ablate_shards.errors import RecipeError
 from ablate_shards.surgery.anatomy.architecture import Component, Target
+from ablate_shards.validation import checked, unknown
 
 __all__ = [
     "COMPONENTS",
-    "PRESERVE",
     "TABLES",
     "AblateOptions",
     "Override",
@@ -28,136 +28,60 @@ __all__ = [
     "read_recipe",
 ]
 
+_Item = TypeVar("_Item")
+
 Preserve = Literal["rows", "columns", "none"]
 SourceLayer = Literal["best", "own"] | int
 
 COMPONENTS: tuple[Component, ...] = ("attention", "mlp", "embedding")
-PRESERVE: tuple[Preserve, ...] = ("rows", "columns", "none")
+
+_Switch = bool
+_Word = str | int | float
+_Value = Annotated[_Word | list[_Word], Meta(description="a value")]
+_File = Annotated[str, Meta(description="a path")]
+_Files = Annotated[_File | Annotated[list[_File], Meta(min_length=1)], Meta(description="a path or a list of paths")]
 
 #: What of ``[directions]`` concerns ``capture`` alone.
 _CAPTURE = frozenset({"pairs", "position", "plain", "batch", "dtype", "offload", "device", "memory"})
 
-#: The recipe's tables and their keys; each key is the long name of a flag or argument.
-TABLES: Mapping[str, frozenset[str]] = {
-    "source": frozenset({"source", "out", "work"}),
-    "directions": frozenset({"directions", "activations", "estimator", "rank", "winsorize", "without", *_CAPTURE}),
-    "ablate": frozenset(
-        {
-            "layers",
-            "components",
-            "coefficient",
-            "preserve",
-            "biproject",
-            "source-layer",
-            "mtp",
-            "device",
-            "memory",
-            "jobs",
-            "cache",
-            "private",
-            "link",
-            "sync",
-            "dry-run",
-            "resume",
-            "overwrite",
-        }
-    ),
-    "lora": frozenset(
-        {
-            "data",
-            "rank",
-            "alpha",
-            "dropout",
-            "targets",
-            "epochs",
-            "learning-rate",
-            "length",
-            "batch",
-            "accumulate",
-            "seed",
-            "evaluation-share",
-            "rslora",
-            "gradient-checkpointing",
-            "keep",
-            "keep-weight",
-            "keep-length",
-            "beta",
-            "prefer-weight",
-            "patience",
-            "dtype",
-            "device",
-            "scale",
-        }
-    ),
-    "evaluate": frozenset(
-        {
-            "questions",
-            "text",
-            "batch",
-            "device",
-            "dtype",
-            "length",
-            "thinking",
-            "endpoint",
-            "endpoint-model",
-            "judge",
-            "judge-model",
-            "timeout",
-            "perplexity",
-            "divergence",
-            "lean",
-            "thoughts",
-            "tasks",
-            "task-limit",
-            "task-chat",
-        }
-    ),
-    "gate": frozenset({"gate", "broken", "controls", "kl", "distinct", "detached"}),
-    "publish": frozenset({"repo", "private", "create-pr", "revision", "message", "base-model", "card", "replace"}),
+#: The recipe's tables, and what their keys hold; each key is the long name of a flag or argument.
+TABLES: Mapping[str, Mapping[str, Any]] = {
+    "source": dict.fromkeys(("source", "out", "work"), _File),
+    "directions": {
+        **dict.fromkeys(("directions", "activations"), _File),
+        **dict.fromkeys(("pairs", "without"), _Files),
+        **dict.fromkeys(("estimator", "rank", "winsorize"), _Value),
+        **dict.fromkeys(("position", "batch", "dtype", "offload", "device", "memory"), _Value),
+        "plain": _Switch,
+    },
+    "ablate": {
+        **dict.fromkeys(("layers", "components", "coefficient", "preserve", "source-layer", "mtp"), _Value),
+        **dict.fromkeys(("device", "memory", "jobs"), _Value),
+        **dict.fromkeys(("biproject", "cache", "private", "link", "sync", "dry-run", "resume", "overwrite"), _Switch),
+    },
+    "lora": {
+        **dict.fromkeys(("data", "keep"), _File),
+        **dict.fromkeys(("rank", "alpha", "dropout", "targets", "epochs", "learning-rate", "length", "batch"), _Value),
+        **dict.fromkeys(("accumulate", "seed", "evaluation-share", "keep-weight", "keep-length", "beta"), _Value),
+        **dict.fromkeys(("prefer-weight", "patience", "dtype", "device", "scale"), _Value),
+        **dict.fromkeys(("rslora", "gradient-checkpointing"), _Switch),
+    },
+    "evaluate": {
+        **dict.fromkeys(("questions", "text"), _File),
+        **dict.fromkeys(("batch", "device", "dtype", "length", "endpoint", "endpoint-model", "judge"), _Value),
+        **dict.fromkeys(("judge-model", "timeout", "thoughts", "tasks", "task-limit"), _Value),
+        **dict.fromkeys(("thinking", "perplexity", "divergence", "lean", "task-chat"), _Switch),
+    },
+    "gate": {**dict.fromkeys(("broken", "controls", "kl", "distinct", "detached"), _Value), "gate": _Switch},
+    "publish": {
+        **dict.fromkeys(("repo", "revision", "message", "base-model"), _Value),
+        **dict.fromkeys(("private", "create-pr", "replace"), _Switch),
+        "card": _File,
+    },
 }
 _EDIT_TABLES = ("source", "directions", "ablate")
-_PATHS = frozenset(
-    {
-        "source",
-        "out",
-        "work",
-        "directions",
-        "activations",
-        "pairs",
-        "without",
-        "data",
-        "keep",
-        "questions",
-        "text",
-        "card",
-    }
-)
-#: Those that may be lists.
-_PATH_LISTS = frozenset({"pairs", "without"})
-_SWITCHES = frozenset(
-    {
-        "biproject",
-        "link",
-        "sync",
-        "dry-run",
-        "resume",
-        "overwrite",
-        "plain",
-        "rslora",
-        "gradient-checkpointing",
-        "thinking",
-        "perplexity",
-        "divergence",
-        "lean",
-        "task-chat",
-        "gate",
-        "private",
-        "create-pr",
-        "replace",
-        "cache",
-    }
-)
-_LISTS = frozenset({"override", "target"})
+#: The lists of tables in ``[ablate]``.
+_LISTS = ("override", "target")
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,39 +241,22 @@ def read_recipe(path: Path) -> Recipe:
     overrides: list[Override] = []
     targets: list[Target] = []
     for table, entries in content.items():
-        _known(path, "table", table, TABLES)
+        if table not in TABLES:
+            raise RecipeError(f"{path}: {unknown(table, TABLES, 'table:')}")
         if not isinstance(entries, dict):
             raise RecipeError(f"{path}: {table}: expected a table, found {entries!r}")
-        flags: dict[str, Any] = {}
-        tables[table] = flags
+        flags = tables[table] = {}
         for raw_key, value in entries.items():
             key = raw_key.replace("_", "-")
             if table == "ablate" and key in _LISTS:
                 if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
                     raise RecipeError(f"{path}: write {key} as [[ablate.{key}]]")
-                for item in value:
-                    if key == "override":
-                        overrides.append(_override(path, item))
-                    else:
-                        targets.append(_target(path, item))
+                if key == "override":
+                    overrides += [_read_item(path, key, item, Override) for item in value]
+                else:
+                    targets += [_read_item(path, key, item, Target) for item in value]
                 continue
-            _known(path, f"key in [{table}]", key, TABLES[table] | (_LISTS if table == "ablate" else set()))
-            if isinstance(value, bool) != (key in _SWITCHES):
-                wanted = "true or false" if key in _SWITCHES else "a value"
-                raise RecipeError(f"{path}: [{table}] {key}: expected {wanted}, found {json.dumps(value)}")
-            if isinstance(value, dict):
-                raise RecipeError(f"{path}: [{table}] {key}: expected a value, found a table")
-            if key in _PATH_LISTS:
-                flags[key] = _paths(path, table, key, value)
-                continue
-            if key in _PATHS:
-                if not isinstance(value, str):
-                    raise RecipeError(f"{path}: [{table}] {key}: expected a path, found {value!r}")
-                value = _located(path, key, value)
-            if (table, key) == ("evaluate", "tasks"):
-                names = value if isinstance(value, list) else str(value).split(",")
-                value = [str(path.parent / name) if _is_file_of_tasks(name) else name for name in map(str, names)]
-            flags[key] = ",".join(map(str, value)) if isinstance(value, list) else value
+            flags[key] = _read_flag(path, table, key, value)
     made = tables.get("directions", {})
     if "without" in made and "directions" in made:
         raise RecipeError(
@@ -359,15 +266,28 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe(tables, tuple(overrides), tuple(targets))
 
 
-def _paths(recipe: Path, table: str, key: str, value: Any) -> tuple[str, ...]:
-    """Returns one path or several, as they are from where the recipe lies."""
-    found = value if isinstance(value, list) else [value]
-    if not found or not all(isinstance(each, str) for each in found):
-        raise RecipeError(f"{recipe}: [{table}] {key}: expected a path or a list of paths, found {json.dumps(value)}")
-    paths = tuple(_located(recipe, key, each) for each in found)
-    if len(set(paths)) < len(paths):
-        raise RecipeError(f"{recipe}: [{table}] {key}: names a file twice; name each once")
-    return paths
+def _read_flag(recipe: Path, table: str, key: str, value: Any) -> Any:
+    """Returns a value as a user would type it; paths are as they are from where the recipe lies."""
+    known = TABLES[table]
+    if key not in known:
+        keys = (*known, *_LISTS) if table == "ablate" else known
+        raise RecipeError(f"{recipe}: {unknown(key, keys, f'key in [{table}]:')}")
+    where = f"[{table}] {key}"
+    try:
+        value = checked(value, known[key], where)
+    except ValueError as error:
+        raise RecipeError(f"{recipe}: {error}") from error
+    if known[key] is _File:
+        return _located(recipe, key, value)
+    if known[key] is _Files:
+        paths = tuple(_located(recipe, key, each) for each in (value if isinstance(value, list) else [value]))
+        if len(set(paths)) < len(paths):
+            raise RecipeError(f"{recipe}: {where}: names a file twice; name each once")
+        return paths
+    if (table, key) == ("evaluate", "tasks"):
+        names = value if isinstance(value, list) else str(value).split(",")
+        value = [str(recipe.parent / name) if _is_file_of_tasks(name) else name for name in map(str, names)]
+    return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _is_file_of_tasks(name: str) -> bool:
@@ -382,72 +302,24 @@ def _located(recipe: Path, key: str, value: str) -> str:
     return value if elsewhere or hub_id else str(path)
 
 
-def _override(path: Path, item: Mapping[str, Any]) -> Override:
-    where = f"{path}: [[ablate.override]]"
-    readers: Mapping[str, Callable[[Any], Any]] = {
-        "layers": parse_layers,
-        "components": parse_components,
-        "coefficient": _number,
-        "preserve": lambda value: _one_of(value, PRESERVE),
-        "biproject": _boolean,
-        "source-layer": parse_source_layer,
-    }
-    return Override(**_read_item(path, where, item, readers))
+#: How the keys of an override that may be written in several ways are read.
+_READERS: Mapping[str, Callable[[Any], Any]] = {
+    "layers": parse_layers,
+    "components": parse_components,
+    "source_layer": parse_source_layer,
+}
 
 
-def _target(path: Path, item: Mapping[str, Any]) -> Target:
-    where = f"{path}: [[ablate.target]]"
-    readers: Mapping[str, Callable[[Any], Any]] = {
-        "pattern": _text,
-        "component": lambda value: _one_of(value, COMPONENTS),
-        "axis": lambda value: _one_of(value, ("out", "in")),
-        "gain": _text,
-    }
-    values = _read_item(path, where, item, readers)
-    if missing := {"pattern", "component", "axis"} - values.keys():
-        raise RecipeError(f"{where}: needs {' and '.join(sorted(missing))}")
-    return Target(**values)
-
-
-def _read_item(
-    path: Path, where: str, item: Mapping[str, Any], readers: Mapping[str, Callable[[Any], Any]]
-) -> dict[str, Any]:
+def _read_item(path: Path, table: str, item: Mapping[str, Any], kind: type[_Item]) -> _Item:
+    where = f"{path}: [[ablate.{table}]]"
     values = {}
     for raw_key, value in item.items():
-        key = raw_key.replace("_", "-")
-        _known(path, f"key in {where.removeprefix(f'{path}: ')}", key, readers)
+        key = raw_key.replace("-", "_")
         try:
-            values[key.replace("-", "_")] = readers[key](value)
+            values[key] = _READERS[key](value) if key in _READERS else value
         except (TypeError, ValueError) as error:
-            raise RecipeError(f"{where} {key}: {error}") from error
-    return values
-
-
-def _known(path: Path, what: str, found: str, known: Mapping[str, Any] | frozenset[str]) -> None:
-    if found not in known:
-        nearest = difflib.get_close_matches(found, known, n=1, cutoff=0.0)[0]
-        raise RecipeError(f"{path}: unknown {what}: {found!r}; the nearest known one is {nearest!r}")
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"expected a number, found {value!r}")
-    return float(value)
-
-
-def _boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"expected true or false, found {value!r}")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected text, found {value!r}")
-    return value
-
-
-def _one_of(value: Any, allowed: Sequence[str]) -> Any:
-    if value not in allowed:
-        raise ValueError(f"expected one of {', '.join(allowed)}, found {value!r}")
-    return value
+            raise RecipeError(f"{where}: {raw_key}: {error}") from error
+    try:
+        return checked(values, kind, closed=(kind,))
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}") from error

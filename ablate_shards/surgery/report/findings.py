@@ -15,12 +15,13 @@ from ablate_shards.surgery.directions.activations import open_activations
 from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.directions.estimate import EstimatorOptions, compute_directions
 from ablate_shards.surgery.directions.formats import read_directions
-from ablate_shards.surgery.edit.receipt import FORMAT, Receipt, load, number, read_receipt
+from ablate_shards.surgery.edit.receipt import FORMAT, Receipt, load, read_receipt
 from ablate_shards.surgery.evaluate.evaluation import Evaluation
 from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
 from ablate_shards.surgery.merge.adapter import read_adapter
 from ablate_shards.surgery.merge.receipt import MERGE_FORMAT, MergeReceipt, read_merge_receipt
 from ablate_shards.surgery.report.projection import LayerProjection, project
+from ablate_shards.validation import Finite, checked
 
 __all__ = ["Ablation", "Findings", "Merging", "ReportOptions", "Training", "find_work", "gather"]
 
@@ -82,6 +83,18 @@ class Training:
     losses: tuple[tuple[float, float], ...]
     epochs: tuple[tuple[int, Mapping[str, float]], ...]
     content: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    epoch: Finite
+    loss: Finite
+
+
+@dataclass(frozen=True, slots=True)
+class _Epoch:
+    number: int
+    evaluation: Mapping[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -356,21 +369,19 @@ def _read_training(path: Path) -> Training:
             raise ReportError(
                 f"{path}: expected {_TRAINING_FORMAT}, found {content['format']!r}; use the version that wrote it"
             )
-        losses = tuple((number(entry, "epoch"), number(entry, "loss")) for entry in content["losses"])
-        epochs = tuple(
-            (int(entry["number"]), _finite(entry["evaluation"]))
-            for entry in content["epochs"]
-            if isinstance(entry["evaluation"], dict)
+        losses = checked(content["losses"], tuple[_Step, ...], "losses")
+        epochs = checked(content["epochs"], tuple[_Epoch, ...], "epochs")
+        return Training(
+            tuple((step.epoch, step.loss) for step in losses),
+            tuple((epoch.number, _finite(epoch.evaluation)) for epoch in epochs if epoch.evaluation is not None),
+            content,
         )
-        return Training(losses, epochs, content)
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise ReportError(f"{path}: not a complete {TRAINING_NAME} ({error}); it was changed afterwards") from error
 
 
-def _finite(losses: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        str(kind): float(loss) for kind, loss in losses.items() if isinstance(loss, int | float) and math.isfinite(loss)
-    }
+def _finite(losses: Mapping[str, float]) -> dict[str, float]:
+    return {kind: loss for kind, loss in losses.items() if math.isfinite(loss)}
 
 
 def _digest(path: Path) -> str:

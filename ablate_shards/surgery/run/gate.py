@@ -1,7 +1,6 @@
 """Ends a run after an edit that broke the model, before more is built on it."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from ablate_shards.errors import GateError, RecipeError
 from ablate_shards.surgery.evaluate.effect import Limits, effect, faults
 from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
 from ablate_shards.surgery.run.stages import Stage
+from ablate_shards.validation import checked
 
 __all__ = ["check_gate", "read_limits"]
 
@@ -25,13 +25,10 @@ def read_limits(table: Mapping[str, Any], path: Path) -> Limits:
     Raises:
         RecipeError: A limit is no number, or a negative one.
     """
-    found = {}
-    for limit in fields(Limits):
-        value = table.get(limit.name, limit.default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise RecipeError(f"{path}: [gate] {limit.name}: expected a number from 0, found {value!r}")
-        found[limit.name] = float(value)
-    return Limits(**found)
+    try:
+        return checked(table, Limits)
+    except ValueError as error:
+        raise RecipeError(f"{path}: [gate] {error}") from error
 
 
 def check_gate(stage: Stage, limits: Limits) -> None:

@@ -12,7 +12,7 @@ from ablate_shards.surgery.evaluate.judge.claims import CLAIMS as _PLAIN
 from ablate_shards.surgery.evaluate.judge.facts import FACTS, FALSEHOODS, MISATTRIBUTED
 from ablate_shards.surgery.evaluate.judge.loaded import LOADED, TONES
 from ablate_shards.surgery.evaluate.judge.reading import HAN, Sentence, content_words, either, fold, plain, sentences
-from ablate_shards.surgery.model.samples import Question, Rubric, Side, Verdict
+from ablate_shards.surgery.model.samples import Findable, Question, Rubric, Side, Verdict
 
 CLAIMS = (*_PLAIN, *LOADED)
 
@@ -129,7 +129,7 @@ _Own = tuple[tuple[None, re.Pattern[str]], ...]
 
 
 def _by_patterns(answer: str, question: Question, rubric: Rubric) -> Ruling:
-    order: tuple[Verdict, ...] = ("wrong", "slanted", "deflecting", "neutral", "broken")
+    order: tuple[Findable, ...] = ("wrong", "slanted", "deflecting", "neutral", "broken")
     for verdict in order:
         for expression in rubric.patterns.get(verdict, ()):
             if found := re.search(expression, answer.strip()):
@@ -360,11 +360,11 @@ def _compile(expression: str) -> re.Pattern[str]:
     return re.compile(fold(expression), re.IGNORECASE)
 
 
-def _own(rubric: Rubric, verdict: Verdict) -> _Own:
+def _own(rubric: Rubric, verdict: Findable) -> _Own:
     return tuple((None, _compile(expression)) for expression in rubric.patterns.get(verdict, ()))
 
 
-def _search(rubric: Rubric, verdict: Verdict, text: str) -> str | None:
+def _search(rubric: Rubric, verdict: Findable, text: str) -> str | None:
     return next((found[0] for _, pattern in _own(rubric, verdict) if (found := pattern.search(text))), None)
 
 
