@@ -9,8 +9,16 @@ from click.testing import CliRunner, Result
 from ablate_shards.cli import cli
 
 
-def run(*arguments) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+def run(*arguments, **settings) -> Result:
+    """Runs it in this process; the settings are those of click's runner."""
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments], **settings)
+
+
+def checked(*arguments, code=0) -> Result:
+    """Runs it in this process, and asserts that it ends with an exit code."""
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    return result
 
 
 def on_terminal(stream: str, *arguments, width: int) -> bytes:

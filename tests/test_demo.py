@@ -7,11 +7,10 @@ import sys
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import checked
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ablate_shards.cli import cli
 from ablate_shards.data.demo import MODEL
 from ablate_shards.data.demo.__main__ import main, prepare
 from ablate_shards.data.demo.behaviour import draw_pairs, draw_questions, load, measure
@@ -22,14 +21,6 @@ from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
 
 QUESTIONS = draw_questions(loaded=48, impartial=32, unrelated_count=64, seed=3)
 LAYERS = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run_demo(work):
@@ -59,8 +50,7 @@ def raw(path):
 
 def behaviour_after(tmp_path, dump, *options):
     out = tmp_path / "out"
-    result = CliRunner().invoke(cli, [str(MODEL), str(out), "-a", str(dump), *options])
-    assert result.exit_code == 0, result.output
+    checked(MODEL, out, "-a", dump, *options)
     return measure(*load(out), QUESTIONS)
 
 
@@ -142,10 +132,9 @@ def test_a_former_demo_is_replaced_and_nothing_else(tmp_path, capsys):
 def dump(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dump")
     write_samples(folder)
-    command = ["capture", MODEL, folder / "dump.safetensors", "--pairs", folder / "pairs.jsonl", "--dtype", "float32"]
-    result = CliRunner().invoke(cli, list(map(str, command)))
-    assert result.exit_code == 0, result.output
-    return folder / "dump.safetensors"
+    dump = folder / "dump.safetensors"
+    checked("capture", MODEL, dump, "--pairs", folder / "pairs.jsonl", "--dtype", "float32")
+    return dump
 
 
 def rewrite(dump, path, change):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from progress import Heard
 from safetensors.torch import load_file, save_file
 
 from ablate_shards.data.demo import MODEL
@@ -85,14 +86,6 @@ def score(doc, results):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory):
     """The package, with what it keeps in a folder of the tests."""
@@ -136,17 +129,11 @@ def files(tmp_path_factory):
     return folder
 
 
-class Told:
-    """Hears all that a run says."""
-
-    def __init__(self):
-        self.counts = []
+class Told(Heard):
+    """Hears all that a run says, which has nothing to note."""
 
     def note(self, text):
         raise AssertionError(text)
-
-    def count(self, done, total):
-        self.counts.append((done, total))
 
 
 def scores(folder, tasks, told=None, **options):

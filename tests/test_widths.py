@@ -8,14 +8,12 @@ import subprocess
 import sys
 
 import pytest
-from click.testing import CliRunner
-from command_line import on_terminal
+from command_line import checked, on_terminal, run
 from raw_checkpoints import write_dump, write_llama
 from report_runs import evaluation
 from rich.cells import cell_len
 from rich.console import Console
 
-from ablate_shards.cli import cli
 from ablate_shards.terminal.tables import Column, Row, Stack, bar, print_table
 
 WIDTHS = (40, 60, 80, 120, 200)
@@ -44,7 +42,7 @@ def place(tmp_path_factory):
         ["directions", place / "dump.safetensors", place / "d.safetensors", "-q"],
         [place / "source", place / "out", "-d", place / "d.safetensors", "--source-layer", "1", "-q"],
     ):
-        assert CliRunner().invoke(cli, list(map(str, words))).exit_code == 0
+        checked(*words)
     return place
 
 
@@ -64,17 +62,15 @@ def words_for(place, command):
     }[command]
 
 
-def run(place, command, *more):
-    result = CliRunner().invoke(cli, [*map(str, words_for(place, command)), *more])
-    assert result.exit_code == 0, result.output
-    return result.stdout
+def shown_by(place, command, *more):
+    return checked(*words_for(place, command), *more).stdout
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_tables_and_bars_fit_every_width(place, ask, monkeypatch, command, width):
     monkeypatch.setenv("COLUMNS", str(width))
-    shown = run(place, command)
+    shown = shown_by(place, command)
     table = [line for line in shown.splitlines() if not PROSE.match(line)]
     assert max(map(cell_len, table)) <= width
     assert "…" not in shown
@@ -87,9 +83,9 @@ def test_tables_and_bars_fit_every_width(place, ask, monkeypatch, command, width
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_does_not_fit_is_named_and_wide_screens_have_it_all(place, ask, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "40")
-    narrow = run(place, command)
+    narrow = shown_by(place, command)
     monkeypatch.setenv("COLUMNS", "200")
-    wide = run(place, command)
+    wide = shown_by(place, command)
     assert "a wider screen" not in wide
     left = re.findall(r"a wider screen also shows: (.*)", narrow)
     assert left or command == "inspect"
@@ -105,24 +101,24 @@ def test_colours_only_where_they_are_wanted(place, ask, monkeypatch, command):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     colour = re.compile(r"\x1b\[[\d;]*3\d")
-    assert colour.search(run(place, command))
+    assert colour.search(shown_by(place, command))
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not colour.search(run(place, command))
+    assert not colour.search(shown_by(place, command))
 
 
 def test_without_colour_click_is_silent_too(place, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     found = evaluation("result", 2, 18, evaluation("source", 14, 20))
     monkeypatch.setattr("ablate_shards.surgery.evaluate.interview.evaluate", lambda *_, **__: found)
-    words = [*map(str, words_for(place, "evaluate")), "--answers"]
-    assert "\x1b" not in CliRunner().invoke(cli, words, color=True).stdout.split("group")[0]
+    words = [*words_for(place, "evaluate"), "--answers"]
+    assert "\x1b" not in run(*words, color=True).stdout.split("group")[0]
     monkeypatch.delenv("NO_COLOR")
-    assert "\x1b[36m" in CliRunner().invoke(cli, words, color=True).stdout
+    assert "\x1b[36m" in run(*words, color=True).stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_json_holds_what_is_drawn(place, ask, command):
-    content = json.loads(run(place, command, "--json"))
+    content = json.loads(shown_by(place, command, "--json"))
     expected = {
         "inspect": {"family", "hidden_size", "layers", "tied", "notes", "writers", "left_out", "dtypes", "bytes"},
         "directions": {"rank", "sha256", "best_layer", "layers"},
