@@ -1,9 +1,12 @@
 """Runs the command line, in this process or on a terminal."""
 
+import contextlib
 import os
-import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 
+import pytest
 from click.testing import CliRunner, Result
 
 from ablate_shards.cli import cli
@@ -22,20 +25,29 @@ def checked(*arguments, code=0) -> Result:
 
 
 def on_terminal(stream: str, *arguments, width: int) -> bytes:
-    """Returns what it shows where ``stdout`` or ``stderr`` is a terminal; the other goes nowhere."""
+    """Returns what it shows in this process where ``stdout`` or ``stderr`` is a terminal; the other goes nowhere."""
     main_end, terminal = os.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ablate_shards", *map(str, arguments)],
-        **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: terminal},
-        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": str(width)},
-    )
-    os.close(terminal)
-    seen = b""
-    while True:
-        try:
-            seen += os.read(main_end, 4096)
-        except OSError:  # the terminal is closed when the process ends
-            break
+    seen = []
+    reader = threading.Thread(target=lambda: seen.extend(_until_closed(main_end)))
+    reader.start()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        open(terminal, "w", encoding="utf-8") as screen,
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+    ):
+        patch.setenv("TERM", "xterm-256color")
+        patch.setenv("COLUMNS", str(width))
+        patch.setattr(sys, "stdout", nowhere)
+        patch.setattr(sys, "stderr", nowhere)
+        patch.setattr(sys, stream, screen)
+        cli([str(argument) for argument in arguments], standalone_mode=False)
+    reader.join()
     os.close(main_end)
-    assert process.wait() == 0
-    return seen
+    return b"".join(seen)
+
+
+def _until_closed(main_end: int) -> Iterator[bytes]:
+    """Yields what a terminal is given; it is read meanwhile, because it holds little."""
+    with contextlib.suppress(OSError):  # at its end
+        while data := os.read(main_end, 4096):
+            yield data
