@@ -300,6 +300,8 @@ def test_a_documented_command_works(things, tmp_path, monkeypatch, page, line):
         done = run(*words)
         allowed = {0, 1} if "--exit-code" in words else {0}
         assert done.exit_code in allowed, f"{page}: ablate-shards {line}\nran as {shlex.join(words)}\n{done.output}"
+        if "--dry-run" not in words:
+            assert all(Path(word).exists() for word in words if word.startswith(str(fresh)))
     _DONE[key] = True
 
 

@@ -56,6 +56,9 @@ def test_scores_are_shown(tmp_path, monkeypatch):
     result = run("directions", dump, tmp_path / "new.safetensors")
     for heading in ("layer", "cosine", "signal to noise", "purity", "auc", "split half", "best layer"):
         assert heading in result.stdout
+    best = json.loads(run("directions", dump, tmp_path / "other.safetensors", "--json").stdout)["best_layer"]
+    assert f"best layer: {best}; written to {tmp_path / 'new.safetensors'}" in result.stdout
+    assert (tmp_path / "new.safetensors").read_bytes() == (tmp_path / "other.safetensors").read_bytes()
     again = run("directions", dump, tmp_path / "new.safetensors")
     assert again.exit_code == 2
     assert "--overwrite" in again.stderr

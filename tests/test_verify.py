@@ -117,7 +117,9 @@ def test_files_missing_and_added(edited):
     (out / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
     assert run("verify", source, out).exit_code == 0
     (out / "more.safetensors").write_bytes((out / "model-00001-of-00002.safetensors").read_bytes())
-    assert run("verify", source, out).exit_code == 1
+    result = run("verify", source, out)
+    assert result.exit_code == 1
+    assert "more.safetensors" in result.stdout
 
 
 def test_truncated_shard(edited):

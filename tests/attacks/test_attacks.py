@@ -402,3 +402,4 @@ def test_the_harness_would_notice(tmp_path):
     source = write_llama(tmp_path / "source")
     dump = write_dump(tmp_path / "a.safetensors")
     checked(source, tmp_path / "out", "-a", dump)
+    checked("verify", source, tmp_path / "out")
