@@ -158,10 +158,12 @@ def test_a_lock_left_by_a_killed_run_blocks_nobody(case):
 def test_signals_leave_a_resumable_state_and_say_so(case, kind):
     folder, arguments = case
     slow = (
-        "import time, sys; from ablate_shards.surgery.edit import ablation as editor\n"
+        "import signal, time, sys; from ablate_shards.surgery.edit import ablation as editor\n"
         "from ablate_shards.cli import main\n"
         "edit = editor.Editor.edit\n"
         "def slowly(*a, **k):\n time.sleep(0.2)\n return edit(*a, **k)\n"
+        # A shell that starts the tests in the background has them ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "editor.Editor.edit = slowly\nmain(sys.argv[1:])"
     )
     command = [sys.executable, "-c", slow, *map(str, arguments)]

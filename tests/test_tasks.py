@@ -88,13 +88,20 @@ def score(doc, results):
 
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory):
-    """The package, with what it keeps in a folder of the tests."""
+    """The package, with what it keeps in a folder of the tests, and few of its tasks, for it takes long to list all."""
     pytest.importorskip("lm_eval")
     import datasets
+    from lm_eval.tasks import manager
 
+    listed = tmp_path_factory.mktemp("tasks")
+    for name in ("arc", "hellaswag", "humaneval"):
+        shutil.copytree(Path(manager.__file__).parent / name, listed / name)
+    station._standard_tasks.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        patch.setattr(manager, "__file__", str(listed / "manager.py"))
         yield
+    station._standard_tasks.cache_clear()
 
 
 def write_tasks(folder):
