@@ -53,9 +53,7 @@ def prepared_merge(folder):
     model.mkdir()
     write_shard(model / SHARD, tensors | {"model.layers.0.self_attn.k_proj.bias": rng.standard_normal(outer)})
     (model / "config.json").write_text(f'{{"model_type": "llama", "hidden_size": {hidden}, "num_hidden_layers": 1}}')
-    adapter = write_adapter(
-        folder / "adapter", layers=[0], hidden=hidden, lora_bias=True, modules_to_save=["lm_head"]
-    )
+    adapter = write_adapter(folder / "adapter", layers=[0], hidden=hidden, lora_bias=True, modules_to_save=["lm_head"])
     file = adapter / "adapter_model.safetensors"
     added = {
         f"{module}.self_attn.k_proj.lora_A.weight": rng.standard_normal((4, hidden)),

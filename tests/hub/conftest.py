@@ -1,7 +1,6 @@
 """Points the real client at a Hub on localhost, makes a store in memory, and edits a model once for all tests."""
 
 import shutil
-from contextlib import contextmanager
 
 import fsspec
 import pytest
@@ -29,33 +28,31 @@ def server():
         close_session()
 
 
-@contextmanager
-def working(server, folder):
-    """Yields a Hub without repositories, which huggingface_hub takes for the real one, and works in a folder."""
+def empty_hub(server, folder, patch):
+    """Returns a Hub without repositories, which huggingface_hub takes for the real one; the folder is worked in."""
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
     fresh = server.fresh()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "ENDPOINT": fresh.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": fresh.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_CACHE": str(folder / "cache"),
-            "HF_TOKEN_PATH": str(folder / "token"),
-        }.items():
-            patch.setattr(constants, name, value)
-        patch.setattr(_http, "_HUB_ORIGINS", frozenset({_http._url_origin(fresh.endpoint)}))
-        patch.delenv("HF_TOKEN", raising=False)
-        patch.chdir(folder)
-        yield fresh
+    for name, value in {
+        "ENDPOINT": fresh.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": fresh.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(folder / "cache"),
+        "HF_TOKEN_PATH": str(folder / "token"),
+    }.items():
+        patch.setattr(constants, name, value)
+    patch.setattr(_http, "_HUB_ORIGINS", frozenset({_http._url_origin(fresh.endpoint)}))
+    patch.delenv("HF_TOKEN", raising=False)
+    patch.chdir(folder)
+    return fresh
 
 
 @pytest.fixture
-def hub(server, tmp_path):
-    with working(server, tmp_path) as fresh:
-        yield fresh
+def hub(server, monkeypatch, tmp_path):
+    # With the test's own monkeypatch, which undoes in the right order what a test changes once more.
+    return empty_hub(server, tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -67,10 +64,10 @@ def made(server, tmp_path_factory):
     """
     folder = write_model(tmp_path_factory.mktemp("made"))
     write_model_adapter(folder / "adapter")
-    with working(server, folder) as hub:
-        hub.add("org/model", folder / "local")
-        assert ablate("local", "expected").exit_code == 0
-        assert ablate("org/model", "ablated").exit_code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        empty_hub(server, folder, patch).add("org/model", folder / "local")
+        for source, out in (("local", "expected"), ("org/model", "ablated")):
+            assert ablate(source, out).exit_code == 0
         checked("merge", "org/model", "adapter", "merged")
     return folder
 
