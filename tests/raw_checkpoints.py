@@ -1,10 +1,13 @@
 """Writes small checkpoints byte by byte, without transformers and without torch."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
+
+from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 
 HIDDEN = 32
 NAMES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
@@ -86,6 +89,32 @@ def write_llama(folder: Path, *, layers=3, hidden=HIDDEN, dtype="BF16", shards=2
     return folder
 
 
+def write_adapter(
+    folder: Path,
+    *,
+    layers: Sequence[int],
+    modules: Sequence[str] = ("self_attn.o_proj", "mlp.down_proj"),
+    hidden: int = HIDDEN,
+    rank: int = 4,
+    seed: int = 3,
+    **config: object,
+) -> Path:
+    """Writes a LoRA adapter for modules of :func:`write_llama` that write as many values as the stream has."""
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for layer in layers:
+        for module in modules:
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            inner = 2 * hidden + 8 if module == "mlp.down_proj" else hidden
+            tensors[f"{name}.lora_A.weight"] = rng.standard_normal((rank, inner)).astype(np.float32)
+            tensors[f"{name}.lora_B.weight"] = rng.standard_normal((hidden, rank)).astype(np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
 def write_directions(path: Path, *, layers=3, hidden=HIDDEN, rank=1, seed=1) -> Path:
     rng = np.random.default_rng(seed)
     tensors = {}
@@ -112,3 +141,22 @@ def write_dump(path: Path, *, layers=3, hidden=HIDDEN, prompts=12, seed=2) -> Pa
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Returns every file below a folder by relative name."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def hidden(folder: Path) -> list[str]:
+    """Returns the names in a folder that start with a dot, as those of unfinished files do."""
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+def tensor_bytes(folder: Path) -> dict[str, bytes]:
+    """Returns what a checkpoint stores of every tensor."""
+    checkpoint = open_checkpoint(folder)
+    content = {shard.name: shard.path.read_bytes() for shard in checkpoint.shards}
+    return {name: content[tensor.shard][tensor.start : tensor.end] for name, tensor in checkpoint.tensors.items()}
+
+
+def flip(path: Path, offset: int, bit: int = 0) -> None:
+    """Changes one bit of a file."""
+    raw = bytearray(path.read_bytes())
+    raw[offset] ^= 1 << bit
+    path.write_bytes(raw)

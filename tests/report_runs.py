@@ -4,12 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-from click.testing import CliRunner
-from raw_checkpoints import HIDDEN, write_dump, write_llama
-from safetensors.numpy import save_file
+from command_line import checked
+from raw_checkpoints import write_adapter, write_dump, write_llama
 
-from ablate_shards.cli import cli
 from ablate_shards.surgery.evaluate.evaluation import Answer, Evaluation, Lean, Model, Text, compare
 from ablate_shards.surgery.evaluate.evaluation_file import write_evaluation
 from ablate_shards.surgery.evaluate.likelihood import Divergence, Perplexity
@@ -29,27 +26,6 @@ TRAINING = {
     ],
     "versions": {"peft": "0.0"},
 }
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    return result
-
-
-def write_adapter(folder: Path) -> Path:
-    folder.mkdir()
-    rng = np.random.default_rng(5)
-    tensors = {}
-    for layer in range(LAYERS):
-        for module, inner in (("self_attn.q_proj", HIDDEN), ("mlp.down_proj", 2 * HIDDEN + 8)):
-            name = f"base_model.model.model.layers.{layer}.{module}"
-            tensors[f"{name}.lora_A.weight"] = rng.standard_normal((4, inner)).astype(np.float32)
-            tensors[f"{name}.lora_B.weight"] = rng.standard_normal((HIDDEN, 4)).astype(np.float32)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
-    (folder / "training.json").write_text(json.dumps(TRAINING))
-    return folder
 
 
 def answers(slanted: int, right: int) -> tuple[Answer, ...]:
@@ -157,8 +133,8 @@ def make_ablated(place: Path) -> Path:
     """Makes ``source`` and ``result``, an ablation of it, with the directions beside them."""
     write_llama(place / "source", layers=LAYERS)
     write_dump(place / "activations.safetensors", layers=LAYERS)
-    run("directions", place / "activations.safetensors", place / "directions.safetensors", "--quiet")
-    run(place / "source", place / "result", "-d", place / "directions.safetensors", "--layers", "1-3", "--quiet")
+    checked("directions", place / "activations.safetensors", place / "directions.safetensors", "--quiet")
+    checked(place / "source", place / "result", "-d", place / "directions.safetensors", "--layers", "1-3", "--quiet")
     return place / "result"
 
 
@@ -168,10 +144,13 @@ def make_run(place: Path, *, broken: bool = False) -> Path:
     work.mkdir(parents=True)
     write_llama(place / "source", layers=LAYERS)
     write_dump(work / "activations.safetensors", layers=LAYERS)
-    run("directions", work / "activations.safetensors", work / "directions.safetensors", "--quiet")
+    checked("directions", work / "activations.safetensors", work / "directions.safetensors", "--quiet")
     edit = ("-d", work / "directions.safetensors", "--layers", "1-3", "--source-layer", "best", "--quiet")
-    run(place / "source", work / "ablated", *edit)
-    run("merge", work / "ablated", write_adapter(work / "adapter"), place / "result", "--quiet")
+    checked(place / "source", work / "ablated", *edit)
+    modules = ("self_attn.q_proj", "mlp.down_proj")
+    adapter = write_adapter(work / "adapter", layers=range(LAYERS), modules=modules, seed=5)
+    (adapter / "training.json").write_text(json.dumps(TRAINING))
+    checked("merge", work / "ablated", adapter, place / "result", "--quiet")
     before = evaluation("source", 14, 20)
     write_evaluation(before, work / "source.evaluation.json")
     write_evaluation(evaluation("ablated", 4, 19, before), work / "ablated.evaluation.json")

@@ -19,14 +19,6 @@ from ablate_shards.surgery.model.samples import Question
 PROMPTS = [sample.prompt for sample in draw_questions(unrelated_count=9).unrelated]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def speaker():
     with speaking(MODEL, dtype="auto", device="cpu") as opened:

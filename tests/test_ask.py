@@ -14,12 +14,11 @@ import time
 
 import pytest
 import torch
-from click.testing import CliRunner
 from command_line import on_terminal, run
+from progress import Heard
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from ablate_shards.cli import cli
 from ablate_shards.data.demo import MODEL
 from ablate_shards.data.demo.behaviour import draw_questions
 from ablate_shards.data.demo.world import NEUTRAL, SLANTED
@@ -35,14 +34,6 @@ from ablate_shards.terminal import conversation as shown
 
 DRAWN = draw_questions(loaded=2, impartial=1, unrelated_count=2)
 LOADED, RIGHT = DRAWN.loaded[0].loaded, DRAWN.unrelated[0]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -74,25 +65,20 @@ def known(files):
     return load_questions(files / "q.jsonl")
 
 
-class Told:
+class Told(Heard):
     """Hears a conversation."""
 
     def __init__(self):
+        super().__init__()
         self.loaded, self.settings, self.so_far, self.halves, self.whole = [], [], [], [], []
         self.loading, self.ready = self.loaded.append, self.settings.append
         self.speaking, self.half, self.answered = self.so_far.append, self.halves.append, self.whole.append
-
-    def note(self, text):
-        """As a progress."""
-
-    def count(self, done, total):
-        """As a progress."""
 
 
 def ask_here(files, *arguments, **how):
     """Runs the command with the questions of this file."""
     given = ["ask", files / "edited", "--questions", files / "q.jsonl", "--length", "32", *arguments]
-    return CliRunner().invoke(cli, [str(word) for word in given], **how)
+    return run(*given, **how)
 
 
 # ---------------------------------------------------------------------------------------- the answers

@@ -4,9 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import command_line
 import pytest
 import torch
-from click.testing import CliRunner
+from progress import Heard
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS, save_tiny_model
 from tokenizers import Tokenizer
@@ -14,7 +15,6 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from ablate_shards.cli import cli
 from ablate_shards.data import demo
 from ablate_shards.data.demo import behaviour
 from ablate_shards.errors import CaptureError, CheckpointError, Interrupted, UsageError
@@ -64,31 +64,16 @@ ANSWERED = [
 ]
 
 
-class Silent:
-    def count(self, done, total):
-        pass
-
-    def note(self, text):
-        pass
-
-
-class Stops(Silent):
+class Stops(Heard):
     """Presses Ctrl-C when so many layers are done."""
 
     def __init__(self, after):
+        super().__init__()
         self.after = after
 
     def count(self, done, total):
         if done == self.after:
             raise KeyboardInterrupt
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def save_tokenizer(folder, template=TEMPLATE, words=WORDS):
@@ -115,7 +100,7 @@ def llama(tmp_path_factory):
 
 
 def run(model, dump, pairs=PAIRS, progress=None, **options):
-    return capture(model, dump, pairs, CaptureOptions(**options), progress or Silent())
+    return capture(model, dump, pairs, CaptureOptions(**options), progress or Heard())
 
 
 def tokens_of(text):
@@ -390,7 +375,7 @@ def test_nothing_but_a_dump_is_replaced(llama, tmp_path):
 def test_what_appears_during_the_run_is_not_replaced(llama, name, tmp_path):
     dump = tmp_path / name
 
-    class Takes(Silent):
+    class Takes(Heard):
         def count(self, done, total):
             if done == 2:
                 if dump.suffix:
@@ -468,7 +453,7 @@ def test_loaded_models_are_captured_whatever_they_do(how, tmp_path):
     prompts = [Prompt((1, 2, 3), 2), Prompt((4, 5), 1)]
     staging = DumpWriter(tmp_path / "dump", {}, {"the model": "tiny"})
     with torch.inference_mode():
-        station.run_layers(run, make_batches(prompts, 2, 0), staging, "last", Silent())
+        station.run_layers(run, make_batches(prompts, 2, 0), staging, "last", Heard())
         staging.publish()
         hidden = extra = decoder.embedding(torch.tensor([1, 2, 3]))
         for index, layer in enumerate(decoder.layers):
@@ -491,7 +476,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
     run = station.Network(decoder, decoder.layers, torch.device("cpu"), NoShards())
     staging = DumpWriter(tmp_path / "dump", {}, {"the model": "tiny"})
     with torch.inference_mode(), pytest.raises(CaptureError, match="--offload never"):
-        station.run_layers(run, make_batches([Prompt((1, 2), 1)], 1, 0), staging, "last", Silent())
+        station.run_layers(run, make_batches([Prompt((1, 2), 1)], 1, 0), staging, "last", Heard())
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -588,25 +573,25 @@ def test_the_command(llama, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     lines = [{"positive": pair.positive.prompt, "negative": pair.negative.prompt} for pair in PAIRS]
     pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    arguments = ["capture", str(llama), str(tmp_path / "dump.safetensors"), "--pairs", str(pairs)]
+    arguments = ["capture", llama, tmp_path / "dump.safetensors", "--pairs", pairs]
 
-    found = CliRunner().invoke(cli, arguments)
+    found = command_line.run(*arguments)
     assert found.exit_code == 0, found.output
     assert "3 pairs, 3 layers, hidden size 32, last token, computed in F32" in found.output
     assert "ablate-shards directions" in found.output
     before = (tmp_path / "dump.safetensors").read_bytes()
 
-    again = CliRunner().invoke(cli, [*arguments, "--overwrite", "--offload", "always", "--json"])
+    again = command_line.run(*arguments, "--overwrite", "--offload", "always", "--json")
     told = json.loads(again.stdout)
     assert told["streamed"] is True
     assert told["layers"] == 3
     assert (tmp_path / "dump.safetensors").read_bytes() == before
 
-    failed = CliRunner().invoke(cli, arguments)
+    failed = command_line.run(*arguments)
     assert failed.exit_code == 1
     assert failed.stderr.startswith("error: ")
     assert failed.stderr.count("\n") == 1
-    assert CliRunner().invoke(cli, [*arguments, "--batch", "0"]).exit_code == 2
+    assert command_line.run(*arguments, "--batch", "0").exit_code == 2
 
 
 def test_a_missing_package_is_named(llama, tmp_path, monkeypatch):

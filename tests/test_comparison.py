@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from command_line import checked
 from raw_checkpoints import write_directions
-from report_runs import HOSTILE, run
+from report_runs import HOSTILE
 
 from ablate_shards.data.demo import MODEL
 from ablate_shards.surgery.diff.differences import Diff, TensorDiff
@@ -20,7 +21,7 @@ from ablate_shards.surgery.report.plots import draw
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("comparison")
     write_directions(place / "d.safetensors", layers=8, hidden=128)
-    run(MODEL, place / "out", "-d", place / "d.safetensors", "--source-layer", 4, "-q")
+    checked(MODEL, place / "out", "-d", place / "d.safetensors", "--source-layer", 4, "-q")
     return place
 
 
@@ -36,7 +37,7 @@ def difference(*tensors, **more):
 
 
 def test_the_command_writes_the_page_and_its_charts(place):
-    shown = run("diff", MODEL, place / "out", "-d", place / "d.safetensors", "--report", place / "page")
+    shown = checked("diff", MODEL, place / "out", "-d", place / "d.safetensors", "--report", place / "page")
     page = (place / "page" / "diff.html").read_text(encoding="utf-8")
     assert f"written to {place / 'page' / 'diff.html'}, 6 plots to" in shown.stdout
     names = sorted(path.name for path in (place / "page" / "plots").iterdir())
@@ -50,14 +51,14 @@ def test_the_command_writes_the_page_and_its_charts(place):
     ):
         assert words in page
     again = place / "again"
-    run("diff", MODEL, place / "out", "-d", place / "d.safetensors", "--report", again, "--json")
+    checked("diff", MODEL, place / "out", "-d", place / "d.safetensors", "--report", again, "--json")
     assert (again / "diff.html").read_bytes() == (place / "page" / "diff.html").read_bytes()
 
 
 def test_the_charts_show_what_json_says(place):
     words = ("diff", MODEL, place / "out", "-d", place / "d.safetensors", "--json")
-    told = {item["name"]: item for item in json.loads(run(*words).stdout)["tensors"]}
-    run(*words[:-1], "--report", place / "shown", "-q")
+    told = {item["name"]: item for item in json.loads(checked(*words).stdout)["tensors"]}
+    checked(*words[:-1], "--report", place / "shown", "-q")
     text = (place / "shown" / "diff.html").read_text(encoding="utf-8")
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text)[1])
     (cell,) = (cell for cell in data["changes"] if (cell["layer"], cell["component"]) == (2, "mlp"))
@@ -115,15 +116,15 @@ def test_names_are_text_and_long_lists_end(place):
 
 def test_a_page_needs_a_folder_and_its_option(place):
     (place / "file").write_text("")
-    failed = run("diff", MODEL, place / "out", "--report", place / "file", code=1)
+    failed = checked("diff", MODEL, place / "out", "--report", place / "file", code=1)
     assert failed.stderr.splitlines()[-1].startswith(f"error: {place / 'file'}: ")
     assert "name a folder" in failed.stderr
-    assert "--report FOLDER" in run("diff", MODEL, place / "out", "--open", code=2).stderr
+    assert "--report FOLDER" in checked("diff", MODEL, place / "out", "--open", code=2).stderr
 
 
 def test_without_jinja_one_sentence_says_what_to_install(place, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
-    failed = run("diff", MODEL, place / "out", "--report", place / "none", code=1)
+    failed = checked("diff", MODEL, place / "out", "--report", place / "none", code=1)
     assert "pip install 'ablate-shards[report]'" in failed.stderr
     assert not (place / "none").exists()
 
@@ -132,6 +133,6 @@ def test_the_page_is_opened(place, monkeypatch):
     opened = []
     monkeypatch.setattr("click.launch", opened.append)
     monkeypatch.setattr("ablate_shards.surgery.report.document.draw", lambda _: {})
-    run("diff", MODEL, place / "out", "--report", place / "open", "--open", "-q")
+    checked("diff", MODEL, place / "out", "--report", place / "open", "--open", "-q")
     assert opened == [(place / "open" / "diff.html").as_uri()]
     assert "changes.svg" in plots.PLOT_NAMES

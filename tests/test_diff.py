@@ -11,13 +11,13 @@ from typing import get_args
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import run
+from progress import Heard
 from raw_checkpoints import write_directions, write_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS, save_tiny_model
 
-from ablate_shards.cli import cli
 from ablate_shards.data.demo import MODEL as DEMO
 from ablate_shards.errors import DirectionsError
 from ablate_shards.kernels.measure.sketch import Unit, compare_matrix
@@ -29,24 +29,9 @@ from ablate_shards.surgery.directions.formats import read_directions
 UNITS = {torch.bfloat16: Unit(2**-7, 2**-133), torch.float32: Unit(2**-23, 2**-149)}
 
 
-class Silence:
-    def begin(self, total):
-        pass
-
-    def advance(self, count):
-        pass
-
-    def note(self, text):
-        pass
-
-
-def run(*arguments, **more):
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments], **more)
-
-
 def compare(first, second, directions=None, **options):
     given = read_directions(directions) if directions else None
-    return diff(open_checkpoint(first), open_checkpoint(second), DiffOptions(**options), Silence(), given)
+    return diff(open_checkpoint(first), open_checkpoint(second), DiffOptions(**options), Heard(), given)
 
 
 def by_kind(found):

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import checked, run
 from raw_checkpoints import write_directions
 from safetensors.torch import load_file, save_file
 
@@ -61,8 +61,6 @@ def words_of(line):
 def things(tmp_path_factory):
     """One of everything that a command reads, made by the commands themselves, small enough to be read in no time."""
     folder = tmp_path_factory.mktemp("things")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     prepare(folder / "demo")
     demo = folder / "demo"
     shorten(demo)
@@ -70,7 +68,6 @@ def things(tmp_path_factory):
         '[source]\nsource = "source"\nout = "by-recipe"\n[directions]\ndirections = "directions.safetensors"\n'
     )
     (demo / "CARD.md").write_text("# A card\n")
-    run = CliRunner()
     for words in (
         ["capture", demo / "source", demo / "dump.safetensors", "--pairs", demo / "pairs.jsonl"],
         ["directions", demo / "dump.safetensors", demo / "directions.safetensors"],
@@ -79,11 +76,9 @@ def things(tmp_path_factory):
         ["merge", demo / "ablated", demo / "adapter", demo / "merged"],
         ["evaluate", demo / "source", "--out", demo / "evaluation.json", *asked(demo)],
     ):
-        done = run.invoke(cli, [str(word) for word in words])
-        assert done.exit_code == 0, done.output
+        checked(*words)
     foreign(demo)
-    yield demo
-    torch.set_num_threads(threads)
+    return demo
 
 
 def shorten(demo):
@@ -302,9 +297,11 @@ def test_a_documented_command_works(things, tmp_path, monkeypatch, page, line):
     if reason:
         cli.commands[words[0]].make_context(words[0], words[1:])
     else:
-        done = CliRunner().invoke(cli, words)
+        done = run(*words)
         allowed = {0, 1} if "--exit-code" in words else {0}
         assert done.exit_code in allowed, f"{page}: ablate-shards {line}\nran as {shlex.join(words)}\n{done.output}"
+        if "--dry-run" not in words:
+            assert all(Path(word).exists() for word in words if word.startswith(str(fresh)))
     _DONE[key] = True
 
 
@@ -313,13 +310,10 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path, monkeypatch):
     prepare(demo)
     shorten(demo)
     monkeypatch.chdir(demo)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     commands = list(written(TUTORIAL.read_text()))
     for line in commands:
-        done = CliRunner().invoke(cli, shlex.split(line))
+        done = run(*shlex.split(line))
         assert done.exit_code == 0, f"ablate-shards {line}\n{done.output}"
-    torch.set_num_threads(threads)
     assert {words_of(line)[0] for line in commands} == set(cli.commands) - {"push"}
     assert (demo / "result" / "merge.json").is_file()
 
@@ -353,7 +347,7 @@ def test_a_wrong_command_is_not_accepted(things, tmp_path, line):
         words, _ = translate(things, tmp_path, line)
     except (click.UsageError, AssertionError):
         return
-    assert CliRunner().invoke(cli, words).exit_code == 2
+    assert run(*words).exit_code == 2
 
 
 @pytest.mark.parametrize("page", [*PAGES, TUTORIAL, GENERATED], ids=lambda page: page.name)

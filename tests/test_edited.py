@@ -8,7 +8,17 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from raw_checkpoints import encode, snapshot, write_directions, write_llama, write_shard
+from progress import Heard
+from raw_checkpoints import (
+    encode,
+    llama_tensors,
+    snapshot,
+    write_adapter,
+    write_directions,
+    write_llama,
+    write_shard,
+)
+from safetensors.numpy import load_file, save_file
 
 from ablate_shards.errors import ExecuteError
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
@@ -19,23 +29,14 @@ from ablate_shards.surgery.edit.edited_file import EditedFile
 from ablate_shards.surgery.edit.folder import perform_in_folder
 from ablate_shards.surgery.edit.operation import RunOptions
 from ablate_shards.surgery.machine.staging import OutFolder
+from ablate_shards.surgery.merge.adapter import read_adapter
+from ablate_shards.surgery.merge.merge import merging
+from ablate_shards.surgery.merge.plan import plan_merge
 from ablate_shards.surgery.plan.edits import by_shard
 from ablate_shards.surgery.plan.plan import make_plan
 from ablate_shards.surgery.plan.recipe import AblateOptions
 
 SHARD = "model-00001-of-00001.safetensors"
-
-
-class Quiet:
-    def __init__(self):
-        self.seen = 0
-
-    def begin(self, total): ...
-
-    def advance(self, count):
-        self.seen += count
-
-    def note(self, text): ...
 
 
 def prepared(folder, **options):
@@ -46,13 +47,40 @@ def prepared(folder, **options):
     return checkpoint, ablation(make_plan(checkpoint, directions, options), directions, options)
 
 
+def prepared_merge(folder):
+    """Returns a checkpoint with a bias, and what adding to it, replacing in it and low-rank updates of it would be."""
+    rng = np.random.default_rng(4)
+    hidden, outer, module = 640, 320, "base_model.model.model.layers.0"
+    model, tensors = folder / "with-bias", llama_tensors(layers=1, hidden=hidden)
+    model.mkdir()
+    write_shard(model / SHARD, tensors | {"model.layers.0.self_attn.k_proj.bias": rng.standard_normal(outer)})
+    (model / "config.json").write_text(f'{{"model_type": "llama", "hidden_size": {hidden}, "num_hidden_layers": 1}}')
+    adapter = write_adapter(folder / "adapter", layers=[0], hidden=hidden, lora_bias=True, modules_to_save=["lm_head"])
+    file = adapter / "adapter_model.safetensors"
+    added = {
+        f"{module}.self_attn.k_proj.lora_A.weight": rng.standard_normal((4, hidden)),
+        f"{module}.self_attn.k_proj.lora_B.weight": rng.standard_normal((outer, 4)),
+        f"{module}.self_attn.k_proj.lora_B.bias": rng.standard_normal(outer),
+        "base_model.model.lm_head.weight": rng.standard_normal((48, hidden)),
+    }
+    save_file(load_file(file) | {name: values.astype(np.float32) for name, values in added.items()}, file)
+    checkpoint, read = open_checkpoint(model), read_adapter(adapter)
+    operation = merging(read, plan_merge(checkpoint, read, 0.5))
+    assert {edit.kind for edit in operation.edits} == {"low-rank", "bias", "replaced"}
+    return checkpoint, operation
+
+
+def performed(checkpoint, operation, out):
+    return perform_in_folder(checkpoint, operation, OutFolder(out, overwrite=False), RunOptions(), Heard())
+
+
 def opened(checkpoint, operation, *, window, progress=None, room=None):
     editor = operation.editor(RunOptions(jobs=1), threading.Event())
     if room is not None:
         editor._room = room
     (shard,) = checkpoint.shards
     edits = by_shard(operation.edits)[shard.name]
-    return EditedFile(checkpoint, shard, edits, editor, window=window, advance=(progress or Quiet()).advance)
+    return EditedFile(checkpoint, shard, edits, editor, window=window, advance=(progress or Heard()).advance)
 
 
 @pytest.fixture
@@ -62,17 +90,20 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("preserve", ["rows", "columns", "none"])
+@pytest.mark.parametrize("what", ["rows", "columns", "none", "merge"])
 @pytest.mark.parametrize("window", [0, 600_000, 1 << 30])
-def test_the_bytes_and_the_results_of_a_file(folder, preserve, window):
+def test_the_bytes_and_the_results_of_a_file(folder, what, window):
     """Down to a window into which no matrix fits, and blocks far smaller than a matrix."""
-    checkpoint, operation = prepared(folder, preserve=preserve, components=("attention", "mlp", "embedding"))
+    if what == "merge":
+        checkpoint, operation = prepared_merge(folder)
+    else:
+        checkpoint, operation = prepared(folder, preserve=what, components=("attention", "mlp", "embedding"))
     results = perform_in_folder(
-        checkpoint, operation, OutFolder(folder / "out", overwrite=False), RunOptions(), Quiet()
+        checkpoint, operation, OutFolder(folder / "out", overwrite=False), RunOptions(), Heard()
     )
     expected = snapshot(folder / "out")[SHARD]
-    assert expected != snapshot(folder / "model")[SHARD]
-    progress = Quiet()
+    assert expected != checkpoint.shards[0].path.read_bytes()
+    progress = Heard()
     with opened(checkpoint, operation, window=window, progress=progress, room=1 << 17) as file:
         survey = file.survey()
         assert survey.sha256 == hashlib.sha256(expected).hexdigest()
@@ -80,15 +111,16 @@ def test_the_bytes_and_the_results_of_a_file(folder, preserve, window):
         assert file.digest is None
         assert file.read() == expected
         assert file.digest == survey.sha256
-        assert progress.seen == 2 * len(expected)
+        assert progress.advanced == 2 * len(expected)
         assert file.read(1) == b""
 
 
-def test_the_form_that_devices_compute_in(folder, monkeypatch):
+@pytest.mark.parametrize("prepare", [prepared, prepared_merge])
+def test_the_form_that_devices_compute_in(folder, prepare, monkeypatch):
     monkeypatch.setattr("ablate_shards.kernels.choose.choose_form", lambda *_, **__: ("torch", "asked for"))
-    checkpoint, operation = prepared(folder)
+    checkpoint, operation = prepare(folder)
     results = perform_in_folder(
-        checkpoint, operation, OutFolder(folder / "out", overwrite=False), RunOptions(), Quiet()
+        checkpoint, operation, OutFolder(folder / "out", overwrite=False), RunOptions(), Heard()
     )
     for window in (0, 1 << 30):
         with opened(checkpoint, operation, window=window, room=1 << 17) as file:
@@ -96,9 +128,10 @@ def test_the_form_that_devices_compute_in(folder, monkeypatch):
             assert file.read() == snapshot(folder / "out")[SHARD]
 
 
-def test_any_offset_in_any_order(folder):
-    checkpoint, operation = prepared(folder)
-    perform_in_folder(checkpoint, operation, OutFolder(folder / "out", overwrite=False), RunOptions(), Quiet())
+@pytest.mark.parametrize("prepare", [prepared, prepared_merge])
+def test_any_offset_in_any_order(folder, prepare):
+    checkpoint, operation = prepare(folder)
+    performed(checkpoint, operation, folder / "out")
     expected = snapshot(folder / "out")[SHARD]
     rng = np.random.default_rng(0)
     for window in (0, 1 << 30):
@@ -118,20 +151,20 @@ def test_any_offset_in_any_order(folder):
 def test_what_is_sent_again_counts_once(folder):
     """Parts that are sent again, as after a lost connection, and a whole file that begins again."""
     checkpoint, operation = prepared(folder)
-    progress = Quiet()
+    progress = Heard()
     with opened(checkpoint, operation, window=0, progress=progress) as file:
         sha256 = file.survey().sha256
-        size = progress.seen
+        size = progress.advanced
         for offset, count in ((0, 100_000), (100_000, 50_000), (100_000, 100_000), (150_000, 10)):
             file.seek(offset)
             file.read(count)
-        assert progress.seen == size + 200_000
+        assert progress.advanced == size + 200_000
         file.seek(200_000)
         file.read()
-        assert (progress.seen, file.digest) == (2 * size, sha256)
+        assert (progress.advanced, file.digest) == (2 * size, sha256)
         file.seek(0)
         file.read(10)
-        assert (progress.seen, file.digest) == (size + 10, None)
+        assert (progress.advanced, file.digest) == (size + 10, None)
 
 
 class Store:
@@ -215,7 +248,7 @@ def test_experts_are_sections_of_their_own(tmp_path):
     checkpoint, operation = prepared(tmp_path, layers=frozenset({0}))
     assert {edit.kind for edit in operation.edits} == {"weight", "bias"}
     results = perform_in_folder(
-        checkpoint, operation, OutFolder(tmp_path / "out", overwrite=False), RunOptions(), Quiet()
+        checkpoint, operation, OutFolder(tmp_path / "out", overwrite=False), RunOptions(), Heard()
     )
     expected = snapshot(tmp_path / "out")[SHARD]
     for window, room in ((0, 1 << 11), (1 << 12, 1 << 14), (1 << 30, 1 << 20)):

@@ -17,8 +17,7 @@ SECRET = "sk-4711-do-not-show"
 
 
 @pytest.fixture(autouse=True)
-def soon(monkeypatch):
-    monkeypatch.setattr(station, "_FIRST_PAUSE", 0.01)
+def without_key(monkeypatch):
     monkeypatch.delenv(KEY, raising=False)
 
 

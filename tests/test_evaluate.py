@@ -6,18 +6,17 @@ import re
 import shutil
 import sys
 
+import command_line
 import pytest
 import torch
-from click.testing import CliRunner
 from fake_endpoint import completion, serving
+from progress import Heard
 from safetensors.torch import load_file, save_file
 
-from ablate_shards.cli import cli
 from ablate_shards.data.demo import MODEL
 from ablate_shards.data.demo.behaviour import draw_questions
 from ablate_shards.data.demo.world import NEUTRAL, SLANTED
 from ablate_shards.errors import EvaluateError, Interrupted, SamplesError, UsageError
-from ablate_shards.surgery.evaluate import endpoint as endpoint_station
 from ablate_shards.surgery.evaluate import interview as station
 from ablate_shards.surgery.evaluate.answers import Speaker
 from ablate_shards.surgery.evaluate.endpoint import Reply
@@ -26,19 +25,6 @@ from ablate_shards.surgery.evaluate.measures import judged
 from ablate_shards.surgery.model.samples import Question, load_questions
 
 DRAWN = draw_questions(loaded=6, impartial=4, unrelated_count=6)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch):
-    monkeypatch.setattr(endpoint_station, "_FIRST_PAUSE", 0.01)
 
 
 def patterns(question):
@@ -90,19 +76,6 @@ def questions(files):
     return load_questions(files / "q.jsonl")
 
 
-class Told:
-    """Hears all that a run says."""
-
-    def __init__(self):
-        self.notes, self.counts = [], []
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def count(self, done, total):
-        self.counts.append((done, total))
-
-
 def options(files, **fields):
     return EvaluateOptions(**{"text": files / "t.txt", "length": 32, "batch": 4, **fields})
 
@@ -110,7 +83,7 @@ def options(files, **fields):
 @pytest.fixture(scope="module")
 def compared(files, questions, tmp_path_factory):
     """An evaluation of the edited model against the demo's, its file, and what was told."""
-    out, told = tmp_path_factory.mktemp("compared") / "e.json", Told()
+    out, told = tmp_path_factory.mktemp("compared") / "e.json", Heard()
     return evaluate(files / "edited", questions, options(files), told, against=MODEL, out=out), out, told
 
 
@@ -166,12 +139,12 @@ def test_the_same_run_gives_the_same_bytes_and_may_take_answers_over(compared, f
 
     again = options(files, reuse=(out,))
     monkeypatch.setattr(Speaker, "replies", nobody)
-    assert evaluate(files / "edited", questions, again, Told(), against=MODEL, out=tmp_path / "e.json") == found
+    assert evaluate(files / "edited", questions, again, Heard(), against=MODEL, out=tmp_path / "e.json") == found
     assert (tmp_path / "e.json").read_bytes() == out.read_bytes()
 
     with pytest.raises(EvaluateError, match=r"^asked again$"):
         evaluate(
-            files / "edited", questions, dataclasses.replace(again, length=31), Told(), out=tmp_path / "other.json"
+            files / "edited", questions, dataclasses.replace(again, length=31), Heard(), out=tmp_path / "other.json"
         )
 
 
@@ -180,7 +153,7 @@ def test_the_base_may_be_an_earlier_evaluation(compared, files, questions):
     earlier = read_evaluation(out).base
 
     for against in (out, earlier):
-        other = evaluate(files / "edited", questions, options(files, reuse=(out,)), Told(), against=against)
+        other = evaluate(files / "edited", questions, options(files, reuse=(out,)), Heard(), against=against)
         assert other.comparison.divergence is None
         assert other.comparison.notes == ("divergence not measured: the base is an evaluation and no model",)
     assert other.answers == found.answers
@@ -193,13 +166,13 @@ def test_an_earlier_evaluation_is_judged_by_what_the_questions_say_now(compared,
     lenient = [dataclasses.replace(each, rubric=dataclasses.replace(each.rubric, patterns={"neutral": (".",)}))
                if each.rubric else each for each in questions]  # fmt: skip
 
-    other = evaluate(files / "edited", lenient, options(files, reuse=(out,)), Told(), against=out)
+    other = evaluate(files / "edited", lenient, options(files, reuse=(out,)), Heard(), against=out)
 
     assert all(row.verdicts["neutral"].value == 1 for row in (*other.rows, *other.base.rows))
 
 
 def test_without_unrelated_questions_there_is_no_divergence(files, questions):
-    found = evaluate(files / "edited", questions[:2], options(files, text=None, length=4), Told(), against=MODEL)
+    found = evaluate(files / "edited", questions[:2], options(files, text=None, length=4), Heard(), against=MODEL)
 
     assert found.comparison.divergence is None
     assert found.comparison.notes == ("divergence not measured: there are no unrelated questions",)
@@ -221,14 +194,14 @@ def test_an_interrupted_run_asks_only_what_it_had_not_asked(compared, files, que
     monkeypatch.setattr(Speaker, "replies", interrupted)
     run = options(files)
     with pytest.raises(Interrupted, match=r"e\.json: interrupted; 12 answers are kept, and the same command goes on"):
-        evaluate(files / "edited", questions, run, Told(), against=MODEL, out=mine)
+        evaluate(files / "edited", questions, run, Heard(), against=MODEL, out=mine)
     assert not mine.exists()
     with (tmp_path / ".e.json.answers").open("a") as file:
         file.write('{"key": "torn')
 
     asked[:] = [0] * 9
     monkeypatch.setattr(Speaker, "replies", lambda self, *each, **some: asked.append(1) or real(self, *each, **some))
-    evaluate(files / "edited", questions, run, Told(), against=MODEL, out=mine)
+    evaluate(files / "edited", questions, run, Heard(), against=MODEL, out=mine)
 
     assert len(asked) == 9 + 1 + 4
     assert mine.read_bytes() == out.read_bytes()
@@ -239,13 +212,13 @@ def test_kept_answers_of_another_model_are_not_taken(files, questions, tmp_path)
     few = questions[:2]
     run = options(files, text=None)
     out = tmp_path / "e.json"
-    first = evaluate(MODEL, few, run, Told(), out=out)
+    first = evaluate(MODEL, few, run, Heard(), out=out)
     kept = tmp_path / ".e.json.answers"
     kept.write_text(
         "".join(json.dumps({"key": key, "text": "made up", "ended": True}) + "\n" for key in station._keyed(first))
     )
 
-    other = evaluate(files / "edited", few, dataclasses.replace(run, overwrite=True), Told(), out=out)
+    other = evaluate(files / "edited", few, dataclasses.replace(run, overwrite=True), Heard(), out=out)
 
     assert not any(answer.text == "made up" for answer in other.answers)
 
@@ -285,7 +258,7 @@ def test_a_served_model_is_asked_and_compared(compared, files, questions, tmp_pa
             tmp_path / "org" / "name",
             questions,
             options(files, endpoint=fake.url),
-            Told(),
+            Heard(),
             against=earlier,
             out=tmp_path / "e.json",
         )
@@ -310,10 +283,10 @@ def test_an_endpoint_that_fails_loses_nothing(files, questions, tmp_path):
     with serving(fails) as fake:
         run = options(files, endpoint=fake.url, batch=1)
         with pytest.raises(EvaluateError, match=r"expected JSON, found '<html>'.*; 5 answers are kept, and the same"):
-            evaluate(MODEL, questions, run, Told(), out=out)
+            evaluate(MODEL, questions, run, Heard(), out=out)
         assert not out.exists()
         fake.answer = speak
-        found = evaluate(MODEL, questions, run, Told(), out=out)
+        found = evaluate(MODEL, questions, run, Heard(), out=out)
 
     asked = [body["messages"][-1]["content"] for body in fake.bodies]
     assert [asked.count(question.prompt) for question in questions[:5]] == [1] * 5
@@ -336,7 +309,7 @@ def test_a_language_model_judges_what_has_no_single_answer(compared, files, ques
 
     with serving(referee) as fake:
         run = options(files, judge=fake.url, judge_model="referee", reuse=(out,))
-        found = evaluate(files / "edited", questions, run, Told(), against=MODEL)
+        found = evaluate(files / "edited", questions, run, Heard(), against=MODEL)
 
     judged = found.base.judgement
     assert judged.unparsable == 1
@@ -354,7 +327,7 @@ def test_a_broken_judge_shows_before_the_model_is_asked(files, questions, monkey
     with serving(speak) as fake:
         fake.models = {"data": []}
         with pytest.raises(EvaluateError, match=r"expected one model, found none; name one with --judge-model"):
-            evaluate(MODEL, questions, options(files, judge=fake.url), Told())
+            evaluate(MODEL, questions, options(files, judge=fake.url), Heard())
 
 
 # ---------------------------------------------------------------------------------------- refusals
@@ -375,7 +348,7 @@ def test_a_broken_judge_shows_before_the_model_is_asked(files, questions, monkey
 def test_options_that_cannot_be_used_are_wrong_usage(files, questions, fields, against, said):
     base = {None: None, "edited": files / "edited", "model": MODEL}[against]
     with pytest.raises(UsageError, match=said):
-        evaluate(MODEL, questions, options(files, **fields), Told(), against=base)
+        evaluate(MODEL, questions, options(files, **fields), Heard(), against=base)
 
 
 def test_what_cannot_be_evaluated_is_said_in_one_sentence(files, questions, tmp_path):
@@ -397,9 +370,9 @@ def test_what_cannot_be_evaluated_is_said_in_one_sentence(files, questions, tmp_
     for said, arguments, fields in cases:
         given = {"model": MODEL, "questions": questions, **arguments}
         with pytest.raises(EvaluateError, match=said):
-            evaluate(given.pop("model"), given.pop("questions"), options(files, length=2, **fields), Told(), **given)
+            evaluate(given.pop("model"), given.pop("questions"), options(files, length=2, **fields), Heard(), **given)
     with pytest.raises(UsageError, match="expected a file in a folder that exists"):
-        evaluate(MODEL, questions, options(files), Told(), out=tmp_path / "none" / "e.json")
+        evaluate(MODEL, questions, options(files), Heard(), out=tmp_path / "none" / "e.json")
     assert (tmp_path / "letter.json").read_text() == "keep me"
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -407,7 +380,7 @@ def test_what_cannot_be_evaluated_is_said_in_one_sentence(files, questions, tmp_
 def test_without_transformers_the_way_out_is_named(files, questions, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(EvaluateError, match=r"transformers is not installed; `pip install 'ablate-shards\[lora\]'`"):
-        evaluate(MODEL, questions, options(files), Told())
+        evaluate(MODEL, questions, options(files), Heard())
 
 
 def test_the_file_goes_beside_the_model(tmp_path, monkeypatch):
@@ -426,11 +399,11 @@ def test_the_file_goes_beside_the_model(tmp_path, monkeypatch):
 def command(compared, files, tmp_path, monkeypatch):
     _, out, _ = compared
     monkeypatch.setenv("COLUMNS", "160")
-    common = ["--questions", str(files / "q.jsonl"), "--text", str(files / "t.txt"), "--length", "32", "--batch", "4"]
+    common = ["--questions", files / "q.jsonl", "--text", files / "t.txt", "--length", 32, "--batch", 4]
 
     def call(*arguments):
-        given = ["evaluate", str(files / "edited"), *common, "--reuse", str(out), "-o", str(tmp_path / "e.json")]
-        return CliRunner().invoke(cli, [*given, *map(str, arguments)])
+        given = ["evaluate", files / "edited", *common, "--reuse", out, "-o", tmp_path / "e.json"]
+        return command_line.run(*given, *arguments)
 
     return call
 
@@ -471,7 +444,7 @@ def test_answers_can_be_read_and_json_be_parsed(command, compared, tmp_path):
 
 def test_questions_that_cannot_be_read_are_named(files, tmp_path):
     (tmp_path / "q.jsonl").write_text('{"promt": "Who?"}')
-    result = CliRunner().invoke(cli, ["evaluate", str(MODEL), "--questions", str(tmp_path / "q.jsonl")])
+    result = command_line.run("evaluate", MODEL, "--questions", tmp_path / "q.jsonl")
 
     assert result.exit_code == 1
     assert "line 1: unknown key 'promt'" in result.stderr

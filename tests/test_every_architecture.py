@@ -1,18 +1,17 @@
 """Ablates tiny models of every architecture and shows that the direction is gone from every hidden state."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import checked
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS, capture_stream, save_tiny_model
 
-from ablate_shards.cli import cli
 from ablate_shards.errors import ArchitectureError
 from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
@@ -37,14 +36,6 @@ axis = "in"
 """
 GAIN = 'gain = "1 + model.layers.{{layer}}.{}_layernorm.weight"'
 NOT_TOLD_BY_NAMES = {"gpt2", "gpt2-bare", "gpt-bigcode", "olmo"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -95,7 +86,7 @@ def test_a_recipe_describes_what_the_table_would(gain: bool, absent: bool, tmp_p
         )
     )
 
-    ablate(source, tmp_path / "out", direction, "--recipe", str(recipe))
+    ablate(source, tmp_path / "out", direction, "--recipe", recipe)
 
     after = shares(capture_stream(tiny.load(tmp_path / "out")), direction)
     assert (max(after) < 1e-5) is absent
@@ -160,21 +151,12 @@ def read_anatomy(folder: Path) -> Anatomy:
     return dissect(checkpoint.tensors, checkpoint.config)
 
 
-def ablate(source: Path, out: Path, direction: torch.Tensor, *more: str) -> None:
+def ablate(source: Path, out: Path, direction: torch.Tensor, *more: str | Path) -> None:
     file = source.parent / "directions.safetensors"
     vector = direction.float().numpy()[None]
     arrays = {"direction.layers.0": vector, "reference.layers.0": np.zeros_like(vector[0])}
     save_arrays(arrays, file, metadata={"format": "ablate-shards.directions/1"})
     last = max(read_anatomy(source).layers)
-    options = ["-d", str(file), "--layers", f"0-{last}", "--source-layer", "0", "--no-biproject"]
-    options += [
-        "--components",
-        "attention,mlp,embedding",
-        "--coefficient",
-        "1",
-        "--preserve",
-        "columns",
-        *more,
-    ]
-    result = CliRunner().invoke(cli, [str(source), str(out), *options])
-    assert result.exit_code == 0, result.output
+    options = ["-d", file, "--layers", f"0-{last}", "--source-layer", 0, "--no-biproject", "--coefficient", 1]
+    options += ["--components", "attention,mlp,embedding", "--preserve", "columns"]
+    checked(source, out, *options, *more)

@@ -8,13 +8,13 @@ import signal
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import run
 from peft import AutoPeftModelForCausalLM, PeftModel
+from progress import Heard
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ablate_shards.cli import cli
 from ablate_shards.data.demo import MODEL
 from ablate_shards.data.demo.behaviour import load
 from ablate_shards.data.demo.world import HELD_OUT, NEUTRAL, PLACES, answer, contested, unrelated
@@ -32,30 +32,17 @@ peft_is_behind = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:
 LINEAR_ATTENTION = {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+class Ending(Heard):
+    """Ends the run when it says something that starts with some words."""
 
-
-class Heard:
-    """Keeps what a run said, and may end it."""
-
-    def __init__(self, stop_at=None):
-        self.notes, self.counts, self.stop_at = [], [], stop_at
-
-    def count(self, done, total):
-        self.counts.append((done, total))
+    def __init__(self, words):
+        super().__init__()
+        self.words = words
 
     def note(self, text):
-        self.notes.append(text)
-        if self.stop_at is not None and text.startswith(self.stop_at):
+        super().note(text)
+        if text.startswith(self.words):
             signal.raise_signal(signal.SIGTERM)
-
-    def about(self, words):
-        return [note for note in self.notes if words in note]
 
 
 def draw(about=14, other=6):
@@ -203,7 +190,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, trained):
     handler = signal.getsignal(signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="--resume goes on after the last complete epoch"):
-        finetune(MODEL, out, DATA, options, Heard(stop_at="epoch 2 of 3"))
+        finetune(MODEL, out, DATA, options, Ending("epoch 2 of 3"))
     assert not out.exists()
     assert signal.getsignal(signal.SIGTERM) is handler
     with pytest.raises(ExecuteError, match="an interrupted run is staged"):
@@ -434,12 +421,12 @@ def test_the_command_shows_the_curve(tmp_path):
         for sample in DATA[-8:]
     ]
     (tmp_path / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    run = ["finetune", str(MODEL), str(tmp_path / "adapter"), "--data", str(tmp_path / "data.jsonl"), "--epochs", "1"]
-    run += ["--batch", "1", "--accumulate", "2"]
+    words = ["finetune", MODEL, tmp_path / "adapter", "--data", tmp_path / "data.jsonl", "--epochs", 1]
+    words += ["--batch", 1, "--accumulate", 2]
 
-    shown = CliRunner().invoke(cli, [*run, "--targets", "q,down_proj"])
-    printed = CliRunner().invoke(cli, [*run, "--overwrite", "--json"])
-    again = CliRunner().invoke(cli, run)
+    shown = run(*words, "--targets", "q,down_proj")
+    printed = run(*words, "--overwrite", "--json")
+    again = run(*words)
 
     assert shown.exit_code == 0, shown.output
     assert "contested held out" in shown.stdout

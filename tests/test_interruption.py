@@ -9,7 +9,7 @@ import time
 
 import pytest
 from command_line import run
-from raw_checkpoints import snapshot, write_directions, write_llama
+from raw_checkpoints import hidden, snapshot, write_directions, write_llama
 
 from ablate_shards.surgery.edit.shard_writer import ShardWriter
 from ablate_shards.surgery.machine.staging import Staging, locked
@@ -23,10 +23,6 @@ def case(tmp_path):
     whole = run(source, tmp_path / "whole", *arguments[2:])
     assert whole.exit_code == 0, whole.output
     return tmp_path, arguments
-
-
-def hidden_files(folder):
-    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def stop_after(monkeypatch, shards, error):
@@ -54,7 +50,7 @@ def test_resume_gives_the_same_bytes(case, monkeypatch, shards):
     assert resumed.exit_code == 0, resumed.output
     assert snapshot(folder / "out") == snapshot(folder / "whole")
     assert snapshot(folder / "source") == before
-    assert hidden_files(folder) == []
+    assert hidden(folder) == []
 
 
 def test_a_complete_shard_is_not_edited_again(case, monkeypatch):
@@ -92,7 +88,7 @@ def test_resume_refuses_another_plan_and_another_source(case, monkeypatch):
     assert "the source changed" in changed.output
     assert (folder / ".out.ablate-staging").is_dir()
     assert run(*arguments, "--overwrite").exit_code == 0
-    assert hidden_files(folder) == []
+    assert hidden(folder) == []
 
 
 def test_a_torn_journal_line_is_done_again(case, monkeypatch):
@@ -142,6 +138,7 @@ def test_two_runs_into_one_folder(case):
     assert blocked.exit_code == 1
     assert "another run" in blocked.output
     assert run(*arguments).exit_code == 0
+    assert snapshot(folder / "out") == snapshot(folder / "whole")
 
 
 def test_a_lock_left_by_a_killed_run_blocks_nobody(case):
@@ -153,17 +150,20 @@ def test_a_lock_left_by_a_killed_run_blocks_nobody(case):
     subprocess.run([sys.executable, "-c", code, folder / "out"], check=False)
     assert (folder / ".out.ablate-lock").exists()
     assert run(*arguments).exit_code == 0
-    assert hidden_files(folder) == []
+    assert snapshot(folder / "out") == snapshot(folder / "whole")
+    assert hidden(folder) == []
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
 def test_signals_leave_a_resumable_state_and_say_so(case, kind):
     folder, arguments = case
     slow = (
-        "import time, sys; from ablate_shards.surgery.edit import ablation as editor\n"
+        "import signal, time, sys; from ablate_shards.surgery.edit import ablation as editor\n"
         "from ablate_shards.cli import main\n"
         "edit = editor.Editor.edit\n"
         "def slowly(*a, **k):\n time.sleep(0.2)\n return edit(*a, **k)\n"
+        # A shell that starts the tests in the background has them ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "editor.Editor.edit = slowly\nmain(sys.argv[1:])"
     )
     command = [sys.executable, "-c", slow, *map(str, arguments)]
@@ -247,8 +247,13 @@ def test_resume_and_overwrite_start_again_where_resuming_cannot_be(case, monkeyp
     stop_after(monkeypatch, 2, KeyboardInterrupt())
     run(*arguments)
     monkeypatch.undo()
-    assert run(*arguments, "--coefficient", "2", "--resume", "--overwrite").exit_code == 0
-    assert snapshot(folder / "out") != snapshot(folder / "whole")
+    other = ("--coefficient", "2")
+    assert "cannot be resumed" in run(*arguments, *other, "--resume").stderr
+    assert run(*arguments, *other, "--resume", "--overwrite").exit_code == 0
+    source, _, *options = arguments
+    assert run(source, folder / "fresh", *options, *other).exit_code == 0
+    assert snapshot(folder / "out") == snapshot(folder / "fresh") != snapshot(folder / "whole")
+    assert hidden(folder) == []
 
 
 def test_any_failure_leaves_nothing_behind(case, monkeypatch):
@@ -259,5 +264,5 @@ def test_any_failure_leaves_nothing_behind(case, monkeypatch):
 
     monkeypatch.setattr("ablate_shards.surgery.edit.ablation.Editor.edit", failing)
     assert run(*arguments).exit_code == 1
-    assert hidden_files(folder) == []
+    assert hidden(folder) == []
     assert not (folder / "out").exists()

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import checked
 
-from ablate_shards.cli import cli
 from ablate_shards.data.demo import MODEL
 from ablate_shards.data.demo.behaviour import draw_questions, load
 from ablate_shards.data.demo.samples import write_samples
@@ -14,24 +13,12 @@ pytestmark = pytest.mark.loaders
 TOKENS = 24
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def edited(tmp_path_factory):
     work = tmp_path_factory.mktemp("loaders")
     write_samples(work)
-    for command in (
-        ["capture", MODEL, work / "dump.safetensors", "--pairs", work / "pairs.jsonl"],
-        ["ablate", MODEL, work / "edited", "-a", work / "dump.safetensors"],
-    ):
-        result = CliRunner().invoke(cli, list(map(str, command)))
-        assert result.exit_code == 0, result.output
+    checked("capture", MODEL, work / "dump.safetensors", "--pairs", work / "pairs.jsonl")
+    checked("ablate", MODEL, work / "edited", "-a", work / "dump.safetensors")
     return work / "edited"
 
 

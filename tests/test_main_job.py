@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import checked
 from raw_checkpoints import (
     decode,
     llama_tensors,
     snapshot,
+    tensor_bytes,
     write_directions,
     write_dump,
     write_llama,
@@ -21,19 +22,12 @@ from raw_checkpoints import (
 )
 from safetensors.numpy import load_file
 
-from ablate_shards.cli import cli
 from ablate_shards.kernels import reference
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.directions.directions import biproject
 from ablate_shards.surgery.directions.formats import read_directions
 
 WRITERS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    return result
 
 
 @pytest.fixture
@@ -46,18 +40,10 @@ def directions(tmp_path):
     return write_directions(tmp_path / "d.safetensors")
 
 
-def tensor_bytes(folder):
-    checkpoint = open_checkpoint(folder)
-    paths = {shard.name: shard.path for shard in checkpoint.shards}
-    return {
-        name: paths[tensor.shard].read_bytes()[tensor.start : tensor.end] for name, tensor in checkpoint.tensors.items()
-    }
-
-
 def test_only_the_writers_change(tmp_path, source, directions):
     before = snapshot(source)
     out = tmp_path / "out"
-    run(source, out, "-d", directions, "--source-layer", 1)
+    checked(source, out, "-d", directions, "--source-layer", 1)
 
     assert snapshot(source) == before
     after = snapshot(out)
@@ -83,7 +69,7 @@ def test_accuracy_against_float64(tmp_path, dtype, preserve, coefficient, source
     source = write_llama(tmp_path / "source", hidden=96, layers=2, dtype=dtype)
     directions = write_directions(tmp_path / "d.safetensors", hidden=96, layers=2)
     out = tmp_path / "out"
-    run(
+    checked(
         source,
         out,
         "-d",
@@ -128,28 +114,28 @@ def test_accuracy_against_float64(tmp_path, dtype, preserve, coefficient, source
 @pytest.mark.parametrize("jobs", [1, 3])
 @pytest.mark.parametrize("memory", ["8MB", "1GB"])
 def test_jobs_and_memory_change_no_byte(tmp_path, source, directions, jobs, memory):
-    run(source, tmp_path / "a", "-d", directions, "--source-layer", 1)
-    run(source, tmp_path / "b", "-d", directions, "--source-layer", 1, "--jobs", jobs, "--memory", memory)
+    checked(source, tmp_path / "a", "-d", directions, "--source-layer", 1)
+    checked(source, tmp_path / "b", "-d", directions, "--source-layer", 1, "--jobs", jobs, "--memory", memory)
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
 
 
 def test_one_file(tmp_path, directions):
     source = tmp_path / "in.safetensors"
     write_shard(source, llama_tensors())
-    run(source, tmp_path / "out", "-d", directions, "--source-layer", 0)
+    checked(source, tmp_path / "out", "-d", directions, "--source-layer", 0)
     assert sorted(snapshot(tmp_path / "out")) == ["ablation.json", "in.safetensors"]
-    run("verify", source, tmp_path / "out")
+    checked("verify", source, tmp_path / "out")
 
 
 def test_bare_shards_and_odd_names(tmp_path, directions):
     source = write_llama(tmp_path / "source", shards=1)
     (source / "model.safetensors.index.json").unlink()
-    run(source, tmp_path / "bare", "-d", directions, "--source-layer", 0)
+    checked(source, tmp_path / "bare", "-d", directions, "--source-layer", 0)
     name = "model.safetensors-00001-of-00001.safetensors"
     (source / "model-00001-of-00001.safetensors").rename(source / name)
     weight_map = dict.fromkeys(llama_tensors(), name)
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    run(source, tmp_path / "odd", "-d", directions, "--source-layer", 0)
+    checked(source, tmp_path / "odd", "-d", directions, "--source-layer", 0)
     assert (tmp_path / "odd" / name).read_bytes() == (
         tmp_path / "bare" / "model-00001-of-00001.safetensors"
     ).read_bytes()
@@ -157,7 +143,7 @@ def test_bare_shards_and_odd_names(tmp_path, directions):
 
 def test_receipt_tells_what_was_measured(tmp_path, source, directions):
     out = tmp_path / "out"
-    run(source, out, "-d", directions, "--source-layer", 1, "--preserve", "columns", "--no-biproject")
+    checked(source, out, "-d", directions, "--source-layer", 1, "--preserve", "columns", "--no-biproject")
     receipt = json.loads((out / "ablation.json").read_text())
     basis = read_directions(directions).basis[1].astype(np.float64)
     given, edited = tensor_bytes(source), tensor_bytes(out)
@@ -178,31 +164,31 @@ def test_receipt_tells_what_was_measured(tmp_path, source, directions):
 
 def test_activations_equal_their_directions(tmp_path, source):
     dump = write_dump(tmp_path / "a.safetensors")
-    run("directions", dump, tmp_path / "d.safetensors")
-    run(source, tmp_path / "one", "-a", dump)
-    run(source, tmp_path / "two", "-d", tmp_path / "d.safetensors")
+    checked("directions", dump, tmp_path / "d.safetensors")
+    checked(source, tmp_path / "one", "-a", dump)
+    checked(source, tmp_path / "two", "-d", tmp_path / "d.safetensors")
     assert tensor_bytes(tmp_path / "one") == tensor_bytes(tmp_path / "two")
     assert tensor_bytes(tmp_path / "one") != tensor_bytes(source)
 
 
 def test_directions_beside_the_weights_are_used_and_not_copied(tmp_path, source):
-    plain = run(source, tmp_path / "none", code=2)
+    plain = checked(source, tmp_path / "none", code=2)
     assert "directions.safetensors" in plain.output
     assert not (tmp_path / "none").exists()
     write_dump(source / "activations.safetensors")
-    run(source, tmp_path / "dump")
-    run("directions", source / "activations.safetensors", source / "directions.safetensors")
-    run(source, tmp_path / "file")
+    checked(source, tmp_path / "dump")
+    checked("directions", source / "activations.safetensors", source / "directions.safetensors")
+    checked(source, tmp_path / "file")
     assert tensor_bytes(tmp_path / "dump") == tensor_bytes(tmp_path / "file")
     assert not list((tmp_path / "file").glob("*ions.safetensors"))
 
 
 def test_dry_run_writes_nothing(tmp_path, source, directions):
     before = sorted(path.name for path in tmp_path.iterdir())
-    result = run(source, tmp_path / "out", "-d", directions, "--source-layer", 1, "--dry-run")
+    result = checked(source, tmp_path / "out", "-d", directions, "--source-layer", 1, "--dry-run")
     assert "down_proj" in result.stdout
     plan = json.loads(
-        run(source, tmp_path / "out", "-d", directions, "--source-layer", 1, "--dry-run", "--json").stdout
+        checked(source, tmp_path / "out", "-d", directions, "--source-layer", 1, "--dry-run", "--json").stdout
     )
     assert {edit["name"] for edit in plan["edits"]} == {
         f"model.layers.{layer}.{writer}" for layer in range(3) for writer in WRITERS
@@ -211,7 +197,7 @@ def test_dry_run_writes_nothing(tmp_path, source, directions):
 
 
 def test_layers_and_components(tmp_path, source, directions):
-    run(
+    checked(
         source,
         tmp_path / "out",
         "-d",
@@ -229,14 +215,14 @@ def test_layers_and_components(tmp_path, source, directions):
 
 
 def test_coefficient_zero_changes_nothing_but_adds_a_receipt(tmp_path, source, directions):
-    run(source, tmp_path / "out", "-d", directions, "--source-layer", 1, "--coefficient", 0)
+    checked(source, tmp_path / "out", "-d", directions, "--source-layer", 1, "--coefficient", 0)
     assert tensor_bytes(tmp_path / "out") == tensor_bytes(source)
 
 
 def test_coefficient_above_one_is_explained(tmp_path, source, directions):
-    result = run(source, tmp_path / "out", "-d", directions, "--source-layer", 1, "--coefficient", 2.5)
+    result = checked(source, tmp_path / "out", "-d", directions, "--source-layer", 1, "--coefficient", 2.5)
     assert "-1.5 times itself" in result.stderr
-    calm = run(source, tmp_path / "calm", "-d", directions, "--source-layer", 1)
+    calm = checked(source, tmp_path / "calm", "-d", directions, "--source-layer", 1)
     assert "times itself" not in calm.stderr
 
 
@@ -247,7 +233,7 @@ def test_recipe_gives_flags_and_a_flag_wins(tmp_path, source, directions):
         '[ablate]\nsource-layer = 1\ncoefficient = 2.0\npreserve = "columns"\nlayers = [1, 2]\n'
         '[[ablate.override]]\nlayers = "2"\ncomponents = ["mlp"]\ncoefficient = 0.5\n'
     )
-    run("ablate", "--recipe", recipe)
+    checked("ablate", "--recipe", recipe)
     records = {
         record["name"]: record
         for record in json.loads((tmp_path / "by-recipe" / "ablation.json").read_text())["tensors"]
@@ -256,7 +242,7 @@ def test_recipe_gives_flags_and_a_flag_wins(tmp_path, source, directions):
     assert records["model.layers.1.mlp.down_proj.weight"]["coefficient"] == 2.0
     assert {record["layer"] for record in records.values()} == {1, 2}
     assert {record["preserve"] for record in records.values()} == {"columns"}
-    run(source, tmp_path / "flag", "--recipe", recipe, "--preserve", "rows")
+    checked(source, tmp_path / "flag", "--recipe", recipe, "--preserve", "rows")
     flag = json.loads((tmp_path / "flag" / "ablation.json").read_text())
     assert {record["preserve"] for record in flag["tensors"]} == {"rows"}
 
@@ -264,18 +250,18 @@ def test_recipe_gives_flags_and_a_flag_wins(tmp_path, source, directions):
 def test_directions_without_scores_serve_where_every_source_layer_is_named(tmp_path, source, directions):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("[[ablate.override]]\nsource-layer = 1\n")
-    named = run(source, tmp_path / "named", "-d", directions, "--recipe", recipe, "--source-layer", "best")
+    named = checked(source, tmp_path / "named", "-d", directions, "--recipe", recipe, "--source-layer", "best")
     assert "best by its scores" not in named.output
-    run(source, tmp_path / "said", "-d", directions, "--source-layer", 1)
+    checked(source, tmp_path / "said", "-d", directions, "--source-layer", 1)
     assert tensor_bytes(tmp_path / "named") == tensor_bytes(tmp_path / "said")
-    refused = run(source, tmp_path / "best", "-d", directions, "--source-layer", "best", code=1)
+    refused = checked(source, tmp_path / "best", "-d", directions, "--source-layer", "best", code=1)
     assert "the directions carry no scores" in refused.output
 
 
 def test_targets_describe_an_unknown_architecture(tmp_path, source, directions):
     config = json.loads((source / "config.json").read_text()) | {"model_type": "novel"}
     (source / "config.json").write_text(json.dumps(config))
-    refused = run(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1)
+    refused = checked(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1)
     assert "[[ablate.target]]" in refused.output
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
@@ -284,63 +270,63 @@ def test_targets_describe_an_unknown_architecture(tmp_path, source, directions):
         "[[ablate.target]]\npattern = 'model\\.layers\\.(?P<layer>\\d+)\\.mlp\\.down_proj\\.weight'\n"
         "component = 'mlp'\naxis = 'out'\n"
     )
-    run(source, tmp_path / "out", "-d", directions, "--source-layer", 1, "--recipe", recipe)
+    checked(source, tmp_path / "out", "-d", directions, "--source-layer", 1, "--recipe", recipe)
     config["model_type"] = "llama"
     (source / "config.json").write_text(json.dumps(config))
-    run(source, tmp_path / "known", "-d", directions, "--source-layer", 1)
+    checked(source, tmp_path / "known", "-d", directions, "--source-layer", 1)
     assert tensor_bytes(tmp_path / "out") == tensor_bytes(tmp_path / "known")
 
 
 def test_refuses_what_would_lose_something(tmp_path, source, directions):
     arguments = ("-d", directions, "--source-layer", 1)
-    run(source, source, *arguments, code=2)
-    run(source, source / "inside", *arguments, code=2)
-    run(source, tmp_path, *arguments, code=2)
-    run(source / "model-00001-of-00002.safetensors", source, *arguments, code=2)
+    checked(source, source, *arguments, code=2)
+    checked(source, source / "inside", *arguments, code=2)
+    checked(source, tmp_path, *arguments, code=2)
+    checked(source / "model-00001-of-00002.safetensors", source, *arguments, code=2)
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
-    run(source, precious, *arguments, code=1)
-    run(source, precious, *arguments, "--overwrite", code=1)
+    checked(source, precious, *arguments, code=1)
+    checked(source, precious, *arguments, "--overwrite", code=1)
     assert (precious / "thesis.txt").read_text() == "years of work"
     (tmp_path / "empty").mkdir()
-    run(source, tmp_path / "empty", *arguments)
-    refused = run(source, tmp_path / "empty", *arguments, code=1)
+    checked(source, tmp_path / "empty", *arguments)
+    refused = checked(source, tmp_path / "empty", *arguments, code=1)
     assert "--overwrite" in refused.output
-    run(source, tmp_path / "empty", *arguments, "--overwrite", "--preserve", "none")
+    checked(source, tmp_path / "empty", *arguments, "--overwrite", "--preserve", "none")
     receipt = json.loads((tmp_path / "empty" / "ablation.json").read_text())
     assert receipt["recipe"]["preserve"] == "none"
     inside = shutil.copy(directions, tmp_path / "empty" / "d.safetensors")
-    held = run(source, tmp_path / "empty", "-d", inside, "--source-layer", 1, "--overwrite", code=2)
+    held = checked(source, tmp_path / "empty", "-d", inside, "--source-layer", 1, "--overwrite", code=2)
     assert f"holds {inside}, which would be replaced" in held.output
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_a_full_disk_is_found_before_the_first_byte(tmp_path, source, directions, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
-    result = run(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1)
+    result = checked(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1)
     assert "free" in result.output
     assert not (tmp_path / "out").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_copying_without_copy_file_range(tmp_path, source, directions, monkeypatch):
-    run(source, tmp_path / "a", "-d", directions, "--source-layer", 1)
+    checked(source, tmp_path / "a", "-d", directions, "--source-layer", 1)
     monkeypatch.delattr("os.copy_file_range")
     monkeypatch.delattr("os.posix_fallocate")
-    run(source, tmp_path / "b", "-d", directions, "--source-layer", 1)
+    checked(source, tmp_path / "b", "-d", directions, "--source-layer", 1)
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
 
 
 def test_link_shares_only_what_is_not_edited(tmp_path, source, directions):
     arguments = ("-d", directions, "--source-layer", 1, "--layers", "2")
-    run(source, tmp_path / "copied", *arguments)
-    run(source, tmp_path / "linked", *arguments, "--link")
+    checked(source, tmp_path / "copied", *arguments)
+    checked(source, tmp_path / "linked", *arguments, "--link")
     assert snapshot(tmp_path / "linked") == snapshot(tmp_path / "copied")
     shared = {path.name: path.samefile(source / path.name) for path in (tmp_path / "linked").glob("*.safetensors")}
     assert shared == {"model-00001-of-00002.safetensors": True, "model-00002-of-00002.safetensors": False}
     assert not any(path.samefile(source / path.name) for path in (tmp_path / "copied").glob("*.safetensors"))
-    run("verify", source, tmp_path / "linked")
+    checked("verify", source, tmp_path / "linked")
 
 
 def test_linked_shards_as_in_a_download_cache(tmp_path, source, directions):
@@ -349,16 +335,16 @@ def test_linked_shards_as_in_a_download_cache(tmp_path, source, directions):
     for number, path in enumerate(sorted(source.glob("*.safetensors"))):
         path.rename(blobs / str(number))
         path.symlink_to(blobs / str(number))
-    run(source, tmp_path / "out", "-d", directions, "--source-layer", 1)
+    checked(source, tmp_path / "out", "-d", directions, "--source-layer", 1)
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
-    run("verify", source, tmp_path / "out")
+    checked("verify", source, tmp_path / "out")
 
 
 def test_inspect_shows_writers_and_what_is_left(source):
-    result = run("inspect", source)
+    result = checked("inspect", source)
     assert "self_attn.o_proj" in result.stdout
     assert "pytorch_model.bin" in result.stdout
-    content = json.loads(run("inspect", source, "--json").stdout)
+    content = json.loads(checked("inspect", source, "--json").stdout)
     assert len(content["writers"]) == 7
     assert content["family"]
 
@@ -371,7 +357,7 @@ def test_help_needs_no_torch():
 
 def test_rank_two_directions(tmp_path, source):
     directions = write_directions(tmp_path / "two.safetensors", rank=2)
-    run(
+    checked(
         source,
         tmp_path / "out",
         "-d",
@@ -393,7 +379,7 @@ def test_rank_two_directions(tmp_path, source):
 def test_weights_beside_the_index_are_refused(tmp_path, source, directions):
     """Loaders prefer ``model.safetensors`` to the index, so it may not slip through unedited."""
     write_shard(source / "model.safetensors", llama_tensors())
-    refused = run(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1)
+    refused = checked(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1)
     assert "model.safetensors" in refused.stderr
     assert not (tmp_path / "out").exists()
 
@@ -401,33 +387,33 @@ def test_weights_beside_the_index_are_refused(tmp_path, source, directions):
 def test_code_and_notes_are_sidecars_whatever_their_name(tmp_path, source, directions):
     for name in ("activations.py", "directions.md", "activations.json"):
         (source / name).write_text("kept")
-    run(source, tmp_path / "out", "-d", directions, "--source-layer", 1)
+    checked(source, tmp_path / "out", "-d", directions, "--source-layer", 1)
     assert {"activations.py", "directions.md", "activations.json"} <= set(snapshot(tmp_path / "out"))
 
 
 def test_an_index_spells_each_shard_in_one_way(tmp_path, source, directions):
     path = source / "model.safetensors.index.json"
     path.write_text(path.read_text().replace('"model-00001', '"./model-00001'))
-    refused = run(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1)
+    refused = checked(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1)
     assert "write it as" in refused.stderr
 
 
 def test_links_into_out_are_not_lost(tmp_path, source, directions):
     arguments = ("-d", directions, "--source-layer", 1)
-    run(source, tmp_path / "a", *arguments)
+    checked(source, tmp_path / "a", *arguments)
     linked = tmp_path / "linked"
     linked.mkdir()
     for path in (tmp_path / "a").iterdir():
         (linked / path.name).symlink_to(path)
     before = snapshot(tmp_path / "a")
-    run(linked, tmp_path / "a", *arguments, "--overwrite", code=2)
+    checked(linked, tmp_path / "a", *arguments, "--overwrite", code=2)
     assert snapshot(tmp_path / "a") == before
 
 
 def test_out_may_be_a_link_to_an_empty_folder(tmp_path, source, directions):
     (tmp_path / "real").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "real")
-    run(source, tmp_path / "out", "-d", directions, "--source-layer", 1)
+    checked(source, tmp_path / "out", "-d", directions, "--source-layer", 1)
     assert (tmp_path / "real" / "ablation.json").is_file()
     assert (tmp_path / "out").is_symlink()
 
@@ -436,11 +422,11 @@ def test_a_flag_wins_over_the_other_kind_in_a_recipe(tmp_path, source, direction
     dump = write_dump(tmp_path / "a.safetensors")
     recipe = tmp_path / "r.toml"
     recipe.write_text('[directions]\ndirections = "d.safetensors"\n[ablate]\nsource-layer = 1\n')
-    run(source, tmp_path / "out", "--recipe", recipe, "-a", dump)
-    run(source, tmp_path / "plain", "-a", dump, "--source-layer", 1)
+    checked(source, tmp_path / "out", "--recipe", recipe, "-a", dump)
+    checked(source, tmp_path / "plain", "-a", dump, "--source-layer", 1)
     assert tensor_bytes(tmp_path / "out") == tensor_bytes(tmp_path / "plain")
-    run(source, tmp_path / "both", "-a", dump, "-d", directions, code=2)
-    run(source, tmp_path / "both", "-d", directions, "--source-layer", 1, "--estimator", "svd", code=2)
+    checked(source, tmp_path / "both", "-a", dump, "-d", directions, code=2)
+    checked(source, tmp_path / "both", "-d", directions, "--source-layer", 1, "--estimator", "svd", code=2)
 
 
 def test_a_missing_expert_is_noticed(tmp_path, directions):
@@ -453,10 +439,10 @@ def test_a_missing_expert_is_noticed(tmp_path, directions):
     config = {"model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 3}
     (source / "config.json").write_text(json.dumps(config))
     write_shard(source / "model.safetensors", tensors)
-    run(source, tmp_path / "whole", "-d", directions, "--source-layer", 1)
+    checked(source, tmp_path / "whole", "-d", directions, "--source-layer", 1)
     del tensors["model.layers.1.mlp.experts.2.down_proj.weight"]
     write_shard(source / "model.safetensors", tensors)
-    refused = run(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1)
+    refused = checked(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1)
     assert "expert 2 of 4 is missing" in refused.stderr
 
 
@@ -469,9 +455,9 @@ def test_the_coverage_error_lists_the_tensors_of_that_layer_alone(tmp_path, dire
     config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 3}
     (source / "config.json").write_text(json.dumps(config))
     write_shard(source / "model.safetensors", tensors)
-    refused = run(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1)
+    refused = checked(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1)
     assert "layer 1: no mlp writer" in refused.stderr
     assert "model.layers.1.mlp.up_proj.weight" in refused.stderr
     assert "layers.0" not in refused.stderr
     assert "layers.2" not in refused.stderr
-    assert "none" in run("inspect", source).stdout
+    assert "none" in checked("inspect", source).stdout

@@ -6,13 +6,14 @@ import shutil
 
 import pytest
 import torch
+from progress import Heard
 from safetensors.torch import load_file, save_file
 
 from ablate_shards.data.demo import MODEL
 from ablate_shards.data.demo.behaviour import draw_questions
 from ablate_shards.data.demo.world import NEUTRAL, SLANTED
 from ablate_shards.errors import UsageError
-from ablate_shards.surgery.evaluate import interview as station
+from ablate_shards.surgery.evaluate import measures
 from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
 from ablate_shards.surgery.evaluate.interview import EvaluateOptions, evaluate
 from ablate_shards.surgery.model.samples import Question
@@ -29,17 +30,6 @@ doc_to_choice: ["green", "white", "yellow"]
 doc_to_target: right
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
-
-
-class Silent:
-    def __init__(self):
-        self.counts = []
-
-    def count(self, done, total):
-        self.counts.append((done, total))
-
-    def note(self, text):
-        pass
 
 
 def said(forms, question):
@@ -79,7 +69,7 @@ def edited(tmp_path_factory):
 @pytest.fixture(scope="module")
 def compared(questions, edited, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "e.json"
-    return evaluate(edited, questions, EvaluateOptions(length=24), Silent(), against=MODEL, out=out), out
+    return evaluate(edited, questions, EvaluateOptions(length=24), Heard(), against=MODEL, out=out), out
 
 
 def test_the_lean_sees_the_planted_slant_without_a_judge(compared):
@@ -103,31 +93,31 @@ def test_the_lean_is_compared_with_that_of_the_base(compared):
 
 
 def test_a_lean_that_is_not_wanted_is_not_measured(questions, edited):
-    found = evaluate(edited, questions[:2], EvaluateOptions(length=4, lean=False), Silent())
+    found = evaluate(edited, questions[:2], EvaluateOptions(length=4, lean=False), Heard())
     assert (found.leans, found.lean) == ((), ())
 
 
 def test_measures_are_taken_over_from_an_earlier_evaluation(compared, questions, edited, monkeypatch):
     measured = []
-    real = station.log_likelihoods
+    real = measures.log_likelihoods
     monkeypatch.setattr(
-        station, "log_likelihoods", lambda *some, **more: measured.append(len(some[1])) or real(*some, **more)
+        measures, "log_likelihoods", lambda *some, **more: measured.append(len(some[1])) or real(*some, **more)
     )
     options = EvaluateOptions(length=24, reuse=(compared[1],))
 
-    found = evaluate(edited, questions, options, Silent(), against=MODEL)
+    found = evaluate(edited, questions, options, Heard(), against=MODEL)
     assert (measured, found) == ([], compared[0])
 
     # Another batch is other rounding, and other references are another question.
-    evaluate(edited, questions, dataclasses.replace(options, batch=2), Silent())
+    evaluate(edited, questions, dataclasses.replace(options, batch=2), Heard())
     others = [dataclasses.replace(questions[0], references={"neutral": ("A.",), "prc": ("B.",)})]
-    evaluate(edited, others, options, Silent())
+    evaluate(edited, others, options, Heard())
     assert measured == [8 * (len(NEUTRAL) + len(SLANTED)), 2]
 
 
 def test_references_of_other_questions_are_not_compared(compared, questions, edited):
     fewer = questions[:3]
-    found = evaluate(edited, fewer, EvaluateOptions(length=24), Silent(), against=compared[0].base)
+    found = evaluate(edited, fewer, EvaluateOptions(length=24), Heard(), against=compared[0].base)
     assert len(found.leans) == 3
     assert found.comparison.leans == ()
 
@@ -147,7 +137,7 @@ class TestTasks:
     """Tasks of lm-evaluation-harness beside the questions."""
 
     def test_both_models_are_scored_and_compared(self, task, questions, edited, tmp_path, monkeypatch):
-        out, told = tmp_path / "e.json", Silent()
+        out, told = tmp_path / "e.json", Heard()
         options = EvaluateOptions(length=4, tasks=(task,), task_limit=4)
         found = evaluate(edited, questions[:2], options, told, against=MODEL, out=out)
 
@@ -161,21 +151,21 @@ class TestTasks:
         assert found.options["tasks"]["limit"] == 4
 
         monkeypatch.setattr(station, "run_tasks", None)
-        again = evaluate(edited, questions[:2], dataclasses.replace(options, reuse=(out,)), Silent(), against=MODEL)
+        again = evaluate(edited, questions[:2], dataclasses.replace(options, reuse=(out,)), Heard(), against=MODEL)
         assert again.tasks == found.tasks
 
     def test_tasks_of_another_kind_are_not_taken_over(self, task, questions, edited, tmp_path):
         out = tmp_path / "e.json"
         options = EvaluateOptions(length=4, tasks=(task,), task_limit=4)
-        evaluate(edited, questions[:1], options, Silent(), out=out)
-        more = evaluate(edited, questions[:1], dataclasses.replace(options, task_limit=None, reuse=(out,)), Silent())
+        evaluate(edited, questions[:1], options, Heard(), out=out)
+        more = evaluate(edited, questions[:1], dataclasses.replace(options, task_limit=None, reuse=(out,)), Heard())
         assert more.tasks[0].count == 5
 
     def test_an_unknown_task_is_said_before_a_model_is_loaded(self, task, questions, monkeypatch):
         monkeypatch.setattr(station, "speaking", None)
         with pytest.raises(UsageError, match=r"nowhere\.yaml"):
-            evaluate(MODEL, questions, EvaluateOptions(tasks=("nowhere.yaml",)), Silent())
+            evaluate(MODEL, questions, EvaluateOptions(tasks=("nowhere.yaml",)), Heard())
 
     def test_an_endpoint_has_no_tasks(self, questions):
         with pytest.raises(UsageError, match="--tasks: needs the model itself"):
-            evaluate(MODEL, questions, EvaluateOptions(tasks=("x",), endpoint="http://127.0.0.1:1/v1"), Silent())
+            evaluate(MODEL, questions, EvaluateOptions(tasks=("x",), endpoint="http://127.0.0.1:1/v1"), Heard())

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 from blake3 import blake3
-from click.testing import CliRunner
-from raw_checkpoints import decode, snapshot, write_directions, write_llama
+from command_line import checked
+from raw_checkpoints import decode, snapshot, tensor_bytes, write_directions, write_llama
 from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, TINY_MODELS, VOCAB, save_tiny_model
 
-from ablate_shards.cli import cli
 from ablate_shards.kernels import reference
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.checkpoint.digest import base_digest
@@ -26,20 +25,6 @@ from ablate_shards.surgery.machine.staging import Staging
 from ablate_shards.surgery.merge.adapter import Adapter
 
 ROOT = "base_model.model."
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    return result
-
-
-def tensor_bytes(folder):
-    checkpoint = open_checkpoint(folder)
-    paths = {shard.name: shard.path for shard in checkpoint.shards}
-    return {
-        name: paths[tensor.shard].read_bytes()[tensor.start : tensor.end] for name, tensor in checkpoint.tensors.items()
-    }
 
 
 def write_adapter(folder, tensors, **config):
@@ -146,7 +131,7 @@ def test_the_result_is_that_of_peft(tmp_path, case):
     name, settings = BY_PEFT[case]
     expected = merge_by_peft(name, tmp_path, settings)
     out = tmp_path / "out"
-    run("merge", tmp_path / "model", tmp_path / "adapter", out)
+    checked("merge", tmp_path / "model", tmp_path / "adapter", out)
     before, after = load_file(tmp_path / "model" / "model.safetensors"), load_file(out / "model.safetensors")
     receipt = json.loads((out / "merge.json").read_text())
     changed = {record["name"] for record in receipt["tensors"]}
@@ -162,7 +147,7 @@ def test_the_result_is_that_of_peft(tmp_path, case):
             # What peft loses is what no transformers class loads.
             assert tensor in TINY_MODELS[name].extra or torch.equal(values, expected[tensor])
     assert not any(tensor.startswith("mtp.") for tensor in changed)
-    run("verify", tmp_path / "model", out, "--adapter", tmp_path / "adapter")
+    checked("verify", tmp_path / "model", out, "--adapter", tmp_path / "adapter")
 
 
 # ------------------------------------------------------------------------------------------- bytes
@@ -173,7 +158,7 @@ def test_accuracy_against_float64(tmp_path, dtype):
     base = write_llama(tmp_path / "base", hidden=96, layers=2, dtype=dtype)
     adapter = llama_adapter(tmp_path / "adapter", hidden=96, layers=2, use_rslora=True)
     out = tmp_path / "out"
-    run("merge", base, adapter, out, "--scale", "0.5")
+    checked("merge", base, adapter, out, "--scale", "0.5")
 
     given, merged = tensor_bytes(base), tensor_bytes(out)
     values = load_file(adapter / "adapter_model.safetensors")
@@ -200,7 +185,7 @@ def test_accuracy_against_float64(tmp_path, dtype):
 def test_every_other_byte_stays(tmp_path, base, adapter):
     before = snapshot(base)
     out = tmp_path / "out"
-    result = run("merge", base, adapter, out)
+    result = checked("merge", base, adapter, out)
     after = snapshot(out)
 
     assert snapshot(base) == before
@@ -233,7 +218,7 @@ def test_jobs_and_memory_do_not_change_a_byte(tmp_path, base, adapter):
     outs = []
     for number, more in enumerate([(), ("--jobs", 1, "--memory", "8MB"), ("--jobs", 3, "--memory", "64MB")]):
         out = tmp_path / f"out{number}"
-        run("merge", wide, adapter, out, *more)
+        checked("merge", wide, adapter, out, *more)
         outs.append(snapshot(out))
     assert outs[0] == outs[1] == outs[2]
 
@@ -241,7 +226,7 @@ def test_jobs_and_memory_do_not_change_a_byte(tmp_path, base, adapter):
 def test_threads_that_share_a_fused_tensor_share_its_factors(tmp_path, monkeypatch):
     merge_by_peft("qwen3-moe-fused", tmp_path, BY_PEFT["fused experts"][1])
     source, adapter = tmp_path / "model", tmp_path / "adapter"
-    run("merge", source, adapter, tmp_path / "alone", "--jobs", 1)
+    checked("merge", source, adapter, tmp_path / "alone", "--jobs", 1)
     reads = Counter()
     read = Adapter.read
 
@@ -252,18 +237,18 @@ def test_threads_that_share_a_fused_tensor_share_its_factors(tmp_path, monkeypat
 
     monkeypatch.setattr(Adapter, "read", slowly)
     monkeypatch.setattr(editor, "_PART", 1)
-    run("merge", source, adapter, tmp_path / "out", "--jobs", 4)
+    checked("merge", source, adapter, tmp_path / "out", "--jobs", 4)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "alone")
     assert reads
     assert set(reads.values()) == {1}
 
 
 def test_a_scale_of_zero_and_an_untrained_adapter_change_nothing(tmp_path, base, adapter):
-    run("merge", base, adapter, tmp_path / "out", "--scale", 0)
+    checked("merge", base, adapter, tmp_path / "out", "--scale", 0)
     assert tensor_bytes(tmp_path / "out") == tensor_bytes(base)
     untrained = load_file(adapter / "adapter_model.safetensors")
     untrained = {name: value * 0 if "lora_B" in name else value for name, value in untrained.items()}
-    result = run("merge", base, write_adapter(tmp_path / "untrained", untrained), tmp_path / "other")
+    result = checked("merge", base, write_adapter(tmp_path / "untrained", untrained), tmp_path / "other")
     assert "saved before it was trained" in result.output
     assert tensor_bytes(tmp_path / "other") == tensor_bytes(base)
 
@@ -271,14 +256,14 @@ def test_a_scale_of_zero_and_an_untrained_adapter_change_nothing(tmp_path, base,
 def test_a_parameter_that_is_replaced_keeps_the_dtype_of_the_base(tmp_path, base):
     head = torch.randn(48, HIDDEN, generator=torch.Generator().manual_seed(5))
     adapter = write_adapter(tmp_path / "adapter", {f"{ROOT}lm_head.weight": head}, modules_to_save=["lm_head"])
-    run("merge", base, adapter, tmp_path / "out", "--scale", "3")
+    checked("merge", base, adapter, tmp_path / "out", "--scale", "3")
     raw = tensor_bytes(tmp_path / "out")["lm_head.weight"]
     assert torch.equal(torch.frombuffer(bytearray(raw), dtype=torch.bfloat16).view(48, HIDDEN), head.bfloat16())
 
 
 def test_the_names_of_another_wrapping_are_found(tmp_path, base):
     tensors = factors("model.language_model.layers.1.self_attn.q_proj", HIDDEN, HIDDEN)
-    run("merge", base, write_adapter(tmp_path / "adapter", tensors), tmp_path / "out")
+    checked("merge", base, write_adapter(tmp_path / "adapter", tensors), tmp_path / "out")
     ours, theirs = tensor_bytes(tmp_path / "out"), tensor_bytes(base)
     assert [name for name in ours if ours[name] != theirs[name]] == ["model.layers.1.self_attn.q_proj.weight"]
 
@@ -287,19 +272,19 @@ def test_the_names_of_another_wrapping_are_found(tmp_path, base):
 
 
 def test_a_dry_run_and_json(tmp_path, base, adapter):
-    shown = run("merge", base, adapter, tmp_path / "out", "--dry-run")
+    shown = checked("merge", base, adapter, tmp_path / "out", "--dry-run")
     assert "would be changed" in shown.output
     assert not (tmp_path / "out").exists()
-    plan = json.loads(run("merge", base, adapter, tmp_path / "out", "--dry-run", "--json").stdout)
+    plan = json.loads(checked("merge", base, adapter, tmp_path / "out", "--dry-run", "--json").stdout)
     assert len(plan["edits"]) == 6
-    results = json.loads(run("merge", base, adapter, tmp_path / "out", "--json").stdout)
+    results = json.loads(checked("merge", base, adapter, tmp_path / "out", "--json").stdout)
     assert results["tensors"].keys() == {edit["name"] for edit in plan["edits"]}
 
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_an_interrupted_merge_goes_on(tmp_path, base, adapter, monkeypatch, shards):
     out = tmp_path / "out"
-    run("merge", base, adapter, tmp_path / "whole")
+    checked("merge", base, adapter, tmp_path / "whole")
     record = Staging.record
 
     def recording(self, shard, content):
@@ -308,39 +293,39 @@ def test_an_interrupted_merge_goes_on(tmp_path, base, adapter, monkeypatch, shar
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Staging, "record", recording)
-    assert "--resume" in run("merge", base, adapter, out, code=1).output
+    assert "--resume" in checked("merge", base, adapter, out, code=1).output
     assert not out.exists()
     monkeypatch.undo()
-    assert "the plan changed" in run("merge", base, adapter, out, "--resume", "--scale", 2, code=1).output
-    run("merge", base, adapter, out, "--resume")
+    assert "the plan changed" in checked("merge", base, adapter, out, "--resume", "--scale", 2, code=1).output
+    checked("merge", base, adapter, out, "--resume")
     assert snapshot(out) == snapshot(tmp_path / "whole")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_only_a_folder_that_a_run_made_is_replaced(tmp_path, base, adapter):
     out = tmp_path / "out"
-    run("merge", base, adapter, out)
-    assert "--overwrite" in run("merge", base, adapter, out, code=1).output
-    run("merge", base, adapter, out, "--overwrite", "--scale", 2)
+    checked("merge", base, adapter, out)
+    assert "--overwrite" in checked("merge", base, adapter, out, code=1).output
+    checked("merge", base, adapter, out, "--overwrite", "--scale", 2)
     shutil.copytree(adapter, out / "adapter")
-    held = run("merge", base, out / "adapter", out, "--overwrite", code=2)
+    held = checked("merge", base, out / "adapter", out, "--overwrite", code=2)
     assert f"holds {out / 'adapter'}, which would be replaced" in held.output
-    assert "is not replaced" in run("merge", base, adapter, adapter, "--overwrite", code=1).output
+    assert "is not replaced" in checked("merge", base, adapter, adapter, "--overwrite", code=1).output
     assert (adapter / "adapter_config.json").is_file()
-    run("ablate", base, out, "-d", write_directions(tmp_path / "d.safetensors"), "--source-layer", 1, "--overwrite")
+    checked("ablate", base, out, "-d", write_directions(tmp_path / "d.safetensors"), "--source-layer", 1, "--overwrite")
     assert not (out / "merge.json").exists()
 
 
 def test_the_receipt_of_an_ablated_base_is_named_and_not_carried_over(tmp_path, base, adapter):
     ablated, out = tmp_path / "ablated", tmp_path / "out"
-    run("ablate", base, ablated, "-d", write_directions(tmp_path / "d.safetensors"), "--source-layer", 1)
-    result = run("merge", ablated, adapter, out)
+    checked("ablate", base, ablated, "-d", write_directions(tmp_path / "d.safetensors"), "--source-layer", 1)
+    result = checked("merge", ablated, adapter, out)
     assert "ablation.json describes the weights of" in result.output
     assert not (out / "ablation.json").exists()
     digest = hashlib.sha256((ablated / "ablation.json").read_bytes()).hexdigest()
     assert json.loads((out / "merge.json").read_text())["base"] == [{"name": "ablation.json", "sha256": digest}]
-    run("verify", ablated, out, "--adapter", adapter)
-    assert "differs from the source" in run("verify", base, out, code=1).output
+    checked("verify", ablated, out, "--adapter", adapter)
+    assert "differs from the source" in checked("verify", base, out, code=1).output
 
 
 # ------------------------------------------------------------------------------------------- verify
@@ -355,9 +340,9 @@ def change_receipt(out, change):
 
 def test_verify_finds_what_was_changed_since(tmp_path, base, adapter):
     out = tmp_path / "out"
-    run("merge", base, adapter, out)
-    assert "the digests it records" in run("verify", base, out).output
-    assert "6 edited tensors recomputed, 6 to the bit" in run("verify", base, out, "--adapter", adapter).output
+    checked("merge", base, adapter, out)
+    assert "the digests it records" in checked("verify", base, out).output
+    assert "6 edited tensors recomputed, 6 to the bit" in checked("verify", base, out, "--adapter", adapter).output
     tensors = open_checkpoint(out).tensors
     path = {name: out / tensors[name].shard for name in tensors}
     for name, said in (
@@ -368,18 +353,18 @@ def test_verify_finds_what_was_changed_since(tmp_path, base, adapter):
         with path[name].open("r+b") as file:
             file.seek(tensors[name].start + 5)
             file.write(bytes([kept[tensors[name].start + 5] ^ 0x40]))
-        found = run("verify", base, out, code=1).output
+        found = checked("verify", base, out, code=1).output
         assert name in found
         assert said in found
-        assert name in run("verify", base, out, "--adapter", adapter, code=1).output
+        assert name in checked("verify", base, out, "--adapter", adapter, code=1).output
         path[name].write_bytes(kept)
-    run("verify", base, out)
+    checked("verify", base, out)
 
 
 def test_verify_with_the_adapter_sees_through_a_forged_receipt(tmp_path, base, adapter):
     out, other = tmp_path / "out", tmp_path / "other"
-    run("merge", base, adapter, out)
-    run("merge", base, adapter, other, "--scale", 2)
+    checked("merge", base, adapter, out)
+    checked("merge", base, adapter, other, "--scale", 2)
     for shard in open_checkpoint(out).shards:
         shutil.copy(other / shard.name, shard.path)
     digests = {record["name"]: record for record in json.loads((other / "merge.json").read_text())["tensors"]}
@@ -388,26 +373,26 @@ def test_verify_with_the_adapter_sees_through_a_forged_receipt(tmp_path, base, a
         content["tensors"] = [{**record, "blake3": digests[record["name"]]["blake3"]} for record in content["tensors"]]
 
     change_receipt(out, forge)
-    run("verify", base, out)
-    assert "but the edit gives" in run("verify", base, out, "--adapter", adapter, code=1).output
+    checked("verify", base, out)
+    assert "but the edit gives" in checked("verify", base, out, "--adapter", adapter, code=1).output
 
 
 def test_verify_refuses_what_does_not_belong_together(tmp_path, base, adapter):
     out = tmp_path / "out"
-    run("merge", base, adapter, out)
+    checked("merge", base, adapter, out)
     another = llama_adapter(tmp_path / "another", lora_alpha=9)
-    assert "is not the adapter" in run("verify", base, out, "--adapter", another, code=1).output
+    assert "is not the adapter" in checked("verify", base, out, "--adapter", another, code=1).output
     foreign = write_llama(tmp_path / "foreign", hidden=64)
-    assert "is not the source" in run("verify", foreign, out, code=1).output
+    assert "is not the source" in checked("verify", foreign, out, code=1).output
     (out / "ablation.json").write_text("{}")
-    assert "holds both" in run("verify", base, out, code=1).output
+    assert "holds both" in checked("verify", base, out, code=1).output
     (out / "ablation.json").unlink()
     change_receipt(out, lambda content: content["tensors"].pop())
-    assert "does not record what" in run("verify", base, out, "--adapter", adapter, code=1).output
+    assert "does not record what" in checked("verify", base, out, "--adapter", adapter, code=1).output
     change_receipt(out, lambda content: content["tensors"][0].update(shape=[1, 2]))
-    assert "does not fit the source" in run("verify", base, out, code=1).output
+    assert "does not fit the source" in checked("verify", base, out, code=1).output
     change_receipt(out, lambda content: content.update(tensors=[{}]))
-    assert "not a complete receipt" in run("verify", base, out, code=1).output
+    assert "not a complete receipt" in checked("verify", base, out, code=1).output
 
 
 # ------------------------------------------------------------------------------------------- refusals
@@ -415,7 +400,7 @@ def test_verify_refuses_what_does_not_belong_together(tmp_path, base, adapter):
 
 def refusal(tmp_path, base, tensors, **config):
     adapter = write_adapter(tmp_path / "adapter", tensors, **config)
-    result = run("merge", base, adapter, tmp_path / "out", code=1)
+    result = checked("merge", base, adapter, tmp_path / "out", code=1)
     assert not (tmp_path / "out").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     return result.output
@@ -464,10 +449,10 @@ def test_two_changes_of_one_weight_are_refused(tmp_path, base):
 def test_another_base_is_refused(tmp_path, base, adapter):
     digest = base_digest(open_checkpoint(base))
     (adapter / "training.json").write_text(json.dumps({"base": {"sha256": digest}}))
-    run("merge", base, adapter, tmp_path / "out")
+    checked("merge", base, adapter, tmp_path / "out")
     edited = tmp_path / "edited"
-    run("ablate", base, edited, "-d", write_directions(tmp_path / "d.safetensors"), "--source-layer", 1)
-    said = run("merge", edited, adapter, tmp_path / "other", code=1).output
+    checked("ablate", base, edited, "-d", write_directions(tmp_path / "d.safetensors"), "--source-layer", 1)
+    said = checked("merge", edited, adapter, tmp_path / "other", code=1).output
     assert "was trained on other weights" in said
     assert not (tmp_path / "other").exists()
 
@@ -482,7 +467,7 @@ def test_a_copy_of_another_embedding_is_refused(tmp_path, base):
         f"{name}.lora_embedding_B": torch.randn(HIDDEN, 4),
         f"{name}.base_layer.weight": embedding.clone(),
     }
-    run("merge", base, write_adapter(tmp_path / "adapter", tensors), tmp_path / "good")
+    checked("merge", base, write_adapter(tmp_path / "adapter", tensors), tmp_path / "good")
     tensors[f"{name}.base_layer.weight"][3, 4] += 1
     assert "was trained on other weights" in refusal(tmp_path, base, tensors)
 
@@ -510,7 +495,7 @@ def test_the_tied_head_is_explained(tmp_path):
         f"{ROOT}model.embed_tokens.lora_embedding_A": torch.randn(4, VOCAB),
         f"{ROOT}model.embed_tokens.lora_embedding_B": torch.randn(HIDDEN, 4),
     }
-    result = run("merge", base, write_adapter(tmp_path / "adapter", tensors), tmp_path / "out")
+    result = checked("merge", base, write_adapter(tmp_path / "adapter", tensors), tmp_path / "out")
     assert "tied to the token embedding" in result.output
 
 
@@ -522,10 +507,12 @@ def test_an_adapter_that_changes_meanwhile_is_refused(tmp_path, base, adapter, m
         llama_adapter(adapter, lora_alpha=9)
 
     monkeypatch.setattr(Staging, "record", recording)
-    assert "changed while it was read" in run("merge", base, adapter, tmp_path / "out", code=1).output
+    assert "changed while it was read" in checked("merge", base, adapter, tmp_path / "out", code=1).output
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("scale", ["nan", "inf", "1e9"])
 def test_a_scale_that_is_no_number_is_refused(tmp_path, base, adapter, scale):
-    assert "scale: expected a number" in run("merge", base, adapter, tmp_path / "out", "--scale", scale, code=1).output
+    assert (
+        "scale: expected a number" in checked("merge", base, adapter, tmp_path / "out", "--scale", scale, code=1).output
+    )

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from progress import Heard
 from safetensors.torch import load_file
 from tiny_models import TINY_MODELS
 
@@ -31,17 +32,6 @@ ROWS = [
     ((1, 9, 9), (13, 2), CHOSEN),
     ((1, 9, 9), (14, 2), REJECTED),
 ]
-
-
-class Silent:
-    def __init__(self):
-        self.notes = []
-
-    def count(self, done, total):
-        pass
-
-    def note(self, text):
-        self.notes.append(text)
 
 
 def adapted(seed=0):
@@ -155,7 +145,7 @@ OPTIONS = FinetuneOptions(epochs=2, learning_rate=2e-3, evaluation_share=0.2, ba
 
 
 def test_a_preference_is_learnt_and_the_adapter_written(samples, keep, tmp_path):
-    told = Silent()
+    told = Heard()
     done = finetune(MODEL, tmp_path / "adapter", samples, OPTIONS, told, keep=keep)
 
     before, *_, after = done.epochs
@@ -163,7 +153,7 @@ def test_a_preference_is_learnt_and_the_adapter_written(samples, keep, tmp_path)
     training = json.loads((tmp_path / "adapter" / "training.json").read_text())
     assert (training["kept"], training["rejected"]) == (8, 12)
     assert "8 prompts are answered by the model itself, to be kept" in told.notes
-    again = finetune(MODEL, tmp_path / "again", samples, OPTIONS, Silent(), keep=keep)
+    again = finetune(MODEL, tmp_path / "again", samples, OPTIONS, Heard(), keep=keep)
     assert again.losses == done.losses
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -171,15 +161,15 @@ def test_a_preference_is_learnt_and_the_adapter_written(samples, keep, tmp_path)
 
 def test_a_preference_that_weighs_nothing_leaves_the_rejected_out(samples, keep, tmp_path):
     options = dataclasses.replace(OPTIONS, epochs=1, prefer_weight=0)
-    done = finetune(MODEL, tmp_path / "adapter", samples, options, Silent(), keep=keep)
+    done = finetune(MODEL, tmp_path / "adapter", samples, options, Heard(), keep=keep)
     alone = [dataclasses.replace(sample, rejected=None) for sample in samples]
-    assert finetune(MODEL, tmp_path / "alone", alone, options, Silent(), keep=keep).losses == done.losses
+    assert finetune(MODEL, tmp_path / "alone", alone, options, Heard(), keep=keep).losses == done.losses
     assert json.loads((tmp_path / "adapter" / "training.json").read_text())["rejected"] == 0
 
 
 def test_what_is_kept_is_held_out_too_and_told_in_nats(samples, keep, tmp_path):
     options = dataclasses.replace(OPTIONS, epochs=1, keep_weight=50, prefer_weight=50)
-    done = finetune(MODEL, tmp_path / "adapter", samples, options, Silent(), keep=keep)
+    done = finetune(MODEL, tmp_path / "adapter", samples, options, Heard(), keep=keep)
     assert json.loads((tmp_path / "adapter" / "training.json").read_text())["data"]["held_out"]["kept"]
     before, after = (epoch.evaluation for epoch in done.epochs)
     assert before["kept"] == pytest.approx(0, abs=1e-4)
@@ -199,7 +189,7 @@ def test_responses_to_one_prompt_are_held_out_together():
 
 def test_patience_ends_a_training_that_gets_worse_and_goes_back(samples, keep, tmp_path):
     options = dataclasses.replace(OPTIONS, epochs=6, learning_rate=0.06, prefer_weight=0, patience=1, keep_length=4)
-    done = finetune(MODEL, tmp_path / "adapter", samples[:6], options, Silent(), keep=keep[:2])
+    done = finetune(MODEL, tmp_path / "adapter", samples[:6], options, Heard(), keep=keep[:2])
     _, best, worse = (epoch.evaluation["contested"] for epoch in done.epochs)
     assert worse > best
 
@@ -207,4 +197,4 @@ def test_patience_ends_a_training_that_gets_worse_and_goes_back(samples, keep, t
 def test_options_out_of_range_are_refused(samples, tmp_path):
     for name, value in (("beta", 0), ("prefer_weight", -1), ("keep_weight", math.inf), ("patience", -1)):
         with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}: expected"):
-            finetune(MODEL, tmp_path / "a", samples, FinetuneOptions(**{name: value}), Silent())
+            finetune(MODEL, tmp_path / "a", samples, FinetuneOptions(**{name: value}), Heard())

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from progress import Heard
 from safetensors.torch import load_file, save_file
 
 from ablate_shards.data import tw_civic
@@ -17,14 +18,6 @@ pytestmark = pytest.mark.real
 
 #: In float32, so that the answers are the same on every processor.
 OPTIONS = EvaluateOptions(length=64, dtype="float32")
-
-
-class Silent:
-    def count(self, done, total):
-        pass
-
-    def note(self, text):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +37,7 @@ def questions():
 
 @pytest.fixture(scope="module")
 def before(smollm, questions):
-    return evaluate(smollm, questions, OPTIONS, Silent())
+    return evaluate(smollm, questions, OPTIONS, Heard())
 
 
 def test_a_real_model_answers_in_words_and_leans(before):
@@ -71,7 +64,7 @@ def wrecked(smollm, tmp_path_factory):
 
 
 def test_a_wrecked_model_is_called_broken_and_not_unslanted(smollm, wrecked, questions):
-    found = evaluate(wrecked, questions, OPTIONS, Silent(), against=smollm)
+    found = evaluate(wrecked, questions, OPTIONS, Heard(), against=smollm)
 
     said = effect(found)
     assert said.startswith("The edit broke the model: ")
@@ -81,7 +74,7 @@ def test_a_wrecked_model_is_called_broken_and_not_unslanted(smollm, wrecked, que
 
 def test_a_model_against_itself_is_whole(smollm, questions, before, tmp_path):
     same = shutil.copytree(smollm, tmp_path / "same")
-    found = evaluate(same, questions, OPTIONS, Silent(), against=smollm)
+    found = evaluate(same, questions, OPTIONS, Heard(), against=smollm)
 
     assert faults(found, Limits()) == ()
     assert found.comparison.divergence.tokens == 0

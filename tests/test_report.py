@@ -10,8 +10,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from command_line import checked
 from raw_checkpoints import write_directions, write_dump, write_llama
-from report_runs import HOSTILE, evaluation, make_ablated, make_run, run
+from report_runs import HOSTILE, evaluation, make_ablated, make_run
 from safetensors.numpy import load_file, save_file
 
 from ablate_shards.errors import EvaluateError, ReportError
@@ -365,7 +366,7 @@ def test_a_broken_file_is_said_and_the_rest_is_shown(place, undrawn, name):
 
 def test_a_folder_without_a_receipt_is_one_sentence(tmp_path):
     (tmp_path / "model").mkdir()
-    result = run("report", tmp_path / "model", code=1)
+    result = checked("report", tmp_path / "model", code=1)
     assert result.output.count("\n") == 1
     assert "holds no ablation.json and no merge.json" in result.output
     assert list((tmp_path / "model").iterdir()) == []
@@ -407,8 +408,8 @@ def test_of_several_kinds_of_pairs_the_dump_of_what_was_removed_is_shown(tmp_pat
     for seed, path in enumerate(dumps):
         arrays = load_file(write_dump(path, layers=4, seed=seed))
         save_file(arrays, path, {"format": "ablate-shards.activations/1", "inputs": path.stem})
-    run("directions", *dumps, work / "directions.safetensors", "--without", other, "--quiet")
-    run(tmp_path / "source", tmp_path / "result", "-d", work / "directions.safetensors", "--quiet")
+    checked("directions", *dumps, work / "directions.safetensors", "--without", other, "--quiet")
+    checked(tmp_path / "source", tmp_path / "result", "-d", work / "directions.safetensors", "--quiet")
     found = gather(tmp_path / "result", ReportOptions(work=work))
     removed = found.directions.metadata["inputs"]
     assert len(found.projections) == 4
@@ -496,7 +497,7 @@ def test_charts_with_nothing_to_show_are_removed(place, monkeypatch):
 
 def test_without_matplotlib_the_page_is_made(place, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    result = run("report", place / "result", "--json")
+    result = checked("report", place / "result", "--json")
     made = json.loads(result.stdout)
     assert made["plots"] == []
     assert "ablate-shards[report]" in made["missing"]["plots"]
@@ -520,6 +521,6 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(place, undrawn, monkey
 def test_the_command_opens_the_page(place, undrawn, monkeypatch):
     opened = []
     monkeypatch.setattr("click.launch", opened.append)
-    result = run("report", place / "result", "--open", "--quiet")
+    result = checked("report", place / "result", "--open", "--quiet")
     assert result.output == ""
     assert opened == [(place / "result" / "report.html").as_uri()]

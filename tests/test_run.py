@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from command_line import checked
 
 from ablate_shards.cli import cli
 from ablate_shards.errors import AblateError, ExecuteError, RecipeError
@@ -315,15 +315,14 @@ def test_a_question_of_the_evaluation_may_not_be_learnt_from(place, file, line, 
     (place / "source" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     path = place / "recipe.toml"
     path.write_text(WHOLE.replace("epochs = 1", 'keep = "kept.jsonl"'))
-    words = ["run", str(path), "--source", str(place / "source"), "--dry-run"]
-    assert CliRunner().invoke(cli, words).exit_code == 0
+    words = ["run", path, "--source", place / "source", "--dry-run"]
+    checked(*words)
     (place / file).write_text(json.dumps(line) + "\n")
-    result = CliRunner().invoke(cli, words)
-    assert result.exit_code == 2
+    result = checked(*words, code=2)
     assert f"{file} holds under {name} what questions.jsonl asks as q" in result.output
     # Without an evaluation nothing is asked.
     path.write_text(path.read_text().partition("[evaluate]")[0])
-    assert CliRunner().invoke(cli, words).exit_code == 0
+    checked(*words)
 
 
 @pytest.mark.parametrize("name", ["tw_civic", "tw_civic_exact"])
@@ -339,8 +338,7 @@ def test_the_shipped_recipes_name_files_that_are_shipped(place, name):
 
 
 def test_an_unknown_recipe_names_the_shipped_ones():
-    result = CliRunner().invoke(cli, ["run", "nothing"])
-    assert result.exit_code == 2
+    result = checked("run", "nothing", code=2)
     assert "tw_civic, tw_civic_exact" in result.output
 
 

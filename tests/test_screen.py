@@ -3,11 +3,9 @@
 import json
 
 import pytest
-from click.testing import CliRunner
-from command_line import on_terminal
+from command_line import on_terminal, run
 from raw_checkpoints import write_directions, write_dump, write_llama
 
-from ablate_shards.cli import cli
 from ablate_shards.terminal.progress import show_progress
 
 
@@ -15,7 +13,7 @@ from ablate_shards.terminal.progress import show_progress
 def case(tmp_path):
     source = write_llama(tmp_path / "source")
     directions = write_directions(tmp_path / "d.safetensors")
-    return [str(source), str(tmp_path / "out"), "-d", str(directions), "--source-layer", "1"]
+    return [source, tmp_path / "out", "-d", directions, "--source-layer", "1"]
 
 
 def test_a_terminal_gets_a_bar_that_leaves_nothing_behind(case):
@@ -26,7 +24,7 @@ def test_a_terminal_gets_a_bar_that_leaves_nothing_behind(case):
 
 
 def test_a_file_gets_plain_lines(case):
-    result = CliRunner().invoke(cli, case)
+    result = run(*case)
     assert "\x1b" not in result.output
     assert "100 % of" in result.stderr
     assert "100 % of" not in result.stdout
@@ -34,20 +32,20 @@ def test_a_file_gets_plain_lines(case):
 
 
 def test_quiet_says_nothing_unless_it_fails(case):
-    assert CliRunner().invoke(cli, [*case, "--quiet"]).output == ""
-    again = CliRunner().invoke(cli, [*case, "--quiet"])
+    assert run(*case, "--quiet").output == ""
+    again = run(*case, "--quiet")
     assert again.exit_code == 1
     assert again.stderr.startswith("error: ")
     assert again.stdout == ""
 
 
 def test_json_is_all_there_is_on_stdout(case, tmp_path):
-    result = CliRunner().invoke(cli, [*case, "--json"])
+    result = run(*case, "--json")
     assert set(json.loads(result.stdout)["tensors"]) == {
         f"model.layers.{layer}.{part}.weight" for layer in range(3) for part in ("self_attn.o_proj", "mlp.down_proj")
     }
     dump = write_dump(tmp_path / "a.safetensors")
-    found = CliRunner().invoke(cli, ["directions", str(dump), str(tmp_path / "new.safetensors"), "--json"])
+    found = run("directions", dump, tmp_path / "new.safetensors", "--json")
     content = json.loads(found.stdout)
     assert content["best_layer"] in [row["layer"] for row in content["layers"]]
 
@@ -55,10 +53,13 @@ def test_json_is_all_there_is_on_stdout(case, tmp_path):
 def test_scores_are_shown(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     dump = write_dump(tmp_path / "a.safetensors")
-    result = CliRunner().invoke(cli, ["directions", str(dump), str(tmp_path / "new.safetensors")])
+    result = run("directions", dump, tmp_path / "new.safetensors")
     for heading in ("layer", "cosine", "signal to noise", "purity", "auc", "split half", "best layer"):
         assert heading in result.stdout
-    again = CliRunner().invoke(cli, ["directions", str(dump), str(tmp_path / "new.safetensors")])
+    best = json.loads(run("directions", dump, tmp_path / "other.safetensors", "--json").stdout)["best_layer"]
+    assert f"best layer: {best}; written to {tmp_path / 'new.safetensors'}" in result.stdout
+    assert (tmp_path / "new.safetensors").read_bytes() == (tmp_path / "other.safetensors").read_bytes()
+    again = run("directions", dump, tmp_path / "new.safetensors")
     assert again.exit_code == 2
     assert "--overwrite" in again.stderr
 
@@ -66,16 +67,16 @@ def test_scores_are_shown(tmp_path, monkeypatch):
 def test_inspect_shows_what_it_can_of_an_unknown_architecture(tmp_path):
     source = write_llama(tmp_path / "source")
     (source / "config.json").write_text('{"model_type": "novel"}')
-    result = CliRunner().invoke(cli, ["inspect", str(source)])
+    result = run("inspect", source)
     assert result.exit_code == 1
     assert "30 tensors (30 BF16)" in result.stdout
     assert "[[ablate.target]]" in result.stderr
 
 
 def test_debug_adds_the_traceback(case, tmp_path):
-    arguments = [str(tmp_path / "nothing"), *case[1:]]
-    assert "Traceback" not in CliRunner().invoke(cli, arguments).output
-    assert "Traceback" in CliRunner().invoke(cli, [*arguments, "--debug"]).output
+    arguments = [tmp_path / "nothing", *case[1:]]
+    assert "Traceback" not in run(*arguments).output
+    assert "Traceback" in run(*arguments, "--debug").output
 
 
 def test_usage_errors_exit_with_2(case):
@@ -89,15 +90,15 @@ def test_usage_errors_exit_with_2(case):
         ["--coefficient", "1e300"],
         ["--recipe", "."],
     ):
-        assert CliRunner().invoke(cli, [*case, *extra]).exit_code == 2, extra
-    assert CliRunner().invoke(cli, [*case, "--device", "cuda:99"]).exit_code == 2
+        assert run(*case, *extra).exit_code == 2, extra
+    assert run(*case, "--device", "cuda:99").exit_code == 2
 
 
 def test_directions_never_replace_their_dump(tmp_path):
     dump = write_dump(tmp_path / "a.safetensors")
     before = dump.read_bytes()
     for file in (dump, tmp_path / "d.npz", tmp_path / "none" / "d.safetensors", tmp_path):
-        result = CliRunner().invoke(cli, ["directions", str(dump), str(file), "--overwrite"])
+        result = run("directions", dump, file, "--overwrite")
         assert result.exit_code == 2, file
     assert dump.read_bytes() == before
 

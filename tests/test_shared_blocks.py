@@ -6,18 +6,10 @@ import subprocess
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command_line import checked
 from raw_checkpoints import llama_tensors, snapshot, write_directions, write_shard
 
-from ablate_shards.cli import cli
-
 FILLER_BYTES = 48 << 20
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    return result
 
 
 @pytest.fixture(params=["xfs", "btrfs"])
@@ -57,14 +49,14 @@ def test_blocks_are_shared_and_only_edits_take_space(mounted, tmp_path):
     source = write_source(mounted / "source.safetensors")
     directions = write_directions(tmp_path / "d.safetensors")
     before, content = used(mounted), source.read_bytes()
-    run(source, mounted / "out", "-d", directions, "--source-layer", 1)
+    checked(source, mounted / "out", "-d", directions, "--source-layer", 1)
     taken = used(mounted) - before
 
     shutil.copy(source, tmp_path / "source.safetensors")
-    run(tmp_path / "source.safetensors", tmp_path / "out", "-d", directions, "--source-layer", 1)
+    checked(tmp_path / "source.safetensors", tmp_path / "out", "-d", directions, "--source-layer", 1)
     assert snapshot(mounted / "out") == snapshot(tmp_path / "out")
     assert source.read_bytes() == content != (mounted / "out" / "source.safetensors").read_bytes()
-    run("verify", source, mounted / "out")
+    checked("verify", source, mounted / "out")
     assert taken < FILLER_BYTES / 4
 
 
@@ -78,14 +70,14 @@ def test_a_disk_without_room_for_a_copy_is_enough(mounted, tmp_path):
             file.write(bytes(1 << 20))
             os.fsync(file.fileno())
     assert shutil.disk_usage(mounted).free < source.stat().st_size
-    run(source, mounted / "out", "-d", directions, "--source-layer", 1)
-    run("verify", source, mounted / "out")
+    checked(source, mounted / "out", "-d", directions, "--source-layer", 1)
+    checked("verify", source, mounted / "out")
 
 
 def test_elsewhere_it_is_refused(tmp_path, monkeypatch):
     source = write_source(tmp_path / "source.safetensors")
     directions = write_directions(tmp_path / "d.safetensors")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 1 << 40, FILLER_BYTES // 2))
-    refused = run(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1)
+    refused = checked(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1)
     assert "needs 50.401 MB, but its disk has 25.166 MB free" in refused.output
     assert not list(tmp_path.glob("*out*"))

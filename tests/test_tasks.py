@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from progress import Heard
 from safetensors.torch import load_file, save_file
 
 from ablate_shards.data.demo import MODEL
@@ -85,23 +86,22 @@ def score(doc, results):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory):
-    """The package, with what it keeps in a folder of the tests."""
+    """The package, with what it keeps in a folder of the tests, and few of its tasks, for it takes long to list all."""
     pytest.importorskip("lm_eval")
     import datasets
+    from lm_eval.tasks import manager
 
+    listed = tmp_path_factory.mktemp("tasks")
+    for name in ("arc", "hellaswag", "humaneval"):
+        shutil.copytree(Path(manager.__file__).parent / name, listed / name)
+    station._standard_tasks.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        patch.setattr(manager, "__file__", str(listed / "manager.py"))
         yield
+    station._standard_tasks.cache_clear()
 
 
 def write_tasks(folder):
@@ -136,17 +136,11 @@ def files(tmp_path_factory):
     return folder
 
 
-class Told:
-    """Hears all that a run says."""
-
-    def __init__(self):
-        self.counts = []
+class Told(Heard):
+    """Hears all that a run says, which has nothing to note."""
 
     def note(self, text):
         raise AssertionError(text)
-
-    def count(self, done, total):
-        self.counts.append((done, total))
 
 
 def scores(folder, tasks, told=None, **options):

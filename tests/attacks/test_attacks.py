@@ -9,11 +9,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import checked, run
 from raw_checkpoints import llama_tensors, snapshot, write_directions, write_dump, write_llama, write_shard
 from safetensors.numpy import save_file
-
-from ablate_shards.cli import cli
 
 FIRST = "model-00001-of-00002.safetensors"
 SECOND = "model-00002-of-00002.safetensors"
@@ -266,7 +264,7 @@ class Evil:
 def refused(folder, *arguments):
     before = {path for path in folder.rglob("*") if "source" not in path.parts}
     start = time.monotonic()
-    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    result = run(*arguments)
     assert time.monotonic() - start < 20
     assert result.exit_code in (1, 2), result.output
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -282,7 +280,7 @@ def test_checkpoint(tmp_path, attack):
     source = write_llama(tmp_path / "source")
     directions = write_directions(tmp_path / "d.safetensors")
     arguments = (source, tmp_path / "out", "-d", directions, "--source-layer", 1)
-    assert CliRunner().invoke(cli, [*map(str, arguments), "--dry-run"]).exit_code == 0
+    checked(*arguments, "--dry-run")
     attack(source)
     before = snapshot(source)
     message = refused(tmp_path, *arguments)
@@ -392,7 +390,7 @@ def test_recipe(tmp_path, text):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(text)
     arguments = (source, tmp_path / "out", "-d", directions, "--source-layer", 1, "--recipe", recipe)
-    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    result = run(*arguments)
     assert result.exit_code in (1, 2)
     assert RECIPES[text] in result.stderr
     assert "internal error" not in result.stderr
@@ -403,5 +401,5 @@ def test_the_harness_would_notice(tmp_path):
     """The same call with an intact checkpoint succeeds, so that the refusals above mean something."""
     source = write_llama(tmp_path / "source")
     dump = write_dump(tmp_path / "a.safetensors")
-    result = CliRunner().invoke(cli, [str(source), str(tmp_path / "out"), "-a", str(dump)])
-    assert result.exit_code == 0, result.output
+    checked(source, tmp_path / "out", "-a", dump)
+    checked("verify", source, tmp_path / "out")

@@ -1,9 +1,9 @@
 """The page of a comparison in a real browser."""
 
 import pytest
+from command_line import checked
 from page_checks import CONTRAST, check_names, drawn, pixels
 from raw_checkpoints import write_directions
-from report_runs import run
 
 from ablate_shards.data.demo import MODEL
 
@@ -16,8 +16,8 @@ CHARTS = ("changes", "spectra", "fits")
 def address(tmp_path_factory):
     place = tmp_path_factory.mktemp("comparison")
     write_directions(place / "d.safetensors", layers=8, hidden=128)
-    run(MODEL, place / "out", "-d", place / "d.safetensors", "--source-layer", 4, "-q")
-    run("diff", MODEL, place / "out", "-d", place / "d.safetensors", "--report", place / "page", "-q")
+    checked(MODEL, place / "out", "-d", place / "d.safetensors", "--source-layer", 4, "-q")
+    checked("diff", MODEL, place / "out", "-d", place / "d.safetensors", "--report", place / "page", "-q")
     return (place / "page" / "diff.html").as_uri()
 
 

@@ -1,59 +1,23 @@
 """A merge whose OUT is a repository or an object store: the same files as in a folder, and the same guarantees."""
 
 import json
-import shutil
 
-import numpy as np
 import pytest
 from command_line import run
+from hub.edits import SHARDS, write_model_adapter
 from hub.object_store import fill, held
-from raw_checkpoints import snapshot, write_llama
-from safetensors.numpy import save_file
+from raw_checkpoints import snapshot
 
 from ablate_shards.surgery.checkpoint.object_store import UNFINISHED
 
-HIDDEN = 128
-SHARDS = [f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)]
 STORE = "memory://bucket/merged"
 
 
-def write_adapter(folder, hidden=HIDDEN):
-    """Changes two layers of three, so that a shard at least stays as it is."""
-    folder.mkdir()
-    rng = np.random.default_rng(3)
-    tensors = {}
-    for layer in range(2):
-        for module, inner in (("self_attn.o_proj", hidden), ("mlp.down_proj", 2 * hidden + 8)):
-            name = f"base_model.model.model.layers.{layer}.{module}"
-            tensors[f"{name}.lora_A.weight"] = rng.standard_normal((4, inner)).astype(np.float32)
-            tensors[f"{name}.lora_B.weight"] = rng.standard_normal((hidden, 4)).astype(np.float32)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "org/model"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    write_llama(folder / "local", hidden=HIDDEN, shards=4)
-    (folder / "local" / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
-    write_adapter(folder / "adapter")
-    return folder
-
-
 @pytest.fixture
-def case(hub, store, made, tmp_path, monkeypatch):
+def case(on_hub, store, made):
     """The model in a folder, on the Hub and in a store, and what merging into the Hub's gives in a folder."""
-    monkeypatch.setenv("HF_TOKEN", "hf_writer")
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    hub.add("org/model", tmp_path / "local")
-    if not (made / "expected").exists():
-        assert merge("org/model", made / "expected").exit_code == 0
-    shutil.copytree(made / "expected", tmp_path / "expected", dirs_exist_ok=True)
-    hub.seen.clear()
     fill(store, "/bucket/model", made / "local")
-    return hub, tmp_path
+    return on_hub
 
 
 def merge(source, out, *more, adapter="adapter"):
@@ -62,7 +26,7 @@ def merge(source, out, *more, adapter="adapter"):
 
 def assert_published(hub, folder):
     found = {name: blob.data for name, blob in hub.repos["me/merged"].files().items()}
-    expected = snapshot(folder / "expected")
+    expected = snapshot(folder / "merged")
     card = found.pop("README.md").decode()
     del expected["README.md"], found[".gitattributes"]
     assert found == expected
@@ -83,14 +47,14 @@ def test_into_a_repository(case):
     assert f"published at {hub.endpoint}/me/merged/commit/{repo.refs['main']}, with its receipt in merge.json" in (
         result.stdout
     )
-    local, expected = snapshot(folder / "local"), snapshot(folder / "expected")
+    local, expected = snapshot(folder / "local"), snapshot(folder / "merged")
     changed = [name for name in SHARDS if local[name] != expected[name]]
     assert 0 < len(changed) < len(SHARDS)
     assert len(hub.requests("PUT ")) == len(changed)
     # Nothing is gathered, so each pass asks for each byte once.
     size = sum(len(local[name]) for name in changed)
     assert 2 * size <= hub.sent("GET /blob/") <= 2 * size + len(SHARDS) * (100_000 + 512)
-    assert run("verify", "org/model", folder / "expected", "--adapter", "adapter").exit_code == 0
+    assert run("verify", "org/model", folder / "merged", "--adapter", "adapter").exit_code == 0
 
 
 def test_an_upload_that_fails_is_resumed(case):
@@ -116,7 +80,7 @@ def test_into_an_object_store(case, store, source):
     _, folder = case
     result = merge(source, STORE)
     assert result.exit_code == 0, result.stderr
-    found, expected = held(store, "/bucket/merged"), snapshot(folder / "expected")
+    found, expected = held(store, "/bucket/merged"), snapshot(folder / "merged")
     receipts = [json.loads(files.pop("merge.json")) for files in (found, expected)]
     assert found == expected
     assert receipts[0]["tensors"] == receipts[1]["tensors"]
@@ -139,14 +103,14 @@ def test_an_interrupted_store_is_resumed(case, store, monkeypatch):
     assert set(held(store, "/bucket/merged")) == {UNFINISHED, *SHARDS[:2]}
     assert "half made; --resume goes on with it" in merge("local", STORE).stderr
     assert merge("local", STORE, "--resume").exit_code == 0
-    found, expected = held(store, "/bucket/merged"), snapshot(folder / "expected")
+    found, expected = held(store, "/bucket/merged"), snapshot(folder / "merged")
     assert [found[name] for name in SHARDS] == [expected[name] for name in SHARDS]
     assert "already exists; --overwrite replaces it" in merge("local", STORE).stderr
 
 
 def test_errors_before_the_run_write_nothing_anywhere(case, store):
     hub, folder = case
-    write_adapter(folder / "other", hidden=64)
+    write_model_adapter(folder / "other", hidden=64)
     before = sorted(store.store)
     for out, more, words in (
         ("hub:nothing", [], "expected a repository such as hub:me/model-edited"),

@@ -9,34 +9,29 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from command_line import run
-from raw_checkpoints import snapshot, write_directions, write_llama, write_shard
+from hub.edits import write_model
+from raw_checkpoints import HIDDEN, snapshot, write_adapter, write_directions, write_llama, write_shard
 
 BASE_CARD = "---\nlicense: apache-2.0\nlanguage: [en, zh]\npipeline_tag: text-generation\n---\n\n# Base\n"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A model in a folder."""
-    folder = tmp_path_factory.mktemp("made")
-    source = write_llama(folder / "source")
-    (source / "README.md").write_text(BASE_CARD)
-    write_directions(folder / "d.safetensors")
-    return folder
+def two_shards(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("two-shards"), hidden=HIDDEN, shards=2, card=BASE_CARD)
 
 
 @pytest.fixture
-def out(hub, made, tmp_path, monkeypatch):
+def out(hub, two_shards, tmp_path, monkeypatch):
     """An edited checkpoint whose source is on the Hub, and a token that may write."""
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
-    hub.add("org/model", made / "source")
-    if not (made / "out").exists():
+    hub.add("org/model", two_shards / "local")
+    if not (two_shards / "out").exists():
         # The commit's hash, which the receipt has, depends on the files alone.
-        options = ("-d", made / "d.safetensors", "--source-layer", "1")
-        assert run("ablate", "org/model", made / "out", *options).exit_code == 0
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+        options = ("-d", two_shards / "d.safetensors", "--source-layer", "1")
+        assert run("ablate", "org/model", two_shards / "out", *options).exit_code == 0
+    shutil.copytree(two_shards, tmp_path, dirs_exist_ok=True)
     hub.seen.clear()
     return tmp_path / "out"
 
@@ -180,13 +175,13 @@ def test_what_is_not_as_the_receipt_says_is_not_sent(hub, out):
 def test_a_local_source_has_to_be_named(hub, out, tmp_path):
     made = tmp_path / "made"
     assert (
-        run("ablate", tmp_path / "source", made, "-d", tmp_path / "d.safetensors", "--source-layer", "1").exit_code == 0
+        run("ablate", tmp_path / "local", made, "-d", tmp_path / "d.safetensors", "--source-layer", "1").exit_code == 0
     )
     os.utime(made / "tokenizer.json", (time.time() + 5, time.time() + 5))
     result = run("push", made, "me/edited")
     assert result.exit_code == 1
     assert "add --source with what" in result.stderr
-    assert run("push", made, "me/edited", "--source", tmp_path / "source", "--base-model", "org/model").exit_code == 0
+    assert run("push", made, "me/edited", "--source", tmp_path / "local", "--base-model", "org/model").exit_code == 0
     assert "base_model: org/model" in assert_published(hub, made)
 
 
@@ -281,7 +276,7 @@ def test_a_connection_that_breaks_is_made_again(hub, out, route):
 
 def test_a_connection_that_breaks_in_the_middle_of_an_upload(hub, out):
     """Far into a file, when what the sockets hold is full."""
-    hub.add("org/model", out.parent / "source")
+    hub.add("org/model", out.parent / "local")
     wide = out.parent / "wide"
     write_llama(out.parent / "wide_source", layers=2, hidden=1024, shards=1)
     write_directions(out.parent / "wide_d.safetensors", layers=2, hidden=1024)
@@ -406,7 +401,7 @@ def test_only_what_was_made_is_published(hub, out):
 
 
 def test_folders_of_something_else_are_refused(hub, out, tmp_path):
-    for folder in (tmp_path / "nothing", tmp_path / "source"):
+    for folder in (tmp_path / "nothing", tmp_path / "local"):
         result = run("push", folder, "me/edited")
         assert result.exit_code == 2
     assert "holds no ablation.json, merge.json or adapter_config.json" in result.stderr
@@ -473,14 +468,7 @@ def test_the_token_of_a_login_is_used(hub, out, tmp_path, monkeypatch):
 
 
 def test_a_merge_is_verified_with_its_adapter(hub, out, tmp_path):
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["down_proj"]})
-    )
-    root = "base_model.model.model.layers.0.mlp.down_proj"
-    factors = {f"{root}.lora_A.weight": np.ones((2, 72)), f"{root}.lora_B.weight": np.ones((32, 2))}
-    write_shard(adapter / "adapter_model.safetensors", factors, "F32")
+    adapter = write_adapter(tmp_path / "adapter", layers=[0], modules=["mlp.down_proj"], rank=2)
     merged = tmp_path / "merged"
     assert run("merge", "org/model", adapter, merged).exit_code == 0
     os.utime(merged / "config.json", (time.time() + 5, time.time() + 5))

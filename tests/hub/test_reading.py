@@ -11,25 +11,24 @@ import time
 
 import pytest
 from command_line import run
-from raw_checkpoints import snapshot, write_directions, write_llama
+from hub.edits import write_model
+from raw_checkpoints import hidden, snapshot, write_llama
 
 SHARD = "model-00002-of-00003.safetensors"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A model in a folder, and what ablating it gives."""
-    folder = tmp_path_factory.mktemp("made")
-    write_llama(folder / "local", layers=3, hidden=128, shards=3)
-    write_directions(folder / "d.safetensors", hidden=128)
+def three_shards(tmp_path_factory):
+    """A model in a folder, and what ablating all of it gives."""
+    folder = write_model(tmp_path_factory.mktemp("three-shards"), shards=3)
     assert run("ablate", folder / "local", folder / "expected", *options(folder)).exit_code == 0
     return folder
 
 
 @pytest.fixture
-def case(hub, made, tmp_path):
+def case(hub, three_shards, tmp_path):
     """The same, and the model on the Hub."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(three_shards, tmp_path, dirs_exist_ok=True)
     hub.add("org/model", tmp_path / "local")
     return hub, tmp_path
 
@@ -52,10 +51,6 @@ def assert_as_expected(folder, source=("org/model", None)):
     for each in (receipt, local):
         del each["sha256"], each["source"]["name"]
     assert receipt == local
-
-
-def hidden(folder):
-    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def test_the_same_bytes_as_from_a_folder_each_fetched_once(case):

@@ -1,6 +1,7 @@
 """SOURCE and OUT in S3, as s3fs speaks to it: against moto's server."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,16 +9,13 @@ import sys
 import pytest
 import s3fs
 from command_line import run
+from hub.edits import OPTIONS, SHARDS, ablate
 from hub.object_store import fill, held
 from moto.server import ThreadedMotoServer
-from raw_checkpoints import snapshot, write_directions, write_llama
+from raw_checkpoints import snapshot
 
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.hub import objects
-
-
-def ablate(source, out, *more):
-    return run("ablate", source, out, "-d", "d.safetensors", "--source-layer", "1", "--layers", "0-1", *more)
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +28,8 @@ def endpoint():
 
 
 @pytest.fixture
-def s3(endpoint, tmp_path, monkeypatch):
-    """A bucket that holds a model, and what ablating it gives in a folder."""
+def s3(endpoint, made, tmp_path, monkeypatch):
+    """A bucket that holds the model, and a working folder that holds all that was made."""
     for name, value in {
         "AWS_ACCESS_KEY_ID": "nobody",
         "AWS_SECRET_ACCESS_KEY": "nothing",
@@ -47,9 +45,8 @@ def s3(endpoint, tmp_path, monkeypatch):
     if store.exists("bucket"):
         store.rm("bucket", recursive=True)
     store.mkdir("bucket")
-    fill(store, "bucket/model", write_llama(tmp_path / "local", hidden=128, shards=4))
-    write_directions(tmp_path / "d.safetensors", hidden=128)
-    assert ablate("local", "expected").exit_code == 0
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    fill(store, "bucket/model", made / "local")
     yield store
     s3fs.S3FileSystem.clear_instance_cache()
 
@@ -93,9 +90,7 @@ def test_from_s3_to_s3_resumed(s3, tmp_path, monkeypatch):
     monkeypatch.setattr(objects._Target, "send", noted)
     result = ablate("s3://bucket/model", "s3://bucket/edited", "--resume")
     assert result.exit_code == 0, result.stderr
-    assert [name for name in sent if name.endswith(".safetensors")] == [
-        f"model-0000{number}-of-00004.safetensors" for number in (2, 3)
-    ]
+    assert [name for name in sent if name.endswith(".safetensors")] == SHARDS[1:3]
     found = held(s3, "bucket/edited")
     assert weights(found) == weights(snapshot(tmp_path / "expected"))
     assert json.loads(found["ablation.json"])["source"]["name"] == "s3://bucket/model"
@@ -123,8 +118,8 @@ main(sys.argv[1:])
 
 
 def test_a_run_that_is_killed_between_shards_goes_on(s3, tmp_path):
-    arguments = ["ablate", "s3://bucket/model", "s3://bucket/edited", "-d", "d.safetensors", "--source-layer", "1"]
-    command = [sys.executable, "-c", KILLED, *arguments, "--layers", "0-1", "--quiet"]
+    arguments = ["ablate", "s3://bucket/model", "s3://bucket/edited", *OPTIONS, "--quiet"]
+    command = [sys.executable, "-c", KILLED, *arguments]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     half = held(s3, "bucket/edited")
     assert any(name.endswith(".safetensors") for name in half)

@@ -12,53 +12,20 @@ import time
 import numpy as np
 import pytest
 from command_line import run
+from hub.edits import OPTIONS, SHARDS, ablate
 from hub.hub_server import Fault
 from hub.object_store import fill
-from raw_checkpoints import snapshot, write_directions, write_llama, write_shard
+from raw_checkpoints import hidden, snapshot, write_llama, write_shard
 from starlette.responses import JSONResponse
 
 from ablate_shards.surgery.checkpoint import remote
 from ablate_shards.surgery.hub import transfer
 
-SHARDS = [f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A model in a folder."""
-    folder = tmp_path_factory.mktemp("made")
-    source = write_llama(folder / "local", hidden=128, shards=4)
-    (source / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
-    write_directions(folder / "d.safetensors", hidden=128)
-    return folder
-
-
-@pytest.fixture
-def case(hub, made, tmp_path, monkeypatch):
-    """The model on the Hub, and what ablating two of its layers gives: a shard of it at least stays as it is."""
-    monkeypatch.setenv("HF_TOKEN", "hf_writer")
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    hub.add("org/model", tmp_path / "local")
-    if not (made / "expected").exists():
-        # The commit's hash, which the receipt has, depends on the files alone.
-        assert ablate(tmp_path, made / "expected").exit_code == 0
-    shutil.copytree(made / "expected", tmp_path / "expected", dirs_exist_ok=True)
-    hub.seen.clear()
-    return hub, tmp_path
-
-
-def options(folder, *more):
-    return ["-d", folder / "d.safetensors", "--source-layer", "1", "--layers", "0-1", *more]
-
-
-def ablate(folder, out, *more, source="org/model"):
-    return run("ablate", source, out, *options(folder, *more))
-
 
 def assert_published(hub, folder, *, same_receipt=True):
     files = hub.repos["me/edited"].files()
     found = {name: blob.data for name, blob in files.items()}
-    expected = snapshot(folder / "expected")
+    expected = snapshot(folder / "ablated")
     card = found.pop("README.md").decode()
     expected.pop("README.md")
     found.pop(".gitattributes", None)
@@ -70,17 +37,13 @@ def assert_published(hub, folder, *, same_receipt=True):
 
 
 def edited_shards(folder):
-    local, expected = snapshot(folder / "local"), snapshot(folder / "expected")
+    local, expected = snapshot(folder / "local"), snapshot(folder / "ablated")
     return [name for name in SHARDS if local[name] != expected[name]]
 
 
-def hidden(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
-
-
-def test_the_repository_is_what_a_push_of_the_folder_would_be(case):
-    hub, folder = case
-    result = ablate(folder, "hub:me/edited", "--private")
+def test_the_repository_is_what_a_push_of_the_folder_would_be(on_hub):
+    hub, folder = on_hub
+    result = ablate("org/model", "hub:me/edited", "--private")
     assert result.exit_code == 0, result.stderr
     card = assert_published(hub, folder)
     assert "license: mit" in card
@@ -93,9 +56,9 @@ def test_the_repository_is_what_a_push_of_the_folder_would_be(case):
     assert hidden(folder) == []
 
 
-def test_what_is_not_edited_is_neither_fetched_nor_sent(case):
-    hub, folder = case
-    assert ablate(folder, "hub:me/edited").exit_code == 0
+def test_what_is_not_edited_is_neither_fetched_nor_sent(on_hub):
+    hub, folder = on_hub
+    assert ablate("org/model", "hub:me/edited").exit_code == 0
     (duplicated,) = hub.requests("POST /api/models/org/model/lfs-files/duplicate")
     assert duplicated
     files = hub.repos["org/model"].files()
@@ -107,15 +70,9 @@ def test_what_is_not_edited_is_neither_fetched_nor_sent(case):
     assert len(hub.requests("PUT ")) == len(edited)
 
 
-def on_disk(*folders):
-    """Returns how many bytes of disk the files below some folders take, but for what the source and the tests have."""
-    own = {"local", "expected"}
-    return sum(
-        path.stat().st_blocks * 512
-        for folder in folders
-        for path in folder.rglob("*")
-        if path.is_file() and not own & set(path.relative_to(folder).parts)
-    )
+def on_disk(folder):
+    """Returns how many bytes of disk the files below a folder take."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
 WITH_SMALL_FILES = """
@@ -146,9 +103,9 @@ perform_on_hub(checkpoint, operation, "me/edited", PushOptions(), RunOptions(), 
 
 
 @pytest.mark.parametrize("multipart", [False, True])
-def test_nothing_of_a_shard_is_on_any_disk(case, multipart):
+def test_nothing_of_a_shard_is_on_any_disk(on_hub, multipart):
     """The system itself refuses larger files, wherever they are, and few of what is allowed is there while sending."""
-    hub, folder = case
+    hub, folder = on_hub
     limit = 16384
     smallest = min(path.stat().st_size for path in (folder / "local").glob("*.safetensors"))
     assert smallest > 4 * limit
@@ -179,12 +136,12 @@ def test_nothing_of_a_shard_is_on_any_disk(case, multipart):
     assert_published(hub, folder)
 
 
-def test_through_xet_one_shard_at_a_time_is_on_this_disk(case, monkeypatch):
+def test_through_xet_one_shard_at_a_time_is_on_this_disk(on_hub, monkeypatch):
     from huggingface_hub import constants
 
-    hub, folder = case
+    hub, folder = on_hub
     edited = edited_shards(folder)
-    assert ablate(folder, "hub:me/edited").exit_code == 0
+    assert ablate("org/model", "hub:me/edited").exit_code == 0
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     hub.xet_store = folder / "xet"
     hub.xet_store.mkdir()
@@ -196,7 +153,7 @@ def test_through_xet_one_shard_at_a_time_is_on_this_disk(case, monkeypatch):
         send(self, addition)
 
     monkeypatch.setattr(transfer._Ledger, "send", measured)
-    assert ablate(folder, "hub:me/by-xet", "--quiet").exit_code == 0
+    assert ablate("org/model", "hub:me/by-xet", "--quiet").exit_code == 0
     assert present == [1] * len(edited)
     assert len(edited) > 1
     found, expected = (hub.repos[name].files() for name in ("me/by-xet", "me/edited"))
@@ -204,7 +161,7 @@ def test_through_xet_one_shard_at_a_time_is_on_this_disk(case, monkeypatch):
     # Where a shard has no room on the disk, it goes through LFS.
     monkeypatch.setattr(transfer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
     hub.seen.clear()
-    result = ablate(folder, "hub:me/by-lfs")
+    result = ablate("org/model", "hub:me/by-lfs")
     assert result.exit_code == 0, result.stderr
     assert "so shards go through LFS" in result.stderr
     assert len(hub.requests("PUT ")) == len(edited)
@@ -214,8 +171,8 @@ def test_through_xet_one_shard_at_a_time_is_on_this_disk(case, monkeypatch):
 
 
 @pytest.mark.parametrize("multipart", [False, True])
-def test_each_pass_asks_for_each_byte_once_and_what_is_sent_again_for_its_own(case, multipart):
-    hub, folder = case
+def test_each_pass_asks_for_each_byte_once_and_what_is_sent_again_for_its_own(on_hub, multipart):
+    hub, folder = on_hub
     sizes = [(folder / "local" / name).stat().st_size for name in edited_shards(folder)]
     again = max(sizes)
     hub.fault("PUT ", times=1, status=503)
@@ -224,70 +181,70 @@ def test_each_pass_asks_for_each_byte_once_and_what_is_sent_again_for_its_own(ca
         hub.faults.clear()
         hub.fault("PUT /part/.*/2$", times=1, status=503)
         again = 2 * hub.part_size
-    assert ablate(folder, "hub:me/edited").exit_code == 0
+    assert ablate("org/model", "hub:me/edited").exit_code == 0
     assert_published(hub, folder)
     headers = len(SHARDS) * 100_000
     assert 2 * sum(sizes) <= hub.sent("GET /blob/") <= 2 * sum(sizes) + headers + again
 
 
-def test_a_local_source(case):
-    hub, folder = case
-    assert ablate(folder, "hub:me/edited", source=folder / "local").exit_code == 0
+def test_a_local_source(on_hub):
+    hub, folder = on_hub
+    assert ablate(folder / "local", "hub:me/edited").exit_code == 0
     assert_published(hub, folder, same_receipt=False)
 
 
-def test_what_the_hub_has_already_is_not_sent(case):
+def test_what_the_hub_has_already_is_not_sent(on_hub):
     """Another run has sent the same bytes, and nothing here knows of it."""
-    hub, folder = case
-    assert ablate(folder, "hub:me/edited").exit_code == 0
+    hub, folder = on_hub
+    assert ablate("org/model", "hub:me/edited").exit_code == 0
     repo = hub.repos["me/edited"]
     repo.refs["main"] = next(iter(repo.commits))
     hub.seen.clear()
-    assert ablate(folder, "hub:me/edited").exit_code == 0
+    assert ablate("org/model", "hub:me/edited").exit_code == 0
     assert not hub.requests("PUT ")
     assert_published(hub, folder)
 
 
-def test_a_shard_that_arrives_altered_is_fetched_again_and_then_refused(case):
-    hub, folder = case
+def test_a_shard_that_arrives_altered_is_fetched_again_and_then_refused(on_hub):
+    hub, folder = on_hub
     name = edited_shards(folder)[0]
     sha = hub.repos["org/model"].files()[name].sha256
     hub.fault(f"GET /blob/.*{sha}", times=1)  # the header
     hub.fault(f"GET /blob/.*{sha}", times=1, flip=True)
-    assert ablate(folder, "hub:me/edited").exit_code == 0
+    assert ablate("org/model", "hub:me/edited").exit_code == 0
     assert_published(hub, folder)
     hub.fault(f"GET /blob/.*{sha}", times=1)
     hub.fault(f"GET /blob/.*{sha}", times=2, flip=True)
-    result = ablate(folder, "hub:me/other")
+    result = ablate("org/model", "hub:me/other")
     assert result.exit_code == 1
     assert f"org/model/{name}: arrived twice with the wrong sha256 digest" in result.stderr
     assert list(hub.repos["me/other"].files()) == [".gitattributes"]
 
 
 @pytest.mark.parametrize("believes", [True, False])
-def test_bytes_that_differ_between_the_passes_are_not_committed(case, believes):
+def test_bytes_that_differ_between_the_passes_are_not_committed(on_hub, believes):
     """Altered on the way to be sent, after their digest was found: the Hub is told another digest than it gets."""
-    hub, folder = case
+    hub, folder = on_hub
     name = edited_shards(folder)[0]
     sha = hub.repos["org/model"].files()[name].sha256
     hub.believes = believes
     hub.fault(f"GET /blob/.*{sha}", times=3)  # the header, the first pass, the first bytes
     hub.fault(f"GET /blob/.*{sha}", times=1, flip=True)
-    result = ablate(folder, "hub:me/edited")
+    result = ablate("org/model", "hub:me/edited")
     assert result.exit_code == 1
     assert f"{name} was not the same when it was read again to be sent" in result.stderr
     assert list(hub.repos["me/edited"].files()) == [".gitattributes"]
     if believes:
         hub.repos["me/edited"].stored.clear()
-    assert ablate(folder, "hub:me/edited", "--resume").exit_code == 0
+    assert ablate("org/model", "hub:me/edited", "--resume").exit_code == 0
     assert_published(hub, folder)
 
 
-def test_a_killed_run_shows_nothing_and_goes_on_with_what_was_sent(case):
-    hub, folder = case
+def test_a_killed_run_shows_nothing_and_goes_on_with_what_was_sent(on_hub):
+    hub, folder = on_hub
     hub.fault("POST .*/commit/", times=1, pause=3, status=503)
     environment = os.environ | hub.environment
-    command = [sys.executable, "-m", "ablate_shards", "ablate", "org/model", "hub:me/edited", *options(folder)]
+    command = [sys.executable, "-m", "ablate_shards", "ablate", "org/model", "hub:me/edited", *OPTIONS]
     child = subprocess.Popen([str(word) for word in command], cwd=folder, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not hub.requests("POST .*/commit/"):
@@ -295,51 +252,51 @@ def test_a_killed_run_shows_nothing_and_goes_on_with_what_was_sent(case):
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     assert list(hub.repos["me/edited"].files()) == [".gitattributes"]
-    refused = ablate(folder, "hub:me/edited")
+    refused = ablate("org/model", "hub:me/edited")
     assert "--resume goes on with it" in refused.stderr
     hub.seen.clear()
-    assert ablate(folder, "hub:me/edited", "--resume").exit_code == 0
+    assert ablate("org/model", "hub:me/edited", "--resume").exit_code == 0
     assert not hub.requests("PUT ")
     assert hub.sent("GET /blob/") <= 4 * 100_000
     assert_published(hub, folder)
     assert hidden(folder) == []
 
 
-def test_an_upload_that_fails_is_resumed(case):
-    hub, folder = case
+def test_an_upload_that_fails_is_resumed(on_hub):
+    hub, folder = on_hub
     hub.fault("PUT ", times=1)
     hub.fault("PUT ", times=1, status=403)
-    result = ablate(folder, "hub:me/edited")
+    result = ablate("org/model", "hub:me/edited")
     assert result.exit_code == 1
     assert "the token may not write to this repository" in result.stderr
     assert "--resume goes on" in result.stderr
     assert list(hub.repos["me/edited"].files()) == [".gitattributes"]
     assert len(hub.requests("PUT ")) == 2
     hub.seen.clear()
-    assert ablate(folder, "hub:me/edited", "--resume").exit_code == 0
+    assert ablate("org/model", "hub:me/edited", "--resume").exit_code == 0
     assert_published(hub, folder)
     # One shard had arrived, of one the digest was known, and for the third both passes were still to come.
     _, known, unknown = ((folder / "local" / name).stat().st_size for name in edited_shards(folder))
     assert hub.sent("GET /blob/") <= known + 2 * unknown + (len(SHARDS) + 2) * 100_000
 
 
-def test_a_repository_that_holds_weights_is_replaced_when_asked(case):
-    hub, folder = case
+def test_a_repository_that_holds_weights_is_replaced_when_asked(on_hub):
+    hub, folder = on_hub
     old = folder / "old"
     write_llama(old, shards=1)
     hub.add("me/edited", old)
     before = hub.repos["me/edited"].refs["main"]
-    result = ablate(folder, "hub:me/edited")
+    result = ablate("org/model", "hub:me/edited")
     assert result.exit_code == 1
     assert "holds weights already (model-00001-of-00001.safetensors); --overwrite replaces them" in result.stderr
     assert hub.repos["me/edited"].refs["main"] == before
-    assert ablate(folder, "hub:me/edited", "--overwrite").exit_code == 0
+    assert ablate("org/model", "hub:me/edited", "--overwrite").exit_code == 0
     names = [name for name in hub.repos["me/edited"].files() if name.endswith(".safetensors")]
     assert sorted(names) == SHARDS
 
 
-def test_a_commit_by_someone_else_is_not_overwritten(case, monkeypatch):
-    hub, folder = case
+def test_a_commit_by_someone_else_is_not_overwritten(on_hub, monkeypatch):
+    hub, folder = on_hub
     publish = transfer.commit
 
     def late(*arguments):
@@ -347,22 +304,22 @@ def test_a_commit_by_someone_else_is_not_overwritten(case, monkeypatch):
         return publish(*arguments)
 
     monkeypatch.setattr(transfer, "commit", late)
-    result = ablate(folder, "hub:me/edited")
+    result = ablate("org/model", "hub:me/edited")
     assert result.exit_code == 1
     assert "someone else has committed meanwhile" in result.stderr
     assert hub.repos["me/edited"].files()[SHARDS[0]].data == (folder / "local" / SHARDS[0]).read_bytes()
 
 
 @pytest.mark.parametrize("refusal", ["forbidden", "not there", "failed"])
-def test_what_the_hub_will_not_copy_passes_through_here(case, refusal):
-    hub, folder = case
+def test_what_the_hub_will_not_copy_passes_through_here(on_hub, refusal):
+    hub, folder = on_hub
     if refusal == "failed":
         files = hub.repos["org/model"].commits.values()
         answer = JSONResponse({"failed": [{"sha256": next(iter(files))[SHARDS[0]].sha256, "error": "no"}]})
         hub.faults.append(Fault("POST .*/lfs-files/duplicate", 1, lambda: answer))
     else:
         hub.fault("POST .*/lfs-files/duplicate", status=403 if refusal == "forbidden" else 404)
-    result = ablate(folder, "hub:me/edited")
+    result = ablate("org/model", "hub:me/edited")
     assert result.exit_code == 0, result.stderr
     assert result.stderr.count("so they pass through here") == 1
     assert_published(hub, folder)
@@ -371,9 +328,9 @@ def test_what_the_hub_will_not_copy_passes_through_here(case, refusal):
 
 
 @pytest.mark.parametrize("source", ["org/model", "memory://bucket/model"])
-def test_what_may_not_fit_into_memory_is_sent_as_a_shard_is(case, store, monkeypatch, source):
+def test_what_may_not_fit_into_memory_is_sent_as_a_shard_is(on_hub, store, monkeypatch, source):
     """A large file beside the shards that the Hub does not copy by itself."""
-    hub, folder = case
+    hub, folder = on_hub
     monkeypatch.setattr(transfer, "_LARGE", 10_000)
     write_shard(folder / "local" / "extra" / "more.safetensors", {"tower": np.ones((200, 200))})
     content = (folder / "local" / "extra" / "more.safetensors").read_bytes()
@@ -388,43 +345,43 @@ def test_what_may_not_fit_into_memory_is_sent_as_a_shard_is(case, store, monkeyp
         return read(self, file, start, end)
 
     monkeypatch.setattr(remote.RemoteFiles, "read_range", noted)
-    result = ablate(folder, "hub:me/edited", source=source)
+    result = ablate(source, "hub:me/edited")
     assert result.exit_code == 0, result.stderr
     files = hub.repos["me/edited"].files()
     assert files["extra/more.safetensors"].data == content
     assert {name: files[name].data for name in SHARDS} == {
-        name: data for name, data in snapshot(folder / "expected").items() if name in SHARDS
+        name: data for name, data in snapshot(folder / "ablated").items() if name in SHARDS
     }
     assert "tokenizer.json" in asked
     assert "extra/more.safetensors" not in asked
 
 
-def test_what_passes_through_here_is_resumed(case):
-    hub, folder = case
+def test_what_passes_through_here_is_resumed(on_hub):
+    hub, folder = on_hub
     hub.fault("POST .*/lfs-files/duplicate", times=2, status=403)
     edited = len(edited_shards(folder))
     hub.fault("POST .*/commit/", status=403)
-    refused = ablate(folder, "hub:me/edited")
+    refused = ablate("org/model", "hub:me/edited")
     assert refused.exit_code == 1
     assert "may not write" in refused.stderr
     assert list(hub.repos["me/edited"].files()) == [".gitattributes"]
     assert len(hub.requests("PUT ")) == len(SHARDS) > edited
     hub.seen.clear()
-    assert ablate(folder, "hub:me/edited", "--resume").exit_code == 0
+    assert ablate("org/model", "hub:me/edited", "--resume").exit_code == 0
     assert not hub.requests("PUT ")
     assert_published(hub, folder)
 
 
-def test_a_dry_run_and_bad_plans_touch_no_repository(case):
-    hub, folder = case
-    assert ablate(folder, "hub:me/edited", "--dry-run").exit_code == 0
+def test_a_dry_run_and_bad_plans_touch_no_repository(on_hub):
+    hub, folder = on_hub
+    assert ablate("org/model", "hub:me/edited", "--dry-run").exit_code == 0
     assert run("ablate", "org/model", "hub:me/edited", "-d", folder / "d.safetensors", "--layers", "9").exit_code == 1
     assert "me/edited" not in hub.repos
     assert not hub.requests("POST")
 
 
-def test_wrong_usage(case, monkeypatch):
-    _, folder = case
+def test_wrong_usage(on_hub, monkeypatch):
+    _, folder = on_hub
     for out, more, words in (
         ("hub:nothing", [], "expected a repository such as hub:me/model-edited"),
         ("hub:me/edited@main", [], "expected a repository such as hub:me/model-edited"),
@@ -432,15 +389,15 @@ def test_wrong_usage(case, monkeypatch):
         (folder / "out", ["--private"], "is no repository; name one"),
         ("hub:org/Model", ["--overwrite"], "OUT and SOURCE may not be the same repository"),
     ):
-        result = ablate(folder, out, *more)
+        result = ablate("org/model", out, *more)
         assert result.exit_code == 2
         assert words in result.stderr
     monkeypatch.delenv("HF_TOKEN")
-    assert "a token is needed to write" in ablate(folder, "hub:me/edited").stderr
+    assert "a token is needed to write" in ablate("org/model", "hub:me/edited").stderr
 
 
-def test_the_result_as_json(case):
-    hub, folder = case
-    found = json.loads(ablate(folder, "hub:me/edited", "--json").stdout)
+def test_the_result_as_json(on_hub):
+    hub, _ = on_hub
+    found = json.loads(ablate("org/model", "hub:me/edited", "--json").stdout)
     assert re.fullmatch(rf"{hub.endpoint}/me/edited/commit/[0-9a-f]{{40}}", found["out"])
     assert len(found["tensors"]) == 4

@@ -4,12 +4,12 @@ import json
 import shutil
 import tempfile
 
-import numpy as np
 import pytest
 from command_line import run
+from hub.edits import write_model
 from hub.hub_server import small_blob
 from hub.object_store import fill
-from raw_checkpoints import HIDDEN, snapshot, write_directions, write_llama, write_shard
+from raw_checkpoints import HIDDEN, flip, snapshot, write_adapter, write_llama
 
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.checkpoint.object_store import UNFINISHED
@@ -31,37 +31,21 @@ def found(*arguments):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    source = write_llama(folder / "local", hidden=64)
-    (source / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
-    write_directions(folder / "d.safetensors", hidden=64)
-    write_adapter(folder / "adapter")
+def two_shards(tmp_path_factory):
+    folder = write_model(tmp_path_factory.mktemp("two-shards"), hidden=64, shards=2)
+    write_adapter(folder / "adapter", layers=[1], modules=["mlp.down_proj"], hidden=64)
     return folder
 
 
-def write_adapter(folder):
-    folder.mkdir()
-    rng = np.random.default_rng(3)
-    root = "base_model.model.model.layers.1.mlp.down_proj"
-    write_shard(
-        folder / "adapter_model.safetensors",
-        {f"{root}.lora_A.weight": rng.standard_normal((4, 136)), f"{root}.lora_B.weight": rng.standard_normal((64, 4))},
-        "F32",
-    )
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["down_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-
-
 @pytest.fixture
-def case(hub, store, made, tmp_path, monkeypatch):
+def case(hub, store, two_shards, tmp_path, monkeypatch):
     """A model on the Hub and in a store, and what ablating it gives in all three places."""
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
-    hub.add("org/model", made / "local")
-    if not (made / "out").exists():
+    hub.add("org/model", two_shards / "local")
+    if not (two_shards / "out").exists():
         # The commit's hash, which the receipt has, depends on the files alone.
-        assert run("ablate", "org/model", made / "out", *options(made)).exit_code == 0
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+        assert run("ablate", "org/model", two_shards / "out", *options(two_shards)).exit_code == 0
+    shutil.copytree(two_shards, tmp_path, dirs_exist_ok=True)
     hub.add(OUT, tmp_path / "out")
     fill(store, "/bucket/edited", tmp_path / "out")
     fill(store, "/bucket/model", tmp_path / "local")
@@ -78,12 +62,6 @@ def damaged(hub, store, folder):
     hub.update(OUT, folder)
     store.rm("/bucket/edited", recursive=True)
     fill(store, "/bucket/edited", folder)
-
-
-def flip(path, offset):
-    raw = bytearray(path.read_bytes())
-    raw[offset] ^= 1
-    path.write_bytes(raw)
 
 
 @pytest.mark.parametrize("source", ["org/model", "hub:org/model", "local", "memory://bucket/model"])
