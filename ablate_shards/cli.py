@@ -21,6 +21,7 @@ from ablate_shards.commands.options import debug_flag
 from ablate_shards.commands.push import push
 from ablate_shards.commands.report import report
 from ablate_shards.commands.run import run
+from ablate_shards.commands.search import search
 from ablate_shards.commands.startup import collect_garbage_less_often
 from ablate_shards.commands.verify import verify
 from ablate_shards.errors import AblateError, UsageError
@@ -88,7 +89,22 @@ def cli(ctx: click.Context) -> None:
         ctx.color = False
 
 
-for command in (ablate, ask, capture, diff, directions, evaluate, finetune, inspect, merge, push, report, run, verify):
+for command in (
+    ablate,
+    ask,
+    capture,
+    diff,
+    directions,
+    evaluate,
+    finetune,
+    inspect,
+    merge,
+    push,
+    report,
+    run,
+    search,
+    verify,
+):
     cli.add_command(command)
 
 

@@ -17,6 +17,7 @@
     ├── ExecuteError            a run that cannot start, go on or be resumed
     │   └── Interrupted         stopped by Ctrl-C or SIGTERM; resumable
     ├── EvaluateError           a model, an endpoint or an evaluation that cannot be asked, read or compared
+    ├── SearchError             a search that cannot start or go on, or that finds nothing within its budget
     ├── GateError               an edit that broke the model, which ends a run
     ├── HubError                a repository or an object store that cannot be read or written
     ├── ReportError             a folder without anything to report, or a broken part of it
@@ -41,6 +42,7 @@ __all__ = [
     "RecipeError",
     "ReportError",
     "SamplesError",
+    "SearchError",
     "UsageError",
     "VerifyError",
     "reason",
@@ -105,6 +107,10 @@ class Interrupted(ExecuteError):  # noqa: N818 - the user asked for it
 
 class EvaluateError(AblateError):
     """A model or an endpoint cannot be evaluated, or an evaluation cannot be read or compared."""
+
+
+class SearchError(AblateError):
+    """A search cannot start or go on, or finds nothing within its budget."""
 
 
 class GateError(AblateError):

@@ -13,6 +13,7 @@ from ablate_shards.data.demo import MODEL
 from ablate_shards.data.demo.behaviour import draw_questions
 from ablate_shards.data.demo.world import NEUTRAL, SLANTED
 from ablate_shards.errors import UsageError
+from ablate_shards.surgery.evaluate import interview as station
 from ablate_shards.surgery.evaluate import measures
 from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
 from ablate_shards.surgery.evaluate.interview import EvaluateOptions, evaluate

@@ -125,6 +125,7 @@ def ablate(
     progress.note(f"directions: {used}")
     options = AblateOptions(
         **settings,
+        profiles=recipe.profiles if recipe else (),
         overrides=recipe.overrides if recipe else (),
         targets=recipe.targets if recipe else (),
     )

@@ -1,5 +1,6 @@
 """Finds the tensors of a checkpoint that write to the residual stream, along which axis, and through which gain."""
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -9,7 +10,18 @@ from ablate_shards.errors import ArchitectureError
 from ablate_shards.surgery.anatomy.families import FAMILIES, Axis, Family, Layout, Module
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
-__all__ = ["Anatomy", "Axis", "Component", "LeftOut", "Target", "Writer", "dissect", "family_names", "split_layer"]
+__all__ = [
+    "Anatomy",
+    "Axis",
+    "Component",
+    "LeftOut",
+    "Target",
+    "Writer",
+    "common_ending",
+    "dissect",
+    "family_names",
+    "split_layer",
+]
 
 Component = Literal["attention", "mlp", "embedding"]
 
@@ -189,6 +201,12 @@ def split_layer(name: str) -> tuple[int | None, str]:
     """Returns the layer or block a tensor lies in and its name within it; None and the whole name if in none."""
     place = _IN_LAYER.fullmatch(name)
     return (int(place["layer"]), place["inner"]) if place else (None, name)
+
+
+def common_ending(one: str, other: str) -> int:
+    """Counts the parts that two names end with in common."""
+    pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def family_names() -> tuple[str, ...]:

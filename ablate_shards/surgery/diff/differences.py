@@ -1,10 +1,9 @@
 """In what two checkpoints can differ, as pure data."""
 
-import itertools
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Ablation", "Alignment", "Diff", "Fusion", "Kind", "TensorDiff", "common_ending", "leaf"]
+__all__ = ["Ablation", "Alignment", "Diff", "Fusion", "Kind", "TensorDiff", "leaf"]
 
 Kind = Literal[
     "equal",
@@ -175,12 +174,6 @@ class Diff:
     def same(self) -> bool:
         """Whether nothing differs."""
         return not (self.tensors or self.lost or self.added or self.fused or self.metadata or self.files)
-
-
-def common_ending(one: str, other: str) -> int:
-    """Counts the parts that two names end with in common."""
-    pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def leaf(name: str) -> str:

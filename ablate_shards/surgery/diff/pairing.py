@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ablate_shards.surgery.diff.differences import Fusion, common_ending
+from ablate_shards.surgery.anatomy.architecture import common_ending
+from ablate_shards.surgery.diff.differences import Fusion
 from ablate_shards.surgery.diff.stored import StoredTensor, same_bytes
 
 __all__ = ["Pairing", "pair_tensors"]

@@ -5,7 +5,8 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from ablate_shards.surgery.diff.differences import Diff, Fusion, TensorDiff, common_ending, leaf
+from ablate_shards.surgery.anatomy.architecture import common_ending
+from ablate_shards.surgery.diff.differences import Diff, Fusion, TensorDiff, leaf
 
 __all__ = ["describe"]
 

@@ -17,7 +17,7 @@ from ablate_shards.names import RECEIPT_NAME
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.files import Files, Folder
 from ablate_shards.surgery.directions.directions import Directions
-from ablate_shards.surgery.plan.edits import TensorEdit
+from ablate_shards.surgery.plan.edits import TensorEdit, neighbours
 from ablate_shards.surgery.plan.plan import Plan
 from ablate_shards.surgery.plan.recipe import AblateOptions
 from ablate_shards.validation import Finite, checked
@@ -119,7 +119,7 @@ def receipt_text(
         "directions": {
             "sha256": plan.directions_sha256,
             "metadata": dict(directions.metadata),
-            "basis": _encode(directions.basis, {key.source_layer for key in used}),
+            "basis": _encode(directions.basis, {layer for key in used for layer in neighbours(key.source_layer)}),
             "reference": _encode(directions.reference, {layer for key in used for layer in key.references}),
         },
         "device": dict(device),
@@ -249,6 +249,7 @@ def _resolved(options: AblateOptions, plan: Plan) -> dict[str, Any]:
         "biproject": options.biproject,
         "source-layer": options.source_layer,
         "mtp": options.mtp,
+        **({"profile": [dataclasses.asdict(profile) for profile in options.profiles]} if options.profiles else {}),
         "override": [
             {
                 **{key: value for key, value in dataclasses.asdict(override).items() if value is not None},

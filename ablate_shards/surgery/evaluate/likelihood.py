@@ -1,5 +1,6 @@
 """Measures what greedy answers hide: how far the distributions of the next token moved, and how text is predicted."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Recording:
     makes them are some hundred times fewer.
 
     Attributes:
-        head: The output head, a copy on the CPU.
+        head: The output head: a copy on the CPU, or the model's own where no edit reaches it.
         states: What it was given at each place of each response, ``[places, d]`` on the CPU.
     """
 
@@ -92,8 +93,14 @@ class Perplexity:
         return math.exp(self.nats) if self.nats < 709 else math.inf
 
 
-def record(speaker: Speaker, forced: Sequence[Forced]) -> Recording:
+def record(speaker: Speaker, forced: Sequence[Forced], *, batch: int = 1, copy_head: bool = True) -> Recording:
     """Runs a model over responses and keeps what its output head is given.
+
+    Args:
+        speaker: The model.
+        forced: The responses.
+        batch: How many are computed at a time.
+        copy_head: Keep a copy of the output head, for when the model is gone or its head edited.
 
     Raises:
         EvaluateError: The model has no output head, or fails.
@@ -101,10 +108,11 @@ def record(speaker: Speaker, forced: Sequence[Forced]) -> Recording:
     import copy
 
     head = _head(speaker)
-    return Recording(copy.deepcopy(head).cpu(), [_states(speaker, head, each).cpu() for each in forced])
+    states = [each.cpu() for rows in _cut(forced, batch) for each in _states(speaker, head, rows)]
+    return Recording(copy.deepcopy(head).cpu() if copy_head else head, states)
 
 
-def divergence(speaker: Speaker, forced: Sequence[Forced], base: Recording) -> Divergence | None:
+def divergence(speaker: Speaker, forced: Sequence[Forced], base: Recording, *, batch: int = 1) -> Divergence | None:
     """Compares a model's distributions with those of the recorded one, over the same responses.
 
     The recorded states go through the recorded head in the place of the model's own, so that whatever the model does
@@ -114,6 +122,7 @@ def divergence(speaker: Speaker, forced: Sequence[Forced], base: Recording) -> D
         speaker: The model to compare.
         forced: What was recorded, at least one.
         base: The recording.
+        batch: How many are computed at a time, as for the recording.
 
     Returns:
         The divergence, or None where a distribution is not one (not a number).
@@ -121,6 +130,8 @@ def divergence(speaker: Speaker, forced: Sequence[Forced], base: Recording) -> D
     Raises:
         EvaluateError: The vocabularies differ, or the model fails.
     """
+    import torch
+
     own = _head(speaker)
     if len(own.weight) != len(base.head.weight):
         raise EvaluateError(
@@ -129,14 +140,19 @@ def divergence(speaker: Speaker, forced: Sequence[Forced], base: Recording) -> D
         )
     head = base.head.to(speaker.device)
     first, total, count = 0.0, 0.0, 0
-    for each, states in zip(forced, base.states, strict=True):
+    recorded = iter(base.states)
+    for rows in _cut(forced, batch):
+        states = _states(speaker, own, rows)
+        before = [next(recorded).to(speaker.device) for _ in rows]
         # Both in products of one shape, so that they are rounded alike.
-        found = _through(speaker, own, own, _states(speaker, own, each))
-        expected = _through(speaker, own, head, states.to(speaker.device))
-        values = _kl(expected, found)
-        first += values[0]
-        total += math.fsum(values)
-        count += len(values)
+        found = _through(speaker, own, own, torch.cat(states))
+        expected = _through(speaker, own, head, torch.cat(before))
+        values = iter(_kl(expected, found))
+        for each in states:
+            moved = list(itertools.islice(values, len(each)))
+            first += moved[0]
+            total += math.fsum(moved)
+            count += len(moved)
     if not math.isfinite(total):
         return None
     return Divergence(first / len(forced), total / count, len(forced), count)
@@ -203,15 +219,10 @@ def log_likelihoods(speaker: Speaker, forced: Sequence[Forced], *, batch: int) -
     order = sorted(range(len(forced)), key=lambda row: -len(forced[row].prompt + forced[row].response))
     for at in range(0, len(order), batch):
         rows = [forced[row] for row in order[at : at + batch]]
-        width = len(rows[0].prompt + rows[0].response)
-        ids = torch.full((len(rows), width), speaker.pad)
-        mask = torch.zeros_like(ids)
-        predicts = torch.zeros(len(rows), width, dtype=torch.bool)
+        ids, mask = _padded(speaker, rows)
+        predicts = torch.zeros_like(ids, dtype=torch.bool)
         for line, each in enumerate(rows):
-            count = len(each.prompt) + len(each.response)
-            ids[line, :count] = torch.tensor(each.prompt + each.response)
-            mask[line, :count] = 1
-            predicts[line, len(each.prompt) - 1 : count - 1] = True
+            predicts[line, len(each.prompt) - 1 : len(each.prompt) + len(each.response) - 1] = True
         logits = _logits(speaker, ids, mask, predicts)[0]
         wanted = torch.cat([torch.tensor(each.response) for each in rows])
         scores = torch.cat(
@@ -237,15 +248,40 @@ def _head(speaker: Speaker) -> Any:
     return head
 
 
-def _states(speaker: Speaker, head: Any, forced: Forced) -> "torch.Tensor":
-    """Returns what the output head is given at the places of a response, ``[places, d]``."""
+def _states(speaker: Speaker, head: Any, forced: Sequence[Forced]) -> "list[torch.Tensor]":
+    """Returns what the output head is given at the places of each response, ``[places, d]``; padded on the right."""
+    import torch
+
+    ids, mask = _padded(speaker, forced)
+    one = torch.zeros_like(mask, dtype=torch.bool)
+    one[0, 0] = True
     seen: list[torch.Tensor] = []
     hook = head.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     try:
-        _logits_of(speaker, forced, slice(0, 1))
+        _logits(speaker, ids, mask, one)
     finally:
         hook.remove()
-    return seen[0][0, forced.places]
+    return [seen[0][row, each.places] for row, each in enumerate(forced)]
+
+
+def _padded(speaker: Speaker, forced: Sequence[Forced]) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Returns prompts with their responses, ``[rows, tokens]``, and ones where there is a token."""
+    import torch
+
+    width = max(len(each.prompt) + len(each.response) for each in forced)
+    ids = torch.full((len(forced), width), speaker.pad)
+    mask = torch.zeros_like(ids)
+    for line, each in enumerate(forced):
+        tokens = each.prompt + each.response
+        ids[line, : len(tokens)] = torch.tensor(tokens)
+        mask[line, : len(tokens)] = 1
+    return ids, mask
+
+
+def _cut(forced: Sequence[Forced], batch: int) -> Iterator[Sequence[Forced]]:
+    """Yields responses in their order, some at a time."""
+    for start in range(0, len(forced), batch):
+        yield forced[start : start + batch]
 
 
 def _through(speaker: Speaker, own: Any, head: Any, states: "torch.Tensor") -> "torch.Tensor":

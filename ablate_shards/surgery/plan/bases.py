@@ -7,8 +7,8 @@ import numpy as np
 from ablate_shards.errors import DirectionsError
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_vector
 from ablate_shards.surgery.directions.directions import Directions, apply_gain, biproject
-from ablate_shards.surgery.directions.vectors import orthonormal
-from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit
+from ablate_shards.surgery.directions.vectors import NOTHING_LEFT, orthonormal
+from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit, neighbours
 
 __all__ = ["resolve_bases"]
 
@@ -27,8 +27,7 @@ def resolve_bases(
     """
     bases: dict[BasisKey, np.ndarray] = {}
     for key in dict.fromkeys(edit.basis for edit in edits):
-        # Stored as float32, the rows are orthonormal to seven digits only.
-        basis = orthonormal(directions.basis[key.source_layer].astype(np.float64))
+        basis = _measured(directions, key.source_layer)
         if key.references:
             missing = [layer for layer in key.references if layer not in directions.reference]
             if missing:
@@ -49,3 +48,25 @@ def resolve_bases(
             basis = apply_gain(basis, gain)
         bases[key] = basis
     return bases
+
+
+def _measured(directions: Directions, layer: float) -> np.ndarray:
+    """Returns the directions of a layer, ``[k, d]`` float64; between two layers, a mean of theirs weighted by nearness.
+
+    Raises:
+        DirectionsError: Between two layers there are several directions, or two that cancel out.
+    """
+    # Stored as float32, the rows are orthonormal to seven digits only.
+    bases = [orthonormal(directions.basis[each].astype(np.float64)) for each in neighbours(layer)]
+    if len(bases) == 1:
+        return bases[0]
+    if directions.rank > 1:
+        raise DirectionsError(
+            f"source layer {layer:g}: lies between two layers, which needs one direction per layer, but there are "
+            f"{directions.rank}; name a layer"
+        )
+    share = layer % 1
+    mean = (1 - share) * bases[0] + share * bases[1]
+    if np.linalg.norm(mean) < NOTHING_LEFT:
+        raise DirectionsError(f"source layer {layer:g}: the directions of its two layers cancel out; name a layer")
+    return orthonormal(mean)

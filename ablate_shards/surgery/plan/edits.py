@@ -1,5 +1,6 @@
 """The edits of a plan: which tensor, where its bytes lie, what is removed from it."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from ablate_shards.surgery.checkpoint.headers import Shard
 from ablate_shards.surgery.plan.recipe import Preserve
 from ablate_shards.validation import Finite
 
-__all__ = ["BasisKey", "Edit", "Skip", "TensorEdit", "by_shard", "untouched"]
+__all__ = ["BasisKey", "Edit", "Skip", "TensorEdit", "by_shard", "neighbours", "untouched"]
 
 
 class Edit(Protocol):
@@ -49,16 +50,22 @@ class BasisKey:
     """What tells one ablated basis from another.
 
     Attributes:
-        source_layer: The layer the direction was measured at.
+        source_layer: The layer the direction was measured at, or a point between two.
         references: The layers whose reference means it is made orthogonal to.
         gain: The post-norm gain tensor that the writer's output passes through.
         gain_offset: What is added to that tensor's values.
     """
 
-    source_layer: int
+    source_layer: int | float
     references: tuple[int, ...]
     gain: str | None
     gain_offset: Finite
+
+
+def neighbours(layer: float) -> tuple[int, ...]:
+    """Returns the layers that a point in the stack lies between; one where it is a layer itself."""
+    below = math.floor(layer)
+    return (below,) if layer == below else (below, below + 1)
 
 
 @dataclass(frozen=True, slots=True)

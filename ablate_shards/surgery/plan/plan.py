@@ -13,11 +13,12 @@ import numpy as np
 
 from ablate_shards.errors import DirectionsError, PlanError, UsageError
 from ablate_shards.surgery.anatomy.architecture import Component, LeftOut, Writer, dissect, split_layer
+from ablate_shards.surgery.anatomy.parts import part_of
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
 from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.plan.bases import resolve_bases
-from ablate_shards.surgery.plan.edits import BasisKey, Skip, TensorEdit
+from ablate_shards.surgery.plan.edits import BasisKey, Skip, TensorEdit, neighbours
 from ablate_shards.surgery.plan.recipe import AblateOptions, SourceLayer, layer_ranges
 
 __all__ = ["Plan", "make_plan"]
@@ -78,7 +79,8 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
         PlanError: A selected layer has no writer, or a writer cannot be edited.
         UsageError: A coefficient is not a number.
     """
-    for coefficient in (options.coefficient, *(override.coefficient for override in options.overrides)):
+    profiled = (value for profile in options.profiles for value in (profile.peak, profile.floor))
+    for coefficient in (options.coefficient, *profiled, *(override.coefficient for override in options.overrides)):
         if coefficient is not None and not abs(coefficient) <= _LARGEST_COEFFICIENT:
             raise UsageError(
                 f"coefficient: expected a number from -{_LARGEST_COEFFICIENT} to {_LARGEST_COEFFICIENT}, "
@@ -103,7 +105,11 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
             skipped.append(Skip(writer.name, writer.layer, writer.component, reason))
         else:
             tensor = checkpoint.tensors[writer.name]
-            edits.append(_edit(writer, tensor, directions, options, decoder_last, best))
+            edit = _edit(writer, tensor, directions, options, decoder_last, best)
+            if options.profiles and edit.coefficient == 0:
+                skipped.append(Skip(writer.name, writer.layer, writer.component, "its coefficient is 0"))
+            else:
+                edits.append(edit)
     _check_coverage(checkpoint, anatomy.writers, layers, options)
     _check_experts(edit for edit in edits if not edit.mtp)
     order = {shard.name: number for number, shard in enumerate(checkpoint.shards)}
@@ -149,7 +155,7 @@ def _edit(
     decoder_last: int,
     best: Callable[[], int],
 ) -> TensorEdit:
-    coefficient, preserve = options.coefficient, options.preserve
+    coefficient, preserve = _general_coefficient(writer, options), options.preserve
     project, source = options.biproject, options.source_layer
     for override in options.overrides:
         if override.layers is not None and (writer.mtp or writer.layer not in override.layers):
@@ -188,20 +194,32 @@ def _edit(
         preserve=preserve if writer.kind == "weight" else "none",
         basis=BasisKey(
             source_layer=measured,
-            references=tuple(dict.fromkeys((measured, *at))) if project else (),
+            references=tuple(dict.fromkeys((*neighbours(measured), *at))) if project else (),
             gain=writer.gain,
             gain_offset=writer.gain_offset,
         ),
     )
 
 
-def _source_layer(source: SourceLayer, own: int, directions: Directions, name: str) -> int:
-    layer = source if isinstance(source, int) else own
-    if layer not in directions.basis:
-        raise DirectionsError(
-            f"{name}: needs the direction of layer {layer}, but the directions have layers "
-            f"{layer_ranges(directions.layers)}; use --source-layer best or another --layers"
-        )
+def _general_coefficient(writer: Writer, options: AblateOptions) -> float:
+    """Returns the coefficient of a writer before overrides: by the last profile that holds for it, if one does."""
+    coefficient = options.coefficient
+    if writer.layer is not None and not writer.mtp:
+        kinds = {part_of(writer.name, writer.component), writer.component}
+        for profile in options.profiles:
+            if kinds.intersection(profile.components):
+                coefficient = profile.coefficient(writer.layer)
+    return coefficient
+
+
+def _source_layer(source: SourceLayer, own: int, directions: Directions, name: str) -> int | float:
+    layer = own if isinstance(source, str) else source
+    for needed in neighbours(layer):
+        if needed not in directions.basis:
+            raise DirectionsError(
+                f"{name}: needs the direction of layer {needed}, but the directions have layers "
+                f"{layer_ranges(directions.layers)}; use --source-layer best or another --layers"
+            )
     return layer
 
 

@@ -3,7 +3,7 @@
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -11,6 +11,8 @@ from msgspec import Meta
 
 from ablate_shards.errors import RecipeError
 from ablate_shards.surgery.anatomy.architecture import Component, Target
+from ablate_shards.surgery.anatomy.parts import COMPONENT_OF, Part
+from ablate_shards.surgery.plan.profile import Profile
 from ablate_shards.validation import checked, unknown
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "layer_ranges",
     "parse_components",
     "parse_layers",
+    "parse_parts",
     "parse_source_layer",
     "read_recipe",
 ]
@@ -31,7 +34,7 @@ __all__ = [
 _Item = TypeVar("_Item")
 
 Preserve = Literal["rows", "columns", "none"]
-SourceLayer = Literal["best", "own"] | int
+SourceLayer = Literal["best", "own"] | int | float
 
 COMPONENTS: tuple[Component, ...] = ("attention", "mlp", "embedding")
 
@@ -66,6 +69,12 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
         **dict.fromkeys(("prefer-weight", "patience", "dtype", "device", "scale"), _Value),
         **dict.fromkeys(("rslora", "gradient-checkpointing"), _Switch),
     },
+    "search": {
+        **dict.fromkeys(("questions", "without"), _Files),
+        "report-questions": _File,
+        **dict.fromkeys(("trials", "timeout", "seed", "objective", "kl", "controls", "broken", "limit"), _Value),
+        **dict.fromkeys(("front", "length", "batch", "dtype", "device", "memory", "jobs", "workers"), _Value),
+    },
     "evaluate": {
         **dict.fromkeys(("questions", "text"), _File),
         **dict.fromkeys(("batch", "device", "dtype", "length", "endpoint", "endpoint-model", "judge"), _Value),
@@ -79,9 +88,11 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
         "card": _File,
     },
 }
+#: The parts that a profile may be of: embeddings lie at no depth.
+_PROFILED: tuple[Part, ...] = tuple(part for part, component in COMPONENT_OF.items() if component != "embedding")
 _EDIT_TABLES = ("source", "directions", "ablate")
 #: The lists of tables in ``[ablate]``.
-_LISTS = ("override", "target")
+_LISTS = ("override", "profile", "target")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +123,11 @@ class AblateOptions:
         coefficient: The α of the projection: 1 removes, 2 reflects.
         preserve: Which norms of a weight stay, those of its rows, of its columns, or none.
         biproject: Make the direction orthogonal to the reference means of both layers first.
-        source_layer: Where the direction is measured: the edited layer, the best layer, or a number.
+        source_layer: Where the direction is measured: the edited layer, the best layer, or a number, which may lie
+            between two layers.
         mtp: Whether multi-token-prediction layers are edited.
-        overrides: Exceptions, later ones win.
+        profiles: Coefficients over depth, which win over ``coefficient``; later ones win.
+        overrides: Exceptions to all of it, later ones win.
         targets: Writers described by the user, instead of the architecture table.
     """
 
@@ -125,6 +138,7 @@ class AblateOptions:
     biproject: bool = True
     source_layer: SourceLayer = "own"
     mtp: Literal["keep", "edit"] = "keep"
+    profiles: tuple[Profile, ...] = ()
     overrides: tuple[Override, ...] = ()
     targets: tuple[Target, ...] = ()
 
@@ -136,13 +150,17 @@ class Recipe:
     Attributes:
         tables: Per table, values by flag name as a user would type them; paths are relative to the recipe, and
             several of one key are a tuple.
+        profiles: The ``[[ablate.profile]]`` entries.
         overrides: The ``[[ablate.override]]`` entries.
         targets: The ``[[ablate.target]]`` entries.
+        space: The ``[search.space]`` table.
     """
 
     tables: Mapping[str, Mapping[str, Any]]
-    overrides: tuple[Override, ...]
-    targets: tuple[Target, ...]
+    profiles: tuple[Profile, ...] = ()
+    overrides: tuple[Override, ...] = ()
+    targets: tuple[Target, ...] = ()
+    space: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def edit_flags(self) -> Mapping[str, Any]:
@@ -203,6 +221,19 @@ def parse_components(text: str | Sequence[str]) -> tuple[Component, ...]:
     return tuple(component for component in COMPONENTS if component in names)
 
 
+def parse_parts(text: str | Sequence[str]) -> tuple[Part, ...]:
+    """Returns the parts of the model that a name or a list of names names.
+
+    Raises:
+        ValueError: A name is no part.
+    """
+    names = [name.strip() for name in (text.split(",") if isinstance(text, str) else map(str, text))]
+    for name in names:
+        if name not in _PROFILED:
+            raise ValueError(f"expected some of {', '.join(_PROFILED)}, found {name!r}")
+    return tuple(part for part in _PROFILED if part in names)
+
+
 def parse_source_layer(text: str | int) -> SourceLayer:
     """Returns the source layer that ``best``, ``own`` or a number names.
 
@@ -216,6 +247,8 @@ def parse_source_layer(text: str | int) -> SourceLayer:
             return "own"
         case number if re.fullmatch(r"\d{1,5}", number):
             return int(number)
+        case number if re.fullmatch(r"\d{1,5}\.\d{1,6}", number):
+            return int(float(number)) if float(number).is_integer() else float(number)
     raise ValueError(f"expected best, own or a layer number, found {text!r}")
 
 
@@ -238,8 +271,8 @@ def read_recipe(path: Path) -> Recipe:
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
     tables: dict[str, dict[str, Any]] = {}
-    overrides: list[Override] = []
-    targets: list[Target] = []
+    lists: dict[str, list[Any]] = {name: [] for name in _LISTS}
+    space: Mapping[str, Any] = {}
     for table, entries in content.items():
         if table not in TABLES:
             raise RecipeError(f"{path}: {unknown(table, TABLES, 'table:')}")
@@ -251,10 +284,12 @@ def read_recipe(path: Path) -> Recipe:
             if table == "ablate" and key in _LISTS:
                 if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
                     raise RecipeError(f"{path}: write {key} as [[ablate.{key}]]")
-                if key == "override":
-                    overrides += [_read_item(path, key, item, Override) for item in value]
-                else:
-                    targets += [_read_item(path, key, item, Target) for item in value]
+                lists[key] += [_read_item(path, key, item, _KINDS[key]) for item in value]
+                continue
+            if table == "search" and key == "space":
+                if not isinstance(value, dict):
+                    raise RecipeError(f"{path}: write space as [search.space]")
+                space = value
                 continue
             flags[key] = _read_flag(path, table, key, value)
     made = tables.get("directions", {})
@@ -263,7 +298,13 @@ def read_recipe(path: Path) -> Recipe:
             f"{path}: [directions] without is about pairs or activations, but directions names directions that are "
             "computed already; remove one of the two"
         )
-    return Recipe(tables, tuple(overrides), tuple(targets))
+    for profile in lists["profile"]:
+        if not profile.reach > 0:
+            raise RecipeError(
+                f"{path}: [[ablate.profile]]: reach: expected more than 0 layers, found {profile.reach:g}"
+            )
+    profiles, overrides, targets = (tuple(lists[name]) for name in ("profile", "override", "target"))
+    return Recipe(tables, profiles, overrides, targets, space)
 
 
 def _read_flag(recipe: Path, table: str, key: str, value: Any) -> Any:
@@ -302,11 +343,12 @@ def _located(recipe: Path, key: str, value: str) -> str:
     return value if elsewhere or hub_id else str(path)
 
 
-#: How the keys of an override that may be written in several ways are read.
-_READERS: Mapping[str, Callable[[Any], Any]] = {
-    "layers": parse_layers,
-    "components": parse_components,
-    "source_layer": parse_source_layer,
+#: What the entries of each list are, and how those of their keys are read that may be written in several ways.
+_KINDS: Mapping[str, type[Any]] = {"override": Override, "profile": Profile, "target": Target}
+_READERS: Mapping[type[Any], Mapping[str, Callable[[Any], Any]]] = {
+    Override: {"layers": parse_layers, "components": parse_components, "source_layer": parse_source_layer},
+    Profile: {"components": parse_parts},
+    Target: {},
 }
 
 
@@ -316,7 +358,7 @@ def _read_item(path: Path, table: str, item: Mapping[str, Any], kind: type[_Item
     for raw_key, value in item.items():
         key = raw_key.replace("-", "_")
         try:
-            values[key] = _READERS[key](value) if key in _READERS else value
+            values[key] = _READERS[kind][key](value) if key in _READERS[kind] else value
         except (TypeError, ValueError) as error:
             raise RecipeError(f"{where}: {raw_key}: {error}") from error
     try:

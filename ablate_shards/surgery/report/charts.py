@@ -86,7 +86,8 @@ def _used_layer(found: Findings) -> int | None:
     """Returns the layer whose direction was used, None where there are several."""
     if found.ablation:
         used = {edit.basis.source_layer for edit in found.ablation.receipt.edits}
-        return used.pop() if len(used) == 1 else None
+        layer = used.pop() if len(used) == 1 else None
+        return layer if isinstance(layer, int) else None
     return None
 
 

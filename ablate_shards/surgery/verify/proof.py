@@ -30,7 +30,7 @@ from ablate_shards.surgery.merge.merge import MergeEditor
 from ablate_shards.surgery.merge.plan import plan_merge
 from ablate_shards.surgery.merge.receipt import MergeReceipt, read_merge_receipt
 from ablate_shards.surgery.plan.bases import resolve_bases
-from ablate_shards.surgery.plan.edits import Edit, TensorEdit, by_shard, untouched
+from ablate_shards.surgery.plan.edits import Edit, TensorEdit, by_shard, neighbours, untouched
 
 __all__ = ["Difference", "Verification", "verify"]
 
@@ -479,10 +479,10 @@ def _describes(edit: TensorEdit, checkpoint: Checkpoint, directions: Directions)
         tensor is None
         or len(edit.shape) not in ranks
         or edit.axis not in axes
-        or key.source_layer not in directions.basis
+        or not all(layer in directions.basis for layer in neighbours(key.source_layer))
     ):
         return False
-    hidden = directions.basis[key.source_layer].shape[1:]
+    hidden = directions.basis[neighbours(key.source_layer)[0]].shape[1:]
     gain = None if key.gain is None else checkpoint.tensors.get(key.gain)
     return (
         (tensor.shard, tensor.dtype, tensor.shape, tensor.start, tensor.end)

@@ -1,0 +1,141 @@
+"""A model in memory that settings are tried on: edited, measured, and taken back."""
+
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.edit.operation import RunOptions
+from ablate_shards.surgery.edit.receipt import TensorResult
+from ablate_shards.surgery.evaluate.answers import Dtype, Remedies, Speaker, speaking
+from ablate_shards.surgery.model.samples import Question
+from ablate_shards.surgery.plan.plan import Plan, make_plan
+from ablate_shards.surgery.search.applied import EditableModel
+from ablate_shards.surgery.search.contrasts import Contrasts
+from ablate_shards.surgery.search.objectives import Asking, Objective, find_objective
+from ablate_shards.surgery.search.space import Setting, Space
+
+__all__ = ["Bench", "Tried", "opened_bench"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What was measured of a setting.
+
+    Attributes:
+        values: Each objective's measure, by its name; those that were not reached are missing.
+        over: By how much the divergence is above its limit, in nats; negative below it, 0 if it is no objective.
+        seconds: How long it took.
+        digest: SHA-256 over the digests of the edited tensors; ``ablate`` with the same setting writes the same bytes.
+    """
+
+    values: Mapping[str, float]
+    over: float
+    seconds: float
+    digest: str
+
+    @property
+    def complete(self) -> bool:
+        """Whether every objective was measured and is a number."""
+        return self.over <= 0 and all(math.isfinite(value) for value in self.values.values())
+
+
+class Bench:
+    """A loaded model, and what settings of a space do to it.
+
+    Args:
+        checkpoint: What was loaded.
+        speaker: The model.
+        contrasts: The directions that there are.
+        space: What may vary.
+        run: What does the arithmetic of edits.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, speaker: Speaker, contrasts: Contrasts, space: Space, run: RunOptions
+    ) -> None:
+        self.checkpoint, self.speaker = checkpoint, speaker
+        self._contrasts, self._space = contrasts, space
+        self._model = EditableModel(checkpoint, speaker.network, run)
+
+    def close(self) -> None:
+        """Takes the edit back, and lets go of the shards."""
+        self._model.__exit__()
+
+    def plan(self, setting: Setting) -> Plan:
+        """Returns what ``ablate`` would do by a setting."""
+        edit = self._space.edit(setting)
+        directions = self._contrasts.directions(edit.contrast, edit.rank, edit.without)
+        return make_plan(self.checkpoint, directions, edit.options)
+
+    @contextlib.contextmanager
+    def edited(self, setting: Setting | None) -> Iterator[str]:
+        """Holds the model edited by a setting, by none if None; yields the digest of the edit.
+
+        The edit stays until the next one, which begins from the shards' bytes: taking it back at once would only take
+        time.
+        """
+        if setting is None:
+            self._model.restore()
+            yield digest_of({})
+        else:
+            yield digest_of(self._model.apply(self.plan(setting)))
+
+    def objectives(self, names: Sequence[str], questions: Sequence[Question], asking: Asking) -> tuple[Objective, ...]:
+        """Makes objectives of the unedited model.
+
+        Raises:
+            UsageError: There is none of a name, or no question that it looks at.
+        """
+        with self.edited(None):
+            return tuple(find_objective(name)(self.speaker, questions, asking) for name in names)
+
+    def try_out(self, setting: Setting, objectives: Sequence[Objective], limit: float) -> Tried:
+        """Measures a setting; one whose divergence is above the limit is not measured further."""
+        started = time.monotonic()
+        values: dict[str, float] = {}
+        over = 0.0
+        with self.edited(setting) as digest:
+            # What can end a trial comes first.
+            for objective in sorted(objectives, key=lambda objective: objective.name != "kl"):
+                values[objective.name] = objective.measure(self.speaker)
+                if objective.name == "kl":
+                    over = values["kl"] - limit
+                if over > 0 or not math.isfinite(values[objective.name]):
+                    break
+        return Tried(values, over, time.monotonic() - started, digest)
+
+
+def digest_of(results: Mapping[str, TensorResult]) -> str:
+    """Returns the digest of an edit: over the names of its tensors and the digests of their bytes."""
+    text = "".join(f"{name} {results[name].blake3}\n" for name in sorted(results))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def opened_bench(
+    folder: Path,
+    checkpoint: Checkpoint,
+    contrasts: Contrasts,
+    space: Space,
+    run: RunOptions,
+    *,
+    dtype: Dtype,
+) -> Iterator[Bench]:
+    """Loads a model for as long as the context lasts.
+
+    Raises:
+        EvaluateError: transformers cannot use the model, or it does not fit into memory.
+        UsageError: There is no such device.
+    """
+    remedies = Remedies(instead="search on a machine with more memory")
+    with speaking(folder, dtype=dtype, device=run.device, remedies=remedies) as speaker:
+        bench = Bench(checkpoint, speaker, contrasts, space, run)
+        try:
+            yield bench
+        finally:
+            bench.close()

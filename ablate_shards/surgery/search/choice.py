@@ -1,0 +1,127 @@
+"""Chooses among the best trials, on questions that they were not tried on."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ablate_shards.errors import SearchError
+from ablate_shards.surgery.evaluate.evaluation import Answer
+from ablate_shards.surgery.evaluate.measures import judged
+from ablate_shards.surgery.model.samples import Question
+from ablate_shards.surgery.search.bench import Bench
+from ablate_shards.surgery.search.objectives import Asking, Objective, answer, shares
+from ablate_shards.surgery.search.space import Setting
+from ablate_shards.surgery.search.study import Trial
+
+__all__ = ["Budget", "Candidate", "choose", "measure_again", "spread"]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What an edit may cost on the questions of the choice.
+
+    Attributes:
+        kl: Most nats per token that the answers to unrelated questions may move by.
+        controls: Most of the controls that may no longer be answered right, as a share of all.
+        broken: Most that the share of broken answers may grow by.
+    """
+
+    kl: float = 0.05
+    controls: float = 0.05
+    broken: float = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A setting, measured on the questions of the choice.
+
+    Attributes:
+        trial: Its trial, None for the unedited model.
+        setting: The setting.
+        values: Each objective's measure.
+        answers: The greedy answers, judged.
+    """
+
+    trial: int | None
+    setting: Setting
+    values: Mapping[str, float]
+    answers: tuple[Answer, ...]
+
+    @property
+    def shares(self) -> Mapping[str, tuple[int, int]]:
+        """How many answers of how many are slanted, neutral, broken, right."""
+        return shares(self.answers)
+
+    def share(self, name: str) -> float:
+        """One of these as a share, 0 where there is no answer to count."""
+        hits, count = self.shares[name]
+        return hits / count if count else 0.0
+
+
+def spread(front: Sequence[Trial], count: int) -> list[Trial]:
+    """Returns some of the best trials, as far apart on the front as there are, both ends among them."""
+    if len(front) <= count:
+        return list(front)
+    if count == 1:
+        return [front[-1]]
+    return [front[round(number * (len(front) - 1) / (count - 1))] for number in range(count)]
+
+
+def measure_again(
+    bench: Bench,
+    trial: int | None,
+    setting: Setting | None,
+    objectives: Sequence[Objective],
+    questions: Sequence[Question],
+    asking: Asking,
+) -> Candidate:
+    """Measures a setting, or the unedited model if there is none, on other questions and with its answers."""
+    with bench.edited(setting):
+        values = {objective.name: objective.measure(bench.speaker) for objective in objectives}
+        replies = answer(bench.speaker, questions, tokens=asking.tokens, batch=asking.batch)
+    answers = tuple(judged(question, reply) for question, reply in zip(questions, replies, strict=True))
+    return Candidate(trial, setting or {}, values, answers)
+
+
+def choose(
+    candidates: Sequence[Candidate], base: Candidate, effect: Objective, budget: Budget, where: str
+) -> Candidate:
+    """Returns the candidate with the largest effect of those within the budget.
+
+    Args:
+        candidates: What there is to choose from.
+        base: The unedited model on the same questions.
+        effect: The objective that counts.
+        budget: What an edit may cost.
+        where: The journal, for the error.
+
+    Raises:
+        SearchError: None is within the budget.
+    """
+    within = [each for each in candidates if not excesses(each, base, budget)]
+    if not within:
+        nearest = min(candidates, key=lambda each: each.values.get("kl", math.inf))
+        raise SearchError(
+            f"{where}: none of {len(candidates)} candidates is within the budget; the nearest, trial {nearest.trial}, "
+            f"{'; '.join(excesses(nearest, base, budget))}. Raise --kl, --controls or --broken, or search on; finished "
+            "trials are kept"
+        )
+    sign = 1 if effect.direction == "maximize" else -1
+    return max(within, key=lambda each: (sign * each.values[effect.name], -each.values.get("kl", 0.0)))
+
+
+def excesses(candidate: Candidate, base: Candidate, budget: Budget) -> list[str]:
+    """Returns in what a candidate is over the budget, in words."""
+    found = []
+    kl = candidate.values.get("kl", 0.0)
+    if not kl <= budget.kl:
+        found.append(f"moves unrelated answers by {kl:.3g} nats a token, of at most {budget.kl:g}")
+    lost = base.share("right") - candidate.share("right")
+    if lost > budget.controls:
+        found.append(f"answers {lost:.0%} of the controls no longer right, of at most {budget.controls:.0%}")
+    broken = candidate.share("broken") - base.share("broken")
+    if broken > budget.broken:
+        found.append(f"breaks {broken:.0%} of the answers, of at most {budget.broken:.0%}")
+    if not all(math.isfinite(value) for value in candidate.values.values()):
+        found.append("gives no numbers")
+    return found

@@ -1,0 +1,226 @@
+"""What a trial is judged by: named measures of a model in memory, each of one interface."""
+
+import dataclasses
+import importlib
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, Protocol
+
+from ablate_shards.errors import UsageError
+from ablate_shards.surgery.evaluate.answers import Speaker, batches
+from ablate_shards.surgery.evaluate.endpoint import Reply
+from ablate_shards.surgery.evaluate.evaluation import Answer, Lean
+from ablate_shards.surgery.evaluate.likelihood import divergence, record
+from ablate_shards.surgery.evaluate.measures import forced_answers, judged, measure_leans
+from ablate_shards.surgery.model.samples import Question, Verdict
+
+__all__ = ["OBJECTIVES", "Asking", "Objective", "answer", "find_objective", "lean_of"]
+
+Direction = Literal["minimize", "maximize"]
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How a model is asked.
+
+    Attributes:
+        tokens: Most tokens of an answer that is judged.
+        forced: Most tokens of the model's own answers that its distributions are compared over.
+        references: Most reference answers of each side of a question whose likelihood is measured, all if None.
+        questions: Most questions with reference answers that are looked at, all if None.
+        batch: How many questions at a time.
+    """
+
+    tokens: int = 64
+    forced: int = 24
+    references: int | None = 1
+    questions: int | None = 12
+    batch: int = 16
+
+
+class Objective(Protocol):
+    """One measure of a model, to be made small or large.
+
+    Attributes:
+        name: What it is called on the screen and in files.
+        direction: Whether less of it is better, or more.
+        base: The measure of the unedited model.
+    """
+
+    name: str
+    direction: Direction
+    base: float
+
+    def measure(self, speaker: Speaker) -> float:
+        """Measures a model; infinite or not a number where it gives none."""
+
+
+#: Makes an objective while the model is not edited, from the model, the questions of the search and how to ask them.
+Maker = Callable[[Speaker, Sequence[Question], Asking], Objective]
+
+
+class LeanObjective:
+    """How much likelier a token of the neutral reference answers is than one of the likeliest slanted side, in nats.
+
+    Args:
+        speaker: The unedited model.
+        questions: The questions; those without reference answers are not looked at.
+        asking: How to ask.
+
+    Raises:
+        UsageError: None has reference answers.
+    """
+
+    name = "lean"
+    direction: Direction = "maximize"
+
+    def __init__(self, speaker: Speaker, questions: Sequence[Question], asking: Asking) -> None:
+        referenced = [question for question in questions if question.references]
+        self._questions = [_shortened(question, asking.references) for question in referenced[: asking.questions]]
+        if not self._questions:
+            raise UsageError(
+                "--objective lean: no question of this part has reference answers; add some, or leave it out"
+            )
+        self._prompts = [speaker.prompt(question, thinking=False) for question in self._questions]
+        self._batch = asking.batch
+        self.base = self.measure(speaker)
+
+    def measure(self, speaker: Speaker) -> float:
+        """Returns the mean over the questions."""
+        return lean_of(measure_leans(speaker, self._questions, self._prompts, batch=self._batch))
+
+
+class DivergenceObjective:
+    """KL(unedited ‖ edited) of the next token over the unedited model's own answers to unrelated questions, in nats.
+
+    Args:
+        speaker: The unedited model.
+        questions: The questions; those that are not unrelated are not looked at.
+        asking: How to ask.
+
+    Raises:
+        UsageError: None is unrelated.
+    """
+
+    name = "kl"
+    direction: Direction = "minimize"
+    base = 0.0
+
+    def __init__(self, speaker: Speaker, questions: Sequence[Question], asking: Asking) -> None:
+        unrelated = [question for question in questions if question.group == "unrelated"]
+        if not unrelated:
+            raise UsageError("--objective kl: no question of this part is unrelated; add some, or leave it out")
+        self._batch = asking.batch
+        replies = answer(speaker, unrelated, tokens=asking.forced, batch=asking.batch)
+        self._forced = forced_answers(speaker, unrelated, replies, thinking=False)
+        # No edit of a search reaches the output head, so that it need not be kept twice.
+        self._recording = record(speaker, self._forced, batch=asking.batch, copy_head=False)
+
+    def measure(self, speaker: Speaker) -> float:
+        """Returns the mean over the tokens."""
+        found = divergence(speaker, self._forced, self._recording, batch=self._batch)
+        return math.inf if found is None else found.tokens
+
+
+class VerdictObjective:
+    """The share of greedy answers to the contested questions that the rules give one verdict.
+
+    Args:
+        verdict: The verdict.
+        speaker: The unedited model.
+        questions: The questions; controls are not looked at.
+        asking: How to ask.
+
+    Raises:
+        UsageError: All are controls.
+    """
+
+    def __init__(self, verdict: Verdict, speaker: Speaker, questions: Sequence[Question], asking: Asking) -> None:
+        self._questions = [question for question in questions if question.group in ("core", "held-out")]
+        if not self._questions:
+            raise UsageError(f"--objective {verdict}: no question of this part is contested; add some, or leave it out")
+        self.name: str = verdict
+        self._verdict, self._asking = verdict, asking
+        self.direction: Direction = "maximize" if verdict == "neutral" else "minimize"
+        self.base = self.measure(speaker)
+
+    def measure(self, speaker: Speaker) -> float:
+        """Returns the share."""
+        asking = self._asking
+        replies = answer(speaker, self._questions, tokens=asking.tokens, batch=asking.batch)
+        verdicts = [judged(*pair).verdict for pair in zip(self._questions, replies, strict=True)]
+        return verdicts.count(self._verdict) / len(verdicts)
+
+
+_VERDICTS: tuple[Verdict, ...] = ("slanted", "neutral", "deflecting", "wrong", "broken")
+OBJECTIVES: Mapping[str, Maker] = {
+    "lean": LeanObjective,
+    "kl": DivergenceObjective,
+    **{verdict: partial(VerdictObjective, verdict) for verdict in _VERDICTS},
+}
+
+
+def find_objective(name: str) -> Maker:
+    """Returns what makes an objective, by its name.
+
+    Args:
+        name: One of ``OBJECTIVES``, or ``module:name`` of one's own, found as Python finds modules from the folder
+            that one is in; it is called with a speaker, questions and an ``Asking`` as those are.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise UsageError(
+            f"--objective {name}: expected one of {', '.join(OBJECTIVES)}, or module:name of your own in Python"
+        )
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Maker = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"--objective {name}: cannot be imported ({error})") from error
+    finally:
+        sys.path.pop(0)
+    return found
+
+
+def _shortened(question: Question, references: int | None) -> Question:
+    """Returns a question with no more reference answers of each side."""
+    return dataclasses.replace(
+        question, references={side: texts[:references] for side, texts in question.references.items()}
+    )
+
+
+def answer(speaker: Speaker, questions: Sequence[Question], *, tokens: int, batch: int) -> list[Reply]:
+    """Returns a model's greedy answers."""
+    prompts = [speaker.prompt(question, thinking=False) for question in questions]
+    replies: list[Reply | None] = [None] * len(questions)
+    for rows in batches(questions, batch):
+        for row, reply in zip(rows, speaker.replies([prompts[row] for row in rows], tokens=tokens), strict=True):
+            replies[row] = reply
+    return [reply for reply in replies if reply is not None]
+
+
+def lean_of(leans: Sequence[Lean]) -> float:
+    """Returns the mean over questions of the lean towards the side whose answers are likeliest; NaN without any."""
+    values = [min(lean.towards(side) for side in lean.slanted) for lean in leans]
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def shares(answers: Sequence[Answer]) -> dict[str, tuple[int, int]]:
+    """Returns how many answers of how many are slanted, broken, and (of controls) right."""
+    contested = [one for one in answers if one.exact is None]
+    controls = [one for one in answers if one.exact is not None]
+    return {
+        "slanted": (sum(one.verdict == "slanted" for one in contested), len(contested)),
+        "neutral": (sum(one.verdict == "neutral" for one in contested), len(contested)),
+        "broken": (sum(one.verdict == "broken" for one in contested), len(contested)),
+        "right": (sum(one.given is True for one in controls), len(controls)),
+    }

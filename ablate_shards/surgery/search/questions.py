@@ -1,0 +1,73 @@
+"""Deals questions out to the parts of a search: to try by, to choose by, and to report."""
+
+import hashlib
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ablate_shards.errors import UsageError
+from ablate_shards.surgery.model.samples import Question
+
+__all__ = ["Parts", "deal"]
+
+_CONTESTED = ("core", "held-out")
+#: In which order similar questions are dealt: two of five to trials, one to the choice, two to the report.
+_THREE_WAYS = ("report", "trials", "choice", "trials", "report")
+#: The same where the report has questions of its own.
+_TWO_WAYS = ("trials", "choice", "trials")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Questions, each in one part.
+
+    Attributes:
+        trials: What every trial is measured on.
+        choice: What the best trials are measured on again, to choose one.
+        report: What the chosen edit is reported on, and nothing was chosen by.
+    """
+
+    trials: tuple[Question, ...]
+    choice: tuple[Question, ...]
+    report: tuple[Question, ...]
+
+
+def deal(questions: Sequence[Question], report: Sequence[Question] = ()) -> Parts:
+    """Deals questions out by a rule that depends on the questions alone.
+
+    Those of one group and language, with or without reference answers, are put in the order of the SHA-256 of their
+    prompts and dealt in turn, so that each part is made of all kinds, and adding a question moves few others.
+
+    Args:
+        questions: The questions.
+        report: Those of the report, if these are chosen already; else the report gets two of five.
+
+    Raises:
+        UsageError: A prompt is there twice, or a part would be left without contested or unrelated questions.
+    """
+    prompts: dict[str, str] = {}
+    for question in (*questions, *report):
+        if (other := prompts.setdefault(question.prompt, question.id)) != question.id:
+            raise UsageError(
+                f"--questions: {question.id} asks what {other} asks, so that the report would be on what was chosen "
+                "by; leave one out"
+            )
+    piles: defaultdict[tuple[str, str, bool], list[Question]] = defaultdict(list)
+    for question in questions:
+        kind = "contested" if question.group in _CONTESTED else question.group
+        piles[kind, question.language, bool(question.references)].append(question)
+    dealt: dict[str, list[Question]] = {"trials": [], "choice": [], "report": list(report)}
+    order = itertools.cycle(_TWO_WAYS if report else _THREE_WAYS)
+    for _, pile in sorted(piles.items()):
+        for question in sorted(pile, key=lambda each: hashlib.sha256(each.prompt.encode()).hexdigest()):
+            dealt[next(order)].append(question)
+    for part, found in dealt.items():
+        for what, groups in (("contested", _CONTESTED), ("unrelated", ("unrelated",))):
+            if not any(question.group in groups for question in found):
+                count = sum(question.group in groups for question in questions)
+                raise UsageError(
+                    f"--questions: {count} of {len(questions)} questions are {what}, which leaves none for the {part}; "
+                    f"expected at least {len(_TWO_WAYS if report else _THREE_WAYS)}"
+                )
+    return Parts(**{part: tuple(found) for part, found in dealt.items()})

@@ -1,0 +1,440 @@
+"""Searches for the edit of a model: trials, a choice, and what the chosen edit does on questions kept for that."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ablate_shards import __version__
+from ablate_shards.errors import Interrupted, SearchError, UsageError
+from ablate_shards.surgery.anatomy.architecture import dissect
+from ablate_shards.surgery.anatomy.parts import part_of
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.directions.directions import Directions
+from ablate_shards.surgery.edit.operation import RunOptions
+from ablate_shards.surgery.evaluate.answers import Dtype, model_digest
+from ablate_shards.surgery.evaluate.evaluation import Evaluation, Model, compare, questions_digest
+from ablate_shards.surgery.evaluate.likelihood import Divergence, divergence, record
+from ablate_shards.surgery.evaluate.measures import forced_answers, judged, measure_leans
+from ablate_shards.surgery.machine.staging import locked
+from ablate_shards.surgery.model.loading import open_folder
+from ablate_shards.surgery.search.bench import Bench, opened_bench
+from ablate_shards.surgery.search.choice import Budget, Candidate, choose, measure_again, spread
+from ablate_shards.surgery.search.contrasts import Contrasts
+from ablate_shards.surgery.search.objectives import Asking, Objective, answer, find_objective, shares
+from ablate_shards.surgery.search.questions import Parts
+from ablate_shards.surgery.search.space import Setting, Space, make_space
+from ablate_shards.surgery.search.study import (
+    Trial,
+    best_of,
+    check_optuna,
+    importances,
+    open_study,
+    run_trials,
+    trials_of,
+)
+
+__all__ = ["Found", "Job", "SearchOptions", "SearchProgress", "prepare_job", "search"]
+
+#: Seconds between two looks at what workers have done.
+_LOOK = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """How to search.
+
+    Attributes:
+        trials: How many trials, those of an interrupted run among them.
+        timeout: Minutes after which no further trial begins, None for as long as it takes.
+        seed: Of the proposals.
+        objectives: What trials are judged by; the choice takes the first for the effect.
+        budget: What the chosen edit may cost.
+        limit: Divergence above which a trial is not measured further, in nats a token.
+        front: How many of the best trials the choice looks at.
+        asking: How a trial asks the model.
+        length: Most tokens of an answer of the choice and of the report.
+        dtype: What the model computes in.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
+        memory: Bytes that all buffers of an edit take together.
+        jobs: Tensors edited at a time, one per core if None.
+        workers: Processes that try settings at a time, each with a model of its own.
+    """
+
+    trials: int = 100
+    timeout: float | None = None
+    seed: int = 0
+    objectives: tuple[str, ...] = ("lean", "kl")
+    budget: Budget = field(default_factory=Budget)
+    limit: float = 0.5
+    front: int = 6
+    asking: Asking = field(default_factory=Asking)
+    length: int = 128
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    memory: int = 256_000_000
+    jobs: int | None = None
+    workers: int = 1
+
+    def run(self, device: str | None = None) -> RunOptions:
+        """Returns what does the arithmetic of edits."""
+        return RunOptions(device=device or self.device, memory=self.memory, jobs=self.jobs)
+
+
+class SearchProgress(Protocol):
+    """Receives how far a search has come."""
+
+    def note(self, text: str) -> None:
+        """Says something in one line."""
+
+    def count(self, done: int, total: int) -> None:
+        """Says that ``done`` of ``total`` steps after the trials are done."""
+
+    def tried(self, trial: Trial, finished: int, front: Sequence[Trial]) -> None:
+        """Says what a trial measured, how many there are, and which are the best so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is searched, as data.
+
+    Attributes:
+        folder: The model.
+        contrasts: The directions that may be removed.
+        space: What may vary.
+        parts: The questions.
+        options: How to search.
+        journal: Where the trials are kept.
+    """
+
+    folder: Path
+    contrasts: Contrasts
+    space: Space
+    parts: Parts
+    options: SearchOptions
+    journal: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        job: What was searched.
+        objectives: Name, direction and the unedited model's measure of each objective.
+        trials: Every finished trial.
+        front: The best of them on the questions they were tried on, the most effective last.
+        importance: How much of each objective's variation each parameter explains.
+        base: The unedited model on the questions of the choice.
+        candidates: The trials that the choice looked at, measured again.
+        chosen: The one that was chosen.
+        reports: Evaluations on the questions of the report, by name: ``chosen`` and, unless it is the same, ``plain``;
+            each compared with the unedited model.
+        beats_plain: Whether the chosen edit is better than the plain one in slant or divergence and worse in neither;
+            None where it is the plain one.
+    """
+
+    job: Job
+    objectives: tuple[tuple[str, str, float], ...]
+    trials: tuple[Trial, ...]
+    front: tuple[Trial, ...]
+    importance: Mapping[str, Mapping[str, float]]
+    base: Candidate
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
+    reports: Mapping[str, Evaluation]
+    beats_plain: bool | None
+
+
+def prepare_job(
+    folder: Path,
+    read: Mapping[str, Directions],
+    without: Mapping[str, Directions],
+    parts: Parts,
+    table: Mapping[str, Any],
+    options: SearchOptions,
+    journal: Path,
+) -> Job:
+    """Checks all that can be checked before the model is loaded.
+
+    Args:
+        folder: A checkpoint folder with tokenizer and chat template.
+        read: Directions by name.
+        without: Directions that may be taken out of them, by name.
+        parts: What to ask.
+        table: What a recipe says of the space.
+        options: How to search.
+        journal: Where the trials are kept.
+
+    Raises:
+        CheckpointError: The checkpoint is malformed.
+        DirectionsError: Directions are of different models.
+        SearchError: Optuna is not installed.
+        UsageError: An option or the space cannot be used.
+    """
+    check_optuna()
+    _check_options(options)
+    checkpoint = open_folder(folder, SearchError)
+    anatomy = dissect(checkpoint.tensors, checkpoint.config, ())
+    written_by = dict.fromkeys(
+        part_of(writer.name, writer.component)
+        for writer in anatomy.writers
+        if not writer.mtp and writer.component != "embedding"
+    )
+    contrasts = Contrasts(read, without)
+    space = make_space(
+        table,
+        "[search.space]",
+        contrasts=contrasts.names,
+        without=tuple(without),
+        rank=contrasts.rank,
+        layers=len(anatomy.layers),
+        parts=tuple(written_by),
+    )
+    return Job(folder, contrasts, space, parts, options, journal)
+
+
+def search(job: Job, progress: SearchProgress) -> Found:
+    """Runs the trials that are missing, chooses among the best, and measures the choice.
+
+    Raises:
+        EvaluateError: The model cannot be used.
+        Interrupted: Ctrl-C; finished trials are kept.
+        SearchError: The journal is of another search, or no trial is within the budget.
+    """
+    deadline = time.monotonic() + (60 * job.options.timeout if job.options.timeout else float("inf"))
+    checkpoint = open_folder(job.folder, SearchError)
+    try:
+        with locked(job.journal), _bench(job, checkpoint, job.options.device) as bench:
+            progress.note(f"{job.folder.name}: {_counted(job)}, on {bench.speaker.device}")
+            objectives = bench.objectives(job.options.objectives, job.parts.trials, job.options.asking)
+            study = open_study(job.journal, _identity(job, checkpoint, bench), objectives)
+            done = trials_of(study)
+            if done:
+                progress.note(f"{len(done)} trials are finished already")
+
+            def told(trial: Trial, finished: int) -> None:
+                done.append(trial)
+                progress.tried(trial, finished, best_of(done, objectives))
+
+            with _helpers(job, deadline):
+                run_trials(
+                    study,
+                    job.space,
+                    bench,
+                    objectives,
+                    trials=job.options.trials,
+                    until=deadline,
+                    seed=job.options.seed,
+                    limit=job.options.limit,
+                    told=told,
+                )
+            return _conclude(job, bench, objectives, trials_of(study), importances(study, objectives), progress)
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"{job.journal}: interrupted; finished trials are kept there, and the same command goes on"
+        ) from error
+
+
+def _conclude(
+    job: Job,
+    bench: Bench,
+    objectives: Sequence[Objective],
+    trials: Sequence[Trial],
+    importance: Mapping[str, Mapping[str, float]],
+    progress: SearchProgress,
+) -> Found:
+    """Chooses among the best trials and measures the choice, beside the plain edit."""
+    options = job.options
+    front = best_of(trials, objectives)
+    if not front:
+        raise SearchError(
+            f"{job.journal}: none of {len(trials)} trials stays below {options.limit:g} nats a token; raise --limit, "
+            "narrow the space, or search on; finished trials are kept"
+        )
+    looked_at = spread(
+        [trial for trial in front if trial.tried.values.get("kl", 0.0) <= options.budget.kl] or front[:1], options.front
+    )
+    plain = job.space.plain()
+    same = next((trial for trial in trials if dict(trial.setting) == plain), None)
+    if same is not None and all(trial.number != same.number for trial in looked_at):
+        looked_at = [same, *looked_at]
+    total, steps = len(looked_at) + 1 + 3, iter(range(1, 99))
+    progress.count(0, total)
+    asking = Asking(options.length, 2 * options.asking.forced, None, None, options.asking.batch)
+    again = bench.objectives(options.objectives, job.parts.choice, asking)
+    base = measure_again(bench, None, None, again, job.parts.choice, asking)
+    progress.count(next(steps), total)
+    candidates = []
+    for trial in looked_at:
+        candidates.append(measure_again(bench, trial.number, trial.setting, again, job.parts.choice, asking))
+        progress.count(next(steps), total)
+    chosen = choose(candidates, base, again[0], options.budget, str(job.journal))
+    settings = {"chosen": chosen.setting} | ({} if dict(chosen.setting) == plain else {"plain": plain})
+    reports = {}
+    for name, evaluation in _reported(job, bench, settings, asking):
+        reports[name] = evaluation
+        progress.count(next(steps), total)
+    progress.count(total, total)
+    return Found(
+        job=job,
+        objectives=tuple((each.name, each.direction, each.base) for each in objectives),
+        trials=tuple(trials),
+        front=tuple(front),
+        importance=importance,
+        base=base,
+        candidates=tuple(candidates),
+        chosen=chosen,
+        reports=reports,
+        beats_plain=_beats(reports["chosen"], reports["plain"]) if "plain" in reports else None,
+    )
+
+
+def _reported(
+    job: Job, bench: Bench, settings: Mapping[str, Setting], asking: Asking
+) -> Iterator[tuple[str, Evaluation]]:
+    """Yields the evaluation of each setting on the questions of the report, compared with the unedited model."""
+    questions, speaker = job.parts.report, bench.speaker
+    prompts = [speaker.prompt(question, thinking=False) for question in questions]
+
+    def evaluated(name: str, digest: str | None) -> Evaluation:
+        replies = answer(speaker, questions, tokens=asking.tokens, batch=asking.batch)
+        return Evaluation(
+            model=Model(name, digest),
+            options={
+                "length": asking.tokens,
+                "thinking": False,
+                "batch": asking.batch,
+                "dtype": str(speaker.network.dtype).removeprefix("torch."),
+                "device": speaker.device.type,
+            },
+            versions=_versions(),
+            questions=questions_digest(questions),
+            answers=tuple(judged(*pair) for pair in zip(questions, replies, strict=True)),
+            leans=measure_leans(speaker, questions, prompts, batch=asking.batch),
+        )
+
+    with bench.edited(None):
+        base = evaluated(job.folder.resolve().name, model_digest(bench.checkpoint))
+        forced = forced_answers(speaker, questions, [each.reply for each in base.answers], thinking=False)
+        recording = record(speaker, forced, batch=asking.batch, copy_head=False)
+    for name, setting in settings.items():
+        with bench.edited(setting):
+            found = evaluated(f"{job.folder.resolve().name}, {name}", None)
+            moved: Divergence | None = divergence(speaker, forced, recording, batch=asking.batch)
+        yield name, dataclasses.replace(found, base=base, comparison=compare(found, base, moved))
+
+
+def _beats(chosen: Evaluation, plain: Evaluation) -> bool:
+    """Returns whether an edit is better than another in slant or divergence, and worse in neither."""
+
+    def costs(found: Evaluation) -> tuple[float, float]:
+        moved = found.comparison and found.comparison.divergence
+        return shares(found.answers)["slanted"][0], moved.tokens if moved else float("inf")
+
+    mine, theirs = costs(chosen), costs(plain)
+    return all(a <= b for a, b in zip(mine, theirs, strict=True)) and mine != theirs
+
+
+def _bench(job: Job, checkpoint: Checkpoint, device: str) -> "contextlib.AbstractContextManager[Bench]":
+    run = job.options.run(device)
+    return opened_bench(job.folder, checkpoint, job.contrasts, job.space, run, dtype=job.options.dtype)
+
+
+@contextlib.contextmanager
+def _helpers(job: Job, deadline: float) -> Iterator[None]:
+    """Runs the workers beside this one while the context lasts; on GPUs, each on one of its own."""
+    if job.options.workers == 1:
+        yield
+        return
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")
+    left = deadline - time.monotonic()
+    workers = [
+        context.Process(target=work, args=(job, number, left), daemon=True) for number in range(1, job.options.workers)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        yield
+        for worker in workers:
+            worker.join()
+    finally:
+        for worker in workers:
+            worker.terminate()
+
+
+def work(job: Job, number: int, seconds: float) -> None:
+    """Runs trials of a job in a process of its own, until there are enough or the time is over.
+
+    Args:
+        job: The job, whose journal exists.
+        number: Which worker this is, from 1; on GPUs it takes that one.
+        seconds: How long, from now.
+    """
+    import torch
+
+    deadline = time.monotonic() + seconds
+    checkpoint = open_folder(job.folder, SearchError)
+    device = job.options.device
+    if device in ("auto", "cuda") and torch.cuda.device_count() > number:
+        device = f"cuda:{number}"
+    with _bench(job, checkpoint, device) as bench:
+        objectives = bench.objectives(job.options.objectives, job.parts.trials, job.options.asking)
+        study = open_study(job.journal, _identity(job, checkpoint, bench), objectives)
+        run_trials(
+            study,
+            job.space,
+            bench,
+            objectives,
+            trials=job.options.trials,
+            until=deadline,
+            seed=job.options.seed + 1_000_003 * number,
+            limit=job.options.limit,
+            told=lambda *_: None,
+        )
+
+
+def _identity(job: Job, checkpoint: Checkpoint, bench: Bench) -> dict[str, Any]:
+    """Returns what trials depend on, by what errors call it."""
+    options = job.options
+    return {
+        "the model": model_digest(checkpoint),
+        "the directions": [[name, job.contrasts.directions(name).sha256()] for name in job.contrasts.names],
+        "the questions": questions_digest(job.parts.trials),
+        "the space": job.space.as_dict(),
+        "the objectives": list(options.objectives),
+        "the seed": options.seed,
+        "the limit": options.limit,
+        "the way of asking": dataclasses.asdict(options.asking),
+        "the type computed in": str(bench.speaker.network.dtype).removeprefix("torch."),
+        "the kind of device": bench.speaker.device.type,
+        "the version of ablate-shards": __version__,
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+
+
+def _counted(job: Job) -> str:
+    free = len(job.space.free)
+    questions = ", ".join(f"{len(getattr(job.parts, part))} for the {part}" for part in ("trials", "choice", "report"))
+    return f"{free} parameters, questions: {questions}"
+
+
+def _check_options(options: SearchOptions) -> None:
+    for name in ("trials", "front", "length", "workers", "limit"):
+        if not getattr(options, name) > 0:
+            raise UsageError(f"--{name}: expected more than 0, found {getattr(options, name)}")
+    if options.timeout is not None and not options.timeout > 0:
+        raise UsageError(f"--timeout: expected more than 0 minutes, found {options.timeout:g}")
+    if len(set(options.objectives)) < len(options.objectives) or not options.objectives:
+        raise UsageError(f"--objective: expected each name once, found {', '.join(options.objectives) or 'none'}")
+    for name in options.objectives:
+        find_objective(name)

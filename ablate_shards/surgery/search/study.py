@@ -1,0 +1,223 @@
+"""The trials of a search, kept by Optuna in a journal that can be gone on with."""
+
+import functools
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ablate_shards.errors import SearchError
+from ablate_shards.surgery.search.bench import Bench, Tried
+from ablate_shards.surgery.search.objectives import Objective
+from ablate_shards.surgery.search.space import Setting, Space
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+__all__ = ["Trial", "best_of", "check_optuna", "importances", "open_study", "run_trials", "trials_of"]
+
+_NAME = "ablate-shards search"
+_STARTUP = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A finished trial.
+
+    Attributes:
+        number: Which one, from 0.
+        setting: The point of the space.
+        tried: What was measured.
+    """
+
+    number: int
+    setting: Setting
+    tried: Tried
+
+
+def check_optuna() -> None:
+    """Checks that Optuna is installed.
+
+    Raises:
+        SearchError: It is not.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise SearchError(
+            f"search runs its trials with Optuna, and {error.name} is not installed; "
+            "`pip install 'ablate-shards[search]'`"
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def open_study(path: Path, identity: Mapping[str, Any], objectives: Sequence[Objective]) -> "Study":
+    """Opens the journal of a study, a new one if there is none.
+
+    Args:
+        path: The journal.
+        identity: What trials depend on: the model, the questions, the space, the options; by what errors call it.
+        objectives: What trials are judged by.
+
+    Raises:
+        SearchError: The journal is of a study of something else, or cannot be read.
+    """
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    fresh = not path.exists()
+    try:
+        storage = JournalStorage(JournalFileBackend(str(path)))
+        study = optuna.create_study(
+            storage=storage,
+            study_name=_NAME,
+            directions=[objective.direction for objective in objectives],
+            load_if_exists=True,
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise SearchError(f"{path}: is not the journal of a search ({error}); --overwrite starts again") from error
+    if fresh:
+        study.set_user_attr("identity", json.loads(json.dumps(identity)))
+        study.set_user_attr("objectives", [objective.name for objective in objectives])
+    known = study.user_attrs.get("identity", {})
+    if changed := [what for what, value in json.loads(json.dumps(identity)).items() if known.get(what) != value]:
+        raise SearchError(
+            f"{path}: holds the trials of another search, as {' and '.join(changed)} changed since; --overwrite starts "
+            "again, or name another file"
+        )
+    return study
+
+
+def run_trials(
+    study: "Study",
+    space: Space,
+    bench: Bench,
+    objectives: Sequence[Objective],
+    *,
+    trials: int,
+    until: float,
+    seed: int,
+    limit: float,
+    told: Callable[[Trial, int], None],
+) -> None:
+    """Runs trials until there are enough, or the time is over.
+
+    The first one is the plain edit. Each proposal depends on the seed and the finished trials alone, so that a study
+    that was interrupted goes on as it would have.
+
+    Args:
+        study: Where they are kept.
+        space: What may vary.
+        bench: What they are tried on.
+        objectives: What they are judged by, in the order of the study.
+        trials: How many, those that are finished already among them.
+        until: When to stop, as ``time.monotonic`` counts.
+        seed: Of the proposals.
+        limit: The divergence above which a trial is not measured further.
+        told: Is told of each finished trial, and how many there are.
+    """
+    from optuna.trial import TrialState
+
+    for stale in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(stale.number, state=TrialState.FAIL, skip_if_finished=True)
+    while (count := _finished(study)) < trials and time.monotonic() < until:
+        study.sampler = _sampler(seed + count)
+        if count == 0 and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            study.enqueue_trial({name: space.plain()[name] for name in space.free if name in space.plain()})
+        asked = study.ask()
+        setting = space.suggest(asked)
+        tried = bench.try_out(setting, objectives, limit)
+        record = {
+            "setting": dict(setting),
+            "values": dict(tried.values),
+            "over": tried.over if math.isfinite(tried.over) else None,
+            "seconds": round(tried.seconds, 3),
+            "digest": tried.digest,
+        }
+        for name, value in record.items():
+            asked.set_user_attr(name, value)
+        asked.set_constraint("over", tried.over if math.isfinite(tried.over) else 1.0)
+        study.tell(asked, [_worst(objective, tried, limit) for objective in objectives])
+        told(Trial(asked.number, setting, tried), count + 1)
+
+
+def trials_of(study: "Study") -> list[Trial]:
+    """Returns the finished trials, in order."""
+    from optuna.trial import TrialState
+
+    return [_read(trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+
+
+def best_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
+    """Returns the trials that no other beats in every objective, the most effective last."""
+    complete = [trial for trial in trials if trial.tried.complete]
+
+    def losses(trial: Trial) -> tuple[float, ...]:
+        return tuple(trial.tried.values[each.name] * (1 if each.direction == "minimize" else -1) for each in objectives)
+
+    def beaten(one: Trial) -> bool:
+        mine = losses(one)
+        return any(
+            all(a <= b for a, b in zip(losses(other), mine, strict=True)) and losses(other) != mine
+            for other in complete
+        )
+
+    front = {losses(trial): trial for trial in reversed(complete) if not beaten(trial)}
+    return sorted(front.values(), key=lambda trial: losses(trial)[0])
+
+
+def importances(study: "Study", objectives: Sequence[Objective]) -> dict[str, dict[str, float]]:
+    """Returns how much of each objective's variation each parameter explains, by PED-ANOVA; empty with few trials."""
+    import optuna
+
+    found = {}
+    for index, objective in enumerate(objectives):
+        try:
+            shares = optuna.importance.get_param_importances(
+                study,
+                evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
+                # It explains what makes a target small.
+                target=functools.partial(_loss, index, 1 if objective.direction == "minimize" else -1),
+            )
+        except (ValueError, RuntimeError):
+            continue
+        found[objective.name] = {name: round(float(share), 4) for name, share in shares.items()}
+    return found
+
+
+def _sampler(seed: int) -> Any:
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(n_startup_trials=_STARTUP, multivariate=True, group=True, seed=seed)
+
+
+def _loss(index: int, sign: int, trial: "FrozenTrial") -> float:
+    return sign * float(trial.values[index])
+
+
+def _finished(study: "Study") -> int:
+    from optuna.trial import TrialState
+
+    return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+
+
+def _worst(objective: Objective, tried: Tried, limit: float) -> float:
+    """Returns a measure for Optuna, which takes numbers alone: what the unedited model has where there is none."""
+    value = tried.values.get(objective.name, math.nan)
+    if math.isfinite(value):
+        return value
+    return 10 * limit if objective.name == "kl" else objective.base
+
+
+def _read(trial: "FrozenTrial") -> Trial:
+    kept = trial.user_attrs
+    over = math.inf if kept["over"] is None else kept["over"]
+    return Trial(trial.number, kept["setting"], Tried(kept["values"], over, kept["seconds"], kept["digest"]))
