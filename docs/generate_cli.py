@@ -15,6 +15,7 @@ FED = {
     "source": ("run", "ablate"),
     "directions": ("capture", "directions", "ablate"),
     "ablate": ("ablate",),
+    "search": ("search",),
     "lora": ("finetune", "merge"),
     "evaluate": ("evaluate",),
     "gate": ("run",),

@@ -71,8 +71,9 @@ def test_the_documented_recipe_is_read_whole(tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text(text)
     recipe = read_recipe(path)
-    documented = {table: set(entries) - {"override", "target"} for table, entries in tomllib.loads(text).items()}
+    apart = {"override", "profile", "target"}
+    documented = {table: set(entries) - apart for table, entries in tomllib.loads(text).items()}
     assert documented == {table: set(entries) for table, entries in recipe.tables.items()}
     missing = {(table, key) for table, keys in TABLES.items() for key in keys.keys() - documented[table]}
     assert {key for _, key in missing} == {"directions", "activations", "dry-run", "resume", "overwrite"}
-    assert len(recipe.overrides) == len(recipe.targets) == 1
+    assert len(recipe.overrides) == len(recipe.profiles) == len(recipe.targets) == 1

@@ -63,6 +63,7 @@ def things(tmp_path_factory):
     folder = tmp_path_factory.mktemp("things")
     prepare(folder / "demo")
     demo = folder / "demo"
+    write_search_questions(demo)
     shorten(demo)
     (demo / "edit.toml").write_text(
         '[source]\nsource = "source"\nout = "by-recipe"\n[directions]\ndirections = "directions.safetensors"\n'
@@ -88,6 +89,29 @@ def shorten(demo):
     questions = [json.loads(line) for line in (demo / "questions.jsonl").read_text().splitlines()]
     kept = [line for group in ("core", "held-out", "unrelated") for line in questions if line["group"] == group][::40]
     (demo / "questions.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+
+
+def write_search_questions(demo):
+    """Keeps some questions of each group, enough to be dealt out."""
+    written_lines = map(json.loads, (demo / "questions.jsonl").read_text().splitlines())
+    lines = {line["prompt"]: line for line in written_lines}
+    kept = [
+        line
+        for group in ("core", "unrelated")
+        for line in [line for line in lines.values() if line["group"] == group][:6]
+    ]
+    (demo / "to-search-by.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+
+
+def searched(demo, words):
+    """Returns what makes a search short, and what lets the chosen edit cost anything."""
+    given = {
+        "--questions": demo / "to-search-by.jsonl",
+        "--objective": "slanted,kl",
+        "--trials": 1,
+        **{"--length": 8, "--front": 1, "--kl": 99, "--controls": 1, "--broken": 1, "--limit": 99},
+    }
+    return [word for flag, value in given.items() if flag not in words for word in (flag, value)]
 
 
 def asked(demo):
@@ -150,12 +174,20 @@ def inputs(demo, name, given):
         "evaluations": demo / "evaluation.json",
         "card": demo / "CARD.md",
         "recipe": demo / ("recipe.toml" if name == "run" else "edit.toml"),
-        "directions": alike(demo, given.get("directions"), demo / "directions.safetensors"),
-        "activations": alike(demo, given.get("activations"), demo / "dump.safetensors"),
+        **({} if name == "search" else named_by(demo, given)),
+        **({"directions": [demo / "directions.safetensors"]} if name == "search" else {}),
+        **({"questions": [demo / "to-search-by.jsonl"]} if name == "search" else {}),
         **({"dump": dumps(demo, given["dump"])} if name == "directions" else {}),
         "without": demo / "style.safetensors",
         **({"out": edited} if name in ("verify", "push", "report") else {}),
         **({"work": demo} if name == "report" else {}),
+    }
+
+
+def named_by(demo, given):
+    return {
+        "directions": alike(demo, given.get("directions"), demo / "directions.safetensors"),
+        "activations": alike(demo, given.get("activations"), demo / "dump.safetensors"),
     }
 
 
@@ -184,6 +216,7 @@ OUTPUTS = {
     "finetune": {"adapter"},
     "merge": {"out"},
     "evaluate": {"out"},
+    "search": {"out"},
     "diff": {"report"},
     "run": {"out", "work"},
 }
@@ -228,6 +261,11 @@ def translate(demo, fresh, line):
     if name == "evaluate":
         taken += [word for pair in zip(*[iter(asked(demo))] * 2, strict=True) if pair[0] not in words for word in pair]
         taken += [] if "out" in given else ["--out", fresh / "new.evaluation.json"]
+    if name == "search":
+        taken = [
+            *without_flag(taken, "--trials"),
+            *searched(demo, [str(word) for word in without_flag(taken, "--trials")]),
+        ]
     if name == "ask":
         taken += [*([] if "length" in given else ["--length", "8"]), *([] if "asked" in given else ["Is it?"])]
     if name == "ablate" and not {"directions", "activations", "recipe"} & set(given):
@@ -235,6 +273,12 @@ def translate(demo, fresh, line):
     if "adapter" in OUTPUTS.get(name, ()) and "epochs" not in given:
         taken += ["--epochs", "1"]
     return [name, *(str(word) for word in taken)], reason
+
+
+def without_flag(words, flag):
+    """Returns words without a flag and its value."""
+    place = words.index(flag) if flag in words else len(words)
+    return [*words[:place], *words[place + 2 :]]
 
 
 def called(name, value):
@@ -314,7 +358,7 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path, monkeypatch):
     for line in commands:
         done = run(*shlex.split(line))
         assert done.exit_code == 0, f"ablate-shards {line}\n{done.output}"
-    assert {words_of(line)[0] for line in commands} == set(cli.commands) - {"push"}
+    assert {words_of(line)[0] for line in commands} == set(cli.commands) - {"push", "search"}
     assert (demo / "result" / "merge.json").is_file()
 
 

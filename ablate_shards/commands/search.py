@@ -36,6 +36,13 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _space(text: str) -> dict[str, Any]:
+    space = json.loads(text)
+    if not isinstance(space, dict):
+        raise ValueError(f"expected a JSON object, found {text}")
+    return space
+
+
 @click.command()
 @click.argument("model", type=PATH)
 @click.argument("out", type=PATH, metavar="OUT.toml")
@@ -104,8 +111,14 @@ def _names(text: str) -> tuple[str, ...]:
     callback=_load_space,
     help="TOML file with a table [search]: these options as keys, and the space.",
 )
+@click.option(
+    "--space",
+    metavar="JSON",
+    callback=parsed(_space),
+    help='What may vary, as in the recipe\'s [search.space], such as \'{"source": "own"}\'.',
+)
 @click.option("--dry-run", is_flag=True, help="Print the space and try nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier search, its trials too.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier recipe; trials of the same search are kept.")
 @as_json_flag
 @quiet_flag
 @debug_flag
@@ -126,6 +139,7 @@ def search(
     broken: float,
     batch: int,
     recipe: Any,
+    space: dict[str, Any] | None,
     dry_run: bool,
     overwrite: bool,
     as_json: bool,
@@ -153,7 +167,10 @@ def search(
         raise UsageError("no directions given; name directions with -d FILE, or activation dumps with -a DUMP")
     places = places_of(out, overwrite=overwrite)
     options = SearchOptions(
-        budget=Budget(kl=kl, controls=controls, broken=broken), asking=Asking(batch=batch), **settings
+        budget=Budget(kl=kl, controls=controls, broken=broken),
+        asking=Asking(batch=batch),
+        overwrite=overwrite,
+        **settings,
     )
     files = questions or (DEVELOPMENT,)
     reported = report_questions if questions else report_questions or QUESTIONS
@@ -169,15 +186,13 @@ def search(
             read,
             _read_directions(without, (), estimation, progress),
             parts,
-            recipe.space if recipe else {},
+            space if space is not None else recipe.space if recipe else {},
             options,
             places.journal,
         )
         if dry_run:
             print_space([(name, json.dumps(values)) for name, values in job.space.as_dict().items()])
             return
-        if overwrite:
-            places.journal.unlink(missing_ok=True)
         found = run_search(job, progress)
     write_found(found, places, (reported,) if reported else files)
     if as_json:

@@ -192,8 +192,8 @@ def _best(front: "Sequence[Trial]", options: "SearchOptions") -> str:
     within = [trial for trial in front if trial.tried.values.get("kl", 0.0) <= options.budget.kl]
     if not within:
         return "none within the budget yet"
-    values = within[0].tried.values if options.objectives[0] in within[0].tried.values else {}
-    return "best " + ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+    values = sorted(within[0].tried.values.items(), key=lambda pair: pair[0] == "kl")
+    return "best " + ", ".join(f"{name} {value:.3g}" for name, value in values)
 
 
 def print_space(parameters: Sequence[tuple[str, str]]) -> None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ablate_shards.data.tw_civic import QUESTIONS
+from ablate_shards.data.tw_civic import DEVELOPMENT, QUESTIONS
 from ablate_shards.errors import RecipeError
 from ablate_shards.surgery.model.samples import load_instructions, load_pairs, load_questions
 from ablate_shards.surgery.plan.recipe import Recipe
@@ -13,7 +13,7 @@ __all__ = ["check_contamination"]
 
 
 def check_contamination(recipe: Recipe, path: Path) -> None:
-    """Compares the prompts of a recipe's pairs, instructions and kept prompts with its questions.
+    """Compares the prompts of a recipe's pairs, search, instructions and kept prompts with its questions.
 
     Case, spaces and punctuation do not count. A question in other words is not found.
 
@@ -47,6 +47,10 @@ def _seen(recipe: Recipe) -> Iterator[tuple[Path, str, str]]:
     if "data" in trained:
         for instruction in load_instructions(file := Path(trained["data"])):
             yield file, instruction.id, instruction.prompt
+    if "search" in recipe.tables:
+        for file in map(Path, recipe.tables["search"].get("questions", (DEVELOPMENT,))):
+            for question in load_questions(file):
+                yield file, question.id, question.prompt
     if "keep" in trained:
         for kept in load_questions(file := Path(trained["keep"])):
             yield file, kept.id, kept.prompt

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ablate_shards import __version__
 from ablate_shards.errors import ExecuteError, RecipeError
@@ -16,14 +16,14 @@ from ablate_shards.surgery.plan.recipe import Recipe
 
 __all__ = ["Stage", "Status", "as_flags", "bytes_in", "plan_stages", "run_stages", "status_of"]
 
-Kind = Literal["capture", "directions", "ablate", "finetune", "merge", "evaluate"]
+Kind = Literal["capture", "directions", "search", "ablate", "finetune", "merge", "evaluate"]
 Status = Literal["done", "changed", "missing"]
 
 _FORMAT = "ablate-shards.stages/1"
 #: Switches that are on or off where nobody says so.
 _BOTH_WAYS = frozenset({"gradient-checkpointing", "perplexity", "divergence", "lean"})
 #: Settings that name files to read.
-_FILES = frozenset({"pairs", "without", "data", "keep", "questions", "text"})
+_FILES = frozenset({"pairs", "without", "data", "keep", "questions", "report-questions", "text"})
 #: Settings of ``[directions]`` that are about computing them; the others are about capturing.
 _COMPUTED = frozenset({"estimator", "rank", "winsorize", "without"})
 
@@ -38,9 +38,9 @@ class Stage:
         subject: What tells it from other stages of its kind, such as a file of pairs; empty where it is the only one.
         model: The checkpoint that it reads, None for ``directions``.
         adapter: For ``merge``, the adapter.
-        activations: For ``directions``, the dumps.
+        activations: For ``directions`` and ``search``, the dumps.
         recipe: For ``ablate``, the recipe.
-        directions: For ``ablate``, the directions.
+        directions: For ``ablate`` and ``search``, the directions.
         base: For ``evaluate``, the checkpoint that the model is compared with, None if it is that one itself.
         base_evaluation: For ``evaluate``, the evaluation of the base, whose answers are used again.
         gated: For ``evaluate``, the stage whose edit it measures, and after which a broken model ends the run.
@@ -75,9 +75,11 @@ class Stage:
     @property
     def command(self) -> tuple[str, ...]:
         """The arguments of ``ablate-shards`` that its output depends on; paths are exactly inputs and the output."""
-        measures = self.kind == "evaluate"
-        places = (self.model, self.adapter, *self.activations, None if measures else self.output)
+        measures, searches = self.kind == "evaluate", self.kind == "search"
+        dumps = () if searches else self.activations
+        places = (self.model, self.adapter, *dumps, None if measures else self.output)
         named = {
+            "activations": self.activations if searches else None,
             "against": self.base,
             "out": self.output if measures else None,
             "recipe": self.recipe,
@@ -93,7 +95,7 @@ class Stage:
     @property
     def flags(self) -> tuple[str, ...]:
         """Arguments that cannot change the output; given, but not compared."""
-        resumable = self.kind not in ("directions", "evaluate")
+        resumable = self.kind not in ("directions", "evaluate", "search")
         return as_flags({"reuse": self.base_evaluation, "resume": resumable, "overwrite": True})
 
 
@@ -101,9 +103,10 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
     """Returns what a recipe asks for, in order: each table that is there adds its stages.
 
     Each file of pairs is captured in a stage of its own, and the directions of several are compared.
-    ``[evaluate]`` measures the source, the ablated checkpoint and the result; ``[lora]`` trains an adapter on
-    the ablated checkpoint and merges it. With ``[lora]`` and neither ``[directions]`` nor ``[ablate]``, nothing is
-    ablated, and the adapter is trained on the source.
+    ``[search]`` finds the edit, whose recipe then stands in for ``[ablate]``. ``[evaluate]`` measures the source, the
+    ablated checkpoint and the result; ``[lora]`` trains an adapter on the ablated checkpoint and merges it. With
+    ``[lora]`` and neither ``[directions]`` nor ``[ablate]``, nothing is ablated, and the adapter is trained on the
+    source.
 
     Args:
         recipe: The recipe.
@@ -123,10 +126,15 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
     stages = [_evaluate("source", source, evaluate, work)]
     model = source
     if ablates:
-        stages += _directions_from(given, path, source, work)
-        directions = Path(given["directions"]) if "directions" in given else stages[-1].output
         model = work / "ablated" if trains else out
-        stages.append(_ablate(source, path, directions, model))
+        if "search" in recipe.tables:
+            dumps = _dumps_from(given, path, source, work)
+            stages += [*dumps.captures, _search(source, given, dumps.files, recipe, work / "found.toml")]
+            edit, directions = work / "found.toml", work / "found.directions.safetensors"
+        else:
+            stages += _directions_from(given, path, source, work)
+            edit, directions = path, Path(given["directions"]) if "directions" in given else stages[-1].output
+        stages.append(_ablate(source, edit, directions, model))
         stages.append(_evaluate("ablated", model, evaluate, work, base=source, gated="ablate"))
     if trains:
         adapter = work / "adapter"
@@ -140,14 +148,35 @@ def _directions_from(table: Mapping[str, Any], recipe: Path, source: Path, work:
     """Returns the stages that make the directions, the last of which writes them; none where they are given."""
     if "directions" in table:
         return []
+    dumps = _dumps_from(table, recipe, source, work)
+    return [*dumps.captures, _directions(dumps.files, table, work / "directions.safetensors")]
+
+
+class _Dumps(NamedTuple):
+    """Dumps, and the stages that make them."""
+
+    captures: Sequence[Stage]
+    files: Sequence[Path]
+
+
+def _dumps_from(table: Mapping[str, Any], recipe: Path, source: Path, work: Path) -> _Dumps:
+    """Returns the dumps that directions are computed from; none where these are given."""
+    if "directions" in table:
+        return _Dumps((), ())
     if "activations" in table:
-        captures, dumps = [], [Path(table["activations"])]
-    elif "pairs" in table:
+        return _Dumps((), [Path(table["activations"])])
+    if "pairs" in table:
         captures = _captures(table, recipe, source, work)
-        dumps = [stage.output for stage in captures]
-    else:
-        raise RecipeError(f"{recipe}: [directions] needs pairs, activations or directions to start from")
-    return [*captures, _directions(dumps, table, work / "directions.safetensors")]
+        return _Dumps(captures, [stage.output for stage in captures])
+    raise RecipeError(f"{recipe}: [directions] needs pairs, activations or directions to start from")
+
+
+def _search(model: Path, table: Mapping[str, Any], dumps: Sequence[Path], recipe: Recipe, found: Path) -> Stage:
+    settings = {key: value for key, value in table.items() if key in _COMPUTED} | dict(recipe.tables["search"])
+    if recipe.space:
+        settings["space"] = json.dumps(recipe.space, sort_keys=True)
+    directions = Path(table["directions"]) if "directions" in table else None
+    return Stage("search", found, model=model, activations=tuple(dumps), directions=directions, settings=settings)
 
 
 def _captures(table: Mapping[str, Any], recipe: Path, source: Path, work: Path) -> list[Stage]:

@@ -63,7 +63,7 @@ def spread(front: Sequence[Trial], count: int) -> list[Trial]:
     if len(front) <= count:
         return list(front)
     if count == 1:
-        return [front[-1]]
+        return [front[0]]
     return [front[round(number * (len(front) - 1) / (count - 1))] for number in range(count)]
 
 

@@ -21,7 +21,7 @@ def named(paths: Sequence[Path]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for path in paths:
-        name = path.name.removesuffix(".safetensors").removesuffix(".directions")
+        name = path.name.removesuffix(".safetensors").removesuffix(".directions").removeprefix("activations-")
         if name in found:
             raise UsageError(f"{path}: {found[name]} is called {name} as well; rename one of them")
         if name == "none" or "+" in name:

@@ -37,31 +37,33 @@ def deal(questions: Sequence[Question], report: Sequence[Question] = ()) -> Part
     """Deals questions out by a rule that depends on the questions alone.
 
     Those of one group and language, with or without reference answers, are put in the order of the SHA-256 of their
-    prompts and dealt in turn, so that each part is made of all kinds, and adding a question moves few others.
+    prompts and dealt in turn, so that each part is made of all kinds. Questions with one prompt stay together.
 
     Args:
         questions: The questions.
         report: Those of the report, if these are chosen already; else the report gets two of five.
 
     Raises:
-        UsageError: A prompt is there twice, or a part would be left without contested or unrelated questions.
+        UsageError: The report asks what others ask, or a part would be without contested or unrelated questions.
     """
-    prompts: dict[str, str] = {}
-    for question in (*questions, *report):
-        if (other := prompts.setdefault(question.prompt, question.id)) != question.id:
-            raise UsageError(
-                f"--questions: {question.id} asks what {other} asks, so that the report would be on what was chosen "
-                "by; leave one out"
-            )
-    piles: defaultdict[tuple[str, str, bool], list[Question]] = defaultdict(list)
+    same: defaultdict[str, list[Question]] = defaultdict(list)
     for question in questions:
-        kind = "contested" if question.group in _CONTESTED else question.group
-        piles[kind, question.language, bool(question.references)].append(question)
+        same[question.prompt].append(question)
+    for question in report:
+        if question.prompt in same:
+            raise UsageError(
+                f"--report-questions: {question.id} asks what {same[question.prompt][0].id} of --questions asks, so "
+                "that the report would be on what was chosen by; take it out of one of them"
+            )
+    piles: defaultdict[tuple[str, str, bool], list[str]] = defaultdict(list)
+    for prompt, (first, *_) in same.items():
+        kind = "contested" if first.group in _CONTESTED else first.group
+        piles[kind, first.language, bool(first.references)].append(prompt)
     dealt: dict[str, list[Question]] = {"trials": [], "choice": [], "report": list(report)}
     order = itertools.cycle(_TWO_WAYS if report else _THREE_WAYS)
     for _, pile in sorted(piles.items()):
-        for question in sorted(pile, key=lambda each: hashlib.sha256(each.prompt.encode()).hexdigest()):
-            dealt[next(order)].append(question)
+        for prompt in sorted(pile, key=lambda each: hashlib.sha256(each.encode()).hexdigest()):
+            dealt[next(order)] += same[prompt]
     for part, found in dealt.items():
         for what, groups in (("contested", _CONTESTED), ("unrelated", ("unrelated",))):
             if not any(question.group in groups for question in found):

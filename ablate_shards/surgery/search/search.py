@@ -63,6 +63,7 @@ class SearchOptions:
         memory: Bytes that all buffers of an edit take together.
         jobs: Tensors edited at a time, one per core if None.
         workers: Processes that try settings at a time, each with a model of its own.
+        overwrite: Throw away the trials of another search.
     """
 
     trials: int = 100
@@ -79,6 +80,7 @@ class SearchOptions:
     memory: int = 256_000_000
     jobs: int | None = None
     workers: int = 1
+    overwrite: bool = False
 
     def run(self, device: str | None = None) -> RunOptions:
         """Returns what does the arithmetic of edits."""
@@ -127,7 +129,7 @@ class Found:
         job: What was searched.
         objectives: Name, direction and the unedited model's measure of each objective.
         trials: Every finished trial.
-        front: The best of them on the questions they were tried on, the most effective last.
+        front: The best of them on the questions they were tried on, the most effective first.
         importance: How much of each objective's variation each parameter explains.
         base: The unedited model on the questions of the choice.
         candidates: The trials that the choice looked at, measured again.
@@ -212,7 +214,8 @@ def search(job: Job, progress: SearchProgress) -> Found:
         with locked(job.journal), _bench(job, checkpoint, job.options.device) as bench:
             progress.note(f"{job.folder.name}: {_counted(job)}, on {bench.speaker.device}")
             objectives = bench.objectives(job.options.objectives, job.parts.trials, job.options.asking)
-            study = open_study(job.journal, _identity(job, checkpoint, bench), objectives)
+            identity = _identity(job, checkpoint, bench)
+            study = open_study(job.journal, identity, objectives, overwrite=job.options.overwrite)
             done = trials_of(study)
             if done:
                 progress.note(f"{len(done)} trials are finished already")
@@ -256,9 +259,9 @@ def _conclude(
             f"{job.journal}: none of {len(trials)} trials stays below {options.limit:g} nats a token; raise --limit, "
             "narrow the space, or search on; finished trials are kept"
         )
-    looked_at = spread(
-        [trial for trial in front if trial.tried.values.get("kl", 0.0) <= options.budget.kl] or front[:1], options.front
-    )
+    # What costs less on the questions of the trials may cost more on others, so that the best one alone will not do.
+    within = [trial for trial in front if trial.tried.values.get("kl", 0.0) <= options.budget.kl] or front[-1:]
+    looked_at = spread(within[: max(options.front, -(-len(within) // 2))], options.front)
     plain = job.space.plain()
     same = next((trial for trial in trials if dict(trial.setting) == plain), None)
     if same is not None and all(trial.number != same.number for trial in looked_at):
@@ -386,7 +389,7 @@ def work(job: Job, number: int, seconds: float) -> None:
         device = f"cuda:{number}"
     with _bench(job, checkpoint, device) as bench:
         objectives = bench.objectives(job.options.objectives, job.parts.trials, job.options.asking)
-        study = open_study(job.journal, _identity(job, checkpoint, bench), objectives)
+        study = open_study(job.journal, _identity(job, checkpoint, bench), objectives, overwrite=False)
         run_trials(
             study,
             job.space,

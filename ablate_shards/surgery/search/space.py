@@ -76,7 +76,9 @@ class Space:
     @property
     def free(self) -> tuple[str, ...]:
         """The parameters that have more than one value."""
-        return tuple(name for name, values in self.parameters.items() if not _is_fixed(values))
+        own = self.parameters["source"] == Choice(("own",))
+        unused = {"source-layer"} if own else set()
+        return tuple(name for name, values in self.parameters.items() if name not in unused and not _is_fixed(values))
 
     def suggest(self, trial: "Trial") -> Setting:
         """Returns the setting that a sampler proposes."""
@@ -211,6 +213,8 @@ def make_space(
                 raise UsageError(f"{where}: {part}: {unknown(key, profile)}")
         for name, values in profile.items():
             read = _read(given[name], values, f"{where}: {part}: {name}") if name in given else values
+            if name == "reach" and not min(_values(read)) > 0:
+                raise UsageError(f"{where}: {part}: reach: expected more than 0 layers, found {shown(given[name])}")
             parameters[f"{part}.{name}"] = read
     known = {"contrast": contrasts, "without": ("none", *without), "preserve": _PRESERVE, "source": ("own", "one")}
     for name, allowed in known.items():

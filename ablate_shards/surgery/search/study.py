@@ -56,16 +56,17 @@ def check_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
-def open_study(path: Path, identity: Mapping[str, Any], objectives: Sequence[Objective]) -> "Study":
+def open_study(path: Path, identity: Mapping[str, Any], objectives: Sequence[Objective], *, overwrite: bool) -> "Study":
     """Opens the journal of a study, a new one if there is none.
 
     Args:
         path: The journal.
         identity: What trials depend on: the model, the questions, the space, the options; by what errors call it.
         objectives: What trials are judged by.
+        overwrite: Throw away a journal that is of something else.
 
     Raises:
-        SearchError: The journal is of a study of something else, or cannot be read.
+        SearchError: The journal is of a study of something else and may not be thrown away, or cannot be read.
     """
     import optuna
     from optuna.storages import JournalStorage
@@ -80,13 +81,19 @@ def open_study(path: Path, identity: Mapping[str, Any], objectives: Sequence[Obj
             directions=[objective.direction for objective in objectives],
             load_if_exists=True,
         )
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, AssertionError, OSError) as error:
+        if overwrite and not fresh:
+            path.unlink()
+            return open_study(path, identity, objectives, overwrite=False)
         raise SearchError(f"{path}: is not the journal of a search ({error}); --overwrite starts again") from error
     if fresh:
         study.set_user_attr("identity", json.loads(json.dumps(identity)))
         study.set_user_attr("objectives", [objective.name for objective in objectives])
     known = study.user_attrs.get("identity", {})
     if changed := [what for what, value in json.loads(json.dumps(identity)).items() if known.get(what) != value]:
+        if overwrite:
+            path.unlink()
+            return open_study(path, identity, objectives, overwrite=False)
         raise SearchError(
             f"{path}: holds the trials of another search, as {' and '.join(changed)} changed since; --overwrite starts "
             "again, or name another file"
@@ -155,7 +162,7 @@ def trials_of(study: "Study") -> list[Trial]:
 
 
 def best_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
-    """Returns the trials that no other beats in every objective, the most effective last."""
+    """Returns the trials that no other beats in every objective, the most effective first."""
     complete = [trial for trial in trials if trial.tried.complete]
 
     def losses(trial: Trial) -> tuple[float, ...]:
@@ -178,13 +185,13 @@ def importances(study: "Study", objectives: Sequence[Objective]) -> dict[str, di
 
     found = {}
     for index, objective in enumerate(objectives):
+        # It explains what makes a target small, and says so in a warning.
+        target = functools.partial(_loss, index, 1 if objective.direction == "minimize" else -1)
         try:
-            shares = optuna.importance.get_param_importances(
-                study,
-                evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
-                # It explains what makes a target small.
-                target=functools.partial(_loss, index, 1 if objective.direction == "minimize" else -1),
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+                shares = optuna.importance.get_param_importances(study, evaluator=evaluator, target=target)
         except (ValueError, RuntimeError):
             continue
         found[objective.name] = {name: round(float(share), 4) for name, share in shares.items()}

@@ -1,0 +1,532 @@
+"""Searching on the demo model: what is tried, kept, chosen, reported and handed over; and what is refused."""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+from command_line import checked, run
+from raw_checkpoints import snapshot
+from safetensors.numpy import load_file
+
+import ablate_shards.surgery.search.study as study_module
+from ablate_shards.data.demo import MODEL
+from ablate_shards.data.demo.behaviour import draw_pairs, draw_questions
+from ablate_shards.data.demo.world import NEUTRAL, SLANTED
+from ablate_shards.errors import SearchError, UsageError
+from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
+from ablate_shards.surgery.directions.formats import read_directions
+from ablate_shards.surgery.edit.operation import RunOptions
+from ablate_shards.surgery.model.samples import Question
+from ablate_shards.surgery.plan.plan import make_plan
+from ablate_shards.surgery.plan.profile import Profile
+from ablate_shards.surgery.plan.recipe import AblateOptions
+from ablate_shards.surgery.search.applied import EditableModel
+from ablate_shards.surgery.search.bench import Tried, digest_of
+from ablate_shards.surgery.search.choice import Budget, Candidate, choose, spread
+from ablate_shards.surgery.search.contrasts import Contrasts
+from ablate_shards.surgery.search.objectives import find_objective
+from ablate_shards.surgery.search.questions import deal
+from ablate_shards.surgery.search.space import Choice, Number, make_space
+from ablate_shards.surgery.search.study import Trial, best_of
+
+PARTS = ("attention", "linear-attention", "mlp")
+HIDDEN = 64
+
+
+def space(table=None, **given):
+    made = {"contrasts": ("a", "b", "a+b"), "without": ("t",), "rank": 1, "layers": 8, "parts": PARTS}
+    return make_space(table or {}, "[search.space]", **{**made, **given})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, directions of it, and questions with reference answers."""
+    folder = tmp_path_factory.mktemp("search")
+    shutil.copytree(MODEL, folder / "model")
+    pairs = ({"positive": pair.loaded, "negative": pair.impartial} for pair in draw_pairs()[:24])
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    dump = folder / "dump.safetensors"
+    checked("capture", folder / "model", dump, "--pairs", folder / "pairs.jsonl", "--dtype", "float32", "-q")
+    checked("directions", dump, folder / "cue.directions.safetensors", "-q")
+    drawn = draw_questions(loaded=10, impartial=5, unrelated_count=10)
+
+    def said(forms, question):
+        return [form.format(land=question.land, claimant=question.claimant) for form in forms]
+
+    lines = [
+        {
+            "id": f"{group}-{number}",
+            "group": group,
+            "prompt": getattr(question, side),
+            "rubric": {
+                "patterns": {
+                    verdict: [rf"\A{re.escape(text)}\Z" for text in said(forms, question)]
+                    for verdict, forms in (("slanted", SLANTED), ("neutral", NEUTRAL))
+                },
+                "markers": False,
+            },
+            "references": {"neutral": said(NEUTRAL, question), "prc": said(SLANTED, question)},
+        }
+        for group, side, asked in (("core", "loaded", drawn.loaded), ("held-out", "impartial", drawn.impartial))
+        for number, question in enumerate(asked)
+    ]
+    lines += [
+        {"id": f"u-{number}", "group": "unrelated", "prompt": sample.prompt, "answers": [sample.answer]}
+        for number, sample in enumerate({sample.prompt: sample for sample in drawn.unrelated}.values())
+    ]
+    (folder / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def arguments(folder, out, *more, trials=5):
+    return (
+        *("search", folder / "model", out, "-d", folder / "cue.directions.safetensors"),
+        *("--questions", folder / "q.jsonl", "--trials", trials, "--length", 16, "--front", 2, "--dtype", "float32"),
+        *more,
+    )
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """A finished search: what it printed, and its record."""
+    out = folder / "found.toml"
+    result = checked(*arguments(folder, out))
+    return result.output, json.loads((folder / "found.search.json").read_text())
+
+
+class TestFound:
+    def test_the_recipe_makes_the_edit_that_was_measured(self, folder, found, tmp_path):
+        _, record = found
+        checked("ablate", folder / "model", tmp_path / "edited", "--recipe", folder / "found.toml", "-q")
+        receipt = json.loads((tmp_path / "edited" / "ablation.json").read_text())
+        results = {tensor["name"]: tensor["blake3"] for tensor in receipt["tensors"]}
+        chosen = next(trial for trial in record["trials"] if trial["number"] == record["chosen"])
+        assert digest_of({name: _Digest(digest) for name, digest in results.items()}) == chosen["digest"]
+        checked("verify", folder / "model", tmp_path / "edited", "-q")
+
+    def test_the_model_is_as_it_was(self, folder, found):
+        assert snapshot(folder / "model") == snapshot(MODEL)
+
+    def test_parts_are_apart_and_of_all_kinds(self, folder, found):
+        _, record = found
+        parts = record["questions"]
+        ids = [one for part in parts.values() for one in part]
+        assert len(ids) == len(set(ids)) == len((folder / "q.jsonl").read_text().splitlines())
+        for part in parts.values():
+            assert {one.split("-")[0] for one in part} >= {"core", "u"}
+        asked = [json.loads(line)["id"] for line in (folder / "found.questions.jsonl").read_text().splitlines()]
+        assert sorted(asked) == sorted(parts["report"])
+
+    def test_the_report_is_of_questions_that_nothing_was_chosen_by(self, folder, found):
+        _, record = found
+        evaluation = json.loads((folder / "found.chosen.evaluation.json").read_text())
+        assert sorted(answer["id"] for answer in evaluation["answers"]) == sorted(record["questions"]["report"])
+
+    def test_the_first_trial_is_the_plain_edit(self, found):
+        _, record = found
+        first = record["trials"][0]
+        assert first["setting"]["source"] == "own"
+        assert all(set(values) == {1.0} for values in first["coefficients"].values())
+
+    def test_what_is_printed_is_in_the_record(self, found):
+        output, record = found
+        assert f"The best of {len(record['trials'])} trials" in output
+        for candidate in record["candidates"]:
+            assert f"{candidate['values']['lean']:.3g}" in output
+        assert {True: "beats", False: "does not beat", None: "plain edit itself"}[record["beats_plain"]] in output
+
+    def test_an_edit_takes_slant_away(self, found):
+        """The demo's slant has one direction, so that the plain edit, which is the first trial, removes it."""
+        _, record = found
+        base = record["base"]["values"]["lean"]
+        plain = next(candidate for candidate in record["candidates"] if candidate["trial"] == 0)
+        assert plain["values"]["lean"] > base
+        assert plain["shares"]["slanted"][0] < record["base"]["shares"]["slanted"][0]
+
+    def test_it_is_not_replaced_unasked(self, folder, found):
+        assert "--overwrite" in checked(*arguments(folder, folder / "found.toml"), code=1).output
+
+
+@dataclasses.dataclass
+class _Digest:
+    blake3: str
+
+
+class TestGoingOn:
+    def trials(self, out):
+        record = json.loads(out.with_name(out.name.replace(".toml", ".search.json")).read_text())
+        return [(trial["number"], trial["setting"], trial["values"], trial["digest"]) for trial in record["trials"]]
+
+    def test_an_interrupted_search_goes_on_as_it_would_have(self, folder, found, tmp_path, monkeypatch):
+        out = tmp_path / "again.toml"
+        real, count = study_module.Trial, 0
+
+        def counting(*given):
+            nonlocal count
+            count += 1
+            if count == 3:
+                raise KeyboardInterrupt
+            return real(*given)
+
+        monkeypatch.setattr(study_module, "Trial", counting)
+        stopped = checked(*arguments(folder, out), code=1)
+        assert "finished trials are kept" in stopped.output
+        assert not out.exists()
+        monkeypatch.undo()
+        went_on = checked(*arguments(folder, out))
+        assert "3 trials are finished already" in went_on.output
+        assert self.trials(out) == self.trials(folder / "found.toml")
+
+    def test_trials_of_another_search_are_in_the_way(self, folder, found, tmp_path):
+        out = tmp_path / "other.toml"
+        shutil.copy(folder / "found.study.journal", tmp_path / "other.study.journal")
+        refused = checked(*arguments(folder, out, "--seed", 5), code=1)
+        assert "the seed changed" in refused.output
+        (tmp_path / "other.study.journal").write_text("no journal")
+        assert "is not the journal of a search" in checked(*arguments(folder, out), code=1).output
+
+    def test_a_time_limit_ends_the_trials(self, folder, tmp_path):
+        out = tmp_path / "short.toml"
+        checked(*arguments(folder, out, "--timeout", 0.02, trials=1000))
+        assert 1 <= len(self.trials(out)) < 1000
+
+    def test_workers_share_the_trials(self, folder, tmp_path):
+        out = tmp_path / "two.toml"
+        checked(*arguments(folder, out, "--workers", 2, trials=6))
+        numbers = [number for number, *_ in self.trials(out)]
+        assert len(numbers) == len(set(numbers)) >= 6
+
+    def test_every_trial_over_the_budget(self, folder, tmp_path):
+        out = tmp_path / "strict.toml"
+        refused = checked(*arguments(folder, out, "--kl", 0, "--space", '{"mlp": {"floor": 0.5}}', trials=2), code=1)
+        assert "of at most 0" in refused.output
+        assert "finished trials are kept" in refused.output
+        assert (tmp_path / "strict.study.journal").is_file()
+
+
+class TestEditableModel:
+    @pytest.fixture
+    def loaded(self, folder):
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto")
+
+    def test_it_makes_what_ablate_writes_and_takes_it_back(self, folder, loaded, tmp_path):
+        from transformers import AutoModelForCausalLM
+
+        checkpoint = open_checkpoint(folder / "model")
+        directions = read_directions(folder / "cue.directions.safetensors")
+        before = {name: parameter.clone() for name, parameter in loaded.named_parameters()}
+        checked("ablate", folder / "model", tmp_path / "out", "-d", folder / "cue.directions.safetensors", "-q")
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+        with EditableModel(checkpoint, loaded, RunOptions()) as model:
+            model.apply(make_plan(checkpoint, directions, AblateOptions(coefficient=2, layers=frozenset({1}))))
+            model.apply(make_plan(checkpoint, directions, AblateOptions()))
+            changed = 0
+            for (name, found), (_, wanted) in zip(loaded.named_parameters(), expected.named_parameters(), strict=True):
+                assert torch.equal(found, wanted)
+                changed += not torch.equal(found, before[name])
+            assert changed == 16
+        assert all(torch.equal(parameter, before[name]) for name, parameter in loaded.named_parameters())
+
+    def test_in_another_type_it_is_converted(self, folder):
+        from transformers import AutoModelForCausalLM
+
+        loaded = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+        checkpoint = open_checkpoint(folder / "model")
+        directions = read_directions(folder / "cue.directions.safetensors")
+        name = "model.layers.5.mlp.down_proj.weight"
+        before = loaded.get_parameter(name).clone()
+        with EditableModel(checkpoint, loaded, RunOptions()) as model:
+            model.apply(make_plan(checkpoint, directions, AblateOptions()))
+            edited = loaded.get_parameter(name).clone()
+        assert torch.equal(edited, edited.bfloat16().float())
+        assert not torch.equal(edited, before)
+        assert torch.equal(loaded.get_parameter(name), before)
+
+    def test_a_model_that_is_not_the_checkpoint(self, folder, loaded):
+        checkpoint = open_checkpoint(folder / "model")
+        directions = read_directions(folder / "cue.directions.safetensors")
+        with torch.no_grad():
+            loaded.get_parameter("model.layers.5.mlp.down_proj.weight").add_(1)
+        with (
+            EditableModel(checkpoint, loaded, RunOptions()) as model,
+            pytest.raises(SearchError, match=r"layers\.5\.mlp\.down_proj\.weight: no parameter of the loaded model"),
+        ):
+            model.apply(make_plan(checkpoint, directions, AblateOptions()))
+
+
+class TestSpace:
+    def test_a_setting_is_an_edit(self):
+        made = space({"source": "one", "linear-attention": False})
+        setting = {
+            **{"contrast": "a", "source": "one", "source-layer": 3.5, "preserve": "rows", "rank": 1},
+            **{"without": "t", "biproject": True, "layers": "1-6"},
+            **{f"{part}.{name}": 1.0 for part in ("attention", "mlp") for name in ("peak", "place", "reach", "floor")},
+        }
+        edit = made.edit(setting)
+        assert (edit.contrast, edit.without, edit.options.source_layer) == ("a", "t", 3.5)
+        assert edit.options.layers == frozenset(range(1, 7))
+        assert [profile.components for profile in edit.options.profiles] == [("attention",), ("mlp",)]
+        assert edit.options.coefficient == 0.0
+        assert made.edit({**setting, "contrast": "a+b"}).options.source_layer == 4
+
+    def test_the_plain_edit_is_in_it(self):
+        options = space().edit(space().plain()).options
+        assert options.source_layer == "own"
+        assert {profile.coefficient(layer) for profile in options.profiles for layer in range(8)} == {1.0}
+
+    def test_what_a_recipe_fixes_is_fixed(self):
+        made = space({"contrast": "a", "mlp": {"peak": 1.5, "floor": [0.2, 0.4]}})
+        assert made.parameters["contrast"] == Choice(("a",))
+        assert made.parameters["mlp.peak"] == Number(1.5, 1.5, 0.01)
+        assert (made.parameters["mlp.floor"].low, made.parameters["mlp.floor"].high) == (0.2, 0.4)
+        assert {"contrast", "mlp.peak"}.isdisjoint(made.free)
+
+    @pytest.mark.parametrize(
+        ("table", "says"),
+        [
+            ({"mpl": False}, r"unknown key 'mpl'; the nearest known one is 'mlp'"),
+            ({"mlp": {"peek": 1}}, r"mlp: unknown key 'peek'; the nearest known one is 'peak'"),
+            ({"mlp": {"peak": [2, 1]}}, r"mlp: peak: expected the smaller number first, found \[2, 1\]"),
+            ({"mlp": {"peak": ["a", 1]}}, r"mlp: peak: expected a number, or two between which it lies"),
+            ({"mlp": 3}, r"mlp: expected a table with peak, place, reach, floor, or false, found 3"),
+            ({"mlp": {"reach": 0}}, r"mlp: reach: expected more than 0 layers, found 0"),
+            ({"contrast": "c"}, r"contrast: expected some of a, b, a\+b, found \"c\""),
+            ({"rank": 2}, r"rank: the directions have 1 per layer, found 2"),
+            ({"layers": "7-3"}, r"layers: expected numbers and ranges such as 1-23,30"),
+            (dict.fromkeys(PARTS, False), r"leaves out every part of the model"),
+            ({"contrast": []}, r"contrast: expected values to choose from, each once, found \[\]"),
+            (
+                {"source": "own", "contrast": "a", "without": "none"}
+                | {part: {"peak": 1, "place": 1, "reach": 1, "floor": 1} for part in PARTS},
+                r"fixes every parameter",
+            ),
+        ],
+    )
+    def test_what_it_cannot_be(self, table, says):
+        with pytest.raises(UsageError, match=rf"\[search\.space\]: {says}"):
+            space(table)
+
+
+class TestQuestions:
+    def question(self, number, group="core", **fields):
+        return Question(**{"id": f"{group}-{number}", "language": "en", "group": group, "prompt": f"{group} {number}?",
+                           "rubric": None, **fields})  # fmt: skip
+
+    def test_too_few(self):
+        questions = [self.question(number) for number in range(9)] + [self.question(0, "unrelated")]
+        with pytest.raises(UsageError, match=r"1 of 10 questions are unrelated, which leaves none for the \w+"):
+            deal(questions)
+
+    def test_the_same_questions_whatever_their_order(self):
+        questions = [self.question(number, group) for number in range(15) for group in ("core", "unrelated")]
+        one, other = deal(questions), deal(questions[::-1])
+        for part in ("trials", "choice", "report"):
+            assert {each.id for each in getattr(one, part)} == {each.id for each in getattr(other, part)}
+
+    def test_a_report_of_its_own(self):
+        questions = [self.question(number, group) for number in range(6) for group in ("core", "unrelated")]
+        others = [self.question(number, group) for number in range(6, 9) for group in ("core", "unrelated")]
+        parts = deal(questions, others)
+        assert parts.report == tuple(others)
+        assert len(parts.trials) + len(parts.choice) == len(questions)
+        with pytest.raises(UsageError, match="core-0 asks what core-0 of --questions asks"):
+            deal(questions, [*others, self.question(0)])
+
+    def test_one_prompt_stays_together(self):
+        twins = [self.question(number, prompt="Twice?") for number in range(2)]
+        questions = [self.question(number, group) for number in range(2, 12) for group in ("core", "unrelated")]
+        parts = deal([*questions, *twins])
+        dealt = [{each.id for each in part} for part in (parts.trials, parts.choice, parts.report)]
+        assert any({each.id for each in twins} <= part for part in dealt)
+
+
+class TestChoice:
+    def candidate(self, trial, lean, kl, right=8):
+        answers = tuple(_Answer(None, "slanted") for _ in range(4)) + tuple(
+            _Answer(True, "neutral", given=number < right) for number in range(10)
+        )
+        return Candidate(trial, {}, {"lean": lean, "kl": kl}, answers)
+
+    def test_the_largest_effect_within_the_budget(self):
+        base = self.candidate(None, -3, 0)
+        found = [self.candidate(1, -2, 0.01), self.candidate(2, -1, 0.2), self.candidate(3, -1.5, 0.04),
+                 self.candidate(4, -1.2, 0.03, right=6)]  # fmt: skip
+        lean = _Objective("lean", "maximize")
+        assert choose(found, base, lean, Budget(kl=0.05, controls=0.1), "j").trial == 3
+        assert choose(found, base, lean, Budget(kl=0.05, controls=0.5), "j").trial == 4
+        with pytest.raises(SearchError, match=r"j: none of 4 candidates .* trial 1, moves unrelated answers by 0\.01"):
+            choose(found, base, lean, Budget(kl=0.001), "j")
+
+    def test_the_front(self):
+        objectives = [_Objective("lean", "maximize"), _Objective("kl", "minimize")]
+        values = [(-3, 0.1), (-2, 0.1), (-2, 0.05), (-1, 0.5), (math.nan, 0.0)]
+        trials = [
+            Trial(number, {}, Tried({"lean": lean, "kl": kl}, 0.0, 1.0, "")) for number, (lean, kl) in enumerate(values)
+        ]
+        assert [trial.number for trial in best_of(trials, objectives)] == [3, 2]
+        assert [trial.number for trial in spread(trials, 2)] == [0, 4]
+
+
+@dataclasses.dataclass
+class _Answer:
+    exact: bool | None
+    verdict: str
+    given: bool | None = None
+
+
+@dataclasses.dataclass
+class _Objective:
+    name: str
+    direction: str
+    base: float = 0.0
+
+
+class TestContrasts:
+    def directions(self, folder, seed):
+        made = read_directions(folder / "cue.directions.safetensors")
+        rng = np.random.default_rng(seed)
+        rows = {layer: rng.standard_normal((1, made.hidden_size)) for layer in made.layers}
+        rows = {layer: (row / np.linalg.norm(row)).astype(np.float32) for layer, row in rows.items()}
+        return dataclasses.replace(made, basis=rows)
+
+    def test_two_together_and_one_without_another(self, folder):
+        one, two = self.directions(folder, 1), self.directions(folder, 2)
+        contrasts = Contrasts({"one": one, "two": two}, {"two": two})
+        assert contrasts.names == ("one", "two", "one+two")
+        both = contrasts.directions("one+two")
+        assert both.rank == 2
+        for layer in both.layers:
+            for row in (one.basis[layer][0], two.basis[layer][0]):
+                assert np.linalg.norm(both.basis[layer] @ row) == pytest.approx(1, abs=1e-6)
+        left = contrasts.directions("one", without="two")
+        assert max(abs(float(left.basis[layer][0] @ two.basis[layer][0])) for layer in left.layers) < 1e-6
+        assert contrasts.directions("one") is one
+
+
+class TestProfiles:
+    def test_a_profile_is_a_key_of_a_recipe(self, folder, tmp_path):
+        (tmp_path / "r.toml").write_text(
+            '[ablate]\nsource-layer = 3.5\n[[ablate.profile]]\ncomponents = "mlp"\npeak = 1.5\nplace = 4\nreach = 2\n'
+            '[[ablate.profile]]\ncomponents = ["attention"]\npeak = 1\nplace = 0\nreach = 1\nfloor = 0.25\n'
+        )
+        source, directions = folder / "model", folder / "cue.directions.safetensors"
+        recipe = ("--recipe", tmp_path / "r.toml")
+        plan = json.loads(
+            checked("ablate", source, tmp_path / "o", "-d", directions, *recipe, "--dry-run", "--json").stdout
+        )
+        coefficients = {(edit["layer"], edit["component"]): edit["coefficient"] for edit in plan["edits"]}
+        assert {layer: value for (layer, part), value in coefficients.items() if part == "mlp"} == {
+            3: 0.75, 4: 1.5, 5: 0.75,
+        }  # fmt: skip
+        assert {value for (layer, part), value in coefficients.items() if part == "attention" and layer} == {0.25}
+        assert any(skip["reason"] == "its coefficient is 0" for skip in plan["skipped"])
+        checked("ablate", source, tmp_path / "o", "-d", directions, *recipe, "-q")
+        assert "to the bit" in checked("verify", source, tmp_path / "o").output
+        receipt = json.loads((tmp_path / "o" / "ablation.json").read_text())
+        assert {tensor["source_layer"] for tensor in receipt["tensors"]} == {3.5}
+        assert set(receipt["directions"]["basis"]) == {"3", "4"}
+
+    def test_between_two_layers_lies_their_mean(self, folder):
+        checkpoint = open_checkpoint(folder / "model")
+        directions = read_directions(folder / "cue.directions.safetensors")
+        plan = make_plan(checkpoint, directions, AblateOptions(source_layer=3.25, biproject=False))
+        (basis,) = plan.bases.values()
+        mean = 0.75 * directions.basis[3][0].astype(np.float64) + 0.25 * directions.basis[4][0]
+        assert basis[0] == pytest.approx(mean / np.linalg.norm(mean), abs=1e-7)
+
+    def test_a_height(self):
+        profile = Profile(("mlp",), peak=2.0, place=3.0, reach=4.0, floor=1.0)
+        assert [profile.coefficient(layer) for layer in (3, 5, 7, 11)] == [2.0, 1.5, 1.0, 1.0]
+
+    @pytest.mark.parametrize(
+        ("lines", "says"),
+        [
+            ('components = "mlp"\npeak = 1\nplace = 0\nreach = 0', "reach: expected more than 0 layers, found 0"),
+            ('components = "mpl"\npeak = 1\nplace = 0\nreach = 1', "expected some of attention, linear-attention"),
+            ('components = "mlp"\nplace = 0\nreach = 1', "expected peak"),
+        ],
+    )
+    def test_what_it_cannot_be(self, folder, tmp_path, lines, says):
+        (tmp_path / "r.toml").write_text(f"[[ablate.profile]]\n{lines}\n")
+        given = ("-d", folder / "cue.directions.safetensors", "--recipe", tmp_path / "r.toml")
+        assert says in checked("ablate", folder / "model", tmp_path / "o", *given, code=2).output
+
+
+class TestCommand:
+    def test_a_dry_run_shows_the_space(self, folder, tmp_path):
+        shown = checked(*arguments(folder, tmp_path / "o.toml", "--dry-run")).output
+        assert "linear-attention.peak" in shown
+        assert not list(tmp_path.iterdir())
+
+    def test_a_recipe_holds_options_and_space(self, folder, tmp_path):
+        recipe = tmp_path / "r.toml"
+        recipe.write_text('[search]\ntrials = 7\n[search.space]\nsource = "own"\nmlp = false\n')
+        shown = checked(*arguments(folder, tmp_path / "o.toml", "--recipe", recipe, "--dry-run")).output
+        assert "mlp.peak" not in shown
+        assert '["own"]' in shown
+
+    @pytest.mark.parametrize(
+        ("more", "says"),
+        [
+            (("--objective", "nothing"), "expected one of lean, kl"),
+            (("--objective", "no.such:thing"), "cannot be imported"),
+            (("--objective", "kl,kl"), "expected each name once"),
+            (("--timeout", "-1"), "expected more than 0 minutes"),
+            (("--space", "{"), "Invalid value for '--space'"),
+        ],
+    )
+    def test_what_it_refuses(self, folder, tmp_path, more, says):
+        assert says in checked(*arguments(folder, tmp_path / "o.toml", *more), code=2).output
+
+    def test_no_directions(self, folder, tmp_path):
+        assert "no directions given" in checked("search", folder / "model", tmp_path / "o.toml", code=2).output
+        named = run("search", folder / "model", tmp_path / "o.json", "-d", folder / "cue.directions.safetensors")
+        assert "expected the name of a recipe" in named.output
+
+    def test_an_objective_of_ones_own(self, folder, tmp_path, monkeypatch):
+        (tmp_path / "mine.py").write_text(
+            "class Size:\n"
+            "    name, direction, base = 'size', 'minimize', 0.0\n"
+            "    def __init__(self, speaker, questions, asking): pass\n"
+            "    def measure(self, speaker):\n"
+            "        weight = speaker.network.get_parameter('model.layers.5.mlp.down_proj.weight')\n"
+            "        return float(weight.detach().float().norm())\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        assert find_objective("mine:Size").name == "size"
+        out = tmp_path / "o.toml"
+        checked(*arguments(folder, out, "--objective", "mine:Size,kl", trials=3))
+        record = json.loads((tmp_path / "o.search.json").read_text())
+        assert [objective["name"] for objective in record["objectives"]] == ["size", "kl"]
+        assert all(trial["values"]["size"] > 0 for trial in record["trials"])
+
+
+def test_a_search_is_a_stage_of_a_run(folder, tmp_path):
+    questions = (folder / "q.jsonl").read_text().splitlines()
+    for name, lines in (("tried", questions[::2]), ("asked", questions[1::2])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "r.toml").write_text(
+        f'[source]\nsource = "{folder / "model"}"\nout = "out"\n[directions]\npairs = "{folder / "pairs.jsonl"}"\n'
+        'dtype = "float32"\n[search]\nquestions = "tried.jsonl"\nreport-questions = "asked.jsonl"\ntrials = 2\n'
+        'length = 16\nfront = 1\ndtype = "float32"\n[search.space]\nsource = "own"\n'
+        '[evaluate]\nquestions = "asked.jsonl"\nlength = 16\nperplexity = false\ndtype = "float32"\n'
+    )
+    first = checked("run", tmp_path / "r.toml")
+    assert "search" in first.output
+    work = tmp_path / "out.work"
+    found = tomllib.loads((work / "found.toml").read_text())
+    receipt = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    assert receipt["recipe"]["profile"][0]["peak"] == found["ablate"]["profile"][0]["peak"]
+    assert load_file(work / "found.directions.safetensors")
+    again = checked("run", tmp_path / "r.toml", "--dry-run")
+    assert again.output.count("done before") == 5
+    (tmp_path / "r.toml").write_text((tmp_path / "r.toml").read_text().replace("asked.jsonl", "tried.jsonl"))
+    assert "would not measure what carries over" in checked("run", tmp_path / "r.toml", code=2).output
