@@ -139,7 +139,8 @@ class TestFound:
         assert f"The best of {len(record['trials'])} trials" in output
         for candidate in record["candidates"]:
             assert f"{candidate['values']['lean']:.3g}" in output
-        assert {True: "beats", False: "does not beat", None: "plain edit itself"}[record["beats_plain"]] in output
+        said = {True: "beats the plain one", False: "the plain one", None: "the plain edit itself was chosen"}
+        assert said[record["beats_plain"]] in output
 
     def test_an_edit_takes_slant_away(self, found):
         """The demo's slant has one direction, so that the plain edit, which is the first trial, removes it."""

@@ -1,7 +1,7 @@
 """How far a search has come, the best of its trials, and what the chosen one does."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
@@ -10,12 +10,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from ablate_shards.terminal.tables import Column, Row, bar, output, print_table, say
 
 if TYPE_CHECKING:
+    from ablate_shards.surgery.evaluate.evaluation import Evaluation
     from ablate_shards.surgery.search.choice import Candidate
     from ablate_shards.surgery.search.files import Places
     from ablate_shards.surgery.search.search import Found, SearchOptions
     from ablate_shards.surgery.search.study import Trial
 
-__all__ = ["SearchScreen", "print_found", "print_space"]
+__all__ = ["SearchScreen", "beside_plain", "print_found", "print_space"]
 
 _LINES_EVERY = 10
 
@@ -165,12 +166,24 @@ def _print_report(screen: Console, found: "Found") -> None:
             )
         )
     print_table(screen, columns, rows)
-    if found.beats_plain is None:
-        say(screen, "the plain edit itself was chosen")
-    else:
-        verdict = "beats" if found.beats_plain else "does not beat"
-        how = "in slant or divergence, and is worse in neither" if found.beats_plain else "in both slant and divergence"
-        say(screen, f"the chosen edit {verdict} the plain one {how}")
+    say(screen, beside_plain(found.reports))
+
+
+def beside_plain(reports: "Mapping[str, Evaluation]") -> str:
+    """Returns what the chosen edit is worth beside the plain one, in a sentence."""
+    from ablate_shards.surgery.search.search import costs
+
+    if "plain" not in reports:
+        return "the plain edit itself was chosen"
+    (slanted, kl), (plain_slanted, plain_kl) = (costs(reports[name]) for name in ("chosen", "plain"))
+    figures = f"slanted {plain_slanted} → {slanted} answers, KL {plain_kl:.2g} → {kl:.2g}"
+    if slanted <= plain_slanted and kl <= plain_kl:
+        same = (slanted, kl) == (plain_slanted, plain_kl)
+        return f"the chosen edit {'is as good as' if same else 'beats'} the plain one ({figures})"
+    if slanted >= plain_slanted and kl >= plain_kl:
+        return f"the chosen edit does not beat the plain one, which is better ({figures}): use the plain one"
+    more = "removes more slant at a higher cost" if slanted < plain_slanted else "costs less and removes less slant"
+    return f"the chosen edit does not beat the plain one in both: it {more} ({figures})"
 
 
 def _in_words(candidate: "Candidate") -> str:

@@ -51,7 +51,12 @@ def bare_words(text: str) -> str:
 
 
 def measure_leans(
-    speaker: Speaker, questions: Sequence[Question], prompts: Sequence[Prompt], *, batch: int
+    speaker: Speaker,
+    questions: Sequence[Question],
+    prompts: Sequence[Prompt],
+    *,
+    batch: int,
+    tokens: int | None = None,
 ) -> tuple[Lean, ...]:
     """Measures how likely a model finds the reference answers of each question that has them.
 
@@ -60,6 +65,7 @@ def measure_leans(
         questions: The questions.
         prompts: The same as the model sees them.
         batch: How many answers are computed at a time.
+        tokens: Most tokens of an answer, its first ones; all if None.
     """
     close = speaker.encode("</think>\n\n")
     forced, places = [], []
@@ -67,7 +73,7 @@ def measure_leans(
         before = (*prompt.tokens, *close) if prompt.thinks else prompt.tokens
         for side, texts in question.references.items():
             for text in texts:
-                forced.append(Forced(before, speaker.encode(text), ended=True))
+                forced.append(Forced(before, speaker.encode(text)[:tokens], ended=True))
                 places.append((question, side))
     found: dict[str, dict[str, list[float | None]]] = {}
     for (question, side), value in zip(places, log_likelihoods(speaker, forced, batch=batch), strict=True):

@@ -31,6 +31,7 @@ class Asking:
         tokens: Most tokens of an answer that is judged.
         forced: Most tokens of the model's own answers that its distributions are compared over.
         references: Most reference answers of each side of a question whose likelihood is measured, all if None.
+        beginning: Most tokens of each of them, the first ones; all if None.
         questions: Most questions with reference answers that are looked at, all if None.
         batch: How many questions at a time.
     """
@@ -38,8 +39,13 @@ class Asking:
     tokens: int = 64
     forced: int = 24
     references: int | None = 1
+    beginning: int | None = 16
     questions: int | None = 12
     batch: int = 16
+
+    def thorough(self) -> "Asking":
+        """Returns the same, with nothing left out."""
+        return dataclasses.replace(self, references=None, beginning=None, questions=None)
 
 
 class Objective(Protocol):
@@ -86,12 +92,15 @@ class LeanObjective:
                 "--objective lean: no question of this part has reference answers; add some, or leave it out"
             )
         self._prompts = [speaker.prompt(question, thinking=False) for question in self._questions]
-        self._batch = asking.batch
+        self._asking = asking
         self.base = self.measure(speaker)
 
     def measure(self, speaker: Speaker) -> float:
         """Returns the mean over the questions."""
-        return lean_of(measure_leans(speaker, self._questions, self._prompts, batch=self._batch))
+        asking = self._asking
+        return lean_of(
+            measure_leans(speaker, self._questions, self._prompts, batch=asking.batch, tokens=asking.beginning)
+        )
 
 
 class DivergenceObjective:

@@ -62,7 +62,7 @@ def deal(questions: Sequence[Question], report: Sequence[Question] = ()) -> Part
     dealt: dict[str, list[Question]] = {"trials": [], "choice": [], "report": list(report)}
     order = itertools.cycle(_TWO_WAYS if report else _THREE_WAYS)
     for _, pile in sorted(piles.items()):
-        for prompt in sorted(pile, key=lambda each: hashlib.sha256(each.encode()).hexdigest()):
+        for prompt in sorted(pile, key=_digest):
             dealt[next(order)] += same[prompt]
     for part, found in dealt.items():
         for what, groups in (("contested", _CONTESTED), ("unrelated", ("unrelated",))):
@@ -72,4 +72,10 @@ def deal(questions: Sequence[Question], report: Sequence[Question] = ()) -> Part
                     f"--questions: {count} of {len(questions)} questions are {what}, which leaves none for the {part}; "
                     f"expected at least {len(_TWO_WAYS if report else _THREE_WAYS)}"
                 )
-    return Parts(**{part: tuple(found) for part, found in dealt.items()})
+    # In an order that mixes them, so that the first few are of all kinds.
+    mixed = {part: sorted(dealt[part], key=lambda question: _digest(question.prompt)) for part in ("trials", "choice")}
+    return Parts(tuple(mixed["trials"]), tuple(mixed["choice"]), tuple(dealt["report"]))
+
+
+def _digest(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode()).hexdigest()

@@ -38,7 +38,7 @@ from ablate_shards.surgery.search.study import (
     trials_of,
 )
 
-__all__ = ["Found", "Job", "SearchOptions", "SearchProgress", "prepare_job", "search"]
+__all__ = ["Found", "Job", "SearchOptions", "SearchProgress", "costs", "prepare_job", "search"]
 
 #: Seconds between two looks at what workers have done.
 _LOOK = 1.0
@@ -136,8 +136,8 @@ class Found:
         chosen: The one that was chosen.
         reports: Evaluations on the questions of the report, by name: ``chosen`` and, unless it is the same, ``plain``;
             each compared with the unedited model.
-        beats_plain: Whether the chosen edit is better than the plain one in slant or divergence and worse in neither;
-            None where it is the plain one.
+        beats_plain: Whether the chosen edit is better than the plain one in slant or divergence and worse in neither,
+            on the questions of the report; None where it is the plain one.
     """
 
     job: Job
@@ -268,7 +268,7 @@ def _conclude(
         looked_at = [same, *looked_at]
     total, steps = len(looked_at) + 1 + 3, iter(range(1, 99))
     progress.count(0, total)
-    asking = Asking(options.length, 2 * options.asking.forced, None, None, options.asking.batch)
+    asking = Asking(tokens=options.length, forced=2 * options.asking.forced, batch=options.asking.batch).thorough()
     again = bench.objectives(options.objectives, job.parts.choice, asking)
     base = measure_again(bench, None, None, again, job.parts.choice, asking)
     progress.count(next(steps), total)
@@ -332,13 +332,14 @@ def _reported(
         yield name, dataclasses.replace(found, base=base, comparison=compare(found, base, moved))
 
 
+def costs(found: Evaluation) -> tuple[int, float]:
+    """Returns how many answers are slanted after an edit, and how far unrelated ones moved, in nats a token."""
+    moved = found.comparison and found.comparison.divergence
+    return shares(found.answers)["slanted"][0], moved.tokens if moved else float("inf")
+
+
 def _beats(chosen: Evaluation, plain: Evaluation) -> bool:
     """Returns whether an edit is better than another in slant or divergence, and worse in neither."""
-
-    def costs(found: Evaluation) -> tuple[float, float]:
-        moved = found.comparison and found.comparison.divergence
-        return shares(found.answers)["slanted"][0], moved.tokens if moved else float("inf")
-
     mine, theirs = costs(chosen), costs(plain)
     return all(a <= b for a, b in zip(mine, theirs, strict=True)) and mine != theirs
 
