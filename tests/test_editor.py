@@ -11,7 +11,7 @@ from raw_checkpoints import encode
 
 from ablate_shards.errors import ExecuteError
 from ablate_shards.surgery.edit import blocks as module
-from ablate_shards.surgery.edit.ablation import Editor
+from ablate_shards.surgery.edit.ablation_editor import AblationEditor
 from ablate_shards.surgery.edit.blocks import Channels, Stopped
 from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit
 
@@ -37,7 +37,7 @@ class Tensor:
         self.written = bytearray(len(self.source))
         self.stop = threading.Event()
         vector = np.random.default_rng(1).standard_normal((1, SHAPE[1]))
-        self.editor = Editor("cpu", 256_000_000, jobs, self.stop, {BASIS: vector / np.linalg.norm(vector)})
+        self.editor = AblationEditor("cpu", 256_000_000, jobs, self.stop, {BASIS: vector / np.linalg.norm(vector)})
         self.edit = TensorEdit(
             name="experts.down_proj",
             shard="model.safetensors",

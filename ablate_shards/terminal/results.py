@@ -14,7 +14,6 @@ from ablate_shards.surgery.anatomy.architecture import Anatomy, Writer, split_la
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 from ablate_shards.surgery.directions.directions import Directions, score_row, score_table
-from ablate_shards.surgery.edit.receipt import TensorResult
 from ablate_shards.surgery.machine.sizes import size_text
 from ablate_shards.surgery.plan.edits import Edit, TensorEdit
 from ablate_shards.surgery.plan.plan import Plan
@@ -23,9 +22,10 @@ from ablate_shards.terminal.tables import Column, Row, Stack, bar, output, print
 if TYPE_CHECKING:
     # Only for types: most commands need none of these rooms.
     from ablate_shards.surgery.directions.compare import Comparison
+    from ablate_shards.surgery.edit.ablation_editor import TensorResult
     from ablate_shards.surgery.hub.push import PushPlan
+    from ablate_shards.surgery.merge.editor import MergeResult
     from ablate_shards.surgery.merge.plan import MergeEdit, MergePlan
-    from ablate_shards.surgery.merge.receipt import MergeResult
     from ablate_shards.surgery.verify.proof import Verification
 
 __all__ = [
@@ -90,7 +90,7 @@ def print_plan(checkpoint: Checkpoint, plan: Plan) -> None:
 
 
 def print_results(
-    checkpoint: Checkpoint, plan: Plan, results: Mapping[str, TensorResult], out: Path | str, url: str | None
+    checkpoint: Checkpoint, plan: Plan, results: Mapping[str, "TensorResult"], out: Path | str, url: str | None
 ) -> None:
     """Prints what was measured of the edited tensors, as re-read from the written files.
 

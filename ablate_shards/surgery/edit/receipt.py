@@ -17,20 +17,20 @@ from ablate_shards.names import RECEIPT_NAME
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.files import Files, Folder
 from ablate_shards.surgery.directions.directions import Directions
+from ablate_shards.surgery.edit.ablation_editor import TensorResult
 from ablate_shards.surgery.plan.edits import TensorEdit
 from ablate_shards.surgery.plan.plan import Plan
 from ablate_shards.surgery.plan.recipe import AblateOptions
-from ablate_shards.validation import Finite, checked
+from ablate_shards.validation import checked
 
 __all__ = [
     "FORMAT",
     "Receipt",
-    "TensorResult",
     "copied_files",
     "headers_of",
     "incomplete",
-    "load",
     "read_receipt",
+    "read_sealed",
     "receipt_text",
     "revision_of",
     "seal",
@@ -39,25 +39,6 @@ __all__ = [
 ]
 
 FORMAT = "ablate-shards.receipt/1"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorResult:
-    """What was measured of one edited tensor, as re-read from the written file.
-
-    Attributes:
-        before: Relative component along the basis, ‖RW‖/‖W‖, in the source.
-        after: The same in the output.
-        norm_drift: Largest relative change of a preserved norm; None where none is preserved.
-        degenerate: Vectors whose component was removed without rescaling.
-        blake3: Digest of the tensor's bytes in the output.
-    """
-
-    before: Finite
-    after: Finite
-    norm_drift: Finite | None
-    degenerate: int
-    blake3: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +120,7 @@ def read_receipt(folder: Path | Files) -> Receipt:
     Raises:
         VerifyError: There is none, it is of a newer version, or it is not a receipt.
     """
-    content, altered = load(folder, RECEIPT_NAME, FORMAT)
+    content, altered = read_sealed(folder, RECEIPT_NAME, FORMAT)
     try:
         records = content["tensors"]
         edits = checked([with_range(record, basis=record) for record in records], tuple[TensorEdit, ...], "tensors")
@@ -162,7 +143,7 @@ def read_receipt(folder: Path | Files) -> Receipt:
         raise incomplete(folder, RECEIPT_NAME, error) from error
 
 
-def load(folder: Path | Files, name: str, expected: str) -> tuple[dict[str, Any], bool]:
+def read_sealed(folder: Path | Files, name: str, expected: str) -> tuple[dict[str, Any], bool]:
     """Reads the content of a receipt of a given format, and whether its bytes are not the ones that were written.
 
     Raises:

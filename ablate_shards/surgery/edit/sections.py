@@ -44,7 +44,10 @@ class Section(Protocol):
         """Measures a block as it was written; called once for each block, in order."""
 
     def measured(self) -> Any:
-        """Returns what was measured, for :meth:`BlockEditor.result`.
+        """Returns what was measured, as the editor's ``result`` takes it; each editor has a type of its own for it.
+
+        Once after each gather, when all blocks have been edited and then measured: only then is it true of the whole
+        section. It may be forgotten by the call, and measuring begins anew.
 
         Raises:
             AblateError: The tensor cannot be edited.

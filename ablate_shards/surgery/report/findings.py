@@ -15,7 +15,7 @@ from ablate_shards.surgery.directions.activations import open_activations
 from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.directions.estimate import EstimatorOptions, compute_directions
 from ablate_shards.surgery.directions.formats import read_directions
-from ablate_shards.surgery.edit.receipt import FORMAT, Receipt, load, read_receipt
+from ablate_shards.surgery.edit.receipt import FORMAT, Receipt, read_receipt, read_sealed
 from ablate_shards.surgery.evaluate.evaluation import Evaluation
 from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
 from ablate_shards.surgery.merge.adapter import read_adapter
@@ -232,14 +232,14 @@ class _Gatherer:
         def read() -> Merging:
             receipt = read_merge_receipt(self._out)
             path = self._out / MERGE_RECEIPT_NAME
-            return Merging(receipt, load(self._out, MERGE_RECEIPT_NAME, MERGE_FORMAT)[0], _digest(path))
+            return Merging(receipt, read_sealed(self._out, MERGE_RECEIPT_NAME, MERGE_FORMAT)[0], _digest(path))
 
         return self._try("merge", read)
 
     def _ablation(self, merge: Merging | None) -> Ablation | None:
         def read_at(folder: Path) -> Ablation:
             path = folder / RECEIPT_NAME
-            return Ablation(read_receipt(folder), load(folder, RECEIPT_NAME, FORMAT)[0], _digest(path))
+            return Ablation(read_receipt(folder), read_sealed(folder, RECEIPT_NAME, FORMAT)[0], _digest(path))
 
         if (self._out / RECEIPT_NAME).is_file():
             return self._try("ablation", partial(read_at, self._out))

@@ -19,14 +19,14 @@ from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.files import Files, Folder
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, Shard
 from ablate_shards.surgery.directions.directions import Directions
-from ablate_shards.surgery.edit.ablation import Editor
+from ablate_shards.surgery.edit.ablation_editor import AblationEditor
 from ablate_shards.surgery.edit.blocks import BlockEditor, Channels
 from ablate_shards.surgery.edit.operation import RunOptions
 from ablate_shards.surgery.edit.receipt import Receipt, read_receipt
 from ablate_shards.surgery.machine.devices import cores
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.merge.adapter import read_adapter
-from ablate_shards.surgery.merge.merge import MergeEditor
+from ablate_shards.surgery.merge.editor import MergeEditor
 from ablate_shards.surgery.merge.plan import plan_merge
 from ablate_shards.surgery.merge.receipt import MergeReceipt, read_merge_receipt
 from ablate_shards.surgery.plan.bases import resolve_bases
@@ -194,7 +194,7 @@ def _claim_of_ablation(checkpoint: Checkpoint, out: Files) -> _Claim:
         copied=receipt.copied,
         edits=receipt.edits,
         digests={name: result.blake3 for name, result in receipt.results.items()},
-        editor=lambda run, stop: Editor(run.device, run.memory, run.jobs, stop, bases),
+        editor=lambda run, stop: AblationEditor(run.device, run.memory, run.jobs, stop, bases),
         differ=lambda name, found: _measures_differ(
             receipt.results[name], found, ("before", "after", "norm_drift", "degenerate")
         ),
