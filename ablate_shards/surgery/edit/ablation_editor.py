@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from ablate_shards.kernels.ablate.project import Meter, Projector, Workspace
     from ablate_shards.kernels.form import Array
 
-__all__ = ["AblatedBias", "AblatedMatrices", "AblationEditor", "TensorResult", "nonfinite"]
+__all__ = [
+    "AblatedBias",
+    "AblatedMatrices",
+    "AblationEditor",
+    "BiasMeasured",
+    "MatricesMeasured",
+    "TensorResult",
+    "nonfinite",
+]
 
 
 @dataclass(frozen=True, slots=True)

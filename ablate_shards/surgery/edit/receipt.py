@@ -24,7 +24,7 @@ from ablate_shards.surgery.plan.recipe import AblateOptions
 from ablate_shards.validation import checked
 
 __all__ = [
-    "FORMAT",
+    "RECEIPT_FORMAT",
     "Receipt",
     "copied_files",
     "headers_of",
@@ -38,17 +38,17 @@ __all__ = [
     "with_range",
 ]
 
-FORMAT = "ablate-shards.receipt/1"
+RECEIPT_FORMAT = "ablate-shards.receipt/1"
 
 
 @dataclass(frozen=True, slots=True)
-class _Shard:
+class _ShardRecord:
     name: str
     header_sha256: str
 
 
 @dataclass(frozen=True, slots=True)
-class _Array:
+class _ArrayRecord:
     shape: tuple[int, int]
     float32: str
 
@@ -91,7 +91,7 @@ def receipt_text(
     """
     used = {edit.basis for edit in plan.edits}
     content = {
-        "format": FORMAT,
+        "format": RECEIPT_FORMAT,
         "tool": f"ablate-shards {__version__}",
         "source": source_record(checkpoint),
         "family": plan.family,
@@ -120,7 +120,7 @@ def read_receipt(folder: Path | Files) -> Receipt:
     Raises:
         VerifyError: There is none, it is of a newer version, or it is not a receipt.
     """
-    content, altered = read_sealed(folder, RECEIPT_NAME, FORMAT)
+    content, altered = read_sealed(folder, RECEIPT_NAME, RECEIPT_FORMAT)
     try:
         records = content["tensors"]
         edits = checked([with_range(record, basis=record) for record in records], tuple[TensorEdit, ...], "tensors")
@@ -182,7 +182,7 @@ def revision_of(content: Mapping[str, Any]) -> str | None:
 
 def headers_of(content: Mapping[str, Any]) -> dict[str, str]:
     """Returns the digests of the source's headers that a receipt names, by shard."""
-    shards = checked(content["source"]["shards"], tuple[_Shard, ...], "source: shards")
+    shards = checked(content["source"]["shards"], tuple[_ShardRecord, ...], "source: shards")
     return {shard.name: shard.header_sha256 for shard in shards}
 
 
@@ -275,7 +275,7 @@ def _encode(arrays: Mapping[int, np.ndarray], layers: set[int]) -> dict[str, Any
 
 def _decode(entries: Any) -> dict[int, np.ndarray]:
     arrays = {}
-    for layer, entry in checked(entries, dict[str, _Array], "directions").items():
+    for layer, entry in checked(entries, dict[str, _ArrayRecord], "directions").items():
         array = np.frombuffer(base64.b64decode(entry.float32, validate=True), "<f4")
         rows, columns = entry.shape
         if min(rows, columns) < 1 or rows * columns != array.size or not np.isfinite(array).all():

@@ -44,10 +44,10 @@ class Section(Protocol):
         """Measures a block as it was written; called once for each block, in order."""
 
     def measured(self) -> Any:
-        """Returns what was measured, as the editor's ``result`` takes it; each editor has a type of its own for it.
+        """Returns what was measured, for the editor's ``result``; each editor has a type of its own for it.
 
-        Once after each gather, when all blocks have been edited and then measured: only then is it true of the whole
-        section. It may be forgotten by the call, and measuring begins anew.
+        It is called once after each gather, when all blocks have been edited and measured: some of it is not true
+        before. After the call measuring begins anew.
 
         Raises:
             AblateError: The tensor cannot be edited.

@@ -76,8 +76,8 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
     def sections(self, edit: MergeEdit) -> Sequence[Section]:
         """Returns a section per matrix, and one for a parameter that is added to or replaced."""
         if edit.kind != "low-rank":
-            return [_Exchange(edit, self._adapter)]
-        factors = _Factors(edit, self._adapter)
+            return [_WholeParameter(edit, self._adapter)]
+        factors = _LowRankFactors(edit, self._adapter)
         return [
             _Addition(edit, matrix, factors, form=self._form, device=self._device, room=self._room)
             for matrix in range(edit.experts if edit.expert is None else 1)
@@ -90,7 +90,7 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
         return MergeResult(change=change, blake3=digest)
 
 
-class _Factors:
+class _LowRankFactors:
     """The factors of a tensor's matrices, read when the first of them is asked for, once for all threads."""
 
     def __init__(self, edit: MergeEdit, adapter: Adapter) -> None:
@@ -120,7 +120,7 @@ class _Addition:
     gathers = False
 
     def __init__(
-        self, edit: MergeEdit, matrix: int, factors: _Factors, *, form: "Form", device: str, room: int
+        self, edit: MergeEdit, matrix: int, factors: _LowRankFactors, *, form: "Form", device: str, room: int
     ) -> None:
         self._edit, self._matrix, self._factors = edit, matrix, factors
         self._form, self._device, self._room = form, device, room
@@ -181,7 +181,7 @@ class _Addition:
         return self._merger
 
 
-class _Exchange:
+class _WholeParameter:
     """A parameter that is added to or replaced, piece by piece: see ``Section``."""
 
     gathers = False
