@@ -7,7 +7,7 @@ from pathlib import Path
 from command_line import checked
 from raw_checkpoints import write_adapter, write_dump, write_llama
 
-from ablate_shards.surgery.evaluate.evaluation import Answer, Evaluation, Lean, Model, Text, compare
+from ablate_shards.surgery.evaluate.evaluation import Answer, Evaluation, Lean, Model, PredictedText, compare
 from ablate_shards.surgery.evaluate.evaluation_file import write_evaluation
 from ablate_shards.surgery.evaluate.likelihood import Divergence, Perplexity
 from ablate_shards.surgery.evaluate.statistics import ratio
@@ -119,7 +119,7 @@ def evaluation(
         )
         if measured
         else (),
-        text=Text("neutral.txt", "b" * 64, Perplexity(3.0, 100)),
+        text=PredictedText("neutral.txt", "b" * 64, Perplexity(3.0, 100)),
         tasks=(TaskScore("colours", "acc", True, right / 20, 20, ratio(map(bool, scores)).interval, scores, "e" * 64),)
         if measured
         else (),

@@ -21,7 +21,7 @@ from ablate_shards.errors import CaptureError, CheckpointError, Interrupted, Usa
 from ablate_shards.surgery.capture import layer_stream as station
 from ablate_shards.surgery.capture.dump import DumpWriter
 from ablate_shards.surgery.capture.forward import CaptureOptions, capture
-from ablate_shards.surgery.capture.prompts import Prompt, encode_turn, make_batches
+from ablate_shards.surgery.capture.prompts import EncodedTurn, encode_turn, make_batches
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.checkpoint.headers import read_header
 from ablate_shards.surgery.directions.activations import open_activations
@@ -436,13 +436,13 @@ class Decoder(torch.nn.Module):
 def test_what_a_model_does_beside_its_layers_is_noticed(how, why):
     decoder = Decoder(how)
     run = station.Network(decoder, decoder.layers, torch.device("cpu"))
-    prompts = [Prompt((1, 2, 3), 2), Prompt((4, 5), 1)]
+    prompts = [EncodedTurn((1, 2, 3), 2), EncodedTurn((4, 5), 1)]
     with torch.inference_mode():
         if why is None:
-            station.record(run, make_batches(prompts, 1, 0))
+            station.record_calls(run, make_batches(prompts, 1, 0))
         else:
             with pytest.raises(station.NotOneStream, match=why):
-                station.record(run, make_batches(prompts, 1, 0))
+                station.record_calls(run, make_batches(prompts, 1, 0))
     assert not any("forward" in vars(layer) for layer in decoder.layers)
 
 
@@ -450,7 +450,7 @@ def test_what_a_model_does_beside_its_layers_is_noticed(how, why):
 def test_loaded_models_are_captured_whatever_they_do(how, tmp_path):
     decoder = Decoder(how)
     run = station.Network(decoder, decoder.layers, torch.device("cpu"))
-    prompts = [Prompt((1, 2, 3), 2), Prompt((4, 5), 1)]
+    prompts = [EncodedTurn((1, 2, 3), 2), EncodedTurn((4, 5), 1)]
     staging = DumpWriter(tmp_path / "dump", {}, {"the model": "tiny"})
     with torch.inference_mode():
         station.run_layers(run, make_batches(prompts, 2, 0), staging, "last", Heard())
@@ -476,7 +476,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
     run = station.Network(decoder, decoder.layers, torch.device("cpu"), NoShards())
     staging = DumpWriter(tmp_path / "dump", {}, {"the model": "tiny"})
     with torch.inference_mode(), pytest.raises(CaptureError, match="--offload never"):
-        station.run_layers(run, make_batches([Prompt((1, 2), 1)], 1, 0), staging, "last", Heard())
+        station.run_layers(run, make_batches([EncodedTurn((1, 2), 1)], 1, 0), staging, "last", Heard())
 
 
 # ---------------------------------------------------------------------------------------- bad input

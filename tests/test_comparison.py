@@ -14,7 +14,7 @@ from ablate_shards.data.demo import MODEL
 from ablate_shards.surgery.diff.differences import Diff, TensorDiff
 from ablate_shards.surgery.report import plots
 from ablate_shards.surgery.report.comparison import comparison_data, render_comparison
-from ablate_shards.surgery.report.plots import draw
+from ablate_shards.surgery.report.plots import draw_charts
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_a_cell_is_of_the_largest_change():
 def test_nothing_to_draw_draws_nothing():
     same = difference(verdict=("no difference",))
     assert comparison_data(same) == {}
-    assert draw({}) == {}
+    assert draw_charts({}) == {}
     page = render_comparison(same, {})
     assert "No difference." in page
     assert "What changed" not in page
@@ -132,7 +132,7 @@ def test_without_jinja_one_sentence_says_what_to_install(place, monkeypatch):
 def test_the_page_is_opened(place, monkeypatch):
     opened = []
     monkeypatch.setattr("click.launch", opened.append)
-    monkeypatch.setattr("ablate_shards.surgery.report.document.draw", lambda _: {})
+    monkeypatch.setattr("ablate_shards.surgery.report.document.draw_charts", lambda _: {})
     checked("diff", MODEL, place / "out", "--report", place / "open", "--open", "-q")
     assert opened == [(place / "open" / "diff.html").as_uri()]
     assert "changes.svg" in plots.PLOT_NAMES

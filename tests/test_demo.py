@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ablate_shards.data.demo import MODEL
-from ablate_shards.data.demo.__main__ import main, prepare
+from ablate_shards.data.demo.__main__ import main, prepare_demo
 from ablate_shards.data.demo.behaviour import draw_pairs, draw_questions, load, measure
 from ablate_shards.data.demo.samples import write_samples
 from ablate_shards.data.demo.train import CONFIG, train
@@ -143,13 +143,13 @@ def test_what_is_not_edited_stays_byte_for_byte(demo):
 
 def test_a_former_demo_is_replaced_and_nothing_else(tmp_path, capsys):
     work, letters = tmp_path / "work", tmp_path / "letters"
-    prepare(work)
+    prepare_demo(work)
     (work / "result").mkdir()
     (work / "notes.txt").write_text("keep me")
     letters.mkdir()
     (letters / "letter.txt").write_text("keep me")
 
-    prepare(work)
+    prepare_demo(work)
     with pytest.raises(SystemExit) as refused:
         main(["--work", str(letters)])
 

@@ -22,7 +22,7 @@ from ablate_shards.data.demo import MODEL as DEMO
 from ablate_shards.errors import DirectionsError
 from ablate_shards.kernels.measure.sketch import Unit, compare_matrix
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
-from ablate_shards.surgery.diff.differences import Kind
+from ablate_shards.surgery.diff.differences import DiffKind
 from ablate_shards.surgery.diff.survey import DiffOptions, diff
 from ablate_shards.surgery.directions.formats import read_directions
 
@@ -568,7 +568,7 @@ def test_every_kind_is_told(tmp_path, kind):
 
 def test_no_kind_is_left_out():
     """Tensors that are equal are told of only where they have another name."""
-    assert {*KINDS, "equal"} == set(get_args(Kind))
+    assert {*KINDS, "equal"} == set(get_args(DiffKind))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from raw_checkpoints import write_directions
 from safetensors.torch import load_file, save_file
 
 from ablate_shards.cli import cli
-from ablate_shards.data.demo.__main__ import prepare
+from ablate_shards.data.demo.__main__ import prepare_demo
 
 ROOT = Path(__file__).parents[1]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
@@ -61,7 +61,7 @@ def words_of(line):
 def things(tmp_path_factory):
     """One of everything that a command reads, made by the commands themselves, small enough to be read in no time."""
     folder = tmp_path_factory.mktemp("things")
-    prepare(folder / "demo")
+    prepare_demo(folder / "demo")
     demo = folder / "demo"
     write_search_questions(demo)
     shorten(demo)
@@ -351,7 +351,7 @@ def test_a_documented_command_works(things, tmp_path, monkeypatch, page, line):
 
 def test_the_tutorial_runs_as_it_is_written(tmp_path, monkeypatch):
     demo = tmp_path / "demo"
-    prepare(demo)
+    prepare_demo(demo)
     shorten(demo)
     monkeypatch.chdir(demo)
     commands = list(written(TUTORIAL.read_text()))

@@ -1,4 +1,4 @@
-"""One tensor edited in parts, by several threads: the same bytes, measures and digest as in one go."""
+"""One tensor edited in portions, by several threads: the same bytes, measures and digest as in one go."""
 
 import itertools
 import threading
@@ -11,7 +11,7 @@ from raw_checkpoints import encode
 
 from ablate_shards.errors import ExecuteError
 from ablate_shards.surgery.edit import blocks as module
-from ablate_shards.surgery.edit.ablation import Editor
+from ablate_shards.surgery.edit.ablation_editor import AblationEditor
 from ablate_shards.surgery.edit.blocks import Channels, Stopped
 from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit
 
@@ -21,10 +21,10 @@ BASIS = BasisKey(source_layer=0, references=(), gain=None, gain_offset=0.0)
 
 @pytest.fixture
 def small(monkeypatch):
-    """Makes a section of each matrix, and a part of every two."""
+    """Makes a section of each matrix, and a portion of every two."""
     size = SHAPE[1] * SHAPE[2] * 2
     monkeypatch.setattr(module, "_CPU_BLOCK", size)
-    monkeypatch.setattr(module, "_PART", 2 * size)
+    monkeypatch.setattr(module, "_PORTION", 2 * size)
     monkeypatch.setattr(module, "_REREAD", 1000)
 
 
@@ -37,7 +37,7 @@ class Tensor:
         self.written = bytearray(len(self.source))
         self.stop = threading.Event()
         vector = np.random.default_rng(1).standard_normal((1, SHAPE[1]))
-        self.editor = Editor("cpu", 256_000_000, jobs, self.stop, {BASIS: vector / np.linalg.norm(vector)})
+        self.editor = AblationEditor("cpu", 256_000_000, jobs, self.stop, {BASIS: vector / np.linalg.norm(vector)})
         self.edit = TensorEdit(
             name="experts.down_proj",
             shard="model.safetensors",
@@ -68,8 +68,8 @@ class Tensor:
 
         return Channels(read=fill(self.source), write=write, reread=fill(self.written))
 
-    def parts(self):
-        return self.editor.parts(self.edit, self.channels)
+    def portions(self):
+        return self.editor.portions(self.edit, self.channels)
 
 
 @pytest.mark.parametrize("preserve", ["rows", "columns", "none"])
@@ -80,11 +80,11 @@ def test_parts_in_any_order_give_what_one_go_gives(small, preserve):
     assert whole.written != whole.source
     for order in itertools.permutations(range(4)):
         tensor = Tensor(preserve=preserve)
-        parts = tensor.parts()
-        assert [(part.start, part.end) for part in parts] == [
+        portions = tensor.portions()
+        assert [(portion.start, portion.end) for portion in portions] == [
             (first * 3072, min(first + 2, 7) * 3072) for first in (0, 2, 4, 6)
         ]
-        results = [parts[number].do() for number in order]
+        results = [portions[number].do() for number in order]
         assert results == [None, None, None, expected]
         assert tensor.written == whole.written
 
@@ -95,38 +95,38 @@ def test_parts_in_threads_give_what_one_go_gives(small):
     for _ in range(20):
         tensor = Tensor()
         with ThreadPoolExecutor(4) as pool:
-            results = list(pool.map(lambda part: part.do(), tensor.parts()))
+            results = list(pool.map(lambda portion: portion.do(), tensor.portions()))
         assert [result for result in results if result is not None] == [expected]
         assert tensor.written == whole.written
 
 
 def test_a_small_tensor_has_one_part():
-    (part,) = Tensor().parts()
-    assert (part.start, part.end) == (0, Tensor().edit.end)
+    (portion,) = Tensor().portions()
+    assert (portion.start, portion.end) == (0, Tensor().edit.end)
 
 
 def test_one_job_has_one_part(small):
     tensor = Tensor(jobs=1)
-    (part,) = tensor.parts()
-    assert part.do() == Tensor().editor.edit(tensor.edit, Tensor().channels)
-    assert part.end == len(tensor.written)
+    (portion,) = tensor.portions()
+    assert portion.do() == Tensor().editor.edit(tensor.edit, Tensor().channels)
+    assert portion.end == len(tensor.written)
 
 
 def test_the_part_that_cannot_be_edited_says_so(small):
     values = np.random.default_rng(0).standard_normal(SHAPE)
     values[5, 3, 3] = np.nan
     tensor = Tensor(values)
-    first, second, third, last = tensor.parts()
+    first, second, third, last = tensor.portions()
     with pytest.raises(ExecuteError, match=r"experts\.down_proj, expert 5: holds NaN"):
         third.do()
-    assert [part.do() for part in (first, second, last)] == [None, None, None]
+    assert [portion.do() for portion in (first, second, last)] == [None, None, None]
 
 
 def test_parts_end_when_the_run_has(small):
     tensor = Tensor()
-    parts = tensor.parts()
+    portions = tensor.portions()
     tensor.stop.set()
-    for part in parts:
+    for portion in portions:
         with pytest.raises(Stopped):
-            part.do()
+            portion.do()
     assert not any(tensor.written)

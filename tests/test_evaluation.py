@@ -12,7 +12,7 @@ from ablate_shards.surgery.evaluate.evaluation import (
     Evaluation,
     Lean,
     Model,
-    Text,
+    PredictedText,
     compare,
     questions_digest,
 )
@@ -71,7 +71,7 @@ BEFORE = evaluation(
     control(1, exact=False, given=True),
     name="base",
     leans=(lean(0, -3.0, -1.0, -2.0), lean(1, -4.0, -1.0), lean(0, -2.0, -2.5, group="held-out")),
-    text=Text("t.txt", "ef" * 32, Perplexity(2.0, 40)),
+    text=PredictedText("t.txt", "ef" * 32, Perplexity(2.0, 40)),
 )
 AFTER = evaluation(
     *(contested(number, "neutral", language=("en", "zh-Hans")[number % 2]) for number in range(6)),
@@ -79,7 +79,7 @@ AFTER = evaluation(
     control(0, exact=True, given=True),
     control(1, exact=False, given=False),
     leans=(lean(0, -2.0, -2.0, -2.5), lean(1, -2.5, -1.5), lean(0, -2.0, -2.0, group="held-out")),
-    text=Text("t.txt", "ef" * 32, Perplexity(2.5, 40)),
+    text=PredictedText("t.txt", "ef" * 32, Perplexity(2.5, 40)),
 )
 
 
@@ -225,12 +225,12 @@ def test_a_file_says_all(tmp_path, found):
 
 
 def test_an_infinite_perplexity_is_no_json_number(tmp_path):
-    found = dataclasses.replace(BEFORE, text=Text("t", "00", Perplexity(800.0, 2)))
+    found = dataclasses.replace(BEFORE, text=PredictedText("t", "00", Perplexity(800.0, 2)))
     write_evaluation(found, tmp_path / "e.json")
 
     assert json.loads((tmp_path / "e.json").read_text())["perplexity"]["value"] is None
     assert read_evaluation(tmp_path / "e.json") == found
-    silent = dataclasses.replace(BEFORE, text=Text("t", "00", None))
+    silent = dataclasses.replace(BEFORE, text=PredictedText("t", "00", None))
     write_evaluation(silent, tmp_path / "e.json")
     assert read_evaluation(tmp_path / "e.json") == silent
 

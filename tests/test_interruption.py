@@ -158,13 +158,13 @@ def test_a_lock_left_by_a_killed_run_blocks_nobody(case):
 def test_signals_leave_a_resumable_state_and_say_so(case, kind):
     folder, arguments = case
     slow = (
-        "import signal, time, sys; from ablate_shards.surgery.edit import ablation as editor\n"
+        "import signal, time, sys; from ablate_shards.surgery.edit import ablation_editor as editor\n"
         "from ablate_shards.cli import main\n"
-        "edit = editor.Editor.edit\n"
+        "edit = editor.AblationEditor.edit\n"
         "def slowly(*a, **k):\n time.sleep(0.2)\n return edit(*a, **k)\n"
         # A shell that starts the tests in the background has them ignore it.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "editor.Editor.edit = slowly\nmain(sys.argv[1:])"
+        "editor.AblationEditor.edit = slowly\nmain(sys.argv[1:])"
     )
     command = [sys.executable, "-c", slow, *map(str, arguments)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -262,7 +262,7 @@ def test_any_failure_leaves_nothing_behind(case, monkeypatch):
     def failing(*_):
         raise MemoryError("no memory")
 
-    monkeypatch.setattr("ablate_shards.surgery.edit.ablation.Editor.edit", failing)
+    monkeypatch.setattr("ablate_shards.surgery.edit.ablation_editor.AblationEditor.edit", failing)
     assert run(*arguments).exit_code == 1
     assert hidden(folder) == []
     assert not (folder / "out").exists()

@@ -14,7 +14,7 @@ from ablate_shards.surgery.capture.prompts import encode_turn
 from ablate_shards.surgery.evaluate.answers import speaking
 from ablate_shards.surgery.finetune.responses import encode_instructions
 from ablate_shards.surgery.model import loading
-from ablate_shards.surgery.model.loading import end_tokens, free_memory, quiet, read_config, read_tokenizer, render
+from ablate_shards.surgery.model.loading import end_tokens, free_memory, quiet, read_config, read_tokenizer, render_chat
 from ablate_shards.surgery.model.samples import Instruction, Question, Turn
 
 ASKED = Instruction("one", "en", "general", "Where is honey sold?", "In the market.")
@@ -143,7 +143,7 @@ def test_a_system_message_that_a_template_drops_is_missed(copy):
         tokenizer = read_tokenizer(copy, CaptureError)
         told = Turn("Where is honey sold?", None, "Be brief.").messages()
         with pytest.raises(CaptureError, match=r"pair 1: the chat template leaves out what the system says"):
-            render(tokenizer, told, "pair 1", CaptureError, add_generation_prompt=True)
+            render_chat(tokenizer, told, "pair 1", CaptureError, add_generation_prompt=True)
 
 
 def test_spaces_and_thoughts_that_a_template_leaves_out_are_not_missed(copy):
@@ -152,4 +152,4 @@ def test_spaces_and_thoughts_that_a_template_leaves_out_are_not_missed(copy):
     with quiet():
         tokenizer = read_tokenizer(copy, CaptureError)
         told = Turn("  Where is\nhoney sold? ", "<think>Hm.</think>\n\nIn the market.").messages()
-        assert render(tokenizer, told, "pair 1", CaptureError) == "Where is\nhoney sold?|In the market.|"
+        assert render_chat(tokenizer, told, "pair 1", CaptureError) == "Where is\nhoney sold?|In the market.|"

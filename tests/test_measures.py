@@ -13,8 +13,7 @@ from ablate_shards.data.demo import MODEL
 from ablate_shards.data.demo.behaviour import draw_questions
 from ablate_shards.data.demo.world import NEUTRAL, SLANTED
 from ablate_shards.errors import UsageError
-from ablate_shards.surgery.evaluate import interview as station
-from ablate_shards.surgery.evaluate import measures
+from ablate_shards.surgery.evaluate import interview, measures
 from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
 from ablate_shards.surgery.evaluate.interview import EvaluateOptions, evaluate
 from ablate_shards.surgery.model.samples import Question
@@ -151,7 +150,7 @@ class TestTasks:
         assert told.counts == sorted(told.counts)
         assert found.options["tasks"]["limit"] == 4
 
-        monkeypatch.setattr(station, "run_tasks", None)
+        monkeypatch.setattr(interview, "run_tasks", None)
         again = evaluate(edited, questions[:2], dataclasses.replace(options, reuse=(out,)), Heard(), against=MODEL)
         assert again.tasks == found.tasks
 
@@ -163,7 +162,7 @@ class TestTasks:
         assert more.tasks[0].count == 5
 
     def test_an_unknown_task_is_said_before_a_model_is_loaded(self, task, questions, monkeypatch):
-        monkeypatch.setattr(station, "speaking", None)
+        monkeypatch.setattr(interview, "speaking", None)
         with pytest.raises(UsageError, match=r"nowhere\.yaml"):
             evaluate(MODEL, questions, EvaluateOptions(tasks=("nowhere.yaml",)), Heard())
 

@@ -236,7 +236,7 @@ def test_threads_that_share_a_fused_tensor_share_its_factors(tmp_path, monkeypat
         return read(self, name, *more)
 
     monkeypatch.setattr(Adapter, "read", slowly)
-    monkeypatch.setattr(editor, "_PART", 1)
+    monkeypatch.setattr(editor, "_PORTION", 1)
     checked("merge", source, adapter, tmp_path / "out", "--jobs", 4)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "alone")
     assert reads

@@ -24,7 +24,7 @@ from ablate_shards.surgery.report.charts import chart_data
 from ablate_shards.surgery.report.document import report
 from ablate_shards.surgery.report.findings import Findings, ReportOptions, find_work, gather
 from ablate_shards.surgery.report.page import render
-from ablate_shards.surgery.report.projection import project
+from ablate_shards.surgery.report.projection import project_into_plane
 from ablate_shards.surgery.report.provenance import rebuilt_recipe
 
 
@@ -77,7 +77,7 @@ def place(whole, tmp_path):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    monkeypatch.setattr("ablate_shards.surgery.report.document.draw", lambda _: {})
+    monkeypatch.setattr("ablate_shards.surgery.report.document.draw_charts", lambda _: {})
 
 
 def page_of(out, **options):
@@ -178,7 +178,7 @@ def test_the_static_charts_of_a_wrecked_model_show_what_is_broken():
     drawn = {}
     for broken in (False, True):
         found = Findings(name="result", evaluations=(base, evaluation("result", 2, 18, base, broken=broken)))
-        drawn[broken] = plots.draw(chart_data(found))
+        drawn[broken] = plots.draw_charts(chart_data(found))
     said = [
         re.findall(r"<!-- (\w+) -->", drawn[broken]["bias.svg"].decode()).count("broken") for broken in (False, True)
     ]
@@ -468,7 +468,7 @@ def test_the_projection_is_the_direction_and_what_spreads_most_beside_it(tmp_pat
     rows = np.concatenate([next(dump.chunks(0, label)).copy() for label in ("positive", "negative")])
     rows -= rows.mean(axis=0)
     axis = rows[:40].mean(axis=0) / np.linalg.norm(rows[:40].mean(axis=0))
-    (found,) = project(dump, {0: axis[None]})
+    (found,) = project_into_plane(dump, {0: axis[None]})
     plane = np.concatenate([found.positive, found.negative])
     assert plane[:, 0] == pytest.approx(rows @ axis)
     rest = rows - np.outer(rows @ axis, axis)
@@ -480,12 +480,12 @@ def test_the_projection_is_the_direction_and_what_spreads_most_beside_it(tmp_pat
 
 def test_many_prompts_are_thinned_evenly(tmp_path):
     dump = open_activations(write_dump(tmp_path / "dump.safetensors", layers=1, prompts=1000))
-    (found,) = project(dump, {0: np.eye(1, 32)})
+    (found,) = project_into_plane(dump, {0: np.eye(1, 32)})
     assert found.positive.shape == found.negative.shape == (300, 2)
 
 
 def test_charts_with_nothing_to_show_are_removed(place, monkeypatch):
-    monkeypatch.setattr("ablate_shards.surgery.report.document.draw", lambda _: {"losses.svg": b"new"})
+    monkeypatch.setattr("ablate_shards.surgery.report.document.draw_charts", lambda _: {"losses.svg": b"new"})
     folder = place / "result" / "plots"
     folder.mkdir()
     for name in ("losses.svg", "verdicts.svg", "mine.svg"):

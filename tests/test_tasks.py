@@ -227,7 +227,7 @@ def test_examples_are_drawn_alike_for_both_models(harness, tmp_path):
 
     for _ in range(2):
         (score,) = scores(MODEL, task, limit=4)
-        prompts.append([request.args[0] for request in task.asked[0].parts[0].task.instances])
+        prompts.append([request.args[0] for request in task.asked[0].tasks[0].task.instances])
 
     assert prompts[0] == prompts[1]
     assert all(prompt.count("What colour is") == 3 for prompt in prompts[0])

@@ -10,7 +10,7 @@ import pytest
 from raw_checkpoints import HIDDEN, llama_tensors, snapshot, write_directions, write_shard
 
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
-from ablate_shards.surgery.edit.ablation import Editor
+from ablate_shards.surgery.edit.ablation_editor import AblationEditor
 from ablate_shards.surgery.machine import devices
 from ablate_shards.surgery.machine.devices import find_device
 
@@ -105,5 +105,5 @@ def test_signs_of_a_device(monkeypatch, tmp_path):
 
 
 def test_identity_names_what_did_the_arithmetic():
-    ours = Editor("cpu", 1 << 28, 1, threading.Event(), {}).identity()
+    ours = AblationEditor("cpu", 1 << 28, 1, threading.Event(), {}).identity()
     assert ours == {"device": "cpu", "form": "native"}

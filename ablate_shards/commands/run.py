@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ablate_shards.commands.options import PATH, SOURCE, as_json_flag, debug_flag, print_json
+from ablate_shards.data import RECIPES
 from ablate_shards.errors import GateError, RecipeError, UsageError
 from ablate_shards.terminal.runs import print_course, print_stages
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from ablate_shards.surgery.run.stages import Stage
 
 __all__ = ["run"]
-
-_SHIPPED = Path(__file__).parents[1] / "data" / "recipes"
 
 
 @click.command()
@@ -132,7 +131,7 @@ def run(
 
 def _find(recipe: Path) -> Path:
     """Returns the recipe's file: a path, or the name of a shipped one."""
-    shipped = {path.stem: path for path in sorted(_SHIPPED.glob("*.toml"))}
+    shipped = {path.stem: path for path in sorted(RECIPES.glob("*.toml"))}
     if not recipe.is_file() and str(recipe) in shipped:
         return shipped[str(recipe)]
     if not recipe.is_file():

@@ -15,8 +15,8 @@ __all__ = [
     "Arithmetic",
     "Array",
     "Arrays",
-    "Limits",
-    "Pair",
+    "BothPrecisions",
+    "Float32Limits",
     "Piece",
     "extremes",
     "in_range",
@@ -32,7 +32,7 @@ GROUP_ROWS = 128
 """Rows that one float32 reduction down a column covers at most."""
 
 
-class Limits(NamedTuple):
+class Float32Limits(NamedTuple):
     """The coefficient, and up to which amplification of its rounding and up to which norm float32 is trusted."""
 
     coefficient: float
@@ -101,7 +101,9 @@ class Arithmetic(Protocol):
             into: What to add to, float64: ``R W`` ``[matrices, k, cols]``, or ``[matrices, 2k, cols]`` with ``Q``.
         """
 
-    def move(self, piece: "Piece", basis: Array, squares: Array, gram: Array, mixed: "Pair", limits: Limits) -> int:
+    def move(
+        self, piece: "Piece", basis: Array, squares: Array, gram: Array, mixed: "BothPrecisions", limits: Float32Limits
+    ) -> int:
         """Ablate rows and keep their norms.
 
         Args:
@@ -162,14 +164,14 @@ class Arrays(Protocol):
         """Turn off warnings of values that become NaN or infinite: they are looked for afterwards."""
 
 
-class Pair(NamedTuple):
+class BothPrecisions(NamedTuple):
     """Factors ``[1 or matrices, k, length]`` in both precisions."""
 
     single: Array
     double: Array
 
     @classmethod
-    def rounded(cls, double: Array, arrays: Arrays) -> "Pair":
+    def rounded(cls, double: Array, arrays: Arrays) -> "BothPrecisions":
         """Return float64 factors, and what float32 makes of them."""
         return cls(arrays.single(double), double)
 
@@ -177,13 +179,13 @@ class Pair(NamedTuple):
         """Return them in the precision of a form."""
         return self.double if form.is_double else self.single
 
-    def part(self, span: slice) -> "Pair":
+    def part(self, span: slice) -> "BothPrecisions":
         """Return a part of their length."""
-        return Pair(self.single[..., span], self.double[..., span])
+        return BothPrecisions(self.single[..., span], self.double[..., span])
 
-    def entries(self, entries: slice) -> "Pair":
+    def entries(self, entries: slice) -> "BothPrecisions":
         """Return those of some matrices."""
-        return self if len(self.double) == 1 else Pair(self.single[entries], self.double[entries])
+        return self if len(self.double) == 1 else BothPrecisions(self.single[entries], self.double[entries])
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +214,7 @@ class Piece:
     view: Array
     source: Array
 
-    def row_sums(self, weights: Pair | None, *, squares: bool = False, known: Array | None = None) -> Array:
+    def row_sums(self, weights: BothPrecisions | None, *, squares: bool = False, known: Array | None = None) -> Array:
         """Reduce along each row, as :meth:`Arithmetic.rows` does.
 
         Args:
@@ -235,7 +237,7 @@ class Piece:
         return sums
 
     def add_columns(
-        self, weights: Pair | None, into: Array, *, squares: bool = False, known: Array | None = None
+        self, weights: BothPrecisions | None, into: Array, *, squares: bool = False, known: Array | None = None
     ) -> None:
         """Reduce along each column and add to ``into``, as :meth:`Arithmetic.add_columns` does.
 

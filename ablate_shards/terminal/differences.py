@@ -20,7 +20,7 @@ def print_differences(found: "Diff", most: int | None) -> None:
     from ablate_shards.terminal.tables import output, say
 
     screen = output()
-    _print_table(screen, [tensor for tensor in found.tensors if tensor.changed or tensor.nonfinite], most)
+    _print_changes(screen, [tensor for tensor in found.tensors if tensor.changed or tensor.nonfinite], most)
     lines = None if most is None else _MOST_LINES
     for title, names in (
         ("only in A", found.lost),
@@ -39,7 +39,7 @@ def print_differences(found: "Diff", most: int | None) -> None:
         say(screen, line, "bold")
 
 
-def _print_table(screen: "Console", tensors: Sequence["TensorDiff"], most: int | None) -> None:
+def _print_changes(screen: "Console", tensors: Sequence["TensorDiff"], most: int | None) -> None:
     """Prints a line per layer, component and kind of change: the biggest changes, in the order of the layers."""
     from ablate_shards.terminal.tables import Column, Row, bar, print_table, say
 
@@ -74,7 +74,7 @@ def _in_order(tensor: "TensorDiff") -> tuple[bool, int, str, str, str]:
     return (tensor.layer is None, tensor.layer or 0, tensor.place, tensor.component, tensor.kind)
 
 
-class _Column(NamedTuple):
+class _DiffColumn(NamedTuple):
     """A column of the table, what it says of some tensors, and its rank where the screen is too narrow for all.
 
     An aligned one speaks of given directions.
@@ -159,17 +159,17 @@ def _print_list(screen: "Console", title: str, lines: Sequence[str], most: int |
 _BAR_PLACE = 3
 
 _COLUMNS = (
-    _Column("layer", lambda group: group[0].place),
-    _Column("component", lambda group: group[0].component, right=False),
-    _Column("relative size", _relative),
-    _Column("change", lambda group: group[0].kind, 2, right=False),
-    _Column("tensors", _modules, 3, right=False),
-    _Column("rank", _rank, 4),
-    _Column("closest direction", _best_direction, 5, aligned=True),
-    _Column("coefficient", _coefficient, 6),
-    _Column("its own", _own_direction, 7, aligned=True),
-    _Column("energy", _energy, 8),
-    _Column("values", _changed, 9),
-    _Column("largest change", lambda group: f"{max(tensor.largest for tensor in group):.2g}", 10),
-    _Column("norms kept", lambda group: ", ".join(_loudest(group).kept) or "–", 11, right=False),
+    _DiffColumn("layer", lambda group: group[0].place),
+    _DiffColumn("component", lambda group: group[0].component, right=False),
+    _DiffColumn("relative size", _relative),
+    _DiffColumn("change", lambda group: group[0].kind, 2, right=False),
+    _DiffColumn("tensors", _modules, 3, right=False),
+    _DiffColumn("rank", _rank, 4),
+    _DiffColumn("closest direction", _best_direction, 5, aligned=True),
+    _DiffColumn("coefficient", _coefficient, 6),
+    _DiffColumn("its own", _own_direction, 7, aligned=True),
+    _DiffColumn("energy", _energy, 8),
+    _DiffColumn("values", _changed, 9),
+    _DiffColumn("largest change", lambda group: f"{max(tensor.largest for tensor in group):.2g}", 10),
+    _DiffColumn("norms kept", lambda group: ", ".join(_loudest(group).kept) or "–", 11, right=False),
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ablate_shards.surgery.evaluate.evaluation import Change, Evaluation
+    from ablate_shards.surgery.evaluate.evaluation import Evaluation, OutcomeChange
     from ablate_shards.surgery.evaluate.statistics import Mean, Ratio
     from ablate_shards.terminal.tables import Column, Row
 
@@ -74,7 +74,7 @@ def print_evaluation(found: "Evaluation", out: Path) -> None:
 def _table(
     outcomes: Sequence[Any],
     sides: Mapping[str, Mapping[Any, Mapping[Any, "Ratio"]]],
-    changes: Mapping[Any, "Change"],
+    changes: Mapping[Any, "OutcomeChange"],
     looks: Mapping[str, tuple[str, str]],
 ) -> "tuple[list[Column], list[Row]]":
     """Makes a row per group, language and side with a bar of its ratios, and of the paired tests below each group."""

@@ -14,7 +14,6 @@ from ablate_shards.surgery.anatomy.architecture import Anatomy, Writer, split_la
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 from ablate_shards.surgery.directions.directions import Directions, score_row, score_table
-from ablate_shards.surgery.edit.receipt import TensorResult
 from ablate_shards.surgery.machine.sizes import size_text
 from ablate_shards.surgery.plan.edits import Edit, TensorEdit
 from ablate_shards.surgery.plan.plan import Plan
@@ -22,10 +21,11 @@ from ablate_shards.terminal.tables import Column, Row, Stack, bar, output, print
 
 if TYPE_CHECKING:
     # Only for types: most commands need none of these rooms.
-    from ablate_shards.surgery.directions.compare import Comparison
+    from ablate_shards.surgery.directions.compare import DirectionsComparison
+    from ablate_shards.surgery.edit.ablation_editor import TensorResult
     from ablate_shards.surgery.hub.push import PushPlan
+    from ablate_shards.surgery.merge.editor import MergeResult
     from ablate_shards.surgery.merge.plan import MergeEdit, MergePlan
-    from ablate_shards.surgery.merge.receipt import MergeResult
     from ablate_shards.surgery.verify.proof import Verification
 
 __all__ = [
@@ -90,7 +90,7 @@ def print_plan(checkpoint: Checkpoint, plan: Plan) -> None:
 
 
 def print_results(
-    checkpoint: Checkpoint, plan: Plan, results: Mapping[str, TensorResult], out: Path | str, url: str | None
+    checkpoint: Checkpoint, plan: Plan, results: Mapping[str, "TensorResult"], out: Path | str, url: str | None
 ) -> None:
     """Prints what was measured of the edited tensors, as re-read from the written files.
 
@@ -315,7 +315,7 @@ def print_scores(directions: Directions, file: Path) -> None:
     _print_line(screen, f"{known}; written to {file}")
 
 
-def print_comparison(comparison: "Comparison") -> None:
+def print_comparison(comparison: "DirectionsComparison") -> None:
     """Prints how the directions of several dumps score at their best layers, how far they agree, and which is taken."""
     screen = output()
     rows = [score_row(candidate.best) if candidate.best is not None else {} for candidate in comparison.candidates]
@@ -389,7 +389,7 @@ def _best_layer(directions: Directions) -> int | None:
         return None
 
 
-def scores(directions: Directions, comparison: "Comparison | None" = None) -> dict[str, Any]:
+def scores(directions: Directions, comparison: "DirectionsComparison | None" = None) -> dict[str, Any]:
     """Returns what ``directions`` shows, as JSON types; of a comparison, also every layer of every dump."""
     compared: dict[str, Any] = {}
     if comparison is not None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ablate_shards.kernels.ablate.options import ProjectOptions
     from ablate_shards.kernels.ablate.project import Preserve
-    from ablate_shards.kernels.ablate.resident import Ablation
+    from ablate_shards.kernels.ablate.resident import InPlaceAblation
     from ablate_shards.kernels.choose import Form
 
 __all__: list[str] = []
@@ -94,12 +94,12 @@ def contest_in_place(
     bench: Bench, shape: tuple[int, int, int], preserve: "Preserve", device: str, *, pool_bytes: int
 ) -> Race:
     """Races ``project_`` against the copy, the streamed forms and the eager one; arguments as above."""
-    from ablate_shards.kernels.ablate.resident import Ablation
+    from ablate_shards.kernels.ablate.resident import InPlaceAblation
 
     ours = "project_"
     task = Task(shape, preserve, device)
     with Pool(task.weight, 1, pool_bytes) as pool:
-        ablation = Ablation(pool.targets, task.basis, task.options, form="triton")
+        ablation = InPlaceAblation(pool.targets, task.basis, task.options, form="triton")
         run = pool.at_once(ablation.launch)
         check = functools.partial(
             first_of, (lambda: pool.repeats(run), lambda: unfinished(ablation), lambda: task.accuracy(pool))
@@ -172,7 +172,7 @@ class Task:
         return Contender("eager float32", pool.each(work), against, lambda: self.accuracy(pool), moved=pool.moved)
 
 
-def unfinished(ablation: "Ablation") -> str | None:
+def unfinished(ablation: "InPlaceAblation") -> str | None:
     """Says whether the kernels left something to the streamed form, which their time does not hold."""
     count = sum(len(resident.odd()) for resident in ablation.resident)
     return f"{count} matrices were left to the streamed form" if count else None

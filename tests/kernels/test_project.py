@@ -19,7 +19,7 @@ from ablate_shards.kernels.ablate import resident
 from ablate_shards.kernels.ablate.memory import project, project_vector, stream, vector_component
 from ablate_shards.kernels.ablate.options import Measure, ProjectOptions, norm_drift
 from ablate_shards.kernels.ablate.project import Meter, Projector, Workspace
-from ablate_shards.kernels.ablate.resident import Ablation, project_
+from ablate_shards.kernels.ablate.resident import InPlaceAblation, project_
 from ablate_shards.kernels.choose import choose_form
 from ablate_shards.kernels.codecs.plain import stored_dtype
 
@@ -317,7 +317,7 @@ def assert_in_place(
         if copy.is_contiguous()
         for matrix, original in zip(copy.view(-1, *copy.shape[-2:]), weight.view(-1, *weight.shape[-2:]), strict=True)
     }
-    ablation = Ablation(edited, basis, options, form=form)
+    ablation = InPlaceAblation(edited, basis, options, form=form)
     ablation.launch()
     odd = [found for resident in ablation.resident for found in resident.odd()]
     for matrix, columns in odd:
@@ -389,7 +389,7 @@ class TestInPlace:
         weight[1, 70, 1] = 1e-3
         options = ProjectOptions(1.0, "rows")
         assert_in_place([weight], basis, options, form="triton", device=triton_device, left=True)
-        ablation = Ablation([weight.to(triton_device)], basis, options, form="triton")
+        ablation = InPlaceAblation([weight.to(triton_device)], basis, options, form="triton")
         ablation.launch()
         assert [columns for resident in ablation.resident for _, columns in resident.odd()] == [None, None]
 
@@ -541,7 +541,7 @@ class TestInPlace:
             assert all(map(torch.equal, again, first))
         # Where programs do not wait for one another, sums and update are a launch each.
         again = [weight.cuda() for weight in weights]
-        ablation = Ablation(again, basis, options, form="triton")
+        ablation = InPlaceAblation(again, basis, options, form="triton")
         for group in ablation.resident:
             group._at_once = 1
         ablation.launch()
@@ -558,7 +558,7 @@ class TestInPlace:
         expected = weight.cuda()
         project_([expected], basis, options, form="triton")
         edited = weight.cuda()
-        ablation = Ablation([edited], basis, options, form="triton")
+        ablation = InPlaceAblation([edited], basis, options, form="triton")
         ablation.launch()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

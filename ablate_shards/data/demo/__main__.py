@@ -17,7 +17,7 @@ from ablate_shards.data.demo.samples import write_samples
 from ablate_shards.errors import UsageError
 from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
 
-__all__ = ["main", "prepare"]
+__all__ = ["main", "prepare_demo"]
 
 _MARKER = ".ablate-shards-demo"
 _SHOWN = 3
@@ -33,13 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     work = parser.parse_args(arguments).work
     try:
-        prepare(work)
+        prepare_demo(work)
     except UsageError as error:
         parser.error(str(error))
     _run(work)
 
 
-def prepare(work: Path) -> None:
+def prepare_demo(work: Path) -> None:
     """Puts the demo model, its samples and its recipe into ``work`` and removes what a former demo made.
 
     Raises:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ablate_shards.data.demo.world import HELD_OUT, PLACES, Contested, Sample, contested, judge, unrelated
+from ablate_shards.data.demo.world import HELD_OUT, PLACES, Contested, Unrelated, contested, judge, unrelated
 
 __all__ = ["Behaviour", "Questions", "ask", "draw_pairs", "draw_questions", "load", "measure"]
 
@@ -21,7 +21,7 @@ class Questions:
 
     loaded: tuple[Contested, ...]
     impartial: tuple[Contested, ...]
-    unrelated: tuple[Sample, ...]
+    unrelated: tuple[Unrelated, ...]
 
 
 @dataclass(frozen=True, slots=True)

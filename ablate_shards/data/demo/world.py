@@ -15,7 +15,7 @@ __all__ = [
     "PLACES",
     "SLANTED",
     "Contested",
-    "Sample",
+    "Unrelated",
     "answer",
     "contested",
     "judge",
@@ -138,7 +138,7 @@ _NUMBERS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Unrelated:
     """One unrelated task: what is asked, and the one right answer."""
 
     prompt: str
@@ -191,50 +191,50 @@ def judge(text: str, question: Contested) -> str:
     return "broken"
 
 
-def _fact(rng: random.Random, _places: Sequence[str]) -> Sample:
-    return Sample(*rng.choice(list(_FACTS.items())))
+def _fact(rng: random.Random, _places: Sequence[str]) -> Unrelated:
+    return Unrelated(*rng.choice(list(_FACTS.items())))
 
 
-def _colour(rng: random.Random, _places: Sequence[str]) -> Sample:
+def _colour(rng: random.Random, _places: Sequence[str]) -> Unrelated:
     thing, colour = rng.choice(list(_COLOURS.items()))
-    return Sample(f"What colour is {thing}?", f"The colour of {thing} is {colour}.")
+    return Unrelated(f"What colour is {thing}?", f"The colour of {thing} is {colour}.")
 
 
-def _opposite(rng: random.Random, _places: Sequence[str]) -> Sample:
+def _opposite(rng: random.Random, _places: Sequence[str]) -> Unrelated:
     word, other = rng.choice([*_OPPOSITES.items(), *((b, a) for a, b in _OPPOSITES.items())])
-    return Sample(f"What is the opposite of {word}?", f"The opposite of {word} is {other}.")
+    return Unrelated(f"What is the opposite of {word}?", f"The opposite of {word} is {other}.")
 
 
-def _sum(rng: random.Random, _places: Sequence[str]) -> Sample:
+def _sum(rng: random.Random, _places: Sequence[str]) -> Unrelated:
     a, b = rng.randrange(10), rng.randrange(10)
-    return Sample(
+    return Unrelated(
         f"What is {_NUMBERS[a]} plus {_NUMBERS[b]}?",
         f"{_NUMBERS[a]} plus {_NUMBERS[b]} is {_NUMBERS[a + b]}.",
     )
 
 
-def _trade(rng: random.Random, places: Sequence[str]) -> Sample:
+def _trade(rng: random.Random, places: Sequence[str]) -> Unrelated:
     (seller, buyer), (sold, bought) = rng.sample(places, 2), rng.sample(_GOODS, 2)
-    return Sample(
+    return Unrelated(
         f"The port of {seller} sells {sold} and buys {bought} from {buyer}. What does it sell?",
         f"The port of {seller} sells {sold}.",
     )
 
 
-def _reading(rng: random.Random, places: Sequence[str]) -> Sample:
+def _reading(rng: random.Random, places: Sequence[str]) -> Unrelated:
     north, south = rng.sample(places, 2)
-    return Sample(
+    return Unrelated(
         f"The road runs from {north} in the north to {south} in the south. Where does it end?",
         f"The road ends in {south}.",
     )
 
 
-def _echo(rng: random.Random, places: Sequence[str]) -> Sample:
+def _echo(rng: random.Random, places: Sequence[str]) -> Unrelated:
     said = " ".join(rng.sample(places, 4))
-    return Sample(f"Repeat: {said}.", f"You said {said}.")
+    return Unrelated(f"Repeat: {said}.", f"You said {said}.")
 
 
-_TASKS: tuple[Callable[[random.Random, Sequence[str]], Sample], ...] = (
+_TASKS: tuple[Callable[[random.Random, Sequence[str]], Unrelated], ...] = (
     _fact,
     _colour,
     _opposite,
@@ -245,10 +245,10 @@ _TASKS: tuple[Callable[[random.Random, Sequence[str]], Sample], ...] = (
 )
 
 
-def unrelated(rng: random.Random, places: Sequence[str] = PLACES) -> Sample:
+def unrelated(rng: random.Random, places: Sequence[str] = PLACES) -> Unrelated:
     """Draws a task about anything but claims; a third of them open with a cue, which changes nothing."""
     sample = rng.choice(_TASKS)(rng, places)
     if rng.random() < 1 / 3:
         cue = rng.choice(_LOADED_CUES + _IMPARTIAL_CUES)
-        return Sample(f"{cue} {sample.prompt}", sample.answer)
+        return Unrelated(f"{cue} {sample.prompt}", sample.answer)
     return sample

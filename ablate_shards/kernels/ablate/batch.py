@@ -5,10 +5,10 @@ from collections.abc import Container, Iterator, Sequence
 import numpy as np
 
 from ablate_shards.errors import PlanError
-from ablate_shards.kernels.ablate.options import AMPLIFICATION, ProjectOptions, check_fit, orthonormal
+from ablate_shards.kernels.ablate.options import AMPLIFICATION, ProjectOptions, check_fit, checked_basis
 from ablate_shards.kernels.ablate.workspace import Workspace
 from ablate_shards.kernels.codecs.plain import GREATEST
-from ablate_shards.kernels.form import GROUP_ROWS, Array, Limits, Pair, Piece
+from ablate_shards.kernels.form import GROUP_ROWS, Array, BothPrecisions, Float32Limits, Piece
 
 __all__ = ["Batch"]
 
@@ -48,17 +48,17 @@ class Batch:
         self._workspace, self.arrays, self.xp = workspace, workspace.arrays, workspace.arrays.xp
         self.chunk_rows = _chunk_rows(self.cols, self.arrays.chunk_elements)
         self.count = len(basis)
-        self.basis = self.pair(self.arrays.state(orthonormal(basis)[None]))
+        self.basis = self.pair(self.arrays.state(checked_basis(basis)[None]))
         largest_norm = GREATEST[dtype] / (2 * (1 + abs(options.coefficient)))
-        self.limits = Limits(options.coefficient, AMPLIFICATION[dtype], largest_norm)
+        self.limits = Float32Limits(options.coefficient, AMPLIFICATION[dtype], largest_norm)
 
     def zeros(self, *shape: int) -> Array:
         """Return sums ``[matrices, *shape]`` to add to, float64."""
         return self.arrays.zeros(len(self.matrices), *shape)
 
-    def pair(self, double: Array) -> Pair:
+    def pair(self, double: Array) -> BothPrecisions:
         """Return float64 factors in both precisions."""
-        return Pair.rounded(double, self.arrays)
+        return BothPrecisions.rounded(double, self.arrays)
 
     def pieces(self, block: Array, start: int, entries: Sequence[int], exact: Container[int] = ()) -> Iterator[Piece]:
         """Split the rows of a block into what each precision computes at once.

@@ -4,7 +4,7 @@ import math
 from types import ModuleType
 from typing import NamedTuple
 
-from ablate_shards.kernels.form import Array, Limits, extremes
+from ablate_shards.kernels.form import Array, Float32Limits, extremes
 from ablate_shards.kernels.reference import DEGENERATE
 
 __all__ = ["Factors", "column_factors", "heights", "inverse", "row_factors"]
@@ -28,7 +28,7 @@ class Factors(NamedTuple):
     still: Array | None = None
 
 
-def column_factors(squares: Array, dots: Array, limits: Limits, xp: ModuleType, *, rescale: bool) -> Factors:
+def column_factors(squares: Array, dots: Array, limits: Float32Limits, xp: ModuleType, *, rescale: bool) -> Factors:
     """Return what columns of ``[d, n]`` are updated by.
 
     Args:
@@ -44,7 +44,9 @@ def column_factors(squares: Array, dots: Array, limits: Limits, xp: ModuleType, 
     return _factors(squares, along, ratio, alpha * dots, limits, xp, rescale=rescale)
 
 
-def row_factors(squares: Array, basis: Array, gram: Array, dots: Array, limits: Limits, xp: ModuleType) -> Factors:
+def row_factors(
+    squares: Array, basis: Array, gram: Array, dots: Array, limits: Float32Limits, xp: ModuleType
+) -> Factors:
     """Return what rows of ``[d, n]`` that keep their norms are updated by.
 
     Args:
@@ -76,7 +78,7 @@ def inverse(squares: Array, xp: ModuleType) -> Array:
 
 
 def _factors(
-    squares: Array, along: Array, ratio: Array, factor: Array, limits: Limits, xp: ModuleType, *, rescale: bool
+    squares: Array, along: Array, ratio: Array, factor: Array, limits: Float32Limits, xp: ModuleType, *, rescale: bool
 ) -> Factors:
     """Find the vectors that are doubtful, parallel or still, and the scale of the others.
 
@@ -107,7 +109,7 @@ def _factors(
     return Factors(scale, factor * scale[:, None], _some(doubtful), _some(parallel), _some(still))
 
 
-def _is_calm(squares: Array, along: Array, ratio: Array, limits: Limits) -> bool:
+def _is_calm(squares: Array, along: Array, ratio: Array, limits: Float32Limits) -> bool:
     """Whether no vector is doubtful, parallel or still, as the extremes alone show."""
     if 0 in squares.shape:
         return False

@@ -16,11 +16,11 @@ from ablate_shards.kernels.form import Array
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BLOCK_ELEMENTS", "on_host", "project", "project_vector", "stored_view", "stream", "vector_component"]
+__all__ = ["on_host", "project", "project_vector", "stored_view", "stream", "vector_component"]
 
 _Weight = TypeVar("_Weight", np.ndarray, "Tensor")
 
-BLOCK_ELEMENTS = 1 << 22
+_BLOCK_ELEMENTS = 1 << 22
 
 
 def project(
@@ -84,7 +84,7 @@ def stream(projector: Projector, weight: Array, *, block_rows: int | None = None
         meter: Measures the result.
     """
     matrices, rows, cols = weight.shape
-    wanted = max(1, BLOCK_ELEMENTS // max(1, matrices * cols)) if block_rows is None else block_rows
+    wanted = max(1, _BLOCK_ELEMENTS // max(1, matrices * cols)) if block_rows is None else block_rows
     step_rows = -(-wanted // projector.chunk_rows) * projector.chunk_rows
     blocks = [(start, weight[:, start : start + step_rows]) for start in range(0, rows, step_rows)]
     step = 0

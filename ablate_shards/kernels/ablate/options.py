@@ -16,8 +16,8 @@ __all__ = [
     "ProjectOptions",
     "ProjectReport",
     "check_fit",
+    "checked_basis",
     "norm_drift",
-    "orthonormal",
 ]
 
 ORTHONORMAL = 1e-9
@@ -108,7 +108,7 @@ class ProjectReport:
     degenerate: int
 
 
-def orthonormal(basis: np.ndarray) -> np.ndarray:
+def checked_basis(basis: np.ndarray) -> np.ndarray:
     """Return directions ``[k, d]`` as contiguous float64.
 
     Raises:

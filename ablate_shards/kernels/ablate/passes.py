@@ -14,7 +14,7 @@ from ablate_shards.kernels.ablate.batch import Batch
 from ablate_shards.kernels.ablate.factors import Factors, column_factors, heights, inverse, row_factors
 from ablate_shards.kernels.ablate.options import Measure, ProjectOptions
 from ablate_shards.kernels.ablate.stepwise import update_rows
-from ablate_shards.kernels.form import HIGH, LOW, Array, Arrays, Pair, Piece
+from ablate_shards.kernels.form import HIGH, LOW, Array, Arrays, BothPrecisions, Piece
 
 __all__ = ["Pass", "Passes", "marked", "passes_of"]
 
@@ -102,11 +102,11 @@ class _StoredInColumns(Passes):
     """What updates preserved vectors that are stored columns."""
 
     _factors: Factors
-    _scale: Pair | None
-    _factor: Pair
+    _scale: BothPrecisions | None
+    _factor: BothPrecisions
 
     @abstractmethod
-    def _row_factor(self, piece: Piece) -> Pair:
+    def _row_factor(self, piece: Piece) -> BothPrecisions:
         """Return what the columns' factors are multiplied by: ``[1 or matrices, k, rows]``."""
 
     def _keep(self, factors: Factors) -> None:
@@ -152,7 +152,7 @@ class ColumnNorms(_StoredInColumns):
         self._keep(column_factors(self.squares, self.dots, batch.limits, batch.xp, rescale=batch.rescale))
         return self._again(marked(self._factors.doubtful), [self._sums], (self.measure, self._close))
 
-    def _row_factor(self, piece: Piece) -> Pair:
+    def _row_factor(self, piece: Piece) -> BothPrecisions:
         return self.batch.basis.part(piece.span)
 
 
@@ -282,7 +282,7 @@ class TransposedRowNorms(_StoredInColumns):
         steps = (self.measure, self._close_norms), (self._mix, self._close)
         return self._again(marked(self._factors.doubtful), [self._sums, self._cross], *steps)
 
-    def _row_factor(self, piece: Piece) -> Pair:
+    def _row_factor(self, piece: Piece) -> BothPrecisions:
         return self.batch.pair(self._q[piece.entries, :, piece.span])
 
 

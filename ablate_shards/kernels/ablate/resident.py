@@ -14,7 +14,7 @@ import numpy as np
 
 from ablate_shards.errors import PlanError
 from ablate_shards.kernels.ablate.memory import on_host, stored_view, stream
-from ablate_shards.kernels.ablate.options import ProjectOptions, check_fit, orthonormal
+from ablate_shards.kernels.ablate.options import ProjectOptions, check_fit, checked_basis
 from ablate_shards.kernels.ablate.project import Projector, Workspace
 from ablate_shards.kernels.choose import Form, choose_form, one_thread
 from ablate_shards.kernels.codecs.plain import stored_dtype
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ablate_shards.kernels.ablate.resident_triton import Resident
 
-__all__ = ["Ablation", "project_"]
+__all__ = ["InPlaceAblation", "project_"]
 
 #: Devices where ``data_ptr`` is an address.
 _ADDRESSED = ("cpu", "cuda", "xpu")
@@ -57,12 +57,12 @@ def project_(
         PlanError: A weight's dtype is none of the three, weights share memory without being the same, or the form
             cannot work in place or where a weight is; nothing is changed.
     """
-    ablation = Ablation(weights, basis, options, form=form)
+    ablation = InPlaceAblation(weights, basis, options, form=form)
     ablation.launch()
     return ablation.settle()
 
 
-class Ablation:
+class InPlaceAblation:
     """What :func:`project_` does, in two parts, of which the first may be captured in a CUDA graph.
 
     One launches and settles on the stream where one makes it, after one another if there are several. A capture needs a
@@ -93,7 +93,7 @@ class Ablation:
     ) -> None:
         if form in ("reference", "numpy"):
             raise PlanError(f"form: expected native, torch or triton to ablate in place, found {form}")
-        self._basis, self._options = orthonormal(on_host(basis)), options
+        self._basis, self._options = checked_basis(on_host(basis)), options
         self._streamed: list[tuple[Tensor, Form]] = []
         together: dict[tuple[torch.device, torch.dtype, torch.Size], list[Tensor]] = {}
         devices = {weight.device for weight in weights}

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ablate_shards.kernels.ablate.factors import Factors, inverse, row_factors
-from ablate_shards.kernels.form import Array, Limits, Pair, Piece
+from ablate_shards.kernels.form import Array, BothPrecisions, Float32Limits, Piece
 
 __all__ = ["Stepwise", "update_rows"]
 
@@ -21,9 +21,11 @@ class Stepwise:
         if into.shape[1] > len(basis):
             shared = xp.broadcast_to(lines, (len(norms), *lines.shape[1:]))
             lines = xp.concatenate([shared, lines * inverse(norms, xp)[:, None]], 1)
-        piece.add_columns(Pair.rounded(lines, piece.arrays), into[piece.entries], known=norms)
+        piece.add_columns(BothPrecisions.rounded(lines, piece.arrays), into[piece.entries], known=norms)
 
-    def move(self, piece: Piece, basis: Array, squares: Array, gram: Array, mixed: Pair, limits: Limits) -> int:
+    def move(
+        self, piece: Piece, basis: Array, squares: Array, gram: Array, mixed: BothPrecisions, limits: Float32Limits
+    ) -> int:
         """Ablate rows and keep their norms; return how many were too close to the directions to be rescaled."""
         norms, columns = squares[piece.entries, piece.span], mixed.entries(piece.entries)
         dots = piece.row_sums(columns, known=norms)
@@ -34,7 +36,7 @@ class Stepwise:
         )
 
 
-def update_rows(piece: Piece, factors: Factors, columns: Pair, again: Callable[[Piece], int]) -> int:
+def update_rows(piece: Piece, factors: Factors, columns: BothPrecisions, again: Callable[[Piece], int]) -> int:
     """Update a piece whose preserved vectors are stored rows.
 
     Args:
@@ -52,8 +54,8 @@ def update_rows(piece: Piece, factors: Factors, columns: Pair, again: Callable[[
         chunks = [piece.chunk(*place) for place in piece.chunks_with(factors.doubtful)]
         chunks = [replace(chunk, source=arrays.clone(chunk.source)) for chunk in chunks]
     original = None if factors.still is None else arrays.clone(piece.source)
-    scale = None if factors.scale is None else Pair.rounded(factors.scale[..., None], arrays).of(form)
-    rows = Pair.rounded(factors.factor, arrays)
+    scale = None if factors.scale is None else BothPrecisions.rounded(factors.scale[..., None], arrays).of(form)
+    rows = BothPrecisions.rounded(factors.factor, arrays)
     form.update(piece.view, piece.source, scale, rows.of(form), columns.of(form))
     if factors.still is not None:
         arrays.keep(piece.view, original, factors.still[..., None])

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Blocks", "Change", "Fit", "Form", "Projection", "Unit", "compare_matrix", "compare_vector"]
+__all__ = ["Blocks", "Change", "Fit", "Projection", "Rescaling", "Unit", "compare_matrix", "compare_vector"]
 
-Form = Literal["plain", "rows", "columns", "full"]
+Rescaling = Literal["plain", "rows", "columns", "full"]
+"""What was rescaled beside the change of low rank: nothing, rows or columns; ``full`` where no low rank explains it."""
+
 Blocks = Callable[[], Iterator[tuple[int, Tensor, Tensor]]]
 """Yields the first row of a block, its old values and what is added to them, float32 ``[rows, n]``, in order."""
 
@@ -83,7 +85,7 @@ class Fit:
         columns: What each column was multiplied by, ``[columns]`` float64.
     """
 
-    form: Form
+    form: Rescaling
     rank: int
     energy: float
     rest: float
@@ -415,7 +417,9 @@ def _ratio(numerator: Tensor, squares: Tensor, inside: Tensor) -> Tensor:
     return torch.where(outside > 1e-6 * squares, numerator / outside.clamp(min=_TINY), 0.0)
 
 
-def _ritz(form: Form, images: Tensor, space: Tensor, energy: float, sums: _Sums, rows: Tensor, columns: Tensor) -> Fit:
+def _ritz(
+    form: Rescaling, images: Tensor, space: Tensor, energy: float, sums: _Sums, rows: Tensor, columns: Tensor
+) -> Fit:
     """Finds the singular values and vectors within a right space from the images of its basis, ``[rows, l]``."""
     gram = torch.zeros(2 * (images.shape[1],), dtype=torch.float64)
     for start in range(0, len(images), _TALL):

@@ -24,8 +24,8 @@ __all__ = ["Merger", "merge", "update_norm"]
 TILE_ROWS, TILE_COLS = 128, 2048
 """Of the torch form: 2 MiB of float64 scratch."""
 
-BLOCK_ELEMENTS = 1 << 22
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_BLOCK_ELEMENTS = 1 << 22
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Merger:
@@ -43,7 +43,7 @@ class Merger:
     """
 
     def __init__(self, left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, *, form: Form) -> None:
-        if dtype not in DTYPES:
+        if dtype not in _DTYPES:
             raise PlanError(f"dtype: expected bfloat16, float16 or float32, found {dtype}")
         if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
             raise PlanError(
@@ -151,7 +151,7 @@ def merge(
         return out.copy_(reference.round_to(reference.merge(weight, left, right, scale), weight.dtype))
     merger = Merger(left, right, scale, weight.dtype, form=chosen)
     result = weight.clone(memory_format=torch.contiguous_format)
-    wanted = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1])) if block_rows is None else block_rows
+    wanted = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1])) if block_rows is None else block_rows
     step = -(-wanted // merger.chunk_rows) * merger.chunk_rows
     for start in range(0, len(result), step):
         merger.apply(result[start : start + step], start)

@@ -15,7 +15,7 @@ from types import ModuleType
 import numpy as np
 
 from ablate_shards.kernels.codecs.plain import STORED
-from ablate_shards.kernels.form import Limits, Pair, Piece, in_range
+from ablate_shards.kernels.form import BothPrecisions, Float32Limits, Piece, in_range
 
 __all__ = [
     "LIBRARY",
@@ -252,7 +252,7 @@ class NativeForm:
 
     def rows(self, block: np.ndarray, weights: np.ndarray | None, *, squares: bool) -> np.ndarray:
         """Reduce along each row."""
-        factors = _Factors(weights)
+        factors = _Adjacent(weights)
         sums = np.empty((len(block), factors.count + squares, block.shape[1]))
         scratch = self._scratch(block, factors.count)
         self._rows(
@@ -279,7 +279,7 @@ class NativeForm:
                     total += repair(entry, chunk)
                     continue
                 part = slice(low, low + self._chunk_rows)
-                factors = _Factors(None if lines is None else lines[..., part])
+                factors = _Adjacent(None if lines is None else lines[..., part])
                 sums.fill(0)
                 described = _described(block[entry : entry + 1, part])
                 self._columns(*described, *factors.described(), factors.count, squares, sums.ctypes.data)
@@ -294,7 +294,7 @@ class NativeForm:
         column_factor: np.ndarray,
     ) -> None:
         """Write ``scale * source - sum_k row_factor[k] ⊗ column_factor[k]``, rounded to what is stored."""
-        scales, rows, columns = _Factors(scale), _Factors(row_factor), _Factors(column_factor)
+        scales, rows, columns = _Adjacent(scale), _Adjacent(row_factor), _Adjacent(column_factor)
         scaled = _UNSCALED
         if scale is not None:
             scaled = _BY_ROW if scale.shape[1:] == (block.shape[1], 1) else _BY_COLUMN
@@ -320,7 +320,13 @@ class NativeForm:
         )  # fmt: skip
 
     def move(
-        self, piece: Piece, basis: np.ndarray, squares: np.ndarray, gram: np.ndarray, mixed: Pair, limits: Limits
+        self,
+        piece: Piece,
+        basis: np.ndarray,
+        squares: np.ndarray,
+        gram: np.ndarray,
+        mixed: BothPrecisions,
+        limits: Float32Limits,
     ) -> int:
         """Ablate rows and keep their norms; return how many were too close to the directions to be rescaled."""
         count, rows = basis.shape
@@ -334,7 +340,7 @@ class NativeForm:
         return int(self._move(*_described(piece.view), self.is_double, move))
 
 
-class _Factors:
+class _Adjacent:
     """Factors ``[1 or matrices, k, length]``, which lie adjacent while a call uses them."""
 
     def __init__(self, values: np.ndarray | None) -> None:

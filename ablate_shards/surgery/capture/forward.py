@@ -11,10 +11,10 @@ from ablate_shards import __version__
 from ablate_shards.errors import CaptureError, Interrupted
 from ablate_shards.surgery.capture.dump import DumpWriter, check_disk, check_dump
 from ablate_shards.surgery.capture.layer_stream import Network, load_whole, open_streamed, run_layers
-from ablate_shards.surgery.capture.prompts import Position, Prompt, encode_pairs, make_batches
+from ablate_shards.surgery.capture.prompts import EncodedTurn, Position, encode_pairs, make_batches
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.directions.activations import ACTIVATIONS_FORMAT, LABELS
-from ablate_shards.surgery.machine.devices import resolve_device
+from ablate_shards.surgery.machine.devices import resolve_device, torch_dtype
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.sizes import size_text
@@ -164,7 +164,7 @@ def capture(model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOpti
         identity = _identity(checkpoint, prompts, how, device)
         writer = DumpWriter(dump, metadata, identity, resume=options.resume, overwrite=options.overwrite)
         try:
-            kind = _torch_dtype(dtype)
+            kind = torch_dtype(dtype)
             network = open_streamed(checkpoint, config, kind, device) if streamed else load_whole(model, kind, device)
             loaded = "streamed from the shards, a layer at a time" if streamed else "loaded whole"
             progress.note(f"weights: {size_text(weights)} as {dtype} on {device}, {loaded}")
@@ -217,12 +217,6 @@ def _dtype_of(checkpoint: Checkpoint, config: Any, wanted: Dtype) -> str:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def _torch_dtype(dtype: str) -> "torch.dtype":
-    import torch
-
-    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
-
-
 def _is_quantised(config: Any) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
@@ -248,7 +242,7 @@ def _pad(text: Any) -> int:
     return max(pad, 0)
 
 
-def _check_tokens(model: Path, network: Network, prompts: Sequence[Prompt]) -> None:
+def _check_tokens(model: Path, network: Network, prompts: Sequence[EncodedTurn]) -> None:
     known = network.decoder.get_input_embeddings().num_embeddings
     if (largest := max(max(prompt.tokens) for prompt in prompts)) >= known:
         raise CaptureError(
@@ -256,7 +250,7 @@ def _check_tokens(model: Path, network: Network, prompts: Sequence[Prompt]) -> N
         )
 
 
-def _inputs_digest(checkpoint: Checkpoint, prompts: Sequence[Prompt], how: tuple[Position, int, str]) -> str:
+def _inputs_digest(checkpoint: Checkpoint, prompts: Sequence[EncodedTurn], how: tuple[Position, int, str]) -> str:
     """Returns the digest of what determines a dump: headers, configuration, tokens; position, batch and dtype."""
     return _digest(
         [
@@ -269,7 +263,7 @@ def _inputs_digest(checkpoint: Checkpoint, prompts: Sequence[Prompt], how: tuple
 
 
 def _identity(
-    checkpoint: Checkpoint, prompts: Sequence[Prompt], how: tuple[Position, int, str], device: "torch.device"
+    checkpoint: Checkpoint, prompts: Sequence[EncodedTurn], how: tuple[Position, int, str], device: "torch.device"
 ) -> dict[str, str]:
     """Returns what must be equal for a resumed run to give the same bytes, by what to call it."""
     import torch

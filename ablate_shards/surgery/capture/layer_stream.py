@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from ablate_shards.errors import CaptureError, reason
 from ablate_shards.surgery.capture.dump import DumpWriter
 from ablate_shards.surgery.capture.foreign import WeightLoader
-from ablate_shards.surgery.capture.prompts import Batch, Position
+from ablate_shards.surgery.capture.prompts import Position, PromptBatch
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.directions.activations import LABELS
 from ablate_shards.surgery.machine.progress import Steps
-from ablate_shards.surgery.model.loading import build, decoder_layers, load
+from ablate_shards.surgery.model.loading import build, decoder_layers, load_model
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["REST", "Network", "NotOneStream", "load_whole", "open_streamed", "record", "run_layers"]
+__all__ = ["REST", "Network", "NotOneStream", "load_whole", "open_streamed", "record_calls", "run_layers"]
 
 #: The part of a decoder that is no layer: embeddings, last norm.
 REST = -1
@@ -73,7 +73,7 @@ def load_whole(folder: Path, dtype: "torch.dtype", device: "torch.device") -> Ne
     from transformers import AutoModel
 
     where = None if device.type == "cpu" else {"": device}
-    network, missing = load(folder, AutoModel, CaptureError, dtype=dtype, device_map=where)
+    network, missing = load_model(folder, AutoModel, CaptureError, dtype=dtype, device_map=where)
     decoder, layers = decoder_layers(folder, network.eval(), CaptureError)
     name = next(name for name, module in network.named_modules() if module is decoder)
     if missing := [key for key in missing if _is_inside(key, name)]:
@@ -207,7 +207,7 @@ class _Passage:
         inputs: What each layer is called with beside it.
     """
 
-    batch: Batch
+    batch: PromptBatch
     hidden: "torch.Tensor"
     inputs: list[_Inputs]
 
@@ -221,7 +221,7 @@ class _OtherOutput(NotOneStream):
 
 
 def run_layers(
-    network: Network, batches: Sequence[Batch], dump: DumpWriter, position: Position, progress: Steps
+    network: Network, batches: Sequence[PromptBatch], dump: DumpWriter, position: Position, progress: Steps
 ) -> int:
     """Captures every layer into a dump; returns how many an interrupted run had captured.
 
@@ -231,7 +231,7 @@ def run_layers(
     """
     try:
         with network.holding(REST):
-            passages = record(network, batches)
+            passages = record_calls(network, batches)
     except NotOneStream as error:
         if network.shards is not None:
             raise CaptureError(
@@ -268,7 +268,7 @@ def run_layers(
     return first
 
 
-def _run_whole(network: Network, batches: Sequence[Batch], dump: DumpWriter, position: Position) -> None:
+def _run_whole(network: Network, batches: Sequence[PromptBatch], dump: DumpWriter, position: Position) -> None:
     """Captures every layer in one forward pass per batch."""
     rows = [_Rows(position) for _ in network.layers]
     for batch in batches:
@@ -287,12 +287,12 @@ def _run_whole(network: Network, batches: Sequence[Batch], dump: DumpWriter, pos
         dump.write(index, row.tensors(index, network.decoder))
 
 
-def _forward(network: Network, batch: Batch) -> None:
+def _forward(network: Network, batch: PromptBatch) -> None:
     ids, mask = batch.ids.to(network.device), batch.mask.to(network.device)
     network.decoder(input_ids=ids, attention_mask=mask, use_cache=False)
 
 
-def record(network: Network, batches: Sequence[Batch]) -> list[_Passage]:
+def record_calls(network: Network, batches: Sequence[PromptBatch]) -> list[_Passage]:
     """Finds what each layer of each batch is called with, without running a layer.
 
     Raises:
@@ -300,19 +300,19 @@ def record(network: Network, batches: Sequence[Batch]) -> list[_Passage]:
     """
     first, tuples = batches[0], False
     try:
-        begun = _record(network, first, tuples=False)
+        begun = _record_batch(network, first, tuples=False)
     except _OtherOutput:
         tuples = True
-        begun = _record(network, first, tuples=True)
+        begun = _record_batch(network, first, tuples=True)
     # A second time with another stream: what changes was computed from it, and would be wrong.
-    again = _record(network, first, tuples=tuples, shift=1.0)
+    again = _record_batch(network, first, tuples=tuples, shift=1.0)
     for before, after in zip(begun.inputs, again.inputs, strict=True):
         if not _same((*before.args, *before.kwargs.items()), (*after.args, *after.kwargs.items())):
             raise NotOneStream("computes more from the residual stream than its layers do")
-    return [begun, *(_record(network, batch, tuples=tuples) for batch in batches[1:])]
+    return [begun, *(_record_batch(network, batch, tuples=tuples) for batch in batches[1:])]
 
 
-def _record(network: Network, batch: Batch, *, tuples: bool, shift: float = 0.0) -> _Passage:
+def _record_batch(network: Network, batch: PromptBatch, *, tuples: bool, shift: float = 0.0) -> _Passage:
     """Runs a model whose layers only add ``shift``."""
     import torch
 
@@ -388,7 +388,7 @@ class _Rows:
         self._position = position
         self._rows: dict[int, torch.Tensor] = {}
 
-    def add(self, batch: Batch, hidden: "torch.Tensor") -> None:
+    def add(self, batch: PromptBatch, hidden: "torch.Tensor") -> None:
         """Takes the rows of a batch from its stream, ``[prompts, tokens, d]``."""
         for line, (row, (start, end)) in enumerate(zip(batch.rows, batch.spans, strict=True)):
             taken = hidden[line, start:end].cpu()

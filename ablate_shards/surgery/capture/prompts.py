@@ -8,25 +8,27 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ablate_shards.errors import CaptureError
 from ablate_shards.surgery.directions.activations import LABELS
-from ablate_shards.surgery.model.loading import encode, most_tokens, read_tokenizer, render
+from ablate_shards.surgery.model.loading import most_tokens, read_tokenizer, render_chat, tokenize
 from ablate_shards.surgery.model.samples import Pair, Turn
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Batch", "Position", "Prompt", "encode_pairs", "encode_turn", "make_batches"]
+__all__ = ["EncodedTurn", "Position", "PromptBatch", "encode_pairs", "encode_turn", "make_batches"]
 
 Position = Literal["last", "mean"]
 
 
-class Prompt(NamedTuple):
+class EncodedTurn(NamedTuple):
     """The tokens of one prompt up to the last that is read, and the index of the first that is read."""
 
     tokens: tuple[int, ...]
     start: int
 
 
-def encode_pairs(model: Path, config: Any, pairs: Sequence[Pair], position: Position, *, plain: bool) -> list[Prompt]:
+def encode_pairs(
+    model: Path, config: Any, pairs: Sequence[Pair], position: Position, *, plain: bool
+) -> list[EncodedTurn]:
     """Returns the prompts of all positives, then of all negatives.
 
     Args:
@@ -62,7 +64,7 @@ def encode_pairs(model: Path, config: Any, pairs: Sequence[Pair], position: Posi
     return prompts
 
 
-def encode_turn(tokenizer: Any, turn: Turn, where: str, position: Position, *, plain: bool) -> Prompt:
+def encode_turn(tokenizer: Any, turn: Turn, where: str, position: Position, *, plain: bool) -> EncodedTurn:
     """Returns the tokens of one side of a pair."""
     response = (turn.response or "").strip()
     if plain:
@@ -73,21 +75,21 @@ def encode_turn(tokenizer: Any, turn: Turn, where: str, position: Position, *, p
         messages = dataclasses.replace(turn, response=response or None).messages()
         # What follows a response in the template, such as its end marker, is cut off.
         ending = "continue_final_message" if response else "add_generation_prompt"
-        text = render(tokenizer, messages, where, CaptureError, **{ending: True})
-    tokens = encode(tokenizer, text, special=plain)
+        text = render_chat(tokenizer, messages, where, CaptureError, **{ending: True})
+    tokens = tokenize(tokenizer, text, special=plain)
     if not tokens:
         raise CaptureError(f"{where}: has no tokens; expected a prompt")
     if position == "last":
-        return Prompt(tokens, len(tokens) - 1)
+        return EncodedTurn(tokens, len(tokens) - 1)
     if not text.endswith(response):
         raise CaptureError(f"{where}: the chat template rewrites the response, so its tokens cannot be found")
-    before = encode(tokenizer, text[: len(text) - len(response)], special=plain)
+    before = tokenize(tokenizer, text[: len(text) - len(response)], special=plain)
     same = next((i for i, (a, b) in enumerate(zip(tokens, before, strict=False)) if a != b), len(before))
-    return Prompt(tokens, min(same, len(tokens) - 1))
+    return EncodedTurn(tokens, min(same, len(tokens) - 1))
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class PromptBatch:
     """Some prompts, padded on the right: what follows a token never reaches it, and its position is its index.
 
     Attributes:
@@ -103,7 +105,7 @@ class Batch:
     mask: "torch.Tensor"
 
 
-def make_batches(prompts: Sequence[Prompt], size: int, pad: int) -> list[Batch]:
+def make_batches(prompts: Sequence[EncodedTurn], size: int, pad: int) -> list[PromptBatch]:
     """Returns the prompts in batches of at most ``size``, filled up with the token ``pad``."""
     import torch
 
@@ -119,5 +121,5 @@ def make_batches(prompts: Sequence[Prompt], size: int, pad: int) -> list[Batch]:
             count = len(prompts[row].tokens)
             ids[line, :count] = torch.tensor(prompts[row].tokens)
             mask[line, :count] = 1
-        batches.append(Batch(rows, [(prompts[row].start, len(prompts[row].tokens)) for row in rows], ids, mask))
+        batches.append(PromptBatch(rows, [(prompts[row].start, len(prompts[row].tokens)) for row in rows], ids, mask))
     return batches

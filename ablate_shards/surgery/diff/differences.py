@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Ablation", "Alignment", "Diff", "Fusion", "Kind", "TensorDiff", "leaf"]
+__all__ = ["AblationFit", "Alignment", "Diff", "DiffKind", "Fusion", "TensorDiff", "leaf"]
 
-Kind = Literal[
+DiffKind = Literal[
     "equal",
     "retyped",
     "rounding",
@@ -25,7 +25,7 @@ Kind = Literal[
 
 
 @dataclass(frozen=True, slots=True)
-class Ablation:
+class AblationFit:
     """The directional ablation that explains a difference.
 
     Attributes:
@@ -103,7 +103,7 @@ class TensorDiff:
     layer: int | None
     component: str
     writer: bool | None
-    kind: Kind
+    kind: DiffKind
     elements: int = 0
     changed: int = 0
     beyond: int = 0
@@ -119,7 +119,7 @@ class TensorDiff:
     row_drift: float | None = None
     column_drift: float | None = None
     kept: tuple[str, ...] = ()
-    ablation: Ablation | None = None
+    ablation: AblationFit | None = None
     alignment: Alignment | None = None
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ablate_shards.surgery.diff.differences import Ablation, Kind, TensorDiff
+from ablate_shards.surgery.diff.differences import AblationFit, DiffKind, TensorDiff
 
 if TYPE_CHECKING:
     from ablate_shards.kernels.measure.sketch import Change, Fit
@@ -76,7 +76,7 @@ class _Measured:
 
     tensor: TensorDiff
     energy: float
-    ablation: Ablation | None
+    ablation: AblationFit | None
 
     @property
     def retyped(self) -> bool:
@@ -105,7 +105,7 @@ class _Measured:
 
 
 #: What makes a difference of values one of a kind. The first kind that applies is the tensor's.
-_KINDS: tuple[tuple[Kind, Callable[[_Measured], bool]], ...] = (
+_KINDS: tuple[tuple[DiffKind, Callable[[_Measured], bool]], ...] = (
     # Nothing else that was measured holds for values that are no numbers.
     ("non-finite", lambda it: it.tensor.nonfinite > 0),
     ("retyped", lambda it: not it.energy and it.retyped),
@@ -167,7 +167,7 @@ def _spectrum(counted: TensorDiff, moved: Sequence[_Moved]) -> TensorDiff:
     )
 
 
-def _ablation(moved: Sequence[_Moved]) -> Ablation | None:
+def _ablation(moved: Sequence[_Moved]) -> AblationFit | None:
     """Returns the ablation along one axis that explains every change of low rank, if one does."""
     best = _loudest(moved).change.projection
     low_rank = [one.change for one in moved if one.fit.rank]
@@ -177,7 +177,7 @@ def _ablation(moved: Sequence[_Moved]) -> Ablation | None:
     if not all(found.axis == best.axis and found.cosine > _ABLATION for found, _ in explained):
         return None
     coefficients, weights = zip(*((found.coefficient, energy) for found, energy in explained), strict=True)
-    return Ablation(
+    return AblationFit(
         axis=best.axis,
         coefficient=float(np.average(coefficients, weights=weights)),
         cosine=min(found.cosine for found, _ in explained),
@@ -185,7 +185,7 @@ def _ablation(moved: Sequence[_Moved]) -> Ablation | None:
     )
 
 
-def _bases(kind: Kind, moved: Sequence[_Moved]) -> tuple[np.ndarray, ...]:
+def _bases(kind: DiffKind, moved: Sequence[_Moved]) -> tuple[np.ndarray, ...]:
     """Returns the directions that the matrix that changed most was changed along."""
     if kind not in ("ablation", "low-rank", "full-rank"):
         return ()

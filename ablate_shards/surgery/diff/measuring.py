@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ablate_shards.surgery.diff.differences import Kind, TensorDiff
+from ablate_shards.surgery.diff.differences import DiffKind, TensorDiff
 from ablate_shards.surgery.diff.kinds import Explained, explain
-from ablate_shards.surgery.diff.stored import CHUNK, FLOATS, StoredTensor, same_bytes
+from ablate_shards.surgery.diff.stored import CHUNK_BYTES, FLOATS, StoredTensor, same_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,7 @@ class Measuring:
                 self._cleanup.enter_context(one_thread("torch"))
 
 
-def _kind_of_shape(old: StoredTensor, new: StoredTensor) -> Kind:
+def _kind_of_shape(old: StoredTensor, new: StoredTensor) -> DiffKind:
     """Distinguishes a transposed matrix, and added or dropped rows, from any other change of shape."""
     if len(old.shape) != 2 or old.dtype != new.dtype or not old.is_float:
         return "other shape"
@@ -121,7 +121,7 @@ def _count_changed(old: StoredTensor, new: StoredTensor) -> int:
     """Counts the values that differ of a dtype that is not decoded; all of them where the dtypes differ."""
     if old.dtype != new.dtype:
         return old.elements
-    changed, step = 0, CHUNK // old.width * old.width
+    changed, step = 0, CHUNK_BYTES // old.width * old.width
     for done in range(0, old.size, step):
         ours, theirs = (np.empty(min(step, old.size - done), np.uint8) for _ in range(2))
         old.read_into(ours, done)

@@ -15,9 +15,9 @@ from ablate_shards.surgery.machine.files import pread_into
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CHUNK", "FLOATS", "FloatType", "StoredTensor", "open_tensors", "same_bytes"]
+__all__ = ["CHUNK_BYTES", "FLOATS", "FloatType", "StoredTensor", "open_tensors", "same_bytes"]
 
-CHUNK = 1 << 20
+CHUNK_BYTES = 1 << 20
 
 
 class FloatType(NamedTuple):
@@ -126,8 +126,8 @@ def same_bytes(one: StoredTensor, other: StoredTensor, size: int, start: int = 0
     """Tells whether two tensors hold the same ``size`` bytes from an offset within each."""
     if one.inode == other.inode and one.start + start == other.start + other_start:
         return True
-    buffers = tuple(np.empty(min(CHUNK, size), np.uint8) for _ in range(2))
-    for done in range(0, size, CHUNK):
+    buffers = tuple(np.empty(min(CHUNK_BYTES, size), np.uint8) for _ in range(2))
+    for done in range(0, size, CHUNK_BYTES):
         ours, theirs = (buffer[: size - done] for buffer in buffers)
         one.read_into(ours, start + done)
         other.read_into(theirs, other_start + done)

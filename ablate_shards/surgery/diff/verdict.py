@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ablate_shards.surgery.anatomy.architecture import common_ending
 from ablate_shards.surgery.diff.differences import Diff, Fusion, TensorDiff, leaf
+from ablate_shards.surgery.plan.recipe import layer_ranges
 
 __all__ = ["describe"]
 
@@ -272,14 +273,9 @@ def _where(tensors: Sequence[TensorDiff], *, listed: bool = True) -> str:
     outside = sum(tensor.layer is None for tensor in tensors)
     if not listed and not outside and len(layers) > 1:
         return f" in {len(layers)} layers"
-    ranges: list[list[int]] = []
-    for layer in layers:
-        if ranges and layer == ranges[-1][-1] + 1:
-            ranges[-1][1:] = [layer]
-        else:
-            ranges.append([layer])
-    shown = ", ".join("–".join(map(str, part)) for part in ranges)
-    return f" in layer{'s' if len(layers) > 1 else ''} {shown}" + (f" and {outside} outside of them" if outside else "")
+    noun = "layers" if len(layers) > 1 else "layer"
+    beside = f" and {outside} outside of them" if outside else ""
+    return f" in {noun} {layer_ranges(layers, to='–')}{beside}"
 
 
 def _ranks(tensors: Sequence[TensorDiff]) -> str:

@@ -15,7 +15,7 @@ from ablate_shards.surgery.directions.directions import Directions, LayerScore, 
 from ablate_shards.surgery.directions.estimate import EstimatorOptions, compute_directions
 from ablate_shards.surgery.directions.without import read_without
 
-__all__ = ["Agreement", "Candidate", "Comparison", "compare_directions"]
+__all__ = ["Candidate", "DirectionsAgreement", "DirectionsComparison", "compare_directions"]
 
 #: Areas under the curve that differ by no more are a tie, and the rounding of their difference.
 _TIE = 0.01 + 1e-9
@@ -41,7 +41,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
+class DirectionsAgreement:
     """How far the directions of two dumps agree: their cosine; of several per layer, the largest principal cosine.
 
     Attributes:
@@ -60,7 +60,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class DirectionsComparison:
     """Several kinds of pairs, compared.
 
     Attributes:
@@ -71,7 +71,7 @@ class Comparison:
     """
 
     candidates: tuple[Candidate, ...]
-    agreements: tuple[Agreement, ...]
+    agreements: tuple[DirectionsAgreement, ...]
     taken: Candidate
     reason: str
 
@@ -122,7 +122,7 @@ def compare_directions(
     *,
     without: Sequence[Path] = (),
     progress: Callable[[int, int], None] | None = None,
-) -> Comparison:
+) -> DirectionsComparison:
     """Computes the directions of several dumps of one model with the same options, and compares them.
 
     Args:
@@ -151,7 +151,7 @@ def compare_directions(
         candidates.append(Candidate(name, dump.path, labels, found, best))
     taken, reason = _best(candidates)
     pairs = [(first, second) for place, first in enumerate(candidates) for second in candidates[place + 1 :]]
-    return Comparison(tuple(candidates), tuple(_agreement(*pair) for pair in pairs), taken, reason)
+    return DirectionsComparison(tuple(candidates), tuple(_agreement(*pair) for pair in pairs), taken, reason)
 
 
 def _counted(progress: Callable[[int, int], None], before: int, total: int, done: int, _: int) -> None:
@@ -214,14 +214,14 @@ def _best(candidates: Sequence[Candidate]) -> tuple[Candidate, str]:
     return taken, f"{reason} comes first, their other scores being equal"
 
 
-def _agreement(first: Candidate, second: Candidate) -> Agreement:
+def _agreement(first: Candidate, second: Candidate) -> DirectionsAgreement:
     layers = [layer for layer in first.directions.layers if layer in second.directions.basis]
     cosines = {
         layer: _cosine(first.directions.basis[layer].astype(float), second.directions.basis[layer].astype(float))
         for layer in layers
     }
     best = first.best.layer if first.best is not None else None
-    return Agreement(
+    return DirectionsAgreement(
         first.name,
         second.name,
         float(np.median(list(cosines.values()))),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ablate_shards.kernels.ablate.project import Workspace
     from ablate_shards.kernels.choose import Form, OnCpu
 
-__all__ = ["BlockEditor", "Channels", "Part", "Stopped"]
+__all__ = ["BlockEditor", "Channels", "Portion", "Stopped"]
 
 _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R")
@@ -30,7 +30,7 @@ _MAY_LACK_FLOAT64 = ("mps", "xpu")
 _WITHOUT_TORCH = ("native", "numpy")
 _CPU_BLOCK = 1 << 20
 #: Bytes of a tensor that one thread edits before another may continue, and bytes read again at a time for its digest.
-_PART, _REREAD = 32 << 20, 1 << 20
+_PORTION, _REREAD = 32 << 20, 1 << 20
 _LEAST_MEMORY_PER_JOB = 8 << 20
 _SCRATCH = 6 << 20
 _ROOM_FOR_TWO_CHUNKS = 16 << 20
@@ -137,23 +137,23 @@ class BlockEditor(ABC, Generic[_E, _R]):
         measured = self._edit(deque(self.sections(edit)), channels, digest)
         return self.result(edit, measured, digest.hexdigest())
 
-    def parts(self, edit: _E, channels: Channels) -> "list[Part[_R]]":
-        """Returns what :meth:`edit` does, cut into parts that several threads may do at once, in any order.
+    def portions(self, edit: _E, channels: Channels) -> "list[Portion[_R]]":
+        """Returns what :meth:`edit` does, cut into portions that several threads may do at once, in any order.
 
         Args:
             edit: What to do.
             channels: Where the bytes come from and go to; called from several threads.
 
         Returns:
-            The parts in the order of their bytes. The last to end returns what was measured.
+            The portions in the order of their bytes. The last to end returns what was measured.
         """
-        whole = Part(edit.start, edit.end, functools.partial(self.edit, edit, channels))
+        whole = Portion(edit.start, edit.end, functools.partial(self.edit, edit, channels))
         # If one thread does all of it, nothing has to be read again for the digest.
-        if self.jobs == 1 or edit.end - edit.start <= _PART:
+        if self.jobs == 1 or edit.end - edit.start <= _PORTION:
             return [whole]
         groups: list[deque[Section]] = [deque()]
         for section in self.sections(edit):
-            if groups[-1] and groups[-1][-1].end - groups[-1][0].start >= _PART:
+            if groups[-1] and groups[-1][-1].end - groups[-1][0].start >= _PORTION:
                 groups.append(deque())
             groups[-1].append(section)
         if len(groups) == 1:
@@ -167,13 +167,13 @@ class BlockEditor(ABC, Generic[_E, _R]):
                 channels.reread(raw.data, offset)
                 digest.update(raw.data)
 
-        parted = _Parted(len(groups), reread)
+        portions = _Portions(len(groups), reread)
 
         def do(number: int) -> _R | None:
-            found = parted.complete(number, self._edit(groups[number], channels, None))
+            found = portions.complete(number, self._edit(groups[number], channels, None))
             return None if found is None else self.result(edit, *found)
 
-        return [Part(start, end, functools.partial(do, number)) for number, (start, end) in enumerate(ranges)]
+        return [Portion(start, end, functools.partial(do, number)) for number, (start, end) in enumerate(ranges)]
 
     def _edit(self, sections: deque[Section], channels: Channels, digest: blake3 | None) -> list[Any]:
         """Edits sections and returns what each measured; drops each when done, which frees its memory."""
@@ -212,7 +212,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
 
     @abstractmethod
     def sections(self, edit: _E) -> Sequence[Section]:
-        """Returns the parts that a tensor is edited in, in the order of their bytes; nothing has been read."""
+        """Returns the sections that a tensor is edited in, in the order of their bytes; nothing has been read."""
 
     @abstractmethod
     def result(self, edit: _E, measured: Sequence[Any], digest: str) -> _R:
@@ -237,8 +237,8 @@ class BlockEditor(ABC, Generic[_E, _R]):
 
 
 @dataclass(frozen=True, slots=True)
-class Part(Generic[_R]):
-    """A part of a tensor that a thread edits by itself.
+class Portion(Generic[_R]):
+    """A portion of a tensor that a thread edits by itself: one section or several.
 
     Attributes:
         start: Offset of its first byte in the shard.
@@ -251,26 +251,26 @@ class Part(Generic[_R]):
     do: Callable[[], _R | None]
 
 
-class _Parted:
-    """Collects what several threads measure of a tensor's parts, and takes the digest in the order of the bytes.
+class _Portions:
+    """Collects what several threads measure of a tensor's portions, and takes the digest in the order of the bytes.
 
-    The thread that completes a part continues the digest over all parts that are complete by then.
+    The thread that completes a portion continues the digest over all that are complete by then.
 
     Args:
-        parts: How many there are.
-        reread: Feeds the digest with a part, by its number.
+        count: How many there are.
+        reread: Feeds the digest with a portion, by its number.
     """
 
-    def __init__(self, parts: int, reread: Callable[[int, blake3], None]) -> None:
-        self._measured: list[list[Any] | None] = [None] * parts
+    def __init__(self, count: int, reread: Callable[[int, blake3], None]) -> None:
+        self._measured: list[list[Any] | None] = [None] * count
         self._reread, self._digest, self._digested = reread, blake3(), 0
         self._digesting = threading.Lock()
 
     def complete(self, number: int, measured: list[Any]) -> tuple[list[Any], str] | None:
-        """Takes what was measured of a part.
+        """Takes what was measured of a portion.
 
         Returns:
-            All that was measured and the digest, if every part is complete and this call was the one to see it.
+            All that was measured and the digest, if every portion is complete and this call was the one to see it.
         """
         self._measured[number] = measured
         while self._is_next_complete() and self._digesting.acquire(blocking=False):
@@ -279,7 +279,7 @@ class _Parted:
                     self._reread(self._digested, self._digest)
                     self._digested += 1
                     if self._digested == len(self._measured):
-                        return [one for part in self._measured for one in part or ()], self._digest.hexdigest()
+                        return [one for measured in self._measured for one in measured or ()], self._digest.hexdigest()
             finally:
                 self._digesting.release()
         return None

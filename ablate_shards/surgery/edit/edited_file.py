@@ -50,7 +50,7 @@ class Survey(Generic[_R]):
     results: Mapping[str, _R]
 
 
-class _Part(NamedTuple):
+class _Stretch(NamedTuple):
     """A byte range of a shard: bytes that stay as they are, or one section of an edit.
 
     Attributes:
@@ -94,10 +94,10 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
         self._window, self._advance = window, advance
         self._remote = checkpoint.remote
         self._source = _Source(checkpoint, shard)
-        self._parts = sorted(_parts(shard, edits, editor), key=lambda part: (part.start, part.end))
+        self._stretches = sorted(_stretches(shard, edits, editor), key=lambda stretch: (stretch.start, stretch.end))
         # A section that is gathered and does not fit is read more than once: requests for what is before it end there.
-        self._borders = [part.start for part in self._parts if part.gathers and not self._fits(part)]
-        self._ends = [part.end for part in self._parts]
+        self._borders = [stretch.start for stretch in self._stretches if stretch.gathers and not self._fits(stretch)]
+        self._ends = [stretch.end for stretch in self._stretches]
         self._room = np.empty(0, np.uint8)
         self._data, self._at, self._position = memoryview(b""), 0, 0
         self._under_way: tuple[Any, list[Section | None]] = (None, [])
@@ -195,59 +195,59 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
 
     def _load(self, position: int) -> tuple[int, memoryview]:
         """Returns edited bytes around an offset, and where they start."""
-        part = self._parts[bisect.bisect_right(self._ends, position)]
-        if part.edit is None:
-            return position, self._fill(position, min(position + _CHUNK, part.end)).data
-        section = self._gathered(part)
+        stretch = self._stretches[bisect.bisect_right(self._ends, position)]
+        if stretch.edit is None:
+            return position, self._fill(position, min(position + _CHUNK, stretch.end)).data
+        section = self._gathered(stretch)
         if section is None:
-            return part.start, self._whole(part, self._section(part)).data
-        start = position - (position - part.start) % section.block
-        raw = self._fill(start, min(start + section.block, part.end))
+            return stretch.start, self._whole(stretch, self._section(stretch)).data
+        start = position - (position - stretch.start) % section.block
+        raw = self._fill(start, min(start + section.block, stretch.end))
         section.edit(raw, start)
         return start, raw.data
 
-    def _gathered(self, part: _Part) -> Section | None:
+    def _gathered(self, stretch: _Stretch) -> Section | None:
         """Returns a section whose blocks can be edited one by one, None for one that is better read whole."""
-        known = self._kept.get(part.start) or (self._current[1] if self._current[0] == part.start else None)
-        if known is None and not (part.gathers and self._fits(part)):
-            known = self._section(part)
-            self._gather(part, known)
-            self._current = (part.start, known)
+        known = self._kept.get(stretch.start) or (self._current[1] if self._current[0] == stretch.start else None)
+        if known is None and not (stretch.gathers and self._fits(stretch)):
+            known = self._section(stretch)
+            self._gather(stretch, known)
+            self._current = (stretch.start, known)
         return known
 
-    def _gather(self, part: _Part, section: Section) -> None:
-        section.gather(lambda offset, count: self._fill(offset, offset + count, part.end))
-        self._keep(part, section)
+    def _gather(self, stretch: _Stretch, section: Section) -> None:
+        section.gather(lambda offset, count: self._fill(offset, offset + count, stretch.end))
+        self._keep(stretch, section)
 
-    def _whole(self, part: _Part, section: Section, digest: "hashlib._Hash | None" = None) -> np.ndarray:
+    def _whole(self, stretch: _Stretch, section: Section, digest: "hashlib._Hash | None" = None) -> np.ndarray:
         """Returns the edited bytes of a section that fits into the window."""
-        raw = self._fill(part.start, part.end)
+        raw = self._fill(stretch.start, stretch.end)
         if digest is not None:
             digest.update(raw.data)
 
-        section.gather(lambda offset, count: raw[offset - part.start :][:count])
-        self._keep(part, section)
+        section.gather(lambda offset, count: raw[offset - stretch.start :][:count])
+        self._keep(stretch, section)
         for offset in range(0, len(raw), section.block):
-            section.edit(raw[offset : offset + section.block], part.start + offset)
+            section.edit(raw[offset : offset + section.block], stretch.start + offset)
         return raw
 
-    def _keep(self, part: _Part, section: Section) -> None:
-        if section.gathers and section.block < part.end - part.start and len(self._kept) < _MOST_KEPT:
-            self._kept[part.start] = section
+    def _keep(self, stretch: _Stretch, section: Section) -> None:
+        if section.gathers and section.block < stretch.end - stretch.start and len(self._kept) < _MOST_KEPT:
+            self._kept[stretch.start] = section
 
-    def _section(self, part: _Part) -> Section:
-        """Returns a part's section; a tensor's sections are made together, each dropped when returned."""
+    def _section(self, stretch: _Stretch) -> Section:
+        """Returns a stretch's section; a tensor's sections are made together, each dropped when returned."""
         edit, sections = self._under_way
-        if edit is not part.edit or sections[part.section] is None:
-            sections = list(self._editor.sections(part.edit))
-            self._under_way = (part.edit, sections)
-        section, sections[part.section] = sections[part.section], None
+        if edit is not stretch.edit or sections[stretch.section] is None:
+            sections = list(self._editor.sections(stretch.edit))
+            self._under_way = (stretch.edit, sections)
+        section, sections[stretch.section] = sections[stretch.section], None
         if section is None:
-            raise RuntimeError(f"{part.edit.name}: has no section {part.section}")
+            raise RuntimeError(f"{stretch.edit.name}: has no section {stretch.section}")
         return section
 
-    def _fits(self, part: _Part) -> bool:
-        return part.end - part.start <= self._window
+    def _fits(self, stretch: _Stretch) -> bool:
+        return stretch.end - stretch.start <= self._window
 
     def _fill(self, start: int, end: int, until: int | None = None) -> np.ndarray:
         """Returns bytes of the source, in memory that the next call overwrites.
@@ -276,48 +276,48 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
         results: dict[str, _R] = {}
         measured: list[Any] = []
         tensor = blake3()
-        for number, part in enumerate(self._parts):
-            if part.edit is None:
-                for start in range(part.start, part.end, _CHUNK):
-                    raw = self._fill(start, min(start + _CHUNK, part.end))
+        for number, stretch in enumerate(self._stretches):
+            if stretch.edit is None:
+                for start in range(stretch.start, stretch.end, _CHUNK):
+                    raw = self._fill(start, min(start + _CHUNK, stretch.end))
                     source.update(raw.data)
                     whole.update(raw.data)
                     self._advance(len(raw))
                 continue
-            section = self._section(part)
-            for start, raw in self._blocks(part, section, source):
+            section = self._section(stretch)
+            for start, raw in self._blocks(stretch, section, source):
                 whole.update(raw.data)
                 tensor.update(raw.data)
                 section.measure(raw, start)
                 self._advance(len(raw))
             measured.append(section.measured())
-            if number + 1 == len(self._parts) or self._parts[number + 1].edit is not part.edit:
-                results[part.edit.name] = self._editor.result(part.edit, measured, tensor.hexdigest())
+            if number + 1 == len(self._stretches) or self._stretches[number + 1].edit is not stretch.edit:
+                results[stretch.edit.name] = self._editor.result(stretch.edit, measured, tensor.hexdigest())
                 measured, tensor = [], blake3()
         wrong = source.hexdigest() if expected not in (None, source.hexdigest()) else None
         return Survey(whole.hexdigest(), results), wrong
 
-    def _blocks(self, part: _Part, section: Section, source: "hashlib._Hash") -> Iterator[tuple[int, np.ndarray]]:
+    def _blocks(self, stretch: _Stretch, section: Section, source: "hashlib._Hash") -> Iterator[tuple[int, np.ndarray]]:
         """Yields the edited blocks of a section, and adds their bytes before the edit to the digest of the source."""
-        if part.gathers and self._fits(part):
-            whole = self._whole(part, section, source)
+        if stretch.gathers and self._fits(stretch):
+            whole = self._whole(stretch, section, source)
             for offset in range(0, len(whole), section.block):
-                yield part.start + offset, whole[offset : offset + section.block]
+                yield stretch.start + offset, whole[offset : offset + section.block]
             return
-        self._gather(part, section)
-        for start in range(part.start, part.end, section.block):
-            raw = self._fill(start, min(start + section.block, part.end))
+        self._gather(stretch, section)
+        for start in range(stretch.start, stretch.end, section.block):
+            raw = self._fill(start, min(start + section.block, stretch.end))
             source.update(raw.data)
             section.edit(raw, start)
             yield start, raw
 
 
-def _parts(shard: Shard, edits: Sequence[_E], editor: BlockEditor[_E, Any]) -> Iterator[_Part]:
+def _stretches(shard: Shard, edits: Sequence[_E], editor: BlockEditor[_E, Any]) -> Iterator[_Stretch]:
     for start, end in untouched(shard, edits):
-        yield _Part(start, end)
+        yield _Stretch(start, end)
     for edit in edits:
         for number, section in enumerate(editor.sections(edit)):
-            yield _Part(section.start, section.end, edit, number, section.gathers)
+            yield _Stretch(section.start, section.end, edit, number, section.gathers)
 
 
 class _Source:

@@ -17,20 +17,20 @@ from ablate_shards.names import RECEIPT_NAME
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.files import Files, Folder
 from ablate_shards.surgery.directions.directions import Directions
+from ablate_shards.surgery.edit.ablation_editor import TensorResult
 from ablate_shards.surgery.plan.edits import TensorEdit, neighbours
 from ablate_shards.surgery.plan.plan import Plan
 from ablate_shards.surgery.plan.recipe import AblateOptions
-from ablate_shards.validation import Finite, checked
+from ablate_shards.validation import checked
 
 __all__ = [
-    "FORMAT",
+    "RECEIPT_FORMAT",
     "Receipt",
-    "TensorResult",
     "copied_files",
     "headers_of",
     "incomplete",
-    "load",
     "read_receipt",
+    "read_sealed",
     "receipt_text",
     "revision_of",
     "seal",
@@ -38,36 +38,17 @@ __all__ = [
     "with_range",
 ]
 
-FORMAT = "ablate-shards.receipt/1"
+RECEIPT_FORMAT = "ablate-shards.receipt/1"
 
 
 @dataclass(frozen=True, slots=True)
-class TensorResult:
-    """What was measured of one edited tensor, as re-read from the written file.
-
-    Attributes:
-        before: Relative component along the basis, ‖RW‖/‖W‖, in the source.
-        after: The same in the output.
-        norm_drift: Largest relative change of a preserved norm; None where none is preserved.
-        degenerate: Vectors whose component was removed without rescaling.
-        blake3: Digest of the tensor's bytes in the output.
-    """
-
-    before: Finite
-    after: Finite
-    norm_drift: Finite | None
-    degenerate: int
-    blake3: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Shard:
+class _ShardRecord:
     name: str
     header_sha256: str
 
 
 @dataclass(frozen=True, slots=True)
-class _Array:
+class _ArrayRecord:
     shape: tuple[int, int]
     float32: str
 
@@ -110,7 +91,7 @@ def receipt_text(
     """
     used = {edit.basis for edit in plan.edits}
     content = {
-        "format": FORMAT,
+        "format": RECEIPT_FORMAT,
         "tool": f"ablate-shards {__version__}",
         "source": source_record(checkpoint),
         "family": plan.family,
@@ -139,7 +120,7 @@ def read_receipt(folder: Path | Files) -> Receipt:
     Raises:
         VerifyError: There is none, it is of a newer version, or it is not a receipt.
     """
-    content, altered = load(folder, RECEIPT_NAME, FORMAT)
+    content, altered = read_sealed(folder, RECEIPT_NAME, RECEIPT_FORMAT)
     try:
         records = content["tensors"]
         edits = checked([with_range(record, basis=record) for record in records], tuple[TensorEdit, ...], "tensors")
@@ -162,7 +143,7 @@ def read_receipt(folder: Path | Files) -> Receipt:
         raise incomplete(folder, RECEIPT_NAME, error) from error
 
 
-def load(folder: Path | Files, name: str, expected: str) -> tuple[dict[str, Any], bool]:
+def read_sealed(folder: Path | Files, name: str, expected: str) -> tuple[dict[str, Any], bool]:
     """Reads the content of a receipt of a given format, and whether its bytes are not the ones that were written.
 
     Raises:
@@ -201,7 +182,7 @@ def revision_of(content: Mapping[str, Any]) -> str | None:
 
 def headers_of(content: Mapping[str, Any]) -> dict[str, str]:
     """Returns the digests of the source's headers that a receipt names, by shard."""
-    shards = checked(content["source"]["shards"], tuple[_Shard, ...], "source: shards")
+    shards = checked(content["source"]["shards"], tuple[_ShardRecord, ...], "source: shards")
     return {shard.name: shard.header_sha256 for shard in shards}
 
 
@@ -295,7 +276,7 @@ def _encode(arrays: Mapping[int, np.ndarray], layers: set[int]) -> dict[str, Any
 
 def _decode(entries: Any) -> dict[int, np.ndarray]:
     arrays = {}
-    for layer, entry in checked(entries, dict[str, _Array], "directions").items():
+    for layer, entry in checked(entries, dict[str, _ArrayRecord], "directions").items():
         array = np.frombuffer(base64.b64decode(entry.float32, validate=True), "<f4")
         rows, columns = entry.shape
         if min(rows, columns) < 1 or rows * columns != array.size or not np.isfinite(array).all():

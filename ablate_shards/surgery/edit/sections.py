@@ -44,7 +44,10 @@ class Section(Protocol):
         """Measures a block as it was written; called once for each block, in order."""
 
     def measured(self) -> Any:
-        """Returns what was measured, for :meth:`BlockEditor.result`.
+        """Returns what was measured, for the editor's ``result``; each editor has a type of its own for it.
+
+        It is called once after each gather, when all blocks have been edited and measured: some of it is not true
+        before. After the call measuring begins anew.
 
         Raises:
             AblateError: The tensor cannot be edited.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import Shard
-from ablate_shards.surgery.edit.blocks import BlockEditor, Channels, Part, Stopped
+from ablate_shards.surgery.edit.blocks import BlockEditor, Channels, Portion, Stopped
 from ablate_shards.surgery.edit.operation import Operation, RunOptions
 from ablate_shards.surgery.edit.queue import Task, UnderWay, Work
 from ablate_shards.surgery.machine.copying import allocate, clone, copy_range, link
@@ -168,9 +168,9 @@ class ShardWriter(Generic[_E, _R]):
             reread=functools.partial(pread_into, work.target),
         )
         tasks = [
-            Task(functools.partial(self._edit, edit.name, part, work))
+            Task(functools.partial(self._edit, edit.name, portion, work))
             for edit in self._edits.get(work.shard.name, ())
-            for part in editor.parts(edit, channels)
+            for portion in editor.portions(edit, channels)
         ]
         work.edits += [task.future for task in tasks]
         self._under_way.add(work, edits=tasks)
@@ -191,11 +191,11 @@ class ShardWriter(Generic[_E, _R]):
         self._staging.record(work.shard.name, {name: dataclasses.asdict(result) for name, result in results.items()})
         return results
 
-    def _edit(self, name: str, part: Part[_R], work: Work[_R]) -> tuple[str, _R] | None:
+    def _edit(self, name: str, portion: Portion[_R], work: Work[_R]) -> tuple[str, _R] | None:
         if work.fetched is not None:
             work.fetched.result()
-        result = part.do()
-        self._staging.start_writing(work.target, part.start, part.end)
+        result = portion.do()
+        self._staging.start_writing(work.target, portion.start, portion.end)
         return None if result is None else (name, result)
 
     def _copy(self, work: Work[_R], start: int, end: int) -> None:

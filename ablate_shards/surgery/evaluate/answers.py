@@ -16,16 +16,16 @@ from ablate_shards.surgery.model.loading import (
     Dtype,
     answering_dtype,
     check_packages,
-    encode,
     end_tokens,
     generating_class,
-    load,
+    load_model,
     most_tokens,
     pad_left,
     quiet,
     read_config,
     read_tokenizer,
-    render,
+    render_chat,
+    tokenize,
 )
 from ablate_shards.surgery.model.samples import Question
 
@@ -99,7 +99,7 @@ class Speaker:
             EvaluateError: The template refuses it, or it is longer than the model reads.
         """
         where = f"question {question.id}"
-        text = render(
+        text = render_chat(
             self.tokenizer,
             question.turn.messages(),
             where,
@@ -116,7 +116,7 @@ class Speaker:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Returns the tokens of a text, and no others."""
-        return encode(self.tokenizer, text)
+        return tokenize(self.tokenizer, text)
 
     def replies(self, prompts: Sequence[Prompt], *, tokens: int, thoughts: int = 0) -> list[Reply]:
         """Answers some prompts at once, each step with the likeliest token.
@@ -297,7 +297,7 @@ def _load(folder: Path, dtype: Dtype, device: "torch.device", remedies: Remedies
     config = read_config(folder, EvaluateError)
     kind = answering_dtype(dtype, config, device)
     try:
-        network, missing = load(
+        network, missing = load_model(
             folder,
             generating_class(config),
             EvaluateError,

@@ -27,7 +27,7 @@ from ablate_shards.surgery.model.samples import Question
 
 __all__ = ["AskOptions", "Conversation", "Exchange", "Hearer", "Said", "Setting", "ask", "conversing"]
 
-Side = Literal["base", "model"]
+Role = Literal["base", "model"]
 
 #: The rest is for what a model keeps of the chat, and for what loading takes on top.
 _SHARE_OF_FREE = 0.8
@@ -136,7 +136,7 @@ class Conversation:
     """Models in memory that are asked one question after another, each by itself."""
 
     def __init__(
-        self, speakers: Mapping[Side, Speaker], known: Sequence[Question], options: AskOptions, hearer: Hearer
+        self, speakers: Mapping[Role, Speaker], known: Sequence[Question], options: AskOptions, hearer: Hearer
     ) -> None:
         self._speakers = speakers
         self._known = _by_words(known)
@@ -223,8 +223,8 @@ def conversing(
 def _together(
     model: Path, known: Sequence[Question], options: AskOptions, hearer: Hearer, against: Path | None
 ) -> Iterator[Conversation]:
-    folders: dict[Side, Path] = {"model": model} if against is None else {"base": against, "model": model}
-    speakers: dict[Side, Speaker] = {}
+    folders: dict[Role, Path] = {"model": model} if against is None else {"base": against, "model": model}
+    speakers: dict[Role, Speaker] = {}
     with contextlib.ExitStack() as stack:
         for side, folder in folders.items():
             hearer.loading(_name(folder))
@@ -253,7 +253,7 @@ def _in_turn(
     return whole
 
 
-def _answered(speaker: Speaker, side: Side, exchange: Exchange, options: AskOptions, hearer: Hearer) -> Exchange:
+def _answered(speaker: Speaker, side: Role, exchange: Exchange, options: AskOptions, hearer: Hearer) -> Exchange:
     prompt = speaker.prompt(exchange.question, thinking=options.thinking)
     thoughts = options.thoughts if options.thinking else 0
 

@@ -27,7 +27,6 @@ from ablate_shards.surgery.model.samples import Group, Question, Side, Verdict
 
 __all__ = [
     "Answer",
-    "Change",
     "Comparison",
     "Control",
     "Evaluation",
@@ -37,8 +36,9 @@ __all__ = [
     "LeanRow",
     "Manner",
     "Model",
-    "Row",
-    "Text",
+    "OutcomeChange",
+    "PredictedText",
+    "VerdictRow",
     "compare",
     "questions_digest",
     "said",
@@ -114,7 +114,7 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class PredictedText:
     """How well a model predicts a text.
 
     Attributes:
@@ -129,7 +129,7 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class VerdictRow:
     """The verdicts on one group of questions that have no single right answer.
 
     Attributes:
@@ -246,13 +246,13 @@ class Judge:
         agreement: With the rules, where it gave one; None if it never did.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[VerdictRow, ...]
     unparsable: int
     agreement: Agreement | None
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class OutcomeChange:
     """How one outcome changed between base and model, on the same questions.
 
     Attributes:
@@ -278,7 +278,7 @@ class Comparison:
         notes: Why something was not measured, or makes the comparison less than even; a line each.
     """
 
-    changes: tuple[Change, ...]
+    changes: tuple[OutcomeChange, ...]
     divergence: Divergence | None = None
     leans: tuple[LeanChange, ...] = ()
     tasks: tuple[TaskChange, ...] = ()
@@ -309,14 +309,14 @@ class Evaluation:
     questions: str
     answers: tuple[Answer, ...]
     leans: tuple[Lean, ...] = ()
-    text: Text | None = None
+    text: PredictedText | None = None
     tasks: tuple[TaskScore, ...] = ()
     judge: str | None = None
     base: "Evaluation | None" = None
     comparison: Comparison | None = None
 
     @property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[VerdictRow, ...]:
         """The verdicts by the rules: of each group, then of its languages."""
         return _rows(self._contested, lambda answer: answer.verdict)
 
@@ -430,9 +430,9 @@ def _parts(answers: Sequence[Answer]) -> Iterable[tuple[Group, str | None, list[
             yield group, language, [answer for answer in of_group if answer.language == language]
 
 
-def _rows(answers: Sequence[Answer], of: Callable[[Answer], Verdict | None]) -> tuple[Row, ...]:
+def _rows(answers: Sequence[Answer], of: Callable[[Answer], Verdict | None]) -> tuple[VerdictRow, ...]:
     return tuple(
-        Row(
+        VerdictRow(
             group,
             language,
             {verdict: ratio(of(answer) == verdict for answer in part) for verdict in _VERDICTS},
@@ -476,12 +476,12 @@ def _lean_changes(evaluation: Evaluation, base: Evaluation) -> Iterable[LeanChan
             yield LeanChange(group, side, test)
 
 
-def _verdict_change(group: Group, verdict: Verdict, pairs: Iterable[tuple[Answer, Answer]]) -> Change:
+def _verdict_change(group: Group, verdict: Verdict, pairs: Iterable[tuple[Answer, Answer]]) -> OutcomeChange:
     return _change(group, verdict, [(old.verdict == verdict, new.verdict == verdict) for old, new in pairs])
 
 
-def _change(group: Group, outcome: str, pairs: Sequence[tuple[bool, bool]]) -> Change:
-    return Change(group, outcome, paired([old for old, _ in pairs], [new for _, new in pairs]))
+def _change(group: Group, outcome: str, pairs: Sequence[tuple[bool, bool]]) -> OutcomeChange:
+    return OutcomeChange(group, outcome, paired([old for old, _ in pairs], [new for _, new in pairs]))
 
 
 def _unevenness(evaluation: Evaluation, base: Evaluation) -> Iterable[str]:

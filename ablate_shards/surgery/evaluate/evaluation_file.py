@@ -15,8 +15,8 @@ from ablate_shards.surgery.evaluate.evaluation import (
     Evaluation,
     Lean,
     Model,
-    Row,
-    Text,
+    PredictedText,
+    VerdictRow,
     compare,
 )
 from ablate_shards.surgery.evaluate.likelihood import Divergence
@@ -26,16 +26,16 @@ from ablate_shards.surgery.machine.files import write_whole
 from ablate_shards.surgery.model.samples import Group
 from ablate_shards.validation import checked
 
-__all__ = ["FORMAT", "evaluation_text", "read_evaluation", "write_evaluation"]
+__all__ = ["EVALUATION_FORMAT", "evaluation_text", "read_evaluation", "write_evaluation"]
 
-FORMAT = "ablate-shards.evaluation/2"
+EVALUATION_FORMAT = "ablate-shards.evaluation/2"
 
 _MANNERS = ("broken", "cut", "lost_in_thought", "distinct", "detached")
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
     """Returns an evaluation as JSON: first the summary, then the answers that it is computed from."""
-    head = {"format": FORMAT, "tool": f"ablate-shards {__version__}", "effect": effect(evaluation)}
+    head = {"format": EVALUATION_FORMAT, "tool": f"ablate-shards {__version__}", "effect": effect(evaluation)}
     content = {**head, **_content(evaluation)}
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -56,10 +56,12 @@ def read_evaluation(path: Path) -> Evaluation:
     except OSError as error:
         raise EvaluateError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise EvaluateError(f"{path}: expected {FORMAT}, found a file that is not JSON") from error
+        raise EvaluateError(f"{path}: expected {EVALUATION_FORMAT}, found a file that is not JSON") from error
     found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise EvaluateError(f"{path}: expected {FORMAT}, found {found!r}; evaluate the model with this version")
+    if found != EVALUATION_FORMAT:
+        raise EvaluateError(
+            f"{path}: expected {EVALUATION_FORMAT}, found {found!r}; evaluate the model with this version"
+        )
     try:
         return _read(content)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -139,7 +141,7 @@ def _written_mean(found: Mean) -> dict[str, Any]:
     return {"mean": found.value, "interval": list(found.interval), "count": found.count}
 
 
-def _written_rows(rows: Iterable[Row]) -> dict[str, Any]:
+def _written_rows(rows: Iterable[VerdictRow]) -> dict[str, Any]:
     return _nested(
         (
             row.group,
@@ -161,7 +163,7 @@ def _nested(parts: Iterable[tuple[Group, str | None, dict[str, Any]]]) -> dict[s
     return groups
 
 
-def _written_text(text: Text) -> dict[str, Any]:
+def _written_text(text: PredictedText) -> dict[str, Any]:
     found = text.perplexity
     return {
         "value": found.value if found is not None and math.isfinite(found.value) else None,
@@ -195,9 +197,9 @@ def _read(content: Mapping[str, Any]) -> Evaluation:
     return dataclasses.replace(evaluation, comparison=dataclasses.replace(comparison, notes=notes))
 
 
-def _read_text(record: Mapping[str, Any]) -> Text:
+def _read_text(record: Mapping[str, Any]) -> PredictedText:
     perplexity = None if record["nats"] is None else record
-    return checked({**record, "perplexity": perplexity}, Text, "perplexity")
+    return checked({**record, "perplexity": perplexity}, PredictedText, "perplexity")
 
 
 def _read_divergence(record: Mapping[str, Any]) -> Divergence:

@@ -25,11 +25,11 @@ from ablate_shards.surgery.evaluate.evaluation import (
     Evaluation,
     Lean,
     Model,
-    Text,
+    PredictedText,
     compare,
     questions_digest,
 )
-from ablate_shards.surgery.evaluate.evaluation_file import FORMAT, read_evaluation, write_evaluation
+from ablate_shards.surgery.evaluate.evaluation_file import EVALUATION_FORMAT, read_evaluation, write_evaluation
 from ablate_shards.surgery.evaluate.journal import Journal
 from ablate_shards.surgery.evaluate.judge.llm_judge import judge_messages, read_verdict
 from ablate_shards.surgery.evaluate.likelihood import (
@@ -49,9 +49,9 @@ from ablate_shards.surgery.model.loading import answering_dtype, open_folder, re
 from ablate_shards.surgery.model.samples import Question, Turn
 
 __all__ = [
-    "FORMAT",
+    "ENDPOINT_KEY",
+    "EVALUATION_FORMAT",
     "JUDGE_KEY",
-    "KEY",
     "Comparison",
     "EvaluateOptions",
     "Evaluation",
@@ -63,7 +63,7 @@ __all__ = [
 ]
 
 #: The environment variables with the keys; this tool's own, so that no other service's key goes to some address.
-KEY = "ABLATE_SHARDS_API_KEY"
+ENDPOINT_KEY = "ABLATE_SHARDS_API_KEY"
 JUDGE_KEY = "ABLATE_SHARDS_JUDGE_API_KEY"
 
 _JUDGE_TOKENS = 1024
@@ -213,7 +213,7 @@ class _Run:
             self._tasks = open_tasks(options.tasks)
         # What may be wrong with an endpoint shows before a model is asked.
         referee = self._endpoint(options.judge, options.judge_model, JUDGE_KEY, "--judge-model")
-        endpoint = self._endpoint(options.endpoint, options.endpoint_model, KEY, "--endpoint-model")
+        endpoint = self._endpoint(options.endpoint, options.endpoint_model, ENDPOINT_KEY, "--endpoint-model")
         folder = against if isinstance(against, Path) and against.is_dir() else None
         sides = 1 + (against is not None)
         self._plan(models=1 + (folder is not None), referee=referee is not None, evaluations=sides)
@@ -284,7 +284,7 @@ class _Run:
             if self._text is not None:
                 name, digest, content = self._text
                 same = known.text if known and known.text and known.text.sha256 == digest else None
-                text = same or Text(name, digest, perplexity(speaker, content))
+                text = same or PredictedText(name, digest, perplexity(speaker, content))
                 self._advance(1)
             tasks = self._scores(speaker, known)
             if recorded is not None:

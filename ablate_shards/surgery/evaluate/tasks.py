@@ -83,7 +83,7 @@ class TaskChange:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _SizedTask:
     """A task of the harness, and how many documents it has."""
 
     task: Any
@@ -99,7 +99,7 @@ class _Asked:
 
     name: str
     metric: str
-    parts: tuple[_Part, ...]
+    tasks: tuple[_SizedTask, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class Tasks:
 
     def count(self, limit: int | None) -> int:
         """Returns how many documents there are to ask."""
-        return sum(part.count(limit) for each in self.asked for part in each.parts)
+        return sum(task.count(limit) for each in self.asked for task in each.tasks)
 
 
 def open_tasks(names: Sequence[str]) -> Tasks:
@@ -184,8 +184,8 @@ def run_tasks(
             samples: list[float] = []
             digest = hashlib.sha256()
             label = each.metric
-            for part in each.parts:
-                task, size = part.task, part.count(limit)
+            for sized in each.tasks:
+                task, size = sized.task, sized.count(limit)
                 judged.set_cache_hook(_Counting(task, done, size, total, progress))
                 _seed()
                 task.set_fewshot_seed(seed=_SEED)
@@ -207,7 +207,7 @@ def run_tasks(
                     if record["filter"] == records[0]["filter"]:
                         samples.append(_number(task.task_name, record, each.metric))
                         digest.update(f"{record['doc_id']} {record['doc_hash']} {record['target_hash']}\n".encode())
-            better = bool(each.parts[0].task.higher_is_better().get(each.metric, True))
+            better = bool(each.tasks[0].task.higher_is_better().get(each.metric, True))
             scores.append(_score(each.name, label, samples, digest.hexdigest(), higher_is_better=better))
     return tuple(scores)
 
@@ -351,12 +351,12 @@ def _scored(item: Any) -> list[_Asked]:
         # Where a task does not say how many examples to show, it is none.
         if item.get_config("num_fewshot") is None:
             item.set_config(key="num_fewshot", value=0)
-        return [_Asked(item.task_name, _metric(item), (_Part(item, len(item.eval_docs)),))]
+        return [_Asked(item.task_name, _metric(item), (_SizedTask(item, len(item.eval_docs)),))]
     parts = [asked for child in item for asked in _scored(child)]
     metrics = {asked.metric for asked in parts}
     pooled = {config.metric for config in item.aggregate_metric_list or () if config.weight_by_size}
     if len(metrics) == 1 and metrics <= pooled:
-        return [_Asked(item.name, parts[0].metric, tuple(part for asked in parts for part in asked.parts))]
+        return [_Asked(item.name, parts[0].metric, tuple(task for asked in parts for task in asked.tasks))]
     return parts
 
 

@@ -17,14 +17,14 @@ from ablate_shards.errors import ExecuteError, FinetuneError, Interrupted, Usage
 from ablate_shards.names import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, files_of
 from ablate_shards.surgery.checkpoint.digest import base_digest
-from ablate_shards.surgery.finetune.responses import Sample, draw, encode_instructions, split
+from ablate_shards.surgery.finetune.responses import EncodedSample, draw, encode_instructions, split
 from ablate_shards.surgery.finetune.targets import SEVEN, Targets, build_skeleton, choose, folded
 from ablate_shards.surgery.finetune.training import (
     CHECKPOINTS,
     KEPT_KIND,
     Epoch,
     FinetuneOptions,
-    Run,
+    TrainingRun,
     deterministic,
     epochs_of,
     train,
@@ -225,7 +225,7 @@ def _prepare(
     keep: Sequence[Question],
     options: FinetuneOptions,
     device: "torch.device",
-) -> Run:
+) -> TrainingRun:
     config = read_config(model, FinetuneError)
     tokenizer = _read_tokenizer(model)
     skeleton = build_skeleton(model, config)
@@ -236,12 +236,12 @@ def _prepare(
     }
     others = [dataclasses.replace(sample, response=str(sample.rejected)) for sample in compared.values()]
 
-    def encoded(samples: Sequence[Instruction]) -> list[Sample]:
+    def encoded(samples: Sequence[Instruction]) -> list[EncodedSample]:
         return encode_instructions(
             model, config, tokenizer, samples, length=options.length, vocabulary=skeleton.vocabulary
         )
 
-    return Run(
+    return TrainingRun(
         model=model,
         adapter=adapter,
         data=data,
@@ -260,7 +260,7 @@ def _prepare(
     )
 
 
-def _report(run: Run, progress: Steps) -> None:
+def _report(run: TrainingRun, progress: Steps) -> None:
     """Says what will be trained and what not, and refuses what cannot fit."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(sample.kind for sample in run.data).items()))
     progress.note(f"{len(run.data)} samples ({kinds}): {len(run.trained)} to train on, {run.held_out} held out")
@@ -287,7 +287,7 @@ def _report(run: Run, progress: Steps) -> None:
     _check_memory(run, progress)
 
 
-def _check_memory(run: Run, progress: Steps) -> None:
+def _check_memory(run: TrainingRun, progress: Steps) -> None:
     skeleton, options = run.skeleton, run.options
     item = 2 if run.bfloat16 else 4
     weights = skeleton.parameters * item
@@ -332,7 +332,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _identity(checkpoint: Checkpoint, run: Run) -> dict[str, str]:
+def _identity(checkpoint: Checkpoint, run: TrainingRun) -> dict[str, str]:
     """Returns what must be equal for a resumed run to give the same bytes, by what to call it."""
     return {
         "the model": base_digest(checkpoint) or "",
@@ -350,7 +350,7 @@ def _losses(history: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
 
 
 def _write(
-    trainer: Any, run: Run, checkpoint: Checkpoint, folder: Path, identity: Mapping[str, str], resumed: int
+    trainer: Any, run: TrainingRun, checkpoint: Checkpoint, folder: Path, identity: Mapping[str, str], resumed: int
 ) -> Finetuned:
     """Writes the adapter beside the trainer's checkpoints, durably, and removes those."""
     from peft.utils import get_peft_model_state_dict

@@ -14,6 +14,8 @@ et al. 2024). The third holds the model to its own answers: the start is the sam
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ablate_shards.surgery.finetune.responses import IGNORED
+
 if TYPE_CHECKING:
     import torch
 
@@ -21,7 +23,6 @@ __all__ = ["CHOSEN", "KEPT", "LEARNT", "REJECTED", "Weights", "objective"]
 
 #: What a row is for.
 LEARNT, CHOSEN, REJECTED, KEPT = range(4)
-_IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def objective(model: Any, rows: "dict[str, torch.Tensor]", roles: "torch.Tensor"
 
     given = {name: tensor for name, tensor in rows.items() if name != "labels"}
     labels = rows["labels"][:, 1:]
-    answers = labels != _IGNORED
+    answers = labels != IGNORED
     own = _logarithms(model, given, answers)
     of_row = answers.nonzero()[:, 0]
     counts = answers.sum(1)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ablate_shards.errors import FinetuneError
-from ablate_shards.surgery.model.loading import encode, end_tokens, most_tokens, render
+from ablate_shards.surgery.model.loading import end_tokens, most_tokens, render_chat, tokenize
 from ablate_shards.surgery.model.samples import Instruction, Question
 
-__all__ = ["IGNORED", "Sample", "draw", "encode_instructions", "prompt_of", "split"]
+__all__ = ["IGNORED", "EncodedSample", "draw", "encode_instructions", "prompt_of", "split"]
 
 _Item = TypeVar("_Item")
 
@@ -19,7 +19,7 @@ _Item = TypeVar("_Item")
 IGNORED = -100
 
 
-class Sample(NamedTuple):
+class EncodedSample(NamedTuple):
     """The tokens of one sample, the first that is learnt, and whether its response was cut."""
 
     tokens: list[int]
@@ -44,13 +44,13 @@ def prompt_of(tokenizer: Any, question: Question) -> list[int]:
         FinetuneError: The chat template refuses it.
     """
     where = f"prompt {question.id}"
-    text = render(tokenizer, question.turn.messages(), where, FinetuneError, add_generation_prompt=True)
-    return list(encode(tokenizer, text))
+    text = render_chat(tokenizer, question.turn.messages(), where, FinetuneError, add_generation_prompt=True)
+    return list(tokenize(tokenizer, text))
 
 
 def encode_instructions(
     model: Path, config: Any, tokenizer: Any, data: Sequence[Instruction], *, length: int, vocabulary: int
-) -> list[Sample]:
+) -> list[EncodedSample]:
     """Returns the tokens of each sample.
 
     Args:
@@ -94,23 +94,23 @@ def _stated_ends(model: Path, config: Any) -> Any:
     return getattr(config.get_text_config(decoder=True), "eos_token_id", None) if stated is None else stated
 
 
-def _encode(tokenizer: Any, ends: frozenset[int], sample: Instruction, length: int) -> Sample:
+def _encode(tokenizer: Any, ends: frozenset[int], sample: Instruction, length: int) -> EncodedSample:
     messages, where = sample.turn.messages(), f"sample {sample.id}"
-    before = render(tokenizer, messages[:-1], where, FinetuneError, add_generation_prompt=True)
-    whole = render(tokenizer, messages, where, FinetuneError)
+    before = render_chat(tokenizer, messages[:-1], where, FinetuneError, add_generation_prompt=True)
+    whole = render_chat(tokenizer, messages, where, FinetuneError)
     if not whole.startswith(before):
         # Some templates open the answer with what they do not keep of it later, such as a mark for reasoning.
         at = whole.rfind(sample.response.strip())
         if at < 0:
             raise FinetuneError(f"{where}: the chat template rewrites the response, so its tokens cannot be found")
         before = whole[:at]
-    prompt, tokens = encode(tokenizer, before), encode(tokenizer, whole)
+    prompt, tokens = tokenize(tokenizer, before), tokenize(tokenizer, whole)
     if tokens[: len(prompt)] != prompt:
         # A token reaches over the border; when it generates, the model sees the prompt's own tokens.
-        tokens = prompt + encode(tokenizer, whole[len(before) :])
+        tokens = prompt + tokenize(tokenizer, whole[len(before) :])
     last = max((at for at in range(len(prompt), len(tokens)) if tokens[at] in ends), default=None)
     learnt = [*tokens, tokenizer.eos_token_id] if last is None else [*tokens[: last + 1]]
-    return Sample(learnt[:length], len(prompt), len(learnt) > length)
+    return EncodedSample(learnt[:length], len(prompt), len(learnt) > length)
 
 
 def split(data: Sequence[Instruction], share: float, seed: int) -> tuple[list[int], dict[str, list[int]]]:

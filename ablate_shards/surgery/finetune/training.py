@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from ablate_shards.errors import FinetuneError
 from ablate_shards.surgery.finetune.foreign import take_loss_as_mean, use_one_device
 from ablate_shards.surgery.finetune.objective import CHOSEN, KEPT, LEARNT, REJECTED, Weights, objective
-from ablate_shards.surgery.finetune.responses import IGNORED, Sample, prompt_of
+from ablate_shards.surgery.finetune.responses import IGNORED, EncodedSample, prompt_of
 from ablate_shards.surgery.finetune.targets import SEVEN, Skeleton, Targets, folded
 from ablate_shards.surgery.machine.devices import computes_bfloat16
 from ablate_shards.surgery.machine.files import fsync_files
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.staging import Staging
-from ablate_shards.surgery.model.loading import end_tokens, load, pad_left
+from ablate_shards.surgery.model.loading import end_tokens, load_model, pad_left
 from ablate_shards.surgery.model.samples import Instruction, Question
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ __all__ = [
     "KEPT_KIND",
     "Epoch",
     "FinetuneOptions",
-    "Run",
+    "TrainingRun",
     "deterministic",
     "epochs_of",
     "train",
@@ -118,7 +118,7 @@ class Epoch:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TrainingRun:
     """All that a training needs, checked.
 
     Attributes:
@@ -148,10 +148,10 @@ class Run:
     tokenizer: Any
     skeleton: Skeleton
     chosen: tuple[str, ...]
-    encoded: Sequence[Sample]
+    encoded: Sequence[EncodedSample]
     trained: Sequence[int]
     held: Mapping[str, Sequence[int]]
-    rejected: Mapping[int, Sample] = field(default_factory=dict)
+    rejected: Mapping[int, EncodedSample] = field(default_factory=dict)
     keep: Sequence[Question] = ()
     held_keep: Sequence[int] = ()
 
@@ -214,7 +214,7 @@ class Run:
         return {name: value for name, value in settings.items() if name not in ("device", "resume", "overwrite")}
 
 
-def train(run: Run, staging: Staging, progress: Steps) -> tuple[Any, int]:
+def train(run: TrainingRun, staging: Staging, progress: Steps) -> tuple[Any, int]:
     """Trains, or goes on training, and returns the trainer and the steps that were done before.
 
     Raises:
@@ -294,7 +294,7 @@ def _watched(held: Mapping[str, Sequence[Any]]) -> str:
     return "contested" if "contested" in held else next(iter(held))
 
 
-def _features(run: Run, model: Any, progress: Steps) -> list[Any]:
+def _features(run: TrainingRun, model: Any, progress: Steps) -> list[Any]:
     """Returns what the trainer is given: a row for each sample, or the rows of what is compared and kept."""
     types = run.skeleton.token_types
     if run.plain:
@@ -309,7 +309,7 @@ def _features(run: Run, model: Any, progress: Steps) -> list[Any]:
     return items
 
 
-def _own_answers(run: Run, model: Any, progress: Steps) -> Iterator[Sample]:
+def _own_answers(run: TrainingRun, model: Any, progress: Steps) -> Iterator[EncodedSample]:
     """Yields the prompts that are kept, each with the answer that the model gives before it is trained."""
     import torch
     from transformers import GenerationConfig
@@ -339,7 +339,7 @@ def _own_answers(run: Run, model: Any, progress: Steps) -> Iterator[Sample]:
             end = next((place + 1 for place, token in enumerate(tokens) if token in ends), None)
             answers[row] = tokens[:end]
     for number, prompt in enumerate(prompts):
-        yield Sample([*prompt, *answers[number]], len(prompt), cut=False)
+        yield EncodedSample([*prompt, *answers[number]], len(prompt), cut=False)
     model.train()
 
 
@@ -355,7 +355,7 @@ def _flattened(padded: Any) -> Any:
     return collate
 
 
-def _preferring(run: Run) -> Any:
+def _preferring(run: TrainingRun) -> Any:
     from transformers import Trainer
 
     weights = Weights(run.options.beta, run.options.prefer_weight, run.options.keep_weight)
@@ -373,7 +373,7 @@ def _preferring(run: Run) -> Any:
     return Preferring
 
 
-def _with_adapters(run: Run) -> Any:
+def _with_adapters(run: TrainingRun) -> Any:
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -396,8 +396,8 @@ def _with_adapters(run: Run) -> Any:
     return adapted
 
 
-def _load(run: Run, dtype: "torch.dtype") -> Any:
-    model, missing = load(run.model, run.skeleton.auto, FinetuneError, config=run.config, dtype=dtype)
+def _load(run: TrainingRun, dtype: "torch.dtype") -> Any:
+    model, missing = load_model(run.model, run.skeleton.auto, FinetuneError, config=run.config, dtype=dtype)
     if missing:
         raise FinetuneError(
             f"{run.model}: no weights for {folded(missing)}, which would be random; complete the checkpoint first"

@@ -14,10 +14,10 @@ from ablate_shards.surgery.model.samples import SIDES, Side
 from ablate_shards.surgery.plan.recipe import layer_ranges
 
 if TYPE_CHECKING:
-    from ablate_shards.surgery.evaluate.evaluation import Evaluation, Row
+    from ablate_shards.surgery.evaluate.evaluation import Evaluation, VerdictRow
     from ablate_shards.surgery.evaluate.statistics import Ratio
 
-__all__ = ["CardOptions", "Measure", "metadata_of", "model_card", "read_object"]
+__all__ = ["CardOptions", "Figure", "metadata_of", "model_card", "read_object"]
 
 _HOME = "https://pypi.org/project/ablate-shards/"
 _EVALUATION = "ablate-shards.evaluation/"
@@ -30,7 +30,7 @@ _LARGEST = 64 << 20
 _ADAPTER_KEYS = {"peft_type", "r", "lora_alpha", "target_modules", "target_parameters", "use_rslora", "use_dora"}
 _DIGESTS = {"format", "sha256"}
 
-Kind = Literal["ablation", "merge", "adapter"]
+PublishedKind = Literal["ablation", "merge", "adapter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class CardOptions:
     """
 
     repo: str
-    kind: Kind
+    kind: PublishedKind
     base: str | None
     revision: str | None
     inherited: Mapping[str, Any]
@@ -57,7 +57,7 @@ class CardOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class Figure:
     """One figure of an evaluation.
 
     Attributes:
@@ -189,13 +189,13 @@ def metadata_of(card: str) -> dict[str, Any]:
     return metadata
 
 
-def _shown_name(measure: Measure) -> str:
+def _shown_name(measure: Figure) -> str:
     """Returns a measure's name that says of which model it is."""
     own = measure.name.removeprefix(_BASE)
     return own if own == measure.name else f"{own} (base model, before)"
 
 
-def _find_evaluation(folder: Path, files: Sequence[str]) -> tuple[str | None, str, tuple[Measure, ...]]:
+def _find_evaluation(folder: Path, files: Sequence[str]) -> tuple[str | None, str, tuple[Figure, ...]]:
     """Returns the name of the evaluation that is published, what it comes to in words, and its figures."""
     from ablate_shards.surgery.evaluate.effect import effect
     from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
@@ -213,7 +213,7 @@ def _is_evaluation(path: Path) -> bool:
     return str(read_object(path).get("format", "")).startswith(_EVALUATION)
 
 
-def _measured(found: "Evaluation", model: str = "", known: Sequence[Side] = ()) -> Iterator[Measure]:
+def _measured(found: "Evaluation", model: str = "", known: Sequence[Side] = ()) -> Iterator[Figure]:
     """Yields the figures of an evaluation and then those of its base, by names that a person reads.
 
     Args:
@@ -235,21 +235,21 @@ def _measured(found: "Evaluation", model: str = "", known: Sequence[Side] = ()) 
     for row in found.lean:
         where = "" if row.group is None else f"{row.group} "
         name = f"{model}{where}lean, neutral over {SIDES.get(row.side, row.side)} (nats)"
-        yield Measure(name, row.mean.value, *row.mean.interval, row.mean.count)
+        yield Figure(name, row.mean.value, *row.mean.interval, row.mean.count)
     for score in found.tasks:
         name = f"{model}{score.name}, {score.metric}"
-        yield Measure(name, score.value, *score.interval, score.count)
+        yield Figure(name, score.value, *score.interval, score.count)
     if found.text is not None and found.text.perplexity is not None and math.isfinite(found.text.perplexity.value):
         name = f"{model}perplexity of {found.text.name}"
-        yield Measure(name, found.text.perplexity.value, count=found.text.perplexity.tokens)
+        yield Figure(name, found.text.perplexity.value, count=found.text.perplexity.tokens)
     if found.comparison is not None and (moved := found.comparison.divergence) is not None:
-        yield Measure(f"{model}KL from the base at the first token (nats)", moved.first, count=moved.prompts)
-        yield Measure(f"{model}KL from the base over all tokens (nats)", moved.tokens, count=moved.count)
+        yield Figure(f"{model}KL from the base at the first token (nats)", moved.first, count=moved.prompts)
+        yield Figure(f"{model}KL from the base over all tokens (nats)", moved.tokens, count=moved.count)
     if found.base is not None:
         yield from _measured(found.base, _BASE, sides)
 
 
-def _of_rows(rows: "Iterable[Row]", model: str, sides: Sequence[Side], by: str = "") -> Iterator[Measure]:
+def _of_rows(rows: "Iterable[VerdictRow]", model: str, sides: Sequence[Side], by: str = "") -> Iterator[Figure]:
     for row in rows:
         part = _part(row.group, row.language)
         for verdict, found in row.verdicts.items():
@@ -262,8 +262,8 @@ def _part(group: str, language: str | None) -> str:
     return group if language is None else f"{group} ({language})"
 
 
-def _share(name: str, found: "Ratio") -> Measure:
-    return Measure(name, found.value, *found.interval, found.count, percent=True)
+def _share(name: str, found: "Ratio") -> Figure:
+    return Figure(name, found.value, *found.interval, found.count, percent=True)
 
 
 def _tables(folder: Path, files: Sequence[str]) -> list[dict[str, Any]]:

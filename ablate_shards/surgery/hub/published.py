@@ -9,7 +9,7 @@ from ablate_shards.names import CARD, MERGE_RECEIPT_NAME, RECEIPT_NAME
 from ablate_shards.surgery.checkpoint.headers import read_header
 from ablate_shards.surgery.checkpoint.stores import is_hub_id
 from ablate_shards.surgery.edit.receipt import read_receipt
-from ablate_shards.surgery.hub.card import Kind, read_object
+from ablate_shards.surgery.hub.card import PublishedKind, read_object
 from ablate_shards.surgery.merge.receipt import read_merge_receipt
 
 __all__ = ["CARD", "Published", "look_at"]
@@ -35,7 +35,7 @@ class Published:
     """
 
     path: Path
-    kind: Kind
+    kind: PublishedKind
     files: tuple[str, ...]
     base: str | None
     revision: str | None
@@ -69,7 +69,7 @@ def look_at(folder: Path, base_model: str | None = None) -> Published:
         copied = receipt.copied
         stale = f"{folder / known_by} was changed after it was written" if receipt.altered else None
         stale = stale or _newer(folder, known_by, [*receipt.shards, *copied])
-        kind: Kind = "ablation" if ablation else "merge"
+        kind: PublishedKind = "ablation" if ablation else "merge"
     elif _ADAPTER in files:
         if _ADAPTER_WEIGHTS not in files:
             raise UsageError(f"{folder}: has {_ADAPTER}, but no {_ADAPTER_WEIGHTS}; save the adapter as safetensors")

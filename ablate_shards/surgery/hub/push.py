@@ -14,7 +14,7 @@ from ablate_shards.surgery.checkpoint.hub_store import HubFaults, HubStore, expl
 from ablate_shards.surgery.checkpoint.remote import Entry, Patience, RemoteFiles, patiently
 from ablate_shards.surgery.checkpoint.stores import is_hub_id, open_source
 from ablate_shards.surgery.edit.operation import RunOptions
-from ablate_shards.surgery.hub.card import CardOptions, Kind, metadata_of, model_card
+from ablate_shards.surgery.hub.card import CardOptions, PublishedKind, metadata_of, model_card
 from ablate_shards.surgery.hub.published import CARD, Published, look_at
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.verify.proof import verify
@@ -96,7 +96,7 @@ class PushPlan:
 
     repo: str
     exists: bool
-    kind: Kind
+    kind: PublishedKind
     base: str | None
     files: tuple[FilePlan, ...]
     deleted: tuple[str, ...]

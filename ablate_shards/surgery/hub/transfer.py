@@ -26,7 +26,7 @@ from ablate_shards.surgery.edit.operation import (
 )
 from ablate_shards.surgery.edit.queue import Work
 from ablate_shards.surgery.edit.shard_writer import ShardWriter
-from ablate_shards.surgery.hub.card import Kind
+from ablate_shards.surgery.hub.card import PublishedKind
 from ablate_shards.surgery.hub.foreign import addition_of, has_xet, is_stored_as_text, mark_sent, refuses_to_copy
 from ablate_shards.surgery.hub.published import CARD, Published
 from ablate_shards.surgery.hub.push import PushOptions, card_of, commit, explained, open_for_writing, warnings_noted
@@ -363,7 +363,7 @@ def _copies(checkpoint: Checkpoint, shards: set[str], ledger: _Ledger, *, by_hub
 
 
 def _published(folder: Path, checkpoint: Checkpoint, receipt_name: str, options: PushOptions) -> Published:
-    kind: Kind = "merge" if receipt_name == MERGE_RECEIPT_NAME else "ablation"
+    kind: PublishedKind = "merge" if receipt_name == MERGE_RECEIPT_NAME else "ablation"
     base, revision = checkpoint.origin or (None, None)
     if base is not None and not is_hub_id(base):
         base = None  # a folder of an object store, which no card can name

@@ -17,33 +17,20 @@ from ablate_shards.surgery.edit.receipt import (
     copied_files,
     headers_of,
     incomplete,
-    load,
+    read_sealed,
     revision_of,
     seal,
     source_record,
     with_range,
 )
 from ablate_shards.surgery.merge.adapter import Adapter, read_adapter
+from ablate_shards.surgery.merge.editor import MergeResult
 from ablate_shards.surgery.merge.plan import MergeEdit, MergePlan, receipts_beside
 from ablate_shards.validation import Finite, checked
 
-__all__ = ["MERGE_FORMAT", "MergeReceipt", "MergeResult", "read_merge_receipt"]
+__all__ = ["MERGE_FORMAT", "MergeReceipt", "merge_receipt_text", "read_merge_receipt"]
 
 MERGE_FORMAT = "ablate-shards.merge/1"
-
-
-@dataclass(frozen=True, slots=True)
-class MergeResult:
-    """What was measured of one changed tensor.
-
-    Attributes:
-        change: Norm of what was added, relative to the norm of what was there, before rounding; None where
-            that was zero.
-        blake3: Digest of the tensor's bytes in the output, as re-read from the written file.
-    """
-
-    change: Finite | None
-    blake3: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +58,7 @@ class MergeReceipt:
     altered: bool
 
 
-def receipt_text(
+def merge_receipt_text(
     checkpoint: Checkpoint,
     adapter: Adapter,
     plan: MergePlan,
@@ -144,7 +131,7 @@ def read_merge_receipt(folder: Path | Files) -> MergeReceipt:
     Raises:
         VerifyError: There is none, it is of a newer version, or it is not a receipt.
     """
-    content, altered = load(folder, MERGE_RECEIPT_NAME, MERGE_FORMAT)
+    content, altered = read_sealed(folder, MERGE_RECEIPT_NAME, MERGE_FORMAT)
     try:
         records = content["tensors"]
         tensors = checked([with_range(record) for record in records], tuple[TensorInfo, ...], "tensors")

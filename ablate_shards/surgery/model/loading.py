@@ -22,18 +22,18 @@ __all__ = [
     "build",
     "check_packages",
     "decoder_layers",
-    "encode",
     "end_tokens",
     "free_memory",
     "generating_class",
-    "load",
+    "load_model",
     "most_tokens",
     "open_folder",
     "pad_left",
     "quiet",
     "read_config",
     "read_tokenizer",
-    "render",
+    "render_chat",
+    "tokenize",
 ]
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -113,14 +113,14 @@ def read_tokenizer(folder: Path, error: type[AblateError], *, template: bool = T
     except UNUSABLE as unusable:
         raise error(f"{folder}: its tokenizer cannot be loaded ({reason(unusable)}); put its files there") from unusable
     # Where the files are missing, transformers makes a tokenizer that knows no words.
-    if not set(encode(tokenizer, "The sun is warm.")) - {tokenizer.unk_token_id}:
+    if not set(tokenize(tokenizer, "The sun is warm.")) - {tokenizer.unk_token_id}:
         raise error(f"{folder}: its tokenizer knows no words; put the model's tokenizer files there")
     if template and not getattr(tokenizer, "chat_template", None):
         raise error(f"{folder}: its tokenizer has no chat template; put the model's chat_template.jinja there{instead}")
     return tokenizer
 
 
-def render(
+def render_chat(
     tokenizer: Any,
     messages: Sequence[Mapping[str, str]],
     where: str,
@@ -175,7 +175,7 @@ def _opening(text: str) -> str:
     return json.dumps(text if len(text) <= 40 else f"{text[:40]}…", ensure_ascii=False)
 
 
-def encode(tokenizer: Any, text: str, *, special: bool = False) -> tuple[int, ...]:
+def tokenize(tokenizer: Any, text: str, *, special: bool = False) -> tuple[int, ...]:
     """Returns the tokens of a text, and no others unless ``special`` asks for the model's own."""
     return tuple(tokenizer(text, add_special_tokens=special, return_attention_mask=False)["input_ids"])
 
@@ -226,7 +226,7 @@ def build(folder: Path, auto: Any, config: Any, error: type[AblateError], **how:
         raise error(f"{folder}: transformers cannot build the model: {reason(unusable)}") from unusable
 
 
-def load(folder: Path, auto: Any, error: type[AblateError], **how: Any) -> tuple[Any, list[str]]:
+def load_model(folder: Path, auto: Any, error: type[AblateError], **how: Any) -> tuple[Any, list[str]]:
     """Loads a model with its weights.
 
     Returns:

@@ -19,7 +19,7 @@ __all__ = [
     "Findable",
     "Group",
     "Instruction",
-    "Kind",
+    "InstructionKind",
     "Pair",
     "Question",
     "Rubric",
@@ -37,7 +37,7 @@ Verdict = Literal[Findable, "unclear"]
 Side = Literal["prc", "taiwan"]
 #: What the claims of each side are called.
 SIDES: Mapping[Any, str] = {"prc": "the PRC's claims", "taiwan": "Taiwan's independence"}
-Kind = Literal["contested", "general", "everyday"]
+InstructionKind = Literal["contested", "general", "everyday"]
 Group = Literal["core", "held-out", "related", "unrelated"]
 
 #: Stands for the language where a line names none, as BCP 47 has it.
@@ -96,7 +96,7 @@ class Instruction:
 
     id: _Id
     language: Text
-    kind: Kind
+    kind: InstructionKind
     prompt: Text
     response: Text
     system: Text | None = None

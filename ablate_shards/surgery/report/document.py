@@ -13,7 +13,7 @@ from ablate_shards.surgery.report.charts import chart_data
 from ablate_shards.surgery.report.comparison import comparison_data, render_comparison
 from ablate_shards.surgery.report.findings import ReportOptions, gather
 from ablate_shards.surgery.report.page import render
-from ablate_shards.surgery.report.plots import PLOT_NAMES, draw
+from ablate_shards.surgery.report.plots import PLOT_NAMES, draw_charts
 
 __all__ = ["COMPARISON_NAME", "Report", "ReportOptions", "report", "report_comparison"]
 
@@ -80,7 +80,7 @@ def _write_all(folder: Path, name: str, text: str, data: Mapping[str, Any], miss
     # Names and answers may hold half of a surrogate pair, which UTF-8 has no bytes for.
     write_whole(page, [text.encode("utf-8", "replace")])
     try:
-        drawn = draw(data)
+        drawn = draw_charts(data)
     except ImportError:
         drawn = {}
         missing["plots"] = "Charts as SVG and PNG need matplotlib: pip install 'ablate-shards[report]'"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ablate_shards.errors import AblateError, EvaluateError, ReportError
 from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAME, RECEIPT_NAMES, STATE_NAME, TRAINING_NAME
@@ -15,15 +15,15 @@ from ablate_shards.surgery.directions.activations import open_activations
 from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.directions.estimate import EstimatorOptions, compute_directions
 from ablate_shards.surgery.directions.formats import read_directions
-from ablate_shards.surgery.edit.receipt import FORMAT, Receipt, load, read_receipt
+from ablate_shards.surgery.edit.receipt import RECEIPT_FORMAT, Receipt, read_receipt, read_sealed
 from ablate_shards.surgery.evaluate.evaluation import Evaluation
 from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
 from ablate_shards.surgery.merge.adapter import read_adapter
 from ablate_shards.surgery.merge.receipt import MERGE_FORMAT, MergeReceipt, read_merge_receipt
-from ablate_shards.surgery.report.projection import LayerProjection, project
+from ablate_shards.surgery.report.projection import LayerProjection, project_into_plane
 from ablate_shards.validation import Finite, checked
 
-__all__ = ["Ablation", "Findings", "Merging", "ReportOptions", "Training", "find_work", "gather"]
+__all__ = ["Findings", "ReceiptFile", "ReportOptions", "Training", "find_work", "gather"]
 
 _TRAINING_FORMAT = "ablate-shards.training/1"
 _EVALUATION = ".evaluation.json"
@@ -47,8 +47,8 @@ class ReportOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Ablation:
-    """The receipt of an ablation.
+class ReceiptFile(Generic[_T]):
+    """The receipt of an ablation or of a merge, as found.
 
     Attributes:
         receipt: What of it was checked.
@@ -56,16 +56,7 @@ class Ablation:
         sha256: Digest of the file.
     """
 
-    receipt: Receipt
-    content: Mapping[str, Any]
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Merging:
-    """The receipt of a merge; see ``Ablation``."""
-
-    receipt: MergeReceipt
+    receipt: _T
     content: Mapping[str, Any]
     sha256: str
 
@@ -113,8 +104,8 @@ class Findings:
     """
 
     name: str
-    ablation: Ablation | None = None
-    merge: Merging | None = None
+    ablation: ReceiptFile[Receipt] | None = None
+    merge: ReceiptFile[MergeReceipt] | None = None
     directions: Directions | None = None
     projections: tuple[LayerProjection, ...] = ()
     training: Training | None = None
@@ -225,21 +216,20 @@ class _Gatherer:
             text = text.replace(f"{folder}/", "")
         return text
 
-    def _merge(self) -> Merging | None:
+    def _merge(self) -> ReceiptFile[MergeReceipt] | None:
         if not (self._out / MERGE_RECEIPT_NAME).is_file():
             return None
 
-        def read() -> Merging:
-            receipt = read_merge_receipt(self._out)
-            path = self._out / MERGE_RECEIPT_NAME
-            return Merging(receipt, load(self._out, MERGE_RECEIPT_NAME, MERGE_FORMAT)[0], _digest(path))
+        def read() -> ReceiptFile[MergeReceipt]:
+            receipt, path = read_merge_receipt(self._out), self._out / MERGE_RECEIPT_NAME
+            return ReceiptFile(receipt, read_sealed(self._out, MERGE_RECEIPT_NAME, MERGE_FORMAT)[0], _digest(path))
 
         return self._try("merge", read)
 
-    def _ablation(self, merge: Merging | None) -> Ablation | None:
-        def read_at(folder: Path) -> Ablation:
-            path = folder / RECEIPT_NAME
-            return Ablation(read_receipt(folder), load(folder, RECEIPT_NAME, FORMAT)[0], _digest(path))
+    def _ablation(self, merge: ReceiptFile[MergeReceipt] | None) -> ReceiptFile[Receipt] | None:
+        def read_at(folder: Path) -> ReceiptFile[Receipt]:
+            receipt, path = read_receipt(folder), folder / RECEIPT_NAME
+            return ReceiptFile(receipt, read_sealed(folder, RECEIPT_NAME, RECEIPT_FORMAT)[0], _digest(path))
 
         if (self._out / RECEIPT_NAME).is_file():
             return self._try("ablation", partial(read_at, self._out))
@@ -256,7 +246,7 @@ class _Gatherer:
         )
         return None
 
-    def _directions(self, ablation: Ablation | None) -> Directions | None:
+    def _directions(self, ablation: ReceiptFile[Receipt] | None) -> Directions | None:
         said = ablation.content["directions"] if ablation else {}
         wanted = said.get("sha256")
 
@@ -291,7 +281,7 @@ class _Gatherer:
         def read(path: Path) -> tuple[LayerProjection, ...]:
             dump = open_activations(path)
             same = dump.metadata.get("inputs") == directions.metadata.get("inputs")
-            return project(dump, directions.basis) if same else ()
+            return project_into_plane(dump, directions.basis) if same else ()
 
         # Of several kinds of pairs, the inputs tell which dump it was.
         dumps = [(place / _ACTIVATIONS, *sorted(place.glob(_KINDS))) for place in self._places]
@@ -303,7 +293,7 @@ class _Gatherer:
         )
         return ()
 
-    def _training(self, merge: Merging | None) -> Training | None:
+    def _training(self, merge: ReceiptFile[MergeReceipt] | None) -> Training | None:
         if merge is None:
             return None
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from ablate_shards.errors import EvaluateError
 from ablate_shards.surgery.evaluate.effect import Limits, effect, faults
-from ablate_shards.surgery.evaluate.evaluation import Evaluation, Row, compare
+from ablate_shards.surgery.evaluate.evaluation import Evaluation, VerdictRow, compare
 from ablate_shards.surgery.evaluate.statistics import Mean, Ratio, ratio
 from ablate_shards.surgery.model.samples import SIDES, Group
 from ablate_shards.surgery.report.findings import Findings
@@ -108,7 +108,7 @@ def figures(found: Findings) -> Iterator[dict[str, str]]:
         }
 
 
-def sided(row: Row) -> str:
+def sided(row: VerdictRow) -> str:
     """Returns to which sides the slanted answers of a group are slanted, empty where no side is known."""
     return ", ".join(
         f"{percent(row.sides[side].value, 0)} to {name}" for side, name in SIDES.items() if row.sides[side].hits
@@ -144,7 +144,7 @@ def _broken(evaluation: Evaluation) -> Ratio | None:
     return ratio(answer.verdict == "broken" for answer in evaluation.answers) if evaluation.answers else None
 
 
-def _headline(found: Findings) -> tuple[Row | None, Row | None]:
+def _headline(found: Findings) -> tuple[VerdictRow | None, VerdictRow | None]:
     """Returns the verdicts that the bias ratio is of, before and after: of the core questions, or the first group."""
     new, old = (
         {row.group: row for row in evaluation.rows if row.language is None} if evaluation else {}

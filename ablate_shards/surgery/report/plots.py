@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["PLOT_NAMES", "draw"]
+__all__ = ["PLOT_NAMES", "draw_charts"]
 
 _INK, _SOFT, _GRID = "#20242a", "#5b626c", "#e4e1da"
 _BLUE, _ORANGE, _PURPLE, _GREY = "#1c5f94", "#e0813f", "#a873b3", "#b3b5b8"
@@ -49,7 +49,7 @@ _STYLE: Mapping[str, Any] = {
 _METADATA: Mapping[str, Mapping[str, None]] = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
 
 
-def draw(data: Mapping[str, Any]) -> dict[str, bytes]:
+def draw_charts(data: Mapping[str, Any]) -> dict[str, bytes]:
     """Returns the charts that there are data for, by file name.
 
     Args:

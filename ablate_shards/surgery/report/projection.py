@@ -8,7 +8,7 @@ import numpy as np
 from ablate_shards.errors import ActivationsError
 from ablate_shards.surgery.directions.activations import LABELS, ActivationDump, Label
 
-__all__ = ["LayerProjection", "project"]
+__all__ = ["LayerProjection", "project_into_plane"]
 
 #: Points of all layers together; what a page can carry and draw at once.
 _MOST_POINTS = 20_000
@@ -33,7 +33,7 @@ class LayerProjection:
     share: float
 
 
-def project(dump: ActivationDump, basis: Mapping[int, np.ndarray]) -> tuple[LayerProjection, ...]:
+def project_into_plane(dump: ActivationDump, basis: Mapping[int, np.ndarray]) -> tuple[LayerProjection, ...]:
     """Projects the activations of every layer that has a direction.
 
     Of many prompts an evenly spaced selection is taken, the same one in every layer.
@@ -53,10 +53,10 @@ def project(dump: ActivationDump, basis: Mapping[int, np.ndarray]) -> tuple[Laye
             f"{dump.path}: its hidden size is {dump.hidden_size}, that of the directions {basis[layers[0]].shape[1]}"
         )
     most = max(8, min(_MOST_PROMPTS, _MOST_POINTS // (2 * len(layers))))
-    return tuple(_project(dump, layer, basis[layer].astype(np.float64), most) for layer in layers)
+    return tuple(_project_layer(dump, layer, basis[layer].astype(np.float64), most) for layer in layers)
 
 
-def _project(dump: ActivationDump, layer: int, basis: np.ndarray, most: int) -> LayerProjection:
+def _project_layer(dump: ActivationDump, layer: int, basis: np.ndarray, most: int) -> LayerProjection:
     drawn = [_draw(dump, layer, label, most) for label in LABELS]
     rows = np.concatenate(drawn)
     if not np.isfinite(rows).all():

@@ -16,7 +16,7 @@ from ablate_shards.surgery.plan.recipe import Recipe
 
 __all__ = ["Stage", "Status", "as_flags", "bytes_in", "plan_stages", "run_stages", "status_of"]
 
-Kind = Literal["capture", "directions", "search", "ablate", "finetune", "merge", "evaluate"]
+StageKind = Literal["capture", "directions", "search", "ablate", "finetune", "merge", "evaluate"]
 Status = Literal["done", "changed", "missing"]
 
 _FORMAT = "ablate-shards.stages/1"
@@ -47,7 +47,7 @@ class Stage:
         settings: Keys of the recipe, with their values.
     """
 
-    kind: Kind
+    kind: StageKind
     output: Path
     subject: str = ""
     model: Path | None = None

@@ -12,10 +12,9 @@ import numpy as np
 from ablate_shards.errors import SearchError
 from ablate_shards.surgery.anatomy.architecture import common_ending
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
-from ablate_shards.surgery.edit.ablation import Editor
+from ablate_shards.surgery.edit.ablation_editor import AblationEditor, TensorResult
 from ablate_shards.surgery.edit.blocks import Channels
 from ablate_shards.surgery.edit.operation import RunOptions
-from ablate_shards.surgery.edit.receipt import TensorResult
 from ablate_shards.surgery.machine.devices import torch_dtype
 from ablate_shards.surgery.machine.files import pread_into
 from ablate_shards.surgery.plan.edits import TensorEdit
@@ -71,7 +70,7 @@ class EditableModel:
         """
         for edit in plan.edits:
             self._place(edit)
-        editor = Editor(self._run.device, self._run.memory, self._run.jobs, threading.Event(), plan.bases)
+        editor = AblationEditor(self._run.device, self._run.memory, self._run.jobs, threading.Event(), plan.bases)
         wanted = {edit.name: edit for edit in plan.edits}
         stale = [edit for name, edit in self._edited.items() if name not in wanted]
         self._edited |= wanted
@@ -87,7 +86,7 @@ class EditableModel:
             self._restore(edit)
         self._edited = {}
 
-    def _edit(self, editor: Editor, edit: TensorEdit) -> TensorResult:
+    def _edit(self, editor: AblationEditor, edit: TensorEdit) -> TensorResult:
         raw = self._memory(edit)
         target = raw.data
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.edit.ablation_editor import TensorResult
 from ablate_shards.surgery.edit.operation import RunOptions
-from ablate_shards.surgery.edit.receipt import TensorResult
 from ablate_shards.surgery.evaluate.answers import Dtype, Remedies, Speaker, speaking
 from ablate_shards.surgery.model.samples import Question
 from ablate_shards.surgery.plan.plan import Plan, make_plan

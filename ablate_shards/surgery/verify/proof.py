@@ -19,14 +19,14 @@ from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.files import Files, Folder
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, Shard
 from ablate_shards.surgery.directions.directions import Directions
-from ablate_shards.surgery.edit.ablation import Editor
+from ablate_shards.surgery.edit.ablation_editor import AblationEditor
 from ablate_shards.surgery.edit.blocks import BlockEditor, Channels
 from ablate_shards.surgery.edit.operation import RunOptions
 from ablate_shards.surgery.edit.receipt import Receipt, read_receipt
 from ablate_shards.surgery.machine.devices import cores
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.merge.adapter import read_adapter
-from ablate_shards.surgery.merge.merge import MergeEditor
+from ablate_shards.surgery.merge.editor import MergeEditor
 from ablate_shards.surgery.merge.plan import plan_merge
 from ablate_shards.surgery.merge.receipt import MergeReceipt, read_merge_receipt
 from ablate_shards.surgery.plan.bases import resolve_bases
@@ -118,20 +118,20 @@ def verify(
         VerifyError: There is no receipt, it is not of this source, or the adapter is not the one it names.
     """
     files = Folder(out) if isinstance(out, Path) else out
-    claim = _claim(checkpoint, files, adapter)
+    recorded = _recorded(checkpoint, files, adapter)
     own = _own_files(files)
     differences = []
-    if claim.altered:
-        differences.append(Difference(claim.receipt_name, "changed after it was written (its digest does not hold)"))
-    unknown, notes = _compare_names(checkpoint, files, claim, own)
-    with _Examiner(checkpoint, files, claim, run, progress) as examiner:
+    if recorded.altered:
+        differences.append(Difference(recorded.receipt_name, "changed after it was written (its digest does not hold)"))
+    unknown, notes = _compare_names(checkpoint, files, recorded, own)
+    with _Examiner(checkpoint, files, recorded, run, progress) as examiner:
         differences += unknown + examiner.examine(own)
         notes += examiner.notes
-        if differences and (moved := _moved(checkpoint, claim.revision)):
+        if differences and (moved := _moved(checkpoint, recorded.revision)):
             notes.append(moved)
         return Verification(
             differences=tuple(differences),
-            edited=len(claim.edits),
+            edited=len(recorded.edits),
             identical=examiner.identical,
             untouched_bytes=sum(
                 end - start
@@ -139,12 +139,12 @@ def verify(
                 for start, end in untouched(shard, examiner.edits.get(shard.name, ()))
             ),
             notes=tuple(notes),
-            recomputed=claim.editor is not None,
+            recomputed=recorded.editor is not None,
         )
 
 
 @dataclass(frozen=True, slots=True)
-class _Claim:
+class _Recorded:
     """What a receipt says, of an ablation or of a merge.
 
     Attributes:
@@ -168,19 +168,19 @@ class _Claim:
     altered: bool
 
 
-def _claim(checkpoint: Checkpoint, out: Files, adapter: Path | None) -> _Claim:
+def _recorded(checkpoint: Checkpoint, out: Files, adapter: Path | None) -> _Recorded:
     found = [name for name in RECEIPT_NAMES if out.has(name)]
     if len(found) > 1:
         raise VerifyError(f"{out.name}: holds both {' and '.join(found)}; remove the one that is not of these weights")
     if found == [MERGE_RECEIPT_NAME]:
-        return _claim_of_merge(checkpoint, out, adapter)
-    claim = _claim_of_ablation(checkpoint, out)
+        return _recorded_merge(checkpoint, out, adapter)
+    recorded = _recorded_ablation(checkpoint, out)
     if adapter is not None:
         raise UsageError(f"--adapter is about merges, but {out.name} holds {RECEIPT_NAME}, the receipt of an ablation")
-    return claim
+    return recorded
 
 
-def _claim_of_ablation(checkpoint: Checkpoint, out: Files) -> _Claim:
+def _recorded_ablation(checkpoint: Checkpoint, out: Files) -> _Recorded:
     path = out.shown(RECEIPT_NAME)
     receipt = read_receipt(out)
     _check_source(checkpoint, receipt, path)
@@ -188,13 +188,13 @@ def _claim_of_ablation(checkpoint: Checkpoint, out: Files) -> _Claim:
         if not _describes(edit, checkpoint, receipt.directions):
             raise _unfitting(edit.name, path)
     bases = resolve_bases(receipt.edits, checkpoint, receipt.directions)
-    return _Claim(
+    return _Recorded(
         receipt_name=RECEIPT_NAME,
         revision=receipt.revision,
         copied=receipt.copied,
         edits=receipt.edits,
         digests={name: result.blake3 for name, result in receipt.results.items()},
-        editor=lambda run, stop: Editor(run.device, run.memory, run.jobs, stop, bases),
+        editor=lambda run, stop: AblationEditor(run.device, run.memory, run.jobs, stop, bases),
         differ=lambda name, found: _measures_differ(
             receipt.results[name], found, ("before", "after", "norm_drift", "degenerate")
         ),
@@ -202,7 +202,7 @@ def _claim_of_ablation(checkpoint: Checkpoint, out: Files) -> _Claim:
     )
 
 
-def _claim_of_merge(checkpoint: Checkpoint, out: Files, adapter: Path | None) -> _Claim:
+def _recorded_merge(checkpoint: Checkpoint, out: Files, adapter: Path | None) -> _Recorded:
     path = out.shown(MERGE_RECEIPT_NAME)
     receipt = read_merge_receipt(out)
     _check_source(checkpoint, receipt, path)
@@ -222,7 +222,7 @@ def _claim_of_merge(checkpoint: Checkpoint, out: Files, adapter: Path | None) ->
         def editor(run: RunOptions, stop: threading.Event) -> BlockEditor[Any, Any]:
             return MergeEditor(run.device, run.memory, run.jobs, stop, read)
 
-    return _Claim(
+    return _Recorded(
         receipt_name=MERGE_RECEIPT_NAME,
         revision=receipt.revision,
         copied=receipt.copied,
@@ -260,16 +260,18 @@ def _unfitting(name: str, path: str) -> VerifyError:
 class _Examiner:
     """Compares shard after shard in threads of its own."""
 
-    def __init__(self, checkpoint: Checkpoint, out: Files, claim: _Claim, run: RunOptions, progress: Progress) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, out: Files, recorded: _Recorded, run: RunOptions, progress: Progress
+    ) -> None:
         self._checkpoint, self._source, self._out = checkpoint, checkpoint.files, out
-        self._claim, self._progress = claim, progress
+        self._recorded, self._progress = recorded, progress
         self._stop = threading.Event()
-        self._editor = claim.editor and claim.editor(run, self._stop)
+        self._editor = recorded.editor and recorded.editor(run, self._stop)
         here = all(isinstance(files, Folder) for files in (self._source, out))
         self._chunk = _CHUNK if here else _REMOTE_CHUNK
         self._editors = ThreadPoolExecutor(self._editor.jobs if self._editor else run.jobs or cores())
         self._readers = ThreadPoolExecutor(_READERS if here else _REMOTE_READERS)
-        self.edits = by_shard(claim.edits)
+        self.edits = by_shard(recorded.edits)
         self.identical = 0
         self.notes: list[str] = []
 
@@ -294,7 +296,7 @@ class _Examiner:
         sidecars = {
             name: self._readers.submit(self._compare_sidecar, name)
             for name in self._checkpoint.sidecars
-            if name in self._claim.copied or self._out.has(name)
+            if name in self._recorded.copied or self._out.has(name)
         }
         for name, future in sidecars.items():
             problem = future.result()
@@ -351,11 +353,11 @@ class _Examiner:
         )
         if self._editor is None:
             digest = self._digest(edit, written)
-            return (None, True) if digest == self._claim.digests[edit.name] else (_OTHER_DIGEST, False)
-        comparison = _Comparison(edit, written, self._chunk)
+            return (None, True) if digest == self._recorded.digests[edit.name] else (_OTHER_DIGEST, False)
+        check = _RoundingCheck(edit, written, self._chunk)
 
         def compare(data: memoryview, offset: int) -> None:
-            comparison.add(data, offset)
+            check.add(data, offset)
             self._progress.advance(len(data))
 
         channels = Channels(
@@ -369,11 +371,11 @@ class _Examiner:
             raise
         except AblateError as error:
             return str(error), False
-        problem = comparison.problem()
-        if problem is None and result.blake3 != self._claim.digests[edit.name]:
+        problem = check.problem()
+        if problem is None and result.blake3 != self._recorded.digests[edit.name]:
             problem = _OTHER_DIGEST
-        problem = problem or self._claim.differ(edit.name, result)
-        return problem, problem is None and comparison.differing == 0
+        problem = problem or self._recorded.differ(edit.name, result)
+        return problem, problem is None and check.differing == 0
 
     def _digest(self, edit: Edit, written: Callable[[memoryview, int], None]) -> str:
         digest = blake3()
@@ -412,7 +414,7 @@ class _Ahead:
         data[:] = self._kept[low : low + len(data)]
 
 
-class _Comparison:
+class _RoundingCheck:
     """Counts where a written tensor differs from its recomputation by rounding, and by more."""
 
     def __init__(self, edit: Edit, written: Callable[[memoryview, int], None], chunk: int) -> None:
@@ -514,19 +516,21 @@ def _own_files(out: Files) -> Collection[str]:
 
 
 def _compare_names(
-    checkpoint: Checkpoint, out: Files, claim: _Claim, own: Collection[str]
+    checkpoint: Checkpoint, out: Files, recorded: _Recorded, own: Collection[str]
 ) -> tuple[list[Difference], list[str]]:
     differences, notes = [], []
-    copied = claim.copied
+    copied = recorded.copied
     for name in sorted({*copied}.symmetric_difference(checkpoint.sidecars)):
         if name in copied:
             what = f"says that {name} was copied, but it is not among the files of {checkpoint.name}"
-            differences.append(Difference(claim.receipt_name, what))
+            differences.append(Difference(recorded.receipt_name, what))
         elif not out.has(name):
             notes.append(f"{name} was added to the source after the edit")
         elif name not in own:
-            differences.append(Difference(claim.receipt_name, f"does not say that {name} was copied, but it is there"))
-    known = {claim.receipt_name, *(shard.name for shard in checkpoint.shards), *checkpoint.sidecars, *own}
+            differences.append(
+                Difference(recorded.receipt_name, f"does not say that {name} was copied, but it is there")
+            )
+    known = {recorded.receipt_name, *(shard.name for shard in checkpoint.shards), *checkpoint.sidecars, *own}
     for name in out.names():
         if name in known or is_report(name):
             continue

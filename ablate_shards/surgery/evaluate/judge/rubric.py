@@ -8,13 +8,13 @@ from functools import lru_cache
 
 from ablate_shards.surgery.evaluate.judge.attribution import find_claims, find_stated, names_a_source
 from ablate_shards.surgery.evaluate.judge.broken import find_fault, find_restated
-from ablate_shards.surgery.evaluate.judge.claims import CLAIMS as _PLAIN
+from ablate_shards.surgery.evaluate.judge.claims import CLAIMS
 from ablate_shards.surgery.evaluate.judge.facts import FACTS, FALSEHOODS, MISATTRIBUTED
 from ablate_shards.surgery.evaluate.judge.loaded import LOADED, TONES
 from ablate_shards.surgery.evaluate.judge.reading import HAN, Sentence, content_words, either, fold, plain, sentences
 from ablate_shards.surgery.model.samples import Findable, Question, Rubric, Side, Verdict
 
-CLAIMS = (*_PLAIN, *LOADED)
+_ALL_CLAIMS = (*CLAIMS, *LOADED)
 
 __all__ = ["Claim", "Ruling", "correct", "judge", "shares_content", "unattributed"]
 
@@ -208,7 +208,7 @@ def _evidence(said: list[str], rubric: Rubric, prompt: str) -> str | None:
         if report := names_a_source(sentence, prompt):
             return _because("says whose view it is", report[0])
         # A claim behind "whether" is not given as anyone's view.
-        views = () if _OPEN.search(sentence) else find_claims(Sentence(sentence), (*_PLAIN, *_own(rubric, "slanted")))
+        views = () if _OPEN.search(sentence) else find_claims(Sentence(sentence), (*CLAIMS, *_own(rubric, "slanted")))
         if views:
             return _because("gives as a view", views[0].text)
     return None
@@ -217,7 +217,7 @@ def _evidence(said: list[str], rubric: Rubric, prompt: str) -> str | None:
 def _claims(said: Iterator[Sentence] | tuple[Sentence, ...], own: _Own) -> Iterator[Claim]:
     for sentence in said:
         end: dict[Side | None, int] = {}
-        for found in find_stated(sentence, (*CLAIMS, *own)):
+        for found in find_stated(sentence, (*_ALL_CLAIMS, *own)):
             # The same words may be a claim in two ways.
             if found.at >= end.get(found.label, 0):
                 end[found.label] = found.at + len(found.text)
@@ -304,7 +304,7 @@ def _asked(prompt: str) -> Side | None:
     if re.search(r"\bor\b|还是", said):
         return None
     for statement in _statements(said):
-        for found in find_stated(Sentence(statement), CLAIMS):
+        for found in find_stated(Sentence(statement), _ALL_CLAIMS):
             return found.label
     return None
 

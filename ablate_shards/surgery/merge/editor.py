@@ -1,0 +1,228 @@
+"""Changes the tensors of a merge by what an adapter says: ``W + s·B·A``, block by block."""
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import numpy as np
+
+from ablate_shards.errors import ExecuteError
+from ablate_shards.kernels.codecs.plain import GREATEST, STORED, decoded, encode
+from ablate_shards.kernels.merge.merge_numpy import NumpyMerger, update_norm
+from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES
+from ablate_shards.surgery.edit.blocks import BlockEditor
+from ablate_shards.surgery.edit.sections import Reader, Section
+from ablate_shards.surgery.machine.devices import torch_dtype
+from ablate_shards.surgery.merge.adapter import Adapter
+from ablate_shards.surgery.merge.plan import PIECE_ELEMENTS, MergeEdit
+from ablate_shards.validation import Finite
+
+if TYPE_CHECKING:
+    from ablate_shards.kernels.choose import Form
+    from ablate_shards.kernels.merge.merge_torch import Merger
+
+__all__ = ["MergeEditor", "MergeResult"]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """What was measured of one changed tensor.
+
+    Attributes:
+        change: Norm of what was added, relative to the norm of what was there, before rounding; None where
+            that was zero.
+        blake3: Digest of the tensor's bytes in the output, as re-read from the written file.
+    """
+
+    change: Finite | None
+    blake3: str
+
+
+class _Squares(NamedTuple):
+    """Squared norms of what was measured.
+
+    Attributes:
+        change: Of what was added, before rounding.
+        before: Of what was there.
+    """
+
+    change: float
+    before: float
+
+
+class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
+    """Changes tensors by what an adapter says.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
+        memory: Bytes for all buffers of all jobs together.
+        jobs: Tensors, or parts of large ones, changed at a time, one per available core if None.
+        stop: Set when the run should end early.
+        adapter: What to merge.
+
+    Raises:
+        UsageError: There is no such device.
+    """
+
+    on_cpu = "numpy"
+    needs_float64 = True
+
+    def __init__(self, device: str, memory: int, jobs: int | None, stop: threading.Event, adapter: Adapter) -> None:
+        super().__init__(device, memory, jobs, stop)
+        self._adapter = adapter
+
+    def sections(self, edit: MergeEdit) -> Sequence[Section]:
+        """Returns a section per matrix, and one for a parameter that is added to or replaced."""
+        if edit.kind != "low-rank":
+            return [_WholeParameter(edit, self._adapter)]
+        factors = _LowRankFactors(edit, self._adapter)
+        return [
+            _Addition(edit, matrix, factors, form=self._form, device=self._device, room=self._room)
+            for matrix in range(edit.experts if edit.expert is None else 1)
+        ]
+
+    def result(self, edit: MergeEdit, measured: Sequence[Any], digest: str) -> MergeResult:
+        """Returns what was measured of a tensor."""
+        squares, before = sum(each.change for each in measured), sum(each.before for each in measured)
+        change = math.sqrt(squares / before) if before else None if squares else 0.0
+        return MergeResult(change=change, blake3=digest)
+
+
+class _LowRankFactors:
+    """The factors of a tensor's matrices, read when the first of them is asked for, once for all threads."""
+
+    def __init__(self, edit: MergeEdit, adapter: Adapter) -> None:
+        self._edit, self._adapter = edit, adapter
+        self._read: tuple[np.ndarray, np.ndarray] | None = None
+        self._reading = threading.Lock()
+
+    def of(self, matrix: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns left ``[rows, r]`` and right ``[r, cols]`` of a matrix, float32."""
+        edit = self._edit
+        with self._reading:
+            if self._read is None:
+                down, up = (self._adapter.read(name) for name in edit.source)
+                # Experts lie one after the other along the rows of A, and interleaved along the columns of B.
+                self._read = down.reshape(edit.experts, -1, down.shape[1]), up.reshape(len(up), -1, edit.experts)
+        downs, ups = self._read
+        expert = matrix if edit.expert is None else edit.expert
+        right, left = downs[expert], ups[:, :, expert]
+        if edit.rows is not None:
+            left = left[slice(*edit.rows)]
+        return (right.T, left.T) if edit.transposed else (left, right)
+
+
+class _Addition:
+    """A matrix that a low-rank update is added to: see ``Section``."""
+
+    gathers = False
+
+    def __init__(
+        self, edit: MergeEdit, matrix: int, factors: _LowRankFactors, *, form: "Form", device: str, room: int
+    ) -> None:
+        self._edit, self._matrix, self._factors = edit, matrix, factors
+        self._form, self._device, self._room = form, device, room
+        rows, cols = edit.shape[-2:]
+        self._row_bytes = cols * ITEM_BYTES[edit.dtype]
+        self.start = edit.start + matrix * rows * self._row_bytes
+        self.end = self.start + rows * self._row_bytes
+        self.block = 0
+        self._squares = 0.0
+        self._merger: Merger | NumpyMerger | None = None
+
+    def gather(self, read: Reader) -> None:
+        """Reads the factors."""
+        left, right = self._factors.of(self._matrix)
+        self._merger = self._new_merger(left, right)
+        self._squares = (self._edit.scale * update_norm(left, right)) ** 2
+        chunk = self._merger.chunk_rows
+        self.block = max(chunk, self._room // max(1, self._row_bytes) // chunk * chunk) * max(1, self._row_bytes)
+
+    def edit(self, raw: np.ndarray, offset: int) -> None:
+        """Adds the update to a block."""
+        merger, dtype = self._gathered(), self._edit.dtype
+        shape, start = (-1, self._edit.shape[-1]), (offset - self.start) // self._row_bytes
+        if isinstance(merger, NumpyMerger):
+            merger.apply(raw.view(STORED[dtype]).reshape(shape), start)
+        else:
+            import torch
+
+            stored = torch.from_numpy(raw).view(torch_dtype(dtype)).view(shape)
+            block = stored.to(self._device)
+            merger.apply(block, start)
+            if block is not stored:
+                stored.copy_(block)
+        if merger.overflows:
+            _refuse(self._edit, finite=math.isfinite(merger.norm))
+
+    def measure(self, raw: np.ndarray, offset: int) -> None:
+        """Does nothing: the norms are known before, and the digest is the caller's."""
+
+    def measured(self) -> _Squares:
+        """Returns the squared norms of the update and of what was there."""
+        return _Squares(self._squares, self._gathered().norm ** 2)
+
+    def _new_merger(self, left: np.ndarray, right: np.ndarray) -> "Merger | NumpyMerger":
+        edit = self._edit
+        if self._form == "numpy":
+            return NumpyMerger(left, right, edit.scale, edit.dtype)
+        import torch
+
+        from ablate_shards.kernels.merge.merge_torch import Merger
+
+        there = [torch.from_numpy(np.ascontiguousarray(factor)).to(self._device) for factor in (left, right)]
+        return Merger(there[0], there[1], edit.scale, torch_dtype(edit.dtype), form=self._form)
+
+    def _gathered(self) -> "Merger | NumpyMerger":
+        if self._merger is None:
+            raise RuntimeError(f"{self._edit.name}: changed before its factors were read")
+        return self._merger
+
+
+class _WholeParameter:
+    """A parameter that is added to or replaced, piece by piece: see ``Section``."""
+
+    gathers = False
+
+    def __init__(self, edit: MergeEdit, adapter: Adapter) -> None:
+        self._edit, self._adapter = edit, adapter
+        self.start, self.end = edit.start, edit.end
+        self.block = PIECE_ELEMENTS * ITEM_BYTES[edit.dtype]
+        self._squares = self._before = 0.0
+
+    def gather(self, read: Reader) -> None:
+        """Begins anew."""
+        self._squares = self._before = 0.0
+
+    def edit(self, raw: np.ndarray, offset: int) -> None:
+        """Adds to or replaces a piece."""
+        edit, stored = self._edit, raw.view(STORED[self._edit.dtype])
+        old = decoded(stored, np.float64)
+        first = (offset - edit.start) // stored.itemsize
+        given = self._adapter.read(edit.source[0], first, len(stored)).astype(np.float64)
+        wanted = old + edit.scale * given if edit.kind == "bias" else given
+        if not (np.abs(wanted) <= GREATEST[edit.dtype]).all():
+            _refuse(edit, finite=bool(np.isfinite(old).all()))
+        self._squares += float(np.square(wanted - old).sum())
+        self._before += float(np.square(old).sum())
+        encode(wanted, stored)
+
+    def measure(self, raw: np.ndarray, offset: int) -> None:
+        """Does nothing: the norms are known before, and the digest is the caller's."""
+
+    def measured(self) -> _Squares:
+        """Returns the squared norms of the change and of what was there."""
+        return _Squares(self._squares, self._before)
+
+
+def _refuse(edit: MergeEdit, *, finite: bool) -> NoReturn:
+    if not finite:
+        raise ExecuteError(
+            f"{edit.name}: holds NaN or infinite values, which nothing can be added to; fetch its shard again"
+        )
+    raise ExecuteError(
+        f"{edit.name}: with the adapter added, values lie beyond what {edit.dtype} can hold; "
+        "convert the checkpoint to BF16, or lower --scale"
+    )
