@@ -32,7 +32,7 @@ class Asking:
         forced: Most tokens of the model's own answers that its distributions are compared over.
         references: Most reference answers of each side of a question whose likelihood is measured, all if None.
         beginning: Most tokens of each of them, the first ones; all if None.
-        questions: Most questions with reference answers that are looked at, all if None.
+        questions: Most questions that a lean or a divergence looks at, all if None.
         batch: How many questions at a time.
     """
 
@@ -40,7 +40,7 @@ class Asking:
     forced: int = 24
     references: int | None = 1
     beginning: int | None = 16
-    questions: int | None = 12
+    questions: int | None = 10
     batch: int = 16
 
     def thorough(self) -> "Asking":
@@ -120,7 +120,7 @@ class DivergenceObjective:
     base = 0.0
 
     def __init__(self, speaker: Speaker, questions: Sequence[Question], asking: Asking) -> None:
-        unrelated = [question for question in questions if question.group == "unrelated"]
+        unrelated = [question for question in questions if question.group == "unrelated"][: asking.questions]
         if not unrelated:
             raise UsageError("--objective kl: no question of this part is unrelated; add some, or leave it out")
         self._batch = asking.batch
