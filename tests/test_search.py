@@ -366,6 +366,14 @@ class TestChoice:
         with pytest.raises(SearchError, match=r"j: none of 4 candidates .* trial 1, moves unrelated answers by 0\.01"):
             choose(found, base, lean, Budget(kl=0.001), "j")
 
+    def test_the_least_cost_of_the_plain_edits_effect(self):
+        base = self.candidate(None, -3, 0)
+        found = [self.candidate(0, -2, 0.02), self.candidate(1, -1.9, 0.01), self.candidate(2, -1, 0.04),
+                 self.candidate(3, -2.5, 0.001)]  # fmt: skip
+        lean = _Objective("lean", "maximize")
+        assert choose(found, base, lean, Budget(), "j", rule="cost").trial == 1
+        assert choose(found, base, lean, Budget(), "j").trial == 2
+
     def test_the_front(self):
         objectives = [_Objective("lean", "maximize"), _Objective("kl", "minimize")]
         values = [(-3, 0.1), (-2, 0.1), (-2, 0.05), (-1, 0.5), (math.nan, 0.0)]
@@ -486,6 +494,11 @@ class TestCommand:
     )
     def test_what_it_refuses(self, folder, tmp_path, more, says):
         assert says in checked(*arguments(folder, tmp_path / "o.toml", *more), code=2).output
+
+    def test_a_model_that_does_not_fit(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr("ablate_shards.surgery.search.bench.free_memory", lambda _: 1_000_000)
+        refused = checked(*arguments(folder, tmp_path / "o.toml"), code=1)
+        assert re.search(r"its weights take [\d.]+ MB in float32, but 1 MB are free on cpu", refused.output)
 
     def test_no_directions(self, folder, tmp_path):
         assert "no directions given" in checked("search", folder / "model", tmp_path / "o.toml", code=2).output

@@ -84,6 +84,13 @@ def _space(text: str) -> dict[str, Any]:
     "--broken", type=float, default=0.02, show_default=True, help="Most answers that may become broken, as a share."
 )
 @click.option("--limit", type=float, default=0.5, show_default=True, help="Divergence above which a trial ends early.")
+@click.option(
+    "--choose",
+    type=click.Choice(["effect", "cost"]),
+    default="effect",
+    show_default=True,
+    help="What is chosen within these: the largest effect, or the least KL of what has the plain edit's effect.",
+)
 @click.option("--front", type=click.IntRange(min=1), default=6, show_default=True, help="Best trials to choose from.")
 @click.option(
     "--length",

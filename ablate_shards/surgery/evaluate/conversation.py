@@ -1,14 +1,12 @@
 """Asks one model or two a person's own questions, one by one, and judges the answers to those that are known."""
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
 from ablate_shards.errors import EvaluateError, Interrupted, UsageError
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.evaluate.answers import Dtype, Remedies, Speaker, speaking
 from ablate_shards.surgery.evaluate.endpoint import Reply
 from ablate_shards.surgery.evaluate.judge.rubric import Ruling, correct, judge
@@ -22,6 +20,7 @@ from ablate_shards.surgery.model.loading import (
     free_memory,
     open_folder,
     read_config,
+    weight_bytes,
 )
 from ablate_shards.surgery.model.samples import Question
 
@@ -31,7 +30,6 @@ Role = Literal["base", "model"]
 
 #: The rest is for what a model keeps of the chat, and for what loading takes on top.
 _SHARE_OF_FREE = 0.8
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _REMEDIES = Remedies("--length", "--dtype bfloat16")
 
 
@@ -335,21 +333,13 @@ def _crowded(model: Path, against: Path | None, options: AskOptions) -> str | No
     if base is None:
         return None
     dtype = answering_dtype(options.dtype, read_config(model, EvaluateError), device)
-    sizes = [_weights(each, dtype) for each in (base, checkpoint)]
+    sizes = [weight_bytes(each, dtype) for each in (base, checkpoint)]
     free = free_memory(device)
     if sum(sizes) <= _SHARE_OF_FREE * free:
         return None
-    smaller = "use --dtype bfloat16, " if _BYTES.get(dtype) == _BYTES["float32"] else ""
+    smaller = "use --dtype bfloat16, " if dtype == "float32" else ""
     return (
         f"{against} takes {size_text(sizes[0])} and {model} {size_text(sizes[1])} in memory, too much together for the "
         f"{size_text(free)} that are free on {device}; {smaller}leave out --against, or name the questions in the "
         "command, so that one model can answer them after the other"
-    )
-
-
-def _weights(checkpoint: Checkpoint, dtype: str) -> int:
-    """Returns the bytes of a checkpoint's weights in a dtype."""
-    tensors = checkpoint.tensors.values()
-    return sum(
-        math.prod(tensor.shape) * _BYTES[dtype] if dtype in _BYTES else tensor.end - tensor.start for tensor in tensors
     )

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ __all__ = [
     "read_tokenizer",
     "render_chat",
     "tokenize",
+    "weight_bytes",
 ]
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -43,6 +45,7 @@ UNUSABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError
 
 _HERE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _OURS_NOT_THEIRS = r"(peft|transformers|accelerate|torch)\b"
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -265,6 +268,15 @@ def decoder_layers(folder: Path, network: Any, error: type[AblateError]) -> tupl
             "decoder layers cannot be found"
         )
     return decoder, outermost[0]
+
+
+def weight_bytes(checkpoint: Checkpoint, dtype: str) -> int:
+    """Returns the bytes that a checkpoint's weights take in a dtype of torch, or as they are stored (``auto``)."""
+    item = _BYTES.get(dtype)
+    return sum(
+        tensor.end - tensor.start if item is None else math.prod(tensor.shape) * item
+        for tensor in checkpoint.tensors.values()
+    )
 
 
 def free_memory(device: "torch.device") -> int:

@@ -73,7 +73,7 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
         **dict.fromkeys(("questions", "without"), _Files),
         "report-questions": _File,
         **dict.fromkeys(("trials", "timeout", "seed", "objective", "kl", "controls", "broken", "limit"), _Value),
-        **dict.fromkeys(("front", "length", "batch", "dtype", "device", "memory", "jobs", "workers"), _Value),
+        **dict.fromkeys(("choose", "front", "length", "batch", "dtype", "device", "memory", "jobs", "workers"), _Value),
     },
     "evaluate": {
         **dict.fromkeys(("questions", "text"), _File),

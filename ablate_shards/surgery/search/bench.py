@@ -8,10 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ablate_shards.errors import SearchError
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.edit.ablation_editor import TensorResult
 from ablate_shards.surgery.edit.operation import RunOptions
-from ablate_shards.surgery.evaluate.answers import Dtype, Remedies, Speaker, speaking
+from ablate_shards.surgery.evaluate.answers import Dtype, Remedies, Speaker, check_transformers, speaking
+from ablate_shards.surgery.machine.devices import resolve_device
+from ablate_shards.surgery.machine.sizes import size_text
+from ablate_shards.surgery.model.loading import answering_dtype, free_memory, read_config, weight_bytes
 from ablate_shards.surgery.model.samples import Question
 from ablate_shards.surgery.plan.plan import Plan, make_plan
 from ablate_shards.surgery.search.applied import EditableModel
@@ -129,9 +133,19 @@ def opened_bench(
     """Loads a model for as long as the context lasts.
 
     Raises:
-        EvaluateError: transformers cannot use the model, or it does not fit into memory.
+        EvaluateError: transformers cannot use the model.
+        SearchError: It does not fit into memory.
         UsageError: There is no such device.
     """
+    check_transformers()
+    device = resolve_device(run.device)
+    kind = answering_dtype(dtype, read_config(folder, SearchError), device)
+    needed, free = weight_bytes(checkpoint, kind), free_memory(device)
+    if needed > free:
+        raise SearchError(
+            f"{folder}: its weights take {size_text(needed)} in {kind}, but {size_text(free)} are free on {device}; "
+            "use another --device, or search on a machine with more memory"
+        )
     remedies = Remedies(instead="search on a machine with more memory")
     with speaking(folder, dtype=dtype, device=run.device, remedies=remedies) as speaker:
         bench = Bench(checkpoint, speaker, contrasts, space, run)

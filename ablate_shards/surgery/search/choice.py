@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ablate_shards.errors import SearchError
 from ablate_shards.surgery.evaluate.evaluation import Answer
@@ -13,7 +14,10 @@ from ablate_shards.surgery.search.objectives import Asking, Objective, answer, s
 from ablate_shards.surgery.search.space import Setting
 from ablate_shards.surgery.search.study import Trial
 
-__all__ = ["Budget", "Candidate", "choose", "measure_again", "spread"]
+__all__ = ["Budget", "Candidate", "Rule", "choose", "measure_again", "spread"]
+
+
+Rule = Literal["effect", "cost"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +88,15 @@ def measure_again(
 
 
 def choose(
-    candidates: Sequence[Candidate], base: Candidate, effect: Objective, budget: Budget, where: str
+    candidates: Sequence[Candidate],
+    base: Candidate,
+    effect: Objective,
+    budget: Budget,
+    where: str,
+    *,
+    rule: Rule = "effect",
 ) -> Candidate:
-    """Returns the candidate with the largest effect of those within the budget.
+    """Returns the best candidate of those within the budget.
 
     Args:
         candidates: What there is to choose from.
@@ -94,6 +104,8 @@ def choose(
         effect: The objective that counts.
         budget: What an edit may cost.
         where: The journal, for the error.
+        rule: Which is best: that with the largest effect, or the one that moves unrelated answers least of those with
+            at least the effect of the plain edit, which is trial 0.
 
     Raises:
         SearchError: None is within the budget.
@@ -106,8 +118,17 @@ def choose(
             f"{'; '.join(excesses(nearest, base, budget))}. Raise --kl, --controls or --broken, or search on; finished "
             "trials are kept"
         )
-    sign = 1 if effect.direction == "maximize" else -1
-    return max(within, key=lambda each: (sign * each.values[effect.name], -each.values.get("kl", 0.0)))
+
+    def gain(candidate: Candidate) -> float:
+        return candidate.values[effect.name] * (1 if effect.direction == "maximize" else -1)
+
+    def cost(candidate: Candidate) -> float:
+        return candidate.values.get("kl", 0.0)
+
+    plain = next((each for each in candidates if each.trial == 0), None)
+    if rule == "cost" and plain is not None and (enough := [each for each in within if gain(each) >= gain(plain)]):
+        return min(enough, key=lambda each: (cost(each), -gain(each)))
+    return max(within, key=lambda each: (gain(each), -cost(each)))
 
 
 def excesses(candidate: Candidate, base: Candidate, budget: Budget) -> list[str]:

@@ -20,10 +20,11 @@ from ablate_shards.surgery.evaluate.answers import Dtype, model_digest
 from ablate_shards.surgery.evaluate.evaluation import Evaluation, Model, compare, questions_digest
 from ablate_shards.surgery.evaluate.likelihood import Divergence, divergence, record
 from ablate_shards.surgery.evaluate.measures import forced_answers, judged, measure_leans
+from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import locked
 from ablate_shards.surgery.model.loading import open_folder
 from ablate_shards.surgery.search.bench import Bench, opened_bench
-from ablate_shards.surgery.search.choice import Budget, Candidate, choose, measure_again, spread
+from ablate_shards.surgery.search.choice import Budget, Candidate, Rule, choose, measure_again, spread
 from ablate_shards.surgery.search.contrasts import Contrasts
 from ablate_shards.surgery.search.objectives import Asking, Objective, answer, find_objective, shares
 from ablate_shards.surgery.search.questions import Parts
@@ -54,6 +55,7 @@ class SearchOptions:
         seed: Of the proposals.
         objectives: What trials are judged by; the choice takes the first for the effect.
         budget: What the chosen edit may cost.
+        choose: Whether the choice is the largest effect, or the least cost of what the plain edit does.
         limit: Divergence above which a trial is not measured further, in nats a token.
         front: How many of the best trials the choice looks at.
         asking: How a trial asks the model.
@@ -71,6 +73,7 @@ class SearchOptions:
     seed: int = 0
     objectives: tuple[str, ...] = ("lean", "kl")
     budget: Budget = field(default_factory=Budget)
+    choose: Rule = "effect"
     limit: float = 0.5
     front: int = 6
     asking: Asking = field(default_factory=Asking)
@@ -211,7 +214,7 @@ def search(job: Job, progress: SearchProgress) -> Found:
     deadline = time.monotonic() + (60 * job.options.timeout if job.options.timeout else float("inf"))
     checkpoint = open_folder(job.folder, SearchError)
     try:
-        with locked(job.journal), _bench(job, checkpoint, job.options.device) as bench:
+        with sigterm_as_interrupt(), locked(job.journal), _bench(job, checkpoint, job.options.device) as bench:
             progress.note(f"{job.folder.name}: {_counted(job)}, on {bench.speaker.device}")
             objectives = bench.objectives(job.options.objectives, job.parts.trials, job.options.asking)
             identity = _identity(job, checkpoint, bench)
@@ -276,7 +279,7 @@ def _conclude(
     for trial in looked_at:
         candidates.append(measure_again(bench, trial.number, trial.setting, again, job.parts.choice, asking))
         progress.count(next(steps), total)
-    chosen = choose(candidates, base, again[0], options.budget, str(job.journal))
+    chosen = choose(candidates, base, again[0], options.budget, str(job.journal), rule=options.choose)
     settings = {"chosen": chosen.setting} | ({} if dict(chosen.setting) == plain else {"plain": plain})
     reports = {}
     for name, evaluation in _reported(job, bench, settings, asking):
