@@ -300,18 +300,18 @@
     const values = [...placed.map((trial) => trial.y), ...(up.base == null ? [] : [up.base])];
     const room = 0.08 * (Math.max(...values) - Math.min(...values)) || 0.1 * Math.abs(values[0]) || 1;
     const low = Math.min(...values) - room;
-    const known = [...placed.map((trial) => trial.x), ...(budget == null ? [] : [budget])].map(x);
+    const known = [...trials.map((trial) => trial.x).filter((value) => value != null), ...(budget == null ? [] : [budget])].map(x);
     const ticks = least == null ? [] : powers(known);
     const ends = least == null ? [Math.min(...known), Math.max(...known)] : [ticks[0], ticks.at(-1)];
-    // What is beyond, and what was not measured, stands at the edge.
-    const points = trials.map((trial) => ({ ...trial, x: x(Math.min(trial.x ?? Infinity, ends[1])), y: trial.complete ? trial.y : low }));
+    // What was not measured stands at the edge.
+    const points = trials.map((trial) => ({ ...trial, x: x(trial.x ?? ends[1]), y: trial.complete ? trial.y : low }));
     const of = (kind) => points.filter((point) => point.complete && point[kind]);
     const best = of("front").sort((one, other) => one.x - other.x || one.y - other.y);
     const kinds = (point) => ["chosen", "plain", "front"].filter((kind) => point[kind]).concat(point.complete ? [] : ["incomplete"]);
     const at = { x: "x", y: "y" };
     const plot = Plot.plot({
       width, height: Math.min(380, Math.max(260, width * 0.6)), marginLeft: 52, marginBottom: 36, marginTop: 24, marginRight: 24, inset: 8,
-      x: { label: across ? `${aim(across)} →` : "trial →", labelAnchor: "right", domain: ends, grid: true, ...(least == null ? { ticks: 5 } : { type: "log", ticks, tickFormat: String }) },
+      x: { label: across ? `${aim(across)} →` : "trial →", labelAnchor: "right", domain: ends, grid: true, ...(least == null ? { ticks: 5 } : { type: "log", ticks: ticks.filter((_, index) => index % Math.ceil((56 * ticks.length) / width) === 0), tickFormat: String }) },
       y: { label: `↑ ${aim(up)}`, domain: [low, Math.max(...values) + room], grid: true, ticks: 5 },
       marks: [
         ...(up.base == null ? [] : [
@@ -325,13 +325,13 @@
         Plot.dot(points.filter((point) => !point.complete), { ...at, symbol: "times", r: 3.5, stroke: colour("soft"), strokeOpacity: 0.5 }),
         Plot.dot(points.filter((point) => point.complete && !point.front), { ...at, r: 3.5, fill: colour("deflecting"), fillOpacity: 0.55 }),
         Plot.lineY(best, { ...at, stroke: colour("accent"), strokeWidth: 1.5 }),
-        Plot.dot(best, { ...at, r: 4.5, fill: colour("accent"), stroke: colour("paper") }),
+        Plot.dot(best, { ...at, symbol: "diamond", r: 5, fill: colour("accent"), stroke: colour("paper") }),
         Plot.dot(of("plain"), { ...at, symbol: "square", r: 6, fill: colour("paper"), stroke: colour("ink"), strokeWidth: 1.75 }),
         Plot.dot(of("chosen"), { ...at, symbol: "star", r: 9, fill: colour("slanted-fill"), stroke: colour("ink"), strokeWidth: 0.75 }),
-        Plot.tip(points, Plot.pointer({ ...at, title: (point) => [`trial ${[point.number, ...kinds(point)].join(", ")}`, point.values, ...point.setting].join("\n"), ...tip() })),
+        Plot.tip(points, Plot.pointer({ ...at, maxRadius: Infinity, title: (point) => [`trial ${[point.number, ...kinds(point)].join(", ")}`, point.values, ...point.setting].join("\n"), ...tip() })),
       ],
     });
-    const key = [["trial", colour("deflecting"), "circle"], ["front", colour("accent"), "circle"], ["plain edit", colour("ink"), "frame"], ["chosen", colour("slanted-fill"), "star"], ["incomplete", colour("soft"), "times"]];
+    const key = [["trial", colour("deflecting"), "circle"], ["front", colour("accent"), "diamond"], ["plain edit", colour("ink"), "frame"], ["chosen", colour("slanted-fill"), "star"], ["incomplete", colour("soft"), "times"]];
     return [plot, legend(key.filter(([name]) => name !== "incomplete" || placed.length < trials.length))];
   };
 
@@ -363,7 +363,7 @@
         Plot.lineY(compared, { x: "layer", y: "plain", stroke: "part", strokeOpacity: 0.6, strokeDasharray: "4,4" }),
         Plot.lineY(rows, { x: "layer", y: "chosen", stroke: "part", strokeWidth: 1.75 }),
         Plot.dot(rows, { x: "layer", y: "chosen", fill: "part", symbol: "part", r: layers.length > 40 ? 2 : 3.5 }),
-        Plot.tip(rows, Plot.pointer({ x: "layer", y: "chosen", title: (row) => `layer ${row.layer}, ${row.part}\nchosen ${number(row.chosen)}${row.plain == null ? "" : `, plain ${number(row.plain)}`}`, ...tip() })),
+        Plot.tip(rows, Plot.pointer({ x: "layer", y: "chosen", maxRadius: Infinity, title: (row) => `layer ${row.layer}, ${row.part}\nchosen ${number(row.chosen)}${row.plain == null ? "" : `, plain ${number(row.plain)}`}`, ...tip() })),
       ],
     });
     return [plot, legend(parts.map((part, index) => [part, colour(series[index % series.length]), symbols[index % symbols.length]]))];

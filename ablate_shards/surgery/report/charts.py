@@ -113,7 +113,7 @@ def _front(record: Record) -> dict[str, Any]:
             "front": trial.number in record.front,
             "chosen": trial.number == record.chosen,
             "plain": trial.number == record.plain,
-            "values": ", ".join(f"{name} {value:.4g}" for name, value in trial.values.items()),
+            "values": ", ".join(f"{name} {value:.4g}" for name, value in trial.values.items()).replace(" -", " −"),
             "setting": setting_lines(record, trial),
         }
 
@@ -150,8 +150,8 @@ def _depth(record: Record) -> Iterator[dict[str, Any]]:
             yield {
                 "part": part,
                 "layer": layer,
-                "chosen": _short(row[place]),
-                "plain": _short(beside[place]) if beside else None,
+                "chosen": row[place],
+                "plain": beside[place] if beside else None,
             }
 
 

@@ -1,7 +1,7 @@
 """Gathers what a run left behind: receipts, directions, activations, training, searches, evaluations; what there is."""
 
-import hashlib
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -161,8 +161,8 @@ def gather(out: Path, options: ReportOptions) -> Findings:
     edited = any((out / name).is_file() for name in RECEIPT_NAMES)
     if not edited and not any(out.glob(f"*{SEARCH_SUFFIX}")):
         raise ReportError(
-            f"{out}: holds no {' and no '.join(RECEIPT_NAMES)}, nor what a search found (*{SEARCH_SUFFIX}), so there is "
-            "nothing to report; name a folder that ablate, merge or run made, or the one that search wrote to"
+            f"{out}: holds no {' and no '.join(RECEIPT_NAMES)}, nor what a search found (*{SEARCH_SUFFIX}), so there "
+            "is nothing to report; name a folder that ablate, merge or run made, or the one that search wrote to"
         )
     if options.work is not None and not options.work.is_dir():
         raise ReportError(f"{options.work}: no such folder; --work names the one in which run kept its stages")
@@ -309,7 +309,8 @@ class _Gatherer:
         for place in self._places if wanted else filter(None, [self._work]):
             readers = [(place / "directions.safetensors", read_directions), (place / _ACTIVATIONS, computed)]
             if wanted:
-                readers[1:1] = [(path, read_directions) for path in sorted(place.glob(f"*{_DIRECTIONS}"))]
+                named = [path for path in sorted(place.glob(f"*{_DIRECTIONS}")) if _digests_to(path, wanted)]
+                readers[1:1] = [(path, read_directions) for path in named]
             for path, read in readers:
                 if path.exists():
                     found = self._try("directions", partial(read, path))
@@ -360,15 +361,11 @@ class _Gatherer:
 
     def _searches_of(self, ablation: Ablation | None) -> tuple[Search, ...]:
         """Reads the searches in the work folder and in OUT, and those beside OUT that found what was removed."""
-        inside = [path for place in (self._work, self._out) if place for path in place.glob(f"*{SEARCH_SUFFIX}")]
-        wanted = ablation.content["directions"].get("sha256") if ablation else None
-        beside = []
-        for path in self._out.absolute().parent.glob(f"*{SEARCH_SUFFIX}") if wanted else ():
-            # What cannot be read may be of another run.
-            with suppress(AblateError, OSError):
-                if read_directions(_of_search(path, _DIRECTIONS)).sha256() == wanted:
-                    beside.append(path)
-        return self._searches([*sorted(inside), *sorted(beside)])
+        paths = [path for place in (self._work, self._out) if place for path in sorted(place.glob(f"*{SEARCH_SUFFIX}"))]
+        if ablation and (wanted := ablation.content["directions"].get("sha256")):
+            beside = sorted(self._out.absolute().parent.glob(f"*{SEARCH_SUFFIX}"))
+            paths += [path for path in beside if _digests_to(_of_search(path, _DIRECTIONS), wanted)]
+        return self._searches(paths)
 
     def _searches(self, paths: Sequence[Path]) -> tuple[Search, ...]:
         """Reads searches with their evaluations; why one cannot be read is kept."""
@@ -424,6 +421,13 @@ class _Gatherer:
 def _of_search(record: Path, suffix: str) -> Path:
     """Returns another file of a search, by its record."""
     return record.with_name(f"{record.name.removesuffix(SEARCH_SUFFIX)}{suffix}")
+
+
+def _digests_to(path: Path, wanted: str) -> bool:
+    """Returns whether a file holds the directions of a digest; one that cannot be read may be of another run."""
+    with suppress(AblateError, OSError):
+        return read_directions(path).sha256() == wanted
+    return False
 
 
 def _is_of_search(path: Path) -> bool:

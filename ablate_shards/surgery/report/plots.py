@@ -27,7 +27,7 @@ _FORMS = {"broken": ("/////", "white"), "unclear": ("", "#5b626c")}
 #: How a trial is marked, the later over the earlier; each kind has a form of its own.
 _TRIALS: Mapping[str, Mapping[str, Any]] = {
     "trial": {"color": _GREY, "marker": "o", "markersize": 4, "linestyle": ""},
-    "front": {"color": _BLUE, "marker": "o", "markersize": 5, "linewidth": 1.3},
+    "front": {"color": _BLUE, "marker": "D", "markersize": 5, "linewidth": 1.3},
     "plain": {"color": _INK, "marker": "s", "markersize": 7, "linestyle": "", "fillstyle": "none"},
     "chosen": {"color": _ORANGE, "marker": "*", "markersize": 13, "linestyle": "", "markeredgecolor": "white"},
 }
@@ -302,17 +302,16 @@ def _search_front(figure: "Figure", data: Mapping[str, Any]) -> None:
             points = sorted((max(trial["x"], least), trial["y"]) for trial in trials)
             if points:
                 axes.plot(*zip(*points, strict=True), label=kind, **style)
-        # What is beyond, and what was not measured, stands at the edge.
-        most = max((trial["x"] for trial in placed), default=1)
-        ends = [trial["x"] for trial in front["trials"] if not trial["complete"]]
-        ends = [max(least, most if end is None else min(end, most)) for end in ends]
-        if ends:
-            low = axes.get_ylim()[0]
-            axes.plot(ends, [low] * len(ends), label="incomplete", color=_GREY, marker="x", linestyle="", alpha=0.6)
         if front["up"]["base"] is not None:
             axes.axhline(front["up"]["base"], color=_GREY, linewidth=0.8, linestyle=":", label="unedited model")
         if front["budget"] is not None:
             axes.axvline(max(front["budget"], least), color=_GREY, linewidth=0.8, label="budget")
+        if len(placed) < len(front["trials"]):
+            # What was not measured stands at the edge.
+            most = max((trial["x"] for trial in front["trials"] if trial["x"] is not None), default=1)
+            ends = [most if trial["x"] is None else trial["x"] for trial in front["trials"] if not trial["complete"]]
+            low = [axes.get_ylim()[0]] * len(ends)
+            axes.plot([max(end, least) for end in ends], low, label="incomplete", color=_GREY, marker="x", linestyle="")
         axes.set_title(f"Trials of {search['name']}")
         axes.set_xlabel(_aim(front["across"]) if front["across"] else "trial")
         axes.set_ylabel(_aim(front["up"]))
@@ -351,12 +350,11 @@ def _search_depth(figure: "Figure", data: Mapping[str, Any]) -> None:
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(f"Coefficient by layer, {search['name']}; dashed: the plain edit")
-        axes.legend()
+        if parts:
+            axes.legend()
 
 
-def _per_search(
-    figure: "Figure", data: Mapping[str, Any], height: float
-) -> Iterator[tuple["Axes", Mapping[str, Any]]]:
+def _per_search(figure: "Figure", data: Mapping[str, Any], height: float) -> Iterator[tuple["Axes", Mapping[str, Any]]]:
     """Yields each search with axes of its own, one above the other."""
     searches = data["searches"]
     figure.set_size_inches(6.5, height * len(searches) + 0.6)

@@ -115,7 +115,7 @@ def _ablate_table(recipe: Mapping[str, Any]) -> Iterator[str]:
     if recipe.get("layers"):
         yield f"layers = {_toml(_layers(recipe['layers']))}"
     yield from (f"{key} = {_toml(recipe[key])}" for key in _EDITED if key in recipe)
-    for name in ("override", "target"):
+    for name in ("profile", "override", "target"):
         entries = recipe.get(name)
         for entry in entries if isinstance(entries, list) else ():
             yield ""

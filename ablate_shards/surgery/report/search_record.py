@@ -152,10 +152,10 @@ class Record:
     questions: Questions
     options: Options
     space: Mapping[str, tuple[Any, ...]]
-    objectives: Annotated[tuple[Objective, ...], Meta(min_length=1, description="at least one objective")]
+    objectives: tuple[Objective, ...]
     layers: tuple[int, ...]
     trials: tuple[Trial, ...]
-    front: Annotated[tuple[int, ...], Meta(min_length=1, description="at least one trial")]
+    front: tuple[int, ...]
     importance: Mapping[str, Mapping[str, Finite]]
     base: Candidate
     candidates: tuple[Candidate, ...]
@@ -218,6 +218,9 @@ def _misfits(record: Record) -> Iterator[str]:
     """Yields a sentence on each part that does not fit the others."""
     names = [objective.name for objective in record.objectives]
     trials = {trial.number: trial for trial in record.trials}
+    yield from (
+        f"{what}: expected at least one, found none" for what in ("objectives", "front") if not getattr(record, what)
+    )
     for number in (*record.front, *(candidate.trial for candidate in record.candidates)):
         if number not in trials:
             yield f"trials: expected trial {number}, found none of that number"

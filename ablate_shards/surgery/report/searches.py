@@ -21,7 +21,7 @@ def told(search: Search) -> str:
     by_part = [len(getattr(record.questions, part)) for part in ("trials", "choice", "report")]
     return (
         f"Of {len(record.trials):,} trials on {by_part[0]:,} questions, {complete:,} were complete and "
-        f"{len(record.candidates)} were measured again, on {by_part[1]:,} other questions; of these trial "
+        f"{len(record.candidates)} were measured again, on {by_part[1]:,} other questions; of these, trial "
         f"{record.chosen} was chosen, and on {by_part[2]:,} more, which nothing was chosen by, {_worth(search)}."
     )
 
@@ -34,7 +34,6 @@ def candidate_rows(record: Record) -> list[dict[str, Any]]:
             "chosen": each.trial == record.chosen,
             "measured": [figure(each.values[objective.name]).replace("-", "−") for objective in record.objectives],
             "shares": [_share(*getattr(each.shares, name)) for name in _SHARES],
-            "edit": "; ".join(setting_lines(record, record.trial(each.trial))),
         }
         for each in (record.base, *record.candidates)
     ]
@@ -58,24 +57,24 @@ def asked(record: Record) -> Iterator[tuple[Given, list[tuple[str, Given]]]]:
         yield question, [(", ".join(names[key]), answer) for key, answer in answers.items()]
 
 
-def setting_lines(record: Record, trial: Trial | None) -> list[str]:
+def setting_lines(record: Record, trial: Trial) -> list[str]:
     """Returns what varied of a trial's setting: first what holds for all parts, then a line for each part."""
     lines: dict[str, list[str]] = {}
-    for name, value in trial.setting.items() if trial else ():
+    for name, value in trial.setting.items():
         part, _, parameter = name.rpartition(".")
         if len(set(map(str, record.space.get(name, ())))) != 1:
             lines.setdefault(part, []).append(f"{parameter} {_shown(value)}")
-    return [f"{part}{': ' if part else ''}{', '.join(told)}" for part, told in lines.items()]
+    return [f"{part}{': ' if part else ''}{', '.join(values)}" for part, values in lines.items()]
 
 
-def space_rows(record: Record) -> list[tuple[str, str, str, str]]:
-    """Returns each parameter with its values, and which of them the plain and the chosen edit have."""
-    edits = [record.trial(record.plain), record.trial(record.chosen)]
+def space_rows(record: Record) -> list[tuple[str, str, list[str]]]:
+    """Returns each parameter with its values, and which of them each candidate has."""
+    settings = [trial.setting for each in record.candidates if (trial := record.trial(each.trial)) is not None]
     rows = []
     for name, values in record.space.items():
         between = len(values) == 2 and all(isinstance(value, float) for value in values) and values[0] != values[1]
-        cells = ["–" if edit is None or name not in edit.setting else _shown(edit.setting[name]) for edit in edits]
-        rows.append((name, (" to " if between else ", ").join(dict.fromkeys(map(_shown, values))), cells[0], cells[1]))
+        every = (" to " if between else ", ").join(dict.fromkeys(map(_shown, values)))
+        rows.append((name, every, [_shown(setting[name]) if name in setting else "–" for setting in settings]))
     return rows
 
 
