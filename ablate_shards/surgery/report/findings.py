@@ -359,7 +359,7 @@ class _Gatherer:
         )
         return None
 
-    def _searches_of(self, ablation: Ablation | None) -> tuple[Search, ...]:
+    def _searches_of(self, ablation: ReceiptFile[Receipt] | None) -> tuple[Search, ...]:
         """Reads the searches in the work folder and in OUT, and those beside OUT that found what was removed."""
         paths = [path for place in (self._work, self._out) if place for path in sorted(place.glob(f"*{SEARCH_SUFFIX}"))]
         if ablation and (wanted := ablation.content["directions"].get("sha256")):
