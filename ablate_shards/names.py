@@ -10,6 +10,7 @@ __all__ = [
     "RECEIPT_NAME",
     "RECEIPT_NAMES",
     "REPORT_NAME",
+    "SEARCH_SUFFIX",
     "STATE_NAME",
     "TRAINING_NAME",
     "WEIGHTS_NAME",
@@ -34,6 +35,9 @@ def is_report(name: str) -> bool:
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 TRAINING_NAME = "training.json"
+
+#: What the name of a search's record ends in.
+SEARCH_SUFFIX = ".search.json"
 
 #: The file that the Hub shows as a model's card.
 CARD = "README.md"

@@ -1,7 +1,8 @@
-"""What is looked at in a page that a browser shows: pixels, contrast, the names of what can be used."""
+"""What is looked at in a page: what it holds, and in a browser pixels, contrast, the names of what can be used."""
 
 import io
 import re
+from html.parser import HTMLParser
 from itertools import pairwise
 
 import numpy as np
@@ -32,6 +33,41 @@ CONTRAST = """() => {
   }
   return bad;
 }"""
+
+
+class Page(HTMLParser):
+    """Reads a page: its scripts, its links, and the text in it."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.scripts, self.links, self.texts, self.handlers, self.policy = [], [], [], [], ""
+        self._inside = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.handlers += [name for name in found if name.startswith("on")]
+        self.links += [value for name, value in found.items() if name in ("src", "href", "action", "srcset")]
+        if found.get("http-equiv") == "Content-Security-Policy":
+            self.policy = found["content"]
+        if tag in ("script", "style"):
+            self._inside.append(tag)
+        if tag == "script":
+            self.scripts.append([found.get("type", ""), ""])
+
+    def handle_endtag(self, tag):
+        if self._inside and tag == self._inside[-1]:
+            self._inside.pop()
+
+    def handle_data(self, data):
+        if self._inside == ["script"]:
+            self.scripts[-1][1] += data
+        elif not self._inside and data.strip():
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join("".join(self.texts).split())
 
 
 def pixels(page, selector=None):

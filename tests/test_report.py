@@ -6,11 +6,11 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from command_line import checked
+from page_checks import Page
 from raw_checkpoints import write_directions, write_dump, write_llama
 from report_runs import HOSTILE, evaluation, make_ablated, make_run
 from safetensors.numpy import load_file, save_file
@@ -26,41 +26,6 @@ from ablate_shards.surgery.report.findings import Findings, ReportOptions, find_
 from ablate_shards.surgery.report.page import render
 from ablate_shards.surgery.report.projection import project_into_plane
 from ablate_shards.surgery.report.provenance import rebuilt_recipe
-
-
-class Page(HTMLParser):
-    """Reads a page: its scripts, its links, and the text in it."""
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.scripts, self.links, self.texts, self.handlers, self.policy = [], [], [], [], ""
-        self._inside = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
-        self.handlers += [name for name in found if name.startswith("on")]
-        self.links += [value for name, value in found.items() if name in ("src", "href", "action", "srcset")]
-        if found.get("http-equiv") == "Content-Security-Policy":
-            self.policy = found["content"]
-        if tag in ("script", "style"):
-            self._inside.append(tag)
-        if tag == "script":
-            self.scripts.append([found.get("type", ""), ""])
-
-    def handle_endtag(self, tag):
-        if self._inside and tag == self._inside[-1]:
-            self._inside.pop()
-
-    def handle_data(self, data):
-        if self._inside == ["script"]:
-            self.scripts[-1][1] += data
-        elif not self._inside and data.strip():
-            self.texts.append(data)
-
-    @property
-    def text(self):
-        return " ".join("".join(self.texts).split())
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,8 @@ def report(
 ) -> None:
     """Write OUT/report.html about what was done to OUT: one page that needs no network, and OUT/plots beside it.
 
-    OUT is a folder that `ablate`, `merge` or `run` made. The page shows what is there and says what is
-    missing; without matplotlib there are no static plots.
+    OUT is a folder that `ablate`, `merge` or `run` made, or the one that `search` wrote to. The page shows
+    what is there and says what is missing; without matplotlib there are no static plots.
     """
     from ablate_shards.surgery.report.document import ReportOptions
     from ablate_shards.surgery.report.document import report as write

@@ -291,6 +291,92 @@
     };
   }
 
+  // What stands for a trial, the later over the earlier; each kind has a form of its own.
+  const front = ({ up, across, budget, least, trials }, width) => {
+    const placed = trials.filter((trial) => trial.complete);
+    if (!placed.length) return null;
+    const x = (value) => Math.max(value, least ?? -Infinity);
+    const aim = (objective) => `${objective.name} (${objective.direction === "minimize" ? "less" : "more"} is better)`;
+    const values = [...placed.map((trial) => trial.y), ...(up.base == null ? [] : [up.base])];
+    const room = 0.08 * (Math.max(...values) - Math.min(...values)) || 0.1 * Math.abs(values[0]) || 1;
+    const low = Math.min(...values) - room;
+    const known = [...trials.map((trial) => trial.x).filter((value) => value != null), ...(budget == null ? [] : [budget])].map(x);
+    const ticks = least == null ? [] : powers(known);
+    const ends = least == null ? [Math.min(...known), Math.max(...known)] : [ticks[0], ticks.at(-1)];
+    // What was not measured stands at the edge.
+    const points = trials.map((trial) => ({ ...trial, x: x(trial.x ?? ends[1]), y: trial.complete ? trial.y : low }));
+    const of = (kind) => points.filter((point) => point.complete && point[kind]);
+    const best = of("front").sort((one, other) => one.x - other.x || one.y - other.y);
+    const kinds = (point) => ["chosen", "plain", "front"].filter((kind) => point[kind]).concat(point.complete ? [] : ["incomplete"]);
+    const at = { x: "x", y: "y" };
+    const plot = Plot.plot({
+      width, height: Math.min(380, Math.max(260, width * 0.6)), marginLeft: 52, marginBottom: 36, marginTop: 24, marginRight: 24, inset: 8,
+      x: { label: across ? `${aim(across)} →` : "trial →", labelAnchor: "right", domain: ends, grid: true, ...(least == null ? { ticks: 5 } : { type: "log", ticks: ticks.filter((_, index) => index % Math.ceil((56 * ticks.length) / width) === 0), tickFormat: String }) },
+      y: { label: `↑ ${aim(up)}`, domain: [low, Math.max(...values) + room], grid: true, ticks: 5 },
+      marks: [
+        ...(up.base == null ? [] : [
+          Plot.ruleY([up.base], { stroke: colour("soft"), strokeDasharray: "1,3" }),
+          Plot.text([up.base], { y: (value) => value, frameAnchor: "right", text: () => "unedited model", textAnchor: "end", dy: -7, fill: colour("soft") }),
+        ]),
+        ...(budget == null ? [] : [
+          Plot.ruleX([x(budget)], { stroke: colour("soft"), strokeDasharray: "5,3" }),
+          Plot.text([x(budget)], { x: (value) => value, frameAnchor: "top", text: () => "budget", textAnchor: "end", dx: -4, dy: -2, fill: colour("soft") }),
+        ]),
+        Plot.dot(points.filter((point) => !point.complete), { ...at, symbol: "times", r: 3.5, stroke: colour("soft"), strokeOpacity: 0.5 }),
+        Plot.dot(points.filter((point) => point.complete && !point.front), { ...at, r: 3.5, fill: colour("deflecting"), fillOpacity: 0.55 }),
+        Plot.lineY(best, { ...at, stroke: colour("accent"), strokeWidth: 1.5 }),
+        Plot.dot(best, { ...at, symbol: "diamond", r: 5, fill: colour("accent"), stroke: colour("paper") }),
+        Plot.dot(of("plain"), { ...at, symbol: "square", r: 6, fill: colour("paper"), stroke: colour("ink"), strokeWidth: 1.75 }),
+        Plot.dot(of("chosen"), { ...at, symbol: "star", r: 9, fill: colour("slanted-fill"), stroke: colour("ink"), strokeWidth: 0.75 }),
+        Plot.tip(points, Plot.pointer({ ...at, maxRadius: Infinity, title: (point) => [`trial ${[point.number, ...kinds(point)].join(", ")}`, point.values, ...point.setting].join("\n"), ...tip() })),
+      ],
+    });
+    const key = [["trial", colour("deflecting"), "circle"], ["front", colour("accent"), "diamond"], ["plain edit", colour("ink"), "frame"], ["chosen", colour("slanted-fill"), "star"], ["incomplete", colour("soft"), "times"]];
+    return [plot, legend(key.filter(([name]) => name !== "incomplete" || placed.length < trials.length))];
+  };
+
+  const bars = (rows, width) => {
+    const left = Math.min(0.45 * width, 12 + 6.5 * Math.max(...rows.map((row) => row.parameter.length)));
+    return Plot.plot({
+      width, height: 12 + 20 * rows.length, marginLeft: left, marginRight: 48, marginTop: 6, marginBottom: 6,
+      x: { axis: null, domain: [0, Math.max(...rows.map((row) => row.share)) || 1] },
+      y: { label: null, domain: rows.map((row) => row.parameter), tickSize: 0, padding: 0.25 },
+      marks: [
+        Plot.barX(rows, { x: "share", y: "parameter", fill: colour("accent"), fillOpacity: 0.75 }),
+        Plot.text(rows, { x: "share", y: "parameter", text: (row) => percent(row.share), textAnchor: "start", dx: 5, fill: colour("ink") }),
+      ],
+    });
+  };
+
+  const depth = (rows, width) => {
+    if (!rows.length) return null;
+    const parts = unique(rows.map((row) => row.part));
+    const layers = unique(rows.map((row) => row.layer));
+    const compared = rows.filter((row) => row.plain != null);
+    const plot = Plot.plot({
+      width, height: 220, marginLeft: 44, marginBottom: 32, marginTop: 14,
+      x: { label: "layer", ticks: layerTicks(layers, width), tickFormat: "d", labelAnchor: "right", inset: 8 },
+      y: { label: null, grid: true, ticks: 5, zero: true, nice: true },
+      color: { domain: parts, range: parts.map((_, index) => colour(series[index % series.length])) },
+      symbol: { domain: parts, range: parts.map((_, index) => symbols[index % symbols.length]) },
+      marks: [
+        Plot.lineY(compared, { x: "layer", y: "plain", stroke: "part", strokeOpacity: 0.6, strokeDasharray: "4,4" }),
+        Plot.lineY(rows, { x: "layer", y: "chosen", stroke: "part", strokeWidth: 1.75 }),
+        Plot.dot(rows, { x: "layer", y: "chosen", fill: "part", symbol: "part", r: layers.length > 40 ? 2 : 3.5 }),
+        Plot.tip(rows, Plot.pointer({ x: "layer", y: "chosen", maxRadius: Infinity, title: (row) => `layer ${row.layer}, ${row.part}\nchosen ${number(row.chosen)}${row.plain == null ? "" : `, plain ${number(row.plain)}`}`, ...tip() })),
+      ],
+    });
+    return [plot, legend(parts.map((part, index) => [part, colour(series[index % series.length]), symbols[index % symbols.length]]))];
+  };
+
+  (data.searches ?? []).forEach((search, index) => {
+    charts[`front-${index}`] = (width) => front(search.front, width);
+    charts[`depth-${index}`] = (width) => depth(search.depth, width);
+  });
+  (data.importance ?? []).forEach((each) => {
+    charts[`importance-${each.search}-${each.place}`] = (width) => bars(each.bars, width);
+  });
+
   function draw(id) {
     const place = at(id);
     if (!place || !charts[id]) return;

@@ -4,14 +4,18 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ablate_shards.surgery.report.findings import Findings
 from ablate_shards.surgery.report.measures import sided
+from ablate_shards.surgery.report.search_record import Record, Trial
+from ablate_shards.surgery.report.searches import setting_lines
 
 __all__ = ["chart_data"]
+
+_T = TypeVar("_T")
 
 
 def chart_data(found: Findings) -> dict[str, Any]:
@@ -79,7 +83,76 @@ def chart_data(found: Findings) -> dict[str, Any]:
                 for kind, loss in losses.items()
             ],
         }
+    if found.searches:
+        data["searches"] = [
+            {
+                "name": search.name,
+                "front": _front(search.record),
+                "depth": list(_depth(search.record)),
+            }
+            for search in found.searches
+        ]
+    if importance := list(_importance(found)):
+        data["importance"] = importance
     return data
+
+
+def _front(record: Record) -> dict[str, Any]:
+    """Returns the trials by effect and cost: by the first objective, and by the divergence or else the second one."""
+    up, *others = record.objectives
+    across = next((each for each in others if each.name == "kl"), others[0] if others else None)
+
+    def point(trial: Trial) -> dict[str, Any]:
+        x = trial.number if across is None else _short(trial.values.get(across.name))
+        y = _short(trial.values.get(up.name))
+        return {
+            "number": trial.number,
+            "x": x,
+            "y": y,
+            "complete": trial.complete and x is not None and y is not None,
+            "front": trial.number in record.front,
+            "chosen": trial.number == record.chosen,
+            "plain": trial.number == record.plain,
+            "values": ", ".join(f"{name} {value:.4g}" for name, value in trial.values.items()).replace(" -", " −"),
+            "setting": setting_lines(record, trial),
+        }
+
+    marked = [trial for trial in record.trials if trial.number in {*record.front, record.chosen, record.plain}]
+    rest = [trial for trial in record.trials if trial not in marked]
+    trials = [point(trial) for trial in (*_thinned(rest), *marked)]
+    is_divergence = across is not None and across.name == "kl"
+    positive = [trial["x"] for trial in trials if trial["complete"] and trial["x"] > 0]
+    return {
+        "up": {"name": up.name, "direction": up.direction, "base": _short(up.base)},
+        "across": {"name": across.name, "direction": across.direction} if across else None,
+        "budget": record.options.budget.kl if is_divergence else None,
+        # Divergences are apart by powers of ten; those that are next to none stand together, as 0 has no place there.
+        "least": max(min(positive), max(positive) / 1e4) if is_divergence and positive else None,
+        "trials": trials,
+    }
+
+
+def _importance(found: Findings) -> Iterator[dict[str, Any]]:
+    """Yields how much of an objective's variation each parameter explains, of each search and objective."""
+    for number, search in enumerate(found.searches):
+        for place, (objective, shares) in enumerate(search.record.importance.items()):
+            if shares:
+                bars = [{"parameter": name, "share": _short(share)} for name, share in shares.items()]
+                yield {"search": number, "place": place, "name": search.name, "objective": objective, "bars": bars}
+
+
+def _depth(record: Record) -> Iterator[dict[str, Any]]:
+    """Yields the coefficient of each layer and part, of the chosen edit and, if it is another, of the plain one."""
+    chosen, plain = record.trial(record.chosen), record.trial(record.plain)
+    for part, row in chosen.coefficients.items() if chosen else ():
+        beside = plain.coefficients.get(part) if plain and plain is not chosen else None
+        for place, layer in enumerate(record.layers):
+            yield {
+                "part": part,
+                "layer": layer,
+                "chosen": row[place],
+                "plain": beside[place] if beside else None,
+            }
 
 
 def _used_layer(found: Findings) -> int | None:
@@ -130,6 +203,6 @@ def _short(value: float | None, digits: int = 4) -> float | None:
     return float(f"{float(value):.{digits}g}")
 
 
-def _thinned(losses: Sequence[tuple[float, float]], most: int = 2_000) -> Iterable[tuple[float, float]]:
-    step = max(1, math.ceil(len(losses) / most))
-    return losses[::step]
+def _thinned(rows: Sequence[_T], most: int = 2_000) -> Iterable[_T]:
+    step = max(1, math.ceil(len(rows) / most))
+    return rows[::step]

@@ -42,11 +42,12 @@ def report(out: Path, options: ReportOptions | None = None) -> Report:
     removed.
 
     Args:
-        out: A folder that ablate, merge or run made.
+        out: A folder that ablate, merge or run made, or the one that search wrote to.
         options: Where else to look.
 
     Raises:
-        ReportError: OUT holds no receipt, a place that was named is not there, or jinja2 is not installed.
+        ReportError: OUT holds no receipt and no search that can be read, a place that was named is not there, or
+            jinja2 is not installed.
         EvaluateError: An evaluation that was named cannot be read.
     """
     found = gather(out, options or ReportOptions())

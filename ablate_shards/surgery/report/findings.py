@@ -1,16 +1,25 @@
-"""Gathers what a run left behind: receipts, directions, activations, training and evaluations, each if it is there."""
+"""Gathers what a run left behind: receipts, directions, activations, training, searches, evaluations; what there is."""
 
+import dataclasses
 import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 from ablate_shards.errors import AblateError, EvaluateError, ReportError
-from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAME, RECEIPT_NAMES, STATE_NAME, TRAINING_NAME
+from ablate_shards.names import (
+    MERGE_RECEIPT_NAME,
+    RECEIPT_NAME,
+    RECEIPT_NAMES,
+    SEARCH_SUFFIX,
+    STATE_NAME,
+    TRAINING_NAME,
+)
 from ablate_shards.surgery.directions.activations import open_activations
 from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.directions.estimate import EstimatorOptions, compute_directions
@@ -21,12 +30,14 @@ from ablate_shards.surgery.evaluate.evaluation_file import read_evaluation
 from ablate_shards.surgery.merge.adapter import read_adapter
 from ablate_shards.surgery.merge.receipt import MERGE_FORMAT, MergeReceipt, read_merge_receipt
 from ablate_shards.surgery.report.projection import LayerProjection, project_into_plane
+from ablate_shards.surgery.report.search_record import Reported, Search, read_record
 from ablate_shards.validation import Finite, checked
 
 __all__ = ["Findings", "ReceiptFile", "ReportOptions", "Training", "find_work", "gather"]
 
 _TRAINING_FORMAT = "ablate-shards.training/1"
 _EVALUATION = ".evaluation.json"
+_DIRECTIONS = ".directions.safetensors"
 _ACTIVATIONS = "activations.safetensors"
 _KINDS = "activations-*.safetensors"
 
@@ -93,13 +104,15 @@ class Findings:
     """What there is to show; a part that is not there is None or empty, and ``missing`` says why.
 
     Attributes:
-        name: The checkpoint's folder.
+        name: The checkpoint's folder; of searches alone, the model that was searched on.
         ablation: The receipt of the ablation.
         merge: The receipt of the merge.
         directions: The directions that were removed.
         projections: The activations they were computed from, in a plane, by layer.
         training: How the adapter was trained.
         evaluations: From before to after; one alone is after.
+        searches: The searches that found the edit; where there is no edit, those in the folder.
+        searched_only: Whether there are searches alone, and no edited checkpoint.
         missing: Why a part is not there, by part.
     """
 
@@ -110,6 +123,8 @@ class Findings:
     projections: tuple[LayerProjection, ...] = ()
     training: Training | None = None
     evaluations: tuple[Evaluation, ...] = ()
+    searches: tuple[Search, ...] = ()
+    searched_only: bool = False
     missing: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -136,23 +151,24 @@ def gather(out: Path, options: ReportOptions) -> Findings:
     """Reads what a run left behind; what cannot be read is missing, and why is said.
 
     Args:
-        out: The folder of the result.
+        out: The folder of the result, or one with searches.
         options: Where else to look.
 
     Raises:
-        ReportError: OUT holds no receipt, or a place that was named is not there.
+        ReportError: OUT holds no receipt and no search that can be read, or a place that was named is not there.
         EvaluateError: An evaluation that was named cannot be read.
     """
-    if not any((out / name).is_file() for name in RECEIPT_NAMES):
+    edited = any((out / name).is_file() for name in RECEIPT_NAMES)
+    if not edited and not any(out.glob(f"*{SEARCH_SUFFIX}")):
         raise ReportError(
-            f"{out}: holds no {' and no '.join(RECEIPT_NAMES)}, so there is nothing to report; name a folder that "
-            "ablate, merge or run made"
+            f"{out}: holds no {' and no '.join(RECEIPT_NAMES)}, nor what a search found (*{SEARCH_SUFFIX}), so there "
+            "is nothing to report; name a folder that ablate, merge or run made, or the one that search wrote to"
         )
     if options.work is not None and not options.work.is_dir():
         raise ReportError(f"{options.work}: no such folder; --work names the one in which run kept its stages")
     work = find_work(out) if options.work is None else options.work
     gatherer = _Gatherer(out, work, [work, out.absolute().parent] if work else [out.absolute().parent])
-    return gatherer.gather(options.evaluations)
+    return gatherer.gather(options.evaluations) if edited else gatherer.gather_searches(options.evaluations)
 
 
 def find_work(out: Path) -> Path | None:
@@ -186,6 +202,7 @@ class _Gatherer:
         merge = self._merge()
         ablation = self._ablation(merge)
         directions = self._directions(ablation)
+        searches = self._searches_of(ablation)
         return Findings(
             name=self._out.absolute().name,
             ablation=ablation,
@@ -194,6 +211,37 @@ class _Gatherer:
             projections=self._projections(directions),
             training=self._training(merge),
             evaluations=self._evaluations(evaluations),
+            searches=searches,
+            missing=self._missing,
+        )
+
+    def gather_searches(self, evaluations: Sequence[Path]) -> Findings:
+        """Reads the searches in a folder that holds no edited checkpoint.
+
+        Raises:
+            ReportError: None can be read.
+        """
+        paths = sorted(self._out.glob(f"*{SEARCH_SUFFIX}"))
+        searches = self._searches(paths)
+        if not searches:
+            read_record(paths[0])
+        shown: tuple[Evaluation, ...] = ()
+        if evaluations:
+            shown = _chain([read_evaluation(path) for path in evaluations])
+        elif len(searches) > 1:
+            self._missing["evaluation"] = (
+                "Several searches are here, each with questions of its own; name the evaluations of one with "
+                "--evaluation."
+            )
+        elif "chosen" in searches[0].reports:
+            shown = _chain([searches[0].reports[name] for name in ("plain", "chosen") if name in searches[0].reports])
+        else:
+            self._missing["evaluation"] = "What the chosen edit does on the questions of the report was not found."
+        return Findings(
+            name=", ".join(dict.fromkeys(search.record.model for search in searches)),
+            evaluations=shown,
+            searches=searches,
+            searched_only=True,
             missing=self._missing,
         )
 
@@ -257,11 +305,13 @@ class _Gatherer:
                 options = EstimatorOptions()
             return compute_directions(open_activations(path), options)
 
-        readers = (("directions.safetensors", read_directions), (_ACTIVATIONS, computed))
         # Only a digest tells whether a file that merely lies beside OUT has to do with it.
         for place in self._places if wanted else filter(None, [self._work]):
-            for name, read in readers:
-                path = place / name
+            readers = [(place / "directions.safetensors", read_directions), (place / _ACTIVATIONS, computed)]
+            if wanted:
+                named = [path for path in sorted(place.glob(f"*{_DIRECTIONS}")) if _digests_to(path, wanted)]
+                readers[1:1] = [(path, read_directions) for path in named]
+            for path, read in readers:
                 if path.exists():
                     found = self._try("directions", partial(read, path))
                     if found is not None and wanted in (None, found.sha256()):
@@ -309,11 +359,40 @@ class _Gatherer:
         )
         return None
 
+    def _searches_of(self, ablation: ReceiptFile[Receipt] | None) -> tuple[Search, ...]:
+        """Reads the searches in the work folder and in OUT, and those beside OUT that found what was removed."""
+        paths = [path for place in (self._work, self._out) if place for path in sorted(place.glob(f"*{SEARCH_SUFFIX}"))]
+        if ablation and (wanted := ablation.content["directions"].get("sha256")):
+            beside = sorted(self._out.absolute().parent.glob(f"*{SEARCH_SUFFIX}"))
+            paths += [path for path in beside if _digests_to(_of_search(path, _DIRECTIONS), wanted)]
+        return self._searches(paths)
+
+    def _searches(self, paths: Sequence[Path]) -> tuple[Search, ...]:
+        """Reads searches with their evaluations; why one cannot be read is kept."""
+        found, reasons = [], []
+        for path in paths:
+            try:
+                search = read_record(path)
+            except ReportError as error:
+                reasons.append(str(error))
+                continue
+            reports: dict[Reported, Evaluation] = {}
+            for name in search.record.reports:
+                try:
+                    reports[name] = read_evaluation(_of_search(path, f".{name}{_EVALUATION}"))
+                except EvaluateError as error:
+                    reasons.append(str(error))
+            found.append(dataclasses.replace(search, reports=reports))
+        if reasons:
+            self._missing["search"] = self._without_folders(". ".join(reasons))
+        return tuple(found)
+
     def _evaluations(self, named: Sequence[Path]) -> tuple[Evaluation, ...]:
         if named:
             return _chain([read_evaluation(path) for path in named])
         out = self._out.absolute()
         paths = [path for place in (self._work, out) if place for path in sorted(place.glob(f"*{_EVALUATION}"))]
+        paths = [path for path in paths if not _is_of_search(path)]
         paths += [path] if (path := out.with_name(f"{out.name}{_EVALUATION}")).is_file() else []
         found, reasons = [], []
         for path in paths:
@@ -337,6 +416,24 @@ class _Gatherer:
         """Sorts what has no base first, and the result last."""
         name = str(evaluation.model.name)
         return (name == self._out.absolute().name, evaluation.base is not None, name)
+
+
+def _of_search(record: Path, suffix: str) -> Path:
+    """Returns another file of a search, by its record."""
+    return record.with_name(f"{record.name.removesuffix(SEARCH_SUFFIX)}{suffix}")
+
+
+def _digests_to(path: Path, wanted: str) -> bool:
+    """Returns whether a file holds the directions of a digest; one that cannot be read may be of another run."""
+    with suppress(AblateError, OSError):
+        return read_directions(path).sha256() == wanted
+    return False
+
+
+def _is_of_search(path: Path) -> bool:
+    """Returns whether an evaluation is of a search, which was in memory and is no stage of a run."""
+    name, _, which = path.name.removesuffix(_EVALUATION).rpartition(".")
+    return which in get_args(Reported) and path.with_name(f"{name}{SEARCH_SUFFIX}").is_file()
 
 
 def _chain(found: Sequence[Evaluation]) -> tuple[Evaluation, ...]:

@@ -1,7 +1,8 @@
 """Renders what was found of a run as one HTML page that needs nothing else."""
 
+import shlex
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from typing import Any, get_args
 
@@ -24,6 +25,8 @@ from ablate_shards.surgery.report.measures import (
     whose,
 )
 from ablate_shards.surgery.report.provenance import facts, rebuilt_recipe
+from ablate_shards.surgery.report.search_record import Given, Search
+from ablate_shards.surgery.report.searches import asked, candidate_rows, space_rows, told
 
 __all__ = ["render"]
 
@@ -35,6 +38,9 @@ _MOST_TEXT = 1_500_000
 _FRAME = 900
 _MOST_OF_ONE = 4_000
 _MOST_ROWS = 1_500
+#: Questions of which a search shows the answers of its candidates, and bytes of these.
+_MOST_ASKED = 20
+_MOST_SEARCHED = 300_000
 
 
 def render(found: Findings, data: Mapping[str, Any]) -> str:
@@ -50,7 +56,7 @@ def render(found: Findings, data: Mapping[str, Any]) -> str:
     return fill(
         "report.html.jinja",
         data,
-        eyebrow="ablate-shards report",
+        eyebrow=f"ablate-shards {'search' if found.searched_only else 'report'}",
         title=found.name,
         found=found,
         sentences=list(_sentences(found)),
@@ -66,6 +72,11 @@ def render(found: Findings, data: Mapping[str, Any]) -> str:
         stages=list(zip(found.stages, found.evaluations, strict=True)),
         changes=changes(found),
         answers=_answers(found),
+        searches=[_searched(number, search) for number, search in enumerate(found.searches)],
+        commands="\n".join(
+            shlex.join(["ablate-shards", "ablate", search.record.model, "OUT", "--recipe", search.record.recipe])
+            for search in found.searches
+        ),
         scores=_scores(found),
         marked=data.get("best"),
         edited=_edited(found),
@@ -80,7 +91,8 @@ def render(found: Findings, data: Mapping[str, Any]) -> str:
 
 def _sentences(found: Findings) -> Iterator[str]:
     yield sentence(found)
-    yield f"{_edit_sentence(found)}."
+    if not found.searched_only:
+        yield f"{_edit_sentence(found)}."
 
 
 def _edit_sentence(found: Findings) -> str:
@@ -119,7 +131,7 @@ def _answers(found: Findings) -> dict[str, Any]:
         said = [answer.prompt, answer.system or "", *(each.text for each in pair if each)]
         texts = [*said, *(each.because for each in pair if each)]
         cut += any(len(text) > _MOST_OF_ONE for text in said)
-        room -= _FRAME + sum(len(escape(_clipped(text)).encode("utf-8", "replace")) for text in texts)
+        room -= _FRAME + _size(texts)
         if room < 0:
             break
         shown.append(
@@ -175,6 +187,45 @@ def _label(answer: Answer) -> str:
     return "broken" if answer.verdict == "broken" else "contained" if answer.given else "incorrect"
 
 
+# ---------------------------------------------------------------------------------------- searches
+
+
+def _searched(number: int, search: Search) -> dict[str, Any]:
+    """Returns what the page says of a search."""
+    shown: list[dict[str, Any]] = []
+    room = _MOST_SEARCHED
+    for question, sides in asked(search.record):
+        room -= _FRAME + _size([question.prompt, *(answer.text for _, answer in sides)])
+        if room < 0 or len(shown) == _MOST_ASKED:
+            break
+        shown.append(
+            {
+                "id": question.id,
+                "language": question.language,
+                "prompt": _clipped(question.prompt),
+                "sides": [(name, _given(answer)) for name, answer in sides],
+            }
+        )
+    return {
+        "number": number,
+        "name": search.name,
+        "record": search.record,
+        "told": told(search),
+        "candidates": candidate_rows(search.record),
+        "asked": shown,
+        "importance": [
+            (place, objective) for place, (objective, shares) in enumerate(search.record.importance.items()) if shares
+        ],
+        "space": space_rows(search.record),
+    }
+
+
+def _given(answer: Given) -> dict[str, Any]:
+    right = {None: answer.verdict, True: "right", False: "broken" if answer.verdict == "broken" else "incorrect"}
+    unknown = dict.fromkeys(("whose", "because", "judged", "cut", "detached"), "")
+    return {**unknown, "text": _clipped(answer.text), "verdict": right[answer.given]}
+
+
 # ---------------------------------------------------------------------------------------- layers and tensors
 
 
@@ -206,6 +257,11 @@ def _skipped(found: Findings) -> list[tuple[str, int]]:
 
 def _clipped(text: str) -> str:
     return text if len(text) <= _MOST_OF_ONE else f"{text[:_MOST_OF_ONE]} …"
+
+
+def _size(texts: Iterable[str]) -> int:
+    """Returns how many bytes texts take on the page."""
+    return sum(len(escape(_clipped(text)).encode("utf-8", "replace")) for text in texts)
 
 
 def _count(number: int, what: str) -> str:

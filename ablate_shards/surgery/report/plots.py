@@ -1,7 +1,7 @@
 """Draws the charts of the report as SVG and PNG, for papers and model cards."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +24,13 @@ _VERDICTS = {
 }
 #: Hatch and edge that mark two verdicts without colour: broken is striped, unclear is an outline.
 _FORMS = {"broken": ("/////", "white"), "unclear": ("", "#5b626c")}
+#: How a trial is marked, the later over the earlier; each kind has a form of its own.
+_TRIALS: Mapping[str, Mapping[str, Any]] = {
+    "trial": {"color": _GREY, "marker": "o", "markersize": 4, "linestyle": ""},
+    "front": {"color": _BLUE, "marker": "D", "markersize": 5, "linewidth": 1.3},
+    "plain": {"color": _INK, "marker": "s", "markersize": 7, "linestyle": "", "fillstyle": "none"},
+    "chosen": {"color": _ORANGE, "marker": "*", "markersize": 13, "linestyle": "", "markeredgecolor": "white"},
+}
 _RAMP = ("#f1efea", "#14507f")
 _STYLE: Mapping[str, Any] = {
     "axes.axisbelow": True,
@@ -283,6 +290,77 @@ def _fits(figure: "Figure", data: Mapping[str, Any]) -> None:
     axes.set_title("Cosine of the differences with the given directions")
 
 
+def _search_front(figure: "Figure", data: Mapping[str, Any]) -> None:
+    for axes, search in _per_search(figure, data, 3.6):
+        front = search["front"]
+        placed = [trial for trial in front["trials"] if trial["complete"]]
+        least = -np.inf if front["least"] is None else front["least"]
+        if front["least"] is not None:
+            axes.set_xscale("log")
+        for kind, style in _TRIALS.items():
+            trials = [trial for trial in placed if kind == "trial" or trial[kind]]
+            points = sorted((max(trial["x"], least), trial["y"]) for trial in trials)
+            if points:
+                axes.plot(*zip(*points, strict=True), label=kind, **style)
+        if front["up"]["base"] is not None:
+            axes.axhline(front["up"]["base"], color=_GREY, linewidth=0.8, linestyle=":", label="unedited model")
+        if front["budget"] is not None:
+            axes.axvline(max(front["budget"], least), color=_GREY, linewidth=0.8, label="budget")
+        if len(placed) < len(front["trials"]):
+            # What was not measured stands at the edge.
+            most = max((trial["x"] for trial in front["trials"] if trial["x"] is not None), default=1)
+            ends = [most if trial["x"] is None else trial["x"] for trial in front["trials"] if not trial["complete"]]
+            low = [axes.get_ylim()[0]] * len(ends)
+            axes.plot([max(end, least) for end in ends], low, label="incomplete", color=_GREY, marker="x", linestyle="")
+        axes.set_title(f"Trials of {search['name']}")
+        axes.set_xlabel(_aim(front["across"]) if front["across"] else "trial")
+        axes.set_ylabel(_aim(front["up"]))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+
+def _aim(objective: Mapping[str, str]) -> str:
+    return f"{objective['name']} ({'less' if objective['direction'] == 'minimize' else 'more'} is better)"
+
+
+def _search_importance(figure: "Figure", data: Mapping[str, Any]) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    every = data["importance"]
+    figure.set_size_inches(4.2 * len(every), 0.9 + 0.2 * max(len(each["bars"]) for each in every))
+    for axes, each in zip(figure.subplots(1, len(every), squeeze=False)[0], every, strict=True):
+        bars = each["bars"][::-1]
+        axes.barh([bar["parameter"] for bar in bars], [bar["share"] for bar in bars], color=_BLUE, height=0.7)
+        axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_title(f"What {each['objective']} depends on, {each['name']}")
+
+
+def _search_depth(figure: "Figure", data: Mapping[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for axes, search in _per_search(figure, data, 2.8):
+        parts = list(dict.fromkeys(row["part"] for row in search["depth"]))
+        for number, (part, colour) in enumerate(zip(parts, _cycle(len(parts)), strict=True)):
+            rows = [row for row in search["depth"] if row["part"] == part]
+            layers, marker = [row["layer"] for row in rows], "oDs^vP"[number % 6]
+            axes.plot(layers, [row["chosen"] for row in rows], color=colour, marker=marker, markersize=3.5, label=part)
+            if rows[0]["plain"] is not None:
+                axes.plot(layers, [row["plain"] for row in rows], color=colour, linewidth=1, linestyle="--", alpha=0.5)
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        axes.set_xlabel("layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title(f"Coefficient by layer, {search['name']}; dashed: the plain edit")
+        if parts:
+            axes.legend()
+
+
+def _per_search(figure: "Figure", data: Mapping[str, Any], height: float) -> Iterator[tuple["Axes", Mapping[str, Any]]]:
+    """Yields each search with axes of its own, one above the other."""
+    searches = data["searches"]
+    figure.set_size_inches(6.5, height * len(searches) + 0.6)
+    yield from zip(figure.subplots(len(searches), 1, squeeze=False)[:, 0], searches, strict=True)
+
+
 def _per_layer(
     figure: "Figure", rows: Sequence[Mapping[str, Any]], key: str, kinds: Sequence[str], group: str
 ) -> "Axes":
@@ -332,5 +410,8 @@ _CHARTS: Mapping[str, tuple[str, Callable[["Figure", Mapping[str, Any]], None]]]
     "changes": ("changes", _changes),
     "spectra": ("spectra", _spectra),
     "fits": ("fits", _fits),
+    "search_front": ("searches", _search_front),
+    "search_importance": ("importance", _search_importance),
+    "search_depth": ("searches", _search_depth),
 }
 PLOT_NAMES = tuple(f"{name}.{suffix}" for name in _CHARTS for suffix in _METADATA)

@@ -75,6 +75,10 @@ def _facts(found: Findings) -> Iterator[tuple[str, Any]]:
     if found.training:
         yield "instructions, SHA-256", _get(found.training.content, "data", "sha256")
         yield "trained with", _listed(_get(found.training.content, "versions"))
+    for search in found.searches:
+        yield f"{search.name} made by", search.record.tool
+        yield f"{search.name}, SHA-256", search.sha256
+        yield f"{search.name}, seed", search.record.options.seed
     if found.after:
         yield "evaluated with", _listed(found.after.versions)
         yield "asked with", _listed(found.after.options)
@@ -111,7 +115,7 @@ def _ablate_table(recipe: Mapping[str, Any]) -> Iterator[str]:
     if recipe.get("layers"):
         yield f"layers = {_toml(_layers(recipe['layers']))}"
     yield from (f"{key} = {_toml(recipe[key])}" for key in _EDITED if key in recipe)
-    for name in ("override", "target"):
+    for name in ("profile", "override", "target"):
         entries = recipe.get(name)
         for entry in entries if isinstance(entries, list) else ():
             yield ""

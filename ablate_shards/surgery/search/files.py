@@ -10,6 +10,7 @@ from typing import Any
 
 from ablate_shards import __version__
 from ablate_shards.errors import SearchError, UsageError
+from ablate_shards.names import SEARCH_SUFFIX
 from ablate_shards.surgery.directions.formats import write_directions
 from ablate_shards.surgery.evaluate.evaluation_file import write_evaluation
 from ablate_shards.surgery.machine.files import write_whole
@@ -43,7 +44,7 @@ class Places:
 
     def report(self, name: str) -> Path:
         """Returns where an evaluation on the questions of the report is."""
-        return self.record.with_name(self.record.name.replace(".search.json", f".{name}.evaluation.json"))
+        return self.record.with_name(f"{self.record.name.removesuffix(SEARCH_SUFFIX)}.{name}.evaluation.json")
 
 
 def places_of(recipe: Path, *, overwrite: bool) -> Places:
@@ -63,7 +64,7 @@ def places_of(recipe: Path, *, overwrite: bool) -> Places:
     beside = {
         "directions": f"{stem}.directions.safetensors",
         "questions": f"{stem}.questions.jsonl",
-        "record": f"{stem}.search.json",
+        "record": f"{stem}{SEARCH_SUFFIX}",
         "journal": f"{stem}.study.journal",
     }
     return Places(recipe, **{what: recipe.with_name(name) for what, name in beside.items()})
@@ -149,6 +150,7 @@ def record_of(found: Found, places: Places) -> dict[str, Any]:
     """Returns the record of a search as JSON types."""
     job = found.job
     layers = sorted(job.contrasts.directions(job.contrasts.names[0]).layers)
+    plain = job.space.plain()
 
     def measured(candidate: Candidate) -> dict[str, Any]:
         return {
@@ -156,7 +158,7 @@ def record_of(found: Found, places: Places) -> dict[str, Any]:
             "values": dict(candidate.values),
             "shares": {name: list(share) for name, share in candidate.shares.items()},
             "answers": [
-                {"id": answer.id, "prompt": answer.prompt, "text": answer.text, "verdict": answer.verdict}
+                {name: getattr(answer, name) for name in ("id", "language", "prompt", "text", "verdict", "given")}
                 for answer in candidate.answers
             ],
             **({} if candidate.trial is None else {"coefficients": _of(candidate.setting)}),
@@ -198,6 +200,7 @@ def record_of(found: Found, places: Places) -> dict[str, Any]:
             for trial in found.trials
         ],
         "front": [trial.number for trial in found.front],
+        "plain": next((trial.number for trial in found.trials if dict(trial.setting) == plain), None),
         "importance": {name: dict(shares) for name, shares in found.importance.items()},
         "base": measured(found.base),
         "candidates": [measured(candidate) for candidate in found.candidates],

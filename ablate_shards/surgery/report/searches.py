@@ -1,0 +1,126 @@
+"""Says what a search tried, chose and found, as sentences and as the rows of tables."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ablate_shards.surgery.evaluate.evaluation import Evaluation
+from ablate_shards.surgery.evaluate.statistics import paired
+from ablate_shards.surgery.report.frame import GAP, chance, figure, percent
+from ablate_shards.surgery.report.search_record import Given, Record, Reported, Search, Trial
+
+__all__ = ["asked", "candidate_rows", "setting_lines", "space_rows", "told"]
+
+_SHARES = ("slanted", "neutral", "broken", "right")
+
+
+def told(search: Search) -> str:
+    """Returns in a sentence how many trials there were, what they were measured on, and what the choice is worth."""
+    record = search.record
+    complete = sum(trial.complete for trial in record.trials)
+    by_part = [len(getattr(record.questions, part)) for part in ("trials", "choice", "report")]
+    return (
+        f"Of {len(record.trials):,} trials on {by_part[0]:,} questions, {complete:,} were complete and "
+        f"{len(record.candidates)} were measured again, on {by_part[1]:,} other questions; of these, trial "
+        f"{record.chosen} was chosen, and on {by_part[2]:,} more, which nothing was chosen by, {_worth(search)}."
+    )
+
+
+def candidate_rows(record: Record) -> list[dict[str, Any]]:
+    """Returns a row for the unedited model and for each candidate, as measured on the questions of the choice."""
+    return [
+        {
+            "name": "before" if each.trial is None else _named(record, each.trial),
+            "chosen": each.trial == record.chosen,
+            "measured": [figure(each.values[objective.name]).replace("-", "−") for objective in record.objectives],
+            "shares": [_share(*getattr(each.shares, name)) for name in _SHARES],
+        }
+        for each in (record.base, *record.candidates)
+    ]
+
+
+def asked(record: Record) -> Iterator[tuple[Given, list[tuple[str, Given]]]]:
+    """Yields each question of the choice, with its different answers and the names of those who gave each."""
+    every = [("before", {answer.id: answer for answer in record.base.answers})]
+    every += [
+        (_named(record, candidate.trial), {answer.id: answer for answer in candidate.answers})
+        for candidate in record.candidates
+    ]
+    for question in record.base.answers:
+        names: dict[tuple[str, str, bool | None], list[str]] = {}
+        answers: dict[tuple[str, str, bool | None], Given] = {}
+        for name, by_question in every:
+            if (answer := by_question.get(question.id)) is not None:
+                key = answer.text, answer.verdict, answer.given
+                names.setdefault(key, []).append(name)
+                answers[key] = answer
+        yield question, [(", ".join(names[key]), answer) for key, answer in answers.items()]
+
+
+def setting_lines(record: Record, trial: Trial) -> list[str]:
+    """Returns what varied of a trial's setting: first what holds for all parts, then a line for each part."""
+    lines: dict[str, list[str]] = {}
+    for name, value in trial.setting.items():
+        part, _, parameter = name.rpartition(".")
+        if len(set(map(str, record.space.get(name, ())))) != 1:
+            lines.setdefault(part, []).append(f"{parameter} {_shown(value)}")
+    return [f"{part}{': ' if part else ''}{', '.join(values)}" for part, values in lines.items()]
+
+
+def space_rows(record: Record) -> list[tuple[str, str, list[str]]]:
+    """Returns each parameter with its values, and which of them each candidate has."""
+    settings = [trial.setting for each in record.candidates if (trial := record.trial(each.trial)) is not None]
+    rows = []
+    for name, values in record.space.items():
+        between = len(values) == 2 and all(isinstance(value, float) for value in values) and values[0] != values[1]
+        every = (" to " if between else ", ").join(dict.fromkeys(map(_shown, values)))
+        rows.append((name, every, [_shown(setting[name]) if name in setting else "–" for setting in settings]))
+    return rows
+
+
+def _named(record: Record, number: int | None) -> str:
+    """Returns a trial's number, and what it is besides."""
+    kinds = [kind for kind, other in (("chosen", record.chosen), ("plain", record.plain)) if number == other]
+    return f"{number}{f' ({kinds[0]})' if len(kinds) == 1 else ' (chosen, plain)' if kinds else ''}"
+
+
+def _worth(search: Search) -> str:
+    """Returns whether the chosen edit beats the plain one, with the figures where their evaluations are there."""
+    beats = search.record.beats_plain
+    if beats is None:
+        return "it beats nothing, as it is the plain edit itself"
+    how = _compared(search.reports) or (
+        "it is better in slant or divergence, and worse in neither"
+        if beats
+        else "it is worse in slant or divergence, or better in neither"
+    )
+    return f"it {'beats' if beats else 'does not beat'} the plain edit: {how}"
+
+
+def _compared(reports: Mapping[Reported, Evaluation]) -> str:
+    """Returns the slant and the divergence of the chosen edit and of the plain one, empty where one is missing."""
+    if len(reports) < 2:
+        return ""
+    edits = reports["chosen"], reports["plain"]
+    slanted = [
+        {answer.id: answer.verdict == "slanted" for answer in each.answers if answer.exact is None} for each in edits
+    ]
+    both = [(after, slanted[1][name]) for name, after in slanted[0].items() if name in slanted[1]]
+    p = paired([before for _, before in both], [after for after, _ in both]).p
+    hits = [f"{sum(each.values())} of {len(each)}" for each in slanted]
+    moved = [each.comparison and each.comparison.divergence for each in edits]
+    costs = [figure(each.tokens) if each else "–" for each in moved]
+    return (
+        f"{hits[0]} of its answers are slanted against {hits[1]} (exact McNemar test, p "
+        f"{'' if p < 0.0001 else '= '}{chance(p)}), and it moves unrelated answers by {costs[0]} nats a token against "
+        f"{costs[1]}"
+    )
+
+
+def _share(hits: int, count: int) -> Mapping[str, str]:
+    return {"share": percent(hits / count, 0) if count else "–", "of": f"{hits}{GAP}of{GAP}{count}" if count else ""}
+
+
+def _shown(value: Any) -> str:
+    """Returns a parameter's value as a recipe writes it, text without quotation marks."""
+    return value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
