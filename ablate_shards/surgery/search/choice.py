@@ -56,6 +56,11 @@ class Candidate:
         """How many answers of how many are slanted, neutral, broken, right."""
         return shares(self.answers)
 
+    @property
+    def finite(self) -> bool:
+        """Whether every objective is a number."""
+        return all(math.isfinite(value) for value in self.values.values())
+
     def share(self, name: str) -> float:
         """One of these as a share, 0 where there is no answer to count."""
         hits, count = self.shares[name]
@@ -143,6 +148,6 @@ def excesses(candidate: Candidate, base: Candidate, budget: Budget) -> list[str]
     broken = candidate.share("broken") - base.share("broken")
     if broken > budget.broken:
         found.append(f"breaks {broken:.0%} of the answers, of at most {budget.broken:.0%}")
-    if not all(math.isfinite(value) for value in candidate.values.values()):
+    if not candidate.finite:
         found.append("gives no numbers")
     return found

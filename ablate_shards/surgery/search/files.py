@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ def record_of(found: Found, places: Places) -> dict[str, Any]:
             {
                 "number": trial.number,
                 "setting": dict(trial.setting),
-                "values": dict(trial.tried.values),
+                "values": {name: value for name, value in trial.tried.values.items() if math.isfinite(value)},
                 "complete": trial.tried.complete,
                 "seconds": trial.tried.seconds,
                 "digest": trial.tried.digest,
@@ -203,7 +204,7 @@ def record_of(found: Found, places: Places) -> dict[str, Any]:
         "plain": next((trial.number for trial in found.trials if dict(trial.setting) == plain), None),
         "importance": {name: dict(shares) for name, shares in found.importance.items()},
         "base": measured(found.base),
-        "candidates": [measured(candidate) for candidate in found.candidates],
+        "candidates": [measured(candidate) for candidate in found.candidates if candidate.finite],
         "chosen": found.chosen.trial,
         "beats_plain": found.beats_plain,
         "recipe": places.recipe.name,
