@@ -18,6 +18,7 @@ __all__ = [
     "cache_flag",
     "debug_flag",
     "device_flag",
+    "dtype_flag",
     "estimation",
     "parse_memory",
     "parsed",
@@ -137,6 +138,13 @@ device_flag = click.option(
     show_default=True,
     help="auto, cpu, cuda[:N], mps or xpu.",
 )
+dtype_flag = click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="What to compute in; auto: what the weights are stored in, float32 on a CPU without instructions for it.",
+)
 #: How a model is asked; for what runs one and has it answer.
 answering = _options(
     click.option(
@@ -150,13 +158,7 @@ answering = _options(
         show_default=True,
         help="Most tokens of the thoughts before an answer, with --thinking.",
     ),
-    click.option(
-        "--dtype",
-        type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-        default="auto",
-        show_default=True,
-        help="What to compute in; auto: what the weights are stored in, float32 on a CPU without instructions for it.",
-    ),
+    dtype_flag,
     device_flag,
 )
 resources = _options(

@@ -10,6 +10,7 @@ from ablate_shards.commands.options import (
     PATH,
     as_json_flag,
     debug_flag,
+    dtype_flag,
     estimation,
     parsed,
     print_json,
@@ -100,13 +101,7 @@ def _space(text: str) -> dict[str, Any]:
     help="Most tokens of an answer of the choice.",
 )
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Questions asked at a time.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    default="auto",
-    show_default=True,
-    help="What to compute in; auto: what the weights are stored in, float32 on a CPU without instructions for it.",
-)
+@dtype_flag
 @resources
 @click.option(
     "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Models to try edits on at a time."

@@ -30,9 +30,11 @@ from ablate_shards.surgery.search.objectives import Asking, Objective, answer, f
 from ablate_shards.surgery.search.questions import Parts
 from ablate_shards.surgery.search.space import Setting, Space, make_space
 from ablate_shards.surgery.search.study import (
+    Course,
     Trial,
     best_of,
     check_optuna,
+    end_interrupted,
     importances,
     open_study,
     run_trials,
@@ -219,6 +221,7 @@ def search(job: Job, progress: SearchProgress) -> Found:
             objectives = bench.objectives(job.options.objectives, job.parts.trials, job.options.asking)
             identity = _identity(job, checkpoint, bench)
             study = open_study(job.journal, identity, objectives, overwrite=job.options.overwrite)
+            end_interrupted(study)
             done = trials_of(study)
             if done:
                 progress.note(f"{len(done)} trials are finished already")
@@ -227,18 +230,8 @@ def search(job: Job, progress: SearchProgress) -> Found:
                 done.append(trial)
                 progress.tried(trial, finished, best_of(done, objectives))
 
-            with _helpers(job, deadline):
-                run_trials(
-                    study,
-                    job.space,
-                    bench,
-                    objectives,
-                    trials=job.options.trials,
-                    until=deadline,
-                    seed=job.options.seed,
-                    limit=job.options.limit,
-                    told=told,
-                )
+            with _other_workers(job, deadline):
+                run_trials(study, job.space, bench, objectives, _course(job, deadline), told)
             return _conclude(job, bench, objectives, trials_of(study), importances(study, objectives), progress)
     except KeyboardInterrupt as error:
         raise Interrupted(
@@ -353,7 +346,7 @@ def _bench(job: Job, checkpoint: Checkpoint, device: str) -> "contextlib.Abstrac
 
 
 @contextlib.contextmanager
-def _helpers(job: Job, deadline: float) -> Iterator[None]:
+def _other_workers(job: Job, deadline: float) -> Iterator[None]:
     """Runs the workers beside this one while the context lasts; on GPUs, each on one of its own."""
     if job.options.workers == 1:
         yield
@@ -394,17 +387,14 @@ def work(job: Job, number: int, seconds: float) -> None:
     with _bench(job, checkpoint, device) as bench:
         objectives = bench.objectives(job.options.objectives, job.parts.trials, job.options.asking)
         study = open_study(job.journal, _identity(job, checkpoint, bench), objectives, overwrite=False)
-        run_trials(
-            study,
-            job.space,
-            bench,
-            objectives,
-            trials=job.options.trials,
-            until=deadline,
-            seed=job.options.seed + 1_000_003 * number,
-            limit=job.options.limit,
-            told=lambda *_: None,
-        )
+        run_trials(study, job.space, bench, objectives, _course(job, deadline, number), lambda *_: None)
+
+
+def _course(job: Job, deadline: float, worker: int = 0) -> Course:
+    """Returns when a worker's trials end and what seeds them, each worker's otherwise."""
+    options = job.options
+    seed = options.seed + 1_000_003 * worker
+    return Course(trials=options.trials, until=deadline, seed=seed, limit=options.limit)
 
 
 def _identity(job: Job, checkpoint: Checkpoint, bench: Bench) -> dict[str, Any]:

@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-__all__ = ["Trial", "best_of", "check_optuna", "importances", "open_study", "run_trials", "trials_of"]
+__all__ = [
+    "Course",
+    "Trial",
+    "best_of",
+    "check_optuna",
+    "end_interrupted",
+    "importances",
+    "open_study",
+    "run_trials",
+    "trials_of",
+]
 
 _NAME = "ablate-shards search"
 _STARTUP = 16
@@ -101,16 +111,29 @@ def open_study(path: Path, identity: Mapping[str, Any], objectives: Sequence[Obj
     return study
 
 
+@dataclass(frozen=True, slots=True)
+class Course:
+    """When trials end, and what they depend on besides those before them.
+
+    Attributes:
+        trials: How many, those that are finished already among them.
+        until: When no further one begins, as ``time.monotonic`` counts.
+        seed: Of the proposals.
+        limit: The divergence above which a trial is not measured further, in nats a token.
+    """
+
+    trials: int
+    until: float
+    seed: int
+    limit: float
+
+
 def run_trials(
     study: "Study",
     space: Space,
     bench: Bench,
     objectives: Sequence[Objective],
-    *,
-    trials: int,
-    until: float,
-    seed: int,
-    limit: float,
+    course: Course,
     told: Callable[[Trial, int], None],
 ) -> None:
     """Runs trials until there are enough, or the time is over.
@@ -123,23 +146,20 @@ def run_trials(
         space: What may vary.
         bench: What they are tried on.
         objectives: What they are judged by, in the order of the study.
-        trials: How many, those that are finished already among them.
-        until: When to stop, as ``time.monotonic`` counts.
-        seed: Of the proposals.
-        limit: The divergence above which a trial is not measured further.
-        told: Is told of each finished trial, and how many there are.
+        course: When they end, and what they depend on.
+        told: Is called with each finished trial, and how many there are.
     """
     from optuna.trial import TrialState
 
-    for stale in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(stale.number, state=TrialState.FAIL, skip_if_finished=True)
-    while (count := _finished(study)) < trials and time.monotonic() < until:
-        study.sampler = _sampler(seed + count)
+    while (count := _finished(study)) < course.trials and time.monotonic() < course.until:
+        study.sampler = _sampler(course.seed + count)
         if count == 0 and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            study.enqueue_trial({name: space.plain()[name] for name in space.free if name in space.plain()})
+            plain = space.plain()
+            first = {name: plain[name] for name in space.free if name in plain}
+            study.enqueue_trial(first, skip_if_exists=True)
         asked = study.ask()
         setting = space.suggest(asked)
-        tried = bench.try_out(setting, objectives, limit)
+        tried = bench.try_out(setting, objectives, course.limit)
         record = {
             "setting": dict(setting),
             "values": dict(tried.values),
@@ -150,8 +170,16 @@ def run_trials(
         for name, value in record.items():
             asked.set_user_attr(name, value)
         asked.set_constraint("over", tried.over if math.isfinite(tried.over) else 1.0)
-        study.tell(asked, [_worst(objective, tried, limit) for objective in objectives])
+        study.tell(asked, [_worst(objective, tried, course.limit) for objective in objectives])
         told(Trial(asked.number, setting, tried), count + 1)
+
+
+def end_interrupted(study: "Study") -> None:
+    """Marks the trials that an earlier run began as failed; only when no worker runs."""
+    from optuna.trial import TrialState
+
+    for stale in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(stale.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def trials_of(study: "Study") -> list[Trial]:
