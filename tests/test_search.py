@@ -203,12 +203,16 @@ class TestGoingOn:
         numbers = [number for number, *_ in self.trials(out)]
         assert len(numbers) == len(set(numbers)) >= 6
 
-    def test_every_trial_over_the_budget(self, folder, tmp_path):
+    def test_every_trial_over_the_budget(self, folder, tmp_path, monkeypatch):
         out = tmp_path / "strict.toml"
         refused = checked(*arguments(folder, out, "--kl", 0, "--space", '{"mlp": {"floor": 0.5}}', trials=2), code=1)
         assert "of at most 0" in refused.output
         assert "finished trials are kept" in refused.output
-        assert (tmp_path / "strict.study.journal").is_file()
+        # With another budget nothing is measured again but the report.
+        monkeypatch.setattr("ablate_shards.surgery.search.search.measure_again", None)
+        more = ("--kl", 9, "--controls", 1, "--broken", 1, "--space", '{"mlp": {"floor": 0.5}}')
+        checked(*arguments(folder, out, *more, trials=2))
+        assert len(self.trials(out)) == 2
 
 
 class TestEditableModel:

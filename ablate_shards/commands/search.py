@@ -79,10 +79,10 @@ def _space(text: str) -> dict[str, Any]:
     "--kl", type=float, default=0.05, show_default=True, help="Most nats a token that unrelated answers may move by."
 )
 @click.option(
-    "--controls", type=float, default=0.05, show_default=True, help="Most controls that may turn wrong, as a share."
+    "--controls", type=float, default=0.1, show_default=True, help="Most controls that may turn wrong, as a share."
 )
 @click.option(
-    "--broken", type=float, default=0.02, show_default=True, help="Most answers that may become broken, as a share."
+    "--broken", type=float, default=0.1, show_default=True, help="Most answers that may become broken, as a share."
 )
 @click.option("--limit", type=float, default=0.5, show_default=True, help="Divergence above which a trial ends early.")
 @click.option(

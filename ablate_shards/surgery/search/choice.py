@@ -1,11 +1,13 @@
 """Chooses among the best trials, on questions that they were not tried on."""
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ablate_shards.errors import SearchError
+from ablate_shards.surgery.evaluate.endpoint import Reply
 from ablate_shards.surgery.evaluate.evaluation import Answer
 from ablate_shards.surgery.evaluate.measures import judged
 from ablate_shards.surgery.model.samples import Question
@@ -14,7 +16,10 @@ from ablate_shards.surgery.search.objectives import Asking, Objective, answer, s
 from ablate_shards.surgery.search.space import Setting
 from ablate_shards.surgery.search.study import Trial
 
-__all__ = ["Budget", "Candidate", "Rule", "choose", "measure_again", "spread"]
+if TYPE_CHECKING:
+    from optuna.study import Study
+
+__all__ = ["Budget", "Candidate", "Measured", "Rule", "choose", "kept_measure", "measure_again", "spread"]
 
 
 Rule = Literal["effect", "cost"]
@@ -31,8 +36,8 @@ class Budget:
     """
 
     kl: float = 0.05
-    controls: float = 0.05
-    broken: float = 0.02
+    controls: float = 0.1
+    broken: float = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +81,48 @@ def spread(front: Sequence[Trial], count: int) -> list[Trial]:
     return [front[round(number * (len(front) - 1) / (count - 1))] for number in range(count)]
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What is measured of a setting on the questions of the choice, as a journal keeps it.
+
+    Attributes:
+        values: Each objective's measure.
+        replies: What the model said, and whether it came to its own end.
+    """
+
+    values: Mapping[str, float]
+    replies: tuple[tuple[str, bool], ...]
+
+    def candidate(self, trial: int | None, setting: Setting | None, questions: Sequence[Question]) -> Candidate:
+        """Returns it with its answers judged by the rules as they are now."""
+        replies = (Reply(text, ended) for text, ended in self.replies)
+        answers = tuple(judged(*pair) for pair in zip(questions, replies, strict=True))
+        return Candidate(trial, setting or {}, self.values, answers)
+
+
 def measure_again(
     bench: Bench,
-    trial: int | None,
     setting: Setting | None,
     objectives: Sequence[Objective],
     questions: Sequence[Question],
     asking: Asking,
-) -> Candidate:
+) -> Measured:
     """Measures a setting, or the unedited model if there is none, on other questions and with its answers."""
     with bench.edited(setting):
         values = {objective.name: objective.measure(bench.speaker) for objective in objectives}
         replies = answer(bench.speaker, questions, tokens=asking.tokens, batch=asking.batch)
-    answers = tuple(judged(question, reply) for question, reply in zip(questions, replies, strict=True))
-    return Candidate(trial, setting or {}, values, answers)
+    return Measured(values, tuple((reply.text, reply.ended) for reply in replies))
+
+
+def kept_measure(study: "Study", key: str, asked: Any, measure: Callable[[], Measured]) -> Measured:
+    """Returns what a study has kept under a key, if it was asked the same way, or measures it and keeps it."""
+    asked = json.loads(json.dumps(asked))
+    known = study.user_attrs.get(key)
+    if known is not None and known["asked"] == asked:
+        return Measured(known["values"], tuple((text, ended) for text, ended in known["replies"]))
+    measured = measure()
+    study.set_user_attr(key, {"asked": asked, "values": dict(measured.values), "replies": list(measured.replies)})
+    return measured
 
 
 def choose(

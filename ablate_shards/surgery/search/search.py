@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ablate_shards import __version__
 from ablate_shards.errors import Interrupted, SearchError, UsageError
@@ -24,7 +25,7 @@ from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import locked
 from ablate_shards.surgery.model.loading import open_folder
 from ablate_shards.surgery.search.bench import Bench, opened_bench
-from ablate_shards.surgery.search.choice import Budget, Candidate, Rule, choose, measure_again, spread
+from ablate_shards.surgery.search.choice import Budget, Candidate, Rule, choose, kept_measure, measure_again, spread
 from ablate_shards.surgery.search.contrasts import Contrasts
 from ablate_shards.surgery.search.objectives import Asking, Objective, answer, find_objective, shares
 from ablate_shards.surgery.search.questions import Parts
@@ -40,6 +41,9 @@ from ablate_shards.surgery.search.study import (
     run_trials,
     trials_of,
 )
+
+if TYPE_CHECKING:
+    from optuna.study import Study
 
 __all__ = ["Found", "Job", "SearchOptions", "SearchProgress", "costs", "prepare_job", "search"]
 
@@ -232,7 +236,7 @@ def search(job: Job, progress: SearchProgress) -> Found:
 
             with _other_workers(job, deadline):
                 run_trials(study, job.space, bench, objectives, _course(job, deadline), told)
-            return _conclude(job, bench, objectives, trials_of(study), importances(study, objectives), progress)
+            return _conclude(job, bench, study, objectives, progress)
     except KeyboardInterrupt as error:
         raise Interrupted(
             f"{job.journal}: interrupted; finished trials are kept there, and the same command goes on"
@@ -242,13 +246,12 @@ def search(job: Job, progress: SearchProgress) -> Found:
 def _conclude(
     job: Job,
     bench: Bench,
+    study: "Study",
     objectives: Sequence[Objective],
-    trials: Sequence[Trial],
-    importance: Mapping[str, Mapping[str, float]],
     progress: SearchProgress,
 ) -> Found:
     """Chooses among the best trials and measures the choice, beside the plain edit."""
-    options = job.options
+    options, trials = job.options, trials_of(study)
     front = best_of(trials, objectives)
     if not front:
         raise SearchError(
@@ -266,12 +269,18 @@ def _conclude(
     progress.count(0, total)
     asking = Asking(tokens=options.length, forced=2 * options.asking.forced, batch=options.asking.batch).thorough()
     again = bench.objectives(options.objectives, job.parts.choice, asking)
-    base = measure_again(bench, None, None, again, job.parts.choice, asking)
-    progress.count(next(steps), total)
-    candidates = []
-    for trial in looked_at:
-        candidates.append(measure_again(bench, trial.number, trial.setting, again, job.parts.choice, asking))
+    candidates: list[Candidate] = []
+    for number, setting in ((None, None), *((trial.number, trial.setting) for trial in looked_at)):
+        # Kept, so that another budget is a matter of seconds.
+        measured = kept_measure(
+            study,
+            f"choice {number}",
+            [dataclasses.asdict(asking), list(options.objectives), questions_digest(job.parts.choice)],
+            functools.partial(measure_again, bench, setting, again, job.parts.choice, asking),
+        )
+        candidates.append(measured.candidate(number, setting, job.parts.choice))
         progress.count(next(steps), total)
+    base, *candidates = candidates
     chosen = choose(candidates, base, again[0], options.budget, str(job.journal), rule=options.choose)
     settings = {"chosen": chosen.setting} | ({} if dict(chosen.setting) == plain else {"plain": plain})
     reports = {}
@@ -284,7 +293,7 @@ def _conclude(
         objectives=tuple((each.name, each.direction, each.base) for each in objectives),
         trials=tuple(trials),
         front=tuple(front),
-        importance=importance,
+        importance=importances(study, objectives),
         base=base,
         candidates=tuple(candidates),
         chosen=chosen,
