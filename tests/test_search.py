@@ -205,13 +205,16 @@ class TestGoingOn:
 
     def test_every_trial_over_the_budget(self, folder, tmp_path, monkeypatch):
         out = tmp_path / "strict.toml"
-        refused = checked(*arguments(folder, out, "--kl", 0, "--space", '{"mlp": {"floor": 0.5}}', trials=2), code=1)
-        assert "of at most 0" in refused.output
+        refused = checked(*arguments(folder, out, "--controls", -1, trials=2), code=1)
+        assert re.search(r"none of \d candidates is within the budget; .* of at most -100%", refused.output)
         assert "finished trials are kept" in refused.output
+
+        def never(*_):
+            raise AssertionError("measured again")
+
         # With another budget nothing is measured again but the report.
-        monkeypatch.setattr("ablate_shards.surgery.search.search.measure_again", None)
-        more = ("--kl", 9, "--controls", 1, "--broken", 1, "--space", '{"mlp": {"floor": 0.5}}')
-        checked(*arguments(folder, out, *more, trials=2))
+        monkeypatch.setattr("ablate_shards.surgery.search.search.measure_again", never)
+        checked(*arguments(folder, out, "--controls", 1, "--broken", 1, trials=2))
         assert len(self.trials(out)) == 2
 
 

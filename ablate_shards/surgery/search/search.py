@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -265,7 +266,7 @@ def _conclude(
     same = next((trial for trial in trials if dict(trial.setting) == plain), None)
     if same is not None and all(trial.number != same.number for trial in looked_at):
         looked_at = [same, *looked_at]
-    total, steps = len(looked_at) + 1 + 3, iter(range(1, 99))
+    total, steps = len(looked_at) + 1 + 3, itertools.count(1)
     progress.count(0, total)
     asking = Asking(tokens=options.length, forced=2 * options.asking.forced, batch=options.asking.batch).thorough()
     again = bench.objectives(options.objectives, job.parts.choice, asking)
