@@ -46,7 +46,11 @@ def decoded(codes: torch.Tensor, scales: torch.Tensor, layout: str, block: tuple
 
 
 def raw_of(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else tensor.reshape(1).view(torch.uint8).numpy().tobytes()
+    return (
+        tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        if tensor.ndim
+        else tensor.reshape(1).view(torch.uint8).numpy().tobytes()
+    )
 
 
 def write_tensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:
@@ -96,10 +100,14 @@ def write_fp8(
         for norm in ("input_layernorm", "post_attention_layernorm"):
             codes[f"{prefix}{norm}.weight"] = ("BF16", (hidden,), raw_of(torch.ones(hidden).bfloat16()))
         for part in ("q", "k", "v"):
-            codes[f"{prefix}self_attn.{part}_proj.weight"] = ("BF16", (hidden, hidden), raw_of(normal(hidden, hidden).bfloat16()))
+            codes[f"{prefix}self_attn.{part}_proj.weight"] = (
+                "BF16",
+                (hidden, hidden),
+                raw_of(normal(hidden, hidden).bfloat16()),
+            )
         down = (experts, hidden, inner) if experts else (hidden, inner)
-        module = f"{prefix}mlp.experts.down_proj" if experts else f"{prefix}mlp.down_proj"
-        for module, size in ((f"{prefix}self_attn.o_proj", (hidden, hidden)), (module, down)):
+        mlp = f"{prefix}mlp.experts.down_proj" if experts else f"{prefix}mlp.down_proj"
+        for module, size in ((f"{prefix}self_attn.o_proj", (hidden, hidden)), (mlp, down)):
             stored, scale = quantise(normal(*size), layout, kind)
             if shape == "flat":
                 scale = scale.reshape(-1 if layout == "channel" else ())

@@ -58,9 +58,10 @@ def codes_of(levels: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 def values_of(levels: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Return what levels stand for, float32: the value of the code times its scale, which is float32 and broadcast."""
+    """Return what levels stand for, float32: the value of the code times its scale, float32 and broadcast."""
     values: np.ndarray = _VALUES[levels + np.int16(LAST)]
-    values *= scales
+    with np.errstate(over="ignore", under="ignore"):
+        values *= scales
     return values
 
 
@@ -75,14 +76,15 @@ def nearest_levels(values: np.ndarray) -> np.ndarray:
     # What rounds up to the next power of two carries into the exponent, whose bias is 127 there and 7 here.
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20).view(np.int32) - ((127 - 7) << 3)
     levels = np.where(size < _LEAST_NORMAL, np.rint(size * _SUBNORMALS).astype(np.int32), normal)
-    return np.where(values < 0, -levels, levels).astype(np.int16)
+    signed: np.ndarray = np.where(values < 0, -levels, levels)
+    return signed.astype(np.int16)
 
 
 def decode_scales(raw: bytes, dtype: str) -> np.ndarray:
     """Return scales as float32 ``[count]``; one that is NaN stays NaN."""
     if dtype in ("F8_E8M0", "U8"):
         exponents = np.frombuffer(raw, np.uint8)
-        powers = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127).astype(np.float32)
+        powers = np.ldexp(1.0, np.minimum(exponents, 0xFE).astype(np.int32) - 127).astype(np.float32)
         return np.where(exponents == 0xFF, np.float32(np.nan), powers)
     return decoded(np.frombuffer(raw, {"F32": "<f4", "BF16": "<u2", "F16": "<f2"}[dtype]), np.float32)
 

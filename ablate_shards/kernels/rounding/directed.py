@@ -46,6 +46,11 @@ def round_directed(target: np.ndarray, codes: np.ndarray, scales: np.ndarray, ba
         scales: ``[d, n]`` float32, broadcast or not, finite and not negative.
         basis: ``[k, d]`` float64, orthonormal rows.
     """
+    with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
+        return _round(target, codes, scales, basis)
+
+
+def _round(target: np.ndarray, codes: np.ndarray, scales: np.ndarray, basis: np.ndarray) -> Rounded:
     columns = _Columns(target, levels_of(codes), np.broadcast_to(scales, target.shape), basis)
     nearest = columns.residual.copy()
     nearest_error = columns.error()
