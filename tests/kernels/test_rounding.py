@@ -9,6 +9,7 @@ from coded_checkpoints import SCALES, decoded, direction_of, quantise, spread_sc
 
 from ablate_shards.kernels.codecs.fp8 import (
     codes_of,
+    decode_rows,
     decode_scales,
     has_nan,
     levels_of,
@@ -16,6 +17,7 @@ from ablate_shards.kernels.codecs.fp8 import (
     spread,
     values_of,
 )
+from ablate_shards.kernels.native import native
 from ablate_shards.kernels.rounding.directed import round_directed
 from ablate_shards.kernels.rounding.reference import round_by_definition
 
@@ -82,6 +84,8 @@ def test_a_matrix_is_decoded_to_the_bit(shape, layout, kind):
     ):
         found = values_of(levels_of(stored[down, across]), spread(grid, block, down, across))
         assert np.array_equal(found, expected[down, across])
+    for first in (0, rows // 2):
+        assert np.array_equal(decode_rows(stored[first:], grid, block, first), expected[first:])
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
@@ -113,6 +117,42 @@ def problem(rows, cols, *, count=1, share=1.0, layout="block", seed=0):
     return codes.view(torch.uint8).numpy().copy(), wide, target, basis
 
 
+LIBRARIES = sorted(native.LIBRARY.parent.glob("_native*.so"))
+
+
+@pytest.mark.skipif(not native.is_built(), reason="the library was not built")
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("rows", "cols", "count", "layout"),
+    [
+        (64, 5, 1, "block"),
+        (300, 33, 2, "block"),
+        (1024, 17, 1, "channel"),
+        (512, 16, 3, "tensor"),
+        (130, 1, 1, "block"),
+    ],
+)
+def test_c_and_numpy_give_the_same_bits(rows, cols, count, layout, library, monkeypatch):
+    if native._load(library) is None or native._load(native.LIBRARY).ablate_vector_width() < widths(library):
+        pytest.skip("this CPU has no vectors of this width")
+    codes, scales, target, basis = problem(rows, cols, count=count, layout=layout)
+    scales[rows // 2] = 0
+    codes[3] = 0x80
+    wide_codes, wide_target = np.zeros((rows, cols + 3), np.uint8), np.zeros((rows, cols + 2), np.float32)
+    wide_codes[:, :cols], wide_target[:, :cols] = codes, target
+    monkeypatch.setattr(native, "_library", lambda: native._load(library))
+    in_c = round_directed(wide_target[:, :cols], wide_codes[:, :cols], scales, basis)
+    monkeypatch.setattr(native, "_library", lambda: None)
+    in_numpy = round_directed(target, codes, scales, basis)
+    assert np.array_equal(wide_codes[:, :cols], codes)
+    assert not wide_codes[:, cols:].any()
+    assert all(np.array_equal(one, other) for one, other in zip(in_c, in_numpy, strict=True))
+
+
+def widths(library):
+    return {"_native": 4, "_native_avx2": 8, "_native_avx512": 16}[library.stem]
+
+
 def component(codes, scales, basis):
     return basis @ values_of(levels_of(codes), scales).astype(np.float64)
 
@@ -134,7 +174,10 @@ def test_the_component_is_gone_where_the_nearest_codes_keep_it(rows, count, leas
 
 
 @pytest.mark.parametrize(("rows", "cols", "count"), [(64, 5, 1), (300, 7, 1), (300, 3, 2), (1024, 2, 1)])
-def test_it_is_what_the_definition_says(rows, cols, count):
+@pytest.mark.parametrize("form", ["native", "numpy"])
+def test_it_is_what_the_definition_says(rows, cols, count, form, monkeypatch):
+    if form == "numpy":
+        monkeypatch.setattr(native, "_library", lambda: None)
     codes, scales, target, basis = problem(rows, cols, count=count)
     expected = round_by_definition(target, codes, scales, basis)
     given = codes.copy()
@@ -144,7 +187,10 @@ def test_it_is_what_the_definition_says(rows, cols, count):
     assert (codes != given).any()
 
 
-def test_columns_do_not_depend_on_what_they_are_computed_with():
+@pytest.mark.parametrize("form", ["native", "numpy"])
+def test_columns_do_not_depend_on_what_they_are_computed_with(form, monkeypatch):
+    if form == "numpy":
+        monkeypatch.setattr(native, "_library", lambda: None)
     codes, scales, target, basis = problem(200, 70)
     together = codes.copy()
     whole = round_directed(target, together, scales, basis)

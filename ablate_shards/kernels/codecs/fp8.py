@@ -12,6 +12,7 @@ __all__ = [
     "LAST",
     "SCALE_BYTES",
     "codes_of",
+    "decode_rows",
     "decode_scales",
     "has_nan",
     "levels_of",
@@ -36,6 +37,7 @@ _MAGNITUDES = np.array(
     np.float32,
 )  # fmt: skip
 _VALUES = np.concatenate([-_MAGNITUDES[:0:-1], _MAGNITUDES])
+_DECODED = np.concatenate([_MAGNITUDES, [np.nan], -_MAGNITUDES, [np.nan]]).astype(np.float32)
 _LEVELS = np.concatenate([np.arange(_SIGN), -np.arange(_SIGN)]).astype(np.int16)
 
 
@@ -98,7 +100,27 @@ def spread(scales: np.ndarray, block: tuple[int, int], rows: slice, columns: sli
         rows: The rows wanted, both ends given.
         columns: The columns wanted, likewise.
     """
-    down = np.arange(rows.start, rows.stop) // block[0]
-    across = np.arange(columns.start, columns.stop) // block[1]
-    part: np.ndarray = scales[down] if scales.shape[1] == 1 else scales[down[:, None], across]
+    down: np.ndarray = scales[np.arange(rows.start, rows.stop) // block[0]]
+    if scales.shape[1] == 1:
+        return down
+    first = columns.start // block[1]
+    wide = np.repeat(down[:, first : -(-columns.stop // block[1])], block[1], axis=1)
+    part: np.ndarray = wide[:, columns.start - first * block[1] :][:, : columns.stop - columns.start]
     return part
+
+
+def decode_rows(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int], first: int) -> np.ndarray:
+    """Return what whole rows of a matrix stand for, float32.
+
+    Args:
+        codes: ``[rows, cols]`` uint8.
+        scales: As :func:`spread` takes them.
+        block: Likewise.
+        first: The number of the first row.
+    """
+    values: np.ndarray = _DECODED[codes]
+    down = scales[np.arange(first, first + len(codes)) // block[0]]
+    with np.errstate(over="ignore", under="ignore"):
+        for number in range(scales.shape[1]):
+            values[:, number * block[1] : (number + 1) * block[1]] *= down[:, number, None]
+    return values

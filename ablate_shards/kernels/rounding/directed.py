@@ -1,4 +1,4 @@
-"""Directed rounding of a matrix, some columns at a time; ``reference.py`` has the definition.
+"""Directed rounding of a matrix; ``reference.py`` has the definition. C does it where it was compiled, to the same bit.
 
 Every sum goes down a column in the order of its rows, and no column depends on another, so the result depends neither
 on which columns are computed together nor on memory or threads.
@@ -9,12 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ablate_shards.kernels.codecs.fp8 import LAST, codes_of, levels_of, nearest_levels, values_of
+from ablate_shards.kernels.native import native
 from ablate_shards.kernels.rounding.reference import BUCKETS, NOTHING, POLISHES, ROUNDS
 
-__all__ = ["TILE", "Rounded", "round_directed"]
+__all__ = ["Rounded", "round_directed"]
 
-TILE = 64
-"""Columns that are best computed at once: their values stay in a cache."""
+_TILE = 1 << 16
+"""Elements that are best computed at once: their values stay in a cache."""
 
 
 class Rounded(NamedTuple):
@@ -46,12 +47,19 @@ def round_directed(target: np.ndarray, codes: np.ndarray, scales: np.ndarray, ba
         scales: ``[d, n]`` float32, broadcast or not, finite and not negative.
         basis: ``[k, d]`` float64, orthonormal rows.
     """
-    with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
-        return _round(target, codes, scales, basis)
+    scales = np.broadcast_to(scales, target.shape)
+    measures = np.empty((len(Rounded._fields), target.shape[1]))
+    if not native.round_directed(target, codes, scales, basis, measures):
+        width = max(1, _TILE // max(1, len(target)))
+        with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
+            for start in range(0, target.shape[1], width):
+                part = slice(start, start + width)
+                measures[:, part] = _round(target[:, part], codes[:, part], scales[:, part], basis)
+    return Rounded(*measures)
 
 
 def _round(target: np.ndarray, codes: np.ndarray, scales: np.ndarray, basis: np.ndarray) -> Rounded:
-    columns = _Columns(target, levels_of(codes), np.broadcast_to(scales, target.shape), basis)
+    columns = _Columns(target, levels_of(codes), scales, basis)
     nearest = columns.residual.copy()
     nearest_error = columns.error()
     _take_rounds(columns)
@@ -108,9 +116,9 @@ class _Columns:
         return size
 
     def moves(self, along: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return for some columns the levels beside theirs against what points along, and the change of the values."""
+        """Return for some columns the levels beside theirs against what points along, and their values."""
         moved = np.clip(self.levels[:, which] - np.sign(along).astype(np.int16), -LAST, LAST)
-        return moved, values_of(moved, self.scales[:, which]) - self.values[:, which]
+        return moved, values_of(moved, self.scales[:, which])
 
 
 def _take_rounds(columns: _Columns) -> None:
@@ -123,13 +131,14 @@ def _take_rounds(columns: _Columns) -> None:
             return
         size = size[which]
         along = _along(columns.basis, columns.residual[:, which] / size)
-        moved, step = columns.moves(along, which)
+        moved, beside = columns.moves(along, which)
+        step = beside - columns.values[:, which]
         gains = np.abs(along) * np.abs(step)
         reach[which] = gains.max(axis=0) / len(columns.basis) ** 2
         buckets = _buckets(columns, which, step, gains)
         taken = _cheapest(buckets, gains, size)
         columns.levels[:, which] = np.where(taken, moved, columns.levels[:, which])
-        columns.values[:, which] += np.where(taken, step, np.float32(0))
+        columns.values[:, which] = np.where(taken, beside, columns.values[:, which])
         columns.residual[:, which] += _dots(columns.basis, np.where(taken, step, 0.0))
 
 
@@ -165,14 +174,15 @@ def _polish(columns: _Columns) -> None:
         if not len(which):
             return
         along = _along(columns.basis, columns.residual[:, which])
-        moved, step = columns.moves(along, which)
+        moved, beside = columns.moves(along, which)
+        step = beside - columns.values[:, which]
         changes = step * (2 * along + step * heights)
         best = changes.argmin(axis=0)
         each = np.arange(len(which))
         better = changes[best, each] < 0
         best, each, which = best[better], each[better], which[better]
         columns.levels[best, which] = moved[best, each]
-        columns.values[best, which] += step[best, each]
+        columns.values[best, which] = beside[best, each]
         columns.residual[:, which] += columns.basis[:, best] * step[best, each]
         which = which[columns.size()[which] > columns.nothing[which]]
 

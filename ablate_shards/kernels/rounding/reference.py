@@ -17,7 +17,7 @@ POLISHES = 8
 BUCKETS = 64
 """Prices are told apart to a quarter of a power of two, from 2**-14 to 4 times the norm of the column."""
 
-NOTHING = 1e-8
+NOTHING = 1e-7
 """Residual, relative to the norm of the column, that is as good as none."""
 
 

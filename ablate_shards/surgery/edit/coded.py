@@ -24,7 +24,7 @@ ReadRange = Callable[[TensorInfo], bytes]
 """Returns the bytes of a tensor of the source, or of a part of one, from whichever shard it lies in."""
 
 #: Bytes of the edited matrix in float32 that are there at a time, and elements that are rounded at once.
-_STRIPE, _TILE = 32 << 20, 1 << 16
+_STRIPE, _TILE = 32 << 20, 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +206,9 @@ class CodedMatrix:
             self._degenerate = projector.degenerate if first == 0 else self._degenerate
             for start in range(stripe.start, stripe.stop, tile):
                 part = slice(start, min(start + tile, stripe.stop))
-                chosen = np.ascontiguousarray(codes[:, part])
                 scales = spread(self._grid, self._scales.block, every_row, part)
-                wanted = np.ascontiguousarray(target[:, part.start - first : part.stop - first])
-                tiles.append(round_directed(wanted, chosen, scales, self._basis))
-                self._chosen[:, part] = chosen
+                wanted = target[:, part.start - first : part.stop - first]
+                tiles.append(round_directed(wanted, self._chosen[:, part], scales, self._basis))
         along, nearest, total, error, nearest_error, changed = (
             math.fsum(itertools.chain.from_iterable(each[measure] for each in tiles))
             for measure in range(len(Rounded._fields))
@@ -259,9 +257,9 @@ class CodedMatrix:
 
     def _decoded(self, codes: np.ndarray, rows: slice) -> np.ndarray:
         """Returns what the codes of some rows stand for, float32."""
-        from ablate_shards.kernels.codecs.fp8 import levels_of, spread, values_of
+        from ablate_shards.kernels.codecs.fp8 import decode_rows
 
-        return values_of(levels_of(codes), spread(self._grid, self._scales.block, rows, slice(0, self._cols)))
+        return decode_rows(codes, self._grid, self._scales.block, rows.start)
 
     def _loaded(self, values: np.ndarray) -> "object":
         return self._workspace().arrays.load(_bytes_of(values), "F32", (1, *values.shape))
