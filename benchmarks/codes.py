@@ -28,12 +28,13 @@ def show() -> None:
     for rows, count in SIZES:
         nearest, directed, nearest_error, error, speed = measure(rows, COLUMNS, count)
         click.echo(
-            f"| {rows} | {count} | {nearest:.0%} | {directed:.0e} | {nearest_error:.1%} | {error:.1%} | {speed / 1e6:.0f} M |"
+            f"| {rows} | {count} | {nearest:.0%} | {directed:.0e} | {nearest_error:.1%} | {error:.1%} "
+            f"| {speed / 1e6:.0f} M |"
         )
 
 
 def measure(rows: int, cols: int, count: int) -> tuple[float, float, float, float, float]:
-    """Return what each way of rounding leaves of the component, their errors, and codes a second of the directed one."""
+    """Return what either way of rounding leaves of the component, the error of either, and codes a second."""
     rng = np.random.default_rng(rows)
     basis = np.linalg.qr(rng.standard_normal((rows, count)))[0].T.copy()
     weights = (rng.standard_normal((rows, cols)) * 0.02).astype(np.float32)

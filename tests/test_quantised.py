@@ -16,6 +16,7 @@ from tiny_models import capture_stream
 
 from ablate_shards.kernels import reference
 from ablate_shards.surgery.edit import coded
+from ablate_shards.surgery.edit.receipt import seal
 from ablate_shards.surgery.machine.staging import Staging
 
 O_PROJ, DOWN = "model.layers.0.self_attn.o_proj.weight", "model.layers.1.mlp.down_proj.weight"
@@ -214,6 +215,30 @@ def test_verify_finds_a_single_code_or_scale_that_differs(case, where):
         assert "model.layers.1.mlp.down_proj.weight: 1 of 51200 codes are not those that the edit gives" in found
     else:
         assert f"{receipt['scales']['name']}: differs from the source" in found
+
+
+@pytest.mark.parametrize("lie", ["block", "other", "none", "edited", "measure"])
+def test_a_receipt_that_lies_about_scales_is_found(case, lie):
+    folder, source, _ = case
+    checked(source, folder / "out", *options(folder))
+    file = folder / "out" / "ablation.json"
+    content = json.loads(file.read_text())
+    first, second, *_ = content["tensors"]
+    if lie == "block":
+        first["scales"]["block"] = [100, 128]
+    elif lie == "other":
+        first["scales"] = second["scales"]
+    elif lie == "none":
+        del first["scales"]
+    elif lie == "edited":
+        scales = {**first["scales"], "kind": "weight", "axis": -2}
+        content["tensors"].append({**{key: second[key] for key in second if key != "scales"}, **scales})
+    else:
+        first["nearest"] = 0.5
+    del content["sha256"]
+    file.write_text(seal(content))
+    output = checked("verify", source, folder / "out", code=1).output
+    assert "records nearest 0.5" in output if lie == "measure" else "ablation.json" in output
 
 
 def test_inspect_and_dry_run_say_how_codes_are_stored(case):

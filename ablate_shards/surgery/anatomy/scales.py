@@ -7,11 +7,12 @@ from typing import Any
 from ablate_shards.errors import ArchitectureError
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
-__all__ = ["CODED", "Scales", "find_scales", "is_beside_codes", "scales_fit"]
+__all__ = ["CODED", "Scales", "find_scales", "is_beside_codes", "quantisation_of"]
 
 CODED = "F8_E4M3"
 """The dtype of the codes that can be edited."""
 
+_KEY = "quantization_config"
 _DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 #: Of a module, after ``weight``; the last stands in its place.
 _ENDINGS = ("_scale_inv", "_scale")
@@ -93,19 +94,12 @@ def find_scales(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: An
     return Scales(scales.name, scales.shard, scales.dtype, scales.shape, scales.start, scales.end, block)
 
 
-def scales_fit(scales: Scales, codes: TensorInfo, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Tells whether scales, as a receipt describes them, are those of a weight."""
-    if (
-        codes.dtype != CODED
-        or len(codes.shape) < 2
-        or min(scales.block) < 1
-        or tensors.get(scales.name) != scales.tensor
-    ):
-        return False
-    try:
-        return _block_of(scales.name, scales.shape, codes.shape, scales.block) == scales.block
-    except ArchitectureError:
-        return False
+def quantisation_of(config: Mapping[str, Any] | None) -> Any:
+    """Returns the ``quantization_config`` of a config.json, of the decoder's own part before the rest."""
+    whole = config or {}
+    text = whole.get("text_config")
+    places = (text, whole) if isinstance(text, Mapping) else (whole,)
+    return next((place[_KEY] for place in places if place.get(_KEY) is not None), None)
 
 
 def _check_method(config: Any) -> None:

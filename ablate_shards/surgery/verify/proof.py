@@ -14,9 +14,9 @@ from typing import Any, Self
 import numpy as np
 from blake3 import blake3
 
-from ablate_shards.errors import AblateError, HubError, UsageError, VerifyError
+from ablate_shards.errors import AblateError, ArchitectureError, HubError, UsageError, VerifyError
 from ablate_shards.names import BEGIN, CARD, MERGE_RECEIPT_NAME, RECEIPT_NAME, RECEIPT_NAMES, is_report
-from ablate_shards.surgery.anatomy.scales import scales_fit
+from ablate_shards.surgery.anatomy.scales import CODED, find_scales, quantisation_of
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range
 from ablate_shards.surgery.checkpoint.files import Files, Folder
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, Shard
@@ -531,8 +531,13 @@ def _stored_right(edit: TensorEdit, checkpoint: Checkpoint) -> bool:
     """Returns whether an edit's dtype is one that is edited, and its scales are the source's own."""
     if edit.scales is None:
         return edit.dtype in ITEM_BYTES
-    tensor = checkpoint.tensors[edit.name]
-    return edit.kind == "weight" and edit.axis == -2 and scales_fit(edit.scales, tensor, checkpoint.tensors)
+    if (edit.dtype, edit.kind, edit.axis) != (CODED, "weight", -2):
+        return False
+    try:
+        found = find_scales(checkpoint.tensors[edit.name], checkpoint.tensors, quantisation_of(checkpoint.config))
+    except ArchitectureError:
+        return False
+    return found == edit.scales
 
 
 def _measures_differ(recorded: object, found: object, measures: Iterable[str]) -> str | None:
