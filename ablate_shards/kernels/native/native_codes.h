@@ -4,6 +4,7 @@
 
 enum {
     TOGETHER = 16,    /* columns */
+    ROWS_AHEAD = 16,  /* by which they are fetched before their use */
     LAST = 126,       /* the level of the greatest value */
     BUCKETS = 64,     /* of prices; what moves nothing is in one more */
     MOST_ROUNDS = 12, /* reference.py: ROUNDS, POLISHES and NOTHING */
@@ -40,8 +41,8 @@ INLINE int32_t nearest_level(float value) {
     const float wide = fabsf(value), size = wide > 448.0f ? 448.0f : wide;
     const uint32_t bits = to_bits(size);
     const int32_t normal = (int32_t)((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3);
-    /* Added to it, a number rounds to a whole one, ties to even. */
-    const int32_t small = (int32_t)((size * 0x1p9f + 0x1.8p23f) - 0x1.8p23f);
+    /* Added to it, a number rounds to a whole one, ties to even, which is then in the lowest bits. */
+    const int32_t small = (int32_t)(to_bits(size * 0x1p9f + 0x1p23f) & 0x7FFFFF);
     const int32_t level = size < 0x1p-6f ? small : normal;
     return value < 0 ? -level : level;
 }
@@ -187,13 +188,28 @@ static int polish(const Rounding *job, Strip strip, double residual[][TOGETHER],
     return any;
 }
 
-static void add_errors(const Rounding *job, Strip strip, double error[TOGETHER]) {
-    for (int c = 0; c < TOGETHER; c++) error[c] = 0;
-    for (int64_t row = 0; row < job->rows; row++)
-        for (int c = 0; c < TOGETHER; c++) {
-            const double off = (double)strip.value[row][c] - (double)strip.target[row][c];
-            error[c] += off * off;
-        }
+/* Reads columns of a row, the first of them again where there are fewer than TOGETHER; asks for a row further on. */
+INLINE void load_row(
+    const Rounding *job, int64_t row, int64_t first, int64_t size, float *target, float *scale, uint8_t *codes
+) {
+    const float *from = job->target + row * job->target_stride + first;
+    const float *scales = job->scales + row * job->scale_row + first * job->scale_col;
+    const uint8_t *bytes = job->codes + row * job->code_stride + first;
+    __builtin_prefetch(from + ROWS_AHEAD * job->target_stride);
+    __builtin_prefetch(scales + ROWS_AHEAD * job->scale_row);
+    __builtin_prefetch(bytes + ROWS_AHEAD * job->code_stride);
+    if (size == TOGETHER && job->scale_col == 1) {
+        memcpy(target, from, TOGETHER * sizeof(float));
+        memcpy(scale, scales, TOGETHER * sizeof(float));
+        memcpy(codes, bytes, TOGETHER);
+        return;
+    }
+    for (int64_t c = 0; c < TOGETHER; c++) {
+        const int64_t col = c < size ? c : 0;
+        target[c] = from[col];
+        scale[c] = scales[col * job->scale_col];
+        codes[c] = bytes[col];
+    }
 }
 
 /* Rounds columns from `first` on, `size` of them. */
@@ -201,24 +217,28 @@ static void round_strip(const Rounding *job, Strip strip, int64_t first, int64_t
     const int64_t rows = job->rows, count = job->count;
     double dots[count][TOGETHER], residual[count][TOGETHER], weights[count][TOGETHER];
     double total[TOGETHER] = {0}, norm[TOGETHER], reach[TOGETHER], along[TOGETHER], nearest[TOGETHER];
-    double errors[2][TOGETHER], changed[TOGETHER] = {0};
+    double error[TOGETHER] = {0}, nearest_error[TOGETHER] = {0}, changed[TOGETHER] = {0};
     memset(dots, 0, sizeof dots);
     memset(residual, 0, sizeof residual);
     for (int64_t row = 0; row < rows; row++) {
         double wide[TOGETHER], off[TOGETHER];
+        uint8_t codes[TOGETHER];
+        load_row(job, row, first, size, strip.target[row], strip.scale[row], codes);
+        int32_t level[TOGETHER];
+        const float *target = strip.target[row], *scale = strip.scale[row];
         for (int c = 0; c < TOGETHER; c++) {
-            const int64_t col = first + (c < size ? c : 0);
-            const float target = job->target[row * job->target_stride + col];
-            const float scale = job->scales[row * job->scale_row + col * job->scale_col];
-            const int32_t kept = level_of(job->codes[row * job->code_stride + col]);
-            const int32_t level = scale > 0 ? nearest_level(target / scale) : kept;
-            strip.target[row][c] = target;
-            strip.scale[row][c] = scale;
-            strip.level[row][c] = (int8_t)level;
-            strip.value[row][c] = value_of(level, scale);
-            wide[c] = (double)target;
+            const int32_t near = nearest_level(target[c] / (scale[c] > 0 ? scale[c] : 1));
+            level[c] = scale[c] > 0 ? near : level_of(codes[c]);
+        }
+        for (int c = 0; c < TOGETHER; c++) {
+            strip.level[row][c] = (int8_t)level[c];
+            strip.value[row][c] = value_of(level[c], scale[c]);
+        }
+        for (int c = 0; c < TOGETHER; c++) {
+            wide[c] = (double)target[c];
             off[c] = (double)strip.value[row][c] - wide[c];
             total[c] += wide[c] * wide[c];
+            nearest_error[c] += off[c] * off[c];
         }
         for (int64_t k = 0; k < count; k++)
             for (int c = 0; c < TOGETHER; c++) {
@@ -236,19 +256,27 @@ static void round_strip(const Rounding *job, Strip strip, int64_t first, int64_t
             nearest[c] += both * both;
         }
     }
-    add_errors(job, strip, errors[0]);
     for (int round = 0; round < MOST_ROUNDS && take_round(job, strip, residual, weights, norm, reach); round++) {}
     for (int64_t step = 0; step < MOST_POLISHES * count && polish(job, strip, residual, norm); step++) {}
-    add_errors(job, strip, errors[1]);
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t c = 0; c < size; c++) {
-            uint8_t *code = job->codes + row * job->code_stride + first + c;
-            const int32_t level = strip.level[row][c];
-            if (level == level_of(*code)) continue;
-            *code = (uint8_t)(level < 0 ? -level | 0x80 : level);
-            changed[c] += 1;
+    for (int64_t row = 0; row < rows; row++) {
+        for (int c = 0; c < TOGETHER; c++) {
+            const double off = (double)strip.value[row][c] - (double)strip.target[row][c];
+            error[c] += off * off;
         }
-    const double *found[] = {along, nearest, total, errors[1], errors[0], changed};
+        uint8_t *codes = job->codes + row * job->code_stride + first;
+        uint8_t chosen[TOGETHER] = {0};
+        int32_t stays[TOGETHER], code[TOGETHER];
+        memcpy(chosen, codes, size);
+        for (int c = 0; c < TOGETHER; c++) {
+            const int32_t level = strip.level[row][c];
+            stays[c] = level == level_of(chosen[c]);
+            code[c] = level < 0 ? 0x80 - level : level;
+        }
+        for (int c = 0; c < TOGETHER; c++) chosen[c] = (uint8_t)(stays[c] ? chosen[c] : code[c]);
+        for (int c = 0; c < TOGETHER; c++) changed[c] += (double)(1 - stays[c]);
+        memcpy(codes, chosen, size);
+    }
+    const double *found[] = {along, nearest, total, error, nearest_error, changed};
     for (int64_t which = 0; which < 6; which++)
         memcpy(job->measures + which * job->cols + first, found[which], size * sizeof(double));
 }
