@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import capture_stream
 
 from ablate_shards.kernels import reference
+from ablate_shards.kernels.native.native import NativeArrays
 from ablate_shards.surgery.edit import coded
+from ablate_shards.surgery.edit.ablation_editor import AblationEditor
 from ablate_shards.surgery.edit.receipt import seal
 from ablate_shards.surgery.machine.staging import Staging
 
@@ -166,6 +169,25 @@ def test_jobs_memory_and_the_size_of_blocks_change_no_byte(case, monkeypatch):
     monkeypatch.setattr("ablate_shards.surgery.edit.ablation_editor._CODES_AT_ONCE", 1)
     checked(source, folder / "striped", *options(folder))
     assert snapshot(folder / "striped") == expected
+
+
+def test_without_a_compiler_torch_and_numpy_do_it(case, monkeypatch):
+    folder, source, basis = case
+    monkeypatch.setattr("ablate_shards.kernels.native.native._library", lambda: None)
+    checked(source, folder / "out", *options(folder))
+    for name, weight in weights(source).items():
+        assert left(weights(folder / "out")[name], basis) < 1e-3 * left(weight, basis)
+    assert json.loads((folder / "out" / "ablation.json").read_text())["device"]["form"] == "torch"
+    assert "4 to the bit" in checked("verify", source, folder / "out").output
+
+
+def test_on_a_device_codes_are_edited_on_the_cpu():
+    editor = AblationEditor("cpu", 1 << 28, 1, threading.Event(), {})
+    assert editor._workspace_on_cpu() is editor._workspace()
+    editor._device, editor._form = "cuda:0", "triton"
+    kept = editor._workspace_on_cpu()
+    assert isinstance(kept.arrays, NativeArrays)
+    assert editor._workspace_on_cpu() is kept
 
 
 def test_an_interrupted_run_goes_on(case, monkeypatch):
