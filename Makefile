@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-COMPILED := hatch_build.py ablate_shards/kernels/native/native.c ablate_shards/kernels/native/native_passes.h
+COMPILED := hatch_build.py ablate_shards/kernels/native/native.c $(wildcard ablate_shards/kernels/native/*.h)
 
 .PHONY: demo test lint bench bench-gpu real real-test browser docs loaders clean
 

@@ -8,6 +8,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from coded_checkpoints import write_fp8
 from progress import Heard
 from raw_checkpoints import (
     encode,
@@ -44,7 +45,7 @@ def prepared(folder, **options):
     checkpoint = open_checkpoint(folder / "model")
     directions = read_directions(folder / "d.safetensors")
     options = AblateOptions(source_layer=1, **options)
-    return checkpoint, ablation(make_plan(checkpoint, directions, options), directions, options)
+    return checkpoint, ablation(checkpoint, make_plan(checkpoint, directions, options), directions, options)
 
 
 def prepared_merge(folder):
@@ -113,6 +114,28 @@ def test_the_bytes_and_the_results_of_a_file(folder, what, window):
         assert file.digest == survey.sha256
         assert progress.advanced == 2 * len(expected)
         assert file.read(1) == b""
+
+
+@pytest.mark.parametrize("window", [0, 90_000, 1 << 30])
+def test_codes_as_in_a_file(tmp_path, window):
+    """Their sections are heavy: none is kept for the passes after the first."""
+    write_fp8(tmp_path / "model", hidden=300, inner=300)
+    write_directions(tmp_path / "d.safetensors", layers=2, hidden=300)
+    checkpoint, operation = prepared(tmp_path)
+    results = perform_in_folder(
+        checkpoint, operation, OutFolder(tmp_path / "out", overwrite=False), RunOptions(), Heard()
+    )
+    shard = checkpoint.shards[0]
+    expected = snapshot(tmp_path / "out")[shard.name]
+    editor = operation.editor(RunOptions(jobs=1), threading.Event())
+    edits = by_shard(operation.edits)[shard.name]
+    with EditedFile(checkpoint, shard, edits, editor, window=window, advance=Heard().advance) as file:
+        survey = file.survey()
+        assert survey.results == results
+        assert file.read() == expected
+        assert not file._kept
+        file.seek(len(expected) // 2)
+        assert file.read(50_000) == expected[len(expected) // 2 :][:50_000]
 
 
 @pytest.mark.parametrize("prepare", [prepared, prepared_merge])

@@ -141,7 +141,7 @@ def ablate(
             print_plan(checkpoint, plan)
         return
     with progress:
-        results, url = prepared.perform(ablation(plan, found, options), progress)
+        results, url = prepared.perform(ablation(checkpoint, plan, found, options), progress)
     if output.as_json:
         print_json(made(out, url, results))
     elif not output.quiet:

@@ -86,6 +86,8 @@ def print_plan(checkpoint: Checkpoint, plan: Plan) -> None:
     ]
     print_table(screen, columns, rows)
     say(screen, _share(checkpoint, plan, "would be edited"))
+    if coded := sum(edit.scales is not None for edit in plan.edits):
+        say(screen, f"{_count(coded, 'tensor')} in FP8: codes would be edited, scales would stay")
     _print_left_out(screen, plan, checkpoint)
 
 
@@ -102,12 +104,14 @@ def print_results(
         url: The commit, where that is a repository.
     """
     screen = output()
+    coded = any(edit.scales is not None for edit in plan.edits)
     columns = (
         _LAYER,
         Column("component"),
         _TENSORS,
         Column("component before", right=True),
         Column("after", right=True),
+        *(_ROUNDING if coded else ()),
         Column("norm drift", right=True, rank=1),
         Column("degenerate", right=True, rank=2),
     )
@@ -121,6 +125,7 @@ def print_results(
             _short_names([edit.name for edit in edits]),
             f"{max(result.before for result in measured):.3%}",
             f"{max(result.after for result in measured):.3%}",
+            *(_rounding(measured) if coded else ()),
             f"{max(drifts):.3%}" if drifts else "–",
             str(sum(result.degenerate for result in measured)),
         )
@@ -132,10 +137,27 @@ def print_results(
         "degenerate: vectors too parallel to the direction to keep their norm",
         "dim",
     )
+    if coded:
+        say(
+            screen,
+            "by nearest: what the codes nearest to the edited weight would have left; rounding: difference between the "
+            "codes and that weight, relative to its norm",
+            "dim",
+        )
     say(screen, f"{_share(checkpoint, plan, 'edited')}; every other byte is the source's")
     if plan.skipped:
         say(screen, f"{_count(len(plan.skipped), 'other writer')} left as they are; the receipt says why")
     _print_where(screen, checkpoint, out, url, RECEIPT_NAME)
+
+
+def _rounding(results: "Sequence[TensorResult]") -> tuple[str, str]:
+    """Returns what the nearest codes would have left at most, and the largest error of rounding, where there is one."""
+    from ablate_shards.surgery.edit.ablation_editor import CodedResult
+
+    coded = [result for result in results if isinstance(result, CodedResult)]
+    if not coded:
+        return "–", "–"
+    return f"{max(result.nearest for result in coded):.3%}", f"{max(result.error for result in coded):.3%}"
 
 
 def _print_where(
@@ -242,11 +264,19 @@ def _print_writers(screen: Console, checkpoint: Checkpoint, anatomy: Anatomy) ->
     print_key(screen, [(f"{part} {share:.1%}", *looks[part]) for part, share in shares.items()])
     if gains := sorted({_short_names([writer.gain]) for writer in anatomy.writers if writer.gain}):
         say(screen, f"post-norm gains taken into account: {', '.join(gains)}")
+    forms = Counter(form for writer in anatomy.writers if (form := _form_of(writer, checkpoint)))
+    for form, count in forms.items():
+        say(screen, f"{_count(count, 'writer')} in {form}: codes are edited, scales stay")
     tied = " (tied to the output head)" if anatomy.tied else ""
     say(screen, f"embedding: {_short_names(cells[_NO_LAYER, 'embedding']) or 'none'}{tied}")
     for note in anatomy.notes:
         say(screen, note)
     _print_reasons(screen, ((item.name, item.reason) for item in anatomy.left_out))
+
+
+def _form_of(writer: Writer, checkpoint: Checkpoint) -> str | None:
+    """Returns how a writer's codes are stored, None where it holds plain numbers."""
+    return writer.scales.form(checkpoint.tensors[writer.name].shape) if writer.scales else None
 
 
 def inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> dict[str, Any]:
@@ -277,6 +307,7 @@ def inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> dict[str, Any
                 "gain": writer.gain,
                 "mtp": writer.mtp,
                 **describe(checkpoint.tensors[writer.name]),
+                **({"stored_as": _form_of(writer, checkpoint), "scales": writer.scales.name} if writer.scales else {}),
             }
             for writer in found
         ],
@@ -535,6 +566,7 @@ def _count(number: int, noun: str) -> str:
 _LAYER = Column("layer", right=True)
 _DUMP = Column("dump", wraps=True)
 _TENSORS = Column("tensors", wraps=True, brief=_leaves_of)
+_ROUNDING = (Column("by nearest", right=True, rank=3), Column("rounding", right=True, rank=4))
 _MERGED = (
     _LAYER,
     Column("change"),

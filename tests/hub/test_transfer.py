@@ -94,7 +94,7 @@ class Quiet:
 checkpoint = open_source("org/model")
 directions = read_directions(pathlib.Path("d.safetensors"))
 options = AblateOptions(layers=frozenset({0, 1}), source_layer=1)
-operation = ablation(make_plan(checkpoint, directions, options), directions, options)
+operation = ablation(checkpoint, make_plan(checkpoint, directions, options), directions, options)
 limit = int(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

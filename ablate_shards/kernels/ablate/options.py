@@ -64,11 +64,13 @@ class Measure:
             none are preserved.
         along: Per matrix, the squared norm of its component along the directions.
         total: Per matrix, its squared norm.
+        largest: Per matrix, the squared norm of the component of the column that has the largest.
     """
 
     norms: np.ndarray
     along: tuple[float, ...]
     total: tuple[float, ...]
+    largest: tuple[float, ...] = ()
 
     @classmethod
     def pooled(cls, measures: "Iterable[Measure]") -> "Measure":
@@ -82,6 +84,7 @@ class Measure:
             norms=np.concatenate([part.norms for part in parts]),
             along=tuple(value for part in parts for value in part.along),
             total=tuple(value for part in parts for value in part.total),
+            largest=tuple(value for part in parts for value in part.largest),
         )
 
     @property

@@ -79,6 +79,7 @@ class Passes(ABC):
             norms=np.sqrt(squares),
             along=tuple(float(np.sum(matrix * matrix)) for matrix in dots),
             total=tuple(float(np.sum(matrix)) for matrix in squares),
+            largest=tuple(float(np.sum(matrix * matrix, axis=0).max(initial=0)) for matrix in dots),
         )
 
     def _again(self, doubtful: Iterable[int], added: Sequence[Array], *steps: tuple[_Take, _Close]) -> list[Pass]:

@@ -1,7 +1,8 @@
 /* Sums and updates on a CPU, of ablations, directions and merges, for native.py, which says what each argument is.
  *
  * Everything is added in an order that the shape alone decides, and no product is contracted with a sum: every CPU
- * gives the same bytes, whatever its vectors' width. native_passes.h holds the loops, once per precision.
+ * gives the same bytes, whatever its vectors' width. native_passes.h holds the loops, once per precision;
+ * native_codes.h those that round to codes.
  */
 
 #include <math.h>
@@ -464,6 +465,8 @@ void ablate_add_exactly(const uint16_t *block, const Shape *shape, const double 
     }
 }
 
+#include "native_codes.h"
+
 /* Tells how many float32 values a vector of the CPU it runs on has, of the widths that this file is compiled for. */
 int ablate_vector_width(void) {
 #if defined(__x86_64__)
@@ -478,6 +481,6 @@ int ablate_vector_width(void) {
 
 /* Counts up when the arguments of a function change: a library that was built before is not used. */
 #ifndef VERSION
-#define VERSION 7
+#define VERSION 8
 #endif
 const int ablate_version = VERSION;

@@ -29,16 +29,19 @@ __all__ = [
     "group_dots",
     "is_built",
     "pairs_in_order",
+    "round_directed",
 ]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_VERSION = 7
+_VERSION = 8
 _DTYPES = {np.dtype(STORED[name]): number for number, name in enumerate(("BF16", "F16", "F32"))}
 _PRECISIONS: dict[type[np.floating], str] = {np.float32: "single", np.float64: "double"}
 _UNSCALED, _BY_ROW, _BY_COLUMN = range(3)
 
 _VARIANTS = {8: "avx2", 16: "avx512"}
 _PAIR = 32
+#: Bytes a row: of 16 columns four values in float32, a level and a bucket.
+_ROUNDING_SCRATCH = 16 * (4 * 4 + 2)
 
 PIECE = 64
 """Elements that :func:`add_rounded` looks at together."""
@@ -57,6 +60,16 @@ class _Move(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "count")),
         *((name, ctypes.c_double) for name in ("coefficient", "amplification", "largest_norm")),
         *((name, ctypes.c_void_p) for name in ("basis", "squares", "gram", "mixed_single", "mixed_double", "scratch")),
+    )
+
+
+class _Rounding(ctypes.Structure):
+    """A matrix that is rounded to codes: ``Rounding`` in ``native_codes.h``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "cols", "target_stride", "code_stride")),
+        *((name, ctypes.c_int64) for name in ("scale_row", "scale_col", "count")),
+        *((name, ctypes.c_void_p) for name in ("target", "codes", "scales", "basis", "heights", "measures", "scratch")),
     )
 
 
@@ -114,6 +127,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.ablate_add.restype = count
     library.ablate_add_exactly.argtypes = (address, shape, address, address, count, address, count, address)
     library.ablate_add_exactly.restype = None
+    library.ablate_round.argtypes, library.ablate_round.restype = (ctypes.POINTER(_Rounding),), None
     for precision in _PRECISIONS.values():
         for name, arguments in (("rows", (*columns, address)), ("columns", columns), ("update", update)):
             function = getattr(library, f"ablate_{name}_{precision}")
@@ -416,3 +430,30 @@ def _described(block: np.ndarray) -> tuple[int, int, _Shape]:
         raise ValueError(f"columns: expected {block.itemsize} bytes from one to the next, found {column}")
     shape = _Shape(*block.shape, matrix // block.itemsize, row // block.itemsize)
     return _DTYPES[block.dtype], block.ctypes.data, shape
+
+
+def round_directed(
+    target: np.ndarray, codes: np.ndarray, scales: np.ndarray, basis: np.ndarray, measures: np.ndarray
+) -> bool:
+    """Do what :func:`~.directed.round_directed` does; return False, having done nothing, where it cannot.
+
+    Args:
+        target: ``[d, n]`` float32, adjacent columns.
+        codes: ``[d, n]`` uint8, adjacent columns; receives the result.
+        scales: ``[d, n]`` float32.
+        basis: ``[k, d]`` float64.
+        measures: ``[6, n]`` float64, receives what :class:`~.directed.Rounded` holds.
+    """
+    library = _library()
+    if library is None:
+        return False
+    basis = np.ascontiguousarray(basis)
+    heights = (basis**2).sum(axis=0)
+    scratch = np.empty(len(target) * _ROUNDING_SCRATCH, np.uint8)
+    job = _Rounding(
+        *target.shape, target.strides[0] // target.itemsize, codes.strides[0],
+        *(stride // scales.itemsize for stride in scales.strides), len(basis),
+        *(each.ctypes.data for each in (target, codes, scales, basis, heights, measures, scratch)),
+    )  # fmt: skip
+    library.ablate_round(job)
+    return True

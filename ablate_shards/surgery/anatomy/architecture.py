@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from ablate_shards.errors import ArchitectureError
 from ablate_shards.surgery.anatomy.families import FAMILIES, Axis, Family, Layout, Module
+from ablate_shards.surgery.anatomy.scales import CODED, Scales, find_scales, is_beside_codes
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
 __all__ = [
@@ -39,6 +40,7 @@ class Writer:
         gain: The norm weight that the output is multiplied by before it is added to the stream.
         gain_offset: 1.0 where that norm multiplies by one plus its weight, else 0.0.
         mtp: Whether it belongs to a multi-token-prediction layer.
+        scales: What its codes are multiplied by, None where it is no quantised weight.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Writer:
     gain: str | None
     gain_offset: float
     mtp: bool
+    scales: Scales | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,7 +378,7 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
         )
     root = next(iter(homes))
     hidden = settings.hidden_size or _length_of(f"{root}{layout.final}.weight", tensors)
-    writers, left_out = _sort_out(hits, tensors, hidden)
+    writers, left_out = _sort_out(hits, tensors, hidden, settings)
     found = {hit.layer for hit in hits if hit.layer is not None and not hit.mtp}
     return Anatomy(
         family=family.name,
@@ -444,7 +447,7 @@ def _dissect_by_targets(tensors: Mapping[str, TensorInfo], settings: _Settings, 
                     f"{before.rule.pattern.pattern!r} and {target.pattern!r}"
                 )
     hidden = settings.hidden_size or _residual_length(hits.values(), tensors)
-    writers, left_out = _sort_out(hits.values(), tensors, hidden)
+    writers, left_out = _sort_out(hits.values(), tensors, hidden, settings)
     for name in tensors:
         if name in hits or _WRITER_LIKE.search(name) is None:
             continue
@@ -503,7 +506,7 @@ def _residual_length(hits: Iterable[_Hit], tensors: Mapping[str, TensorInfo]) ->
 
 
 def _sort_out(
-    hits: Iterable[_Hit], tensors: Mapping[str, TensorInfo], hidden: int
+    hits: Iterable[_Hit], tensors: Mapping[str, TensorInfo], hidden: int, settings: _Settings
 ) -> tuple[tuple[Writer, ...], list[LeftOut]]:
     modules: dict[str, list[_Hit]] = {}
     for hit in hits:
@@ -518,12 +521,30 @@ def _sort_out(
             continue
         biases = [hit for hit in parts if hit.rest in (".bias", "_bias")]
         others = [hit for hit in parts if hit not in biases]
-        if (blocked := _blocked(others, tensors)) is not None:
+        weights, scales, blocked = _weights_among(others, tensors, settings.get("quantization_config"))
+        if blocked is not None:
             left_out.append(blocked)
-            others = []
-        writers += [_writer(hit, tensors, hidden) for hit in (*others, *biases)]
+        writers += [_writer(hit, tensors, hidden, scales) for hit in weights]
+        writers += [_writer(hit, tensors, hidden) for hit in biases]
     writers.sort(key=lambda writer: (writer.mtp, -1 if writer.layer is None else writer.layer))
     return tuple(writers), left_out
+
+
+def _weights_among(
+    parts: Sequence[_Hit], tensors: Mapping[str, TensorInfo], quantisation: Any
+) -> tuple[Sequence[_Hit], Scales | None, LeftOut | None]:
+    """Returns a module's weights and the scales of their codes, or why there are none that can be edited."""
+    codes = next((hit for hit in parts if tensors[hit.name].dtype == CODED and hit.rest in (".weight", "")), None)
+    if codes is None or not all(hit is codes or is_beside_codes(hit.rest) for hit in parts):
+        blocked = _blocked(parts, tensors)
+        return ([] if blocked else parts), None, blocked
+    if codes.rule.axis != "out":
+        why = f"{CODED} is edited as [..., hidden, inputs] only; dequantise the checkpoint to BF16, F16 or F32 first"
+        return [], None, _left_out(codes, why)
+    try:
+        return [codes], find_scales(tensors[codes.name], tensors, quantisation), None
+    except ArchitectureError as error:
+        return [], None, _left_out(codes, str(error))
 
 
 def _blocked(parts: Sequence[_Hit], tensors: Mapping[str, TensorInfo]) -> LeftOut | None:
@@ -539,10 +560,14 @@ def _blocked(parts: Sequence[_Hit], tensors: Mapping[str, TensorInfo]) -> LeftOu
         why = f"expected a plain weight, found {what}; merge the adapter or dequantise the checkpoint first"
     else:
         return None
-    return LeftOut(chief.name, chief.layer, chief.rule.component, why, blocked=True, mtp=chief.mtp)
+    return _left_out(chief, why)
 
 
-def _writer(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> Writer:
+def _left_out(hit: _Hit, why: str) -> LeftOut:
+    return LeftOut(hit.name, hit.layer, hit.rule.component, why, blocked=True, mtp=hit.mtp)
+
+
+def _writer(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int, scales: Scales | None = None) -> Writer:
     tensor, rule = tensors[hit.name], hit.rule
     bias = hit.rest in (".bias", "_bias")
     axis = -2 if rule.axis == "out" and not bias else -1
@@ -561,7 +586,7 @@ def _writer(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> Writer
         )
     gain = _gain_of(hit, tensors, hidden) if rule.gain else None
     kind: Literal["weight", "bias"] = "bias" if bias else "weight"
-    return Writer(hit.name, hit.layer, rule.component, axis, kind, gain, rule.gain_offset, hit.mtp)
+    return Writer(hit.name, hit.layer, rule.component, axis, kind, gain, rule.gain_offset, hit.mtp, scales)
 
 
 def _gain_of(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> str:

@@ -1,5 +1,6 @@
 """Removes directions from the tensors of a plan: what is edited of each at a time, and what is measured of it."""
 
+import dataclasses
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ablate_shards.errors import ExecuteError
+from ablate_shards.surgery.anatomy.scales import Scales
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES
 from ablate_shards.surgery.edit.blocks import BlockEditor
+from ablate_shards.surgery.edit.coded import CodedMatrix, ReadRange, Rounding
 from ablate_shards.surgery.edit.sections import Reader, Section
 from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit
 from ablate_shards.validation import Finite
@@ -25,10 +28,14 @@ __all__ = [
     "AblatedMatrices",
     "AblationEditor",
     "BiasMeasured",
+    "CodedResult",
     "MatricesMeasured",
     "TensorResult",
     "nonfinite",
 ]
+
+#: Codes decoded at once: in float32 they are four times their bytes.
+_CODES_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,32 @@ class TensorResult:
     norm_drift: Finite | None
     degenerate: int
     blake3: str
+
+    @staticmethod
+    def kept(**values: Any) -> "TensorResult":
+        """Returns a result from the fields that were kept of it."""
+        return CodedResult(**values) if "ideal" in values else TensorResult(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class CodedResult(TensorResult):
+    """What was measured of an edited tensor of codes besides.
+
+    Attributes:
+        ideal: Relative component along the basis of the edited weight before it is rounded to codes.
+        nearest: The component that the nearest codes would have left, relative likewise.
+        worst_column: The largest component of one column in the output, relative to the columns' root mean square.
+        changed: Codes that are not the source's.
+        error: Norm of the difference between the output and the edited weight before rounding, relative to the latter.
+        nearest_error: The same of the nearest codes.
+    """
+
+    ideal: Finite
+    nearest: Finite
+    worst_column: Finite
+    changed: int
+    error: Finite
+    nearest_error: Finite
 
 
 class MatricesMeasured(NamedTuple):
@@ -83,7 +116,7 @@ class AblatedMatrices:
         room: Bytes that a block may have.
     """
 
-    gathers = True
+    gathers, light = True, True
     _meter: "Meter | None" = None
 
     def __init__(
@@ -181,7 +214,7 @@ class AblatedMatrices:
 class AblatedBias:
     """A bias to ablate, in one block: see ``Section``."""
 
-    gathers = False
+    gathers, light = False, True
 
     def __init__(self, edit: TensorEdit, basis: np.ndarray) -> None:
         self._edit, self._basis = edit, basis
@@ -243,6 +276,7 @@ class AblationEditor(BlockEditor[TensorEdit, TensorResult]):
         jobs: Tensors, or parts of large ones, edited at a time, one per available core if None.
         stop: Set when the run should end early.
         bases: The bases to remove, ``[k, d]`` float64, orthonormal rows.
+        read: Reads scales of codes from the source; None where the edits have none.
 
     Raises:
         UsageError: There is no such device.
@@ -257,15 +291,18 @@ class AblationEditor(BlockEditor[TensorEdit, TensorResult]):
         jobs: int | None,
         stop: threading.Event,
         bases: Mapping[BasisKey, np.ndarray],
+        read: ReadRange | None = None,
     ) -> None:
         super().__init__(device, memory, jobs, stop)
-        self._bases = bases
+        self._bases, self._read = bases, read
 
     def sections(self, edit: TensorEdit) -> Sequence[Section]:
         """Returns a section per matrix, or per as many as fit into a block, and one for a bias."""
         if edit.kind == "bias":
             return [AblatedBias(edit, self._bases[edit.basis])]
         batch, rows, cols = (1,) * (3 - len(edit.shape)) + edit.shape
+        if edit.scales is not None:
+            return [self._coded(edit, edit.scales, number) for number in range(batch)]
         matrix_bytes = (edit.end - edit.start) // max(batch, 1)
         group = max(1, min(batch, self._room // max(matrix_bytes, 1)))
         return [
@@ -280,6 +317,19 @@ class AblationEditor(BlockEditor[TensorEdit, TensorResult]):
             for first in range(0, batch, group)
         ]
 
+    def _coded(self, edit: TensorEdit, scales: Scales, number: int) -> CodedMatrix:
+        if self._read is None:
+            raise RuntimeError(f"{edit.name}: its scales cannot be read")
+        return CodedMatrix(
+            edit,
+            scales,
+            number,
+            basis=self._bases[edit.basis],
+            workspace=self._workspace_on_cpu,
+            read=self._read,
+            room=_CODES_AT_ONCE,
+        )
+
     def result(self, edit: TensorEdit, measured: Sequence[Any], digest: str) -> TensorResult:
         """Returns what was measured of a tensor."""
         from ablate_shards.kernels.ablate.options import Measure, norm_drift
@@ -289,10 +339,17 @@ class AblationEditor(BlockEditor[TensorEdit, TensorResult]):
             return TensorResult(before=bias.before, after=bias.after, norm_drift=None, degenerate=0, blake3=digest)
         before = Measure.pooled(each.before for each in measured)
         after = Measure.pooled(each.after for each in measured)
-        return TensorResult(
+        found = TensorResult(
             before=before.component,
             after=after.component,
             norm_drift=None if edit.preserve == "none" else norm_drift(before, after),
             degenerate=sum(each.degenerate for each in measured),
             blake3=digest,
+        )
+        if edit.scales is None:
+            return found
+        return CodedResult(
+            **dataclasses.asdict(found),
+            **dataclasses.asdict(Rounding.pooled(each.rounding for each in measured)),
+            worst_column=max((each.worst_column for each in measured), default=0.0),
         )

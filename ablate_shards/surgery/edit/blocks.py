@@ -227,6 +227,18 @@ class BlockEditor(ABC, Generic[_E, _R]):
         kept: Workspace = self._kept.workspace
         return kept
 
+    def _workspace_on_cpu(self) -> "Workspace":
+        """Returns this thread's scratch memory for what is computed on the CPU whatever the device."""
+        from ablate_shards.kernels.ablate.project import Workspace
+        from ablate_shards.kernels.choose import choose_form
+
+        if self._device == "cpu":
+            return self._workspace()
+        if not hasattr(self._kept, "on_cpu"):
+            self._kept.on_cpu = Workspace("cpu", choose_form("cpu", on_cpu=self.on_cpu)[0], chunks_at_once=1)
+        kept: Workspace = self._kept.on_cpu
+        return kept
+
     def _stream(self) -> contextlib.AbstractContextManager[object]:
         """Gives each job a stream of its own, so that one computes while another reads or writes."""
         if self._device.partition(":")[0] not in ("cuda", "xpu"):

@@ -232,7 +232,12 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
         return raw
 
     def _keep(self, stretch: _Stretch, section: Section) -> None:
-        if section.gathers and section.block < stretch.end - stretch.start and len(self._kept) < _MOST_KEPT:
+        if (
+            section.gathers
+            and section.light
+            and section.block < stretch.end - stretch.start
+            and len(self._kept) < _MOST_KEPT
+        ):
             self._kept[stretch.start] = section
 
     def _section(self, stretch: _Stretch) -> Section:

@@ -17,7 +17,7 @@ from ablate_shards.names import RECEIPT_NAME
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.files import Files, Folder
 from ablate_shards.surgery.directions.directions import Directions
-from ablate_shards.surgery.edit.ablation_editor import TensorResult
+from ablate_shards.surgery.edit.ablation_editor import CodedResult, TensorResult
 from ablate_shards.surgery.plan.edits import TensorEdit, neighbours
 from ablate_shards.surgery.plan.plan import Plan
 from ablate_shards.surgery.plan.recipe import AblateOptions
@@ -123,8 +123,8 @@ def read_receipt(folder: Path | Files) -> Receipt:
     content, altered = read_sealed(folder, RECEIPT_NAME, RECEIPT_FORMAT)
     try:
         records = content["tensors"]
-        edits = checked([with_range(record, basis=record) for record in records], tuple[TensorEdit, ...], "tensors")
-        results = checked(records, tuple[TensorResult, ...], "tensors")
+        edits = checked([_as_edit(record) for record in records], tuple[TensorEdit, ...], "tensors")
+        results = [_result_of(record, f"tensors[{number}]") for number, record in enumerate(records)]
         if len({edit.name for edit in edits}) < len(edits):
             raise ValueError("records a tensor twice")
         return Receipt(
@@ -197,6 +197,16 @@ def with_range(record: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     return {**record, "start": start, "end": end, **more}
 
 
+def _as_edit(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a tensor's record as the plan has it."""
+    scales = {"scales": with_range(record["scales"])} if "scales" in record else {}
+    return with_range(record, basis=record, **scales)
+
+
+def _result_of(record: Mapping[str, Any], place: str) -> TensorResult:
+    return checked(record, CodedResult if "scales" in record else TensorResult, place)
+
+
 def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
     """Returns what a receipt says of the source."""
     return {
@@ -243,7 +253,7 @@ def _resolved(options: AblateOptions, plan: Plan) -> dict[str, Any]:
 
 
 def _record(edit: TensorEdit, result: TensorResult) -> dict[str, Any]:
-    return {
+    record = {
         "name": edit.name,
         "shard": edit.shard,
         "dtype": edit.dtype,
@@ -262,6 +272,14 @@ def _record(edit: TensorEdit, result: TensorResult) -> dict[str, Any]:
         "preserve": edit.preserve,
         **dataclasses.asdict(result),
     }
+    if edit.scales is not None:
+        scales = dataclasses.asdict(edit.scales)
+        start, end = scales.pop("start"), scales.pop("end")
+        record |= {
+            "stored_as": edit.scales.form(edit.shape),
+            "scales": {**scales, "bytes": [start, end]},
+        }
+    return record
 
 
 def _encode(arrays: Mapping[int, np.ndarray], layers: set[int]) -> dict[str, Any]:

@@ -19,12 +19,14 @@ class Section(Protocol):
         end: Offset one past its last byte.
         block: Bytes of a block, known once it has been gathered; the last one may be shorter.
         gathers: Whether all of it must be read before its first block can be edited.
+        light: Whether what it keeps of that is little beside its bytes.
     """
 
     start: int
     end: int
     block: int
     gathers: bool
+    light: bool
 
     def gather(self, read: Reader) -> None:
         """Reads all of it and takes the sums that editing a block needs.

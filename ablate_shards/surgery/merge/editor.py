@@ -117,7 +117,7 @@ class _LowRankFactors:
 class _Addition:
     """A matrix that a low-rank update is added to: see ``Section``."""
 
-    gathers = False
+    gathers, light = False, True
 
     def __init__(
         self, edit: MergeEdit, matrix: int, factors: _LowRankFactors, *, form: "Form", device: str, room: int
@@ -184,7 +184,7 @@ class _Addition:
 class _WholeParameter:
     """A parameter that is added to or replaced, piece by piece: see ``Section``."""
 
-    gathers = False
+    gathers, light = False, True
 
     def __init__(self, edit: MergeEdit, adapter: Adapter) -> None:
         self._edit, self._adapter = edit, adapter

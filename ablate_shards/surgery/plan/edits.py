@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
 from ablate_shards.surgery.anatomy.architecture import Component
+from ablate_shards.surgery.anatomy.scales import Scales
 from ablate_shards.surgery.checkpoint.headers import Shard
 from ablate_shards.surgery.plan.recipe import Preserve
 from ablate_shards.validation import Finite
@@ -87,6 +88,7 @@ class TensorEdit:
         coefficient: The α of the projection.
         preserve: Which norms stay; ``none`` for a bias.
         basis: The basis to remove.
+        scales: What its codes are multiplied by, which stay; None where it holds plain numbers.
     """
 
     name: str
@@ -103,6 +105,7 @@ class TensorEdit:
     coefficient: Finite
     preserve: Preserve
     basis: BasisKey
+    scales: Scales | None = None
 
 
 @dataclass(frozen=True, slots=True)

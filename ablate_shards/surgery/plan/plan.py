@@ -54,6 +54,9 @@ class Plan:
         """Returns the plan as JSON types."""
         content = dataclasses.asdict(dataclasses.replace(self, bases={}))
         del content["bases"]
+        for edit in content["edits"]:
+            if edit["scales"] is None:
+                del edit["scales"]
         return content
 
     def sha256(self) -> str:
@@ -166,7 +169,7 @@ def _edit(
         preserve = override.preserve or preserve
         project = project if override.biproject is None else override.biproject
         source = source if override.source_layer is None else override.source_layer
-    if tensor.dtype not in ITEM_BYTES:
+    if tensor.dtype not in ITEM_BYTES and writer.scales is None:
         raise PlanError(
             f"{tensor.name}: expected BF16, F16 or F32, found {tensor.dtype}; convert the checkpoint to one of them"
         )
@@ -198,6 +201,7 @@ def _edit(
             gain=writer.gain,
             gain_offset=writer.gain_offset,
         ),
+        scales=writer.scales,
     )
 
 

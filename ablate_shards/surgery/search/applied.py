@@ -66,9 +66,14 @@ class EditableModel:
 
         Raises:
             ExecuteError: A tensor cannot be edited.
-            SearchError: The model holds a tensor in no parameter.
+            SearchError: The model holds a tensor in no parameter, or a tensor holds codes.
         """
         for edit in plan.edits:
+            if edit.scales is not None:
+                raise SearchError(
+                    f"{edit.name}: holds codes ({edit.dtype}), and a search edits BF16, F16 or F32; search on the "
+                    "checkpoint dequantised, and use the recipe that it finds on this one"
+                )
             self._place(edit)
         editor = AblationEditor(self._run.device, self._run.memory, self._run.jobs, threading.Event(), plan.bases)
         wanted = {edit.name: edit for edit in plan.edits}

@@ -1,5 +1,6 @@
 """Re-reads a source and its edited copy, and finds every difference that the receipt does not explain."""
 
+import dataclasses
 import functools
 import math
 import threading
@@ -13,9 +14,10 @@ from typing import Any, Self
 import numpy as np
 from blake3 import blake3
 
-from ablate_shards.errors import AblateError, HubError, UsageError, VerifyError
+from ablate_shards.errors import AblateError, ArchitectureError, HubError, UsageError, VerifyError
 from ablate_shards.names import BEGIN, CARD, MERGE_RECEIPT_NAME, RECEIPT_NAME, RECEIPT_NAMES, is_report
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.anatomy.scales import CODED, find_scales, quantisation_of
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range
 from ablate_shards.surgery.checkpoint.files import Files, Folder
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, Shard
 from ablate_shards.surgery.directions.directions import Directions
@@ -187,6 +189,9 @@ def _recorded_ablation(checkpoint: Checkpoint, out: Files) -> _Recorded:
     for edit in receipt.edits:
         if not _describes(edit, checkpoint, receipt.directions):
             raise _unfitting(edit.name, path)
+    scales = {edit.scales.name for edit in receipt.edits if edit.scales is not None}
+    if edited := next((edit.name for edit in receipt.edits if edit.name in scales), None):
+        raise _unfitting(edited, path)
     bases = resolve_bases(receipt.edits, checkpoint, receipt.directions)
     return _Recorded(
         receipt_name=RECEIPT_NAME,
@@ -194,9 +199,11 @@ def _recorded_ablation(checkpoint: Checkpoint, out: Files) -> _Recorded:
         copied=receipt.copied,
         edits=receipt.edits,
         digests={name: result.blake3 for name, result in receipt.results.items()},
-        editor=lambda run, stop: AblationEditor(run.device, run.memory, run.jobs, stop, bases),
+        editor=lambda run, stop: AblationEditor(
+            run.device, run.memory, run.jobs, stop, bases, functools.partial(read_range, checkpoint)
+        ),
         differ=lambda name, found: _measures_differ(
-            receipt.results[name], found, ("before", "after", "norm_drift", "degenerate")
+            receipt.results[name], found, [each.name for each in dataclasses.fields(found) if each.name != "blake3"]
         ),
         altered=receipt.altered,
     )
@@ -354,7 +361,8 @@ class _Examiner:
         if self._editor is None:
             digest = self._digest(edit, written)
             return (None, True) if digest == self._recorded.digests[edit.name] else (_OTHER_DIGEST, False)
-        check = _RoundingCheck(edit, written, self._chunk)
+        coded = isinstance(edit, TensorEdit) and edit.scales is not None
+        check = (_CodesCheck if coded else _RoundingCheck)(edit, written, self._chunk)
 
         def compare(data: memoryview, offset: int) -> None:
             check.add(data, offset)
@@ -473,6 +481,28 @@ class _RoundingCheck:
         return self._wrong
 
 
+class _CodesCheck:
+    """Counts where the codes of a written tensor are not those of its recomputation; none may differ."""
+
+    def __init__(self, edit: Edit, written: Callable[[memoryview, int], None], chunk: int) -> None:
+        self._edit, self._written, self._chunk = edit, written, chunk
+        self.differing = 0
+
+    def add(self, data: memoryview, offset: int) -> None:
+        """Compares recomputed bytes with those written at an offset."""
+        for first in range(0, len(data), self._chunk):
+            piece = data[first : first + self._chunk]
+            written = bytearray(len(piece))
+            self._written(memoryview(written), offset + first)
+            found, expected = np.frombuffer(written, np.uint8), np.frombuffer(piece, np.uint8)
+            self.differing += int(np.count_nonzero(found != expected))
+
+    def problem(self) -> str | None:
+        """Returns what is wrong."""
+        total = self._edit.end - self._edit.start
+        return f"{self.differing} of {total} codes are not those that the edit gives" if self.differing else None
+
+
 def _describes(edit: TensorEdit, checkpoint: Checkpoint, directions: Directions) -> bool:
     tensor = checkpoint.tensors.get(edit.name)
     ranks, axes = ((1, 2), (-1,)) if edit.kind == "bias" else ((2, 3), (-2, -1))
@@ -489,12 +519,25 @@ def _describes(edit: TensorEdit, checkpoint: Checkpoint, directions: Directions)
     return (
         (tensor.shard, tensor.dtype, tensor.shape, tensor.start, tensor.end)
         == (edit.shard, edit.dtype, edit.shape, edit.start, edit.end)
-        and edit.dtype in ITEM_BYTES
+        and _stored_right(edit, checkpoint)
         and edit.shape[edit.axis] == hidden[0]
         and all(layer in directions.reference for layer in key.references)
         and all(directions.reference[layer].shape == hidden for layer in key.references)
         and (key.gain is None or (gain is not None and gain.shape == hidden))
     )
+
+
+def _stored_right(edit: TensorEdit, checkpoint: Checkpoint) -> bool:
+    """Returns whether an edit's dtype is one that is edited, and its scales are the source's own."""
+    if edit.scales is None:
+        return edit.dtype in ITEM_BYTES
+    if (edit.dtype, edit.kind, edit.axis) != (CODED, "weight", -2):
+        return False
+    try:
+        found = find_scales(checkpoint.tensors[edit.name], checkpoint.tensors, quantisation_of(checkpoint.config))
+    except ArchitectureError:
+        return False
+    return found == edit.scales
 
 
 def _measures_differ(recorded: object, found: object, measures: Iterable[str]) -> str | None:

@@ -1,0 +1,297 @@
+/* Directed rounding to FP8 codes, for native.c: rounding/reference.py has the definition, rounding/directed.py the same
+ * in NumPy, to the bit. Some columns are taken together, from the first row to the last as often as it needs.
+ */
+
+enum {
+    TOGETHER = 16,    /* columns */
+    ROWS_AHEAD = 16,  /* by which they are fetched before their use */
+    LAST = 126,       /* the level of the greatest value */
+    BUCKETS = 64,     /* of prices; what moves nothing is in one more */
+    MOST_ROUNDS = 12, /* reference.py: ROUNDS, POLISHES and NOTHING */
+    MOST_POLISHES = 8,
+};
+#define NOTHING 1e-7
+
+/* A matrix and what it is rounded with. The scales are read with strides, in elements; a stride may be 0. */
+typedef struct {
+    int64_t rows, cols, target_stride, code_stride, scale_row, scale_col, count;
+    const float *target;
+    uint8_t *codes;
+    const float *scales;
+    const double *basis, *heights; /* [count, rows]; the sum of their squares, [rows] */
+    double *measures;              /* [6, cols]: what Rounded has */
+    char *scratch;                 /* 18 bytes for each of TOGETHER columns of all rows */
+} Rounding;
+
+/* Columns on their way: each [rows][TOGETHER]. */
+typedef struct {
+    float (*target)[TOGETHER], (*scale)[TOGETHER], (*value)[TOGETHER], (*step)[TOGETHER];
+    int8_t (*level)[TOGETHER];
+    uint8_t (*bucket)[TOGETHER];
+} Strip;
+
+INLINE float value_of(int32_t level, float scale) {
+    const int32_t size = level < 0 ? -level : level;
+    const float normal = from_bits((uint32_t)(size + ((127 - 7) << 3)) << 20), small = (float)size * 0x1p-9f;
+    const float value = size < 8 ? small : normal;
+    return (level < 0 ? -value : value) * scale;
+}
+
+INLINE int32_t nearest_level(float value) {
+    const float wide = fabsf(value), size = wide > 448.0f ? 448.0f : wide;
+    const uint32_t bits = to_bits(size);
+    const int32_t normal = (int32_t)((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3);
+    /* Added to it, a number rounds to a whole one, ties to even, which is then in the lowest bits. */
+    const int32_t small = (int32_t)(to_bits(size * 0x1p9f + 0x1p23f) & 0x7FFFFF);
+    const int32_t level = size < 0x1p-6f ? small : normal;
+    return value < 0 ? -level : level;
+}
+
+INLINE int32_t level_of(uint8_t code) { return code & 0x80 ? -(code & 0x7F) : code; }
+
+/* Adds what weights make of the directions at a row to nothing. */
+INLINE void along_row(const Rounding *job, int64_t row, const double weights[][TOGETHER], double along[TOGETHER]) {
+    for (int c = 0; c < TOGETHER; c++) along[c] = job->basis[row] * weights[0][c];
+    for (int64_t k = 1; k < job->count; k++)
+        for (int c = 0; c < TOGETHER; c++) along[c] += job->basis[k * job->rows + row] * weights[k][c];
+}
+
+/* Returns the level beside one, against what points along. */
+INLINE int32_t moved(int32_t level, double along) {
+    const int32_t next = level - (along > 0) + (along < 0);
+    return next > LAST ? LAST : next < -LAST ? -LAST : next;
+}
+
+INLINE int32_t bucket_of(float step, float off, double gain, double norm) {
+    const float price = step * (off + off + step);
+    const float relative = (float)((double)price / (gain > 0 ? gain * norm : 1.0));
+    const int32_t bits = (int32_t)(to_bits(relative > 0 ? relative : 0) >> 21) - ((127 - 14) << 2);
+    const int32_t bucket = bits < 0 ? 0 : bits > BUCKETS - 1 ? BUCKETS - 1 : bits;
+    return gain > 0 ? bucket : BUCKETS;
+}
+
+INLINE void sizes_of(int64_t count, const double residual[][TOGETHER], double size[TOGETHER]) {
+    for (int c = 0; c < TOGETHER; c++) size[c] = residual[0][c] * residual[0][c];
+    for (int64_t k = 1; k < count; k++)
+        for (int c = 0; c < TOGETHER; c++) size[c] += residual[k][c] * residual[k][c];
+    for (int c = 0; c < TOGETHER; c++) size[c] = sqrt(size[c]);
+}
+
+/* Takes moves by bucket, then by row, until the residual is covered; returns whether a column needed it. */
+static int take_round(
+    const Rounding *job, Strip strip, double residual[][TOGETHER], double weights[][TOGETHER], double norm[TOGETHER],
+    double reach[TOGETHER]
+) {
+    double size[TOGETHER], sums[BUCKETS + 1][TOGETHER], along[TOGETHER], left[TOGETHER], within[TOGETHER] = {0};
+    int32_t border[TOGETHER];
+    int active[TOGETHER], any = 0;
+    sizes_of(job->count, residual, size);
+    for (int c = 0; c < TOGETHER; c++) {
+        active[c] = size[c] > (reach[c] > NOTHING * norm[c] ? reach[c] : NOTHING * norm[c]);
+        any |= active[c];
+        if (active[c]) reach[c] = 0;
+        for (int64_t k = 0; k < job->count; k++) weights[k][c] = active[c] ? residual[k][c] / size[c] : 0;
+    }
+    if (!any) return 0;
+    memset(sums, 0, sizeof sums);
+    double most[TOGETHER] = {0};
+    for (int64_t row = 0; row < job->rows; row++) {
+        double gains[TOGETHER];
+        int32_t buckets[TOGETHER];
+        along_row(job, row, (const double(*)[TOGETHER])weights, along);
+        for (int c = 0; c < TOGETHER; c++) {
+            const float value = strip.value[row][c];
+            const float step = value_of(moved(strip.level[row][c], along[c]), strip.scale[row][c]) - value;
+            gains[c] = fabs(along[c]) * (double)fabsf(step);
+            most[c] = gains[c] > most[c] ? gains[c] : most[c];
+            buckets[c] = bucket_of(step, value - strip.target[row][c], gains[c], norm[c]);
+            strip.step[row][c] = step;
+        }
+        for (int c = 0; c < TOGETHER; c++) {
+            strip.bucket[row][c] = (uint8_t)buckets[c];
+            sums[buckets[c]][c] += gains[c];
+        }
+    }
+    for (int c = 0; c < TOGETHER; c++) {
+        double covered = 0;
+        if (active[c]) reach[c] = most[c] / (double)(job->count * job->count);
+        border[c] = 0;
+        left[c] = size[c];
+        for (int32_t b = 0; b <= BUCKETS; b++) {
+            covered += sums[b][c];
+            if (!(covered <= size[c])) break;
+            border[c] = b + 1;
+            left[c] = size[c] - covered;
+        }
+    }
+    double added[job->count][TOGETHER];
+    memset(added, 0, sizeof added);
+    for (int64_t row = 0; row < job->rows; row++) {
+        double steps[TOGETHER];
+        along_row(job, row, (const double(*)[TOGETHER])weights, along);
+        for (int c = 0; c < TOGETHER; c++) {
+            const int32_t bucket = strip.bucket[row][c];
+            const float step = strip.step[row][c];
+            within[c] += bucket == border[c] ? fabs(along[c]) * (double)fabsf(step) : 0.0;
+            const int fits = (bucket == border[c]) & (within[c] <= left[c]);
+            const int taken = ((bucket < border[c]) | fits) & (bucket < BUCKETS);
+            const int32_t level = taken ? moved(strip.level[row][c], along[c]) : strip.level[row][c];
+            strip.level[row][c] = (int8_t)level;
+            strip.value[row][c] = value_of(level, strip.scale[row][c]);
+            steps[c] = taken ? (double)step : 0.0;
+        }
+        for (int64_t k = 0; k < job->count; k++)
+            for (int c = 0; c < TOGETHER; c++) added[k][c] += job->basis[k * job->rows + row] * steps[c];
+    }
+    for (int64_t k = 0; k < job->count; k++)
+        for (int c = 0; c < TOGETHER; c++) residual[k][c] += active[c] ? added[k][c] : 0.0;
+    return 1;
+}
+
+/* Makes the single move of each column that lowers the residual the most; returns whether one was made. */
+static int polish(const Rounding *job, Strip strip, double residual[][TOGETHER], const double norm[TOGETHER]) {
+    double size[TOGETHER], along[TOGETHER], best[TOGETHER];
+    int64_t where[TOGETHER];
+    int any = 0;
+    sizes_of(job->count, residual, size);
+    for (int c = 0; c < TOGETHER; c++) {
+        best[c] = 0;
+        where[c] = -1;
+        any |= size[c] > NOTHING * norm[c];
+    }
+    if (!any) return 0;
+    any = 0;
+    for (int64_t row = 0; row < job->rows; row++) {
+        const double height = job->heights[row];
+        along_row(job, row, (const double(*)[TOGETHER])residual, along);
+        for (int c = 0; c < TOGETHER; c++) {
+            const int32_t next = moved(strip.level[row][c], along[c]);
+            const double step = (double)(value_of(next, strip.scale[row][c]) - strip.value[row][c]);
+            const double change = step * (2 * along[c] + step * height);
+            where[c] = change < best[c] ? row : where[c];
+            best[c] = change < best[c] ? change : best[c];
+        }
+    }
+    for (int c = 0; c < TOGETHER; c++) {
+        if (where[c] < 0 || !(size[c] > NOTHING * norm[c])) continue;
+        const int64_t row = where[c];
+        double toward = job->basis[row] * residual[0][c];
+        for (int64_t k = 1; k < job->count; k++) toward += job->basis[k * job->rows + row] * residual[k][c];
+        const int32_t next = moved(strip.level[row][c], toward);
+        const float value = value_of(next, strip.scale[row][c]);
+        const double step = (double)(value - strip.value[row][c]);
+        strip.level[row][c] = (int8_t)next;
+        strip.value[row][c] = value;
+        for (int64_t k = 0; k < job->count; k++) residual[k][c] += job->basis[k * job->rows + row] * step;
+        any = 1;
+    }
+    return any;
+}
+
+/* Reads columns of a row, the first of them again where there are fewer than TOGETHER; asks for a row further on. */
+INLINE void load_row(
+    const Rounding *job, int64_t row, int64_t first, int64_t size, float *target, float *scale, uint8_t *codes
+) {
+    const float *from = job->target + row * job->target_stride + first;
+    const float *scales = job->scales + row * job->scale_row + first * job->scale_col;
+    const uint8_t *bytes = job->codes + row * job->code_stride + first;
+    __builtin_prefetch(from + ROWS_AHEAD * job->target_stride);
+    __builtin_prefetch(scales + ROWS_AHEAD * job->scale_row);
+    __builtin_prefetch(bytes + ROWS_AHEAD * job->code_stride);
+    if (size == TOGETHER && job->scale_col == 1) {
+        memcpy(target, from, TOGETHER * sizeof(float));
+        memcpy(scale, scales, TOGETHER * sizeof(float));
+        memcpy(codes, bytes, TOGETHER);
+        return;
+    }
+    for (int64_t c = 0; c < TOGETHER; c++) {
+        const int64_t col = c < size ? c : 0;
+        target[c] = from[col];
+        scale[c] = scales[col * job->scale_col];
+        codes[c] = bytes[col];
+    }
+}
+
+/* Rounds columns from `first` on, `size` of them. */
+static void round_strip(const Rounding *job, Strip strip, int64_t first, int64_t size) {
+    const int64_t rows = job->rows, count = job->count;
+    double dots[count][TOGETHER], residual[count][TOGETHER], weights[count][TOGETHER];
+    double total[TOGETHER] = {0}, norm[TOGETHER], reach[TOGETHER], along[TOGETHER], nearest[TOGETHER];
+    double error[TOGETHER] = {0}, nearest_error[TOGETHER] = {0}, changed[TOGETHER] = {0};
+    memset(dots, 0, sizeof dots);
+    memset(residual, 0, sizeof residual);
+    for (int64_t row = 0; row < rows; row++) {
+        double wide[TOGETHER], off[TOGETHER];
+        uint8_t codes[TOGETHER];
+        load_row(job, row, first, size, strip.target[row], strip.scale[row], codes);
+        int32_t level[TOGETHER];
+        const float *target = strip.target[row], *scale = strip.scale[row];
+        for (int c = 0; c < TOGETHER; c++) {
+            const int32_t near = nearest_level(target[c] / (scale[c] > 0 ? scale[c] : 1));
+            level[c] = scale[c] > 0 ? near : level_of(codes[c]);
+        }
+        for (int c = 0; c < TOGETHER; c++) {
+            strip.level[row][c] = (int8_t)level[c];
+            strip.value[row][c] = value_of(level[c], scale[c]);
+        }
+        for (int c = 0; c < TOGETHER; c++) {
+            wide[c] = (double)target[c];
+            off[c] = (double)strip.value[row][c] - wide[c];
+            total[c] += wide[c] * wide[c];
+            nearest_error[c] += off[c] * off[c];
+        }
+        for (int64_t k = 0; k < count; k++)
+            for (int c = 0; c < TOGETHER; c++) {
+                dots[k][c] += job->basis[k * rows + row] * wide[c];
+                residual[k][c] += job->basis[k * rows + row] * off[c];
+            }
+    }
+    for (int c = 0; c < TOGETHER; c++) {
+        norm[c] = sqrt(total[c]);
+        reach[c] = -1;
+        along[c] = nearest[c] = 0;
+        for (int64_t k = 0; k < count; k++) {
+            const double both = dots[k][c] + residual[k][c];
+            along[c] += dots[k][c] * dots[k][c];
+            nearest[c] += both * both;
+        }
+    }
+    for (int round = 0; round < MOST_ROUNDS && take_round(job, strip, residual, weights, norm, reach); round++) {}
+    for (int64_t step = 0; step < MOST_POLISHES * count && polish(job, strip, residual, norm); step++) {}
+    for (int64_t row = 0; row < rows; row++) {
+        for (int c = 0; c < TOGETHER; c++) {
+            const double off = (double)strip.value[row][c] - (double)strip.target[row][c];
+            error[c] += off * off;
+        }
+        uint8_t *codes = job->codes + row * job->code_stride + first;
+        uint8_t chosen[TOGETHER] = {0};
+        int32_t stays[TOGETHER], code[TOGETHER];
+        memcpy(chosen, codes, size);
+        for (int c = 0; c < TOGETHER; c++) {
+            const int32_t level = strip.level[row][c];
+            stays[c] = level == level_of(chosen[c]);
+            code[c] = level < 0 ? 0x80 - level : level;
+        }
+        for (int c = 0; c < TOGETHER; c++) chosen[c] = (uint8_t)(stays[c] ? chosen[c] : code[c]);
+        for (int c = 0; c < TOGETHER; c++) changed[c] += (double)(1 - stays[c]);
+        memcpy(codes, chosen, size);
+    }
+    const double *found[] = {along, nearest, total, error, nearest_error, changed};
+    for (int64_t which = 0; which < 6; which++)
+        memcpy(job->measures + which * job->cols + first, found[which], size * sizeof(double));
+}
+
+void ablate_round(const Rounding *job) {
+    const int64_t items = job->rows * TOGETHER;
+    float *floats = (float *)job->scratch;
+    const Strip strip = {
+        .target = (void *)floats,
+        .scale = (void *)(floats + items),
+        .value = (void *)(floats + 2 * items),
+        .step = (void *)(floats + 3 * items),
+        .level = (void *)(floats + 4 * items),
+        .bucket = (void *)((char *)(floats + 4 * items) + items),
+    };
+    for (int64_t first = 0; first < job->cols; first += TOGETHER)
+        round_strip(job, strip, first, least(TOGETHER, job->cols - first));
+}

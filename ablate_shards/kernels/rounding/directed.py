@@ -1,0 +1,206 @@
+"""Directed rounding of a matrix; ``reference.py`` has the definition. C does it where it was compiled, to the same bit.
+
+Every sum goes down a column in the order of its rows, and no column depends on another, so the result depends neither
+on which columns are computed together nor on memory or threads.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ablate_shards.kernels.codecs.fp8 import LAST, codes_of, levels_of, nearest_levels, values_of
+from ablate_shards.kernels.native import native
+from ablate_shards.kernels.rounding.reference import BUCKETS, NOTHING, POLISHES, ROUNDS
+
+__all__ = ["Rounded", "round_directed"]
+
+_TILE = 1 << 16
+"""Elements that are best computed at once: their values stay in a cache."""
+
+
+class Rounded(NamedTuple):
+    """What was measured of the columns of a rounded matrix, each ``[n]`` float64.
+
+    Attributes:
+        along: Squared norm of the target's component along the directions.
+        nearest: The same of the nearest levels.
+        total: Squared norm of the target.
+        error: Squared norm of what rounding added.
+        nearest_error: The same of the nearest levels.
+        changed: Codes that are not the source's.
+    """
+
+    along: np.ndarray
+    nearest: np.ndarray
+    total: np.ndarray
+    error: np.ndarray
+    nearest_error: np.ndarray
+    changed: np.ndarray
+
+
+def round_directed(target: np.ndarray, codes: np.ndarray, scales: np.ndarray, basis: np.ndarray) -> Rounded:
+    """Put the codes of a matrix in place of those of its source, with as little along the directions as there can be.
+
+    Args:
+        target: ``[d, n]`` float32, the edited matrix.
+        codes: ``[d, n]`` uint8, those of the source, none NaN; receives the result.
+        scales: ``[d, n]`` float32, broadcast or not, finite and not negative.
+        basis: ``[k, d]`` float64, orthonormal rows.
+    """
+    scales = np.broadcast_to(scales, target.shape)
+    measures = np.empty((len(Rounded._fields), target.shape[1]))
+    if not native.round_directed(target, codes, scales, basis, measures):
+        width = max(1, _TILE // max(1, len(target)))
+        with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
+            for start in range(0, target.shape[1], width):
+                part = slice(start, start + width)
+                measures[:, part] = _round(target[:, part], codes[:, part], scales[:, part], basis)
+    return Rounded(*measures)
+
+
+def _round(target: np.ndarray, codes: np.ndarray, scales: np.ndarray, basis: np.ndarray) -> Rounded:
+    columns = _Columns(target, levels_of(codes), scales, basis)
+    nearest = columns.residual.copy()
+    nearest_error = columns.error()
+    _take_rounds(columns)
+    _polish(columns)
+    chosen = codes_of(columns.levels, codes)
+    changed = np.count_nonzero(chosen != codes, axis=0)
+    codes[...] = chosen
+    return Rounded(
+        along=_sum(columns.along**2),
+        nearest=_sum((columns.along + nearest) ** 2),
+        total=columns.total,
+        error=columns.error(),
+        nearest_error=nearest_error,
+        changed=changed,
+    )
+
+
+class _Columns:
+    """Columns on their way from the nearest levels to those that are chosen.
+
+    Attributes:
+        target: ``[d, n]`` float32.
+        scales: Likewise.
+        basis: ``[k, d]`` float64.
+        levels: ``[d, n]`` int16.
+        values: ``[d, n]`` float32, what the levels stand for.
+        along: ``[k, n]`` float64, the target's component.
+        total: ``[n]`` float64, the target's squared norm.
+        residual: ``[k, n]`` float64, what rounding adds to the component.
+        nothing: ``[n]`` float64, below which a residual is as good as none.
+    """
+
+    def __init__(self, target: np.ndarray, kept: np.ndarray, scales: np.ndarray, basis: np.ndarray) -> None:
+        self.target, self.scales, self.basis = target, scales, basis
+        if scales.all():
+            self.levels = nearest_levels(target / scales)
+        else:
+            present = scales > 0
+            self.levels = np.where(present, nearest_levels(target / np.where(present, scales, 1)), kept)
+        self.values = values_of(self.levels, scales)
+        wide = target.astype(np.float64)
+        self.along, self.total = _dots(basis, wide), _sum(wide * wide)
+        self.residual = _dots(basis, self.values - wide)
+        self.nothing = NOTHING * np.sqrt(self.total)
+
+    def error(self) -> np.ndarray:
+        """Return the squared norm of what rounding added, ``[n]`` float64."""
+        off = self.values.astype(np.float64) - self.target
+        return _sum(off * off)
+
+    def size(self) -> np.ndarray:
+        """Return the norm of the residual, ``[n]`` float64."""
+        size: np.ndarray = np.sqrt(_sum(self.residual * self.residual))
+        return size
+
+    def moves(self, along: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return for some columns the levels beside theirs against what points along, and their values."""
+        moved = np.clip(self.levels[:, which] - np.sign(along).astype(np.int16), -LAST, LAST)
+        return moved, values_of(moved, self.scales[:, which])
+
+
+def _take_rounds(columns: _Columns) -> None:
+    """Take moves in the order of their price per gain until the residual is covered, as often as that helps."""
+    reach = np.full(columns.total.shape, -1.0)
+    for _ in range(ROUNDS):
+        size = columns.size()
+        which = np.flatnonzero(size > np.maximum(reach, columns.nothing))
+        if not len(which):
+            return
+        size = size[which]
+        along = _along(columns.basis, columns.residual[:, which] / size)
+        moved, beside = columns.moves(along, which)
+        step = beside - columns.values[:, which]
+        gains = np.abs(along) * np.abs(step)
+        reach[which] = gains.max(axis=0) / len(columns.basis) ** 2
+        buckets = _buckets(columns, which, step, gains)
+        taken = _cheapest(buckets, gains, size)
+        columns.levels[:, which] = np.where(taken, moved, columns.levels[:, which])
+        columns.values[:, which] = np.where(taken, beside, columns.values[:, which])
+        columns.residual[:, which] += _dots(columns.basis, np.where(taken, step, 0.0))
+
+
+def _buckets(columns: _Columns, which: np.ndarray, step: np.ndarray, gains: np.ndarray) -> np.ndarray:
+    """Return the bucket of each move, by price per gain; of what moves nothing, one that is never reached."""
+    off = columns.values[:, which] - columns.target[:, which]
+    price = step * (off + off + step)
+    norms = np.sqrt(columns.total[which])
+    relative = (price / np.where(gains > 0, gains * norms, 1.0)).astype(np.float32)
+    # The leading bits of a float: its exponent and a quarter of it.
+    bits = (np.maximum(relative, np.float32(0)).view(np.int32) >> 21) - ((127 - 14) << 2)
+    return np.where(gains > 0, np.clip(bits, 0, BUCKETS - 1), BUCKETS)
+
+
+def _cheapest(buckets: np.ndarray, gains: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Return which moves are taken: by bucket, then by row, until one would exceed the size."""
+    cols = buckets.shape[1]
+    sums = np.bincount((buckets * cols + np.arange(cols)).ravel(), gains.ravel(), (BUCKETS + 1) * cols)
+    covered = np.cumsum(sums.reshape(BUCKETS + 1, cols), axis=0)
+    border = (covered <= size).sum(axis=0)  # a bucket without moves does not count: its sum is that of the one before
+    before = np.where(border > 0, np.take_along_axis(covered, np.maximum(border - 1, 0)[None], 0)[0], 0.0)
+    at_border = buckets == border
+    within = np.cumsum(np.where(at_border, gains, 0.0), axis=0) <= size - before
+    taken: np.ndarray = (buckets < border) | (at_border & within)
+    return taken & (buckets < BUCKETS)
+
+
+def _polish(columns: _Columns) -> None:
+    """Make the single moves that lower the residual the most, one after the other."""
+    which = np.flatnonzero(columns.size() > columns.nothing)
+    heights = (columns.basis**2).sum(axis=0)[:, None]
+    for _ in range(POLISHES * len(columns.basis)):
+        if not len(which):
+            return
+        along = _along(columns.basis, columns.residual[:, which])
+        moved, beside = columns.moves(along, which)
+        step = beside - columns.values[:, which]
+        changes = step * (2 * along + step * heights)
+        best = changes.argmin(axis=0)
+        each = np.arange(len(which))
+        better = changes[best, each] < 0
+        best, each, which = best[better], each[better], which[better]
+        columns.levels[best, which] = moved[best, each]
+        columns.values[best, which] = beside[best, each]
+        columns.residual[:, which] += columns.basis[:, best] * step[best, each]
+        which = which[columns.size()[which] > columns.nothing[which]]
+
+
+def _dots(basis: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return ``R`` times columns, ``[k, n]`` float64, summed in the order of the rows."""
+    return np.stack([_sum(line[:, None] * values) for line in basis])
+
+
+def _along(basis: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the sum of the directions with weights ``[k, n]``, as columns ``[d, n]`` float64."""
+    summed: np.ndarray = basis[0][:, None] * weights[0]
+    for line, weight in zip(basis[1:], weights[1:], strict=True):
+        summed += line[:, None] * weight
+    return summed
+
+
+def _sum(values: np.ndarray) -> np.ndarray:
+    """Return the sum down each column, ``[n]``, in the order of the rows; NumPy adds up a single one in pairs."""
+    summed: np.ndarray = values.sum(axis=0) if values.shape[1] > 1 else np.add.accumulate(values, axis=0)[-1]
+    return summed

@@ -1,0 +1,24 @@
+"""FP8 checkpoints elsewhere: scales are read by ranges, from whichever shard, and the bytes are those from a folder."""
+
+from coded_checkpoints import write_fp8
+from command_line import checked
+from raw_checkpoints import snapshot, write_directions
+
+
+def test_from_the_hub_into_a_folder_and_from_the_hub_to_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    source = write_fp8(tmp_path / "local")
+    write_directions(tmp_path / "d.safetensors", layers=2, hidden=256)
+    options = ["-d", tmp_path / "d.safetensors", "--source-layer", 1]
+    checked(source, tmp_path / "expected", *options)
+    hub.add("org/model", source)
+
+    checked("org/model", tmp_path / "out", *options)
+
+    found, expected = snapshot(tmp_path / "out"), snapshot(tmp_path / "expected")
+    assert found.pop("ablation.json") != expected.pop("ablation.json")  # it says where the source is
+    assert found == expected
+    assert "4 to the bit" in checked("verify", "org/model", tmp_path / "out").output
+
+    checked("org/model", "hub:me/edited", *options)
+    assert "4 to the bit" in checked("verify", "org/model", "hub:me/edited").output
