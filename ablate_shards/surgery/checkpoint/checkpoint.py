@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ablate_shards.errors import CheckpointError, PlanError, reason
-from ablate_shards.names import RECEIPT_NAMES, is_report
+from ablate_shards.names import CONFIG_NAME, RECEIPT_NAMES, WEIGHTS_NAME, is_report
 from ablate_shards.surgery.checkpoint.files import Files, Folder, Remote, leaves_folder
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, Shard, TensorInfo, read_header
 
@@ -40,6 +40,7 @@ _OTHER_WEIGHTS = {
     ".pth",
     ".refuse",
 }
+_MLX_ADAPTER = re.compile(r"(?:\d+_)?adapters\.safetensors")
 _NUMBERED = re.compile(r"^(?P<stem>.*?)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
 
 
@@ -123,6 +124,7 @@ def assemble(files: Files, remote: Remote | None = None) -> Checkpoint:
     """
     listed = list(files.walk())
     edited = any(name in RECEIPT_NAMES for name, _ in listed)
+    with_adapter = files.has(CONFIG_NAME)
     index = _index_name(files, (name for name, _ in listed))
     weight_map = {} if index is None else _read_index(files, index)
     named = set(weight_map.values())
@@ -140,7 +142,7 @@ def assemble(files: Files, remote: Remote | None = None) -> Checkpoint:
                 left_out.append((name, "activations or directions, not weights"))
             elif name.startswith("consolidated"):
                 left_out.append((name, "holds the weights in another layout, unedited"))
-            elif "/" in name or name == "adapter_model.safetensors":
+            elif "/" in name or name == WEIGHTS_NAME or (with_adapter and _MLX_ADAPTER.fullmatch(name)):
                 sidecars.append(name)
             elif index is not None:
                 raise CheckpointError(
@@ -158,10 +160,22 @@ def assemble(files: Files, remote: Remote | None = None) -> Checkpoint:
     if index is not None:
         shards = [_indexed_shard(files, name, index) for name in sorted(named)]
         _check_index(files.shown(index), weight_map, shards)
+    elif not shards and with_adapter:
+        raise CheckpointError(
+            f"{files.name}: holds an adapter, not a model; name the model that it was trained on, or add it "
+            "to that one with `ablate-shards merge MODEL ADAPTER OUT`"
+        )
     elif not shards:
         raise CheckpointError(f"{files.name}: no safetensors weights here; convert the checkpoint to safetensors first")
     else:
         _check_numbering(files, [shard.name for shard in shards])
+    if with_adapter:
+        raise CheckpointError(
+            f"{files.shown(CONFIG_NAME)}: lies beside the weights of a model, so transformers adds its adapter to them "
+            f"whenever it loads the folder, and they alone are not the model; move {CONFIG_NAME} and the adapter's "
+            "weights to a folder of their own (from the Hub, download the repository first), and add them with "
+            "`ablate-shards merge MODEL ADAPTER OUT` if they belong to it"
+        )
     root = Path(files.name)
     return _checkpoint(root, files, shards, sidecars=sidecars, left_out=left_out, remote=remote)
 
