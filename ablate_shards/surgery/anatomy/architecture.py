@@ -20,6 +20,7 @@ __all__ = [
     "common_ending",
     "dissect",
     "family_names",
+    "head_of",
     "split_layer",
 ]
 
@@ -137,6 +138,26 @@ _DESCRIBE = "describe every writer with [[ablate.target]] in a recipe"
 _TOWER = re.compile(r"(?:^|[._])(?:visual|vision|image|video|audio|encoder)(?:$|[._])")
 _PROJECTOR = re.compile(r"projector|merger|embed_vision|embed_audio")
 _ATTENTION = re.compile(r"attn|attention")
+_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
+#: Those whose class in transformers ties the output head where config.json does not say.
+_TIED_BY_DEFAULT = frozenset(
+    {
+        "cohere",
+        "cohere2",
+        "falcon",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "gemma4",
+        "gemma4_text",
+        "gpt2",
+        "gpt_bigcode",
+        "opt",
+        "smollm3",
+        "starcoder2",
+    }
+)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _IN_LAYER = re.compile(rf"(?P<head>.*?(?:^|\.)(?:layers?|h|blocks?))\.{_LAYER}\.(?P<inner>.+)")
 
@@ -384,7 +405,7 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
         writers=writers,
         left_out=(*left_out, *strays),
         tied=_is_tied(tensors, settings),
-        notes=_notes(tensors, (*writers, *left_out, *strays)),
+        notes=_notes(tensors, settings, (*writers, *left_out, *strays)),
     )
 
 
@@ -464,7 +485,7 @@ def _dissect_by_targets(tensors: Mapping[str, TensorInfo], settings: _Settings, 
         writers=writers,
         left_out=tuple(left_out),
         tied=_is_tied(tensors, settings),
-        notes=_notes(tensors, (*writers, *left_out)),
+        notes=_notes(tensors, settings, (*writers, *left_out)),
     )
 
 
@@ -589,15 +610,27 @@ def _length_of(name: str, tensors: Mapping[str, TensorInfo]) -> int:
     )
 
 
+def head_of(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Returns the tensor that is the output head, None where none is stored."""
+    return next((name for name in tensors if _HEAD.search(name) and not name.startswith(_MTP_ROOT)), None)
+
+
 def _is_tied(tensors: Mapping[str, TensorInfo], settings: _Settings) -> bool:
-    # The outer configuration ties; without one, a missing head is a tied head.
+    # The outer configuration ties; one that does not say so leaves it to its class, and a missing head is a tied head.
     said = [values.get("tie_word_embeddings") for values in reversed(settings.values)]
-    head = any(re.search(r"(?:^|\.)(?:lm_head|embed_out)\.weight$", name) for name in tensors)
-    return bool(next((tied for tied in said if tied is not None), not head))
+    by_default = settings.model_type in _TIED_BY_DEFAULT or head_of(tensors) is None
+    return bool(next((tied for tied in said if tied is not None), by_default))
 
 
-def _notes(tensors: Mapping[str, TensorInfo], items: Sequence[Writer | LeftOut]) -> tuple[str, ...]:
+def _notes(
+    tensors: Mapping[str, TensorInfo], settings: _Settings, items: Sequence[Writer | LeftOut]
+) -> tuple[str, ...]:
     notes = []
+    if _is_tied(tensors, settings) and (head := head_of(tensors)) is not None:
+        notes.append(
+            f"the output head is tied to the token embedding, yet {head} is stored too: where their bytes are equal, "
+            "both are edited, otherwise each is a parameter of its own"
+        )
     if count := sum(item.mtp for item in items):
         notes.append(
             f"{count} tensors belong to multi-token prediction, which reads the stream and writes to one of its own"

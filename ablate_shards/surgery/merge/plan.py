@@ -15,6 +15,7 @@ from ablate_shards.errors import AdapterError, ArchitectureError, PlanError
 from ablate_shards.kernels.codecs.plain import STORED, decoded, encode
 from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAMES, WEIGHTS_NAME
 from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect
+from ablate_shards.surgery.anatomy.tied import stored_head
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.digest import base_digest
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
@@ -164,11 +165,23 @@ class _Planner:
                     f"{self._file}: {other.source[0]} and {edit.source[0]} both change {edit.name}; "
                     "merge them with peft itself"
                 )
-        if self._anatomy is not None and self._anatomy.tied:
-            embedding = {writer.name for writer in self._anatomy.writers if writer.component == "embedding"}
-            if embedding & seen.keys():
-                self.notes.append("the output head is tied to the token embedding, so both are changed")
-        return edits
+        return edits + self._of_tied_head(seen)
+
+    def _of_tied_head(self, edits: dict[str, MergeEdit]) -> list[MergeEdit]:
+        """Returns the edit of a head that is stored although it is tied: that of the embedding whose bytes it has."""
+        if self._anatomy is None or not self._anatomy.tied:
+            return []
+        embeddings = [writer.name for writer in self._anatomy.writers if writer.component == "embedding"]
+        if edits.keys().isdisjoint(embeddings):
+            return []
+        head = stored_head(self._checkpoint, self._anatomy)
+        if head is None:
+            self.notes.append("the output head is tied to the token embedding, so both are changed")
+        elif head.tensor.name not in edits:
+            self.notes.append(head.note)
+            if head.embedding in edits:
+                return [dataclasses.replace(edits[head.embedding], **dataclasses.asdict(head.tensor))]
+        return []
 
     def _check_base(self) -> None:
         for path, source in self._adapter.copies.items():
@@ -359,7 +372,11 @@ class _Planner:
 
     def _no_match(self, source: str, path: str) -> str:
         tied = self._anatomy is not None and self._anatomy.tied and path.startswith("lm_head.")
-        why = "whose output head is tied to the token embedding" if tied else "so the adapter is of another model"
+        why = (
+            f"whose output head is tied to the token embedding and not stored; {_WITH_PEFT}, which stores it"
+            if tied
+            else "so the adapter is of another model"
+        )
         return f"{self._file}: {source} matches no weight of {self._checkpoint.name} ({path}), {why}"
 
     def _find(self, path: str) -> str | None:
