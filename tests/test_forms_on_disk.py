@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import warnings
 
-import peft
 import pytest
 import torch
 from command_line import checked
 from raw_checkpoints import write_directions
 from safetensors.torch import load_file, save_file
-from tiny_models import TINY_MODELS, save_tiny_model
+from tiny_models import TINY_MODELS, save_tiny_adapter, save_tiny_model
 
 TOKENS = torch.arange(3, 27)[None]
 
@@ -20,25 +18,11 @@ def logits(folder, name):
         return TINY_MODELS[name].load(folder)(input_ids=TOKENS).logits
 
 
-def save_adapter(name, folder, adapter, **settings):
-    """Saves an adapter of random values, as peft does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(TINY_MODELS[name].load(folder), peft.LoraConfig(**settings))
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-        model.save_pretrained(adapter)
-    return adapter
-
-
 @pytest.fixture
 def adapted(tmp_path):
     """A model with an adapter of its own in its folder."""
     folder = save_tiny_model(TINY_MODELS["llama"], tmp_path / "model")
-    save_adapter("llama", folder, folder, r=4, target_modules=["down_proj"])
+    save_tiny_adapter(TINY_MODELS["llama"], folder, folder, r=4, target_modules=["down_proj"])
     (folder / "README.md").unlink()
     return folder
 
@@ -130,7 +114,7 @@ def test_a_head_of_its_own_stays_as_it_is_although_the_configuration_ties_it(tmp
 
 def test_a_merge_into_a_tied_embedding_changes_the_stored_head_too(tmp_path):
     base = save_tiny_model(TINY_MODELS["qwen2"], tmp_path / "base")
-    adapter = save_adapter("qwen2", base, tmp_path / "adapter", r=4, target_modules=["embed_tokens"])
+    adapter = save_tiny_adapter(TINY_MODELS["qwen2"], base, tmp_path / "adapter", r=4, target_modules=["embed_tokens"])
     once, both = tmp_path / "once", tmp_path / "both"
     checked("merge", base, adapter, once)
     store_head(base)

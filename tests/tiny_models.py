@@ -1,5 +1,6 @@
 """Tiny random-weight transformers models, one per architecture of the table and per form on disk."""
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-__all__ = ["TINY_MODELS", "TinyModel", "capture_stream", "save_tiny_model"]
+__all__ = ["TINY_MODELS", "TinyModel", "capture_stream", "save_tiny_adapter", "save_tiny_model"]
 
 HIDDEN = 32
 VOCAB = 64
@@ -345,6 +346,22 @@ def save_tiny_model(tiny: TinyModel, folder: Path, *, seed: int = 0) -> Path:
             tensors[name] = torch.randn(shape, generator=generator)
         save_file(tensors, file, metadata={"format": "pt"})
     return folder
+
+
+def save_tiny_adapter(tiny: TinyModel, folder: Path, adapter: Path, **settings: Any) -> Path:
+    """Saves an adapter of random values for a saved model, as peft does, and returns its folder."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(tiny.load(folder), peft.LoraConfig(**settings))
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(adapter)
+    return adapter
 
 
 def capture_stream(model: torch.nn.Module, *, tokens: int = 48) -> list[torch.Tensor]:

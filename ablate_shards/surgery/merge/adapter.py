@@ -117,6 +117,7 @@ class Adapter:
         replaced: Whole parameters, from their path in the model to the tensor that replaces them.
         copies: Parameters of the base that were saved along and never trained, likewise.
         base: Digest of the base it was trained on, None where nobody wrote it down.
+        peft_version: The version of peft that saved it, None where it does not say.
     """
 
     path: Path
@@ -127,6 +128,7 @@ class Adapter:
     replaced: Mapping[str, str]
     copies: Mapping[str, str]
     base: str | None
+    peft_version: str | None = None
 
     def scaling(self, key: str) -> tuple[int, float]:
         """Returns rank and scale of a module or parameter, by its path in the model that was trained.
@@ -193,7 +195,8 @@ def read_adapter(path: Path) -> Adapter:
         hint = "; only safetensors are read, so save the adapter again with a current peft" if pickled else ""
         raise AdapterError(f"{path}: holds no {WEIGHTS_NAME}{hint}")
     raw = config_path.read_bytes()
-    config = _checked(_object(config_path, raw), config_path)
+    content = _object(config_path, raw)
+    config, version = _checked(content, config_path), content.get("peft_version")
     try:
         shard, _ = read_header(weights)
     except CheckpointError as error:
@@ -213,6 +216,7 @@ def read_adapter(path: Path) -> Adapter:
         replaced=replaced,
         copies=copies,
         base=_base_of(path / TRAINING_NAME),
+        peft_version=version if isinstance(version, str) else None,
     )
 
 

@@ -109,9 +109,9 @@ class _LowRankFactors:
         downs, ups = self._read
         expert = matrix if edit.expert is None else edit.expert
         right, left = downs[expert], ups[:, :, expert]
-        if edit.rows is not None:
-            left = left[slice(*edit.rows)]
-        return (right.T, left.T) if edit.transposed else (left, right)
+        if edit.transposed:
+            left, right = right.T, left.T
+        return (left if edit.rows is None else left[slice(*edit.rows)]), right
 
 
 class _Addition:

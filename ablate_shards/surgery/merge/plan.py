@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class MergeEdit:
         transposed: Whether the stored weight is ``(B·A)ᵀ`` in shape.
         experts: Experts that A and B are stacked of, 1 for a single matrix.
         expert: The one that this tensor is of, None where it holds all of them.
-        rows: The rows of B that this tensor takes, None for all.
+        rows: The rows of the update that this tensor takes, None for all.
     """
 
     name: str
@@ -247,6 +248,7 @@ class _Planner:
         ]
         if not leaves:
             raise AdapterError(self._no_match(updates[0].down, f"{module}.weight"))
+        found: list[tuple[LowRank, str]] = []
         for update in updates:
             if update.kind == "embedding" or update.bias is not None:
                 raise AdapterError(f"{self._file}: {update.up}: expected a plain update of a parameter; {_WITH_PEFT}")
@@ -257,18 +259,57 @@ class _Planner:
                     f"{self._file}: {update.down} of shape {list(self._adapter.shape(update.down))} {what} "
                     f"of {module}, expected exactly one; {_WITH_PEFT}"
                 )
-            yield from self._of_parameter(update, module, fitting[0])
+            found.append((update, fitting[0]))
+        # Whatever is read from left to right or from right to left is so for all parameters of a module.
+        ways = {
+            self._wanted(update) != self._shape_of(module, leaf) for update, leaf in found if not self._square(update)
+        }
+        for update, leaf in found:
+            transposed = next(iter(ways)) if len(ways) == 1 else self._wanted(update) != self._shape_of(module, leaf)
+            if self._square(update) and not ways:
+                transposed = self._reads_input_first(update, module, leaf)
+            yield from self._of_parameter(update, module, leaf, transposed=transposed)
 
-    def _of_parameter(self, update: LowRank, module: str, leaf: str) -> Iterator[MergeEdit]:
+    def _reads_input_first(self, update: LowRank, module: str, leaf: str) -> bool:
+        """Tells whether an adapter of square experts ``[E, d1, d2]`` takes their first axis for the input.
+
+        peft before 0.19.1 takes every stack for ``[E, in, out]``, except that 0.19.0 has it the wrong way round for
+        modules that transformers marks as transposed. From 0.19.1 on, those that it marks are ``[E, in, out]`` and all
+        others ``[E, out, in]``; in versions of transformers that mark none, gpt-oss is one of the others.
+        """
+        name = self._stored(module, leaf)[0]
+        if len(self._stored(module, leaf)) == 1 and len(self._checkpoint.tensors[name].shape) == 2:
+            return False
+        family = None if self._anatomy is None else self._anatomy.family
+        marked = None if family in (None, "gpt-oss") else False
+        if (first := _takes_input_first(self._adapter.peft_version, marked=marked)) is None:
+            version = self._adapter.peft_version
+            raise AdapterError(
+                f"{self._file}: {update.down}: {name} is square, and which of its axes is the input depends on the "
+                f"versions of peft ({version or 'not given'}) and transformers that the adapter was trained with; "
+                f"{_WITH_PEFT}, in those versions"
+            )
+        return first
+
+    def _wanted(self, update: LowRank) -> tuple[int, int]:
+        return self._adapter.shape(update.up)[0], self._adapter.shape(update.down)[1]
+
+    def _square(self, update: LowRank) -> bool:
+        outer, inner = self._wanted(update)
+        return outer == inner
+
+    def _shape_of(self, module: str, leaf: str) -> tuple[int, ...]:
+        """Returns the shape that one expert has where all are one parameter."""
+        names = self._stored(module, leaf)
+        shape = self._checkpoint.tensors[names[0]].shape
+        return shape[-2:] if len(names) == 1 else (shape[0] * len(_UNFUSED[leaf]), *shape[1:])
+
+    def _of_parameter(self, update: LowRank, module: str, leaf: str, *, transposed: bool) -> Iterator[MergeEdit]:
         names = self._stored(module, leaf)
         first = self._checkpoint.tensors[names[0]]
-        outer, inner = self._adapter.shape(update.up)[0], self._adapter.shape(update.down)[1]
         if len(names) == 1:
             experts = first.shape[0] if len(first.shape) == 3 else 1
             rank, scale = self._scaling(update, f"{module}.{leaf}", experts)
-            transposed = first.shape[-2:] == (inner, outer) and len(first.shape) == 3
-            if transposed and inner == outer:
-                transposed = self._stored_as_conv1d(names[0], default=None)
             yield self._edit(
                 names[0], "low-rank", update.down, update.up,
                 rank=rank, scale=scale, transposed=transposed, experts=experts,
@@ -277,13 +318,13 @@ class _Planner:
         parts = len(_UNFUSED[leaf])
         experts = len(names) // parts
         rank, scale = self._scaling(update, f"{module}.{leaf}", experts)
-        height = outer // parts
+        height = first.shape[0]
         for place, name in enumerate(names):
             expert, part = divmod(place, parts)
-            self._check_shape(update.up, (height, inner), self._checkpoint.tensors[name])
+            self._check_shape(update.up, first.shape, self._checkpoint.tensors[name])
             yield self._edit(
                 name, "low-rank", update.down, update.up, rank=rank, scale=scale, experts=experts, expert=expert,
-                rows=(part * height, (part + 1) * height),
+                rows=(part * height, (part + 1) * height), transposed=transposed,
             )  # fmt: skip
 
     def _stored(self, module: str, leaf: str) -> list[str]:
@@ -302,11 +343,10 @@ class _Planner:
 
     def _fits(self, update: LowRank, module: str, leaf: str) -> bool:
         names = self._stored(module, leaf)
-        shape = self._checkpoint.tensors[names[0]].shape
-        wanted = (self._adapter.shape(update.up)[0], self._adapter.shape(update.down)[1])
-        if len(names) > 1:
-            return (shape[0] * len(_UNFUSED[leaf]), *shape[1:]) == wanted
-        return len(shape) in (2, 3) and (shape[-2:] == wanted or (len(shape) == 3 and shape[-2:] == wanted[::-1]))
+        dimensions = len(self._checkpoint.tensors[names[0]].shape)
+        shape, wanted = self._shape_of(module, leaf), self._wanted(update)
+        stacked = len(names) > 1 or dimensions == 3
+        return dimensions in (2, 3) and (shape == wanted or (stacked and shape == wanted[::-1]))
 
     def _replacement(self, path: str, source: str) -> MergeEdit:
         name = self._need(path, source)
@@ -337,25 +377,16 @@ class _Planner:
             )
         return rank, scale * self._scale
 
-    def _stored_as_conv1d(self, name: str, *, default: bool | None) -> bool:
-        """Tells the layout of a square weight by the architecture table: its own, or its neighbours'."""
+    def _stored_as_conv1d(self, name: str, *, default: bool) -> bool:
+        """Tells the layout of a square weight by the architecture table."""
         if self._anatomy is not None:
-            parent = name.removesuffix(".weight").rpartition(".")[0]
             axes = {
                 writer.name: writer.axis
                 for writer in self._anatomy.writers
                 if writer.kind == "weight" and writer.component != "embedding"
             }
-            near = {axis for other, axis in axes.items() if other.startswith(f"{parent}.")}
             if name in axes:
                 return axes[name] == -1
-            if default is None and len(near) == 1:
-                return near == {-1}
-        if default is None:
-            raise AdapterError(
-                f"{self._file}: {name} is square, and the architecture table does not say which of its axes is the "
-                f"input; {_WITH_PEFT}"
-            )
         return default
 
     def _check_shape(self, source: str, shape: tuple[int, ...], tensor: TensorInfo) -> None:
@@ -413,6 +444,26 @@ class _Planner:
             if writer.layer is not None and not writer.mtp
         )
         return tuple(f"{mark}." if mark else "" for mark in dict.fromkeys(marks))
+
+
+def _takes_input_first(version: str | None, *, marked: bool | None) -> bool | None:
+    """Returns whether peft takes the first axis of a stacked parameter for the input; None where that is not known.
+
+    Args:
+        version: The version of peft.
+        marked: Whether transformers marks the module as transposed, None where that depends on its version.
+    """
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)(\.dev)?", version or "")
+    if found is None:
+        return None
+    number = (int(found[1]), int(found[2]), int(found[3]))
+    if found[4] and number in ((0, 19, 0), (0, 19, 1)):
+        return None
+    if number < (0, 19, 0):
+        return True
+    if marked is None:
+        return None
+    return not marked if number == (0, 19, 0) else marked
 
 
 def _core(name: str) -> str:
