@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from command_line import checked
-from raw_checkpoints import write_directions
+from raw_checkpoints import llama_tensors, snapshot, tensor_bytes, write_directions, write_llama, write_shard
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS, save_tiny_adapter, save_tiny_model
 
@@ -123,3 +123,83 @@ def test_a_merge_into_a_tied_embedding_changes_the_stored_head_too(tmp_path):
     assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
     assert torch.equal(logits(both, "qwen2"), logits(once, "qwen2"))
     checked("verify", base, both, "--adapter", adapter)
+
+
+# ------------------------------------------------------------------------------------------- sets of files
+
+
+def as_mistral_names_it(tensors):
+    """Renames the tensors of a Llama checkpoint as those of a consolidated one."""
+    names = {
+        "model.": "",
+        "embed_tokens": "tok_embeddings",
+        "self_attn.o_proj": "attention.wo",
+        "mlp.down_proj": "feed_forward.w2",
+        "self_attn.": "attention.",
+        "mlp.": "feed_forward.",
+    }
+    renamed = {}
+    for name, values in tensors.items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        renamed[name] = values
+    return renamed
+
+
+def write_consolidated(folder, *, sharded):
+    """Writes what Mistral publishes beside the weights for transformers."""
+    tensors = as_mistral_names_it(llama_tensors())
+    if not sharded:
+        write_shard(folder / "consolidated.safetensors", tensors)
+        return
+    names = list(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        shard = f"consolidated-{number:05d}-of-00002.safetensors"
+        write_shard(folder / shard, {name: tensors[name] for name in part})
+        weight_map |= dict.fromkeys(part, shard)
+    (folder / "consolidated.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_consolidated_weights_and_their_index_are_a_set_of_their_own(tmp_path, sharded, indexed):
+    base = write_llama(tmp_path / "base", shards=1)
+    if not indexed:
+        (base / "model.safetensors.index.json").unlink()
+    directions = write_directions(tmp_path / "d.safetensors")
+    checked("ablate", base, tmp_path / "alone", "-d", directions, "--source-layer", 1)
+    write_consolidated(base, sharded=sharded)
+    checked("ablate", base, tmp_path / "out", "-d", directions, "--source-layer", 1)
+    kept, alone = snapshot(tmp_path / "out"), snapshot(tmp_path / "alone")
+    assert {name for name in kept if name.startswith("consolidated")} == set()
+    shard = "model-00001-of-00001.safetensors"
+    assert kept.keys() == alone.keys()
+    assert kept[shard] == alone[shard]
+    checked("verify", base, tmp_path / "out")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_consolidated_weights_alone_are_the_weights(tmp_path, sharded):
+    base = tmp_path / "base"
+    base.mkdir()
+    write_consolidated(base, sharded=sharded)
+    directions = write_directions(tmp_path / "d.safetensors")
+    said = checked("ablate", base, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1).output
+    assert "the tensor names are not those of an architecture in the table" in " ".join(said.split())
+    lines = said.partition("[[ablate.target]]")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("".join(lines[1:]))
+    checked("ablate", base, tmp_path / "out", "-d", directions, "--source-layer", 1, "--recipe", recipe)
+    llama = write_llama(tmp_path / "llama", shards=1)
+    checked("ablate", llama, tmp_path / "other", "-d", directions, "--source-layer", 1)
+    assert tensor_bytes(tmp_path / "out") == as_mistral_names_it(tensor_bytes(tmp_path / "other"))
+
+
+def test_an_index_of_shards_that_are_not_here_is_what_is_out_of_place(tmp_path):
+    base = write_llama(tmp_path / "base", shards=1)
+    (base / "model-00001-of-00001.safetensors").rename(base / "model.safetensors")
+    said = " ".join(checked("inspect", base, code=1).output.split())
+    assert "nothing of what it names is here, but model.safetensors is; remove the index" in said
+    (base / "model.safetensors.index.json").unlink()
+    checked("inspect", base)

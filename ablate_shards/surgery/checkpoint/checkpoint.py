@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -40,6 +40,8 @@ _OTHER_WEIGHTS = {
     ".pth",
     ".refuse",
 }
+_CONSOLIDATED = "consolidated"
+_INDEX_SUFFIX = ".safetensors.index.json"
 _MLX_ADAPTER = re.compile(r"(?:\d+_)?adapters\.safetensors")
 _NUMBERED = re.compile(r"^(?P<stem>.*?)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
 
@@ -125,9 +127,12 @@ def assemble(files: Files, remote: Remote | None = None) -> Checkpoint:
     listed = list(files.walk())
     edited = any(name in RECEIPT_NAMES for name, _ in listed)
     with_adapter = files.has(CONFIG_NAME)
-    index = _index_name(files, (name for name, _ in listed))
+    here = [name for name, why in listed if why is None and "/" not in name]
+    aside = _consolidated_are_aside(files, here)
+    index = _index_name(files, [name for name in here if not (aside and name.startswith(_CONSOLIDATED))])
     weight_map = {} if index is None else _read_index(files, index)
     named = set(weight_map.values())
+    _check_set(files, index, named, here)
     shards: list[Shard] = []
     sidecars: list[str] = []
     left_out: list[tuple[str, str]] = []
@@ -140,7 +145,7 @@ def assemble(files: Files, remote: Remote | None = None) -> Checkpoint:
             shard, metadata = files.header(name)
             if metadata.get("format", "").startswith(_OWN_FORMAT):
                 left_out.append((name, "activations or directions, not weights"))
-            elif name.startswith("consolidated"):
+            elif aside and name.startswith(_CONSOLIDATED):
                 left_out.append((name, "holds the weights in another layout, unedited"))
             elif "/" in name or name == WEIGHTS_NAME or (with_adapter and _MLX_ADAPTER.fullmatch(name)):
                 sidecars.append(name)
@@ -151,6 +156,8 @@ def assemble(files: Files, remote: Remote | None = None) -> Checkpoint:
                 )
             else:
                 shards.append(shard)
+        elif aside and name.startswith(_CONSOLIDATED) and name.endswith(_INDEX_SUFFIX):
+            left_out.append((name, "the index of weights in another layout"))
         elif PurePosixPath(name).suffix in _OTHER_WEIGHTS or name.endswith(".bin.index.json"):
             left_out.append((name, "holds weights in another format, unedited"))
         elif name in (*RECEIPT_NAMES, "activations.npz", "directions.npz") or (edited and is_report(name)):
@@ -252,8 +259,27 @@ def _fingerprint(files: Files, shards: Iterable[Shard], sidecars: Iterable[str])
     return digest.hexdigest()
 
 
+def _consolidated_are_aside(files: Files, names: Sequence[str]) -> bool:
+    """Returns whether files called consolidated, as Mistral publishes them, hold what others hold as well."""
+    weights = [name for name in names if name.endswith(".safetensors") and name != WEIGHTS_NAME]
+    if all(not name.startswith(_CONSOLIDATED) for name in weights):
+        return True
+    others = (name for name in weights if not name.startswith(_CONSOLIDATED))
+    return any(not files.header(name)[1].get("format", "").startswith(_OWN_FORMAT) for name in others)
+
+
+def _check_set(files: Files, index: str | None, named: Set[str], names: Sequence[str]) -> None:
+    """Refuses an index none of whose shards is there, beside other weights: it may be what is out of place."""
+    others = [name for name in names if name.endswith(".safetensors") and name != WEIGHTS_NAME]
+    if index is not None and others and not any(map(files.has, named)):
+        raise CheckpointError(
+            f"{files.shown(index)}: names {min(named)}, and nothing of what it names is here, but {others[0]} is; "
+            "remove the index if that is the whole model, or download the shards"
+        )
+
+
 def _index_name(files: Files, names: Iterable[str]) -> str | None:
-    found = sorted(name for name in names if "/" not in name and name.endswith(".safetensors.index.json"))
+    found = sorted(name for name in names if name.endswith(_INDEX_SUFFIX))
     if "model.safetensors.index.json" in found:
         return "model.safetensors.index.json"
     if len(found) > 1:
