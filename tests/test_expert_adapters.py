@@ -119,3 +119,35 @@ def test_parameters_of_the_same_module_tell_the_layout_where_the_version_does_no
     rewritten(adapter, the_other_way_round(adapter, 4) if exchanged else None, peft_version=None)
     checked("merge", base, adapter, tmp_path / "out")
     torch.testing.assert_close(logits(tiny, tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- today's own names
+
+LINEAR = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+MIXTRAL = ["q_proj", "w1", "w2", "w3"]
+TODAY = [
+    ("qwen3-moe", LINEAR),
+    ("qwen3-moe", "all-linear"),
+    ("qwen3-moe-fused", LINEAR),
+    ("mixtral", MIXTRAL),
+    ("mixtral", "all-linear"),
+    ("mixtral-fused", MIXTRAL),
+    ("olmoe", LINEAR),
+    ("deepseek-v3", LINEAR),
+    ("glm4-moe", LINEAR),
+    ("qwen3.5-moe", LINEAR),
+]
+
+
+@pytest.mark.parametrize(("name", "modules"), TODAY)
+def test_what_peft_makes_of_the_usual_targets(tmp_path, name, modules):
+    tiny = TINY_MODELS[name]
+    base = save_tiny_model(tiny, tmp_path / "base")
+    adapter = save_tiny_adapter(tiny, base, tmp_path / "adapter", r=2, lora_alpha=6, target_modules=modules)
+    if name != "qwen3.5-moe":
+        parameters = json.loads((adapter / "adapter_config.json").read_text())["target_parameters"]
+        assert {"gate_up_proj", "down_proj"} <= set(parameters)
+    expected = logits(tiny, base, adapter)
+    assert (expected - logits(tiny, base)).abs().max() > 0.1
+    checked("merge", base, adapter, tmp_path / "out")
+    torch.testing.assert_close(logits(tiny, tmp_path / "out"), expected, rtol=1e-4, atol=1e-3)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -32,8 +33,14 @@ _WITH_PEFT = "merge it with peft itself"
 
 _WRAPPERS = frozenset({"base_model", "language_model", "model", "transformer"})
 
-#: Matrices that a fused stack of experts is stored as, one tensor each, in the order of their rows.
-_UNFUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+#: Matrices that a fused stack of experts is stored as, one tensor each, in the order of their rows: as most call them
+#: and as Mixtral does.
+_UNFUSED = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+#: What one module is called in a model and in its checkpoint, either way round.
+_SPELLINGS = ((".mlp.", ".block_sparse_moe."), (".block_sparse_moe.", ".mlp."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +142,7 @@ class _Planner:
             self._anatomy = dissect(checkpoint.tensors, checkpoint.config)
         except ArchitectureError as error:
             self.notes.append(f"names alone say which weights are meant ({error})")
+        self._stacks: dict[tuple[str, str], list[str]] = {}
         self._by_core: defaultdict[str, list[str]] = defaultdict(list)
         for name in checkpoint.tensors:
             self._by_core[_core(name)].append(name)
@@ -240,11 +248,12 @@ class _Planner:
 
     def _of_parameters(self, module: str, updates: list[LowRank]) -> Iterator[MergeEdit]:
         """Plans the updates of a module whose parameters were wrapped one by one; shapes tell which is whose."""
-        targets = [target.rpartition(".") for target in self._adapter.config.target_parameters]
+        targets = sorted(self._adapter.config.target_parameters)
+        named = dict.fromkeys(target.rpartition(".")[2] for target in targets)
         leaves = [
             leaf
-            for parent, _, leaf in targets
-            if (module == parent or module.endswith(f".{parent}")) and self._stored(module, leaf)
+            for leaf in named
+            if any(f".{module}.{leaf}".endswith(f".{target}") for target in targets) and self._stored(module, leaf)
         ]
         if not leaves:
             raise AdapterError(self._no_match(updates[0].down, f"{module}.weight"))
@@ -302,7 +311,7 @@ class _Planner:
         """Returns the shape that one expert has where all are one parameter."""
         names = self._stored(module, leaf)
         shape = self._checkpoint.tensors[names[0]].shape
-        return shape[-2:] if len(names) == 1 else (shape[0] * len(_UNFUSED[leaf]), *shape[1:])
+        return shape[-2:] if len(names) == 1 else (shape[0] * _parts_of(leaf), *shape[1:])
 
     def _of_parameter(self, update: LowRank, module: str, leaf: str, *, transposed: bool) -> Iterator[MergeEdit]:
         names = self._stored(module, leaf)
@@ -315,7 +324,7 @@ class _Planner:
                 rank=rank, scale=scale, transposed=transposed, experts=experts,
             )  # fmt: skip
             return
-        parts = len(_UNFUSED[leaf])
+        parts = _parts_of(leaf)
         experts = len(names) // parts
         rank, scale = self._scaling(update, f"{module}.{leaf}", experts)
         height = first.shape[0]
@@ -329,17 +338,22 @@ class _Planner:
 
     def _stored(self, module: str, leaf: str) -> list[str]:
         """Returns the tensors that hold a parameter: one, or the matrices of one expert after the other."""
-        if (name := self._find(f"{module}.{leaf}")) is not None:
-            return [name]
-        names: list[str] = []
-        while leaf in _UNFUSED:
-            found = [
-                self._find(f"{module}.{len(names) // len(_UNFUSED[leaf])}.{part}.weight") for part in _UNFUSED[leaf]
-            ]
-            if None in found:
-                break
-            names += [name for name in found if name is not None]
-        return names
+        if (module, leaf) not in self._stacks:
+            one = self._find(f"{module}.{leaf}")
+            self._stacks[module, leaf] = [one] if one is not None else self._unfused(module, leaf)
+        return self._stacks[module, leaf]
+
+    def _unfused(self, module: str, leaf: str) -> list[str]:
+        for parts in _UNFUSED.get(leaf, ()):
+            names: list[str] = []
+            for expert in itertools.count():
+                found = [self._find(f"{module}.{expert}.{part}.weight") for part in parts]
+                if None in found:
+                    break
+                names += [name for name in found if name is not None]
+            if names:
+                return names
+        return []
 
     def _fits(self, update: LowRank, module: str, leaf: str) -> bool:
         names = self._stored(module, leaf)
@@ -419,6 +433,11 @@ class _Planner:
         Raises:
             AdapterError: More than one tensor is meant.
         """
+        spellings = (path.replace(old, new) for old, new in _SPELLINGS if old in path)
+        found = (self._find_as_spelled(spelling) for spelling in (path, *spellings))
+        return next((name for name in found if name is not None), None)
+
+    def _find_as_spelled(self, path: str) -> str | None:
         if path in self._checkpoint.tensors:
             return path
         core = _core(path)
@@ -444,6 +463,11 @@ class _Planner:
             if writer.layer is not None and not writer.mtp
         )
         return tuple(f"{mark}." if mark else "" for mark in dict.fromkeys(marks))
+
+
+def _parts_of(leaf: str) -> int:
+    """Returns how many matrices of an expert a fused parameter holds."""
+    return len(_UNFUSED[leaf][0])
 
 
 def _takes_input_first(version: str | None, *, marked: bool | None) -> bool | None:
