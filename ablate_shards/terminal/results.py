@@ -465,8 +465,9 @@ def _merged_by_layer(edits: "Sequence[MergeEdit]") -> "list[tuple[str, list[Merg
 
 def _merge_cells(edits: "Sequence[MergeEdit]") -> tuple[str, str, str]:
     """Returns the tensors, ranks and scales of edits of one layer and kind."""
-    ranks = sorted({edit.rank for edit in edits if edit.rank is not None})
-    scales = [] if edits[0].kind == "replaced" else sorted({edit.scale for edit in edits})
+    each = [part for edit in edits for part in edit.parts or (edit,)]
+    ranks = sorted({part.rank for part in each if part.rank is not None})
+    scales = [] if edits[0].kind == "replaced" else sorted({part.scale for part in each})
     return (
         _short_names(edit.name for edit in edits),
         ", ".join(map(str, ranks)) or "–",

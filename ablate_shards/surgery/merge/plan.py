@@ -23,7 +23,9 @@ from ablate_shards.surgery.checkpoint.digest import base_digest
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
 from ablate_shards.surgery.merge.adapter import Adapter, LowRank
 
-__all__ = ["MergeEdit", "MergePlan", "plan_merge", "receipts_beside"]
+__all__ = ["MergeEdit", "MergePart", "MergePlan", "plan_merge", "receipts_beside"]
+
+Kind = Literal["low-rank", "parts", "bias", "replaced"]
 
 _LARGEST_SCALE = 1000
 
@@ -39,8 +41,28 @@ _UNFUSED = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
 }
+#: Modules that a checkpoint may store as the rows of one, in their order.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_OF_EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<expert>\d{1,5})\.(?P<leaf>[^.]+)")
 #: What one module is called in a model and in its checkpoint, either way round.
 _SPELLINGS = ((".mlp.", ".block_sparse_moe."), (".block_sparse_moe.", ".mlp."))
+
+
+@dataclass(frozen=True, slots=True)
+class MergePart:
+    """Rows of a tensor that an update of its own is added to.
+
+    Attributes:
+        rows: The rows, counted through all matrices of a stack.
+        source: The adapter's A and B.
+        rank: Columns of B.
+        scale: The ``s`` of ``s·B·A``.
+    """
+
+    rows: tuple[int, int]
+    source: tuple[str, str]
+    rank: int
+    scale: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +76,8 @@ class MergeEdit:
         shape: Its shape as stored.
         start: Offset of its first byte in the shard.
         end: Offset one past its last byte.
-        kind: ``low-rank`` adds ``s·B·A``, ``bias`` adds ``s`` times a vector, ``replaced`` puts another there.
+        kind: ``low-rank`` adds ``s·B·A``, ``parts`` does so to some of its rows each, ``bias`` adds ``s`` times a
+            vector, ``replaced`` puts another there.
         source: The adapter's tensors: A and B, or the one that is added or put there.
         rank: Columns of B, of one expert.
         scale: The ``s`` above.
@@ -62,6 +85,7 @@ class MergeEdit:
         experts: Experts that A and B are stacked of, 1 for a single matrix.
         expert: The one that this tensor is of, None where it holds all of them.
         rows: The rows of the update that this tensor takes, None for all.
+        parts: The parts that are changed, in the order of their rows.
     """
 
     name: str
@@ -70,7 +94,7 @@ class MergeEdit:
     shape: tuple[int, ...]
     start: int
     end: int
-    kind: Literal["low-rank", "bias", "replaced"]
+    kind: Kind
     source: tuple[str, ...]
     rank: int | None = None
     scale: float = 1.0
@@ -78,6 +102,7 @@ class MergeEdit:
     experts: int = 1
     expert: int | None = None
     rows: tuple[int, int] | None = None
+    parts: tuple[MergePart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +123,11 @@ class MergePlan:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the plan as JSON types."""
-        return dataclasses.asdict(self)
+        content = dataclasses.asdict(self)
+        for edit in content["edits"]:
+            if not edit["parts"]:
+                del edit["parts"]
+        return content
 
     def sha256(self) -> str:
         """Returns the digest of the plan's canonical JSON form."""
@@ -159,12 +188,19 @@ class _Planner:
         modules: defaultdict[str, list[LowRank]] = defaultdict(list)
         for update in self._adapter.updates:
             modules[update.module].append(update)
+        parts: defaultdict[str, list[MergePart]] = defaultdict(list)
         for module, updates in modules.items():
             name = self._find(f"{module}.weight")
-            if len(updates) == 1 and updates[0].depth == 0 and name is not None:
+            plain = len(updates) == 1 and updates[0].depth == 0
+            if plain and name is not None:
                 edits += self._of_module(updates[0], name)
+            elif plain and (place := self._place_in_fused(updates[0])) is not None:
+                parts[place[0]].append(place[1])
+            elif plain and (names := self._split(module)):
+                edits += self._of_split(updates[0], names)
             else:
                 edits += self._of_parameters(module, updates)
+        edits += [self._of_parts(name, found) for name, found in parts.items()]
         for path, source in self._adapter.replaced.items():
             edits.append(self._replacement(path, source))
         seen: dict[str, MergeEdit] = {}
@@ -245,6 +281,98 @@ class _Planner:
             name = self._need(f"{update.module}.bias", update.bias)
             self._check_shape(update.bias, self._adapter.shape(update.bias), self._checkpoint.tensors[name])
             yield self._edit(name, "bias", update.bias, scale=scale)
+
+    def _place_in_fused(self, update: LowRank) -> tuple[str, MergePart] | None:
+        """Returns the tensor that holds a module's weight among others, and the part that it is of it."""
+        expert = _OF_EXPERT.fullmatch(update.module)
+        parent, _, leaf = update.module.rpartition(".")
+        for fused, leaves in _UNFUSED.items():
+            order = next((names for names in leaves if leaf in names), None)
+            if expert and order and (name := self._find(f"{expert['stack']}.{fused}")) is not None:
+                height = self._height_in_stack(update, name, len(order))
+                start = (int(expert["expert"]) * len(order) + order.index(leaf)) * height
+                return name, self._part(update, start, name)
+        for fused, names in _FUSED.items():
+            if leaf in names and (name := self._find(f"{parent}.{fused}.weight")) is not None:
+                height, rows = self._wanted(update)[0], self._checkpoint.tensors[name].shape[0]
+                keys = height if leaf != "q_proj" else (rows - height) // 2
+                starts = {
+                    "q_proj": 0,
+                    "k_proj": rows - 2 * keys,
+                    "v_proj": rows - keys,
+                    "gate_proj": 0,
+                    "up_proj": height,
+                }
+                if fused == "gate_up_proj":
+                    self._check_shape(update.up, (2 * height, self._wanted(update)[1]), self._checkpoint.tensors[name])
+                return name, self._part(update, starts[leaf], name)
+        return None
+
+    def _height_in_stack(self, update: LowRank, name: str, parts: int) -> int:
+        """Returns the rows of a matrix of one expert in a stack ``[E, out, in]`` of all, after checks."""
+        tensor = self._checkpoint.tensors[name]
+        outer, inner = self._wanted(update)
+        wanted = (outer * parts, inner)
+        fits, reversed_fits = tensor.shape[1:] == wanted, tensor.shape[1:] == wanted[::-1]
+        if fits and reversed_fits:
+            down = f"{name.rpartition('.')[0]}.down_proj"
+            axes = {writer.name: writer.axis for writer in self._anatomy.writers} if self._anatomy else {}
+            fits, reversed_fits = axes.get(down) == -2, axes.get(down) != -2
+        if reversed_fits and not fits:
+            raise AdapterError(
+                f"{self._file}: {update.down} is of one expert, and {name} of shape {list(tensor.shape)} stacks all of "
+                "them as [E, in, out], or does not tell; merge it into a checkpoint with a tensor per expert"
+            )
+        self._check_shape(update.up, (tensor.shape[0], *wanted), tensor)
+        return outer
+
+    def _part(self, update: LowRank, start: int, name: str) -> MergePart:
+        """Returns the part of a fused tensor that begins at a row."""
+        if update.kind == "embedding" or update.bias is not None:
+            raise AdapterError(
+                f"{self._file}: {update.up}: {name} is fused, and only plain updates fit it; {_WITH_PEFT}"
+            )
+        rank, scale = self._scaling(update, update.module, 1)
+        outer, inner = self._wanted(update)
+        shape = self._checkpoint.tensors[name].shape
+        if start < 0 or start + outer > math.prod(shape[:-1]) or inner != shape[-1]:
+            raise AdapterError(
+                f"{self._file}: {update.up}: expected rows of {name} of shape {list(shape)}, found [{outer}, {inner}] "
+                f"from row {start} on; merge it into the checkpoint that it was trained on"
+            )
+        return MergePart((start, start + outer), (update.down, update.up), rank, scale)
+
+    def _of_parts(self, name: str, parts: list[MergePart]) -> MergeEdit:
+        """Plans the updates of a tensor's parts, none of which may overlap."""
+        parts.sort(key=lambda part: part.rows)
+        for one, other in itertools.pairwise(parts):
+            if one.rows[1] > other.rows[0]:
+                raise AdapterError(
+                    f"{self._file}: {one.source[0]} and {other.source[0]} change the same rows of {name}; {_WITH_PEFT}"
+                )
+        sources = (source for part in parts for source in part.source)
+        return self._edit(name, "parts", *sources, parts=tuple(parts))
+
+    def _split(self, module: str) -> list[str]:
+        """Returns the tensors that hold the rows of a fused module, in their order; none where one is missing."""
+        parent, _, leaf = module.rpartition(".")
+        found = [self._find(f"{parent}.{part}.weight") for part in _FUSED.get(leaf, ())]
+        return [] if None in found else [name for name in found if name is not None]
+
+    def _of_split(self, update: LowRank, names: list[str]) -> Iterator[MergeEdit]:
+        """Plans the update of a fused module whose rows the checkpoint holds as several tensors."""
+        if update.kind == "embedding" or update.bias is not None:
+            raise AdapterError(f"{self._file}: {update.up}: expected a plain update of {names[0]}; {_WITH_PEFT}")
+        rank, scale = self._scaling(update, update.module, 1)
+        tensors = [self._checkpoint.tensors[name] for name in names]
+        rows = [0, *itertools.accumulate(tensor.shape[0] for tensor in tensors)]
+        for tensor, first, last in zip(tensors, rows, rows[1:], strict=False):
+            self._check_shape(
+                update.up, self._wanted(update), dataclasses.replace(tensor, shape=(rows[-1], tensor.shape[1]))
+            )
+            yield self._edit(
+                tensor.name, "low-rank", update.down, update.up, rank=rank, scale=scale, rows=(first, last)
+            )
 
     def _of_parameters(self, module: str, updates: list[LowRank]) -> Iterator[MergeEdit]:
         """Plans the updates of a module whose parameters were wrapped one by one; shapes tell which is whose."""
@@ -367,7 +495,7 @@ class _Planner:
         self._check_shape(source, self._adapter.shape(source), self._checkpoint.tensors[name])
         return self._edit(name, "replaced", source)
 
-    def _edit(self, name: str, kind: Literal["low-rank", "bias", "replaced"], *source: str, **more: Any) -> MergeEdit:
+    def _edit(self, name: str, kind: Kind, *source: str, **more: Any) -> MergeEdit:
         tensor = self._checkpoint.tensors[name]
         if tensor.dtype not in ITEM_BYTES:
             raise PlanError(
