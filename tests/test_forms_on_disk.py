@@ -203,3 +203,70 @@ def test_an_index_of_shards_that_are_not_here_is_what_is_out_of_place(tmp_path):
     assert "nothing of what it names is here, but model.safetensors is; remove the index" in said
     (base / "model.safetensors.index.json").unlink()
     checked("inspect", base)
+
+
+# ------------------------------------------------------------------------------------------- names of wrappers
+
+WRAPPERS = {
+    "torch.compile": lambda name: f"_orig_mod.{name}",
+    "activation checkpoints": lambda name: name.replace(".mlp.", "._checkpoint_wrapped_module.mlp."),
+    "FSDP": lambda name: f"_fsdp_wrapped_module.{name.replace('.self_attn.', '._fsdp_wrapped_module.self_attn.')}",
+    "DataParallel": lambda name: f"module.{name}",
+    "DataParallel of a compiled one": lambda name: f"module._orig_mod.{name}",
+}
+
+
+def renamed(file, wrap):
+    tensors = load_file(file)
+    save_file({wrap(name): values for name, values in tensors.items()}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_names_of_wrappers_in_a_base_are_no_part_of_its_own(tmp_path, wrapper):
+    base = save_tiny_model(TINY_MODELS["gemma2"], tmp_path / "base")
+    directions = write_directions(tmp_path / "d.safetensors", layers=2)
+    options = ("-d", directions, "--source-layer", 1, "--components", "attention,mlp,embedding")
+    adapter = save_tiny_adapter(TINY_MODELS["gemma2"], base, tmp_path / "adapter", r=2, target_modules=["down_proj"])
+    checked("ablate", base, tmp_path / "ablated", *options)
+    checked("merge", base, adapter, tmp_path / "merged")
+    wrap = WRAPPERS[wrapper]
+    renamed(base / "model.safetensors", wrap)
+    checked("ablate", base, tmp_path / "ablated as it is", *options)
+    checked("verify", base, tmp_path / "ablated as it is")
+    checked("merge", base, adapter, tmp_path / "merged as it is")
+    for name in ("ablated", "merged"):
+        plain = tensor_bytes(tmp_path / name)
+        assert {wrap(tensor): raw for tensor, raw in plain.items()} == tensor_bytes(tmp_path / f"{name} as it is")
+    assert "names hold those of a wrapper" in checked("inspect", base).output
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda name: name.replace("base_model.model.", "base_model.model.module."),
+        lambda name: name.replace(".mlp.", "._checkpoint_wrapped_module.mlp."),
+        lambda name: name.replace(".layers.0.", ".layers.0._fsdp_wrapped_module."),
+        lambda name: name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."),
+    ],
+)
+def test_names_of_wrappers_in_an_adapter_are_no_part_of_its_own(tmp_path, wrap):
+    base = save_tiny_model(TINY_MODELS["llama"], tmp_path / "base")
+    adapter = save_tiny_adapter(TINY_MODELS["llama"], base, tmp_path / "adapter", r=2, target_modules=["down_proj"])
+    checked("merge", base, adapter, tmp_path / "plain")
+    renamed(adapter / "adapter_model.safetensors", wrap)
+    checked("merge", base, adapter, tmp_path / "out")
+    assert tensor_bytes(tmp_path / "out") == tensor_bytes(tmp_path / "plain")
+
+
+def test_two_adapters_in_one_file_are_refused(tmp_path):
+    base = save_tiny_model(TINY_MODELS["llama"], tmp_path / "base")
+    adapter = save_tiny_adapter(TINY_MODELS["llama"], base, tmp_path / "adapter", r=2, target_modules=["down_proj"])
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    more = {name.replace(".weight", ".other.weight"): values.clone() for name, values in tensors.items()}
+    save_file(tensors | more, file)
+    said = checked("merge", base, adapter, tmp_path / "out", code=1).output
+    assert "are of the same module; save one adapter to a folder, with peft" in " ".join(said.split())

@@ -3,11 +3,12 @@
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from ablate_shards.errors import ArchitectureError
 from ablate_shards.surgery.anatomy.families import FAMILIES, Axis, Family, Layout, Module
+from ablate_shards.surgery.anatomy.wrappers import unwrapped
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
 __all__ = [
@@ -257,11 +258,29 @@ def dissect(
     settings = _read_settings(config)
     if targets:
         return _dissect_by_targets(tensors, settings, targets)
+    stored = {unwrapped(name): name for name in tensors}
+    if len(stored) == len(tensors) and any(plain != name for plain, name in stored.items()):
+        return _renamed(dissect({plain: tensors[name] for plain, name in stored.items()}, config), stored)
     family = _family_of(tensors, settings)
     for key, value, why in family.layout.refused:
         if settings.get(key) == value:
             raise ArchitectureError(f"{family.name} with {key} = {str(value).lower()} is refused: {why}")
     return _dissect_by_family(tensors, settings, family)
+
+
+def _renamed(anatomy: Anatomy, names: Mapping[str, str]) -> Anatomy:
+    """Returns what was found under plain names under those that are stored, which hold the names of wrappers."""
+    wrapped = next(name for plain, name in names.items() if plain != name)
+    note = f"names hold those of a wrapper, as in {wrapped}; they are kept, and transformers loads none of them"
+    return replace(
+        anatomy,
+        writers=tuple(
+            replace(writer, name=names[writer.name], gain=None if writer.gain is None else names[writer.gain])
+            for writer in anatomy.writers
+        ),
+        left_out=tuple(replace(item, name=names[item.name]) for item in anatomy.left_out),
+        notes=(*anatomy.notes, note),
+    )
 
 
 def _read_settings(config: Mapping[str, Any] | None) -> _Settings:

@@ -15,6 +15,7 @@ from msgspec import Meta
 from ablate_shards.errors import AdapterError, CheckpointError
 from ablate_shards.kernels.codecs.plain import STORED, decoded
 from ablate_shards.names import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
+from ablate_shards.surgery.anatomy.wrappers import unwrapped
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo, read_header
 from ablate_shards.validation import Finite, checked
 
@@ -23,7 +24,7 @@ __all__ = ["Adapter", "LoraSettings", "LowRank", "read_adapter"]
 _ROOT = "base_model.model."
 _FACTOR = re.compile(
     r"(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\."
-    r"(?:lora_(?P<factor>[AB])\.(?P<what>weight|bias)|lora_embedding_(?P<embedding>[AB]))"
+    r"(?:lora_(?P<factor>[AB])\.(?:[^.]+\.)?(?P<what>weight|bias)|lora_embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
 )
 _BASE_COPY = re.compile(r"(?P<module>.+?)\.base_layer\.(?P<what>weight|bias)")
 _NOT_PLAIN = re.compile(r"(?:^|\.)(?P<what>lora_\w+|token_adapter|trainable_tokens\w*|modules_to_save)(?:\.|$)")
@@ -265,6 +266,14 @@ def _checked(config: Mapping[str, Any], path: Path) -> LoraSettings:
         raise AdapterError(f"{path}: {error}") from error
 
 
+def _inner(name: str) -> str:
+    """Returns a tensor's name in the model that was trained, without peft's and wrappers' own."""
+    inner = unwrapped(name)
+    while inner.startswith(_ROOT):
+        inner = unwrapped(inner.removeprefix(_ROOT))
+    return inner
+
+
 def _sort(
     tensors: tuple[TensorInfo, ...], path: Path, config: LoraSettings
 ) -> tuple[tuple[LowRank, ...], dict[str, str], dict[str, str]]:
@@ -272,9 +281,7 @@ def _sort(
     factors: dict[tuple[str, int, str], dict[str, str]] = {}
     rest: list[tuple[str, str]] = []
     for tensor in tensors:
-        inner = tensor.name
-        while inner.startswith(_ROOT):
-            inner = inner.removeprefix(_ROOT)
+        inner = _inner(tensor.name)
         match = _FACTOR.fullmatch(inner)
         if match is None:
             rest.append((inner, tensor.name))
@@ -288,7 +295,10 @@ def _sort(
                 f"{path}: {tensor.name}: expected 2 dimensions, found {list(tensor.shape)}; it was saved in pieces"
             )
         key = (match["module"], match["nested"].count(".base_layer"), kind)
-        factors.setdefault(key, {})[role] = tensor.name
+        if (other := factors.setdefault(key, {}).setdefault(role, tensor.name)) != tensor.name:
+            raise AdapterError(
+                f"{path}: {other} and {tensor.name} are of the same module; save one adapter to a folder, with peft"
+            )
     for key, found in factors.items():
         if missing := {"A", "B"} - found.keys():
             raise AdapterError(f"{path}: {key[0]}: expected both lora_A and lora_B, found no lora_{missing.pop()}")

@@ -18,6 +18,7 @@ from ablate_shards.kernels.codecs.plain import STORED, decoded, encode
 from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAMES, WEIGHTS_NAME
 from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect
 from ablate_shards.surgery.anatomy.tied import stored_head
+from ablate_shards.surgery.anatomy.wrappers import unwrapped
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.digest import base_digest
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
@@ -620,7 +621,7 @@ def _takes_input_first(version: str | None, *, marked: bool | None) -> bool | No
 
 def _core(name: str) -> str:
     """Returns a name without the prefixes that differ between a model, its text part and its checkpoint."""
-    parts = name.split(".")
+    parts = unwrapped(name).split(".")
     while len(parts) > 1 and parts[0] in _WRAPPERS:
         del parts[0]
     return ".".join(parts)
