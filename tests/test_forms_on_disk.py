@@ -270,3 +270,40 @@ def test_two_adapters_in_one_file_are_refused(tmp_path):
     save_file(tensors | more, file)
     said = checked("merge", base, adapter, tmp_path / "out", code=1).output
     assert "are of the same module; save one adapter to a folder, with peft" in " ".join(said.split())
+
+
+# ------------------------------------------------------------------------------------------- multimodal models
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("mistral", "model.", "model.text_model."),
+        ("mistral", "model.", "text_model.model."),
+        ("qwen3", "model.", "text_model."),
+        ("gemma2", "model.", "model.text_model."),
+        ("opt", "model.", "language_model.model."),
+    ],
+)
+def test_a_decoder_is_found_where_a_multimodal_model_keeps_it(tmp_path, name, old, new):
+    base = save_tiny_model(TINY_MODELS[name], tmp_path / "base")
+    directions = write_directions(tmp_path / "d.safetensors", layers=2)
+    options = ("-d", directions, "--source-layer", 1, "--components", "attention,mlp,embedding")
+    adapter = save_tiny_adapter(TINY_MODELS[name], base, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+    checked("ablate", base, tmp_path / "ablated", *options)
+    checked("merge", base, adapter, tmp_path / "merged")
+
+    def moved(tensor):
+        return new + tensor.removeprefix(old) if tensor.startswith(old) else tensor
+
+    renamed(base / "model.safetensors", moved)
+    config = json.loads((base / "config.json").read_text())
+    outer = {"model_type": "of-many", "text_config": config} | (
+        {"tie_word_embeddings": config["tie_word_embeddings"]} if "tie_word_embeddings" in config else {}
+    )
+    (base / "config.json").write_text(json.dumps(outer))
+    checked("ablate", base, tmp_path / "ablated elsewhere", *options)
+    checked("merge", base, adapter, tmp_path / "merged elsewhere")
+    for result in ("ablated", "merged"):
+        plain = tensor_bytes(tmp_path / result)
+        assert {moved(tensor): raw for tensor, raw in plain.items()} == tensor_bytes(tmp_path / f"{result} elsewhere")

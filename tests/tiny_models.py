@@ -80,6 +80,7 @@ _PIXTRAL: dict[str, Any] = {
     "patch_size": 4,
 }
 _SIGLIP = {**_PIXTRAL, "model_type": "siglip_vision_model"}
+_IDEFICS_VISION = {key: value for key, value in _PIXTRAL.items() if key != "model_type"}
 _CLIP = {**_PIXTRAL, "model_type": "clip_vision_model", "projection_dim": 16}
 _GPT = {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 64}
 _GPT |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -168,6 +169,22 @@ TINY_MODELS: dict[str, TinyModel] = {
     "llama-bare": _tiny("Llama", "Llama", head="Model"),
     "llava": _multimodal(
         "Llama", "LlavaForConditionalGeneration", "LlavaConfig", {**_BASE, "model_type": "llama"}, _CLIP
+    ),
+    "idefics3": _multimodal(
+        "Llama",
+        "Idefics3ForConditionalGeneration",
+        "Idefics3Config",
+        {**_BASE, "model_type": "llama"},
+        _IDEFICS_VISION,
+        scale_factor=2,
+    ),
+    "smolvlm": _multimodal(
+        "Llama",
+        "SmolVLMForConditionalGeneration",
+        "SmolVLMConfig",
+        {**_BASE, "model_type": "llama"},
+        _IDEFICS_VISION,
+        scale_factor=2,
     ),
     "llama4": _tiny(
         "Llama 4",

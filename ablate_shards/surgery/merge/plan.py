@@ -34,7 +34,7 @@ _MOST_CANDIDATES = 6
 
 _WITH_PEFT = "merge it with peft itself"
 
-_WRAPPERS = frozenset({"base_model", "language_model", "model", "transformer"})
+_WRAPPERS = frozenset({"base_model", "language_model", "model", "text_model", "transformer"})
 
 #: Matrices that a fused stack of experts is stored as, one tensor each, in the order of their rows: as most call them
 #: and as Mixtral does.
