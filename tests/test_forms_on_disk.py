@@ -1,6 +1,7 @@
 """Checkpoints as they are found: what a loader computes from a folder decides, not only what its shards hold."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -9,6 +10,8 @@ from command_line import checked
 from raw_checkpoints import llama_tensors, snapshot, tensor_bytes, write_directions, write_llama, write_shard
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS, save_tiny_adapter, save_tiny_model
+
+from ablate_shards.data.demo import MODEL
 
 TOKENS = torch.arange(3, 27)[None]
 
@@ -307,3 +310,75 @@ def test_a_decoder_is_found_where_a_multimodal_model_keeps_it(tmp_path, name, ol
     for result in ("ablated", "merged"):
         plain = tensor_bytes(tmp_path / result)
         assert {moved(tensor): raw for tensor, raw in plain.items()} == tensor_bytes(tmp_path / f"{result} elsewhere")
+
+
+# ------------------------------------------------------------------------------------------- the wrong folder
+
+
+def test_the_folder_that_is_meant_is_named(tmp_path):
+    cache = tmp_path / "models--org--name"
+    snapshot_folder = cache / "snapshots" / "0a1b2c"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0a1b2c")
+    base = save_tiny_model(TINY_MODELS["llama"], tmp_path / "base")
+    (cache / "blobs").mkdir()
+    snapshot_folder.mkdir(parents=True)
+    for number, file in enumerate(sorted(base.iterdir())):
+        shutil.copy(file, cache / "blobs" / str(number))
+        (snapshot_folder / file.name).symlink_to(f"../../blobs/{number}")
+    said = " ".join(checked("inspect", cache, code=1).output.split())
+    assert "no safetensors weights here, but in snapshots/0a1b2c; name that folder" in said
+    checked("inspect", snapshot_folder)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"positive": "a", "negative": "b"}\n')
+    said = checked("capture", cache, tmp_path / "dump.safetensors", "--pairs", pairs, code=1).output
+    assert "found none, but in snapshots/0a1b2c; name that folder" in " ".join(said.split())
+
+    adapter = save_tiny_adapter(
+        TINY_MODELS["llama"], base, tmp_path / "run" / "checkpoint-5", r=2, target_modules=["q_proj"]
+    )
+    said = " ".join(checked("merge", base, tmp_path / "run", tmp_path / "out", code=1).output.split())
+    assert "holds no adapter_config.json, but in checkpoint-5; name that folder" in said
+    checked("merge", base, adapter, tmp_path / "out")
+    shutil.copytree(adapter, tmp_path / "run" / "checkpoint-9")
+    said = " ".join(checked("merge", base, tmp_path / "run", tmp_path / "other", code=1).output.split())
+    assert "but in checkpoint-5, checkpoint-9; name one" in said
+
+
+def test_commands_that_are_printed_can_be_pasted(tmp_path):
+    base = save_tiny_model(TINY_MODELS["llama"], tmp_path / "my base")
+    adapter = save_tiny_adapter(TINY_MODELS["llama"], base, tmp_path / "it's mine", r=2, target_modules=["q_proj"])
+    said = checked("merge", base, adapter, tmp_path / "my out").output
+    command = said.partition("check it with: ")[2]
+    checked(*shlex.split(command)[1:])
+    directions = write_directions(tmp_path / "d.safetensors", layers=2)
+    said = checked("ablate", base, tmp_path / "my other", "-d", directions, "--source-layer", 1).output
+    checked(*shlex.split(said.partition("check it with: ")[2])[1:])
+
+
+def test_plain_numbers_are_not_called_quantised(tmp_path):
+    base = save_tiny_model(TINY_MODELS["llama"], tmp_path / "base")
+    file = base / "model.safetensors"
+    save_file({name: values.double() for name, values in load_file(file).items()}, file, {"format": "pt"})
+    directions = write_directions(tmp_path / "d.safetensors", layers=2)
+    said = checked("ablate", base, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1).output
+    assert "found F64; convert the checkpoint to one of them first" in " ".join(said.split())
+
+
+def test_the_chat_template_of_a_processor_is_used(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"positive": "good", "negative": "bad"}\n{"positive": "warm", "negative": "cold"}\n')
+    checked("capture", folder, tmp_path / "before.safetensors", "--pairs", pairs)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    file = folder / "chat_template.jinja"
+    template = file.read_text() if file.is_file() else config.pop("chat_template")
+    file.unlink(missing_ok=True)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    said = checked("capture", folder, tmp_path / "none.safetensors", "--pairs", pairs, code=1).output
+    assert "has no chat template" in " ".join(said.split())
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    checked("capture", folder, tmp_path / "after.safetensors", "--pairs", pairs)
+    before, after = (load_file(tmp_path / f"{name}.safetensors") for name in ("before", "after"))
+    assert all(torch.equal(before[name], after[name]) for name in before)

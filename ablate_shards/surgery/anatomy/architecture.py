@@ -573,7 +573,8 @@ def _blocked(parts: Sequence[_Hit], tensors: Mapping[str, TensorInfo]) -> LeftOu
     chief = max(parts, key=lambda hit: tensors[hit.name].end - tensors[hit.name].start)
     odd = next((hit for hit in (chief, *parts) if hit.rest not in (".weight", "")), None)
     if (dtype := tensors[chief.name].dtype) not in _EDITABLE:
-        why = f"expected BF16, F16 or F32, found {dtype}; dequantise the checkpoint to one of them first"
+        way = "convert" if dtype == "F64" else "dequantise"
+        why = f"expected BF16, F16 or F32, found {dtype}; {way} the checkpoint to one of them first"
     elif odd is not None:
         what = odd.rest.lstrip("._")
         why = f"expected a plain weight, found {what}; merge the adapter or dequantise the checkpoint first"

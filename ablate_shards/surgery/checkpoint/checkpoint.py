@@ -12,7 +12,7 @@ import numpy as np
 
 from ablate_shards.errors import CheckpointError, PlanError, reason
 from ablate_shards.names import CONFIG_NAME, RECEIPT_NAMES, WEIGHTS_NAME, is_report
-from ablate_shards.surgery.checkpoint.files import Files, Folder, Remote, leaves_folder
+from ablate_shards.surgery.checkpoint.files import Files, Folder, Remote, leaves_folder, pointed_at
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, Shard, TensorInfo, read_header
 
 __all__ = [
@@ -173,7 +173,9 @@ def assemble(files: Files, remote: Remote | None = None) -> Checkpoint:
             "to that one with `ablate-shards merge MODEL ADAPTER OUT`"
         )
     elif not shards:
-        raise CheckpointError(f"{files.name}: no safetensors weights here; convert the checkpoint to safetensors first")
+        below = pointed_at(name for name in sidecars if name.endswith(".safetensors"))
+        way_out = below or "; convert the checkpoint to safetensors first"
+        raise CheckpointError(f"{files.name}: no safetensors weights here{way_out}")
     else:
         _check_numbering(files, [shard.name for shard in shards])
     if with_adapter:

@@ -16,6 +16,7 @@ from ablate_shards.errors import AdapterError, CheckpointError
 from ablate_shards.kernels.codecs.plain import STORED, decoded
 from ablate_shards.names import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from ablate_shards.surgery.anatomy.wrappers import unwrapped
+from ablate_shards.surgery.checkpoint.files import pointed_at
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo, read_header
 from ablate_shards.validation import Finite, checked
 
@@ -190,7 +191,8 @@ def read_adapter(path: Path) -> Adapter:
     if not path.is_dir():
         raise AdapterError(f"{path}: expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, found none")
     if not config_path.is_file():
-        raise AdapterError(f"{path}: holds no {CONFIG_NAME}, so it is not a peft adapter")
+        below = pointed_at(file.relative_to(path).as_posix() for file in sorted(path.glob(f"**/{CONFIG_NAME}")))
+        raise AdapterError(f"{path}: holds no {CONFIG_NAME}{below or ', so it is not a peft adapter'}")
     if not weights.is_file():
         pickled = (path / "adapter_model.bin").is_file()
         hint = "; only safetensors are read, so save the adapter again with a current peft" if pickled else ""
