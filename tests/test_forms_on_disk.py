@@ -382,3 +382,50 @@ def test_the_chat_template_of_a_processor_is_used(tmp_path):
     checked("capture", folder, tmp_path / "after.safetensors", "--pairs", pairs)
     before, after = (load_file(tmp_path / f"{name}.safetensors") for name in ("before", "after"))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# ------------------------------------------------------------------------------------------- adapters of MLX
+
+
+def as_mlx(adapter, folder, **config):
+    """Writes an adapter of peft as mlx-lm saves it: its factors are those of ``x @ lora_a @ lora_b``."""
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    given = {"rank": settings["r"], "scale": settings["lora_alpha"] / settings["r"], "dropout": 0.0}
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"fine_tune_type": "lora", "lora_parameters": given, "num_layers": 16, **config})
+    )
+    names = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
+    tensors = {}
+    for name, values in load_file(adapter / "adapter_model.safetensors").items():
+        end = next((end for end in names if name.endswith(end)), None)
+        if end is None:  # the head of the base, which peft saves along
+            continue
+        tensors[name.removeprefix("base_model.model.").removesuffix(end) + names[end]] = values.T.contiguous()
+    save_file(tensors, folder / "adapters.safetensors")
+    return folder
+
+
+def test_an_adapter_of_mlx_gives_what_the_same_of_peft_does(tmp_path):
+    base = save_tiny_model(TINY_MODELS["llama"], tmp_path / "base")
+    modules = ["q_proj", "k_proj", "o_proj", "down_proj", "lm_head"]
+    adapter = save_tiny_adapter(
+        TINY_MODELS["llama"], base, tmp_path / "adapter", r=4, lora_alpha=6, target_modules=modules
+    )
+    mlx = as_mlx(adapter, tmp_path / "mlx")
+    checked("merge", base, adapter, tmp_path / "by peft")
+    checked("merge", base, mlx, tmp_path / "by mlx")
+    expected, found = tensor_bytes(tmp_path / "by peft"), tensor_bytes(tmp_path / "by mlx")
+    assert found == expected
+    assert found != tensor_bytes(base)
+    assert "to the bit" in checked("verify", base, tmp_path / "by mlx", "--adapter", mlx).output
+
+
+@pytest.mark.parametrize(
+    "config", [{"fine_tune_type": "dora"}, {"fine_tune_type": "full"}, {"lora_parameters": {"rank": 4}}]
+)
+def test_other_adapters_of_mlx_are_refused(tmp_path, config):
+    base = save_tiny_model(TINY_MODELS["llama"], tmp_path / "base")
+    adapter = save_tiny_adapter(TINY_MODELS["llama"], base, tmp_path / "adapter", r=4, target_modules=["q_proj"])
+    mlx = as_mlx(adapter, tmp_path / "mlx", **config)
+    assert "fuse it with `mlx_lm.fuse`" in checked("merge", base, mlx, tmp_path / "out", code=1).output

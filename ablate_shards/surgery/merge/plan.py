@@ -15,7 +15,7 @@ import numpy as np
 
 from ablate_shards.errors import AdapterError, ArchitectureError, PlanError
 from ablate_shards.kernels.codecs.plain import STORED, decoded, encode
-from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAMES, WEIGHTS_NAME
+from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAMES
 from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect
 from ablate_shards.surgery.anatomy.tied import stored_head
 from ablate_shards.surgery.anatomy.wrappers import unwrapped
@@ -165,7 +165,7 @@ class _Planner:
 
     def __init__(self, checkpoint: Checkpoint, adapter: Adapter, scale: float) -> None:
         self._checkpoint, self._adapter, self._scale = checkpoint, adapter, scale
-        self._file = adapter.path / WEIGHTS_NAME
+        self._file = adapter.path / adapter.weights
         self._anatomy: Anatomy | None = None
         self.notes: list[str] = []
         try:
@@ -270,7 +270,7 @@ class _Planner:
         tensor = self._checkpoint.tensors[name]
         rank, scale = self._scaling(update, update.module, 1)
         outer, inner = self._adapter.shape(update.up)[0], self._adapter.shape(update.down)[1]
-        if update.kind == "embedding":
+        if update.kind != "linear":
             transposed = True
         elif outer == inner and tensor.shape == (outer, inner):
             transposed = self._stored_as_conv1d(name, default=self._adapter.config.fan_in_fan_out)
@@ -329,7 +329,7 @@ class _Planner:
 
     def _part(self, update: LowRank, start: int, name: str) -> MergePart:
         """Returns the part of a fused tensor that begins at a row."""
-        if update.kind == "embedding" or update.bias is not None:
+        if update.kind != "linear" or update.bias is not None:
             raise AdapterError(
                 f"{self._file}: {update.up}: {name} is fused, and only plain updates fit it; {_WITH_PEFT}"
             )
@@ -362,7 +362,7 @@ class _Planner:
 
     def _of_split(self, update: LowRank, names: list[str]) -> Iterator[MergeEdit]:
         """Plans the update of a fused module whose rows the checkpoint holds as several tensors."""
-        if update.kind == "embedding" or update.bias is not None:
+        if update.kind != "linear" or update.bias is not None:
             raise AdapterError(f"{self._file}: {update.up}: expected a plain update of {names[0]}; {_WITH_PEFT}")
         rank, scale = self._scaling(update, update.module, 1)
         tensors = [self._checkpoint.tensors[name] for name in names]
@@ -388,7 +388,7 @@ class _Planner:
             raise AdapterError(self._no_match(updates[0].down, f"{module}.weight"))
         found: list[tuple[LowRank, str]] = []
         for update in updates:
-            if update.kind == "embedding" or update.bias is not None:
+            if update.kind != "linear" or update.bias is not None:
                 raise AdapterError(f"{self._file}: {update.up}: expected a plain update of a parameter; {_WITH_PEFT}")
             fitting = [leaf for leaf in leaves if self._fits(update, module, leaf)]
             if len(fitting) != 1:
@@ -507,7 +507,7 @@ class _Planner:
     def _scaling(self, update: LowRank, key: str, experts: int) -> tuple[int, float]:
         rank, scale = self._adapter.scaling(key)
         down, up = self._adapter.shape(update.down), self._adapter.shape(update.up)
-        if update.kind == "linear" and (len(down), len(up)) != (2, 2):
+        if update.kind != "embedding" and (len(down), len(up)) != (2, 2):
             raise AdapterError(
                 f"{self._file}: {update.down}: expected 2 dimensions, found {list(down)}; LoRA on convolutions is not "
                 f"merged here, {_WITH_PEFT}"
