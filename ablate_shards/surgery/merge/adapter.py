@@ -255,7 +255,7 @@ def _sort_mlx(
     names = {tensor.name: tensor for tensor in tensors}
     updates = []
     for name, tensor in names.items():
-        module, _, factor = name.rpartition(".")
+        module, factor = name.rpartition(".")[::2]
         other = f"{module}.{'lora_b' if factor == 'lora_a' else 'lora_a'}"
         if factor not in ("lora_a", "lora_b") or other not in names or len(tensor.shape) != 2 or 0 in tensor.shape:
             raise AdapterError(
