@@ -3,7 +3,9 @@
 import json
 import shlex
 import shutil
+import warnings
 
+import peft
 import pytest
 import torch
 from command_line import checked
@@ -126,6 +128,20 @@ def test_a_merge_into_a_tied_embedding_changes_the_stored_head_too(tmp_path):
     assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
     assert torch.equal(logits(both, "qwen2"), logits(once, "qwen2"))
     checked("verify", base, both, "--adapter", adapter)
+
+
+def test_a_stored_head_that_is_trained_by_itself_is_a_parameter_of_its_own(tmp_path):
+    base = save_tiny_model(TINY_MODELS["qwen2"], tmp_path / "base")
+    store_head(base)
+    adapter = save_tiny_adapter(TINY_MODELS["qwen2"], base, tmp_path / "adapter", r=4, target_modules=["lm_head"])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(TINY_MODELS["qwen2"].load(base), adapter)
+        expected = model(input_ids=TOKENS).logits
+    said = " ".join(checked("merge", base, adapter, tmp_path / "out").output.split())
+    assert "lm_head.weight is changed by itself" in said
+    torch.testing.assert_close(logits(tmp_path / "out", "qwen2"), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - logits(base, "qwen2")).abs().max() > 0.1
 
 
 # ------------------------------------------------------------------------------------------- sets of files

@@ -16,13 +16,13 @@ import numpy as np
 from ablate_shards.errors import AdapterError, ArchitectureError, PlanError
 from ablate_shards.kernels.codecs.plain import STORED, decoded, encode
 from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAMES
-from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect
+from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect, head_of
 from ablate_shards.surgery.anatomy.tied import stored_head
-from ablate_shards.surgery.anatomy.wrappers import unwrapped
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.digest import base_digest
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
 from ablate_shards.surgery.merge.adapter import Adapter, LowRank
+from ablate_shards.surgery.merge.names import Names
 
 __all__ = ["MergeEdit", "MergePart", "MergePlan", "plan_merge", "receipts_beside"]
 
@@ -30,11 +30,7 @@ Kind = Literal["low-rank", "parts", "bias", "replaced"]
 
 _LARGEST_SCALE = 1000
 
-_MOST_CANDIDATES = 6
-
 _WITH_PEFT = "merge it with peft itself"
-
-_WRAPPERS = frozenset({"base_model", "language_model", "model", "text_model", "transformer"})
 
 #: Matrices that a fused stack of experts is stored as, one tensor each, in the order of their rows: as most call them
 #: and as Mixtral does.
@@ -45,8 +41,6 @@ _UNFUSED = {
 #: Modules that a checkpoint may store as the rows of one, in their order.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _OF_EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<expert>\d{1,5})\.(?P<leaf>[^.]+)")
-#: What one module is called in a model and in its checkpoint, either way round.
-_SPELLINGS = ((".mlp.", ".block_sparse_moe."), (".block_sparse_moe.", ".mlp."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +167,7 @@ class _Planner:
         except ArchitectureError as error:
             self.notes.append(f"names alone say which weights are meant ({error})")
         self._stacks: dict[tuple[str, str], list[str]] = {}
-        self._by_core: defaultdict[str, list[str]] = defaultdict(list)
-        for name in checkpoint.tensors:
-            self._by_core[_core(name)].append(name)
+        self._find = Names(checkpoint, self._anatomy, self._file).find
 
     def plan(self) -> list[MergeEdit]:
         """Returns the edits, each of another tensor, in no order."""
@@ -217,17 +209,24 @@ class _Planner:
         """Returns the edit of a head that is stored although it is tied: that of the embedding whose bytes it has."""
         if self._anatomy is None or not self._anatomy.tied:
             return []
+        if (name := head_of(self._checkpoint.tensors)) in edits:
+            self.notes.append(
+                f"config.json ties the output head to the token embedding, and {name} is changed by itself: "
+                "transformers 5 keeps the two apart, and loaders that always tie ignore it until tie_word_embeddings "
+                "is false"
+            )
+            return []
         embeddings = [writer.name for writer in self._anatomy.writers if writer.component == "embedding"]
         if edits.keys().isdisjoint(embeddings):
             return []
         head = stored_head(self._checkpoint, self._anatomy)
         if head is None:
             self.notes.append("the output head is tied to the token embedding, so both are changed")
-        elif head.tensor.name not in edits:
-            self.notes.append(head.note)
-            if head.embedding in edits:
-                return [dataclasses.replace(edits[head.embedding], **dataclasses.asdict(head.tensor))]
-        return []
+            return []
+        self.notes.append(head.note)
+        if head.embedding not in edits:
+            return []
+        return [dataclasses.replace(edits[head.embedding], **dataclasses.asdict(head.tensor))]
 
     def _check_base(self) -> None:
         for path, source in self._adapter.copies.items():
@@ -536,7 +535,7 @@ class _Planner:
         if shape != tensor.shape:
             raise AdapterError(
                 f"{self._file}: {source}: expected what fits {tensor.name} of shape {list(tensor.shape)}, "
-                f"found what fits {list(shape)}; the adapter is of another model"
+                f"found what fits {list(shape)}; merge the adapter into the model that it was trained on"
             )
 
     def _need(self, path: str, source: str) -> str:
@@ -547,51 +546,11 @@ class _Planner:
     def _no_match(self, source: str, path: str) -> str:
         tied = self._anatomy is not None and self._anatomy.tied and path.startswith("lm_head.")
         why = (
-            f"whose output head is tied to the token embedding and not stored; {_WITH_PEFT}, which stores it"
+            f", whose output head is tied to the token embedding and not stored; {_WITH_PEFT}, which stores it"
             if tied
-            else "so the adapter is of another model"
+            else f"; merge it into the model that it was trained on, or if that is this one, {_WITH_PEFT}"
         )
-        return f"{self._file}: {source} matches no weight of {self._checkpoint.name} ({path}), {why}"
-
-    def _find(self, path: str) -> str | None:
-        """Returns the tensor that a parameter of the trained model is stored as.
-
-        The model may hold it under other prefixes than the checkpoint does. Names that are the same without them
-        are the same parameter; otherwise only the decoder is searched, never towers or multi-token prediction.
-
-        Raises:
-            AdapterError: More than one tensor is meant.
-        """
-        spellings = (path.replace(old, new) for old, new in _SPELLINGS if old in path)
-        found = (self._find_as_spelled(spelling) for spelling in (path, *spellings))
-        return next((name for name in found if name is not None), None)
-
-    def _find_as_spelled(self, path: str) -> str | None:
-        if path in self._checkpoint.tensors:
-            return path
-        core = _core(path)
-        found = self._by_core.get(core, [])
-        if len(found) != 1:
-            among = found or [name for name in self._checkpoint.tensors if name.endswith(f".{core}")]
-            inside = [name for name in among if name.startswith(self._roots())]
-            found = inside if inside or not found else found
-        if len(found) > 1:
-            shown = ", ".join(found[:_MOST_CANDIDATES])
-            raise AdapterError(
-                f"{self._file}: {path} may be any of {shown} of {self._checkpoint.name}; expected exactly one"
-            )
-        return found[0] if found else None
-
-    def _roots(self) -> tuple[str, ...]:
-        """Returns what the names of the decoder's tensors start with."""
-        if self._anatomy is None:
-            return ()
-        marks = (
-            writer.name.split(f".{writer.layer}.")[0].rpartition(".")[0]
-            for writer in self._anatomy.writers
-            if writer.layer is not None and not writer.mtp
-        )
-        return tuple(f"{mark}." if mark else "" for mark in dict.fromkeys(marks))
+        return f"{self._file}: {source} matches no weight of {self._checkpoint.name} ({path}){why}"
 
 
 def _parts_of(leaf: str) -> int:
@@ -617,14 +576,6 @@ def _takes_input_first(version: str | None, *, marked: bool | None) -> bool | No
     if marked is None:
         return None
     return not marked if number == (0, 19, 0) else marked
-
-
-def _core(name: str) -> str:
-    """Returns a name without the prefixes that differ between a model, its text part and its checkpoint."""
-    parts = unwrapped(name).split(".")
-    while len(parts) > 1 and parts[0] in _WRAPPERS:
-        del parts[0]
-    return ".".join(parts)
 
 
 #: Elements of a parameter that is replaced or compared, read at a time.
