@@ -1,6 +1,7 @@
 """Directions of other scripts: one vector that names no layer, and files that hold something else."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -53,6 +54,11 @@ def several(path):
     torch.save({"directions": {12: TENSOR, 13: TENSOR * 2}}, path)
 
 
+def written(path, write):
+    with path.open("wb") as file:
+        write(file)
+
+
 OTHERS = {
     "several.pt": (several, "holds directions.12 [32] of float64, directions.13 [32] of float64"),
     "layers.npy": (lambda path: np.save(path, np.ones((3, 32))), "holds an array [3, 32] of float64"),
@@ -62,6 +68,10 @@ OTHERS = {
     "objects.npy": (lambda path: np.save(path, {"a": VECTOR}, allow_pickle=True), "not an array of numbers"),
     "vector.json": (lambda path: path.write_text(json.dumps({"12": VECTOR.tolist()})), "is text (JSON), not tensors"),
     "vector.bin": (lambda path: torch.save(TENSOR, path), "is a ZIP archive, as PyTorch (.pt)"),
+    "arrays.safetensors": (lambda path: written(path, lambda file: np.savez(file, VECTOR)), "is a ZIP archive"),
+    "array.safetensors": (lambda path: written(path, lambda file: np.save(file, VECTOR)), "is a NumPy array"),
+    "pickle.safetensors": (lambda path: path.write_bytes(pickle.dumps([1.0] * 9, 4)), "is a Python pickle"),
+    "model.safetensors": (lambda path: path.write_bytes(b"GGUF\3\0\0\0" + bytes(40)), "is a GGUF file"),
     "pointer.safetensors": (
         lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"),
         "is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`",

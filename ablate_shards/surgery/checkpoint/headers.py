@@ -82,8 +82,11 @@ def _other_kind(path: Path) -> str | None:
             first = file.read(32)
     except OSError:
         return None
-    # The header of a damaged safetensors file has its length before it.
-    return next((what for begins, what in _OTHER_KINDS if first.startswith(begins) and first[7:8] != b"\0"), None)
+    for begins, what in _OTHER_KINDS:
+        # A damaged safetensors file begins with the length of its header, which fewer bytes may look like.
+        if first.startswith(begins) and (len(begins) >= 4 or first[7:8] != b"\0"):
+            return what
+    return None
 
 
 def read_header(path: Path, name: str | None = None, shown: str | None = None) -> tuple[Shard, Mapping[str, str]]:
