@@ -63,7 +63,7 @@ _OTHER_KINDS = (
     (b"version https://git-lfs", "is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`"),
     (b"PK\x03\x04", f"is a ZIP archive, as PyTorch (.pt) and NumPy (.npz) write; give it its own ending, or {_EXPORT}"),
     (b"\x80\x02", f"is a Python pickle, which may run code; {_EXPORT}"),
-    (b"\x80\x04", f"is a Python pickle, which may run code; {_EXPORT}"),
+    (b"\x80\x04\x95", f"is a Python pickle, which may run code; {_EXPORT}"),
     (b"\x93NUMPY", f"is a NumPy array; give it the ending .npy, or {_EXPORT}"),
     (
         b"GGUF",
@@ -84,7 +84,7 @@ def _other_kind(path: Path) -> str | None:
         return None
     for begins, what in _OTHER_KINDS:
         # A damaged safetensors file begins with the length of its header, which fewer bytes may look like.
-        if first.startswith(begins) and (len(begins) >= 4 or first[7:8] != b"\0"):
+        if first.startswith(begins) and (len(begins) > 2 or first[7:8] != b"\0"):
             return what
     return None
 
