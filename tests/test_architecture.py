@@ -205,7 +205,8 @@ class TestQuantised:
         (item,) = anatomy.left_out
         assert (item.name, item.layer, item.component) == (f"{module}.{chief}", 1, "mlp")
         assert item.blocked
-        assert f"found {dtype}; dequantise" in item.reason
+        way = "convert" if dtype == "F64" else "dequantise"
+        assert f"found {dtype}; {way} the checkpoint" in item.reason
 
     def test_mxfp4_experts_are_blocked_and_their_bias_found(self) -> None:
         module = "model.layers.0.mlp.experts.down_proj"

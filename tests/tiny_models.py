@@ -1,5 +1,6 @@
 """Tiny random-weight transformers models, one per architecture of the table and per form on disk."""
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-__all__ = ["TINY_MODELS", "TinyModel", "capture_stream", "save_tiny_model"]
+__all__ = ["TINY_MODELS", "TinyModel", "capture_stream", "save_tiny_adapter", "save_tiny_model"]
 
 HIDDEN = 32
 VOCAB = 64
@@ -79,6 +80,7 @@ _PIXTRAL: dict[str, Any] = {
     "patch_size": 4,
 }
 _SIGLIP = {**_PIXTRAL, "model_type": "siglip_vision_model"}
+_IDEFICS_VISION = {key: value for key, value in _PIXTRAL.items() if key != "model_type"}
 _CLIP = {**_PIXTRAL, "model_type": "clip_vision_model", "projection_dim": 16}
 _GPT = {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 64}
 _GPT |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -167,6 +169,22 @@ TINY_MODELS: dict[str, TinyModel] = {
     "llama-bare": _tiny("Llama", "Llama", head="Model"),
     "llava": _multimodal(
         "Llama", "LlavaForConditionalGeneration", "LlavaConfig", {**_BASE, "model_type": "llama"}, _CLIP
+    ),
+    "idefics3": _multimodal(
+        "Llama",
+        "Idefics3ForConditionalGeneration",
+        "Idefics3Config",
+        {**_BASE, "model_type": "llama"},
+        _IDEFICS_VISION,
+        scale_factor=2,
+    ),
+    "smolvlm": _multimodal(
+        "Llama",
+        "SmolVLMForConditionalGeneration",
+        "SmolVLMConfig",
+        {**_BASE, "model_type": "llama"},
+        _IDEFICS_VISION,
+        scale_factor=2,
     ),
     "llama4": _tiny(
         "Llama 4",
@@ -345,6 +363,22 @@ def save_tiny_model(tiny: TinyModel, folder: Path, *, seed: int = 0) -> Path:
             tensors[name] = torch.randn(shape, generator=generator)
         save_file(tensors, file, metadata={"format": "pt"})
     return folder
+
+
+def save_tiny_adapter(tiny: TinyModel, folder: Path, adapter: Path, **settings: Any) -> Path:
+    """Saves an adapter of random values for a saved model, as peft does, and returns its folder."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(tiny.load(folder), peft.LoraConfig(**settings))
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(adapter)
+    return adapter
 
 
 def capture_stream(model: torch.nn.Module, *, tokens: int = 48) -> list[torch.Tensor]:

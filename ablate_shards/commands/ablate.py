@@ -121,7 +121,8 @@ def ablate(
     prepared = output.prepare(source, out, (directions, activations, *without), progress)
     checkpoint = prepared.checkpoint
     estimation = EstimatorOptions(estimator=estimator, rank=rank, winsorize=winsorize)
-    found, used = _find_directions(checkpoint, directions, activations, estimation, without, progress)
+    layer = settings["source_layer"] if settings["layers"] is not None else None
+    found, used = _find_directions(checkpoint, directions, activations, estimation, without, progress, layer)
     progress.note(f"directions: {used}")
     options = AblateOptions(
         **settings,
@@ -174,6 +175,7 @@ def _find_directions(
     estimation: Any,
     without: tuple[Path, ...],
     progress: Any,
+    layer: Any,
 ) -> tuple[Any, Path]:
     from ablate_shards.surgery.directions.activations import open_activations
     from ablate_shards.surgery.directions.estimate import compute_directions
@@ -187,7 +189,7 @@ def _find_directions(
         if directions is not None and without:
             raise UsageError(f"--without is about activations, but {directions} holds directions already; use -a DUMP")
     if directions is not None:
-        return read_directions(directions), directions
+        return read_directions(directions, layer if isinstance(layer, int) else None), directions
     if activations is not None:
         dump = open_activations(activations)
         other = read_without(without, dump)

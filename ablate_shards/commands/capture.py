@@ -1,6 +1,7 @@
 """``capture``: runs a model on pairs of prompts and keeps what its layers compute."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -85,4 +86,5 @@ def capture(model: Path, dump: Path, *, pairs: Path, as_json: bool, quiet: bool,
             f"computed in {captured.dtype}"
         )
         click.echo(f"written to {captured.dump}")
-        click.echo(f"compute directions with: ablate-shards directions {captured.dump} directions.safetensors")
+        command = ["ablate-shards", "directions", str(captured.dump), "directions.safetensors"]
+        click.echo(f"compute directions with: {shlex.join(command)}")

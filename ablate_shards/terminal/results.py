@@ -1,6 +1,7 @@
 """What a person sees of a result: tables on stdout."""
 
 import re
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -161,7 +162,7 @@ def _rounding(results: "Sequence[TensorResult]") -> tuple[str, str]:
 
 
 def _print_where(
-    screen: Console, checkpoint: Checkpoint, out: Path | str, url: str | None, receipt: str, more: str = ""
+    screen: Console, checkpoint: Checkpoint, out: Path | str, url: str | None, receipt: str, more: Sequence[str] = ()
 ) -> None:
     """Says where the result is, and how to check it."""
     place = (
@@ -169,7 +170,8 @@ def _print_where(
     )
     _print_line(screen, place)
     source = "@".join(part for part in checkpoint.origin or (checkpoint.name,) if part)
-    _print_line(screen, f"check it with: ablate-shards verify {source} {out}{more}")
+    command = shlex.join(["ablate-shards", "verify", source, str(out), *more])
+    _print_line(screen, f"check it with: {command}")
 
 
 def print_merge_plan(checkpoint: Checkpoint, plan: "MergePlan") -> None:
@@ -205,7 +207,7 @@ def print_merge(
     if not any(result.change is None or result.change for result in results.values()):
         say(screen, f"{adapter} adds nothing: it was saved before it was trained")
     say(screen, f"{_share_of(checkpoint, plan.edits)} changed; every other byte is the source's")
-    _print_where(screen, checkpoint, out, url, MERGE_RECEIPT_NAME, f" --adapter {adapter}")
+    _print_where(screen, checkpoint, out, url, MERGE_RECEIPT_NAME, ("--adapter", str(adapter)))
 
 
 def print_inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> None:
@@ -496,8 +498,9 @@ def _merged_by_layer(edits: "Sequence[MergeEdit]") -> "list[tuple[str, list[Merg
 
 def _merge_cells(edits: "Sequence[MergeEdit]") -> tuple[str, str, str]:
     """Returns the tensors, ranks and scales of edits of one layer and kind."""
-    ranks = sorted({edit.rank for edit in edits if edit.rank is not None})
-    scales = [] if edits[0].kind == "replaced" else sorted({edit.scale for edit in edits})
+    each = [part for edit in edits for part in edit.parts or (edit,)]
+    ranks = sorted({part.rank for part in each if part.rank is not None})
+    scales = [] if edits[0].kind == "replaced" else sorted({part.scale for part in each})
     return (
         _short_names(edit.name for edit in edits),
         ", ".join(map(str, ranks)) or "–",

@@ -1,5 +1,6 @@
 """How far a search has come, the best of its trials, and what the chosen one does."""
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Self
@@ -127,7 +128,8 @@ def print_found(found: "Found", places: "Places") -> None:
         say(screen, f"what {name} depended on most: {told}", "dim")
     _print_report(screen, found)
     say(screen, f"recipe: {places.recipe}; all trials: {places.record}")
-    say(screen, f"make the edit with: ablate-shards ablate {found.job.folder} OUT --recipe {places.recipe}")
+    command = ["ablate-shards", "ablate", str(found.job.folder), "OUT", "--recipe", str(places.recipe)]
+    say(screen, f"make the edit with: {shlex.join(command)}")
 
 
 def _print_report(screen: Console, found: "Found") -> None:

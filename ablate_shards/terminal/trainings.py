@@ -1,6 +1,7 @@
 """What a training came to, and the curve of its loss."""
 
 import itertools
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def print_training(done: Any, model: Path) -> None:
     steps = f"{len(done.losses)} steps" + (f", {done.resumed} of them before the interruption" if done.resumed else "")
     click.echo(f"{_curve(done.losses)}  training loss from {min(done.losses):.4f} to {max(done.losses):.4f}, {steps}")
     click.echo(f"{done.parameters:,} numbers trained in {done.modules} modules, written to {done.adapter}")
-    click.echo(f"merge it with: ablate-shards merge {model} {done.adapter} OUT")
+    click.echo(f"merge it with: {shlex.join(['ablate-shards', 'merge', str(model), str(done.adapter), 'OUT'])}")
 
 
 def _curve(losses: Sequence[float]) -> str:

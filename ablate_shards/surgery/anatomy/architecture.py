@@ -3,12 +3,13 @@
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from ablate_shards.errors import ArchitectureError
 from ablate_shards.surgery.anatomy.families import FAMILIES, Axis, Family, Layout, Module
 from ablate_shards.surgery.anatomy.scales import CODED, Scales, find_scales, is_beside_codes
+from ablate_shards.surgery.anatomy.wrappers import unwrapped
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "common_ending",
     "dissect",
     "family_names",
+    "head_of",
     "split_layer",
 ]
 
@@ -140,6 +142,26 @@ _DESCRIBE = "describe every writer with [[ablate.target]] in a recipe"
 _TOWER = re.compile(r"(?:^|[._])(?:visual|vision|image|video|audio|encoder)(?:$|[._])")
 _PROJECTOR = re.compile(r"projector|merger|embed_vision|embed_audio")
 _ATTENTION = re.compile(r"attn|attention")
+_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
+#: Those whose class in transformers ties the output head where config.json does not say.
+_TIED_BY_DEFAULT = frozenset(
+    {
+        "cohere",
+        "cohere2",
+        "falcon",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "gemma4",
+        "gemma4_text",
+        "gpt2",
+        "gpt_bigcode",
+        "opt",
+        "smollm3",
+        "starcoder2",
+    }
+)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _IN_LAYER = re.compile(rf"(?P<head>.*?(?:^|\.)(?:layers?|h|blocks?))\.{_LAYER}\.(?P<inner>.+)")
 
@@ -239,11 +261,29 @@ def dissect(
     settings = _read_settings(config)
     if targets:
         return _dissect_by_targets(tensors, settings, targets)
+    stored = {unwrapped(name): name for name in tensors}
+    if len(stored) == len(tensors) and any(plain != name for plain, name in stored.items()):
+        return _renamed(dissect({plain: tensors[name] for plain, name in stored.items()}, config), stored)
     family = _family_of(tensors, settings)
     for key, value, why in family.layout.refused:
         if settings.get(key) == value:
             raise ArchitectureError(f"{family.name} with {key} = {str(value).lower()} is refused: {why}")
     return _dissect_by_family(tensors, settings, family)
+
+
+def _renamed(anatomy: Anatomy, names: Mapping[str, str]) -> Anatomy:
+    """Returns what was found under plain names under those that are stored, which hold the names of wrappers."""
+    wrapped = next(name for plain, name in names.items() if plain != name)
+    note = f"names hold those of a wrapper, as in {wrapped}; they are kept, and transformers loads none of them"
+    return replace(
+        anatomy,
+        writers=tuple(
+            replace(writer, name=names[writer.name], gain=None if writer.gain is None else names[writer.gain])
+            for writer in anatomy.writers
+        ),
+        left_out=tuple(replace(item, name=names[item.name]) for item in anatomy.left_out),
+        notes=(*anatomy.notes, note),
+    )
 
 
 def _read_settings(config: Mapping[str, Any] | None) -> _Settings:
@@ -387,7 +427,7 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
         writers=writers,
         left_out=(*left_out, *strays),
         tied=_is_tied(tensors, settings),
-        notes=_notes(tensors, (*writers, *left_out, *strays)),
+        notes=_notes(tensors, settings, (*writers, *left_out, *strays)),
     )
 
 
@@ -467,7 +507,7 @@ def _dissect_by_targets(tensors: Mapping[str, TensorInfo], settings: _Settings, 
         writers=writers,
         left_out=tuple(left_out),
         tied=_is_tied(tensors, settings),
-        notes=_notes(tensors, (*writers, *left_out)),
+        notes=_notes(tensors, settings, (*writers, *left_out)),
     )
 
 
@@ -554,7 +594,8 @@ def _blocked(parts: Sequence[_Hit], tensors: Mapping[str, TensorInfo]) -> LeftOu
     chief = max(parts, key=lambda hit: tensors[hit.name].end - tensors[hit.name].start)
     odd = next((hit for hit in (chief, *parts) if hit.rest not in (".weight", "")), None)
     if (dtype := tensors[chief.name].dtype) not in _EDITABLE:
-        why = f"expected BF16, F16 or F32, found {dtype}; dequantise the checkpoint to one of them first"
+        way = "convert" if dtype == "F64" else "dequantise"
+        why = f"expected BF16, F16 or F32, found {dtype}; {way} the checkpoint to one of them first"
     elif odd is not None:
         what = odd.rest.lstrip("._")
         why = f"expected a plain weight, found {what}; merge the adapter or dequantise the checkpoint first"
@@ -614,15 +655,27 @@ def _length_of(name: str, tensors: Mapping[str, TensorInfo]) -> int:
     )
 
 
+def head_of(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Returns the tensor that is the output head, None where none is stored."""
+    return next((name for name in tensors if _HEAD.search(name) and not name.startswith(_MTP_ROOT)), None)
+
+
 def _is_tied(tensors: Mapping[str, TensorInfo], settings: _Settings) -> bool:
-    # The outer configuration ties; without one, a missing head is a tied head.
+    # The outer configuration ties; one that does not say so leaves it to its class, and a missing head is a tied head.
     said = [values.get("tie_word_embeddings") for values in reversed(settings.values)]
-    head = any(re.search(r"(?:^|\.)(?:lm_head|embed_out)\.weight$", name) for name in tensors)
-    return bool(next((tied for tied in said if tied is not None), not head))
+    by_default = settings.model_type in _TIED_BY_DEFAULT or head_of(tensors) is None
+    return bool(next((tied for tied in said if tied is not None), by_default))
 
 
-def _notes(tensors: Mapping[str, TensorInfo], items: Sequence[Writer | LeftOut]) -> tuple[str, ...]:
+def _notes(
+    tensors: Mapping[str, TensorInfo], settings: _Settings, items: Sequence[Writer | LeftOut]
+) -> tuple[str, ...]:
     notes = []
+    if _is_tied(tensors, settings) and (head := head_of(tensors)) is not None:
+        notes.append(
+            f"the output head is tied to the token embedding, yet {head} is stored too: where their bytes are equal, "
+            "both are edited, otherwise each is a parameter of its own"
+        )
     if count := sum(item.mtp for item in items):
         notes.append(
             f"{count} tensors belong to multi-token prediction, which reads the stream and writes to one of its own"

@@ -51,8 +51,11 @@ class Layout:
     roots: tuple[str, ...] = (
         "model.",
         "model.language_model.",
+        "model.text_model.",
         "language_model.model.",
         "language_model.",
+        "text_model.model.",
+        "text_model.",
         "",
     )
     layers: str = "layers"
@@ -189,7 +192,7 @@ _OPT = Layout(
         Module("embed_positions", "in"),
         Module("project_in"),
     ),
-    roots=("model.decoder.", "decoder.", ""),
+    roots=("model.decoder.", "language_model.model.decoder.", "decoder.", ""),
     final="final_layer_norm",
     around=("self_attn_layer_norm final_layer_norm fc1",),
     beside=("project_out",),

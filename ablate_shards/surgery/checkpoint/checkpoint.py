@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ablate_shards.errors import CheckpointError, PlanError, reason
-from ablate_shards.names import RECEIPT_NAMES, is_report
-from ablate_shards.surgery.checkpoint.files import Files, Folder, Remote, leaves_folder
+from ablate_shards.names import CONFIG_NAME, RECEIPT_NAMES, WEIGHTS_NAME, is_report
+from ablate_shards.surgery.checkpoint.files import Files, Folder, Remote, leaves_folder, pointed_at
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, Shard, TensorInfo, read_header
 
 __all__ = [
@@ -40,6 +40,9 @@ _OTHER_WEIGHTS = {
     ".pth",
     ".refuse",
 }
+_CONSOLIDATED = "consolidated"
+_INDEX_SUFFIX = ".safetensors.index.json"
+_MLX_ADAPTER = re.compile(r"(?:\d+_)?adapters\.safetensors")
 _NUMBERED = re.compile(r"^(?P<stem>.*?)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
 
 
@@ -123,9 +126,13 @@ def assemble(files: Files, remote: Remote | None = None) -> Checkpoint:
     """
     listed = list(files.walk())
     edited = any(name in RECEIPT_NAMES for name, _ in listed)
-    index = _index_name(files, (name for name, _ in listed))
+    with_adapter = files.has(CONFIG_NAME)
+    here = [name for name, why in listed if why is None and "/" not in name]
+    aside = _consolidated_are_aside(files, here)
+    index = _index_name(files, [name for name in here if not (aside and name.startswith(_CONSOLIDATED))])
     weight_map = {} if index is None else _read_index(files, index)
     named = set(weight_map.values())
+    _check_set(files, index, named, here)
     shards: list[Shard] = []
     sidecars: list[str] = []
     left_out: list[tuple[str, str]] = []
@@ -138,9 +145,9 @@ def assemble(files: Files, remote: Remote | None = None) -> Checkpoint:
             shard, metadata = files.header(name)
             if metadata.get("format", "").startswith(_OWN_FORMAT):
                 left_out.append((name, "activations or directions, not weights"))
-            elif name.startswith("consolidated"):
+            elif aside and name.startswith(_CONSOLIDATED):
                 left_out.append((name, "holds the weights in another layout, unedited"))
-            elif "/" in name or name == "adapter_model.safetensors":
+            elif "/" in name or name == WEIGHTS_NAME or (with_adapter and _MLX_ADAPTER.fullmatch(name)):
                 sidecars.append(name)
             elif index is not None:
                 raise CheckpointError(
@@ -149,6 +156,8 @@ def assemble(files: Files, remote: Remote | None = None) -> Checkpoint:
                 )
             else:
                 shards.append(shard)
+        elif aside and name.startswith(_CONSOLIDATED) and name.endswith(_INDEX_SUFFIX):
+            left_out.append((name, "the index of weights in another layout"))
         elif PurePosixPath(name).suffix in _OTHER_WEIGHTS or name.endswith(".bin.index.json"):
             left_out.append((name, "holds weights in another format, unedited"))
         elif name in (*RECEIPT_NAMES, "activations.npz", "directions.npz") or (edited and is_report(name)):
@@ -158,10 +167,24 @@ def assemble(files: Files, remote: Remote | None = None) -> Checkpoint:
     if index is not None:
         shards = [_indexed_shard(files, name, index) for name in sorted(named)]
         _check_index(files.shown(index), weight_map, shards)
+    elif not shards and with_adapter:
+        raise CheckpointError(
+            f"{files.name}: holds an adapter, not a model; name the model that it was trained on, or add it "
+            "to that one with `ablate-shards merge MODEL ADAPTER OUT`"
+        )
     elif not shards:
-        raise CheckpointError(f"{files.name}: no safetensors weights here; convert the checkpoint to safetensors first")
+        below = pointed_at(name for name in sidecars if name.endswith(".safetensors"))
+        way_out = below or "; convert the checkpoint to safetensors first"
+        raise CheckpointError(f"{files.name}: no safetensors weights here{way_out}")
     else:
         _check_numbering(files, [shard.name for shard in shards])
+    if with_adapter:
+        raise CheckpointError(
+            f"{files.shown(CONFIG_NAME)}: lies beside the weights of a model, so transformers adds its adapter to them "
+            f"whenever it loads the folder, and they alone are not the model; move {CONFIG_NAME} and the adapter's "
+            "weights to a folder of their own (from the Hub, download the repository first), and add them with "
+            "`ablate-shards merge MODEL ADAPTER OUT` if they belong to it"
+        )
     root = Path(files.name)
     return _checkpoint(root, files, shards, sidecars=sidecars, left_out=left_out, remote=remote)
 
@@ -238,8 +261,27 @@ def _fingerprint(files: Files, shards: Iterable[Shard], sidecars: Iterable[str])
     return digest.hexdigest()
 
 
+def _consolidated_are_aside(files: Files, names: Sequence[str]) -> bool:
+    """Returns whether files called consolidated, as Mistral publishes them, hold what others hold as well."""
+    weights = [name for name in names if name.endswith(".safetensors") and name != WEIGHTS_NAME]
+    if all(not name.startswith(_CONSOLIDATED) for name in weights):
+        return True
+    others = (name for name in weights if not name.startswith(_CONSOLIDATED))
+    return any(not files.header(name)[1].get("format", "").startswith(_OWN_FORMAT) for name in others)
+
+
+def _check_set(files: Files, index: str | None, named: Set[str], names: Sequence[str]) -> None:
+    """Refuses an index none of whose shards is there, beside other weights: it may be what is out of place."""
+    others = [name for name in names if name.endswith(".safetensors") and name != WEIGHTS_NAME]
+    if index is not None and others and not any(map(files.has, named)):
+        raise CheckpointError(
+            f"{files.shown(index)}: names {min(named)}, and nothing of what it names is here, but {others[0]} is; "
+            "remove the index if that is the whole model, or download the shards"
+        )
+
+
 def _index_name(files: Files, names: Iterable[str]) -> str | None:
-    found = sorted(name for name in names if "/" not in name and name.endswith(".safetensors.index.json"))
+    found = sorted(name for name in names if name.endswith(_INDEX_SUFFIX))
     if "model.safetensors.index.json" in found:
         return "model.safetensors.index.json"
     if len(found) > 1:

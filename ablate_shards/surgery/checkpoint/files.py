@@ -10,7 +10,7 @@ from typing import Protocol
 from ablate_shards.errors import CheckpointError, HubError
 from ablate_shards.surgery.checkpoint.headers import Shard, read_header
 
-__all__ = ["SKIPPED_FOLDERS", "Files", "Folder", "Remote", "leaves_folder"]
+__all__ = ["SKIPPED_FOLDERS", "Files", "Folder", "Remote", "leaves_folder", "pointed_at"]
 
 #: Folders that an edited checkpoint does not keep, with the reason.
 SKIPPED_FOLDERS = {
@@ -19,6 +19,9 @@ SKIPPED_FOLDERS = {
     ".cache": "download cache",
     "__pycache__": "compiled Python",
 }
+
+
+_MOST_FOLDERS = 3
 
 
 class Files(Protocol):
@@ -196,6 +199,19 @@ def _walk(root: Path) -> Iterable[tuple[str, str | None]]:
                 yield inner, "a broken link"
             else:
                 yield inner, "not a regular file"
+
+
+def pointed_at(names: Iterable[str]) -> str:
+    """Returns the end of a message about what is not in a folder: where below it such files are, none if nowhere.
+
+    Args:
+        names: The files of the kind that was looked for, relative to the folder.
+    """
+    folders = list(dict.fromkeys(PurePosixPath(name).parent.as_posix() for name in names if "/" in name))
+    if not folders:
+        return ""
+    more = f" and {len(folders) - _MOST_FOLDERS} more" if len(folders) > _MOST_FOLDERS else ""
+    return f", but in {', '.join(folders[:_MOST_FOLDERS])}{more}; name {'that folder' if len(folders) == 1 else 'one'}"
 
 
 def leaves_folder(name: str) -> bool:

@@ -57,6 +57,38 @@ class Shard:
     tensors: tuple[TensorInfo, ...]
 
 
+_EXPORT = "export what it holds as safetensors"
+#: What files begin with that are something else, and what to do about them.
+_OTHER_KINDS = (
+    (b"version https://git-lfs", "is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`"),
+    (b"PK\x03\x04", f"is a ZIP archive, as PyTorch (.pt) and NumPy (.npz) write; give it its own ending, or {_EXPORT}"),
+    (b"\x80\x02", f"is a Python pickle, which may run code; {_EXPORT}"),
+    (b"\x80\x04\x95", f"is a Python pickle, which may run code; {_EXPORT}"),
+    (b"\x93NUMPY", f"is a NumPy array; give it the ending .npy, or {_EXPORT}"),
+    (
+        b"GGUF",
+        "is a GGUF file; name the safetensors checkpoint that it was made from, or end a control vector in .gguf",
+    ),
+    (b"<", "is a web page, not the file itself; download the file"),
+    (b"{", f"is text (JSON), not tensors; {_EXPORT}"),
+    (b"[", f"is text (JSON), not tensors; {_EXPORT}"),
+)
+
+
+def _other_kind(path: Path) -> str | None:
+    """Returns what a file is that is no safetensors file, and what to do, None where its first bytes do not tell."""
+    try:
+        with path.open("rb") as file:
+            first = file.read(32)
+    except OSError:
+        return None
+    for begins, what in _OTHER_KINDS:
+        # A damaged safetensors file begins with the length of its header, which fewer bytes may look like.
+        if first.startswith(begins) and (len(begins) > 2 or first[7:8] != b"\0"):
+            return what
+    return None
+
+
 def read_header(path: Path, name: str | None = None, shown: str | None = None) -> tuple[Shard, Mapping[str, str]]:
     """Reads one safetensors header; the safetensors library validates it first.
 
@@ -80,6 +112,8 @@ def read_header(path: Path, name: str | None = None, shown: str | None = None) -
     except FileNotFoundError as error:
         raise CheckpointError(f"{shown or path}: the file does not exist") from error
     except (SafetensorError, OSError) as error:
+        if (other := _other_kind(path)) is not None:
+            raise CheckpointError(f"{shown or path}: {other}") from error
         raise CheckpointError(
             f"{shown or path}: not a valid safetensors file ({reason(error)}); fetch it again or export it again"
         ) from error

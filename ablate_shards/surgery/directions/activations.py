@@ -277,10 +277,10 @@ def read_pickled_tensors(path: Path) -> dict[str, np.ndarray]:
 
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 - safe mode
-        if isinstance(content, dict):
+        if isinstance(content, dict | torch.Tensor):
             return {
-                str(name): (value.detach().double() if value.is_floating_point() else value).numpy()
-                for name, value in content.items()
+                name or "a tensor": (value.detach().double() if value.is_floating_point() else value).numpy()
+                for name, value in _by_path("", content)
                 if isinstance(value, torch.Tensor)
             }
     except FileNotFoundError as error:
@@ -290,7 +290,19 @@ def read_pickled_tensors(path: Path) -> dict[str, np.ndarray]:
             f"{path}: cannot be read without running code it carries, or is not a PyTorch file; expected plain "
             "tensors by name"
         ) from error
-    raise ActivationsError(f"{path}: expected plain tensors by name, found {type(content).__name__}")
+    raise ActivationsError(
+        f"{path}: expected plain tensors by name, found {type(content).__name__}; save them in a dictionary, each "
+        "under a name that tells its layer"
+    )
+
+
+def _by_path(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields what a dictionary holds by name, with that of the dictionary before it where one lies in another."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _by_path(f"{name}.{key}" if name else str(key), inner)
+    else:
+        yield name, value
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:

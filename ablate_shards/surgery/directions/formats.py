@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 
 from ablate_shards.errors import ActivationsError, CheckpointError, DirectionsError
-from ablate_shards.surgery.checkpoint.headers import read_header
+from ablate_shards.kernels.codecs.plain import STORED, decoded
+from ablate_shards.surgery.checkpoint.headers import TensorInfo, read_header
 from ablate_shards.surgery.directions.activations import (
     MEASUREMENT_SUFFIXES,
     read_npz,
     read_pickled_tensors,
 )
 from ablate_shards.surgery.directions.directions import Directions, LayerScore, score_by_means, score_table
+from ablate_shards.surgery.directions.unnamed import only_direction, read_npy
 from ablate_shards.surgery.directions.vectors import LARGEST, NOTHING_LEFT, orthonormal, smallest_singular_value, unit
 from ablate_shards.surgery.machine.files import write_safetensors
 from ablate_shards.validation import checked
@@ -53,29 +55,41 @@ def write_directions(directions: Directions, path: Path) -> None:
     )
 
 
-def read_directions(path: Path) -> Directions:
+def read_directions(path: Path, layer: int | None = None) -> Directions:
     """Reads directions: our own file, ``.npz`` with its names, GGUF control vectors, llm-abliteration's ``.pt``.
 
     Foreign directions of any length are made orthonormal. ``docs/directions.md`` says how layers are counted.
+
+    Args:
+        path: The file.
+        layer: The decoder layer of a direction whose file names none: one vector in ``.pt``, ``.npy`` or ``.npz``.
 
     Raises:
         DirectionsError: The file is missing, malformed, or holds no usable directions.
     """
     try:
         if path.suffix in MEASUREMENT_SUFFIXES:
-            return _read_measurements(path)
+            return _read_measurements(path, layer)
         if path.suffix == ".gguf":
             return _checked(path, _orthonormal_each(path, _read_gguf(path)), {})
         if path.suffix == ".npz":
-            basis, reference = _by_name(path, read_npz(path))
+            arrays = read_npz(path)
+            if not any(map(_NAME.fullmatch, arrays)):
+                return _checked(path, _orthonormal_each(path, only_direction(path, arrays, layer)), {})
+            basis, reference = _by_name(path, arrays)
             return _checked(path, _orthonormal_each(path, basis), reference)
-        return _read_own(path)
+        if path.suffix == ".npy":
+            found = only_direction(path, {"an array": read_npy(path)}, layer)
+            return _checked(path, _orthonormal_each(path, found), {})
+        return _read_own(path, layer)
     except (ActivationsError, CheckpointError) as error:
         raise DirectionsError(str(error)) from error
 
 
-def _read_own(path: Path) -> Directions:
+def _read_own(path: Path, layer: int | None) -> Directions:
     shard, metadata = read_header(path)
+    if "ablate-shards" not in metadata.get("format", "") and len(shard.tensors) == 1:
+        return _read_only_tensor(path, shard.tensors[0], layer)
     if (found := metadata.get("format", "not given")) != DIRECTIONS_FORMAT:
         names = ", ".join(tensor.name for tensor in shard.tensors[:2]) or "no tensors"
         raise DirectionsError(
@@ -94,6 +108,19 @@ def _read_own(path: Path) -> Directions:
     return _checked(path, basis, reference, _read_scores(path, metadata.get("scores", "[]"), basis), kept)
 
 
+def _read_only_tensor(path: Path, tensor: TensorInfo, layer: int | None) -> Directions:
+    """Reads the direction that another program saved as the only tensor of a file."""
+    if tensor.dtype not in STORED:
+        raise DirectionsError(
+            f"{path}: {tensor.name} is {tensor.dtype}, expected BF16, F16 or F32; save it as one of them"
+        )
+    with path.open("rb") as file:
+        file.seek(tensor.start)
+        stored = np.frombuffer(file.read(tensor.end - tensor.start), STORED[tensor.dtype])
+    found = only_direction(path, {tensor.name: decoded(stored, np.float64).reshape(tensor.shape)}, layer)
+    return _checked(path, _orthonormal_each(path, found), {})
+
+
 def _read_scores(path: Path, text: str, layers: Mapping[int, Any]) -> dict[int, LayerScore]:
     try:
         scores = checked(json.loads(text), tuple[LayerScore, ...], "scores", closed=(LayerScore,))
@@ -106,10 +133,13 @@ def _read_scores(path: Path, text: str, layers: Mapping[int, Any]) -> dict[int, 
     return {score.layer: score for score in scores}
 
 
-def _read_measurements(path: Path) -> Directions:
+def _read_measurements(path: Path, layer: int | None) -> Directions:
     """Reads llm-abliteration's measurements, whose index N counts hidden_states: after decoder layer N - 1."""
     found: dict[str, dict[int, np.ndarray]] = {"refuse": {}, "harmful": {}, "harmless": {}}
-    for name, values in read_pickled_tensors(path).items():
+    tensors = read_pickled_tensors(path)
+    if not any(map(_MEASURED_NAME.fullmatch, tensors)):
+        return _checked(path, _orthonormal_each(path, only_direction(path, tensors, layer)), {})
+    for name, values in tensors.items():
         if (match := _MEASURED_NAME.fullmatch(name)) and int(match["index"]):
             if values.dtype != np.float64 or values.ndim != 1:
                 raise DirectionsError(

@@ -15,15 +15,20 @@ from msgspec import Meta
 from ablate_shards.errors import AdapterError, CheckpointError
 from ablate_shards.kernels.codecs.plain import STORED, decoded
 from ablate_shards.names import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
+from ablate_shards.surgery.anatomy.wrappers import unwrapped
+from ablate_shards.surgery.checkpoint.files import pointed_at
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo, read_header
 from ablate_shards.validation import Finite, checked
 
 __all__ = ["Adapter", "LoraSettings", "LowRank", "read_adapter"]
 
 _ROOT = "base_model.model."
+_MLX_WEIGHTS = "adapters.safetensors"
+_MLX_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|tok_embeddings)$")
+_WITH_MLX = "fuse it with `mlx_lm.fuse`"
 _FACTOR = re.compile(
     r"(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\."
-    r"(?:lora_(?P<factor>[AB])\.(?P<what>weight|bias)|lora_embedding_(?P<embedding>[AB]))"
+    r"(?:lora_(?P<factor>[AB])\.(?:[^.]+\.)?(?P<what>weight|bias)|lora_embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
 )
 _BASE_COPY = re.compile(r"(?P<module>.+?)\.base_layer\.(?P<what>weight|bias)")
 _NOT_PLAIN = re.compile(r"(?:^|\.)(?P<what>lora_\w+|token_adapter|trainable_tokens\w*|modules_to_save)(?:\.|$)")
@@ -92,7 +97,7 @@ class LowRank:
         down: The tensor A, ``[r, in]``, of E stacked experts ``[E·r, in]``.
         up: The tensor B, ``[out, r]``, of E stacked experts ``[out, r·E]``.
         bias: The bias of B, if it has one.
-        kind: Of an embedding, A and B are of the transposed weight.
+        kind: Of an embedding of peft and of a linear module of MLX, A and B are of the transposed weight.
         depth: How many adapters lie around it on the same module, which is so where peft wraps its parameters.
     """
 
@@ -100,7 +105,7 @@ class LowRank:
     down: str
     up: str
     bias: str | None
-    kind: Literal["linear", "embedding"]
+    kind: Literal["linear", "embedding", "transposed"]
     depth: int
 
 
@@ -117,6 +122,8 @@ class Adapter:
         replaced: Whole parameters, from their path in the model to the tensor that replaces them.
         copies: Parameters of the base that were saved along and never trained, likewise.
         base: Digest of the base it was trained on, None where nobody wrote it down.
+        peft_version: The version of peft that saved it, None where it does not say.
+        weights: The file that holds its tensors.
     """
 
     path: Path
@@ -127,6 +134,8 @@ class Adapter:
     replaced: Mapping[str, str]
     copies: Mapping[str, str]
     base: str | None
+    peft_version: str | None = None
+    weights: str = WEIGHTS_NAME
 
     def scaling(self, key: str) -> tuple[int, float]:
         """Returns rank and scale of a module or parameter, by its path in the model that was trained.
@@ -156,13 +165,13 @@ class Adapter:
         info = self.tensors[name]
         wanted = math.prod(info.shape) if count is None else count
         stored = np.empty(wanted, STORED[info.dtype])
-        with (self.path / WEIGHTS_NAME).open("rb") as file:
+        with (self.path / self.weights).open("rb") as file:
             file.seek(info.start + first * stored.itemsize)
             if file.readinto(stored.data.cast("B") if wanted else bytearray()) != stored.nbytes:
-                raise AdapterError(f"{self.path / WEIGHTS_NAME}: ended early while {name} was read; it was changed")
+                raise AdapterError(f"{self.path / self.weights}: ended early while {name} was read; it was changed")
         values = decoded(stored, np.float32)
         if not math.isfinite(float(values.sum(dtype=np.float64))):
-            raise AdapterError(f"{self.path / WEIGHTS_NAME}: {name} holds NaN or infinite values; train it again")
+            raise AdapterError(f"{self.path / self.weights}: {name} holds NaN or infinite values; train it again")
         return values.reshape(info.shape) if count is None else values
 
     def _by_pattern(self, which: Literal["rank_pattern", "alpha_pattern"], key: str, default: float) -> float:
@@ -183,17 +192,22 @@ def read_adapter(path: Path) -> Adapter:
     Raises:
         AdapterError: It is missing, malformed, or does something other than plain LoRA.
     """
-    weights, config_path = path / WEIGHTS_NAME, path / CONFIG_NAME
+    config_path = path / CONFIG_NAME
+    mlx = (path / _MLX_WEIGHTS).is_file() and not (path / WEIGHTS_NAME).is_file()
+    weights = path / (_MLX_WEIGHTS if mlx else WEIGHTS_NAME)
     if not path.is_dir():
         raise AdapterError(f"{path}: expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, found none")
     if not config_path.is_file():
-        raise AdapterError(f"{path}: holds no {CONFIG_NAME}, so it is not a peft adapter")
+        below = pointed_at(file.relative_to(path).as_posix() for file in sorted(path.glob(f"**/{CONFIG_NAME}")))
+        raise AdapterError(f"{path}: holds no {CONFIG_NAME}{below or ', so it is not a peft adapter'}")
     if not weights.is_file():
         pickled = (path / "adapter_model.bin").is_file()
         hint = "; only safetensors are read, so save the adapter again with a current peft" if pickled else ""
         raise AdapterError(f"{path}: holds no {WEIGHTS_NAME}{hint}")
     raw = config_path.read_bytes()
-    config = _checked(_object(config_path, raw), config_path)
+    content = _object(config_path, raw)
+    config = _mlx_settings(content, config_path) if mlx else _checked(content, config_path)
+    version = content.get("peft_version")
     try:
         shard, _ = read_header(weights)
     except CheckpointError as error:
@@ -203,7 +217,8 @@ def read_adapter(path: Path) -> Adapter:
             raise AdapterError(f"{weights}: {tensor.name}: expected BF16, F16 or F32, found {tensor.dtype}")
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    updates, replaced, copies = _sort(shard.tensors, weights, config)
+    sort = _sort_mlx if mlx else _sort
+    updates, replaced, copies = sort(shard.tensors, weights, config)
     return Adapter(
         path=path,
         sha256=hashlib.sha256(hashlib.sha256(raw).digest() + bytes.fromhex(digest)).hexdigest(),
@@ -213,7 +228,45 @@ def read_adapter(path: Path) -> Adapter:
         replaced=replaced,
         copies=copies,
         base=_base_of(path / TRAINING_NAME),
+        peft_version=version if isinstance(version, str) else None,
+        weights=weights.name,
     )
+
+
+def _mlx_settings(config: Mapping[str, Any], path: Path) -> LoraSettings:
+    """Returns what decides the result of an adapter of MLX, which gives the scale itself in place of alpha."""
+    kind, given = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
+    if kind != "lora" or not isinstance(given, Mapping) or not {"rank", "scale"} <= given.keys():
+        raise AdapterError(
+            f"{path}: expected a LoRA of MLX with lora_parameters of rank and scale, found fine_tune_type {kind!r} and "
+            f"{given!r}; {_WITH_MLX}"
+        )
+    try:
+        rank, scale = checked(given["rank"], _Rank, "rank"), checked(given["scale"], Finite, "scale")
+    except ValueError as error:
+        raise AdapterError(f"{path}: lora_parameters: {error}; {_WITH_MLX}") from error
+    return LoraSettings(r=rank, lora_alpha=scale * rank)
+
+
+def _sort_mlx(
+    tensors: tuple[TensorInfo, ...], path: Path, _: LoraSettings
+) -> tuple[tuple[LowRank, ...], dict[str, str], dict[str, str]]:
+    """Returns the updates of an adapter of MLX: ``lora_a`` is ``[in, r]`` and ``lora_b`` is ``[r, out]``."""
+    names = {tensor.name: tensor for tensor in tensors}
+    updates = []
+    for name, tensor in names.items():
+        module, factor = name.rpartition(".")[::2]
+        other = f"{module}.{'lora_b' if factor == 'lora_a' else 'lora_a'}"
+        if factor not in ("lora_a", "lora_b") or other not in names or len(tensor.shape) != 2 or 0 in tensor.shape:
+            raise AdapterError(
+                f"{path}: {name} of shape {list(tensor.shape)}: expected lora_a and lora_b of 2 dimensions; {_WITH_MLX}"
+            )
+        if factor == "lora_a":
+            kind: Literal["linear", "transposed"] = "linear" if _MLX_EMBEDDING.search(module) else "transposed"
+            updates.append(LowRank(unwrapped(module), other, name, None, kind, 0))
+    if not updates:
+        raise AdapterError(f"{path}: holds no LoRA tensors; {_WITH_MLX}")
+    return tuple(sorted(updates, key=lambda update: update.module)), {}, {}
 
 
 def _base_of(path: Path) -> str | None:
@@ -261,6 +314,14 @@ def _checked(config: Mapping[str, Any], path: Path) -> LoraSettings:
         raise AdapterError(f"{path}: {error}") from error
 
 
+def _inner(name: str) -> str:
+    """Returns a tensor's name in the model that was trained, without peft's and wrappers' own."""
+    inner = unwrapped(name)
+    while inner.startswith(_ROOT):
+        inner = unwrapped(inner.removeprefix(_ROOT))
+    return inner
+
+
 def _sort(
     tensors: tuple[TensorInfo, ...], path: Path, config: LoraSettings
 ) -> tuple[tuple[LowRank, ...], dict[str, str], dict[str, str]]:
@@ -268,9 +329,7 @@ def _sort(
     factors: dict[tuple[str, int, str], dict[str, str]] = {}
     rest: list[tuple[str, str]] = []
     for tensor in tensors:
-        inner = tensor.name
-        while inner.startswith(_ROOT):
-            inner = inner.removeprefix(_ROOT)
+        inner = _inner(tensor.name)
         match = _FACTOR.fullmatch(inner)
         if match is None:
             rest.append((inner, tensor.name))
@@ -284,7 +343,10 @@ def _sort(
                 f"{path}: {tensor.name}: expected 2 dimensions, found {list(tensor.shape)}; it was saved in pieces"
             )
         key = (match["module"], match["nested"].count(".base_layer"), kind)
-        factors.setdefault(key, {})[role] = tensor.name
+        if (other := factors.setdefault(key, {}).setdefault(role, tensor.name)) != tensor.name:
+            raise AdapterError(
+                f"{path}: {other} and {tensor.name} are of the same module; save one adapter to a folder, with peft"
+            )
     for key, found in factors.items():
         if missing := {"A", "B"} - found.keys():
             raise AdapterError(f"{path}: {key[0]}: expected both lora_A and lora_B, found no lora_{missing.pop()}")

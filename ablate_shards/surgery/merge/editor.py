@@ -1,10 +1,11 @@
 """Changes the tensors of a merge by what an adapter says: ``W + s·B·A``, block by block."""
 
+import functools
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from ablate_shards.surgery.edit.blocks import BlockEditor
 from ablate_shards.surgery.edit.sections import Reader, Section
 from ablate_shards.surgery.machine.devices import torch_dtype
 from ablate_shards.surgery.merge.adapter import Adapter
-from ablate_shards.surgery.merge.plan import PIECE_ELEMENTS, MergeEdit
+from ablate_shards.surgery.merge.plan import PIECE_ELEMENTS, MergeEdit, MergePart
 from ablate_shards.validation import Finite
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from ablate_shards.kernels.merge.merge_torch import Merger
 
 __all__ = ["MergeEditor", "MergeResult"]
+
+_Factors: TypeAlias = Callable[[], tuple[np.ndarray, np.ndarray]]
+"""Returns left ``[rows, r]`` and right ``[r, cols]`` of an update, float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +79,36 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
 
     def sections(self, edit: MergeEdit) -> Sequence[Section]:
         """Returns a section per matrix, and one for a parameter that is added to or replaced."""
+        if edit.kind == "parts":
+            return list(self._parts(edit))
         if edit.kind != "low-rank":
             return [_WholeParameter(edit, self._adapter)]
         factors = _LowRankFactors(edit, self._adapter)
+        height = edit.shape[-2]
         return [
-            _Addition(edit, matrix, factors, form=self._form, device=self._device, room=self._room)
+            self._addition(edit, matrix * height, height, functools.partial(factors.of, matrix), edit.scale)
             for matrix in range(edit.experts if edit.expert is None else 1)
         ]
+
+    def _parts(self, edit: MergeEdit) -> Iterator[Section]:
+        """Yields a section per part, and one for the rows between two parts, which stay as they are."""
+        done, rows = 0, math.prod(edit.shape[:-1])
+        for part in edit.parts:
+            first, last = part.rows
+            if done < first:
+                yield _Kept(edit, done, first)
+            factors = functools.partial(self._factors, part)
+            yield self._addition(edit, first, last - first, factors, part.scale)
+            done = last
+        if done < rows:
+            yield _Kept(edit, done, rows)
+
+    def _factors(self, part: MergePart) -> tuple[np.ndarray, np.ndarray]:
+        down, up = (self._adapter.read(name) for name in part.source)
+        return up, down
+
+    def _addition(self, edit: MergeEdit, first: int, rows: int, factors: _Factors, scale: float) -> "_Addition":
+        return _Addition(edit, first, rows, factors, scale=scale, form=self._form, device=self._device, room=self._room)
 
     def result(self, edit: MergeEdit, measured: Sequence[Any], digest: str) -> MergeResult:
         """Returns what was measured of a tensor."""
@@ -109,24 +136,32 @@ class _LowRankFactors:
         downs, ups = self._read
         expert = matrix if edit.expert is None else edit.expert
         right, left = downs[expert], ups[:, :, expert]
-        if edit.rows is not None:
-            left = left[slice(*edit.rows)]
-        return (right.T, left.T) if edit.transposed else (left, right)
+        if edit.transposed:
+            left, right = right.T, left.T
+        return (left if edit.rows is None else left[slice(*edit.rows)]), right
 
 
 class _Addition:
-    """A matrix that a low-rank update is added to: see ``Section``."""
+    """Rows of one matrix that a low-rank update is added to: see ``Section``."""
 
     gathers, light = False, True
 
     def __init__(
-        self, edit: MergeEdit, matrix: int, factors: _LowRankFactors, *, form: "Form", device: str, room: int
+        self,
+        edit: MergeEdit,
+        first: int,
+        rows: int,
+        factors: _Factors,
+        *,
+        scale: float,
+        form: "Form",
+        device: str,
+        room: int,
     ) -> None:
-        self._edit, self._matrix, self._factors = edit, matrix, factors
+        self._edit, self._factors, self._scale = edit, factors, scale
         self._form, self._device, self._room = form, device, room
-        rows, cols = edit.shape[-2:]
-        self._row_bytes = cols * ITEM_BYTES[edit.dtype]
-        self.start = edit.start + matrix * rows * self._row_bytes
+        self._row_bytes = edit.shape[-1] * ITEM_BYTES[edit.dtype]
+        self.start = edit.start + first * self._row_bytes
         self.end = self.start + rows * self._row_bytes
         self.block = 0
         self._squares = 0.0
@@ -134,9 +169,9 @@ class _Addition:
 
     def gather(self, read: Reader) -> None:
         """Reads the factors."""
-        left, right = self._factors.of(self._matrix)
+        left, right = self._factors()
         self._merger = self._new_merger(left, right)
-        self._squares = (self._edit.scale * update_norm(left, right)) ** 2
+        self._squares = (self._scale * update_norm(left, right)) ** 2
         chunk = self._merger.chunk_rows
         self.block = max(chunk, self._room // max(1, self._row_bytes) // chunk * chunk) * max(1, self._row_bytes)
 
@@ -167,18 +202,46 @@ class _Addition:
     def _new_merger(self, left: np.ndarray, right: np.ndarray) -> "Merger | NumpyMerger":
         edit = self._edit
         if self._form == "numpy":
-            return NumpyMerger(left, right, edit.scale, edit.dtype)
+            return NumpyMerger(left, right, self._scale, edit.dtype)
         import torch
 
         from ablate_shards.kernels.merge.merge_torch import Merger
 
         there = [torch.from_numpy(np.ascontiguousarray(factor)).to(self._device) for factor in (left, right)]
-        return Merger(there[0], there[1], edit.scale, torch_dtype(edit.dtype), form=self._form)
+        return Merger(there[0], there[1], self._scale, torch_dtype(edit.dtype), form=self._form)
 
     def _gathered(self) -> "Merger | NumpyMerger":
         if self._merger is None:
             raise RuntimeError(f"{self._edit.name}: changed before its factors were read")
         return self._merger
+
+
+class _Kept:
+    """Rows of a tensor that stay as they are: see ``Section``."""
+
+    gathers, light = False, True
+
+    def __init__(self, edit: MergeEdit, first: int, last: int) -> None:
+        row_bytes = edit.shape[-1] * ITEM_BYTES[edit.dtype]
+        self._dtype = edit.dtype
+        self.start, self.end = edit.start + first * row_bytes, edit.start + last * row_bytes
+        self.block = PIECE_ELEMENTS * ITEM_BYTES[edit.dtype]
+        self._before = 0.0
+
+    def gather(self, read: Reader) -> None:
+        """Begins anew."""
+        self._before = 0.0
+
+    def edit(self, raw: np.ndarray, offset: int) -> None:
+        """Changes nothing."""
+        self._before += float(np.square(decoded(raw.view(STORED[self._dtype]), np.float64)).sum())
+
+    def measure(self, raw: np.ndarray, offset: int) -> None:
+        """Does nothing: the norm is known before, and the digest is the caller's."""
+
+    def measured(self) -> _Squares:
+        """Returns the squared norm of what was there."""
+        return _Squares(0.0, self._before)
 
 
 class _WholeParameter:

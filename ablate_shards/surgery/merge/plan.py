@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,25 +15,49 @@ import numpy as np
 
 from ablate_shards.errors import AdapterError, ArchitectureError, PlanError
 from ablate_shards.kernels.codecs.plain import STORED, decoded, encode
-from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAMES, WEIGHTS_NAME
-from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect
+from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAMES
+from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect, head_of
+from ablate_shards.surgery.anatomy.tied import stored_head
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.digest import base_digest
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
 from ablate_shards.surgery.merge.adapter import Adapter, LowRank
+from ablate_shards.surgery.merge.names import Names
 
-__all__ = ["MergeEdit", "MergePlan", "plan_merge", "receipts_beside"]
+__all__ = ["MergeEdit", "MergePart", "MergePlan", "plan_merge", "receipts_beside"]
+
+Kind = Literal["low-rank", "parts", "bias", "replaced"]
 
 _LARGEST_SCALE = 1000
 
-_MOST_CANDIDATES = 6
-
 _WITH_PEFT = "merge it with peft itself"
 
-_WRAPPERS = frozenset({"base_model", "language_model", "model", "transformer"})
+#: Matrices that a fused stack of experts is stored as, one tensor each, in the order of their rows: as most call them
+#: and as Mixtral does.
+_UNFUSED = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+#: Modules that a checkpoint may store as the rows of one, in their order.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_OF_EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<expert>\d{1,5})\.(?P<leaf>[^.]+)")
 
-#: Matrices that a fused stack of experts is stored as, one tensor each, in the order of their rows.
-_UNFUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+@dataclass(frozen=True, slots=True)
+class MergePart:
+    """Rows of a tensor that an update of its own is added to.
+
+    Attributes:
+        rows: The rows, counted through all matrices of a stack.
+        source: The adapter's A and B.
+        rank: Columns of B.
+        scale: The ``s`` of ``s·B·A``.
+    """
+
+    rows: tuple[int, int]
+    source: tuple[str, str]
+    rank: int
+    scale: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +71,16 @@ class MergeEdit:
         shape: Its shape as stored.
         start: Offset of its first byte in the shard.
         end: Offset one past its last byte.
-        kind: ``low-rank`` adds ``s·B·A``, ``bias`` adds ``s`` times a vector, ``replaced`` puts another there.
+        kind: ``low-rank`` adds ``s·B·A``, ``parts`` does so to some of its rows each, ``bias`` adds ``s`` times a
+            vector, ``replaced`` puts another there.
         source: The adapter's tensors: A and B, or the one that is added or put there.
         rank: Columns of B, of one expert.
         scale: The ``s`` above.
         transposed: Whether the stored weight is ``(B·A)ᵀ`` in shape.
         experts: Experts that A and B are stacked of, 1 for a single matrix.
         expert: The one that this tensor is of, None where it holds all of them.
-        rows: The rows of B that this tensor takes, None for all.
+        rows: The rows of the update that this tensor takes, None for all.
+        parts: The parts that are changed, in the order of their rows.
     """
 
     name: str
@@ -61,7 +89,7 @@ class MergeEdit:
     shape: tuple[int, ...]
     start: int
     end: int
-    kind: Literal["low-rank", "bias", "replaced"]
+    kind: Kind
     source: tuple[str, ...]
     rank: int | None = None
     scale: float = 1.0
@@ -69,6 +97,7 @@ class MergeEdit:
     experts: int = 1
     expert: int | None = None
     rows: tuple[int, int] | None = None
+    parts: tuple[MergePart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +118,11 @@ class MergePlan:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the plan as JSON types."""
-        return dataclasses.asdict(self)
+        content = dataclasses.asdict(self)
+        for edit in content["edits"]:
+            if not edit["parts"]:
+                del edit["parts"]
+        return content
 
     def sha256(self) -> str:
         """Returns the digest of the plan's canonical JSON form."""
@@ -126,16 +159,15 @@ class _Planner:
 
     def __init__(self, checkpoint: Checkpoint, adapter: Adapter, scale: float) -> None:
         self._checkpoint, self._adapter, self._scale = checkpoint, adapter, scale
-        self._file = adapter.path / WEIGHTS_NAME
+        self._file = adapter.path / adapter.weights
         self._anatomy: Anatomy | None = None
         self.notes: list[str] = []
         try:
             self._anatomy = dissect(checkpoint.tensors, checkpoint.config)
         except ArchitectureError as error:
             self.notes.append(f"names alone say which weights are meant ({error})")
-        self._by_core: defaultdict[str, list[str]] = defaultdict(list)
-        for name in checkpoint.tensors:
-            self._by_core[_core(name)].append(name)
+        self._stacks: dict[tuple[str, str], list[str]] = {}
+        self._find = Names(checkpoint, self._anatomy, self._file).find
 
     def plan(self) -> list[MergeEdit]:
         """Returns the edits, each of another tensor, in no order."""
@@ -149,12 +181,19 @@ class _Planner:
         modules: defaultdict[str, list[LowRank]] = defaultdict(list)
         for update in self._adapter.updates:
             modules[update.module].append(update)
+        parts: defaultdict[str, list[MergePart]] = defaultdict(list)
         for module, updates in modules.items():
             name = self._find(f"{module}.weight")
-            if len(updates) == 1 and updates[0].depth == 0 and name is not None:
+            plain = len(updates) == 1 and updates[0].depth == 0
+            if plain and name is not None:
                 edits += self._of_module(updates[0], name)
+            elif plain and (place := self._place_in_fused(updates[0])) is not None:
+                parts[place[0]].append(place[1])
+            elif plain and (names := self._split(module)):
+                edits += self._of_split(updates[0], names)
             else:
                 edits += self._of_parameters(module, updates)
+        edits += [self._of_parts(name, found) for name, found in parts.items()]
         for path, source in self._adapter.replaced.items():
             edits.append(self._replacement(path, source))
         seen: dict[str, MergeEdit] = {}
@@ -164,11 +203,30 @@ class _Planner:
                     f"{self._file}: {other.source[0]} and {edit.source[0]} both change {edit.name}; "
                     "merge them with peft itself"
                 )
-        if self._anatomy is not None and self._anatomy.tied:
-            embedding = {writer.name for writer in self._anatomy.writers if writer.component == "embedding"}
-            if embedding & seen.keys():
-                self.notes.append("the output head is tied to the token embedding, so both are changed")
-        return edits
+        return edits + self._of_tied_head(seen)
+
+    def _of_tied_head(self, edits: dict[str, MergeEdit]) -> list[MergeEdit]:
+        """Returns the edit of a head that is stored although it is tied: that of the embedding whose bytes it has."""
+        if self._anatomy is None or not self._anatomy.tied:
+            return []
+        if (name := head_of(self._checkpoint.tensors)) in edits:
+            self.notes.append(
+                f"config.json ties the output head to the token embedding, and {name} is changed by itself: "
+                "transformers 5 keeps the two apart, and loaders that always tie ignore it until tie_word_embeddings "
+                "is false"
+            )
+            return []
+        embeddings = [writer.name for writer in self._anatomy.writers if writer.component == "embedding"]
+        if edits.keys().isdisjoint(embeddings):
+            return []
+        head = stored_head(self._checkpoint, self._anatomy)
+        if head is None:
+            self.notes.append("the output head is tied to the token embedding, so both are changed")
+            return []
+        self.notes.append(head.note)
+        if head.embedding not in edits:
+            return []
+        return [dataclasses.replace(edits[head.embedding], **dataclasses.asdict(head.tensor))]
 
     def _check_base(self) -> None:
         for path, source in self._adapter.copies.items():
@@ -211,7 +269,7 @@ class _Planner:
         tensor = self._checkpoint.tensors[name]
         rank, scale = self._scaling(update, update.module, 1)
         outer, inner = self._adapter.shape(update.up)[0], self._adapter.shape(update.down)[1]
-        if update.kind == "embedding":
+        if update.kind != "linear":
             transposed = True
         elif outer == inner and tensor.shape == (outer, inner):
             transposed = self._stored_as_conv1d(name, default=self._adapter.config.fan_in_fan_out)
@@ -224,18 +282,112 @@ class _Planner:
             self._check_shape(update.bias, self._adapter.shape(update.bias), self._checkpoint.tensors[name])
             yield self._edit(name, "bias", update.bias, scale=scale)
 
+    def _place_in_fused(self, update: LowRank) -> tuple[str, MergePart] | None:
+        """Returns the tensor that holds a module's weight among others, and the part that it is of it."""
+        expert = _OF_EXPERT.fullmatch(update.module)
+        parent, _, leaf = update.module.rpartition(".")
+        for fused, leaves in _UNFUSED.items():
+            order = next((names for names in leaves if leaf in names), None)
+            if expert and order and (name := self._find(f"{expert['stack']}.{fused}")) is not None:
+                height = self._height_in_stack(update, name, len(order))
+                start = (int(expert["expert"]) * len(order) + order.index(leaf)) * height
+                return name, self._part(update, start, name)
+        for fused, names in _FUSED.items():
+            if leaf in names and (name := self._find(f"{parent}.{fused}.weight")) is not None:
+                height, rows = self._wanted(update)[0], self._checkpoint.tensors[name].shape[0]
+                keys = height if leaf != "q_proj" else (rows - height) // 2
+                starts = {
+                    "q_proj": 0,
+                    "k_proj": rows - 2 * keys,
+                    "v_proj": rows - keys,
+                    "gate_proj": 0,
+                    "up_proj": height,
+                }
+                if fused == "gate_up_proj":
+                    self._check_shape(update.up, (2 * height, self._wanted(update)[1]), self._checkpoint.tensors[name])
+                return name, self._part(update, starts[leaf], name)
+        return None
+
+    def _height_in_stack(self, update: LowRank, name: str, parts: int) -> int:
+        """Returns the rows of a matrix of one expert in a stack ``[E, out, in]`` of all, after checks."""
+        tensor = self._checkpoint.tensors[name]
+        outer, inner = self._wanted(update)
+        wanted = (outer * parts, inner)
+        fits, reversed_fits = tensor.shape[1:] == wanted, tensor.shape[1:] == wanted[::-1]
+        if fits and reversed_fits:
+            down = f"{name.rpartition('.')[0]}.down_proj"
+            axes = {writer.name: writer.axis for writer in self._anatomy.writers} if self._anatomy else {}
+            fits, reversed_fits = axes.get(down) == -2, axes.get(down) != -2
+        if reversed_fits and not fits:
+            raise AdapterError(
+                f"{self._file}: {update.down} is of one expert, and {name} of shape {list(tensor.shape)} stacks all of "
+                "them as [E, in, out], or does not tell; merge it into a checkpoint with a tensor per expert"
+            )
+        self._check_shape(update.up, (tensor.shape[0], *wanted), tensor)
+        return outer
+
+    def _part(self, update: LowRank, start: int, name: str) -> MergePart:
+        """Returns the part of a fused tensor that begins at a row."""
+        if update.kind != "linear" or update.bias is not None:
+            raise AdapterError(
+                f"{self._file}: {update.up}: {name} is fused, and only plain updates fit it; {_WITH_PEFT}"
+            )
+        rank, scale = self._scaling(update, update.module, 1)
+        outer, inner = self._wanted(update)
+        shape = self._checkpoint.tensors[name].shape
+        if start < 0 or start + outer > math.prod(shape[:-1]) or inner != shape[-1]:
+            raise AdapterError(
+                f"{self._file}: {update.up}: expected rows of {name} of shape {list(shape)}, found [{outer}, {inner}] "
+                f"from row {start} on; merge it into the checkpoint that it was trained on"
+            )
+        return MergePart((start, start + outer), (update.down, update.up), rank, scale)
+
+    def _of_parts(self, name: str, parts: list[MergePart]) -> MergeEdit:
+        """Plans the updates of a tensor's parts, none of which may overlap."""
+        parts.sort(key=lambda part: part.rows)
+        for one, other in itertools.pairwise(parts):
+            if one.rows[1] > other.rows[0]:
+                raise AdapterError(
+                    f"{self._file}: {one.source[0]} and {other.source[0]} change the same rows of {name}; {_WITH_PEFT}"
+                )
+        sources = (source for part in parts for source in part.source)
+        return self._edit(name, "parts", *sources, parts=tuple(parts))
+
+    def _split(self, module: str) -> list[str]:
+        """Returns the tensors that hold the rows of a fused module, in their order; none where one is missing."""
+        parent, _, leaf = module.rpartition(".")
+        found = [self._find(f"{parent}.{part}.weight") for part in _FUSED.get(leaf, ())]
+        return [] if None in found else [name for name in found if name is not None]
+
+    def _of_split(self, update: LowRank, names: list[str]) -> Iterator[MergeEdit]:
+        """Plans the update of a fused module whose rows the checkpoint holds as several tensors."""
+        if update.kind != "linear" or update.bias is not None:
+            raise AdapterError(f"{self._file}: {update.up}: expected a plain update of {names[0]}; {_WITH_PEFT}")
+        rank, scale = self._scaling(update, update.module, 1)
+        tensors = [self._checkpoint.tensors[name] for name in names]
+        rows = [0, *itertools.accumulate(tensor.shape[0] for tensor in tensors)]
+        for tensor, first, last in zip(tensors, rows, rows[1:], strict=False):
+            self._check_shape(
+                update.up, self._wanted(update), dataclasses.replace(tensor, shape=(rows[-1], tensor.shape[1]))
+            )
+            yield self._edit(
+                tensor.name, "low-rank", update.down, update.up, rank=rank, scale=scale, rows=(first, last)
+            )
+
     def _of_parameters(self, module: str, updates: list[LowRank]) -> Iterator[MergeEdit]:
         """Plans the updates of a module whose parameters were wrapped one by one; shapes tell which is whose."""
-        targets = [target.rpartition(".") for target in self._adapter.config.target_parameters]
+        targets = sorted(self._adapter.config.target_parameters)
+        named = dict.fromkeys(target.rpartition(".")[2] for target in targets)
         leaves = [
             leaf
-            for parent, _, leaf in targets
-            if (module == parent or module.endswith(f".{parent}")) and self._stored(module, leaf)
+            for leaf in named
+            if any(f".{module}.{leaf}".endswith(f".{target}") for target in targets) and self._stored(module, leaf)
         ]
         if not leaves:
             raise AdapterError(self._no_match(updates[0].down, f"{module}.weight"))
+        found: list[tuple[LowRank, str]] = []
         for update in updates:
-            if update.kind == "embedding" or update.bias is not None:
+            if update.kind != "linear" or update.bias is not None:
                 raise AdapterError(f"{self._file}: {update.up}: expected a plain update of a parameter; {_WITH_PEFT}")
             fitting = [leaf for leaf in leaves if self._fits(update, module, leaf)]
             if len(fitting) != 1:
@@ -244,63 +396,106 @@ class _Planner:
                     f"{self._file}: {update.down} of shape {list(self._adapter.shape(update.down))} {what} "
                     f"of {module}, expected exactly one; {_WITH_PEFT}"
                 )
-            yield from self._of_parameter(update, module, fitting[0])
+            found.append((update, fitting[0]))
+        # Whatever is read from left to right or from right to left is so for all parameters of a module.
+        ways = {
+            self._wanted(update) != self._shape_of(module, leaf) for update, leaf in found if not self._square(update)
+        }
+        for update, leaf in found:
+            transposed = next(iter(ways)) if len(ways) == 1 else self._wanted(update) != self._shape_of(module, leaf)
+            if self._square(update) and not ways:
+                transposed = self._reads_input_first(update, module, leaf)
+            yield from self._of_parameter(update, module, leaf, transposed=transposed)
 
-    def _of_parameter(self, update: LowRank, module: str, leaf: str) -> Iterator[MergeEdit]:
+    def _reads_input_first(self, update: LowRank, module: str, leaf: str) -> bool:
+        """Tells whether an adapter of square experts ``[E, d1, d2]`` takes their first axis for the input.
+
+        peft before 0.19.1 takes every stack for ``[E, in, out]``, except that 0.19.0 has it the wrong way round for
+        modules that transformers marks as transposed. From 0.19.1 on, those that it marks are ``[E, in, out]`` and all
+        others ``[E, out, in]``; in versions of transformers that mark none, gpt-oss is one of the others.
+        """
+        name = self._stored(module, leaf)[0]
+        if len(self._stored(module, leaf)) == 1 and len(self._checkpoint.tensors[name].shape) == 2:
+            return False
+        family = None if self._anatomy is None else self._anatomy.family
+        marked = None if family in (None, "gpt-oss") else False
+        if (first := _takes_input_first(self._adapter.peft_version, marked=marked)) is None:
+            version = self._adapter.peft_version
+            raise AdapterError(
+                f"{self._file}: {update.down}: {name} is square, and which of its axes is the input depends on the "
+                f"versions of peft ({version or 'not given'}) and transformers that the adapter was trained with; "
+                f"{_WITH_PEFT}, in those versions"
+            )
+        return first
+
+    def _wanted(self, update: LowRank) -> tuple[int, int]:
+        return self._adapter.shape(update.up)[0], self._adapter.shape(update.down)[1]
+
+    def _square(self, update: LowRank) -> bool:
+        outer, inner = self._wanted(update)
+        return outer == inner
+
+    def _shape_of(self, module: str, leaf: str) -> tuple[int, ...]:
+        """Returns the shape that one expert has where all are one parameter."""
+        names = self._stored(module, leaf)
+        shape = self._checkpoint.tensors[names[0]].shape
+        return shape[-2:] if len(names) == 1 else (shape[0] * _parts_of(leaf), *shape[1:])
+
+    def _of_parameter(self, update: LowRank, module: str, leaf: str, *, transposed: bool) -> Iterator[MergeEdit]:
         names = self._stored(module, leaf)
         first = self._checkpoint.tensors[names[0]]
-        outer, inner = self._adapter.shape(update.up)[0], self._adapter.shape(update.down)[1]
         if len(names) == 1:
             experts = first.shape[0] if len(first.shape) == 3 else 1
             rank, scale = self._scaling(update, f"{module}.{leaf}", experts)
-            transposed = first.shape[-2:] == (inner, outer) and len(first.shape) == 3
-            if transposed and inner == outer:
-                transposed = self._stored_as_conv1d(names[0], default=None)
             yield self._edit(
                 names[0], "low-rank", update.down, update.up,
                 rank=rank, scale=scale, transposed=transposed, experts=experts,
             )  # fmt: skip
             return
-        parts = len(_UNFUSED[leaf])
+        parts = _parts_of(leaf)
         experts = len(names) // parts
         rank, scale = self._scaling(update, f"{module}.{leaf}", experts)
-        height = outer // parts
+        height = first.shape[0]
         for place, name in enumerate(names):
             expert, part = divmod(place, parts)
-            self._check_shape(update.up, (height, inner), self._checkpoint.tensors[name])
+            self._check_shape(update.up, first.shape, self._checkpoint.tensors[name])
             yield self._edit(
                 name, "low-rank", update.down, update.up, rank=rank, scale=scale, experts=experts, expert=expert,
-                rows=(part * height, (part + 1) * height),
+                rows=(part * height, (part + 1) * height), transposed=transposed,
             )  # fmt: skip
 
     def _stored(self, module: str, leaf: str) -> list[str]:
         """Returns the tensors that hold a parameter: one, or the matrices of one expert after the other."""
-        if (name := self._find(f"{module}.{leaf}")) is not None:
-            return [name]
-        names: list[str] = []
-        while leaf in _UNFUSED:
-            found = [
-                self._find(f"{module}.{len(names) // len(_UNFUSED[leaf])}.{part}.weight") for part in _UNFUSED[leaf]
-            ]
-            if None in found:
-                break
-            names += [name for name in found if name is not None]
-        return names
+        if (module, leaf) not in self._stacks:
+            one = self._find(f"{module}.{leaf}")
+            self._stacks[module, leaf] = [one] if one is not None else self._unfused(module, leaf)
+        return self._stacks[module, leaf]
+
+    def _unfused(self, module: str, leaf: str) -> list[str]:
+        for parts in _UNFUSED.get(leaf, ()):
+            names: list[str] = []
+            for expert in itertools.count():
+                found = [self._find(f"{module}.{expert}.{part}.weight") for part in parts]
+                if None in found:
+                    break
+                names += [name for name in found if name is not None]
+            if names:
+                return names
+        return []
 
     def _fits(self, update: LowRank, module: str, leaf: str) -> bool:
         names = self._stored(module, leaf)
-        shape = self._checkpoint.tensors[names[0]].shape
-        wanted = (self._adapter.shape(update.up)[0], self._adapter.shape(update.down)[1])
-        if len(names) > 1:
-            return (shape[0] * len(_UNFUSED[leaf]), *shape[1:]) == wanted
-        return len(shape) in (2, 3) and (shape[-2:] == wanted or (len(shape) == 3 and shape[-2:] == wanted[::-1]))
+        dimensions = len(self._checkpoint.tensors[names[0]].shape)
+        shape, wanted = self._shape_of(module, leaf), self._wanted(update)
+        stacked = len(names) > 1 or dimensions == 3
+        return dimensions in (2, 3) and (shape == wanted or (stacked and shape == wanted[::-1]))
 
     def _replacement(self, path: str, source: str) -> MergeEdit:
         name = self._need(path, source)
         self._check_shape(source, self._adapter.shape(source), self._checkpoint.tensors[name])
         return self._edit(name, "replaced", source)
 
-    def _edit(self, name: str, kind: Literal["low-rank", "bias", "replaced"], *source: str, **more: Any) -> MergeEdit:
+    def _edit(self, name: str, kind: Kind, *source: str, **more: Any) -> MergeEdit:
         tensor = self._checkpoint.tensors[name]
         if tensor.dtype not in ITEM_BYTES:
             raise PlanError(
@@ -311,7 +506,7 @@ class _Planner:
     def _scaling(self, update: LowRank, key: str, experts: int) -> tuple[int, float]:
         rank, scale = self._adapter.scaling(key)
         down, up = self._adapter.shape(update.down), self._adapter.shape(update.up)
-        if update.kind == "linear" and (len(down), len(up)) != (2, 2):
+        if update.kind != "embedding" and (len(down), len(up)) != (2, 2):
             raise AdapterError(
                 f"{self._file}: {update.down}: expected 2 dimensions, found {list(down)}; LoRA on convolutions is not "
                 f"merged here, {_WITH_PEFT}"
@@ -324,32 +519,23 @@ class _Planner:
             )
         return rank, scale * self._scale
 
-    def _stored_as_conv1d(self, name: str, *, default: bool | None) -> bool:
-        """Tells the layout of a square weight by the architecture table: its own, or its neighbours'."""
+    def _stored_as_conv1d(self, name: str, *, default: bool) -> bool:
+        """Tells the layout of a square weight by the architecture table."""
         if self._anatomy is not None:
-            parent = name.removesuffix(".weight").rpartition(".")[0]
             axes = {
                 writer.name: writer.axis
                 for writer in self._anatomy.writers
                 if writer.kind == "weight" and writer.component != "embedding"
             }
-            near = {axis for other, axis in axes.items() if other.startswith(f"{parent}.")}
             if name in axes:
                 return axes[name] == -1
-            if default is None and len(near) == 1:
-                return near == {-1}
-        if default is None:
-            raise AdapterError(
-                f"{self._file}: {name} is square, and the architecture table does not say which of its axes is the "
-                f"input; {_WITH_PEFT}"
-            )
         return default
 
     def _check_shape(self, source: str, shape: tuple[int, ...], tensor: TensorInfo) -> None:
         if shape != tensor.shape:
             raise AdapterError(
                 f"{self._file}: {source}: expected what fits {tensor.name} of shape {list(tensor.shape)}, "
-                f"found what fits {list(shape)}; the adapter is of another model"
+                f"found what fits {list(shape)}; merge the adapter into the model that it was trained on"
             )
 
     def _need(self, path: str, source: str) -> str:
@@ -359,51 +545,37 @@ class _Planner:
 
     def _no_match(self, source: str, path: str) -> str:
         tied = self._anatomy is not None and self._anatomy.tied and path.startswith("lm_head.")
-        why = "whose output head is tied to the token embedding" if tied else "so the adapter is of another model"
-        return f"{self._file}: {source} matches no weight of {self._checkpoint.name} ({path}), {why}"
-
-    def _find(self, path: str) -> str | None:
-        """Returns the tensor that a parameter of the trained model is stored as.
-
-        The model may hold it under other prefixes than the checkpoint does. Names that are the same without them
-        are the same parameter; otherwise only the decoder is searched, never towers or multi-token prediction.
-
-        Raises:
-            AdapterError: More than one tensor is meant.
-        """
-        if path in self._checkpoint.tensors:
-            return path
-        core = _core(path)
-        found = self._by_core.get(core, [])
-        if len(found) != 1:
-            among = found or [name for name in self._checkpoint.tensors if name.endswith(f".{core}")]
-            inside = [name for name in among if name.startswith(self._roots())]
-            found = inside if inside or not found else found
-        if len(found) > 1:
-            shown = ", ".join(found[:_MOST_CANDIDATES])
-            raise AdapterError(
-                f"{self._file}: {path} may be any of {shown} of {self._checkpoint.name}; expected exactly one"
-            )
-        return found[0] if found else None
-
-    def _roots(self) -> tuple[str, ...]:
-        """Returns what the names of the decoder's tensors start with."""
-        if self._anatomy is None:
-            return ()
-        marks = (
-            writer.name.split(f".{writer.layer}.")[0].rpartition(".")[0]
-            for writer in self._anatomy.writers
-            if writer.layer is not None and not writer.mtp
+        why = (
+            f", whose output head is tied to the token embedding and not stored; {_WITH_PEFT}, which stores it"
+            if tied
+            else f"; merge it into the model that it was trained on, or if that is this one, {_WITH_PEFT}"
         )
-        return tuple(f"{mark}." if mark else "" for mark in dict.fromkeys(marks))
+        return f"{self._file}: {source} matches no weight of {self._checkpoint.name} ({path}){why}"
 
 
-def _core(name: str) -> str:
-    """Returns a name without the prefixes that differ between a model, its text part and its checkpoint."""
-    parts = name.split(".")
-    while len(parts) > 1 and parts[0] in _WRAPPERS:
-        del parts[0]
-    return ".".join(parts)
+def _parts_of(leaf: str) -> int:
+    """Returns how many matrices of an expert a fused parameter holds."""
+    return len(_UNFUSED[leaf][0])
+
+
+def _takes_input_first(version: str | None, *, marked: bool | None) -> bool | None:
+    """Returns whether peft takes the first axis of a stacked parameter for the input; None where that is not known.
+
+    Args:
+        version: The version of peft.
+        marked: Whether transformers marks the module as transposed, None where that depends on its version.
+    """
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)(\.dev)?", version or "")
+    if found is None:
+        return None
+    number = (int(found[1]), int(found[2]), int(found[3]))
+    if found[4] and number in ((0, 19, 0), (0, 19, 1)):
+        return None
+    if number < (0, 19, 0):
+        return True
+    if marked is None:
+        return None
+    return not marked if number == (0, 19, 0) else marked
 
 
 #: Elements of a parameter that is replaced or compared, read at a time.

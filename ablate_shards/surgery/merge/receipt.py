@@ -121,6 +121,7 @@ def _record(edit: MergeEdit, result: MergeResult) -> dict[str, Any]:
         "kind": edit.kind,
         "from": list(edit.source),
         **(low_rank if edit.kind == "low-rank" else {}),
+        **({"parts": [dataclasses.asdict(part) for part in edit.parts]} if edit.parts else {}),
         **dataclasses.asdict(result),
     }
 

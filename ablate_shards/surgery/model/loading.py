@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ablate_shards.errors import AblateError, reason
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ablate_shards.surgery.checkpoint.files import pointed_at
 from ablate_shards.surgery.machine.devices import computes_bfloat16
 
 if TYPE_CHECKING:
@@ -75,7 +76,9 @@ def open_folder(folder: Path, error: type[AblateError]) -> Checkpoint:
         CheckpointError: It is malformed or holds no safetensors.
     """
     if not (folder / "config.json").is_file():
-        raise error(f"{folder}: expected a checkpoint folder with a config.json; name one as transformers saves")
+        below = pointed_at(path.relative_to(folder).as_posix() for path in sorted(folder.glob("**/config.json")))
+        found = f"found none{below}" if below else "name one as transformers saves"
+        raise error(f"{folder}: expected a checkpoint folder with a config.json; {found}")
     return open_checkpoint(folder)
 
 
@@ -118,9 +121,19 @@ def read_tokenizer(folder: Path, error: type[AblateError], *, template: bool = T
     # Where the files are missing, transformers makes a tokenizer that knows no words.
     if not set(tokenize(tokenizer, "The sun is warm.")) - {tokenizer.unk_token_id}:
         raise error(f"{folder}: its tokenizer knows no words; put the model's tokenizer files there")
+    if not getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = _processors_template(folder)
     if template and not getattr(tokenizer, "chat_template", None):
         raise error(f"{folder}: its tokenizer has no chat template; put the model's chat_template.jinja there{instead}")
     return tokenizer
+
+
+def _processors_template(folder: Path) -> str | None:
+    """Returns the template that older multimodal models keep in a file of their processor, which tokenizers skip."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found = json.loads((folder / "chat_template.json").read_text(encoding="utf-8")).get("chat_template")
+        return found if isinstance(found, str) else None
+    return None
 
 
 def render_chat(

@@ -14,6 +14,7 @@ import numpy as np
 from ablate_shards.errors import DirectionsError, PlanError, UsageError
 from ablate_shards.surgery.anatomy.architecture import Component, LeftOut, Writer, dissect, split_layer
 from ablate_shards.surgery.anatomy.parts import part_of
+from ablate_shards.surgery.anatomy.tied import StoredHead, stored_head
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
 from ablate_shards.surgery.directions.directions import Directions
@@ -113,6 +114,10 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
                 skipped.append(Skip(writer.name, writer.layer, writer.component, "its coefficient is 0"))
             else:
                 edits.append(edit)
+    head = None
+    if any(edit.component == "embedding" for edit in edits):
+        head = stored_head(checkpoint, anatomy)
+        edits += _of_head(head, edits)
     _check_coverage(checkpoint, anatomy.writers, layers, options)
     _check_experts(edit for edit in edits if not edit.mtp)
     order = {shard.name: number for number, shard in enumerate(checkpoint.shards)}
@@ -122,7 +127,7 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
         hidden_size=anatomy.hidden_size,
         edits=tuple(edits),
         skipped=tuple(skipped),
-        notes=tuple(_notes(edits, directions, options, tied=anatomy.tied)),
+        notes=tuple(_notes(edits, directions, options, tied=anatomy.tied, head=head)),
         directions_sha256=directions.sha256(),
         bases=resolve_bases(edits, checkpoint, directions),
     )
@@ -205,6 +210,14 @@ def _edit(
     )
 
 
+def _of_head(head: StoredHead | None, edits: Sequence[TensorEdit]) -> list[TensorEdit]:
+    """Returns the edit of a head that is stored and tied: that of the embedding whose bytes it has."""
+    if head is None or any(edit.name == head.tensor.name for edit in edits):
+        return []
+    place = dataclasses.asdict(head.tensor)
+    return [dataclasses.replace(edit, **place) for edit in edits if edit.name == head.embedding]
+
+
 def _general_coefficient(writer: Writer, options: AblateOptions) -> float:
     """Returns the coefficient of a writer before overrides: by the last profile that holds for it, if one does."""
     coefficient = options.coefficient
@@ -265,11 +278,15 @@ def _check_experts(edits: Iterable[TensorEdit]) -> None:
             raise PlanError(f"{name}: expert {missing[0]} of {count} is missing; the checkpoint is incomplete")
 
 
-def _notes(edits: Sequence[TensorEdit], directions: Directions, options: AblateOptions, *, tied: bool) -> Iterator[str]:
+def _notes(
+    edits: Sequence[TensorEdit], directions: Directions, options: AblateOptions, *, tied: bool, head: StoredHead | None
+) -> Iterator[str]:
     # Directions without scores have no best layer; then no edit is left to it, or there would be no plan.
     if options.source_layer == "best" and directions.scores:
         yield f"source layer: {directions.best_layer()}, the best by its scores"
-    if tied and any(edit.component == "embedding" for edit in edits):
+    if head is not None:
+        yield head.note
+    elif tied and any(edit.component == "embedding" for edit in edits):
         yield "the output head is tied to the token embedding, so both are edited"
     above = max((edit.coefficient for edit in edits), default=0.0)
     if above > 1:

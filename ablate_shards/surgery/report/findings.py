@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -404,7 +405,7 @@ class _Gatherer:
         if not found:
             reasons.append(
                 "The answers were not evaluated, so what the edit did to them is not known; measure it with: "
-                f"ablate-shards evaluate {out.name} --against SOURCE"
+                f"ablate-shards evaluate {shlex.quote(out.name)} --against SOURCE"
             )
         elif found[-1].model.name != out.name:
             reasons.append(f"No evaluation of {out.name} was found; what is shown is of {found[-1].model.name}.")

@@ -1,0 +1,68 @@
+"""The output head of a model whose configuration ties it to the token embedding, where a checkpoint stores both."""
+
+import threading
+from dataclasses import dataclass
+
+from ablate_shards.surgery.anatomy.architecture import Anatomy, head_of
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.checkpoint.headers import TensorInfo
+
+__all__ = ["StoredHead", "stored_head"]
+
+_PIECE = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class StoredHead:
+    """An output head that is stored although the configuration ties it.
+
+    Attributes:
+        tensor: The head.
+        embedding: The embedding with the same bytes, None where there is none. transformers 5 ties equal ones and
+            keeps different ones apart; loaders that always tie drop the head.
+    """
+
+    tensor: TensorInfo
+    embedding: str | None
+
+    @property
+    def note(self) -> str:
+        """What an edit of the embedding does to it, as a sentence."""
+        if self.embedding is not None:
+            return (
+                f"the output head is tied to the token embedding and stored as {self.tensor.name} too, so the same is "
+                "done to both"
+            )
+        return (
+            f"config.json ties the output head to the token embedding, but {self.tensor.name} is stored with other "
+            "bytes: transformers 5 keeps it as a head of its own, which stays as it is, and loaders that always tie "
+            "ignore it; set tie_word_embeddings to false if the head is meant"
+        )
+
+
+def stored_head(checkpoint: Checkpoint, anatomy: Anatomy) -> StoredHead | None:
+    """Returns the head that is stored although it is tied, None where there is none; compares it with the embedding."""
+    name = head_of(checkpoint.tensors)
+    if not anatomy.tied or name is None:
+        return None
+    head = checkpoint.tensors[name]
+    embeddings = (
+        checkpoint.tensors[writer.name]
+        for writer in anatomy.writers
+        if writer.component == "embedding" and writer.kind == "weight" and not writer.mtp
+    )
+    equal = (embedding.name for embedding in embeddings if _equal(checkpoint, embedding, head))
+    return StoredHead(head, next(equal, None))
+
+
+def _equal(checkpoint: Checkpoint, one: TensorInfo, other: TensorInfo) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    never = threading.Event()
+    for first in range(0, one.end - one.start, _PIECE):
+        pieces = [bytearray(min(_PIECE, one.end - one.start - first)) for _ in range(2)]
+        for tensor, piece in zip((one, other), pieces, strict=True):
+            checkpoint.files.read_into(tensor.shard, memoryview(piece), tensor.start + first, never)
+        if pieces[0] != pieces[1]:
+            return False
+    return True

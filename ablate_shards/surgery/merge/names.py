@@ -1,0 +1,83 @@
+"""Finds the tensors of a checkpoint by the names that parameters go by in the model that was trained."""
+
+from collections import defaultdict
+from pathlib import Path
+
+from ablate_shards.errors import AdapterError
+from ablate_shards.surgery.anatomy.architecture import Anatomy
+from ablate_shards.surgery.anatomy.wrappers import unwrapped
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+
+__all__ = ["Names"]
+
+_MOST_CANDIDATES = 6
+
+#: Prefixes that differ between a model, its text part and its checkpoint.
+_OUTER = frozenset({"base_model", "language_model", "model", "text_model", "transformer"})
+#: What one module is called in a model and in its checkpoint, either way round.
+_SPELLINGS = ((".mlp.", ".block_sparse_moe."), (".block_sparse_moe.", ".mlp."))
+
+
+class Names:
+    """Finds tensors by name.
+
+    Args:
+        checkpoint: What holds them.
+        anatomy: Its writers, None where they are not known.
+        file: The adapter's weights, for errors.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy | None, file: Path) -> None:
+        self._checkpoint, self._file = checkpoint, file
+        self._roots = () if anatomy is None else _roots_of(anatomy)
+        self._by_core: defaultdict[str, list[str]] = defaultdict(list)
+        for name in checkpoint.tensors:
+            self._by_core[_core(name)].append(name)
+
+    def find(self, path: str) -> str | None:
+        """Returns the tensor that a parameter of the trained model is stored as.
+
+        The model may hold it under other prefixes than the checkpoint does. Names that are the same without them
+        are the same parameter; otherwise only the decoder is searched, never towers or multi-token prediction.
+
+        Raises:
+            AdapterError: More than one tensor is meant.
+        """
+        spellings = (path.replace(old, new) for old, new in _SPELLINGS if old in path)
+        found = (self._find_as_spelled(spelling) for spelling in (path, *spellings))
+        return next((name for name in found if name is not None), None)
+
+    def _find_as_spelled(self, path: str) -> str | None:
+        if path in self._checkpoint.tensors:
+            return path
+        core = _core(path)
+        found = self._by_core.get(core, [])
+        if len(found) != 1:
+            among = found or [name for name in self._checkpoint.tensors if name.endswith(f".{core}")]
+            inside = [name for name in among if name.startswith(self._roots)]
+            found = inside if inside or not found else found
+        if len(found) > 1:
+            shown = ", ".join(found[:_MOST_CANDIDATES])
+            raise AdapterError(
+                f"{self._file}: {path} may be any of {shown} of {self._checkpoint.name}; expected exactly one; "
+                "merge it with peft itself"
+            )
+        return found[0] if found else None
+
+
+def _roots_of(anatomy: Anatomy) -> tuple[str, ...]:
+    """Returns what the names of the decoder's tensors start with."""
+    marks = (
+        writer.name.split(f".{writer.layer}.")[0].rpartition(".")[0]
+        for writer in anatomy.writers
+        if writer.layer is not None and not writer.mtp
+    )
+    return tuple(f"{mark}." if mark else "" for mark in dict.fromkeys(marks))
+
+
+def _core(name: str) -> str:
+    """Returns a name without the prefixes that differ between a model, its text part and its checkpoint."""
+    parts = unwrapped(name).split(".")
+    while len(parts) > 1 and parts[0] in _OUTER:
+        del parts[0]
+    return ".".join(parts)

@@ -1,0 +1,276 @@
+"""Adapters of experts: however an adapter and a checkpoint hold them, the logits are those that peft computes."""
+
+import dataclasses
+import json
+import warnings
+
+import peft
+import pytest
+import torch
+from command_line import checked
+from safetensors.torch import load_file, save_file
+from tiny_models import TINY_MODELS, save_tiny_adapter, save_tiny_model
+
+TOKENS = torch.arange(3, 27)[None]
+
+
+def logits(tiny, folder, adapter=None):
+    """Returns what transformers computes, with an adapter as peft applies it."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = tiny.load(folder)
+        if adapter is not None:
+            model = peft.PeftModel.from_pretrained(model, adapter)
+        return model(input_ids=TOKENS).logits
+
+
+def changed(name, **settings):
+    """Returns a tiny model with other settings."""
+    tiny = TINY_MODELS[name]
+    return dataclasses.replace(tiny, settings=tiny.settings | settings)
+
+
+def rewritten(adapter, tensors=None, **config):
+    """Changes an adapter's configuration, None to leave a key out, and its tensors."""
+    settings = json.loads((adapter / "adapter_config.json").read_text()) | config
+    kept = {key: value for key, value in settings.items() if value is not None}
+    (adapter / "adapter_config.json").write_text(json.dumps(kept))
+    if tensors is not None:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, adapter / "adapter_model.safetensors")
+    return adapter
+
+
+def the_other_way_round(adapter, experts):
+    """Returns the tensors of an adapter of stacked experts with input and output exchanged."""
+    found = load_file(adapter / "adapter_model.safetensors")
+    swapped = {}
+    for name in found:
+        if "lora_A" not in name or ".experts." not in name:
+            continue
+        up = name.replace("lora_A", "lora_B")
+        down, rows = found[name], found[up]
+        downs, ups = down.reshape(experts, -1, down.shape[1]), rows.reshape(len(rows), -1, experts)
+        swapped[name] = ups.permute(2, 1, 0).reshape(-1, len(rows))
+        swapped[up] = downs.permute(2, 1, 0).reshape(down.shape[1], -1)
+    return swapped
+
+
+# ------------------------------------------------------------------------------------------- layouts of peft
+
+GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+#: Which of a stack's axes is the input, by the version of peft: model, square parameter, versions and whether the
+#: adapter is the other way round than one of today's.
+LAYOUTS = [
+    ("qwen3-moe", {"moe_intermediate_size": 16}, GATE_UP, "0.21.2", False),
+    ("qwen3-moe", {"moe_intermediate_size": 16}, GATE_UP, "0.19.1", False),
+    ("qwen3-moe", {"moe_intermediate_size": 16}, GATE_UP, "0.19.0", True),
+    ("qwen3-moe", {"moe_intermediate_size": 16}, GATE_UP, "0.18.2.dev0@abcdef", True),
+    ("qwen3-moe-fused", {"moe_intermediate_size": 16}, GATE_UP, "0.20.0", False),
+    ("qwen3-moe-fused", {"moe_intermediate_size": 16}, GATE_UP, "0.18.1", True),
+    ("qwen3-moe-fused", {"moe_intermediate_size": 32}, DOWN, "0.17.0", True),
+    ("gpt-oss", {"intermediate_size": 32}, DOWN, "0.18.0", False),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "target", "version", "exchanged"), LAYOUTS)
+def test_the_version_of_peft_tells_the_layout_of_square_experts(tmp_path, name, settings, target, version, exchanged):
+    tiny = changed(name, **settings)
+    base = save_tiny_model(tiny, tmp_path / "base")
+    adapter = save_tiny_adapter(
+        tiny, base, tmp_path / "adapter", r=2, target_modules=["q_proj"], target_parameters=[target]
+    )
+    expected = logits(tiny, base, adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    if exchanged:
+        tensors |= the_other_way_round(adapter, 4)
+    rewritten(adapter, tensors, peft_version=version)
+    checked("merge", base, adapter, tmp_path / "out")
+    torch.testing.assert_close(logits(tiny, tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
+    checked("verify", base, tmp_path / "out", "--adapter", adapter)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "target", "version"),
+    [
+        ("qwen3-moe-fused", {"moe_intermediate_size": 16}, GATE_UP, None),
+        ("qwen3-moe-fused", {"moe_intermediate_size": 16}, GATE_UP, "0.19.1.dev0"),
+        ("qwen3-moe", {"moe_intermediate_size": 16}, GATE_UP, "of my own"),
+        ("gpt-oss", {"intermediate_size": 32}, DOWN, "0.21.2"),
+    ],
+)
+def test_a_layout_that_cannot_be_told_is_refused(tmp_path, name, settings, target, version):
+    tiny = changed(name, **settings)
+    base = save_tiny_model(tiny, tmp_path / "base")
+    adapter = save_tiny_adapter(tiny, base, tmp_path / "adapter", r=2, target_modules=[], target_parameters=[target])
+    rewritten(adapter, peft_version=version)
+    said = " ".join(checked("merge", base, adapter, tmp_path / "out", code=1).output.split())
+    assert f"versions of peft ({version or 'not given'}) and transformers" in said
+    assert "merge it with peft itself, in those versions" in said
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_parameters_of_the_same_module_tell_the_layout_where_the_version_does_not(tmp_path, exchanged):
+    tiny = changed("qwen3-moe-fused", moe_intermediate_size=16)
+    base = save_tiny_model(tiny, tmp_path / "base")
+    adapter = save_tiny_adapter(
+        tiny, base, tmp_path / "adapter", r=2, target_modules=[], target_parameters=[GATE_UP, DOWN]
+    )
+    expected = logits(tiny, base, adapter)
+    rewritten(adapter, the_other_way_round(adapter, 4) if exchanged else None, peft_version=None)
+    checked("merge", base, adapter, tmp_path / "out")
+    torch.testing.assert_close(logits(tiny, tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- today's own names
+
+LINEAR = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+MIXTRAL = ["q_proj", "w1", "w2", "w3"]
+TODAY = [
+    ("qwen3-moe", LINEAR),
+    ("qwen3-moe", "all-linear"),
+    ("qwen3-moe-fused", LINEAR),
+    ("mixtral", MIXTRAL),
+    ("mixtral", "all-linear"),
+    ("mixtral-fused", MIXTRAL),
+    ("olmoe", LINEAR),
+    ("deepseek-v3", LINEAR),
+    ("glm4-moe", LINEAR),
+    ("qwen3.5-moe", LINEAR),
+]
+
+
+@pytest.mark.parametrize(("name", "modules"), TODAY)
+def test_what_peft_makes_of_the_usual_targets(tmp_path, name, modules):
+    tiny = TINY_MODELS[name]
+    base = save_tiny_model(tiny, tmp_path / "base")
+    adapter = save_tiny_adapter(tiny, base, tmp_path / "adapter", r=2, lora_alpha=6, target_modules=modules)
+    if name != "qwen3.5-moe":
+        parameters = json.loads((adapter / "adapter_config.json").read_text())["target_parameters"]
+        assert {"gate_up_proj", "down_proj"} <= set(parameters)
+    expected = logits(tiny, base, adapter)
+    assert (expected - logits(tiny, base)).abs().max() > 0.1
+    checked("merge", base, adapter, tmp_path / "out")
+    torch.testing.assert_close(logits(tiny, tmp_path / "out"), expected, rtol=1e-4, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------- fused and split
+
+
+def write_split(folder, modules, *, rank=2, **config):
+    """Writes an adapter with a LoRA per module, from names to their output and input sizes."""
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for module, (outer, inner) in modules.items():
+        for factor, shape in (("lora_A", (rank, inner)), ("lora_B", (outer, rank))):
+            values = torch.randn(shape, generator=generator) * 0.2
+            tensors[f"base_model.model.{module}.{factor}.weight"] = values
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    targets = sorted({module.rpartition(".")[2] for module in modules})
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "target_modules": targets, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def of_experts(tiny, names, *, layers, experts=range(4)):
+    """Returns the sizes of the expert modules of a tiny model, as transformers 4 called them."""
+    inner = tiny.settings.get("moe_intermediate_size", tiny.settings["intermediate_size"])
+    parent, *leaves = names
+    return {
+        f"model.layers.{layer}.{parent}.experts.{expert}.{leaf}": (32, inner)
+        if leaf in ("down_proj", "w2")
+        else (inner, 32)
+        for layer in layers
+        for expert in experts
+        for leaf in leaves
+    }
+
+
+EXPERTS = {"qwen3-moe": ("mlp", "gate_proj", "up_proj", "down_proj"), "mixtral": ("block_sparse_moe", "w1", "w3", "w2")}
+
+
+@pytest.mark.parametrize("form", ["", "-fused"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_lora_per_expert_is_merged_into_stacked_experts(tmp_path, name, form):
+    tiny = TINY_MODELS[name + form]
+    base = save_tiny_model(tiny, tmp_path / "base")
+    layers = (1,) if tiny.settings.get("mlp_only_layers") else (0, 1)
+    adapter = write_split(tmp_path / "adapter", of_experts(tiny, EXPERTS[name], layers=layers))
+    expected = logits(tiny, base, adapter)
+    assert (expected - logits(tiny, base)).abs().max() > 0.1
+    said = checked("merge", base, adapter, tmp_path / "out").output
+    torch.testing.assert_close(logits(tiny, tmp_path / "out"), expected, rtol=1e-4, atol=1e-3)
+    assert "rank" in said
+    assert "to the bit" in checked("verify", base, tmp_path / "out", "--adapter", adapter).output
+
+
+def test_experts_without_a_lora_keep_their_bytes(tmp_path):
+    tiny = TINY_MODELS["qwen3-moe-fused"]
+    base = save_tiny_model(tiny, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors[name][0] = -0.0
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    modules = of_experts(tiny, ("mlp", "up_proj"), layers=(0,), experts=(1, 3))
+    adapter = write_split(tmp_path / "adapter", modules, alpha_pattern={r"experts\.3\.up_proj": 2})
+    checked("merge", base, adapter, tmp_path / "out", "--jobs", 2)
+    after, factors = load_file(tmp_path / "out" / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
+    wanted = tensors[name].double()
+    for expert, scale in ((1, 3), (3, 1)):
+        stem = f"base_model.model.model.layers.0.mlp.experts.{expert}.up_proj"
+        down, up = (factors[f"{stem}.{factor}.weight"].double() for factor in ("lora_A", "lora_B"))
+        wanted[expert, 24:] += scale * up @ down
+    assert torch.equal(after[name], wanted.float())
+    assert torch.equal(after[name].signbit(), wanted.signbit())
+    assert all(torch.equal(after[other], tensors[other]) for other in tensors if other != name)
+    record = json.loads((tmp_path / "out" / "merge.json").read_text())["tensors"]
+    assert [part["rows"] for part in record[0]["parts"]] == [[72, 96], [168, 192]]
+
+
+@pytest.mark.parametrize(
+    "modules", [("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("v_proj", "up_proj"), ("k_proj",)]
+)
+def test_separate_projections_are_merged_into_fused_ones_and_the_other_way_round(tmp_path, modules):
+    fused = TINY_MODELS["phi3"]
+    base = save_tiny_model(fused, tmp_path / "base")
+    starts = {"q_proj": 0, "k_proj": 32, "v_proj": 48, "gate_proj": 0, "up_proj": 48}
+    sizes = {"q_proj": 32, "k_proj": 16, "v_proj": 16, "gate_proj": 48, "up_proj": 48}
+    parents = {leaf: "self_attn" if leaf in ("q_proj", "k_proj", "v_proj") else "mlp" for leaf in sizes}
+    names = {f"model.layers.{layer}.{parents[leaf]}.{leaf}": (sizes[leaf], 32) for layer in (0, 1) for leaf in modules}
+    adapter = write_split(tmp_path / "adapter", names)
+    wanted, factors = load_file(base / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        whole = f"{parent}.{'qkv_proj' if parents[leaf] == 'self_attn' else 'gate_up_proj'}.weight"
+        down, up = (factors[f"base_model.model.{name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
+        wanted[whole][starts[leaf] : starts[leaf] + sizes[leaf]] += 3 * (up @ down)
+    checked("merge", base, adapter, tmp_path / "out")
+    torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors"), wanted)
+
+
+def test_fused_projections_are_merged_into_separate_ones(tmp_path):
+    tiny = TINY_MODELS["mistral"]
+    base = save_tiny_model(tiny, tmp_path / "base")
+    names = {"model.layers.1.self_attn.qkv_proj": (64, 32), "model.layers.0.mlp.gate_up_proj": (96, 32)}
+    adapter = write_split(tmp_path / "adapter", names)
+    wanted, factors = load_file(base / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
+    for name, leaves in zip(names, (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")), strict=True):
+        down, up = (factors[f"base_model.model.{name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
+        parts = [f"{name.rpartition('.')[0]}.{leaf}.weight" for leaf in leaves]
+        for part, change in zip(parts, (3 * (up @ down)).split([len(wanted[part]) for part in parts]), strict=True):
+            wanted[part] += change
+    checked("merge", base, adapter, tmp_path / "out")
+    torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors"), wanted)
+
+
+def test_an_expert_that_does_not_fit_is_refused(tmp_path):
+    tiny = TINY_MODELS["qwen3-moe-fused"]
+    base = save_tiny_model(tiny, tmp_path / "base")
+    adapter = write_split(tmp_path / "more", of_experts(tiny, EXPERTS["qwen3-moe"], layers=(0,), experts=(4,)))
+    assert "merge it into the checkpoint that it was trained on" in " ".join(
+        checked("merge", base, adapter, tmp_path / "out", code=1).output.split()
+    )
+    llama4 = save_tiny_model(TINY_MODELS["llama4"], tmp_path / "llama4")
+    names = {"model.layers.1.feed_forward.experts.0.down_proj": (32, 48)}
+    said = checked("merge", llama4, write_split(tmp_path / "other", names), tmp_path / "out", code=1).output
+    assert "merge it into a checkpoint with a tensor per expert" in " ".join(said.split())
