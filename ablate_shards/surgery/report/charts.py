@@ -113,7 +113,8 @@ def _front(record: Record) -> dict[str, Any]:
             "front": trial.number in record.front,
             "chosen": trial.number == record.chosen,
             "plain": trial.number == record.plain,
-            "values": ", ".join(f"{name} {value:.4g}" for name, value in trial.values.items()).replace(" -", " −"),
+            "values": ", ".join(f"{name} {value:.4g}" for name, value in trial.values.items()).replace(" -", " −")
+            or "no number",
             "setting": setting_lines(record, trial),
         }
 
