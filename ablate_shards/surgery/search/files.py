@@ -60,7 +60,7 @@ def places_of(recipe: Path, *, overwrite: bool) -> Places:
     if not recipe.absolute().parent.is_dir():
         raise UsageError(f"{recipe.parent}: the folder that OUT would lie in does not exist; make it first")
     if recipe.exists() and not overwrite:
-        raise SearchError(f"{recipe}: already exists; --overwrite replaces it and starts again, or name another file")
+        raise SearchError(f"{recipe}: already exists; --overwrite replaces it, or name another file")
     stem = recipe.name.removesuffix(".toml")
     beside = {
         "directions": f"{stem}.directions.safetensors",
