@@ -290,6 +290,14 @@ class TestSpace:
         assert options.source_layer == "own"
         assert {profile.coefficient(layer) for profile in options.profiles for layer in range(8)} == {1.0}
 
+    def test_what_is_tried_first(self):
+        starts = space().starts({"a": 5})
+        assert starts[0] == space().plain()
+        tried = [(start["contrast"], start["source"], start.get("source-layer")) for start in starts]
+        assert tried == [("a", "own", None), ("a", "one", 5.0), ("b", "own", None)]
+        assert {profile.peak for start in starts for profile in space().edit(start).options.profiles} == {1.0}
+        assert space({"source": "one", "source-layer": 3.5}).starts({})[0]["source-layer"] == 3.5
+
     def test_what_a_recipe_fixes_is_fixed(self):
         made = space({"contrast": "a", "mlp": {"peak": 1.5, "floor": [0.2, 0.4]}})
         assert made.parameters["contrast"] == Choice(("a",))

@@ -404,7 +404,8 @@ def _course(job: Job, deadline: float, worker: int = 0) -> Course:
     """Returns when a worker's trials end and what seeds them, each worker's otherwise."""
     options = job.options
     seed = options.seed + 1_000_003 * worker
-    return Course(trials=options.trials, until=deadline, seed=seed, limit=options.limit)
+    starts = job.space.starts(job.contrasts.best_layers())
+    return Course(trials=options.trials, until=deadline, seed=seed, limit=options.limit, starts=starts)
 
 
 def _identity(job: Job, checkpoint: Checkpoint, bench: Bench) -> dict[str, Any]:

@@ -140,6 +140,26 @@ class Space:
             found.pop("source-layer", None)
         return found
 
+    def starts(self, best: Mapping[str, int]) -> tuple[Setting, ...]:
+        """Returns what is tried first: coefficient 1 with each contrast, from each layer's own direction and from one.
+
+        A sampler that meets one of two sources only with odd profiles at first gives it up.
+
+        Args:
+            best: The best layer of contrasts by their scores, as far as it is known.
+        """
+        plain = self.plain()
+        tried = [plain]
+        layers, sources = self.parameters["source-layer"], _values(self.parameters["source"])
+        for contrast in _values(self.parameters["contrast"]):
+            common = {name: value for name, value in plain.items() if name != "source-layer"} | {"contrast": contrast}
+            if "own" in sources and "+" not in contrast:
+                tried.append({**common, "source": "own"})
+            if "one" in sources and contrast in best and isinstance(layers, Number):
+                layer = _on_step(min(max(float(best[contrast]), layers.low), layers.high), layers)
+                tried.append({**common, "source": "one", "source-layer": layer})
+        return tuple(setting for number, setting in enumerate(tried) if setting not in tried[:number])
+
     def as_dict(self) -> dict[str, Any]:
         """Returns the space as JSON types, as a recipe writes it."""
         return {

@@ -120,12 +120,14 @@ class Course:
         until: When no further one begins, as ``time.monotonic`` counts.
         seed: Of the proposals.
         limit: The divergence above which a trial is not measured further, in nats a token.
+        starts: The settings that are tried first; the first of all is the plain edit.
     """
 
     trials: int
     until: float
     seed: int
     limit: float
+    starts: tuple[Setting, ...]
 
 
 def run_trials(
@@ -138,8 +140,8 @@ def run_trials(
 ) -> None:
     """Runs trials until there are enough, or the time is over.
 
-    The first one is the plain edit. Each proposal depends on the seed and the finished trials alone, so that a study
-    that was interrupted goes on as it would have.
+    The first ones are the course's starts. Each proposal depends on the seed and the finished trials alone, so that a
+    study that was interrupted goes on as it would have.
 
     Args:
         study: Where they are kept.
@@ -154,9 +156,9 @@ def run_trials(
     while (count := _finished(study)) < course.trials and time.monotonic() < course.until:
         study.sampler = _sampler(course.seed + count)
         if count == 0 and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            plain = space.plain()
-            first = {name: plain[name] for name in space.free if name in plain}
-            study.enqueue_trial(first, skip_if_exists=True)
+            for start in course.starts:
+                free = {name: start[name] for name in space.free if name in start}
+                study.enqueue_trial(free, skip_if_exists=True)
         asked = study.ask()
         setting = space.suggest(asked)
         tried = bench.try_out(setting, objectives, course.limit)
