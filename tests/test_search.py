@@ -27,7 +27,7 @@ from ablate_shards.surgery.plan.plan import make_plan
 from ablate_shards.surgery.plan.profile import Profile
 from ablate_shards.surgery.plan.recipe import AblateOptions
 from ablate_shards.surgery.search.applied import EditableModel
-from ablate_shards.surgery.search.bench import Tried, digest_of
+from ablate_shards.surgery.search.bench import Bench, Tried, digest_of
 from ablate_shards.surgery.search.choice import Budget, Candidate, choose, spread
 from ablate_shards.surgery.search.contrasts import Contrasts
 from ablate_shards.surgery.search.objectives import find_objective
@@ -183,6 +183,22 @@ class TestGoingOn:
         went_on = checked(*arguments(folder, out))
         assert "3 trials are finished already" in went_on.output
         assert self.trials(out) == self.trials(folder / "found.toml")
+
+    @pytest.mark.parametrize("trial", [0, 1])
+    def test_one_that_is_interrupted_within_a_trial_tries_it_again(self, folder, found, tmp_path, monkeypatch, trial):
+        out, left = tmp_path / "within.toml", iter(range(trial))
+        real = Bench.try_out
+
+        def trying(*given):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return real(*given)
+
+        monkeypatch.setattr(Bench, "try_out", trying)
+        checked(*arguments(folder, out), code=1)
+        monkeypatch.undo()
+        checked(*arguments(folder, out))
+        assert [each[1:] for each in self.trials(out)] == [each[1:] for each in self.trials(folder / "found.toml")]
 
     def test_trials_of_another_search_are_in_the_way(self, folder, found, tmp_path):
         out = tmp_path / "other.toml"
@@ -386,7 +402,7 @@ class TestChoice:
         found = [self.candidate(0, -2, 0.02), self.candidate(1, -1.9, 0.01), self.candidate(2, -1, 0.04),
                  self.candidate(3, -2.5, 0.001)]  # fmt: skip
         lean = _Objective("lean", "maximize")
-        assert choose(found, base, lean, Budget(), "j", rule="cost").trial == 1
+        assert choose(found, base, lean, Budget(), "j", rule="cost", plain=0).trial == 1
         assert choose(found, base, lean, Budget(), "j").trial == 2
 
     def test_the_front(self):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from ablate_shards.surgery.model.samples import CONTESTED
 from ablate_shards.terminal.tables import Column, Row, bar, output, print_table, say
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def _print_report(screen: Console, found: "Found") -> None:
         evaluation = names.get(name)
         if evaluation is None:
             continue
-        contested = [answer for answer in evaluation.answers if answer.group in ("core", "held-out")]
+        contested = [answer for answer in evaluation.answers if answer.group in CONTESTED]
         unrelated = [
             answer for answer in evaluation.answers if answer.group == "unrelated" and answer.exact is not None
         ]

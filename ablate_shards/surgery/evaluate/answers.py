@@ -32,7 +32,17 @@ from ablate_shards.surgery.model.samples import Question
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Dtype", "Prompt", "Remedies", "Speaker", "batches", "check_transformers", "model_digest", "speaking"]
+__all__ = [
+    "Dtype",
+    "Prompt",
+    "Remedies",
+    "Speaker",
+    "batches",
+    "check_transformers",
+    "library_versions",
+    "model_digest",
+    "speaking",
+]
 
 #: The files beside the weights that bear on an answer.
 _BEARING = ("config.json", "generation_config.json", "tokenizer", "chat_template", "special_tokens", "added_tokens")
@@ -259,6 +269,19 @@ def check_transformers() -> None:
         error=EvaluateError,
         instead=", or serve the model and use --endpoint",
     )
+
+
+def library_versions() -> dict[str, str]:
+    """Returns the versions of what computes answers.
+
+    Raises:
+        EvaluateError: It is not installed.
+    """
+    check_transformers()
+    import torch
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from ablate_shards.surgery.evaluate.answers import (
     Dtype,
     Speaker,
     batches,
-    check_transformers,
+    library_versions,
     model_digest,
     speaking,
 )
@@ -253,7 +253,7 @@ class _Run:
         options = self._options
         checkpoint = open_folder(folder, EvaluateError)
         device = resolve_device(options.device)
-        versions = _versions()
+        versions = library_versions()
         asked = {
             **self._asked(),
             "batch": options.batch,
@@ -488,14 +488,6 @@ def _keyed(evaluation: Evaluation) -> dict[str, Reply]:
 
 def _key(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    check_transformers()
-    import torch
-    import transformers
-
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _read_text(path: Path) -> tuple[str, str, str]:

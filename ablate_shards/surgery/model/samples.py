@@ -15,6 +15,7 @@ from ablate_shards.errors import SamplesError
 from ablate_shards.validation import Text, checked, shown
 
 __all__ = [
+    "CONTESTED",
     "SIDES",
     "Findable",
     "Group",
@@ -39,6 +40,8 @@ Side = Literal["prc", "taiwan"]
 SIDES: Mapping[Any, str] = {"prc": "the PRC's claims", "taiwan": "Taiwan's independence"}
 InstructionKind = Literal["contested", "general", "everyday"]
 Group = Literal["core", "held-out", "related", "unrelated"]
+#: The groups of questions about which people differ; the others are controls.
+CONTESTED: tuple[Group, ...] = ("core", "held-out")
 
 #: Stands for the language where a line names none, as BCP 47 has it.
 _UNDETERMINED = "und"

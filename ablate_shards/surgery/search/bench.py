@@ -1,6 +1,7 @@
 """A model in memory that settings are tried on: edited, measured, and taken back."""
 
 import contextlib
+import functools
 import hashlib
 import math
 import time
@@ -12,7 +13,7 @@ from ablate_shards.errors import SearchError
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.edit.ablation_editor import TensorResult
 from ablate_shards.surgery.edit.operation import RunOptions
-from ablate_shards.surgery.evaluate.answers import Dtype, Remedies, Speaker, check_transformers, speaking
+from ablate_shards.surgery.evaluate.answers import Dtype, Remedies, Speaker, check_transformers, model_digest, speaking
 from ablate_shards.surgery.machine.devices import resolve_device
 from ablate_shards.surgery.machine.sizes import size_text
 from ablate_shards.surgery.model.loading import answering_dtype, free_memory, read_config, weight_bytes
@@ -76,18 +77,20 @@ class Bench:
         directions = self._contrasts.directions(edit.contrast, edit.rank, edit.without)
         return make_plan(self.checkpoint, directions, edit.options)
 
-    @contextlib.contextmanager
-    def edited(self, setting: Setting | None) -> Iterator[str]:
-        """Holds the model edited by a setting, by none if None; yields the digest of the edit.
+    @functools.cached_property
+    def model_sha256(self) -> str:
+        """Digest of the files that bear on the unedited model's answers, which are all read for it."""
+        return model_digest(self.checkpoint)
 
-        The edit stays until the next one, which begins from the shards' bytes: taking it back at once would only take
-        time.
+    def edit(self, setting: Setting | None) -> str:
+        """Edits the model by a setting, or takes it back to what it was if None; returns the digest of the edit.
+
+        Whatever it was edited by before: an edit begins from the shards' bytes.
         """
         if setting is None:
             self._model.restore()
-            yield digest_of({})
-        else:
-            yield digest_of(self._model.apply(self.plan(setting)))
+            return digest_of({})
+        return digest_of(self._model.apply(self.plan(setting)))
 
     def objectives(self, names: Sequence[str], questions: Sequence[Question], asking: Asking) -> tuple[Objective, ...]:
         """Makes objectives of the unedited model.
@@ -95,22 +98,22 @@ class Bench:
         Raises:
             UsageError: There is none of a name, or no question that it looks at.
         """
-        with self.edited(None):
-            return tuple(find_objective(name)(self.speaker, questions, asking) for name in names)
+        self.edit(None)
+        return tuple(find_objective(name)(self.speaker, questions, asking) for name in names)
 
     def try_out(self, setting: Setting, objectives: Sequence[Objective], limit: float) -> Tried:
         """Measures a setting; one whose divergence is above the limit is not measured further."""
         started = time.monotonic()
         values: dict[str, float] = {}
         over = 0.0
-        with self.edited(setting) as digest:
-            # What can end a trial comes first.
-            for objective in sorted(objectives, key=lambda objective: objective.name != "kl"):
-                values[objective.name] = objective.measure(self.speaker)
-                if objective.name == "kl":
-                    over = values["kl"] - limit
-                if over > 0 or not math.isfinite(values[objective.name]):
-                    break
+        digest = self.edit(setting)
+        # What can end a trial comes first.
+        for objective in sorted(objectives, key=lambda objective: objective.name != "kl"):
+            values[objective.name] = objective.measure(self.speaker)
+            if objective.name == "kl":
+                over = values["kl"] - limit
+            if over > 0 or not math.isfinite(values[objective.name]):
+                break
         return Tried(values, over, time.monotonic() - started, digest)
 
 

@@ -12,7 +12,7 @@ from ablate_shards.surgery.evaluate.evaluation import Answer
 from ablate_shards.surgery.evaluate.measures import judged
 from ablate_shards.surgery.model.samples import Question
 from ablate_shards.surgery.search.bench import Bench
-from ablate_shards.surgery.search.objectives import Asking, Objective, answer, shares
+from ablate_shards.surgery.search.objectives import Asking, Objective, answer, loss, shares
 from ablate_shards.surgery.search.space import Setting
 from ablate_shards.surgery.search.study import Trial
 
@@ -108,9 +108,9 @@ def measure_again(
     asking: Asking,
 ) -> Measured:
     """Measures a setting, or the unedited model if there is none, on other questions and with its answers."""
-    with bench.edited(setting):
-        values = {objective.name: objective.measure(bench.speaker) for objective in objectives}
-        replies = answer(bench.speaker, questions, tokens=asking.tokens, batch=asking.batch)
+    bench.edit(setting)
+    values = {objective.name: objective.measure(bench.speaker) for objective in objectives}
+    replies = answer(bench.speaker, questions, tokens=asking.tokens, batch=asking.batch)
     return Measured(values, tuple((reply.text, reply.ended) for reply in replies))
 
 
@@ -133,6 +133,7 @@ def choose(
     where: str,
     *,
     rule: Rule = "effect",
+    plain: int | None = None,
 ) -> Candidate:
     """Returns the best candidate of those within the budget.
 
@@ -143,7 +144,8 @@ def choose(
         budget: What an edit may cost.
         where: The journal, for the error.
         rule: Which is best: that with the largest effect, or the one that moves unrelated answers least of those with
-            at least the effect of the plain edit, which is trial 0.
+            at least the effect of the plain edit.
+        plain: The trial of the plain edit, if it is among the candidates.
 
     Raises:
         SearchError: None is within the budget.
@@ -158,14 +160,15 @@ def choose(
         )
 
     def gain(candidate: Candidate) -> float:
-        return candidate.values[effect.name] * (1 if effect.direction == "maximize" else -1)
+        return -loss(effect, candidate.values[effect.name])
 
     def cost(candidate: Candidate) -> float:
         return candidate.values.get("kl", 0.0)
 
-    plain = next((each for each in candidates if each.trial == 0), None)
-    if rule == "cost" and plain is not None and (enough := [each for each in within if gain(each) >= gain(plain)]):
-        return min(enough, key=lambda each: (cost(each), -gain(each)))
+    if rule == "cost" and plain is not None:
+        least = next(gain(each) for each in candidates if each.trial == plain)
+        if enough := [each for each in within if gain(each) >= least]:
+            return min(enough, key=lambda each: (cost(each), -gain(each)))
     return max(within, key=lambda each: (gain(each), -cost(each)))
 
 

@@ -16,9 +16,9 @@ from ablate_shards.surgery.evaluate.endpoint import Reply
 from ablate_shards.surgery.evaluate.evaluation import Answer, Lean
 from ablate_shards.surgery.evaluate.likelihood import divergence, record
 from ablate_shards.surgery.evaluate.measures import forced_answers, judged, measure_leans
-from ablate_shards.surgery.model.samples import Question, Verdict
+from ablate_shards.surgery.model.samples import CONTESTED, Question, Verdict
 
-__all__ = ["OBJECTIVES", "Asking", "Objective", "answer", "find_objective", "lean_of"]
+__all__ = ["OBJECTIVES", "Asking", "Objective", "answer", "find_objective", "lean_of", "loss", "shares"]
 
 Direction = Literal["minimize", "maximize"]
 
@@ -63,6 +63,11 @@ class Objective(Protocol):
 
     def measure(self, speaker: Speaker) -> float:
         """Measures a model; infinite or not a number where it gives none."""
+
+
+def loss(objective: Objective, value: float) -> float:
+    """Returns a measure so that less of it is better."""
+    return value if objective.direction == "minimize" else -value
 
 
 #: Makes an objective while the model is not edited, from the model, the questions of the search and how to ask them.
@@ -149,7 +154,7 @@ class VerdictObjective:
     """
 
     def __init__(self, verdict: Verdict, speaker: Speaker, questions: Sequence[Question], asking: Asking) -> None:
-        self._questions = [question for question in questions if question.group in ("core", "held-out")]
+        self._questions = [question for question in questions if question.group in CONTESTED]
         if not self._questions:
             raise UsageError(f"--objective {verdict}: no question of this part is contested; add some, or leave it out")
         self.name: str = verdict

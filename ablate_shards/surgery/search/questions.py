@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ablate_shards.errors import UsageError
-from ablate_shards.surgery.model.samples import Question
+from ablate_shards.surgery.model.samples import CONTESTED, Question
 
 __all__ = ["Parts", "deal"]
 
-_CONTESTED = ("core", "held-out")
 #: In which order similar questions are dealt: two of five to trials, one to the choice, two to the report.
 _THREE_WAYS = ("report", "trials", "choice", "trials", "report")
 #: The same where the report has questions of its own.
@@ -57,7 +56,7 @@ def deal(questions: Sequence[Question], report: Sequence[Question] = ()) -> Part
             )
     piles: defaultdict[tuple[str, str, bool], list[str]] = defaultdict(list)
     for prompt, (first, *_) in same.items():
-        kind = "contested" if first.group in _CONTESTED else first.group
+        kind = "contested" if first.group in CONTESTED else first.group
         piles[kind, first.language, bool(first.references)].append(prompt)
     dealt: dict[str, list[Question]] = {"trials": [], "choice": [], "report": list(report)}
     order = itertools.cycle(_TWO_WAYS if report else _THREE_WAYS)
@@ -65,7 +64,7 @@ def deal(questions: Sequence[Question], report: Sequence[Question] = ()) -> Part
         for prompt in sorted(pile, key=_digest):
             dealt[next(order)] += same[prompt]
     for part, found in dealt.items():
-        for what, groups in (("contested", _CONTESTED), ("unrelated", ("unrelated",))):
+        for what, groups in (("contested", CONTESTED), ("unrelated", ("unrelated",))):
             if not any(question.group in groups for question in found):
                 count = sum(question.group in groups for question in questions)
                 raise UsageError(

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from ablate_shards.surgery.anatomy.parts import part_of
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.edit.operation import RunOptions
-from ablate_shards.surgery.evaluate.answers import Dtype, model_digest
+from ablate_shards.surgery.evaluate.answers import Dtype, library_versions
 from ablate_shards.surgery.evaluate.evaluation import Evaluation, Model, compare, questions_digest
 from ablate_shards.surgery.evaluate.likelihood import Divergence, divergence, record
 from ablate_shards.surgery.evaluate.measures import forced_answers, judged, measure_leans
@@ -224,7 +223,7 @@ def search(job: Job, progress: SearchProgress) -> Found:
         with sigterm_as_interrupt(), locked(job.journal), _bench(job, checkpoint, job.options.device) as bench:
             progress.note(f"{job.folder.name}: {_counted(job)}, on {bench.speaker.device}")
             objectives = bench.objectives(job.options.objectives, job.parts.trials, job.options.asking)
-            identity = _identity(job, checkpoint, bench)
+            identity = _identity(job, bench)
             study = open_study(job.journal, identity, objectives, overwrite=job.options.overwrite)
             end_interrupted(study)
             done = trials_of(study)
@@ -282,7 +281,15 @@ def _conclude(
         candidates.append(measured.candidate(number, setting, job.parts.choice))
         progress.count(next(steps), total)
     base, *candidates = candidates
-    chosen = choose(candidates, base, again[0], options.budget, str(job.journal), rule=options.choose)
+    chosen = choose(
+        candidates,
+        base,
+        again[0],
+        options.budget,
+        str(job.journal),
+        rule=options.choose,
+        plain=None if same is None else same.number,
+    )
     settings = {"chosen": chosen.setting} | ({} if dict(chosen.setting) == plain else {"plain": plain})
     reports = {}
     for name, evaluation in _reported(job, bench, settings, asking):
@@ -321,20 +328,20 @@ def _reported(
                 "dtype": str(speaker.network.dtype).removeprefix("torch."),
                 "device": speaker.device.type,
             },
-            versions=_versions(),
+            versions=library_versions(),
             questions=questions_digest(questions),
             answers=tuple(judged(*pair) for pair in zip(questions, replies, strict=True)),
             leans=measure_leans(speaker, questions, prompts, batch=asking.batch),
         )
 
-    with bench.edited(None):
-        base = evaluated(job.folder.resolve().name, model_digest(bench.checkpoint))
-        forced = forced_answers(speaker, questions, [each.reply for each in base.answers], thinking=False)
-        recording = record(speaker, forced, batch=asking.batch, copy_head=False)
+    bench.edit(None)
+    base = evaluated(job.folder.resolve().name, bench.model_sha256)
+    forced = forced_answers(speaker, questions, [each.reply for each in base.answers], thinking=False)
+    recording = record(speaker, forced, batch=asking.batch, copy_head=False)
     for name, setting in settings.items():
-        with bench.edited(setting):
-            found = evaluated(f"{job.folder.resolve().name}, {name}", None)
-            moved: Divergence | None = divergence(speaker, forced, recording, batch=asking.batch)
+        bench.edit(setting)
+        found = evaluated(f"{job.folder.resolve().name}, {name}", None)
+        moved: Divergence | None = divergence(speaker, forced, recording, batch=asking.batch)
         yield name, dataclasses.replace(found, base=base, comparison=compare(found, base, moved))
 
 
@@ -396,7 +403,7 @@ def work(job: Job, number: int, seconds: float) -> None:
         device = f"cuda:{number}"
     with _bench(job, checkpoint, device) as bench:
         objectives = bench.objectives(job.options.objectives, job.parts.trials, job.options.asking)
-        study = open_study(job.journal, _identity(job, checkpoint, bench), objectives, overwrite=False)
+        study = open_study(job.journal, _identity(job, bench), objectives, overwrite=False)
         run_trials(study, job.space, bench, objectives, _course(job, deadline, number), lambda *_: None)
 
 
@@ -408,11 +415,11 @@ def _course(job: Job, deadline: float, worker: int = 0) -> Course:
     return Course(trials=options.trials, until=deadline, seed=seed, limit=options.limit, starts=starts)
 
 
-def _identity(job: Job, checkpoint: Checkpoint, bench: Bench) -> dict[str, Any]:
+def _identity(job: Job, bench: Bench) -> dict[str, Any]:
     """Returns what trials depend on, by what errors call it."""
     options = job.options
     return {
-        "the model": model_digest(checkpoint),
+        "the model": bench.model_sha256,
         "the directions": [[name, job.contrasts.directions(name).sha256()] for name in job.contrasts.names],
         "the questions": questions_digest(job.parts.trials),
         "the space": job.space.as_dict(),
@@ -424,10 +431,6 @@ def _identity(job: Job, checkpoint: Checkpoint, bench: Bench) -> dict[str, Any]:
         "the kind of device": bench.speaker.device.type,
         "the version of ablate-shards": __version__,
     }
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
 
 
 def _counted(job: Job) -> str:

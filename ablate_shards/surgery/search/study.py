@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from ablate_shards.errors import SearchError
 from ablate_shards.surgery.search.bench import Bench, Tried
-from ablate_shards.surgery.search.objectives import Objective
+from ablate_shards.surgery.search.objectives import Objective, loss
 from ablate_shards.surgery.search.space import Setting, Space
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import FrozenTrial
+    from optuna.trial import FrozenTrial, TrialState
 
 __all__ = [
     "Course",
@@ -98,7 +98,6 @@ def open_study(path: Path, identity: Mapping[str, Any], objectives: Sequence[Obj
         raise SearchError(f"{path}: is not the journal of a search ({error}); --overwrite starts again") from error
     if fresh:
         study.set_user_attr("identity", json.loads(json.dumps(identity)))
-        study.set_user_attr("objectives", [objective.name for objective in objectives])
     known = study.user_attrs.get("identity", {})
     if changed := [what for what, value in json.loads(json.dumps(identity)).items() if known.get(what) != value]:
         if overwrite:
@@ -153,12 +152,12 @@ def run_trials(
     """
     from optuna.trial import TrialState
 
-    while (count := _finished(study)) < course.trials and time.monotonic() < course.until:
+    while (count := _count(study, TrialState.COMPLETE)) < course.trials and time.monotonic() < course.until:
         study.sampler = _sampler(course.seed + count)
-        if count == 0 and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            for start in course.starts:
-                free = {name: start[name] for name in space.free if name in start}
-                study.enqueue_trial(free, skip_if_exists=True)
+        begun = _count(study, TrialState.COMPLETE, TrialState.RUNNING)
+        if begun < len(course.starts):
+            start = course.starts[begun]
+            study.enqueue_trial({name: start[name] for name in space.free if name in start})
         asked = study.ask()
         setting = space.suggest(asked)
         tried = bench.try_out(setting, objectives, course.limit)
@@ -196,7 +195,7 @@ def best_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Tr
     complete = [trial for trial in trials if trial.tried.complete]
 
     def losses(trial: Trial) -> tuple[float, ...]:
-        return tuple(trial.tried.values[each.name] * (1 if each.direction == "minimize" else -1) for each in objectives)
+        return tuple(loss(each, trial.tried.values[each.name]) for each in objectives)
 
     def beaten(one: Trial) -> bool:
         mine = losses(one)
@@ -216,7 +215,7 @@ def importances(study: "Study", objectives: Sequence[Objective]) -> dict[str, di
     found = {}
     for index, objective in enumerate(objectives):
         # It explains what makes a target small, and says so in a warning.
-        target = functools.partial(_loss, index, 1 if objective.direction == "minimize" else -1)
+        target = functools.partial(_loss, index, objective)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -236,14 +235,12 @@ def _sampler(seed: int) -> Any:
         return optuna.samplers.TPESampler(n_startup_trials=_STARTUP, multivariate=True, group=True, seed=seed)
 
 
-def _loss(index: int, sign: int, trial: "FrozenTrial") -> float:
-    return sign * float(trial.values[index])
+def _loss(index: int, objective: Objective, trial: "FrozenTrial") -> float:
+    return loss(objective, float(trial.values[index]))
 
 
-def _finished(study: "Study") -> int:
-    from optuna.trial import TrialState
-
-    return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+def _count(study: "Study", *states: "TrialState") -> int:
+    return len(study.get_trials(deepcopy=False, states=states))
 
 
 def _worst(objective: Objective, tried: Tried, limit: float) -> float:
