@@ -381,7 +381,9 @@ def test_a_terminal_shows_answers_side_by_side_as_they_come(files):
     assert "after: edited" in head
     assert "slanted" in last
     assert "…" not in last
-    assert seen.count("╭") >= 2
+    first = seen[seen.index("╭") : seen.index("╯")]
+    assert "before: model" in first
+    assert "slanted" not in first
 
 
 def test_a_narrow_terminal_shows_one_answer_below_the_other(files):

@@ -235,7 +235,7 @@ class _Terminal(_Plain):
                 redirect_stdout=False,
                 redirect_stderr=False,
             )
-            self._live.start()
+            self._live.start(refresh=True)
 
     def half(self, exchange: Exchange) -> None:
         self._exchange = exchange
