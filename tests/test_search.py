@@ -22,7 +22,8 @@ from ablate_shards.errors import SearchError, UsageError
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.directions.formats import read_directions
 from ablate_shards.surgery.edit.operation import RunOptions
-from ablate_shards.surgery.model.samples import Question
+from ablate_shards.surgery.evaluate.answers import speaking
+from ablate_shards.surgery.model.samples import Question, load_questions
 from ablate_shards.surgery.plan.plan import make_plan
 from ablate_shards.surgery.plan.profile import Profile
 from ablate_shards.surgery.plan.recipe import AblateOptions
@@ -30,7 +31,7 @@ from ablate_shards.surgery.search.applied import EditableModel
 from ablate_shards.surgery.search.bench import Bench, Tried, digest_of
 from ablate_shards.surgery.search.choice import Budget, Candidate, choose, spread
 from ablate_shards.surgery.search.contrasts import Contrasts
-from ablate_shards.surgery.search.objectives import find_objective
+from ablate_shards.surgery.search.objectives import Asking, find_objective
 from ablate_shards.surgery.search.questions import deal
 from ablate_shards.surgery.search.space import Choice, Number, make_space
 from ablate_shards.surgery.search.study import Trial, best_of
@@ -535,6 +536,36 @@ class TestCommand:
         assert "no directions given" in checked("search", folder / "model", tmp_path / "o.toml", code=2).output
         named = run("search", folder / "model", tmp_path / "o.json", "-d", folder / "cue.directions.safetensors")
         assert "expected the name of a recipe" in named.output
+
+    def test_the_subject_is_what_the_unedited_answers_repeat(self, folder):
+        import torch
+
+        questions = load_questions(folder / "q.jsonl")
+        with speaking(folder / "model", dtype="float32", device="cpu") as speaker:
+            subject = find_objective("subject")(speaker, questions, Asking(questions=None))
+            assert subject.measure(speaker) == pytest.approx(0, abs=1e-6)
+
+            head = speaker.network.get_output_embeddings().weight
+
+            def likelihoods():
+                for forced, places in zip(subject._forced, subject._repeated, strict=True):
+                    ids = torch.tensor([[*forced.prompt, *forced.response]])
+                    with torch.no_grad():
+                        logs = speaker.network(ids).logits[0].double().log_softmax(-1)
+                    for place in places:
+                        assert place > 0
+                        word = speaker.tokenizer.decode([forced.response[place]]).strip()
+                        assert word.casefold() in speaker.tokenizer.decode(forced.prompt).casefold()
+                        yield float(logs[len(forced.prompt) + place - 1, forced.response[place]])
+
+            before = list(likelihoods())
+            with torch.no_grad():
+                head.mul_(0.5)
+            wanted = [b - a for b, a in zip(before, likelihoods(), strict=True)]
+            found = subject.measure(speaker)
+
+        assert found == pytest.approx(sum(wanted) / len(wanted), rel=1e-4)
+        assert found > 0.01
 
     def test_an_objective_of_ones_own(self, folder, tmp_path, monkeypatch):
         (tmp_path / "mine.py").write_text(

@@ -12,7 +12,17 @@ from ablate_shards.surgery.evaluate.answers import Speaker
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Divergence", "Forced", "Perplexity", "Recording", "divergence", "log_likelihoods", "perplexity", "record"]
+__all__ = [
+    "Divergence",
+    "Forced",
+    "Perplexity",
+    "Recording",
+    "divergence",
+    "log_likelihoods",
+    "perplexity",
+    "record",
+    "token_log_likelihoods",
+]
 
 #: Tokens of a window of text, and how many of them are scored; the others are what comes before.
 _WINDOW = 512
@@ -212,9 +222,19 @@ def log_likelihoods(speaker: Speaker, forced: Sequence[Forced], *, batch: int) -
     Raises:
         EvaluateError: The model has no output head, its memory does not suffice, or it fails.
     """
+    means = (float(scores.mean()) for scores in token_log_likelihoods(speaker, forced, batch=batch))
+    return [mean if math.isfinite(mean) else None for mean in means]
+
+
+def token_log_likelihoods(speaker: Speaker, forced: Sequence[Forced], *, batch: int) -> "list[torch.Tensor]":
+    """Returns the log-probability of each token of each response, in nats, float64 on the CPU; see ``log_likelihoods``.
+
+    Raises:
+        EvaluateError: The model has no output head, its memory does not suffice, or it fails.
+    """
     import torch
 
-    found: list[float | None] = [None] * len(forced)
+    found: dict[int, torch.Tensor] = {}
     # Of one length, as far as possible.
     order = sorted(range(len(forced)), key=lambda row: -len(forced[row].prompt + forced[row].response))
     for at in range(0, len(order), batch):
@@ -233,12 +253,9 @@ def log_likelihoods(speaker: Speaker, forced: Sequence[Forced], *, batch: int) -
                 )
             ]
         )
-        for row, score in zip(
-            order[at : at + batch], torch.split(scores, [len(each.response) for each in rows]), strict=True
-        ):
-            mean = float(score.mean())
-            found[row] = mean if math.isfinite(mean) else None
-    return found
+        parts = torch.split(scores, [len(each.response) for each in rows])
+        found.update(zip(order[at : at + batch], parts, strict=True))
+    return [found[row] for row in range(len(forced))]
 
 
 def _head(speaker: Speaker) -> Any:

@@ -14,7 +14,8 @@ from ablate_shards.errors import UsageError
 from ablate_shards.surgery.evaluate.answers import Speaker, batches
 from ablate_shards.surgery.evaluate.endpoint import Reply
 from ablate_shards.surgery.evaluate.evaluation import Answer, Lean
-from ablate_shards.surgery.evaluate.likelihood import divergence, record
+from ablate_shards.surgery.evaluate.judge.reading import fold
+from ablate_shards.surgery.evaluate.likelihood import Forced, divergence, record, token_log_likelihoods
 from ablate_shards.surgery.evaluate.measures import forced_answers, judged, measure_leans
 from ablate_shards.surgery.model.samples import CONTESTED, Question, Verdict
 
@@ -140,6 +141,60 @@ class DivergenceObjective:
         return math.inf if found is None else found.tokens
 
 
+class SubjectObjective:
+    """How much less likely words are that the unedited model's answers repeat from their questions, in nats a token.
+
+    An edit that makes a model forget whom it was asked about answers of another: "Yes, Spain is a country". The answers
+    are given, to contested questions; the first token of each is not looked at, as another answer may begin otherwise.
+
+    Args:
+        speaker: The unedited model.
+        questions: The questions; controls are not looked at.
+        asking: How to ask.
+
+    Raises:
+        UsageError: No answer repeats a word of its question.
+    """
+
+    name = "subject"
+    direction: Direction = "minimize"
+    base = 0.0
+
+    def __init__(self, speaker: Speaker, questions: Sequence[Question], asking: Asking) -> None:
+        contested = [question for question in questions if question.group in CONTESTED]
+        self._batch = asking.batch
+        self._forced: list[Forced] = []
+        self._repeated: list[list[int]] = []
+        for question, reply in zip(
+            contested, answer(speaker, contested, tokens=asking.forced, batch=asking.batch), strict=True
+        ):
+            response = speaker.encode(reply.text)[: asking.forced]
+            words = {_word(speaker, token) for text in ("", " ") for token in speaker.encode(text + question.prompt)}
+            places = [
+                place
+                for place, token in enumerate(response)
+                if place and (word := _word(speaker, token)) and word in words
+            ]
+            if places and len(self._forced) < (asking.questions or len(contested)):
+                self._forced.append(Forced(speaker.prompt(question, thinking=False).tokens, response, reply.ended))
+                self._repeated.append(places)
+        if not self._forced:
+            raise UsageError(
+                "--objective subject: no answer to a contested question of this part repeats a word of its question; "
+                "leave it out"
+            )
+        self._before = self._likelihood(speaker)
+
+    def measure(self, speaker: Speaker) -> float:
+        """Returns the mean over these tokens."""
+        return self._before - self._likelihood(speaker)
+
+    def _likelihood(self, speaker: Speaker) -> float:
+        scores = token_log_likelihoods(speaker, self._forced, batch=self._batch)
+        values = [float(each[place]) for each, places in zip(scores, self._repeated, strict=True) for place in places]
+        return math.fsum(values) / len(values)
+
+
 class VerdictObjective:
     """The share of greedy answers to the contested questions that the rules give one verdict.
 
@@ -174,6 +229,7 @@ _VERDICTS: tuple[Verdict, ...] = ("slanted", "neutral", "deflecting", "wrong", "
 OBJECTIVES: Mapping[str, Maker] = {
     "lean": LeanObjective,
     "kl": DivergenceObjective,
+    "subject": SubjectObjective,
     **{verdict: partial(VerdictObjective, verdict) for verdict in _VERDICTS},
 }
 
@@ -203,6 +259,12 @@ def find_objective(name: str) -> Maker:
     finally:
         sys.path.pop(0)
     return found
+
+
+def _word(speaker: Speaker, token: int) -> str:
+    """Returns a token's text if it is a word or the like, in simplified characters and lower case, else nothing."""
+    text = fold(speaker.tokenizer.decode([token])).strip().casefold()
+    return text if len(text) > 1 and text.isalnum() else ""
 
 
 def _shortened(question: Question, references: int | None) -> Question:
