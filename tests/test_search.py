@@ -564,6 +564,10 @@ class TestCommand:
             wanted = [b - a for b, a in zip(before, likelihoods(), strict=True)]
             found = subject.measure(speaker)
 
+            controls = [question for question in questions if question.group == "unrelated"]
+            with pytest.raises(UsageError, match="no answer to a contested question of this part repeats a word"):
+                find_objective("subject")(speaker, controls, Asking())
+
         assert found == pytest.approx(sum(wanted) / len(wanted), rel=1e-4)
         assert found > 0.01
 

@@ -13,7 +13,7 @@ from ablate_shards.surgery.evaluate.likelihood import Forced, log_likelihoods
 from ablate_shards.surgery.evaluate.thoughts import without_thoughts
 from ablate_shards.surgery.model.samples import Question
 
-__all__ = ["bare_words", "forced_answers", "is_control", "judged", "measure_leans"]
+__all__ = ["bare_words", "forced_answer", "forced_answers", "is_control", "judged", "measure_leans"]
 
 
 def judged(question: Question, reply: Reply) -> Answer:
@@ -88,20 +88,25 @@ def measure_leans(
     return tuple(leans)
 
 
+def forced_answer(speaker: Speaker, question: Question, reply: Reply, *, thinking: bool) -> Forced:
+    """Returns a question with a model's own answer as the response, as far as the model reads."""
+    prompt = speaker.prompt(question, thinking=thinking)
+    said = reply.text.removeprefix("<think>") if prompt.thinks else reply.text
+    response = speaker.encode(said)
+    if speaker.most is not None:
+        response = response[: speaker.most - len(prompt.tokens)]
+    return Forced(prompt.tokens, response, reply.ended)
+
+
 def forced_answers(
     speaker: Speaker, questions: Sequence[Question], replies: Sequence[Reply], *, thinking: bool
 ) -> list[Forced]:
     """Returns the unrelated questions with a model's own answers as responses."""
-    forced = []
-    for question, reply in zip(questions, replies, strict=True):
-        if question.group == "unrelated":
-            prompt = speaker.prompt(question, thinking=thinking)
-            said = reply.text.removeprefix("<think>") if prompt.thinks else reply.text
-            response = speaker.encode(said)
-            if speaker.most is not None:
-                response = response[: speaker.most - len(prompt.tokens)]
-            forced.append(Forced(prompt.tokens, response, reply.ended))
-    return forced
+    return [
+        forced_answer(speaker, question, reply, thinking=thinking)
+        for question, reply in zip(questions, replies, strict=True)
+        if question.group == "unrelated"
+    ]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -16,7 +16,7 @@ from ablate_shards.surgery.evaluate.endpoint import Reply
 from ablate_shards.surgery.evaluate.evaluation import Answer, Lean
 from ablate_shards.surgery.evaluate.judge.reading import fold
 from ablate_shards.surgery.evaluate.likelihood import Forced, divergence, record, token_log_likelihoods
-from ablate_shards.surgery.evaluate.measures import forced_answers, judged, measure_leans
+from ablate_shards.surgery.evaluate.measures import forced_answer, forced_answers, judged, measure_leans
 from ablate_shards.surgery.model.samples import CONTESTED, Question, Verdict
 
 __all__ = ["OBJECTIVES", "Asking", "Objective", "answer", "find_objective", "lean_of", "loss", "shares"]
@@ -165,19 +165,16 @@ class SubjectObjective:
         self._batch = asking.batch
         self._forced: list[Forced] = []
         self._repeated: list[list[int]] = []
-        for question, reply in zip(
-            contested, answer(speaker, contested, tokens=asking.forced, batch=asking.batch), strict=True
-        ):
-            response = speaker.encode(reply.text)[: asking.forced]
-            words = {_word(speaker, token) for text in ("", " ") for token in speaker.encode(text + question.prompt)}
-            places = [
-                place
-                for place, token in enumerate(response)
-                if place and (word := _word(speaker, token)) and word in words
-            ]
-            if places and len(self._forced) < (asking.questions or len(contested)):
-                self._forced.append(Forced(speaker.prompt(question, thinking=False).tokens, response, reply.ended))
+        replies = answer(speaker, contested, tokens=asking.forced, batch=asking.batch)
+        for question, reply in zip(contested, replies, strict=True):
+            asked = {_word(speaker, token) for text in ("", " ") for token in speaker.encode(text + question.prompt)}
+            forced = forced_answer(speaker, question, reply, thinking=False)
+            words = [_word(speaker, token) for token in forced.response]
+            places = [place for place, word in enumerate(words) if place and word and word in asked]
+            if places:
+                self._forced.append(forced)
                 self._repeated.append(places)
+        self._forced, self._repeated = self._forced[: asking.questions], self._repeated[: asking.questions]
         if not self._forced:
             raise UsageError(
                 "--objective subject: no answer to a contested question of this part repeats a word of its question; "
