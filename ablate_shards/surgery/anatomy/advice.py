@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ablate_shards.surgery.anatomy.families import FAMILIES, Axis
-from ablate_shards.surgery.anatomy.roles import orientation, role_of, split_stack
+from ablate_shards.surgery.anatomy.roles import is_lone_bias, orientation, role_of, split_stack
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
 __all__ = ["Advice", "advise"]
 
 _TOWER = re.compile(r"(?:^|[._])(?:visual|vision|vit|image|video|audio|speech)(?:$|[._])")
 _ENCODER = re.compile(r"(?:^|[._])encoder(?:$|[._])")
-_ATTENTION = re.compile(r"att(?:n|ention)|mixer|mamba|ssm|conv|recurrent|temporal", re.IGNORECASE)
+_ATTENTION = re.compile(r"att(?:n|ention)|encdec|mixer|mamba|ssm|conv|recurrent|temporal", re.IGNORECASE)
 _EMBEDDINGS = frozenset(
     {module.path.rpartition(".")[2] for family in FAMILIES for module in family.layout.embedding}
     | {"shared", "tok_embeddings", "position_embeddings", "token_type_embeddings", "embed_position", "embedding"}
@@ -27,7 +27,11 @@ _AFTER = re.compile(
     r"|layer_?scale|(?:^|\.)(?:ls\d|gamma\w*)(?:\.|$)|residual_scale",
     re.IGNORECASE,
 )
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|(?<=expert_)\d+(?=\.)")
+#: Keys of a configuration that count positions, and those that place them elsewhere than in the stream.
+_POSITIONS = re.compile(r"positions?(?:_embeddings)?$|max_seq_len")
+_RELATIVE = re.compile(r"rope|rotary|alibi|relative")
+_TABLE = re.compile(r"wpe|pos")
 _MOST_NAMED = 12
 _EXAMPLE = r"model\.layers\.(?P<layer>\d+)\.mlp\.down_proj\.(?:weight|bias)"
 
@@ -44,13 +48,16 @@ class Advice(NamedTuple):
     open: tuple[str, ...]
 
 
-def advise(tensors: Mapping[str, TensorInfo], hidden: int | None, depth: int | None) -> Advice:
+def advise(
+    tensors: Mapping[str, TensorInfo], hidden: int | None, depth: int | None, keys: Iterable[str] = ()
+) -> Advice:
     """Describes the writers of one decoder in the lines of a recipe, as far as names and shapes tell.
 
     Args:
         tensors: What the checkpoint holds.
         hidden: Length of the residual axis, if the configuration states it.
         depth: How many layers it states.
+        keys: The keys of the configuration.
     """
     stacks: dict[str, list[str]] = defaultdict(list)
     outside = []
@@ -72,8 +79,11 @@ def advise(tensors: Mapping[str, TensorInfo], hidden: int | None, depth: int | N
     for name in stacks[head]:
         role, axis = role_of(name, tensors[name].shape, hidden, stored)
         if role == "writer":
-            lines[_pattern(name)] = ("attention" if _ATTENTION.search(name.removeprefix(head)) else "mlp", axis)
-        elif role == "unknown":
+            component = "attention" if _ATTENTION.search(name.removeprefix(head)) else "mlp"
+            lines[_pattern(name)] = (component, axis)
+            if f"{name}_bias" in tensors:
+                lines[_pattern(f"{name}_bias")] = (component, axis)
+        elif role == "unknown" or is_lone_bias(name, tensors, hidden):
             doubtful.append(name)
     root = head.rpartition(".")[0]
     for name in outside:
@@ -89,6 +99,12 @@ def advise(tensors: Mapping[str, TensorInfo], hidden: int | None, depth: int | N
     remarks = [
         *_unplaced(doubtful),
         *_gains(tensors, stacks[head], hidden),
+        *_vectors(tensors, stacks[head], hidden),
+        *_embedding(
+            [name for name in outside if _beside(name, root, stacks, head)],
+            keys,
+            [pattern for pattern, what in lines.items() if what[0] == "embedding"],
+        ),
         *_stream_norm(tensors, stacks[head], outside, root, hidden),
         *_other_stacks(tensors, stacks, head, hidden),
     ]
@@ -157,23 +173,50 @@ def _unplaced(names: Sequence[str]) -> list[str]:
 
 
 def _gains(tensors: Mapping[str, TensorInfo], names: Iterable[str], hidden: int) -> list[str]:
-    found = [
-        name
-        for name in names
-        if hidden in (shape := tensors[name].shape) and max(shape) == hidden and len(shape) < 3 and _AFTER.search(name)
-    ]
-    if not found:
+    vectors = [name for name in names if tensors[name].shape == (hidden,)]
+    if not any(map(_AFTER.search, vectors)):
         return []
+    found = [name for name in vectors if _AFTER.search(name) or re.search(r"(?:^|\.)post_?\w*norm", name)]
     return [
         f"an output may pass through {_fold(found)} before it is added to the stream; where it does, the target needs "
         "that gain, or part of the direction stays"
     ]
 
 
+def _vectors(tensors: Mapping[str, TensorInfo], names: Iterable[str], hidden: int) -> list[str]:
+    """Names vectors that are neither norms nor biases."""
+    found = [
+        name
+        for name in names
+        if tensors[name].shape in ((hidden,), (1, 1, hidden))
+        and not (_NORM.search(name) or _AFTER.search(name) or name.endswith("bias"))
+    ]
+    if not found:
+        return []
+    return [f"{_fold(found)} may scale the stream or an output; where they do, part of the direction stays"]
+
+
+def _embedding(outside: Iterable[str], keys: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """Says what the lines of embeddings do not reach: a norm after them, and positions that are not stored."""
+    remarks = []
+    norms = [name for name in outside if _NORM.search(name) and "emb" in name.lower() and name.endswith("weight")]
+    if norms:
+        remarks.append(f"{_fold(norms)} may normalise the embedding, and then what is removed from that comes back")
+    known = list(keys)
+    counted = any(_POSITIONS.search(key) for key in known)
+    if counted and not any(map(_RELATIVE.search, known)) and not any(map(_TABLE.search, patterns)):
+        remarks.append(
+            "no table of positions is stored: where positions are computed and added to the embedding, what they hold "
+            "of the direction stays"
+        )
+    return remarks
+
+
 def _stream_norm(
     tensors: Mapping[str, TensorInfo], inside: Iterable[str], outside: Iterable[str], root: str, hidden: int
 ) -> list[str]:
     """Says so where no norm stands after the last layer, as in models that normalise the stream after each addition."""
+    inside = [name for name in inside if name.endswith("weight")]
     within = [name for name in inside if _NORM.search(name) and tensors[name].shape == (hidden,)]
     last = [
         name
@@ -199,9 +242,10 @@ def _other_stacks(
     ]
     if not others:
         return []
+    verb, what = ("is", "a stream of its own") if len(others) == 1 else ("are", "streams of their own")
     return [
         f"the lines are of {head}; {', '.join(others[:_MOST_NAMED])}{' and more' if len(others) > _MOST_NAMED else ''} "
-        "are taken for streams of their own and not described"
+        f"{verb} taken for {what} and not described"
     ]
 
 

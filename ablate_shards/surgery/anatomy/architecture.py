@@ -10,7 +10,7 @@ from ablate_shards.errors import ArchitectureError
 from ablate_shards.surgery.anatomy.absent import PARTS, Absent, counted_by, missing_beside, stated_by
 from ablate_shards.surgery.anatomy.advice import advise
 from ablate_shards.surgery.anatomy.families import FAMILIES, Axis, Component, Family, Layout, Module
-from ablate_shards.surgery.anatomy.roles import orientation, role_of, split_stack
+from ablate_shards.surgery.anatomy.roles import is_lone_bias, orientation, role_of, split_stack
 from ablate_shards.surgery.anatomy.scales import CODED, Scales, find_scales, is_beside_codes
 from ablate_shards.surgery.anatomy.wrappers import unwrapped
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
@@ -109,7 +109,7 @@ class Anatomy:
         left_out: Every tensor that looks like a writer and is not among them.
         absent: The parts that layers do not have by design.
         missing: The parts that layers should have and of which no writer is stored, each with what tells.
-        unplaced: What lies in the layers of the targets, is described by none, and could write by its shape.
+        unplaced: What lies in the layers of the writers, is none of them, and could write by its shape.
         tied: Whether the token embedding is the output head as well.
         notes: Facts to show to the user, a line each.
     """
@@ -433,6 +433,14 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
     found -= extra
     layers = tuple(range(depth)) if depth is not None else tuple(sorted(found))
     absent, missing = _parts_without_writers(tensors, settings, layers, writers, (*left_out, *strays))
+    known = {item.name for item in (*left_out, *strays)} | {hit.name for hit in hits}
+    unplaced = {
+        name: layer
+        for name, layer in _could_write(tensors, {hit.name: hit for hit in hits}, hidden).items()
+        if name not in known and layer in layers
+    }
+    why = f"{family.name} has none of this name, and by its shape it could write to the stream"
+    strays += [LeftOut(name, layer, None, why) for name, layer in unplaced.items()]
     return Anatomy(
         family=family.name,
         hidden_size=hidden,
@@ -443,6 +451,7 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
         notes=_notes(tensors, settings, (*writers, *left_out, *strays)),
         absent=absent,
         missing=missing,
+        unplaced=tuple(unplaced),
     )
 
 
@@ -572,14 +581,16 @@ def _dissect_by_targets(tensors: Mapping[str, TensorInfo], settings: _Settings, 
 
 
 def _could_write(tensors: Mapping[str, TensorInfo], hits: Mapping[str, _Hit], hidden: int) -> dict[str, int]:
-    """Returns what no target describes in the layers of those that one does, and could write by its shape, by layer."""
-    heads = {place.head for name, hit in hits.items() if hit.layer is not None and (place := split_stack(name))}
+    """Returns what lies in the layers of the writers, is none of them, and could write by its shape, by layer."""
+    inside = (name for name, hit in hits.items() if hit.layer is not None and not hit.mtp)
+    heads = {place.head for name in inside if (place := split_stack(name))}
     places = {name: place for name in tensors if (place := split_stack(name)) is not None and place.head in heads}
     stored = orientation(tensors, places)
     return {
         name: place.layer
         for name, place in places.items()
-        if name not in hits and role_of(name, tensors[name].shape, hidden, stored)[0] != "none"
+        if name not in hits
+        and (role_of(name, tensors[name].shape, hidden, stored)[0] != "none" or is_lone_bias(name, tensors, hidden))
     }
 
 
@@ -783,11 +794,13 @@ def _notes(
 
 def _unknown(tensors: Mapping[str, TensorInfo], settings: _Settings, why: str) -> ArchitectureError:
     """Returns the error that shows the recipe lines describing the checkpoint's own names, and what they leave open."""
-    advice = advise(tensors, settings.hidden_size, settings.depth)
+    keys = {key for values in settings.values for key in values}
+    advice = advise(tensors, settings.hidden_size, settings.depth, keys)
     remarks = "".join(f"; {remark}" for remark in advice.open)
     return ArchitectureError(
         f"{why}; describe each tensor that writes to the residual stream in a recipe, as in these lines made "
         'from its names and shapes (axis "out" is [hidden, inputs] as in nn.Linear, "in" is [inputs, hidden] as in '
-        f"Conv1D; where a norm stands between the output and the residual addition, add its gain){remarks}:\n\n"
+        "Conv1D; where a norm stands between the output and the residual addition, add its gain; where the stream "
+        f"itself is normalised or scaled, which names do not show, no edit of writers holds){remarks}:\n\n"
         + "\n\n".join(advice.lines)
     )

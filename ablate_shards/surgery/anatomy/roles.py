@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from ablate_shards.surgery.anatomy.families import FAMILIES, Axis
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
-__all__ = ["Role", "Stack", "orientation", "role_of", "split_stack"]
+__all__ = ["Role", "Stack", "is_lone_bias", "orientation", "role_of", "split_stack"]
 
 #: ``writer`` by shape and name, ``unknown`` by shape alone, ``none`` by either.
 Role = Literal["writer", "unknown", "none"]
@@ -23,12 +23,17 @@ _WRITERS = frozenset(
     | {"wo", "o", "out", "out_lin", "lin2", "fc_out", "linear2", "linear_2", "linear_fc2", "linear_out", "proj_out"}
     | {"output_linear", "output", "fc2_latent_proj", "ffn_out", "attn_out", "w_o", "dense_out", "dense"}
 ) - {"proj", "linear_attn"}
-#: What reads the stream, or another module, into queries, keys, values, gates and states, whatever its shape.
-_INNER = re.compile(
-    r"(?:w|to_|c_)?_?(?:q|k|v|qk|kv|qkv|query|key|value|query_key_value)(?:_(?:a|b|c|up|down))?(?:_(?:proj|lin|linear))?"
-    r"(?:_with_mqa|_fused)?|c_attn|W_?pack|Wqkv|in_proj_(?:weight|qkvz|ba|qkv|z|a|b)|x_proj|dt_proj|g_proj|router|gate"
-    r"|(?:relative|position).*|.*conv1?d?|rotary.*|r_net|r"
+#: Words that say nothing of what a matrix is for, only that something comes out of it.
+_VAGUE = frozenset({"dense", "output", "out", "o"})
+#: Queries, keys and values, whose length may be that of the stream by chance.
+_QUERIES = re.compile(
+    r"(?:w|to_|c_)?_?(?:q|k|v|qk|kv|qkv|query|key|value|query_key_value)(?:_(?:a|b|c|up|down))?(?:_(?:proj|lin|linear|attn))?"
+    r"(?:_with_mqa|_fused)?|c_attn|w_?pack|in_proj_(?:weight|qkvz|ba|qkv|z|a|b)",
+    re.IGNORECASE,
 )
+#: What lies within a module: states, gates, routers, positions and convolutions that mix no channels.
+_WITHIN = re.compile(r"x_proj|dt_proj|g_proj|router|gate|(?:relative|position).*|.*conv1?d?|rotary.*|A_log")
+_ATTENTION = re.compile(r"att(?:n|ention)|mixer|mamba", re.IGNORECASE)
 #: What reads the stream where its shape says so; where it does not, as ``up`` of an adapter, the name says nothing.
 _READERS = frozenset(
     {
@@ -86,9 +91,9 @@ def role_of(name: str, shape: tuple[int, ...], hidden: int, stored: Axis) -> tup
         hidden: Length of the residual axis.
         stored: How the matrices of its layer are stored.
     """
+    module = _PLAIN_ENDING.sub("", name).rpartition(".")[2]
     if len(shape) < 2:
         return "none", stored
-    module = _PLAIN_ENDING.sub("", name).rpartition(".")[2]
     if len(shape) > 2 and re.search(r"conv", name):
         return ("unknown" if shape[0] == hidden and shape[1] > 1 else "none"), "out"
     axis: Axis = stored
@@ -96,8 +101,21 @@ def role_of(name: str, shape: tuple[int, ...], hidden: int, stored: Axis) -> tup
     if len(shape) > 2 and writes != hidden:
         # Stacks of experts are stored either way within one model.
         axis, writes, reads = ("in" if stored == "out" else "out"), reads, writes
-    if writes != hidden or _INNER.fullmatch(module):
+    if writes != hidden:
+        # Called like a writer, yet of a writer's shape only when transposed.
+        return ("unknown" if reads == hidden and module in _WRITERS - _VAGUE else "none"), axis
+    if _WITHIN.fullmatch(module):
         return "none", axis
+    if _QUERIES.fullmatch(module):
+        return ("none" if reads == hidden or _ATTENTION.search(name) else "unknown"), axis
     if module in _READERS:
         return ("none" if reads == hidden or len(shape) > 2 else "unknown"), axis
     return ("writer" if module in _WRITERS else "unknown"), axis
+
+
+def is_lone_bias(name: str, tensors: Mapping[str, TensorInfo], hidden: int) -> bool:
+    """Tells whether a tensor could be a bias that is added to the stream and belongs to no weight."""
+    if not name.endswith("bias") or tensors[name].shape != (hidden,):
+        return False
+    stem = name.removesuffix("bias").rstrip("._")
+    return not any(other in tensors for other in (f"{stem}.weight", f"{stem}_weight", stem))

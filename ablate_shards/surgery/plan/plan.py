@@ -313,13 +313,13 @@ def _left_alone(layer: int, component: Component, options: AblateOptions) -> boo
 
 
 def _unplaced(anatomy: Anatomy, layers: frozenset[int]) -> Iterator[str]:
-    """Names what no target describes in selected layers although it could write to the stream by its shape."""
+    """Names what is edited in no selected layer although it could write to the stream by its shape."""
     layer_of = {item.name: item.layer for item in anatomy.left_out}
     kinds = dict.fromkeys(_NUMBER.sub("*", name) for name in anatomy.unplaced if layer_of.get(name) in layers)
     if kinds:
         yield (
-            f"no target describes {', '.join(kinds)}, which by shape could write to the stream in the layers that are "
-            "edited; if one does, part of the direction stays: add a target for it"
+            f"not edited: {', '.join(kinds)}, which by shape could write to the stream in the selected layers; if one "
+            "does, part of the direction stays: describe every writer with [[ablate.target]] in a recipe"
         )
 
 
