@@ -567,8 +567,8 @@ def test_every_kind_is_told(tmp_path, kind):
 
 
 def test_no_kind_is_left_out():
-    """Tensors that are equal are told of only where they have another name."""
-    assert {*KINDS, "equal"} == set(get_args(DiffKind))
+    """Tensors that are equal are told of only where they have another name; scales are in test_diff_of_codes.py."""
+    assert {*KINDS, "equal", "scales"} == set(get_args(DiffKind))
 
 
 @pytest.mark.parametrize(

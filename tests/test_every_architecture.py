@@ -35,7 +35,8 @@ component = "embedding"
 axis = "in"
 """
 GAIN = 'gain = "1 + model.layers.{{layer}}.{}_layernorm.weight"'
-NOT_TOLD_BY_NAMES = {"gpt2", "gpt2-bare", "gpt-bigcode", "olmo"}
+NOT_TOLD_BY_NAMES = {"gpt2", "gpt2-bare", "gpt-bigcode", "olmo", "jamba", "falcon-h1"}
+NOT_TOLD_BY_NAMES |= {name for name in TINY_MODELS if name.startswith(("lfm2", "nemotron-h", "granite-hybrid"))}
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)

@@ -134,6 +134,21 @@ def test_a_template_that_drops_the_prompt_is_refused(copy, station):
     assert str(refused.value).endswith("repair the model's chat_template.jinja")
 
 
+@pytest.mark.parametrize("prompt", ["?", "😀", "user", "assistant", "Honey", "im"])
+def test_a_prompt_that_may_stand_elsewhere_by_chance_is_missed_too(copy, prompt):
+    told = Turn(prompt, None, "Honey, be brief.").messages()
+    (copy / "chat_template.jinja").write_text(
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+        "{% if message['role'] == 'system' %}{{ message['content'] }}{% endif %}?😀<|im_end|>\n{% endfor %}"
+    )
+    with quiet():
+        tokenizer = read_tokenizer(copy, CaptureError)
+        with pytest.raises(CaptureError, match=r"pair 1: the chat template leaves out what the user says"):
+            render_chat(tokenizer, told, "pair 1", CaptureError)
+        tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}|{% endfor %}"
+        assert render_chat(tokenizer, told, "pair 1", CaptureError) == f"Honey, be brief.|{prompt}|"
+
+
 def test_a_system_message_that_a_template_drops_is_missed(copy):
     template = (copy / "chat_template.jinja").read_text()
     (copy / "chat_template.jinja").write_text(

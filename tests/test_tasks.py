@@ -15,6 +15,7 @@ import pytest
 import torch
 from progress import Heard
 from safetensors.torch import load_file, save_file
+from test_loading import DEAF, PARTS
 
 from ablate_shards.data.demo import MODEL
 from ablate_shards.errors import EvaluateError, UsageError
@@ -193,6 +194,21 @@ def test_what_is_generated_is_judged_and_the_chat_template_is_a_choice(opened, f
     assert told.counts[-1] == (12, 12)
     assert sorted(told.counts) == told.counts
     assert len(set(told.counts)) == 12
+
+
+@pytest.mark.parametrize("template", [PARTS, DEAF])
+def test_a_chat_template_that_drops_texts_is_not_scored_in_silence(files, base, tmp_path, template):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(template)
+    task = open_tasks([str(files / "tasks" / "opposites.yaml")])
+    if template == DEAF:
+        with pytest.raises(
+            EvaluateError, match="task opposites: a document: the chat template leaves out what the user"
+        ):
+            scores(model, task, chat=True)
+    else:
+        (asked,) = scores(model, task, chat=True)
+        assert asked.value == 1.0
 
 
 def test_an_edit_costs_ability(base, edited):

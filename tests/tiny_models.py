@@ -161,6 +161,42 @@ _GEMMA4_VISION: dict[str, Any] = {
     "head_dim": 8,
     "position_embedding_size": 16,
 }
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}
+#: One sublayer a layer: Mamba, MLP, attention, experts.
+_NEMOTRON_H: dict[str, Any] = {
+    "layers_block_type": ["mamba", "mlp", "attention", "moe"],
+    "head_dim": 8,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 8,
+    "n_groups": 2,
+    "chunk_size": 8,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 24,
+    "num_experts_per_tok": 2,
+    "moe_shared_expert_intermediate_size": 24,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_CONVOLUTION = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+_LFM2_MOE = {"num_dense_layers": 1, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+_GRANITE_HYBRID = {**_MAMBA, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 48}
+_JAMBA: dict[str, Any] = {
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "num_experts": 4,
+    "mamba_d_state": 8,
+    "use_mamba_kernels": False,
+}
 _FALCON = {"alibi": False, "bias": True}
 _LLAMA_BIAS = {"attention_bias": True, "mlp_bias": True}
 
@@ -342,6 +378,18 @@ TINY_MODELS: dict[str, TinyModel] = {
     "falcon-40b": _tiny("Falcon", "Falcon", **_FALCON, new_decoder_architecture=True, num_kv_heads=2),
     "falcon-rw": _tiny("Falcon", "Falcon", bias=True, alibi=True, multi_query=False, parallel_attn=False),
     "opt": _tiny("OPT", "OPT", ffn_dim=48, word_embed_proj_dim=HIDDEN),
+    "lfm2": _tiny("LFM2", "Lfm2", **_CONVOLUTION),
+    "lfm2-moe": _tiny("LFM2", "Lfm2Moe", **_CONVOLUTION, **_LFM2_MOE),
+    "lfm2-moe-fused": _tiny("LFM2", "Lfm2Moe", **_CONVOLUTION, **_LFM2_MOE, native=False),
+    "nemotron-h": _tiny("Nemotron-H", "NemotronH", **_NEMOTRON_H),
+    "nemotron-h-latent": _tiny("Nemotron-H", "NemotronH", **_NEMOTRON_H, moe_latent_size=16),
+    "nemotron-h-fused": _tiny("Nemotron-H", "NemotronH", **_NEMOTRON_H, native=False),
+    "granite-hybrid": _tiny("Granite-MoE-Hybrid", "GraniteMoeHybrid", **_GRANITE_HYBRID, num_local_experts=0),
+    "granite-hybrid-moe": _tiny(
+        "Granite-MoE-Hybrid", "GraniteMoeHybrid", **_GRANITE_HYBRID, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "jamba": _tiny("Jamba", "Jamba", **_JAMBA),
+    "falcon-h1": _tiny("Falcon-H1", "FalconH1", **_MAMBA, mamba_d_ssm=64, head_dim=8),
     "opt-projected": _tiny("OPT", "OPT", ffn_dim=48, word_embed_proj_dim=16),
 }
 

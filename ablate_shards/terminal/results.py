@@ -1,5 +1,6 @@
 """What a person sees of a result: tables on stdout."""
 
+import dataclasses
 import re
 import shlex
 from collections import Counter, defaultdict
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from ablate_shards.errors import DirectionsError
 from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAME
+from ablate_shards.surgery.anatomy.absent import Absent
 from ablate_shards.surgery.anatomy.architecture import Anatomy, Writer, split_layer
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
@@ -18,6 +20,7 @@ from ablate_shards.surgery.directions.directions import Directions, score_row, s
 from ablate_shards.surgery.machine.sizes import size_text
 from ablate_shards.surgery.plan.edits import Edit, TensorEdit
 from ablate_shards.surgery.plan.plan import Plan
+from ablate_shards.surgery.plan.recipe import layer_ranges
 from ablate_shards.terminal.tables import Column, Row, Stack, bar, output, print_key, print_table, say
 
 if TYPE_CHECKING:
@@ -146,6 +149,7 @@ def print_results(
             "dim",
         )
     say(screen, f"{_share(checkpoint, plan, 'edited')}; every other byte is the source's")
+    _print_absent(screen, plan.absent)
     if plan.skipped:
         say(screen, f"{_count(len(plan.skipped), 'other writer')} left as they are; the receipt says why")
     _print_where(screen, checkpoint, out, url, RECEIPT_NAME)
@@ -273,6 +277,9 @@ def _print_writers(screen: Console, checkpoint: Checkpoint, anatomy: Anatomy) ->
     say(screen, f"embedding: {_short_names(cells[_NO_LAYER, 'embedding']) or 'none'}{tied}")
     for note in anatomy.notes:
         say(screen, note)
+    _print_absent(screen, anatomy.absent)
+    for part in anatomy.missing:
+        say(screen, f"layer {part.layer}: its {part.component} writer is missing: {part.reason}")
     _print_reasons(screen, ((item.name, item.reason) for item in anatomy.left_out))
 
 
@@ -314,6 +321,8 @@ def inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> dict[str, Any
             for writer in found
         ],
         "left_out": [{"name": item.name, "reason": item.reason} for item in left_out],
+        "absent": [dataclasses.asdict(part) for part in (anatomy.absent if anatomy else ())],
+        "missing": [dataclasses.asdict(part) for part in (anatomy.missing if anatomy else ())],
         "sidecars": list(checkpoint.sidecars),
         "files_left_out": [{"name": name, "reason": reason} for name, reason in checkpoint.left_out],
     }
@@ -508,7 +517,20 @@ def _merge_cells(edits: "Sequence[MergeEdit]") -> tuple[str, str, str]:
     )
 
 
+def _print_absent(screen: Console, parts: Iterable[Absent]) -> None:
+    """Says which layers have no attention or no MLP, a line per part, with what tells of the first."""
+    layers: dict[str, list[Absent]] = defaultdict(list)
+    for part in parts:
+        layers[part.component].append(part)
+    for component, members in layers.items():
+        noun = "layer" if len(members) == 1 else "layers"
+        numbers = layer_ranges(part.layer for part in members)
+        more = ", and so on" if len({part.reason for part in members}) > 1 else ""
+        say(screen, f"no {component} in {noun} {numbers} ({members[0].reason}{more})")
+
+
 def _print_left_out(screen: Console, plan: Plan, checkpoint: Checkpoint) -> None:
+    _print_absent(screen, plan.absent)
     _print_reasons(screen, ((skip.name, skip.reason) for skip in plan.skipped))
     for name, reason in checkpoint.left_out:
         say(screen, f"not carried over: {name} ({reason})")

@@ -14,13 +14,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Blocks", "Change", "Fit", "Projection", "Rescaling", "Unit", "compare_matrix", "compare_vector"]
+__all__ = ["Blocks", "Change", "Fit", "Projection", "Rescaling", "Steps", "Unit", "compare_matrix", "compare_vector"]
 
 Rescaling = Literal["plain", "rows", "columns", "full"]
 """What was rescaled beside the change of low rank: nothing, rows or columns; ``full`` where no low rank explains it."""
@@ -40,9 +40,25 @@ _NOISE = 2.5
 _EDGE = 1.1
 _FLOOR = 1e-6
 _PROMISING = 0.8
+_CHIEF = 0.85
 _EXPONENT = 0x7F800000
 _NORM_NOISE = 16.0
 _NORM_FLOOR = 2e-6
+
+
+class Steps(Protocol):
+    """How far apart the values are that can be stored near each value."""
+
+    @property
+    def allowed(self) -> float:
+        """By how many steps rounding may change a value."""
+
+    @property
+    def directed(self) -> bool:
+        """Whether rounding may leave a pattern of its own beside an edit, as where codes are chosen together."""
+
+    def of(self, first: int, old: Tensor, added: Tensor) -> Tensor:
+        """Returns the step at each value of a block, positive; ``first`` is what the block begins with."""
 
 
 class Unit(NamedTuple):
@@ -50,6 +66,22 @@ class Unit(NamedTuple):
 
     relative: float
     least: float
+
+    @property
+    def allowed(self) -> float:
+        """One unit."""
+        return 1.0
+
+    @property
+    def directed(self) -> bool:
+        """Each value is rounded by itself."""
+        return False
+
+    def of(self, first: int, old: Tensor, added: Tensor) -> Tensor:
+        """Returns the unit at each value of a block."""
+        units = torch.maximum(old.abs(), (old + added).abs_())
+        units.view(torch.int32).bitwise_and_(_EXPONENT)
+        return units.mul_(self.relative).clamp_(min=self.least)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +140,8 @@ class Change:
     Attributes:
         elements: How many values it has.
         changed: How many differ.
-        beyond: How many differ by more than one unit in the last place.
-        units: The largest difference in such units.
+        beyond: How many differ by more steps than rounding may: one unit in the last place, of a dtype.
+        units: The largest difference in steps.
         largest: The largest difference.
         nonfinite: How many values are NaN or infinite on either side; they count as changed where they differ, and
             for nothing else.
@@ -139,32 +171,32 @@ class Change:
     projection: Projection | None = None
 
 
-def compare_vector(blocks: Blocks, unit: Unit) -> Change:
+def compare_vector(blocks: Blocks, unit: Steps) -> Change:
     """Measures a difference element by element.
 
     Args:
         blocks: Yields the values, in any shape.
-        unit: The unit in the last place.
+        unit: The steps of what is stored.
 
     Returns:
         The change, without a fit.
     """
     tally = _Tally(unit)
     before = energy = 0.0
-    for _, old, added in blocks():
-        old, added, _ = tally.add(old, added)
+    for first, old, added in blocks():
+        old, added, _ = tally.add(first, old, added)
         before += float(old.square().sum(dtype=torch.float64))
         energy += float(added.square().sum(dtype=torch.float64))
     return tally.change(before, energy)
 
 
-def compare_matrix(blocks: Blocks, shape: tuple[int, int], unit: Unit, rank: int) -> Change:
+def compare_matrix(blocks: Blocks, shape: tuple[int, int], unit: Steps, rank: int) -> Change:
     """Measures a difference and finds its low-rank part.
 
     Args:
         blocks: Yields the row blocks; called once per pass.
         shape: Rows and columns.
-        unit: The unit in the last place.
+        unit: The steps of what is stored.
         rank: The largest rank to tell; the sketch has eight columns more, and at most half the smaller side.
 
     Returns:
@@ -185,6 +217,7 @@ def compare_matrix(blocks: Blocks, shape: tuple[int, int], unit: Unit, rank: int
         blocks = partial(_finite, blocks)
     fit = _best_fit(blocks, sums, _orthonormal(gram))
     kept = sums.drifts()
+    edit = replace(fit, rank=_chief(fit)) if unit.directed else fit
     return Change(
         **{name: getattr(change, name) for name in _TALLIED},
         row_drift=kept[0][0],
@@ -192,7 +225,7 @@ def compare_matrix(blocks: Blocks, shape: tuple[int, int], unit: Unit, rank: int
         rows_kept=kept[0][1],
         columns_kept=kept[1][1],
         fit=fit,
-        projection=_projection(blocks, sums, fit) if fit.form != "full" and 0 < fit.rank <= _SCALED else None,
+        projection=_projection(blocks, sums, edit) if fit.form != "full" and 0 < edit.rank <= _SCALED else None,
     )
 
 
@@ -208,13 +241,13 @@ def _finite(blocks: Blocks) -> Iterator[tuple[int, Tensor, Tensor]]:
 class _Tally:
     """Counts and largest values, element by element."""
 
-    def __init__(self, unit: Unit) -> None:
+    def __init__(self, unit: Steps) -> None:
         self._unit = unit
         self.elements = self.changed = self.beyond = self.nonfinite = 0
         self.units = self.largest = 0.0
 
-    def add(self, old: Tensor, added: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Counts a block; returns it with zeros for what is not finite, and its units in the last place."""
+    def add(self, first: int, old: Tensor, added: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Counts a block; returns it with zeros for what is not finite, and its steps."""
         size = added.abs()
         self.elements += old.numel()
         self.changed += _count(added != 0)
@@ -225,13 +258,11 @@ class _Tally:
             old, added, size = (part.masked_fill(wrong, 0.0) for part in (old, added, size))
             largest = float(size.max())
         self.largest = max(self.largest, largest)
-        units = torch.maximum(old.abs(), (old + added).abs_())
-        units.view(torch.int32).bitwise_and_(_EXPONENT)
-        units.mul_(self._unit.relative).clamp_(min=self._unit.least)
+        units = self._unit.of(first, old, added)
         size.div_(units)
         self.units = max(self.units, float(size.max()))
-        if self.units > 1:
-            self.beyond += _count(size > 1)
+        if self.units > self._unit.allowed:
+            self.beyond += _count(size > self._unit.allowed)
         return old, added, units
 
     def change(self, before: float, energy: float) -> Change:
@@ -256,14 +287,14 @@ def _count(mask: Tensor) -> int:
 class _Sums:
     """Sums along rows and columns: old squares, products, squares of what was added, squares of rounding."""
 
-    def __init__(self, shape: tuple[int, int], unit: Unit) -> None:
+    def __init__(self, shape: tuple[int, int], unit: Steps) -> None:
         self.tally = _Tally(unit)
         self.rows = torch.zeros(4, shape[0], dtype=torch.float64)
         self.columns = torch.zeros(4, shape[1], dtype=torch.float64)
 
     def add(self, first: int, old: Tensor, added: Tensor) -> Tensor:
         """Adds a block and returns what was added in it, finite everywhere."""
-        old, added, units = self.tally.add(old, added)
+        old, added, units = self.tally.add(first, old, added)
         scratch = torch.empty_like(old)
         rows = slice(first, first + len(old))
         for number, (one, other) in enumerate(((old, old), (old, added), (added, added), (units, units))):
@@ -296,6 +327,12 @@ class _Sums:
             allowed = _NORM_NOISE * (units / 12 / length / old).sqrt() + _NORM_FLOOR
             found.append((float(drift.max()) if len(drift) else 0.0, bool((drift <= allowed).all())))
         return found[0], found[1]
+
+
+def _chief(fit: Fit) -> int:
+    """Returns how many singular values hold nearly all of the energy of the low-rank part."""
+    energies = fit.values[: fit.rank].square().cumsum(0)
+    return int((energies < _CHIEF * energies[-1]).sum()) + 1 if len(energies) else 0
 
 
 def _best_fit(blocks: Blocks, sums: _Sums, right: Tensor) -> Fit:

@@ -2,12 +2,15 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from ablate_shards.errors import ArchitectureError
-from ablate_shards.surgery.anatomy.families import FAMILIES, Axis, Family, Layout, Module
+from ablate_shards.surgery.anatomy.absent import PARTS, Absent, counted_by, missing_beside, stated_by
+from ablate_shards.surgery.anatomy.advice import advise
+from ablate_shards.surgery.anatomy.families import FAMILIES, Axis, Component, Family, Layout, Module
+from ablate_shards.surgery.anatomy.roles import is_lone_bias, orientation, role_of, split_stack
 from ablate_shards.surgery.anatomy.scales import CODED, Scales, find_scales, is_beside_codes
 from ablate_shards.surgery.anatomy.wrappers import unwrapped
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
@@ -25,8 +28,6 @@ __all__ = [
     "head_of",
     "split_layer",
 ]
-
-Component = Literal["attention", "mlp", "embedding"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,9 @@ class Anatomy:
         layers: The decoder layers, ascending.
         writers: Every tensor that can be edited, embeddings first, then by layer.
         left_out: Every tensor that looks like a writer and is not among them.
+        absent: The parts that layers do not have by design.
+        missing: The parts that layers should have and of which no writer is stored, each with what tells.
+        unplaced: What lies in the layers of the writers, is none of them, and could write by its shape.
         tied: Whether the token embedding is the output head as well.
         notes: Facts to show to the user, a line each.
     """
@@ -117,6 +121,9 @@ class Anatomy:
     left_out: tuple[LeftOut, ...]
     tied: bool
     notes: tuple[str, ...]
+    absent: tuple[Absent, ...] = ()
+    missing: tuple[Absent, ...] = ()
+    unplaced: tuple[str, ...] = ()
 
 
 _EDITABLE = frozenset({"BF16", "F16", "F32"})
@@ -135,11 +142,10 @@ _ALL_MODULES = [
 _EMBEDDINGS = rf"(?:{'|'.join(sorted({leaf for leaf, embeds in _ALL_MODULES if embeds}))})"
 #: What modules that write are called: the table's, and those of decoders and towers that it does not know.
 _WRITER_LIKE = re.compile(
-    rf"(?:^|\.)(?:{'|'.join(sorted({leaf for leaf, _ in _ALL_MODULES}))}"
+    rf"(?:^|\.)(?:{'|'.join(sorted({leaf for leaf, _ in _ALL_MODULES} - {'linear_attn'}))}|self_attn\.linear_attn"
     r"|eh_proj|fc|linear_2|linear_fc2|output_linear|proj|wo)(?=\.|$|_bias$|_blocks$|_scales$)"
 )
 _DESCRIBE = "describe every writer with [[ablate.target]] in a recipe"
-_TOWER = re.compile(r"(?:^|[._])(?:visual|vision|image|video|audio|encoder)(?:$|[._])")
 _PROJECTOR = re.compile(r"projector|merger|embed_vision|embed_audio")
 _ATTENTION = re.compile(r"attn|attention")
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
@@ -206,7 +212,7 @@ class _Settings:
 
     @property
     def depth(self) -> int | None:
-        return self._count(_DEPTH_KEYS, _MOST_LAYERS)
+        return self._count(_DEPTH_KEYS, _MOST_LAYERS) or counted_by(self.values)
 
     def get(self, key: str) -> Any:
         return next((values[key] for values in self.values if values.get(key) is not None), None)
@@ -302,14 +308,14 @@ def _family_of(tensors: Mapping[str, TensorInfo], settings: _Settings) -> Family
         for family in FAMILIES:
             if kind in family.model_types:
                 return family
-        raise _unknown(tensors, f"config.json: the table does not know model_type {kind!r}")
+        raise _unknown(tensors, settings, f"config.json: the table does not know model_type {kind!r}")
     names = {_NUMBER.sub("#", name) for name in tensors}
     fitting = [(family, found) for family in FAMILIES if (found := _modules_by_names(family.layout, names))]
     marked = [(family, found) for family, found in fitting if family.layout.marks]
     fitting = marked or fitting
     what = "config.json has no model_type" if settings.given else "there is no config.json"
     if not fitting:
-        raise _unknown(tensors, f"{what}, and the tensor names are not those of an architecture in the table")
+        raise _unknown(tensors, settings, f"{what}, and the tensor names are not those of an architecture in the table")
     if len({found for _, found in fitting}) > 1:
         candidates = " and ".join(family.name for family, _ in fitting)
         raise ArchitectureError(
@@ -377,7 +383,10 @@ def _rules_of(layout: Layout) -> list[_Rule]:
             if gain:
                 gain = f"{{root}}{layout.layers}.{{layer}}.{gain}.weight"
             pattern = re.compile(place + _path_pattern(module))
-            rules.append(_Rule(pattern, component, module.axis, gain, offset, module.fused, module.unless))
+            unless = module.unless and (
+                f"{{root}}{module.unless}" if place is root else f"{{root}}{layout.layers}.{{layer}}.{module.unless}"
+            )
+            rules.append(_Rule(pattern, component, module.axis, gain, offset, module.fused, unless))
     return rules
 
 
@@ -390,7 +399,7 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
     layout = family.layout
     rules = _rules_of(layout)
     roots = "|".join(map(re.escape, layout.roots))
-    in_layer = re.compile(rf"(?:{roots}){layout.layers}\.{_LAYER}\.(?P<inner>.+)")
+    in_layer = re.compile(rf"(?P<root>{roots}){layout.layers}\.{_LAYER}\.(?P<inner>.+)")
     places = ((name, in_layer.fullmatch(name)) for name in tensors)
     extra = {int(place["layer"]) for _, place in places if place and _MTP_MARK.match(place["inner"])}
     depth = settings.depth
@@ -409,7 +418,7 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
             hits.append(hit)
     homes = {hit.groups["root"]: hit.name for hit in hits if hit.layer is not None and not hit.mtp}
     if not homes:
-        raise _unknown(tensors, f"no tensor is named as a writer of {family.name} is")
+        raise _unknown(tensors, settings, f"no tensor is named as a writer of {family.name} is")
     if len(homes) > 1:
         first, second = list(homes.values())[:2]
         raise ArchitectureError(
@@ -419,16 +428,69 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
     root = next(iter(homes))
     hidden = settings.hidden_size or _length_of(f"{root}{layout.final}.weight", tensors)
     writers, left_out = _sort_out(hits, tensors, hidden, settings)
-    found = {hit.layer for hit in hits if hit.layer is not None and not hit.mtp}
+    # A layer that holds tensors and none that writes is a layer too, so that it is not passed over.
+    found = {int(place["layer"]) for name in tensors if (place := in_layer.fullmatch(name)) and place["root"] == root}
+    found -= extra
+    layers = tuple(range(depth)) if depth is not None else tuple(sorted(found))
+    absent, missing = _parts_without_writers(tensors, settings, layers, writers, (*left_out, *strays))
+    known = {item.name for item in (*left_out, *strays)} | {hit.name for hit in hits}
+    unplaced = {
+        name: layer
+        for name, layer in _could_write(tensors, {hit.name: hit for hit in hits}, hidden).items()
+        if name not in known and layer in layers
+    }
+    why = f"{family.name} has none of this name, and by its shape it could write to the stream"
+    strays += [LeftOut(name, layer, None, why) for name, layer in unplaced.items()]
     return Anatomy(
         family=family.name,
         hidden_size=hidden,
-        layers=tuple(range(depth)) if depth is not None else tuple(sorted(found)),
+        layers=layers,
         writers=writers,
         left_out=(*left_out, *strays),
         tied=_is_tied(tensors, settings),
         notes=_notes(tensors, settings, (*writers, *left_out, *strays)),
+        absent=absent,
+        missing=missing,
+        unplaced=tuple(unplaced),
     )
+
+
+def _parts_without_writers(
+    tensors: Mapping[str, TensorInfo],
+    settings: _Settings,
+    layers: Sequence[int],
+    writers: Sequence[Writer],
+    left_out: Sequence[LeftOut],
+) -> tuple[tuple[Absent, ...], tuple[Absent, ...]]:
+    """Returns the parts that layers do not have by design, and those that they should have and of which none writes.
+
+    What the configuration says of a layer decides, unless the layer holds tensors that elsewhere never are without
+    the writer. Where neither tells, the part is in neither list.
+    """
+    own = [writer for writer in writers if not writer.mtp and writer.layer is not None and writer.kind == "weight"]
+    heads = {place.head for writer in own if (place := split_stack(writer.name))}
+    inner: dict[int, set[str]] = {}
+    for name in tensors:
+        if (place := split_stack(name)) is not None and place.head in heads:
+            inner.setdefault(place.layer, set()).add(place.inner)
+    there = {(writer.layer, writer.component) for writer in own}
+    there |= {(item.layer, item.component) for item in left_out if item.blocked and item.component is not None}
+    absent: list[Absent] = []
+    missing: list[Absent] = []
+    for part in PARTS:
+        writing: dict[int, list[str]] = {}
+        for writer in own:
+            if writer.component == part and (place := split_stack(writer.name)) is not None:
+                writing.setdefault(place.layer, []).append(place.inner)
+        for layer in layers:
+            if (layer, part) in there:
+                continue
+            said = stated_by(settings.values, layer, part)
+            if trace := missing_beside(inner, writing, layer):
+                missing.append(Absent(layer, part, f"it holds {trace[0]}, which is never without {trace[1]} elsewhere"))
+            elif said is not None:
+                (missing if said.has else absent).append(Absent(layer, part, f"config.json: {said.by}"))
+    return tuple(absent), tuple(missing)
 
 
 def _hit(name: str, rules: Iterable[_Rule], extra: Set[int]) -> _Hit | None:
@@ -488,27 +550,70 @@ def _dissect_by_targets(tensors: Mapping[str, TensorInfo], settings: _Settings, 
                 )
     hidden = settings.hidden_size or _residual_length(hits.values(), tensors)
     writers, left_out = _sort_out(hits.values(), tensors, hidden, settings)
+    could_write = _could_write(tensors, hits, hidden)
     for name in tensors:
-        if name in hits or _WRITER_LIKE.search(name) is None:
+        if name in hits or (name not in could_write and _WRITER_LIKE.search(name) is None):
             continue
-        place = _IN_LAYER.fullmatch(name)
-        layer = int(place["layer"]) if place else None
+        layer = could_write[name] if name in could_write else split_layer(name)[0]
         owner = hits.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
         if owner is not None:
             why = "is added to what a target writes, but no target describes it; let a pattern match it too"
             left_out.append(LeftOut(name, owner.layer, owner.rule.component, why, blocked=True, mtp=owner.mtp))
         else:
-            left_out.append(LeftOut(name, layer, None, "no target describes it"))
-    layers = {hit.layer for hit in hits.values() if hit.layer is not None and not hit.mtp}
+            why = "no target describes it, and by its shape it could write to the stream"
+            left_out.append(LeftOut(name, layer, None, why if name in could_write else "no target describes it"))
+    numbers = {hit.layer for hit in hits.values() if hit.layer is not None and not hit.mtp}
+    layers = tuple(range(depth)) if depth is not None else tuple(sorted(numbers))
+    absent, missing = _parts_without_writers(tensors, settings, layers, writers, left_out)
+    absent = (*absent, *_not_described(layers, writers, targets, (*absent, *missing), could_write))
     return Anatomy(
         family="recipe",
         hidden_size=hidden,
-        layers=tuple(range(depth)) if depth is not None else tuple(sorted(layers)),
+        layers=layers,
         writers=writers,
         left_out=tuple(left_out),
         tied=_is_tied(tensors, settings),
         notes=_notes(tensors, settings, (*writers, *left_out)),
+        absent=absent,
+        missing=missing,
+        unplaced=tuple(could_write),
     )
+
+
+def _could_write(tensors: Mapping[str, TensorInfo], hits: Mapping[str, _Hit], hidden: int) -> dict[str, int]:
+    """Returns what lies in the layers of the writers, is none of them, and could write by its shape, by layer."""
+    inside = (name for name, hit in hits.items() if hit.layer is not None and not hit.mtp)
+    heads = {place.head for name in inside if (place := split_stack(name))}
+    places = {name: place for name in tensors if (place := split_stack(name)) is not None and place.head in heads}
+    stored = orientation(tensors, places)
+    return {
+        name: place.layer
+        for name, place in places.items()
+        if name not in hits
+        and (role_of(name, tensors[name].shape, hidden, stored)[0] != "none" or is_lone_bias(name, tensors, hidden))
+    }
+
+
+def _not_described(
+    layers: Iterable[int],
+    writers: Iterable[Writer],
+    targets: Iterable[Target],
+    known: Iterable[Absent],
+    could_write: Mapping[str, int],
+) -> Iterator[Absent]:
+    """Yields the parts that layers do not have as far as shapes tell: a target describes another of their writers."""
+    found: dict[int, set[str]] = {}
+    for writer in writers:
+        if writer.layer is not None and not writer.mtp:
+            found.setdefault(writer.layer, set()).add(writer.component)
+    told = {(part.layer, part.component) for part in known}
+    open_layers = set(could_write.values())
+    described = {target.component for target in targets}
+    for layer in layers:
+        for part in PARTS:
+            without = part in described and part not in found.get(layer, {part}) and (layer, part) not in told
+            if without and layer not in open_layers:
+                yield Absent(layer, part, "no target describes one, and no other tensor of the layer could write")
 
 
 def _rule_of(target: Target) -> _Rule:
@@ -555,8 +660,8 @@ def _sort_out(
     left_out: list[LeftOut] = []
     for parts in modules.values():
         rule = parts[0].rule
-        if rule.unless and f"{parts[0].groups['root']}{rule.unless}" in modules:
-            why = f"read by {rule.unless}, not added to the stream"
+        if rule.unless and (reader := rule.unless.format_map(parts[0].groups)) in modules:
+            why = f"read by {reader}, not added to the stream"
             left_out += [LeftOut(hit.name, hit.layer, rule.component, why) for hit in parts]
             continue
         biases = [hit for hit in parts if hit.rest in (".bias", "_bias")]
@@ -687,34 +792,15 @@ def _notes(
     return tuple(notes)
 
 
-def _unknown(tensors: Mapping[str, TensorInfo], why: str) -> ArchitectureError:
-    """Returns the error that shows the recipe lines describing the checkpoint's own names."""
-    lines = "\n\n".join(_target_lines(tensors))
+def _unknown(tensors: Mapping[str, TensorInfo], settings: _Settings, why: str) -> ArchitectureError:
+    """Returns the error that shows the recipe lines describing the checkpoint's own names, and what they leave open."""
+    keys = {key for values in settings.values for key in values}
+    advice = advise(tensors, settings.hidden_size, settings.depth, keys)
+    remarks = "".join(f"; {remark}" for remark in advice.open)
     return ArchitectureError(
         f"{why}; describe each tensor that writes to the residual stream in a recipe, as in these lines made "
-        'from its names (axis "out" is [hidden, inputs] as in nn.Linear, "in" is [inputs, hidden] as in '
-        "Conv1D; where a norm stands between the output and the residual addition, add its gain):\n\n" + lines
+        'from its names and shapes (axis "out" is [hidden, inputs] as in nn.Linear, "in" is [inputs, hidden] as in '
+        "Conv1D; where a norm stands between the output and the residual addition, add its gain; where the stream "
+        f"itself is normalised or scaled, which names do not show, no edit of writers holds){remarks}:\n\n"
+        + "\n\n".join(advice.lines)
     )
-
-
-def _target_lines(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    lines: dict[str, tuple[Component, Axis]] = {}
-    for name in tensors:
-        if _WRITER_LIKE.search(name) is None or _TOWER.search(name) or _PROJECTOR.search(name):
-            continue
-        stem, dot, last = name.rpartition(".")
-        tail = r"\.(?:weight|bias)" if last in ("weight", "bias") else re.escape(dot + last)
-        place = _IN_LAYER.fullmatch(name)
-        if place is not None:
-            head = f"{place['head']}.{place['layer']}."
-            inner = re.escape(_NUMBER.sub("#", f".{stem.removeprefix(head)}.")[1:-1]).replace(r"\#", r"\d+")
-            pattern = re.escape(f"{place['head']}.") + r"(?P<layer>\d+)\." + inner + tail
-            lines[pattern] = ("attention" if _ATTENTION.search(stem) else "mlp", "out")
-        elif re.search(rf"(?:^|\.){_EMBEDDINGS}$", stem):
-            lines[re.escape(stem) + tail] = ("embedding", "out" if stem.endswith("project_in") else "in")
-    if not lines:
-        lines[r"model\.layers\.(?P<layer>\d+)\.mlp\.down_proj\.(?:weight|bias)"] = ("mlp", "out")
-    return [
-        f'[[ablate.target]]\npattern = \'{pattern}\'\ncomponent = "{component}"\naxis = "{axis}"'
-        for pattern, (component, axis) in lines.items()
-    ]

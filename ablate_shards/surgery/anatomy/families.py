@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["FAMILIES", "Axis", "Family", "Layout", "Module"]
+__all__ = ["FAMILIES", "Axis", "Component", "Family", "Layout", "Module"]
 
 Axis = Literal["out", "in"]
+Component = Literal["attention", "mlp", "embedding"]
 
 
 class Module(NamedTuple):
@@ -17,7 +18,7 @@ class Module(NamedTuple):
         gain: The norm of the same layer that its output passes through; ``1 + NAME`` where that norm
             multiplies by one plus its weight.
         fused: It is one parameter that stacks the matrices of all experts, ``[E, ...]``.
-        unless: Where this module exists, the output goes there and not to the stream.
+        unless: Where this module exists, the output goes there and not to the stream; a name as ``path`` is.
     """
 
     path: str
@@ -184,6 +185,52 @@ _FALCON = Layout(
     final="ln_f",
     around=("input_layernorm", "input_layernorm post_attention_layernorm", "ln_attn ln_mlp"),
 )
+_LFM2 = Layout(
+    attention=(Module("self_attn.out_proj"), Module("conv.out_proj")),
+    mlp=(
+        Module("feed_forward.w2"),
+        Module("feed_forward.experts.#.w2"),
+        Module("feed_forward.experts.down_proj", fused=True),
+    ),
+    final="embedding_norm",
+    around=(),
+)
+_LATENT = "mixer.fc2_latent_proj"
+_NEMOTRON_H = Layout(
+    attention=(Module("mixer.o_proj"), Module("mixer.out_proj")),
+    mlp=(
+        Module("mixer.down_proj"),
+        Module("mixer.experts.#.down_proj", unless=_LATENT),
+        Module("mixer.experts.down_proj", fused=True, unless=_LATENT),
+        Module("mixer.shared_experts.down_proj"),
+        Module(_LATENT),
+    ),
+    embedding=(Module("embeddings", "in"), Module("embed_tokens", "in")),
+    roots=("backbone.", "model.", "language_model.backbone.", "language_model.model.", ""),
+    final="norm_f",
+    around=(),
+)
+#: A linear layer may stand in place of a whole sublayer, or nothing.
+_NEMOTRON_NAS = Layout(
+    attention=(Module("self_attn.o_proj"), Module("self_attn.linear_attn")),
+    mlp=(Module("mlp.down_proj"), Module("mlp.linear_mlp")),
+    around=(),
+)
+_GRANITE_HYBRID = Layout(
+    attention=(Module("self_attn.o_proj"), Module("mamba.out_proj")),
+    mlp=(Module("shared_mlp.output_linear"), Module("block_sparse_moe.output_linear", fused=True)),
+    around=(),
+)
+_JAMBA = Layout(
+    attention=(Module("self_attn.o_proj"), Module("mamba.out_proj")),
+    mlp=(
+        Module("feed_forward.down_proj"),
+        Module("feed_forward.experts.#.down_proj"),
+        Module("feed_forward.experts.down_proj", fused=True),
+    ),
+    final="final_layernorm",
+    around=(),
+)
 _OPT = Layout(
     attention=(Module("self_attn.out_proj"),),
     mlp=(Module("fc2"),),
@@ -245,4 +292,10 @@ FAMILIES = (
     Family("GPT-NeoX", ("gpt_neox",), _GPT_NEOX),
     Family("Falcon", ("falcon",), _FALCON),
     Family("OPT", ("opt",), _OPT),
+    Family("LFM2", ("lfm2", "lfm2_moe"), _LFM2),
+    Family("Nemotron-H", ("nemotron_h",), _NEMOTRON_H),
+    Family("Nemotron-NAS", ("nemotron-nas", "deci"), _NEMOTRON_NAS),
+    Family("Granite-MoE-Hybrid", ("granitemoehybrid",), _GRANITE_HYBRID),
+    Family("Jamba", ("jamba",), _JAMBA),
+    Family("Falcon-H1", ("falcon_h1",), _JAMBA),
 )

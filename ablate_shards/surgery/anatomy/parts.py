@@ -19,7 +19,7 @@ COMPONENT_OF: Mapping[Part, Component] = {
     "routed-experts": "mlp",
     "embedding": "embedding",
 }
-_LINEAR = re.compile(r"(?:^|\.)(?:linear_attn|mamba|mixer|ssm|short_?conv|conv)\.")
+_LINEAR = re.compile(r"(?:^|\.)(?:linear_attn|mamba|mixer(?!\.o_proj)|ssm|short_?conv|conv)\.")
 _SHARED = re.compile(r"\.shared_(?:experts?|mlp)\b")
 _ROUTED = re.compile(r"\.experts\.")
 

@@ -7,7 +7,7 @@ from typing import Any
 from ablate_shards.errors import ArchitectureError
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
-__all__ = ["CODED", "Scales", "find_scales", "is_beside_codes", "quantisation_of"]
+__all__ = ["CODED", "Scales", "find_scales", "is_beside_codes", "names_of_scales", "quantisation_of"]
 
 CODED = "F8_E4M3"
 """The dtype of the codes that can be edited."""
@@ -76,9 +76,7 @@ def find_scales(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: An
     Raises:
         ArchitectureError: There are none or two, or they do not fit; the message does not name the weight.
     """
-    names = [codes.name + ending for ending in _ENDINGS]
-    if codes.name.endswith(".weight"):
-        names.append(f"{codes.name.removesuffix('weight')}scale")
+    names = names_of_scales(codes.name)
     found = [tensors[name] for name in names if name in tensors]
     if len(found) != 1:
         what = " and ".join(tensor.name for tensor in found) or "none"
@@ -92,6 +90,12 @@ def find_scales(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: An
     _check_method(config)
     block = _block_of(scales.name, scales.shape, codes.shape, _said_block(config))
     return Scales(scales.name, scales.shard, scales.dtype, scales.shape, scales.start, scales.end, block)
+
+
+def names_of_scales(codes: str) -> list[str]:
+    """Returns the names that the scales of a weight of codes may have."""
+    names = [codes + ending for ending in _ENDINGS]
+    return [*names, f"{codes.removesuffix('weight')}scale"] if codes.endswith(".weight") else names
 
 
 def quantisation_of(config: Mapping[str, Any] | None) -> Any:

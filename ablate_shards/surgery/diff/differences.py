@@ -21,6 +21,7 @@ DiffKind = Literal[
     "transposed",
     "resized",
     "other shape",
+    "scales",
 ]
 
 
@@ -76,8 +77,10 @@ class TensorDiff:
         kind: What sort of difference it is.
         elements: How many values it has.
         changed: How many of them differ.
-        beyond: How many differ by more than a unit in the last place of the narrower dtype.
-        units: The largest difference in such units.
+        beyond: How many differ by more than rounding allows: a unit in the last place of the narrower dtype; where
+            one side holds codes, half a step of their grid; where both do, a step, or nothing if their scales are
+            equal.
+        units: The largest difference in such units or steps.
         largest: The largest difference.
         nonfinite: How many values are NaN or infinite on one side at least.
         relative: Frobenius norm of the difference, relative to the first's.
@@ -91,6 +94,9 @@ class TensorDiff:
         kept: ``rows`` and ``columns`` whose norms changed by no more than rounding does.
         ablation: The ablation that explains the difference.
         alignment: How its output directions fit given ones.
+        codes: How its codes and scales are stored in the first, in words; None where it holds plain numbers.
+        new_codes: The same of the second.
+        equal_scales: Whether both hold codes with equal scales.
     """
 
     name: str
@@ -121,6 +127,9 @@ class TensorDiff:
     kept: tuple[str, ...] = ()
     ablation: AblationFit | None = None
     alignment: Alignment | None = None
+    codes: str | None = None
+    new_codes: str | None = None
+    equal_scales: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ablate_shards.surgery.diff.coded import EqualScales, OneCoded, TwoCoded
 from ablate_shards.surgery.diff.differences import DiffKind, TensorDiff
 from ablate_shards.surgery.diff.kinds import Explained, explain
 from ablate_shards.surgery.diff.stored import CHUNK_BYTES, FLOATS, StoredTensor, same_bytes
@@ -16,7 +17,7 @@ from ablate_shards.surgery.diff.stored import CHUNK_BYTES, FLOATS, StoredTensor,
 if TYPE_CHECKING:
     import torch
 
-    from ablate_shards.kernels.measure.sketch import Blocks, Change
+    from ablate_shards.kernels.measure.sketch import Blocks, Change, Steps
 
 __all__ = ["Measuring"]
 
@@ -52,23 +53,28 @@ class Measuring:
             old: Where it lies in the first checkpoint.
             new: Where it lies in the second.
         """
-        if old.dtype == new.dtype and old.size == new.size and same_bytes(old, new, old.size):
+        equal_scales = old.scales is not None and new.scales is not None and old.scales.same(new.scales)
+        blank = replace(blank, codes=old.form, new_codes=new.form, equal_scales=equal_scales)
+        comparable = equal_scales or (old.scales is None and new.scales is None)
+        if comparable and old.dtype == new.dtype and old.size == new.size and same_bytes(old, new, old.size):
             return Explained(blank if old.shape == new.shape else replace(blank, kind="reshaped"))
+        if old.role == new.role == "scales":
+            return Explained(replace(blank, kind="scales"))
         if old.shape != new.shape:
             return Explained(replace(blank, kind=_kind_of_shape(old, new)))
         if not (old.is_float and new.is_float):
             return Explained(replace(blank, kind="raw", changed=_count_changed(old, new)))
         self._keep_torch_to_one_thread()
-        return explain(blank, list(self._changes(old, new)))
+        return explain(blank, list(self._changes(old, new, equal_scales=equal_scales)))
 
-    def _changes(self, old: StoredTensor, new: StoredTensor) -> Iterator["Change"]:
+    def _changes(self, old: StoredTensor, new: StoredTensor, *, equal_scales: bool) -> Iterator["Change"]:
         """Yields how the vector or matrix changed; of a stack, how each matrix did that differs."""
-        from ablate_shards.kernels.measure.sketch import Unit, compare_matrix, compare_vector
+        from ablate_shards.kernels.measure.sketch import compare_matrix, compare_vector
 
-        formats = FLOATS[old.dtype], FLOATS[new.dtype]
-        unit = Unit(max(each.relative for each in formats), max(each.least for each in formats))
         if (matrices := _matrices(old.shape)) is None:
-            yield compare_vector(_read_blocks(old, new, 0, old.elements, None), unit)
+            yield compare_vector(
+                _read_blocks(old, new, 0, old.elements, None), _unit_of(old, new, 0, 1, equal_scales=equal_scales)
+            )
             return
         count, rows, columns = matrices
         room = self._memory // (_SKETCH_BYTES * (rows + columns)) - _LEAST_RANK
@@ -76,11 +82,13 @@ class Measuring:
         elements = rows * columns
         for first in range(0, count * elements, elements):
             start, size = first * old.width, elements * old.width
-            if count > 1 and old.dtype == new.dtype and same_bytes(old, new, size, start, start):
+            alike = equal_scales or (old.scales is None and new.scales is None)
+            if count > 1 and alike and old.dtype == new.dtype and same_bytes(old, new, size, start, start):
                 continue
             blocks = _read_blocks(old, new, first, elements, columns)
             if 8 * elements <= self._memory // 2:
                 blocks = _remembered(blocks)
+            unit = _unit_of(old, new, first, columns, equal_scales=equal_scales)
             yield compare_matrix(blocks, (rows, columns), unit, rank)
 
     def _keep_torch_to_one_thread(self) -> None:
@@ -91,6 +99,23 @@ class Measuring:
             if not self._torch_has_one_thread:
                 self._torch_has_one_thread = True
                 self._cleanup.enter_context(one_thread("torch"))
+
+
+def _unit_of(old: StoredTensor, new: StoredTensor, first: int, columns: int, *, equal_scales: bool) -> "Steps":
+    """Returns the steps of what is stored from a value on, in rows of a length: of the coarser side, where both count.
+
+    Codes are coarser than any number that is not one.
+    """
+    from ablate_shards.kernels.measure.sketch import Unit
+
+    if old.scales is not None and new.scales is not None:
+        if equal_scales:
+            return EqualScales(old.scales, first, columns)
+        return TwoCoded((old.scales, new.scales), first, columns)
+    if (scales := old.scales or new.scales) is not None:
+        return OneCoded(scales, first, columns, new=new.scales is not None)
+    formats = FLOATS[old.dtype], FLOATS[new.dtype]
+    return Unit(max(each.relative for each in formats), max(each.least for each in formats))
 
 
 def _kind_of_shape(old: StoredTensor, new: StoredTensor) -> DiffKind:

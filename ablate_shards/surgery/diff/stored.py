@@ -4,20 +4,25 @@ import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from ablate_shards.errors import ArchitectureError
+from ablate_shards.surgery.anatomy.scales import CODED, find_scales, names_of_scales, quantisation_of
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.diff.coded import StoredScales
 from ablate_shards.surgery.machine.files import pread_into
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CHUNK_BYTES", "FLOATS", "FloatType", "StoredTensor", "open_tensors", "same_bytes"]
+__all__ = ["BARE", "CHUNK_BYTES", "FLOATS", "FloatType", "StoredTensor", "open_tensors", "same_bytes"]
 
 CHUNK_BYTES = 1 << 20
+#: How codes are stored whose scales are there and cannot be read.
+BARE = "FP8 with scales that cannot be read"
 
 
 class FloatType(NamedTuple):
@@ -57,6 +62,8 @@ class StoredTensor:
         inode: The device and inode of that shard.
         start: Where in it the tensor begins.
         size: Its bytes.
+        scales: What its values are multiplied by where they are codes.
+        role: ``codes`` or ``scales`` of a quantised weight, ``bare`` for codes whose scales cannot be read.
     """
 
     name: str
@@ -66,6 +73,15 @@ class StoredTensor:
     inode: tuple[int, int]
     start: int
     size: int
+    scales: StoredScales | None = None
+    role: Literal["codes", "scales", "bare"] | None = None
+
+    @property
+    def form(self) -> str | None:
+        """How its codes are stored, in words, None where it holds plain numbers."""
+        if self.scales is not None:
+            return self.scales.form
+        return BARE if self.role == "bare" else None
 
     @property
     def elements(self) -> int:
@@ -80,7 +96,7 @@ class StoredTensor:
     @property
     def is_float(self) -> bool:
         """Whether its values are decoded."""
-        return self.dtype in FLOATS
+        return self.dtype in FLOATS and self.role != "bare"
 
     def read_into(self, buffer: np.ndarray, start: int) -> None:
         """Fills a buffer of bytes from an offset within the tensor."""
@@ -93,12 +109,15 @@ class StoredTensor:
         return buffer.tobytes()
 
     def decode(self, first: int, count: int) -> "torch.Tensor":
-        """Reads values of a float dtype, as they are stored."""
+        """Reads values of a float dtype, as they are stored; codes times their scales, float32."""
         import torch
 
         raw = torch.empty(count * self.width, dtype=torch.uint8)
         self.read_into(raw.numpy(), first * self.width)
-        return raw.view(getattr(torch, FLOATS[self.dtype].torch_name))
+        values = raw.view(getattr(torch, FLOATS[self.dtype].torch_name))
+        if self.scales is None:
+            return values
+        return values.float().mul_(torch.from_numpy(np.array(self.scales.of(first, count))))
 
     def numbers(self, first: int, count: int) -> np.ndarray:
         """Reads values as float64, zero where they are not finite; of dtypes that are not decoded, their bytes."""
@@ -113,12 +132,30 @@ class StoredTensor:
 def open_tensors(checkpoint: Checkpoint, cleanup: ExitStack) -> dict[str, StoredTensor]:
     """Opens every shard, to be closed by ``cleanup``, and returns the tensors by name."""
     tensors: dict[str, StoredTensor] = {}
+    files: dict[str, int] = {}
     for shard in checkpoint.shards:
         file = cleanup.enter_context(shard.path.open("rb")).fileno()
+        files[shard.name] = file
         stat = os.fstat(file)
         for info in shard.tensors:
             place = (file, (stat.st_dev, stat.st_ino), info.start, info.end - info.start)
             tensors[info.name] = StoredTensor(info.name, info.dtype, info.shape, *place)
+    quantisation = quantisation_of(checkpoint.config)
+    for name, info in checkpoint.tensors.items():
+        if info.dtype != CODED or len(info.shape) < 2:
+            continue
+        try:
+            found = find_scales(info, checkpoint.tensors, quantisation)
+        except ArchitectureError:
+            # Weights that were cast have none and are what their codes say.
+            if any(each in tensors for each in names_of_scales(name)):
+                tensors[name] = replace(tensors[name], role="bare")
+            continue
+        scales = StoredScales(
+            found.name, found.dtype, files[found.shard], found.start, found.block, info.shape, found.form(info.shape)
+        )
+        tensors[name] = replace(tensors[name], scales=scales, role="codes")
+        tensors[found.name] = replace(tensors[found.name], role="scales")
     return tensors
 
 

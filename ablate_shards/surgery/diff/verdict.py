@@ -1,12 +1,15 @@
 """Says in words what the differences between two checkpoints come to."""
 
 import itertools
+import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ablate_shards.surgery.anatomy.architecture import common_ending
+from ablate_shards.surgery.anatomy.scales import is_beside_codes
 from ablate_shards.surgery.diff.differences import Diff, Fusion, TensorDiff, leaf
+from ablate_shards.surgery.diff.stored import BARE
 from ablate_shards.surgery.plan.recipe import layer_ranges
 
 __all__ = ["describe"]
@@ -25,6 +28,7 @@ def describe(found: Diff) -> tuple[str, ...]:
         return ("no difference",)
     lines = [
         *_by_kind(found.tensors),
+        *_codes(found.tensors),
         *_retyped(found),
         *_renamed(found.tensors),
         *_fused(found.fused),
@@ -138,7 +142,55 @@ def _say_sparse(tensors: Sequence[TensorDiff]) -> str:
     return f"{_count(changed, 'single value')} changed in {_count(len(tensors), 'tensor')}{_where(tensors)}"
 
 
+def _codes(tensors: Iterable[TensorDiff]) -> Iterator[str]:
+    """Says how many codes changed on one grid, and which codes were not decoded."""
+    changed = [tensor for tensor in tensors if tensor.equal_scales and tensor.changed]
+    if changed:
+        codes = sum(tensor.changed for tensor in changed)
+        share = codes / max(1, sum(tensor.elements for tensor in changed))
+        steps = max(tensor.units for tensor in changed)
+        yield (
+            f"{_count(codes, 'code')} of {_count(len(changed), 'tensor')} in FP8 changed ({share:.2%} of theirs, by up "
+            f"to {_count(round(steps), 'step')}), scales equal"
+        )
+    bare = [tensor for tensor in tensors if BARE in (tensor.codes, tensor.new_codes)]
+    if bare := [tensor for tensor in bare if tensor.kind != "equal"]:
+        yield (
+            f"{_count(len(bare), 'tensor')} of FP8 codes not decoded, as config.json does not say how their scales are "
+            f"read (such as {bare[0].name}); restore the config.json that came with the shards"
+        )
+
+
+def _say_scales(tensors: Sequence[TensorDiff]) -> str:
+    return f"{_count(len(tensors), 'tensor')} of scales differ; the values that they and the codes make are compared"
+
+
 def _say_rounding(tensors: Sequence[TensorDiff]) -> str:
+    coded: dict[tuple[str | None, str | None], list[TensorDiff]] = defaultdict(list)
+    for tensor in tensors:
+        coded[tensor.codes, tensor.new_codes].append(tensor)
+    return "; ".join(_say_rounding_to(old, new, alike) for (old, new), alike in coded.items())
+
+
+def _say_rounding_to(old: str | None, new: str | None, tensors: Sequence[TensorDiff]) -> str:
+    """Says how much tensors differ by rounding to a dtype, or to codes where either side is stored so."""
+    if old is None and new is None:
+        return _say_rounding_of_last_place(tensors)
+    share = sum(tensor.changed for tensor in tensors) / max(1, sum(tensor.elements for tensor in tensors))
+    beyond, units = sum(tensor.beyond for tensor in tensors), max(tensor.units for tensor in tensors)
+    both = old is not None and new is not None
+    forms = " and ".join(dict.fromkeys(form for form in (old, new) if form))
+    allowed = "one step" if both else "half a step"
+    size = (
+        f"none by more than {allowed} of its grid"
+        if not beyond
+        else f"{_count(beyond, 'value')} by more than {allowed} of its grid, up to {units:.3g}"
+    )
+    differ, whose = ("differs", "its") if len(tensors) == 1 else ("differ", "their")
+    return f"{_count(len(tensors), 'tensor')} {differ} by rounding to {forms} ({share:.2%} of {whose} values, {size})"
+
+
+def _say_rounding_of_last_place(tensors: Sequence[TensorDiff]) -> str:
     share = sum(tensor.changed for tensor in tensors) / max(1, sum(tensor.elements for tensor in tensors))
     units = max(tensor.units for tensor in tensors)
     beyond = sum(tensor.beyond for tensor in tensors)
@@ -189,6 +241,7 @@ _SENTENCES: Mapping[str, Callable[[Sequence[TensorDiff]], str]] = {
     "non-finite": _say_nonfinite,
     "raw": _say_raw,
     "rounding": _say_rounding,
+    "scales": _say_scales,
     "reshaped": _say_shapes,
     "transposed": _say_shapes,
     "resized": _say_shapes,
@@ -200,7 +253,7 @@ def _retyped(found: Diff) -> Iterator[str]:
     changes: dict[tuple[str, str], list[TensorDiff]] = defaultdict(list)
     for tensor in found.tensors:
         if tensor.dtype != tensor.new_dtype:
-            changes[tensor.dtype, tensor.new_dtype].append(tensor)
+            changes[tensor.codes or tensor.dtype, tensor.new_codes or tensor.new_dtype].append(tensor)
     for (old, new), tensors in changes.items():
         every = not found.equal and len(tensors) == len(found.tensors)
         who = "every tensor" if every else _count(len(tensors), "tensor")
@@ -208,10 +261,13 @@ def _retyped(found: Diff) -> Iterator[str]:
         rounded = sum(tensor.kind == "rounding" for tensor in tensors)
         if equal == len(tensors):
             what = ", values equal"
+        elif len(tensors) == (unread := sum(tensor.kind == "raw" for tensor in tensors)):
+            what = ", values not compared"
         elif equal + rounded == len(tensors):
             what = ", differences are rounding only"
         else:
-            what = f", {len(tensors) - equal - rounded} of them changed by more than rounding"
+            beside = f", {unread} not compared" if unread else ""
+            what = f", {len(tensors) - equal - rounded - unread} of them changed by more than rounding{beside}"
         yield f"{who} retyped from {old} to {new}{what}"
 
 
@@ -252,7 +308,7 @@ def _fused(fusions: Iterable[Fusion]) -> Iterator[str]:
 def _by_tower(names: Iterable[str]) -> Iterator[str]:
     """Counts tensors by what part of a model they belong to."""
     for noun, count in Counter(map(_noun, names)).items():
-        yield _count(count, noun)
+        yield _count(count, noun, "tensors of scales" if noun == "tensor of scales" else None)
 
 
 def _noun(name: str) -> str:
@@ -261,6 +317,8 @@ def _noun(name: str) -> str:
         return "MTP tensor"
     if any("visual" in part or "vision" in part for part in parts):
         return "vision tensor"
+    if is_beside_codes(parts[-1]) or re.search(r"_scale(?:_inv)?$", parts[-1]):
+        return "tensor of scales"
     return "head tensor" if "lm_head" in parts else "tensor"
 
 

@@ -106,6 +106,7 @@ def receipt_text(
         "device": dict(device),
         "tensors": [_record(edit, results[edit.name]) for edit in plan.edits],
         "skipped": [dataclasses.asdict(skip) for skip in plan.skipped],
+        **({"absent": [dataclasses.asdict(part) for part in plan.absent]} if plan.absent else {}),
         "files": {
             "copied": list(checkpoint.sidecars),
             "left_out": [{"name": name, "reason": reason} for name, reason in checkpoint.left_out],

@@ -20,6 +20,7 @@ from ablate_shards.surgery.evaluate.foreign import quiet_harness, untied
 from ablate_shards.surgery.evaluate.resampling import mean_interval, sign_flip_p
 from ablate_shards.surgery.evaluate.statistics import paired, ratio
 from ablate_shards.surgery.machine.progress import Steps
+from ablate_shards.surgery.model.loading import render_chat
 
 __all__ = ["TaskChange", "TaskScore", "Tasks", "compare_tasks", "open_tasks", "run_tasks"]
 
@@ -404,8 +405,25 @@ def _judged_model(speaker: Speaker, batch: int) -> Any:
 
     from lm_eval.models.huggingface import HFLM
 
+    class Judged(HFLM):  # type: ignore[misc]
+        """Words a chat as every other station does, which notices when a template drops what it is given."""
+
+        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:  # noqa: FBT001, FBT002
+            how = {
+                "add_generation_prompt": add_generation_prompt,
+                "continue_final_message": not add_generation_prompt,
+            }
+            try:
+                return render_chat(self.tokenizer, chat_history, "a document", EvaluateError, **how)
+            except EvaluateError as error:
+                spoken = [each for each in chat_history if each["role"] != "system"]
+                # The harness goes without a system message where the template refuses one.
+                if error.__cause__ is None or len(spoken) == len(chat_history):
+                    raise
+                return render_chat(self.tokenizer, spoken, "a document", EvaluateError, **how)
+
     with untied(speaker.network), _named("of all"):
-        return HFLM(
+        return Judged(
             pretrained=speaker.network,
             # It sets the side and the token to fill up with.
             tokenizer=copy.deepcopy(speaker.tokenizer),
@@ -425,6 +443,8 @@ def _named(task: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
+    except EvaluateError as error:
+        raise EvaluateError(f"task {task}: {error}") from error
     except Exception as error:  # a task is code, and raises whatever it likes
         raise EvaluateError(
             f"task {task}: lm-evaluation-harness cannot run it with this model: {type(error).__name__}: {reason(error)}"

@@ -5,7 +5,7 @@ import importlib
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -103,6 +103,10 @@ def answering_dtype(wanted: Dtype, config: Any, device: "torch.device") -> Dtype
     return "bfloat16" if stored == "bfloat16" and computes_bfloat16(device) else "float32"
 
 
+#: Letters of a text that may be in a rendered chat by chance, and what is put in the text's place to find out.
+_SHORT, _STAND_IN = 24, "Whereishoneysoldtoday"
+
+
 def read_tokenizer(folder: Path, error: type[AblateError], *, template: bool = True, instead: str = "") -> Any:
     """Reads a model's tokenizer.
 
@@ -157,33 +161,60 @@ def render_chat(
         error: What to raise.
         thinking: What to tell a template that asks whether the model thinks first; others ignore it.
         how: What else to tell the template.
+
+    Raises:
+        AblateError: Of the type given; its cause is what the template raised, None where it left words out.
     """
-    problems = []
-    for chat in (list(messages), [{**each, "content": [_part(each["content"])]} for each in messages]):
+    problems: list[tuple[str, Exception | None]] = []
+    for form in (str, _as_parts):
+
+        def render(chat: Sequence[Mapping[str, str]], form: Callable[[str], Any] = form) -> str:
+            given = [{**each, "content": form(each["content"])} for each in chat]
+            return str(tokenizer.apply_chat_template(given, tokenize=False, enable_thinking=thinking, **how))
+
         try:
-            text = str(tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=thinking, **how))
+            text = render(messages)
         except Exception as refusal:  # noqa: BLE001 - a template raises whatever it likes
-            problems.append(f"the chat template refuses it: {reason(refusal)}")
+            problems.append((f"the chat template refuses it: {reason(refusal)}", refusal))
             continue
-        left_out = next((each for each in messages if not _holds(text, each)), None)
+        left_out = next((each for n, each in enumerate(messages) if not _holds(text, messages, n, render)), None)
         if left_out is None:
             return text
-        problems.append(
+        what = (
             f"the chat template leaves out what the {left_out['role']} says ({_opening(left_out['content'])}), so the "
             "model would never see it; repair the model's chat_template.jinja"
         )
-    raise error(f"{where}: {problems[0]}")
+        problems.append((what, None))
+    raise error(f"{where}: {problems[0][0]}") from problems[0][1]
 
 
-def _part(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}
+def _as_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
-def _holds(rendered: str, message: Mapping[str, str]) -> bool:
-    """Tells whether the words of a message are in a rendered chat, whatever is between them."""
+def _holds(
+    rendered: str,
+    messages: Sequence[Mapping[str, str]],
+    number: int,
+    render: Callable[[Sequence[Mapping[str, str]]], str],
+) -> bool:
+    """Tells whether what a message says is in a rendered chat, whatever is between the words.
+
+    A few letters may stand in the template itself or in another message, so that a word is put in their place, too.
+    """
     # Templates leave out the thoughts of answers that are given.
-    said = message["content"].rpartition("</think>")[2]
-    return "".join(filter(str.isalnum, said)) in "".join(filter(str.isalnum, rendered))
+    said = messages[number]["content"].rpartition("</think>")[2]
+    spoken = any(map(str.isalnum, said))
+    wanted, found = ("".join(filter(str.isalnum, text) if spoken else text.split()) for text in (said, rendered))
+    if wanted not in found:
+        return False
+    if not wanted or len(wanted) > _SHORT:
+        return True
+    changed = {**messages[number], "content": _STAND_IN}
+    try:
+        return _STAND_IN in render([*messages[:number], changed, *messages[number + 1 :]])
+    except Exception:  # noqa: BLE001 - a template raises whatever it likes
+        return True
 
 
 def _opening(text: str) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ablate_shards.errors import DirectionsError, PlanError, UsageError
-from ablate_shards.surgery.anatomy.architecture import Component, LeftOut, Writer, dissect, split_layer
+from ablate_shards.surgery.anatomy.absent import Absent
+from ablate_shards.surgery.anatomy.architecture import Anatomy, Component, LeftOut, Writer, dissect, split_layer
 from ablate_shards.surgery.anatomy.parts import part_of
 from ablate_shards.surgery.anatomy.tied import StoredHead, stored_head
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
@@ -25,6 +26,7 @@ from ablate_shards.surgery.plan.recipe import AblateOptions, SourceLayer, layer_
 __all__ = ["Plan", "make_plan"]
 
 _LARGEST_COEFFICIENT = 1000
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -37,6 +39,7 @@ class Plan:
         hidden_size: Length of the residual axis.
         edits: The edits, in the order of shards and bytes.
         skipped: What could have been edited and is not.
+        absent: The parts that selected layers do not have, so that nothing of them is edited.
         notes: What the user should know before the run, a line each.
         directions_sha256: Digest of the directions.
         bases: For each basis that an edit names ``[k, d]`` float64, orthonormal rows. They follow from the rest and
@@ -50,11 +53,14 @@ class Plan:
     notes: tuple[str, ...]
     directions_sha256: str
     bases: Mapping[BasisKey, np.ndarray] = field(repr=False, compare=False)
+    absent: tuple[Absent, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the plan as JSON types."""
         content = dataclasses.asdict(dataclasses.replace(self, bases={}))
         del content["bases"]
+        if not self.absent:
+            del content["absent"]
         for edit in content["edits"]:
             if edit["scales"] is None:
                 del edit["scales"]
@@ -118,7 +124,7 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
     if any(edit.component == "embedding" for edit in edits):
         head = stored_head(checkpoint, anatomy)
         edits += _of_head(head, edits)
-    _check_coverage(checkpoint, anatomy.writers, layers, options)
+    absent = _check_coverage(checkpoint, anatomy, layers, options)
     _check_experts(edit for edit in edits if not edit.mtp)
     order = {shard.name: number for number, shard in enumerate(checkpoint.shards)}
     edits.sort(key=lambda edit: (order[edit.shard], edit.start))
@@ -127,9 +133,13 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
         hidden_size=anatomy.hidden_size,
         edits=tuple(edits),
         skipped=tuple(skipped),
-        notes=tuple(_notes(edits, directions, options, tied=anatomy.tied, head=head)),
+        notes=(
+            *_notes(edits, directions, options, tied=anatomy.tied, head=head),
+            *_unplaced(anatomy, layers),
+        ),
         directions_sha256=directions.sha256(),
         bases=resolve_bases(edits, checkpoint, directions),
+        absent=absent,
     )
 
 
@@ -241,9 +251,15 @@ def _source_layer(source: SourceLayer, own: int, directions: Directions, name: s
 
 
 def _check_coverage(
-    checkpoint: Checkpoint, writers: Iterable[Writer], layers: frozenset[int], options: AblateOptions
-) -> None:
-    found = {(writer.layer, writer.component) for writer in writers if not writer.mtp}
+    checkpoint: Checkpoint, anatomy: Anatomy, layers: frozenset[int], options: AblateOptions
+) -> tuple[Absent, ...]:
+    """Returns the selected parts that layers do not have, and refuses those of which a writer should be there."""
+    weights = (writer for writer in anatomy.writers if writer.kind == "weight" and not writer.mtp)
+    found = {(writer.layer, writer.component) for writer in weights}
+    absent: dict[tuple[int | None, Component], Absent] = {(item.layer, item.component): item for item in anatomy.absent}
+    missing: dict[tuple[int | None, Component], str] = {
+        (item.layer, item.component): item.reason for item in anatomy.missing
+    }
     needed: list[tuple[int | None, Component]] = [
         (layer, component) for layer in sorted(layers) for component in options.components if component != "embedding"
     ]
@@ -252,13 +268,59 @@ def _check_coverage(
         needed = [(layer, component) for layer, component in needed if component in described]
     if "embedding" in options.components:
         needed.append((None, "embedding"))
+    lacking: list[Absent] = []
     for layer, component in needed:
-        if (layer, component) not in found:
+        if (layer, component) in found:
+            continue
+        if (layer, component) in absent:
+            lacking.append(absent[layer, component])
+        elif layer is not None and (layer, component) not in missing and _left_alone(layer, component, options):
+            lacking.append(Absent(layer, component, "an override sets its coefficient to 0, and no writer was found"))
+        else:
             what = "no token embedding" if layer is None else f"layer {layer}: no {component} writer"
-            raise PlanError(
-                f"{checkpoint.name}: {what} was found among {_names_of(checkpoint, layer)}; describe it with "
-                "[[ablate.target]] in a recipe, or leave it out with --layers or --components"
-            )
+            way_out = _way_out(layer, component, missing.get((layer, component)))
+            raise PlanError(f"{checkpoint.name}: {what} was found among {_names_of(checkpoint, layer)}; {way_out}")
+    return tuple(lacking)
+
+
+def _way_out(layer: int | None, component: Component, missing: str | None) -> str:
+    """Returns what to do about a part of which no writer was found, and why it is taken to be missing, if it is."""
+    if missing is not None:
+        return (
+            f"it is missing: {missing}; fetch the shard that holds it and the index that came with it, or leave the "
+            "layer out with --layers"
+        )
+    describe = "describe it with [[ablate.target]] in a recipe"
+    if layer is None:
+        return f"{describe}, or leave it out with --components"
+    return (
+        f"{describe}, or leave it out with --layers or --components; if the layer has no {component}, say so in a "
+        f'recipe with [[ablate.override]], layers = "{layer}", components = "{component}", coefficient = 0'
+    )
+
+
+def _left_alone(layer: int, component: Component, options: AblateOptions) -> bool:
+    """Tells whether the last override that sets a coefficient for a part of a layer, by its number, sets it to 0."""
+    said = [
+        override.coefficient
+        for override in options.overrides
+        if override.coefficient is not None
+        and override.layers is not None
+        and layer in override.layers
+        and (override.components is None or component in override.components)
+    ]
+    return bool(said) and said[-1] == 0
+
+
+def _unplaced(anatomy: Anatomy, layers: frozenset[int]) -> Iterator[str]:
+    """Names what is edited in no selected layer although it could write to the stream by its shape."""
+    layer_of = {item.name: item.layer for item in anatomy.left_out}
+    kinds = dict.fromkeys(_NUMBER.sub("*", name) for name in anatomy.unplaced if layer_of.get(name) in layers)
+    if kinds:
+        yield (
+            f"not edited: {', '.join(kinds)}, which by shape could write to the stream in the selected layers; if one "
+            "does, part of the direction stays: describe every writer with [[ablate.target]] in a recipe"
+        )
 
 
 def _names_of(checkpoint: Checkpoint, layer: int | None) -> str:

@@ -1,0 +1,182 @@
+"""FP8 weights as values: the scales of their codes, read where they are needed, and the steps of their grid."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ablate_shards.surgery.machine.files import pread_into
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["EqualScales", "OneCoded", "StoredScales", "TwoCoded"]
+
+_EXPONENT = 0x7F800000
+#: Half of what follows the three bits of a code's mantissa, and what keeps those.
+_HALF_BIT, _KEPT_BITS = 0x80000, -0x100000
+_RELATIVE, _LEAST, _LEAST_NORMAL = 2.0**-3, 2.0**-9, 2.0**-6
+_TINY = 2.0**-120
+#: Quantisers divide by a scale or multiply by its reciprocal, which decides ties either way.
+_TIE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class StoredScales:
+    """The scales of a weight's codes in an open file.
+
+    Attributes:
+        name: Their tensor.
+        dtype: Its safetensors dtype.
+        file: The descriptor of its shard.
+        start: Where in it the tensor begins.
+        block: Rows and columns of a matrix that one scale is for.
+        shape: The shape of the codes.
+        form: How they are stored, in words.
+    """
+
+    name: str
+    dtype: str
+    file: int
+    start: int
+    block: tuple[int, int]
+    shape: tuple[int, ...]
+    form: str
+
+    def of(self, first: int, count: int) -> np.ndarray:
+        """Returns the scale of each of ``count`` values from a flat position on, float32."""
+        from ablate_shards.kernels.codecs.fp8 import spread
+
+        rows, columns = self.shape[-2:]
+        top, bottom = first // columns, -(-(first + count) // columns)
+        parts = []
+        for matrix in range(top // rows, -(-bottom // rows)):
+            begin, end = max(top - matrix * rows, 0), min(bottom - matrix * rows, rows)
+            above = begin // self.block[0]
+            scales = self._rows(matrix, above, -(-end // self.block[0]))
+            offset = above * self.block[0]
+            part = spread(scales, self.block, slice(begin - offset, end - offset), slice(0, columns))
+            parts.append(np.broadcast_to(part, (end - begin, columns)).reshape(-1))
+        skipped = first - top * columns
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        found: np.ndarray = whole[skipped : skipped + count]
+        return found
+
+    def same(self, other: "StoredScales") -> bool:
+        """Tells whether another weight's scales mean the same, read a few rows of them at a time."""
+        rows, columns = self.shape[-2:]
+        if self.shape != other.shape or self.block != other.block:
+            return False
+        down = -(-rows // self.block[0])
+        step = max(1, (1 << 18) // -(-columns // self.block[1]))
+        return all(
+            np.array_equal(self._rows(matrix, row, last), other._rows(matrix, row, last), equal_nan=True)
+            for matrix in range(math.prod(self.shape[:-2]))
+            for row in range(0, down, step)
+            for last in [min(row + step, down)]
+        )
+
+    def _rows(self, matrix: int, first: int, last: int) -> np.ndarray:
+        """Reads rows of a matrix's scales, ``[blocks down, blocks across]`` float32."""
+        from ablate_shards.kernels.codecs.fp8 import SCALE_BYTES, decode_scales
+
+        rows, columns = self.shape[-2:]
+        across = -(-columns // self.block[1])
+        size = SCALE_BYTES[self.dtype]
+        raw = bytearray((last - first) * across * size)
+        before = matrix * -(-rows // self.block[0]) + first
+        pread_into(self.file, memoryview(raw), self.start + before * across * size)
+        return decode_scales(bytes(raw), self.dtype).reshape(-1, across)
+
+
+def _scales(stored: StoredScales, first: int, like: "Tensor") -> "Tensor":
+    import torch
+
+    found = torch.from_numpy(np.array(stored.of(first, like.numel())))
+    return found.abs_().nan_to_num_(nan=1.0, posinf=1.0).clamp_(min=_TINY).view_as(like)
+
+
+def _codes(values: "Tensor", scales: "Tensor") -> "Tensor":
+    """Returns the sizes of the codes that decoded values have, exactly: the division may be off in its last bit."""
+    import torch
+
+    sizes = (values / scales).abs_().clamp_(max=448.0)
+    return sizes.view(torch.int32).add_(_HALF_BIT).bitwise_and_(_KEPT_BITS).view(torch.float32)
+
+
+def _steps(codes: "Tensor", others: "Tensor") -> "Tensor":
+    """Returns the distance from codes to their neighbours on the side of other values, both as sizes, unscaled."""
+    import torch
+
+    powers = codes.clone()
+    powers.view(torch.int32).bitwise_and_(_EXPONENT)
+    halved = (codes == powers) & (powers > _LEAST_NORMAL) & (others < codes)
+    return torch.where(halved, powers * (_RELATIVE / 2), powers * _RELATIVE).clamp_(min=_LEAST)
+
+
+class OneCoded:
+    """The steps of a grid of codes, where the values on the other side are not rounded to it.
+
+    A value that was rounded to its nearest code is within half a step of it.
+    """
+
+    allowed = 0.5 + _TIE
+    directed = True
+
+    def __init__(self, scales: StoredScales, first: int, columns: int, *, new: bool) -> None:
+        """Takes the scales, where the measured values begin, the length of a row, and which side is coded."""
+        self._scales, self._first, self._columns, self._new = scales, first, columns, new
+
+    def of(self, first: int, old: "Tensor", added: "Tensor") -> "Tensor":
+        """Returns the step at each value from a row on."""
+        scales = _scales(self._scales, self._first + first * self._columns, old)
+        both = old, old + added
+        coded, other = both[self._new], both[not self._new]
+        return _steps(_codes(coded, scales), (other / scales).abs_()).mul_(scales)
+
+
+class TwoCoded:
+    """The wider of the steps of two grids: two roundings of one value lie within it of one another."""
+
+    allowed = 1.0 + _TIE
+    directed = True
+
+    def __init__(self, scales: tuple[StoredScales, StoredScales], first: int, columns: int) -> None:
+        """Takes the scales of either side, where the measured values begin, and the length of a row."""
+        self._sides, self._first, self._columns = scales, first, columns
+
+    def of(self, first: int, old: "Tensor", added: "Tensor") -> "Tensor":
+        """Returns the wider step at each value from a row on."""
+        import torch
+
+        found = []
+        for stored, values in zip(self._sides, (old, old + added), strict=True):
+            scales = _scales(stored, self._first + first * self._columns, old)
+            codes = _codes(values, scales)
+            found.append(_steps(codes, codes).mul_(scales))
+        return torch.maximum(*found)
+
+
+class EqualScales:
+    """The steps between two codes on one grid, where no difference is rounding: a change is so many codes."""
+
+    allowed = 0.0
+    directed = True
+
+    def __init__(self, scales: StoredScales, first: int, columns: int) -> None:
+        """Takes the scales of both sides, where the measured values begin, and the length of a row."""
+        self._scales, self._first, self._columns = scales, first, columns
+
+    def of(self, first: int, old: "Tensor", added: "Tensor") -> "Tensor":
+        """Returns the mean step between the codes of each value, that of the code where they are equal."""
+        import torch
+
+        from ablate_shards.kernels.codecs.fp8 import nearest_levels
+
+        scales = _scales(self._scales, self._first + first * self._columns, old)
+        before, after = (torch.nan_to_num(values / scales) for values in (old, old + added))
+        levels = [torch.from_numpy(nearest_levels(each.numpy()).astype(np.float32)) for each in (before, after)]
+        apart = (levels[1] - levels[0]).abs_()
+        codes = _codes(old, scales)
+        return torch.where(apart > 0, added.abs() / apart.clamp(min=1.0), _steps(codes, codes).mul_(scales))
