@@ -355,6 +355,24 @@ def test_a_classifier_of_several_matrices_on_an_encoder(tmp_path):
     assert receipt["amendments"]["config"]["architectures"] == ["RobertaForSequenceClassification"]
 
 
+@pytest.mark.parametrize("rows", [None, MORE])
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_a_classifier_whose_embedding_was_trained_needs_no_output_head(tmp_path, name, rows):
+    import transformers
+
+    cls = getattr(transformers, f"{'Qwen2' if name == 'qwen2' else 'Llama'}ForSequenceClassification")
+    settings = {"task_type": "SEQ_CLS", "modules_to_save": ["embed_tokens"]}
+    ids = IDS[:1].clone()
+    ids[0, 3] = (rows or VOCAB) - 1
+    expected = train(name, tmp_path, settings, load=cls.from_pretrained, ids=ids, rows=rows)
+    checked_merge(tmp_path)
+    assert_computes(tmp_path, expected, ids=ids)
+    receipt = assert_the_rest_stays(tmp_path)
+    assert "tie_word_embeddings" not in receipt["amendments"]["config"]
+    assert receipt["amendments"]["config"].get("vocab_size") == rows
+    assert "lm_head.weight" not in {tensor["name"] for tensor in receipt["amendments"]["tensors"]}
+
+
 def test_a_head_for_another_number_of_labels(tmp_path):
     import transformers
 

@@ -165,7 +165,9 @@ class _Finder:
         other = self._part(lambda path: self._is_head(path, stored), stored)
         if not one.sources and not other.sources:
             return
-        if self._anatomy is None or not self._anatomy.tied:
+        if self._is_classifier() or self._anatomy is None:
+            parts = [one]  # an output head that is stored is not part of it
+        elif not self._anatomy.tied:
             parts = [one] if other.name is None else [one, other]
         elif self._stays_tied(one, other):
             self._keep_tied(one, other, self._anatomy)
@@ -178,6 +180,12 @@ class _Finder:
             self._resize(parts, rows, height)
         if rows != height or one.rows or other.rows:
             self._take_tokenizer()
+
+    def _is_classifier(self) -> bool:
+        """Returns whether the trained model has another head than that of a language model."""
+        architectures = (self._checkpoint.config or {}).get("architectures") or ()
+        ends = tuple(_TASKS.values())
+        return self._adapter.config.task_type in _TASKS or any(str(name).endswith(ends) for name in architectures)
 
     def _embedding(self) -> str | None:
         if self._anatomy is None:
