@@ -75,7 +75,7 @@ def test_other_methods_are_refused_by_name(tmp_path, kind):
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("use_dora", True, "DoRA"),
+        ("use_dora", True, "because use_dora is set, lora_magnitude_vector"),
         ("use_qalora", True, "QALoRA"),
         ("alora_invocation_tokens", [1, 2], "activated LoRA"),
         ("layer_replication", [[0, 2], [1, 3]], "layer replication"),

@@ -117,6 +117,7 @@ TIED = {
     "kept tied": ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, False),
     "both kept tied": ({"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}, False),
     "LoRA kept tied": ({"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, False),
+    "DoRA on the head": ({"target_modules": ["q_proj", "lm_head"], "use_dora": True}, True),
     "neither": ({}, False),
     "tokens": ({"trainable_token_indices": [7, 1, 5]}, False),
     "tokens kept tied": ({"trainable_token_indices": [7, 1, 5], "ensure_weight_tying": True}, False),

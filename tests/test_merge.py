@@ -101,6 +101,7 @@ BY_PEFT = {
             "alpha_pattern": {"^model.layers.0.self_attn.o_proj": 5},
         },
     ),
+    "DoRA": ("llama", {"r": 4, "target_modules": [*LINEAR, "lm_head"], "use_dora": True, "use_rslora": True}),
     "biases": ("llama", {"r": 4, "target_modules": LINEAR, "lora_bias": True}),
     "trained biases": ("qwen2", {"r": 4, "target_modules": ["q_proj"], "bias": "lora_only"}),
     "conv1d and whole modules": (
@@ -501,6 +502,52 @@ def test_an_adapter_that_changes_meanwhile_is_refused(tmp_path, base, adapter, m
     monkeypatch.setattr(Staging, "record", recording)
     assert "changed while it was read" in checked("merge", base, adapter, tmp_path / "out", code=1).output
     assert not (tmp_path / "out").exists()
+
+
+def dora_adapter(folder, module="model.layers.0.mlp.down_proj", outer=HIDDEN, inner=2 * HIDDEN + 8, norms=None):
+    norms = torch.linspace(0.5, 2, outer) if norms is None else norms
+    tensors = factors(module, outer, inner) | {f"{ROOT}{module}.lora_magnitude_vector": norms}
+    return write_adapter(folder, tensors, use_dora=True)
+
+
+def test_dora_gives_rows_the_norms_that_it_has_learned(tmp_path, base):
+    name = "model.layers.0.mlp.down_proj.weight"
+    dora_adapter(tmp_path / "adapter")
+    checked("merge", base, tmp_path / "adapter", tmp_path / "out")
+    checked("verify", base, tmp_path / "out", "--adapter", tmp_path / "adapter")
+    checked("merge", base, tmp_path / "adapter", tmp_path / "again", "--jobs", "1", "--memory", "8MB")
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "again")
+    shape = open_checkpoint(base).tensors[name].shape
+    before, after = (decode(tensor_bytes(folder)[name], "BF16", shape) for folder in (base, tmp_path / "out"))
+    down, up = (factors("x", *shape)[f"{ROOT}x.lora_{which}.weight"].double().numpy() for which in "AB")
+    moved = before.astype(np.float64) + 2 * up @ down
+    wanted = np.linspace(0.5, 2, HIDDEN)[:, None] * moved / np.linalg.norm(moved, axis=1, keepdims=True)
+    rounded = torch.from_numpy(wanted).bfloat16().double().numpy()
+    assert np.mean(after != rounded) <= 1e-3
+    assert np.abs(after - wanted).max() <= np.abs(wanted).max() * 2**-8
+    assert np.linalg.norm(after - before) > 0.1 * np.linalg.norm(before)
+
+
+def test_what_of_dora_is_not_merged_is_refused(tmp_path, base):
+    def said(*more, **settings):
+        shutil.rmtree(tmp_path / "adapter", ignore_errors=True)
+        dora_adapter(tmp_path / "adapter", **settings)
+        result = checked("merge", base, tmp_path / "adapter", tmp_path / "out", *more, code=1)
+        return " ".join(result.output.split())
+
+    assert "no scale applies to; leave --scale out" in said("--scale", "0.5")
+    assert "expected a norm for each row of" in said(norms=torch.ones(3))
+    module = f"{ROOT}model.layers.0.mlp.down_proj"
+    write_adapter(tmp_path / "lacking", factors(module.removeprefix(ROOT), HIDDEN, 2 * HIDDEN + 8), use_dora=True)
+    assert "because use_dora is set" in checked("merge", base, tmp_path / "lacking", tmp_path / "out", code=1).output
+    embedding = {
+        f"{ROOT}model.embed_tokens.lora_embedding_A": torch.randn(4, 48),
+        f"{ROOT}model.embed_tokens.lora_embedding_B": torch.randn(HIDDEN, 4),
+        f"{ROOT}model.embed_tokens.lora_magnitude_vector": torch.ones(HIDDEN),
+    }
+    write_adapter(tmp_path / "embedding", embedding, use_dora=True)
+    refused = checked("merge", base, tmp_path / "embedding", tmp_path / "out", code=1).output
+    assert "DoRA is merged into linear weights stored as [out, in]" in " ".join(refused.split())
 
 
 @pytest.mark.parametrize("scale", ["nan", "inf", "1e9"])

@@ -30,6 +30,7 @@ _FACTOR = re.compile(
     r"(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\."
     r"(?:lora_(?P<factor>[AB])\.(?:[^.]+\.)?(?P<what>weight|bias)|lora_embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
 )
+_MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(?:\.[^.]+){0,2}")
 _BASE_COPY = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<what>weight|bias)")
 _TOKENS = re.compile(r"(?P<module>.+?)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
 #: As peft keeps a parameter that is trained whole, and the one that it began as, where it saves all of a module.
@@ -41,7 +42,7 @@ _NOT_PLAIN = re.compile(r"(?:^|\.)(?P<what>lora_\w+|token_adapter|trainable_toke
 _USED = {
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
     "target_parameters", "init_lora_weights", "bias", "lora_bias", "modules_to_save", "ensure_weight_tying",
-    "trainable_token_indices", "task_type",
+    "use_dora", "trainable_token_indices", "task_type",
 }  # fmt: skip
 #: Keys that say where an adapter came from, how it was trained, or what the names of its tensors say as well.
 _IRRELEVANT = {
@@ -50,7 +51,6 @@ _IRRELEVANT = {
     "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
 }  # fmt: skip
 _REFUSED = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "alora_invocation_tokens": "activated LoRA, which cannot be merged at all",
     "layer_replication": "layer replication",
@@ -93,6 +93,7 @@ class LoraSettings:
         _Tokens | Mapping[str, _Tokens], Meta(description="a list of tokens, or lists by module")
     ] = ()
     ensure_weight_tying: bool = False
+    use_dora: bool = False
     task_type: str | None = None
 
 
@@ -107,6 +108,7 @@ class LowRank:
         bias: The bias of B, if it has one.
         kind: Of an embedding of peft and of a linear module of MLX, A and B are of the transposed weight.
         depth: How many adapters lie around it on the same module, which is so where peft wraps its parameters.
+        magnitude: Of DoRA, the norms ``[out]`` that the rows of ``W + s·B·A`` are given.
     """
 
     module: str
@@ -115,6 +117,12 @@ class LowRank:
     bias: str | None
     kind: Literal["linear", "embedding", "transposed"]
     depth: int
+    magnitude: str | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the update of a linear module's weight and nothing else."""
+        return self.kind == "linear" and self.bias is None and self.magnitude is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,9 +364,13 @@ def _inner(name: str) -> str:
 def _sort(tensors: tuple[TensorInfo, ...], path: Path, config: LoraSettings) -> _Sorted:
     """Sorts the tensors by what they do: factors of updates, replacements, copies of the base, rows of tokens."""
     factors: dict[tuple[str, int, str], dict[str, str]] = {}
+    magnitudes: dict[str, str] = {}
     rest: list[tuple[str, str]] = []
     for tensor in tensors:
         inner = _inner(tensor.name)
+        if config.use_dora and (match := _MAGNITUDE.fullmatch(inner)):
+            magnitudes[match["module"]] = tensor.name
+            continue
         match = _FACTOR.fullmatch(inner)
         if match is None:
             rest.append((inner, tensor.name))
@@ -380,9 +392,14 @@ def _sort(tensors: tuple[TensorInfo, ...], path: Path, config: LoraSettings) -> 
         if missing := {"A", "B"} - found.keys():
             raise AdapterError(f"{path}: {key[0]}: expected both lora_A and lora_B, found no lora_{missing.pop()}")
     updates = tuple(
-        LowRank(module, found["A"], found["B"], found.get("bias"), kind, depth)  # type: ignore[arg-type]
+        LowRank(module, found["A"], found["B"], found.get("bias"), kind, depth, magnitudes.get(module))  # type: ignore[arg-type]
         for (module, depth, kind), found in sorted(factors.items())
     )
+    if config.use_dora and (odd := {update.module for update in updates} ^ magnitudes.keys()):
+        raise AdapterError(
+            f"{path}: {min(odd)}: expected lora_A and lora_B and, because use_dora is set, lora_magnitude_vector; save "
+            "the adapter again with peft"
+        )
     replaced: dict[str, str] = {}
     copies: dict[str, str] = {}
     token_rows: list[TokenRows] = []

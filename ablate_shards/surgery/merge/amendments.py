@@ -221,7 +221,7 @@ class _Finder:
             return self._equal(one.replaced, other.replaced)
         if one.rows and other.rows:
             return one.rows.tokens == other.rows.tokens and self._equal(one.rows.rows, other.rows.rows)
-        if one.update and other.update:
+        if one.update and other.update and one.update.magnitude is other.update.magnitude is None:
             # What is A of an embedding is B of a head, transposed.
             return self._equal(one.update.down, other.update.up, transposed=True) and self._equal(
                 one.update.up, other.update.down, transposed=True

@@ -87,6 +87,8 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
         if edit.kind != "low-rank":
             return [_WholeParameter(edit, self._adapter)]
         factors = _LowRankFactors(edit, self._adapter)
+        if edit.magnitude is not None:
+            return [_Rescaled(edit, self._adapter, functools.partial(factors.of, 0))]
         height = edit.shape[-2]
         return [
             self._addition(edit, matrix * height, height, functools.partial(factors.of, matrix), edit.scale)
@@ -223,6 +225,60 @@ class _Addition:
         if self._merger is None:
             raise RuntimeError(f"{self._edit.name}: changed before its factors were read")
         return self._merger
+
+
+class _Rescaled:
+    """A matrix that an update is added to, and whose rows are then given the norms of DoRA: see ``Section``.
+
+    ``W'_i = m_i·U_i / ‖U_i‖`` with ``U = W + s·B·A``, in float64.
+    """
+
+    gathers, light = False, True
+
+    def __init__(self, edit: MergeEdit, adapter: Adapter, factors: _Factors) -> None:
+        self._edit, self._adapter, self._factors = edit, adapter, factors
+        self.start, self.end = edit.start, edit.end
+        self._row_bytes = edit.shape[-1] * ITEM_BYTES[edit.dtype]
+        self.block = max(1, PIECE_ELEMENTS // edit.shape[-1]) * self._row_bytes
+        self._left = self._right = self._norms = np.empty(0)
+        self._squares = self._before = 0.0
+
+    def gather(self, read: Reader) -> None:
+        """Reads the factors and the norms."""
+        left, right = self._factors()
+        self._left, self._right = left.astype(np.float64), self._edit.scale * right.astype(np.float64)
+        self._norms = self._adapter.read(str(self._edit.magnitude)).astype(np.float64)
+        self._squares = self._before = 0.0
+
+    def edit(self, raw: np.ndarray, offset: int) -> None:
+        """Adds the update to a block of rows and rescales them."""
+        edit = self._edit
+        if edit.begins_as is not None:
+            _begin(edit, self._adapter, raw, offset)
+        stored = raw.view(STORED[edit.dtype]).reshape(-1, edit.shape[-1])
+        first = (offset - edit.start) // self._row_bytes
+        rows = slice(first, first + len(stored))
+        old = decoded(stored, np.float64)
+        wanted = old + self._left[rows] @ self._right
+        norms = np.linalg.norm(wanted, axis=1, keepdims=True)
+        if not norms.all():
+            raise ExecuteError(
+                f"{edit.name}: row {first + int(np.argmin(norms))} is zero with the adapter added, so it has no "
+                "direction that DoRA could give a norm; train the adapter on this base"
+            )
+        wanted *= self._norms[rows, None] / norms
+        if not (np.abs(wanted) <= GREATEST[edit.dtype]).all():
+            _refuse(edit, finite=bool(np.isfinite(old).all()))
+        self._squares += float(np.square(wanted - old).sum())
+        self._before += float(np.square(old).sum())
+        encode(wanted, stored)
+
+    def measure(self, raw: np.ndarray, offset: int) -> None:
+        """Does nothing: the norms are known before, and the digest is the caller's."""
+
+    def measured(self) -> _Squares:
+        """Returns the squared norms of the change and of what was there."""
+        return _Squares(self._squares, self._before)
 
 
 class _Kept:

@@ -85,6 +85,7 @@ class MergeEdit:
         parts: The parts that are changed, in the order of their rows.
         tokens: The rows that are replaced, in the order in which the adapter holds them.
         begins_as: The adapter's tensor that stands in the weight's place before, because it holds rows for new tokens.
+        magnitude: The adapter's norms that the rows are given after the update, as DoRA does.
     """
 
     name: str
@@ -104,6 +105,7 @@ class MergeEdit:
     parts: tuple[MergePart, ...] = ()
     tokens: tuple[int, ...] = ()
     begins_as: str | None = None
+    magnitude: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,7 @@ class MergePlan:
         """Returns the plan as JSON types."""
         content = dataclasses.asdict(self)
         for edit in content["edits"]:
-            for key in ("parts", "tokens", "begins_as"):
+            for key in ("parts", "tokens", "begins_as", "magnitude"):
                 if not edit[key]:
                     del edit[key]
         return content
@@ -287,11 +289,35 @@ class _Planner:
         else:
             transposed = tensor.shape == (inner, outer)
         self._check_shape(update.up, (inner, outer) if transposed else (outer, inner), tensor)
-        yield self._edit(name, "low-rank", update.down, update.up, rank=rank, scale=scale, transposed=transposed)
+        if update.magnitude is not None:
+            self._check_magnitude(update, update.magnitude, tensor, transposed=transposed)
+        yield self._edit(
+            name, "low-rank", update.down, update.up,
+            rank=rank, scale=scale, transposed=transposed, magnitude=update.magnitude,
+        )  # fmt: skip
         if update.bias is not None:
             name = self._need(f"{update.module}.bias", update.bias)
             self._check_shape(update.bias, self._adapter.shape(update.bias), self._checkpoint.tensors[name])
             yield self._edit(name, "bias", update.bias, scale=scale)
+
+    def _check_magnitude(self, update: LowRank, magnitude: str, tensor: TensorInfo, *, transposed: bool) -> None:
+        """Refuses what of DoRA is not merged."""
+        if transposed or update.kind != "linear":
+            raise AdapterError(
+                f"{self._file}: {magnitude}: DoRA is merged into linear weights stored as [out, in], and {tensor.name} "
+                f"is not one; {_WITH_PEFT}"
+            )
+        if self._adapter.shape(magnitude) != tensor.shape[:1]:
+            raise AdapterError(
+                f"{self._file}: {magnitude}: expected a norm for each row of {tensor.name} of shape "
+                f"{list(tensor.shape)}, found {list(self._adapter.shape(magnitude))}; merge the adapter into the model "
+                "that it was trained on"
+            )
+        if self._scale != 1:
+            raise PlanError(
+                f"scale: {tensor.name} is given the norms that DoRA has learned, which no scale applies to; leave "
+                "--scale out"
+            )
 
     def _place_in_fused(self, update: LowRank) -> tuple[str, MergePart] | None:
         """Returns the tensor that holds a module's weight among others, and the part that it is of it."""
@@ -339,7 +365,7 @@ class _Planner:
 
     def _part(self, update: LowRank, start: int, name: str) -> MergePart:
         """Returns the part of a fused tensor that begins at a row."""
-        if update.kind != "linear" or update.bias is not None:
+        if not update.plain:
             raise AdapterError(
                 f"{self._file}: {update.up}: {name} is fused, and only plain updates fit it; {_WITH_PEFT}"
             )
@@ -372,7 +398,7 @@ class _Planner:
 
     def _of_split(self, update: LowRank, names: list[str]) -> Iterator[MergeEdit]:
         """Plans the update of a fused module whose rows the checkpoint holds as several tensors."""
-        if update.kind != "linear" or update.bias is not None:
+        if not update.plain:
             raise AdapterError(f"{self._file}: {update.up}: expected a plain update of {names[0]}; {_WITH_PEFT}")
         rank, scale = self._scaling(update, update.module, 1)
         tensors = [self._checkpoint.tensors[name] for name in names]
@@ -398,7 +424,7 @@ class _Planner:
             raise AdapterError(self._no_match(updates[0].down, f"{module}.weight"))
         found: list[tuple[LowRank, str]] = []
         for update in updates:
-            if update.kind != "linear" or update.bias is not None:
+            if not update.plain:
                 raise AdapterError(f"{self._file}: {update.up}: expected a plain update of a parameter; {_WITH_PEFT}")
             fitting = [leaf for leaf in leaves if self._fits(update, module, leaf)]
             if len(fitting) != 1:

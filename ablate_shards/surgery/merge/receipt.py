@@ -127,6 +127,7 @@ def _record(edit: MergeEdit, result: MergeResult) -> dict[str, Any]:
         **(low_rank if edit.kind == "low-rank" else {}),
         **({"tokens": list(edit.tokens)} if edit.tokens else {}),
         **({"begins_as": edit.begins_as} if edit.begins_as else {}),
+        **({"magnitude": edit.magnitude} if edit.magnitude else {}),
         **({"parts": [dataclasses.asdict(part) for part in edit.parts]} if edit.parts else {}),
         **dataclasses.asdict(result),
     }
