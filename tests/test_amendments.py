@@ -18,6 +18,7 @@ from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.checkpoint.headers import read_header
 from ablate_shards.surgery.edit.receipt import seal
 from ablate_shards.surgery.machine.staging import Staging
+from ablate_shards.surgery.merge import amendments
 
 BODY = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"]}
 IDS = torch.arange(36).reshape(3, 12) % VOCAB
@@ -197,6 +198,21 @@ def test_an_untied_head_stays_where_the_embedding_is_trained(tmp_path):
     checked_merge(tmp_path)
     assert_computes(tmp_path, expected)
     assert "amendments" not in assert_the_rest_stays(tmp_path)
+
+
+def test_what_is_compared_does_not_have_to_fit_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(amendments, "_PIECE", 7)
+    expected = train("qwen2", tmp_path, {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True})
+    checked_merge(tmp_path)
+    assert_computes(tmp_path, expected)
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors["base_model.model.lm_head.weight"][-1, -1] += 1
+    save_file(tensors, weights)
+    checked_merge(tmp_path, out="apart")
+    found, apart = (load_file(tmp_path / out / "model.safetensors") for out in ("out", "apart"))
+    assert "lm_head.weight" not in found
+    assert torch.equal(apart["lm_head.weight"], tensors["base_model.model.lm_head.weight"])
 
 
 @pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "embed_tokens"]}, {"modules_to_save": ["lm_head"]}])
@@ -532,6 +548,7 @@ def test_verify_with_the_adapter_sees_through_a_forged_receipt(tmp_path):
         lambda content: content["amendments"]["tensors"][0].update(shard="nowhere.safetensors"),
         lambda content: content["amendments"]["tensors"][0].update(begins_as="nothing"),
         lambda content: content["amendments"]["tensors"][0].update(dtype="F64"),
+        lambda content: content["amendments"]["tensors"][0].update(shape=[-64, 32]),
         lambda content: content["amendments"]["tensors"][0].update(name="model.norm.weight", shard="x"),
     ):
         forged(change)

@@ -147,6 +147,8 @@ def _lay_out(checkpoint: Checkpoint, shard: Shard, new: Iterable[NewTensor]) -> 
             raise CheckpointError(f"{shard.name}: {tensor.name} does not fit what {checkpoint.name} holds")
         if tensor.dtype not in ITEM_BYTES or (origin is not None and origin.dtype != tensor.dtype):
             raise CheckpointError(f"{tensor.name}: expected BF16, F16 or F32 as in the source, found {tensor.dtype}")
+        if tensor.name == "__metadata__" or min(tensor.shape, default=0) < 0:
+            raise CheckpointError(f"{tensor.name} of shape {list(tensor.shape)}: is no tensor")
         size = math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
         placed[tensor.name] = TensorInfo(tensor.name, tensor.dtype, tensor.shape, shard.name, 0, size)
         origins[tensor.name] = origin

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -26,6 +27,8 @@ _T = TypeVar("_T")
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
 _POSITIONS = re.compile(r"(?:^|[._])(?:wpe|positions?|position_embeddings)\.weight$")
 _LM_HEAD = "lm_head.weight"
+#: Elements of a tensor that are compared at a time.
+_PIECE = 1 << 18
 _TIE = "tie_word_embeddings"
 #: The files of a tokenizer, and the template that goes with its special tokens.
 _TOKENIZER = (
@@ -229,10 +232,15 @@ class _Finder:
         return False
 
     def _equal(self, one: str, other: str, *, transposed: bool = False) -> bool:
-        if self._adapter.shape(one) != self._adapter.shape(other)[:: -1 if transposed else 1]:
+        """Compares two tensors of the adapter; those that are to be transposed are factors, which fit into memory."""
+        read, shape = self._adapter.read, self._adapter.shape(one)
+        if shape != self._adapter.shape(other)[:: -1 if transposed else 1]:
             return False
-        theirs = self._adapter.read(other)
-        return np.array_equal(self._adapter.read(one), theirs.T if transposed else theirs)
+        if transposed:
+            return np.array_equal(read(one), read(other).T)
+        count = math.prod(shape)
+        pieces = ((first, min(_PIECE, count - first)) for first in range(0, count, _PIECE))
+        return all(np.array_equal(read(one, *piece), read(other, *piece)) for piece in pieces)
 
     def _keep_tied(self, one: _Part, other: _Part, anatomy: Anatomy) -> None:
         """Changes the head with the embedding: what the adapter says of it, it says twice."""
