@@ -263,14 +263,13 @@ class _Finder:
                 f"the output head was tied to the token embedding, and the training made two of them, so {name} is "
                 "stored by itself"
             )
+            copy = one.copy or other.copy
+            one, other = dataclasses.replace(one, copy=copy), dataclasses.replace(other, copy=copy, name=name)
         self._config[_TIE] = False
         text = (self._checkpoint.config or {}).get("text_config")
         if isinstance(text, Mapping) and _TIE in text:
             self._config[f"text_config.{_TIE}"] = False
-        return [
-            dataclasses.replace(one, copy=one.copy or other.copy),
-            dataclasses.replace(other, copy=other.copy or one.copy, name=name),
-        ]
+        return [one, other]
 
     def _rows_of(self, part: _Part, height: int) -> int:
         """Returns how many rows a part has after the training, if anything tells, else those that it has."""
