@@ -75,14 +75,14 @@ def test_other_methods_are_refused_by_name(tmp_path, kind):
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("use_dora", True, "DoRA"),
+        ("use_dora", True, "because use_dora is set, lora_magnitude_vector"),
         ("use_qalora", True, "QALoRA"),
         ("alora_invocation_tokens", [1, 2], "activated LoRA"),
-        ("trainable_token_indices", [3], "trainable tokens"),
         ("layer_replication", [[0, 2], [1, 3]], "layer replication"),
         ("use_bdlora", {"nblocks": 2}, "block-diagonal"),
         ("kasa_config", {"rank": 1}, "KaSA"),
-        ("ensure_weight_tying", True, "tied adapters"),
+        ("trainable_token_indices", [-1], "trainable_token_indices"),
+        ("trainable_token_indices", {"embed_tokens": "3"}, "trainable_token_indices"),
         ("something_new", {"on": 1}, "something_new is set to"),
         ("init_lora_weights", "pissa_niter_4", "subtracts its start from the base"),
         ("init_lora_weights", "loftq", "subtracts its start from the base"),
@@ -112,7 +112,7 @@ def test_unknown_settings_that_are_not_set_are_ignored(tmp_path, value):
     [
         (f"{MODULE}.lora_magnitude_vector", "lora_magnitude_vector cannot be merged"),
         (f"{MODULE}.lora_diag", "lora_diag cannot be merged"),
-        ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", "token_adapter cannot be merged"),
+        ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", "a row for each token"),
         (f"{MODULE}.lora_A.bias", "bias of A"),
         ("base_model.model.lm_head.lora_A.weight", "found no lora_B"),
         ("base_model.model.model.embed_tokens.lora_embedding_B", "found no lora_A"),

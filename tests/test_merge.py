@@ -14,7 +14,7 @@ from blake3 import blake3
 from command_line import checked
 from raw_checkpoints import decode, snapshot, tensor_bytes, write_directions, write_llama
 from safetensors.torch import load_file, save_file
-from tiny_models import HIDDEN, TINY_MODELS, VOCAB, save_tiny_model
+from tiny_models import HIDDEN, TINY_MODELS, save_tiny_model
 
 from ablate_shards.kernels import reference
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
@@ -101,11 +101,12 @@ BY_PEFT = {
             "alpha_pattern": {"^model.layers.0.self_attn.o_proj": 5},
         },
     ),
+    "DoRA": ("llama", {"r": 4, "target_modules": [*LINEAR, "lm_head"], "use_dora": True, "use_rslora": True}),
     "biases": ("llama", {"r": 4, "target_modules": LINEAR, "lora_bias": True}),
     "trained biases": ("qwen2", {"r": 4, "target_modules": ["q_proj"], "bias": "lora_only"}),
-    "conv1d, embedding and whole modules": (
+    "conv1d and whole modules": (
         "gpt2",
-        {"r": 4, "target_modules": ["c_attn", "c_proj", "wte"], "fan_in_fan_out": True, "modules_to_save": ["ln_f"]},
+        {"r": 4, "target_modules": ["c_attn", "c_proj", "wpe"], "fan_in_fan_out": True, "modules_to_save": ["ln_f"]},
     ),
     "vision, linear attention and prediction": ("qwen3.5", {"r": 4, "target_modules": [*LINEAR, "out_proj", "qkv"]}),
     "two towers of the same names": ("llava", {"r": 4, "target_modules": LINEAR}),
@@ -426,7 +427,11 @@ def test_what_does_not_fit_is_named(tmp_path, base):
     pattern = {"k_proj": 3}
     assert "expected rank 3" in refusal(tmp_path, base, factors(module, 16, HIDDEN), rank_pattern=pattern)
     head = {f"{ROOT}lm_head.weight": torch.ones(50, HIDDEN)}
-    assert "lm_head.weight of shape [48, 32]" in refusal(tmp_path, base, head)
+    said = refusal(tmp_path, base, head)
+    assert "was trained with 50 tokens" in said
+    assert "has 48; the rows of model.embed_tokens.weight for the others are not in it" in said
+    wide = {f"{ROOT}lm_head.weight": torch.ones(48, HIDDEN + 1)}
+    assert "lm_head.weight of shape [48, 32]" in refusal(tmp_path, base, wide)
 
 
 def test_an_ambiguous_name_lists_the_candidates(tmp_path):
@@ -487,18 +492,6 @@ def test_values_that_cannot_be_are_refused(tmp_path):
     assert "q_proj.weight: holds NaN or infinite values, which" in refusal(tmp_path, base, tensors)
 
 
-def test_the_tied_head_is_explained(tmp_path):
-    base = save_tiny_model(TINY_MODELS["qwen2"], tmp_path / "base")
-    said = refusal(tmp_path, base, {f"{ROOT}lm_head.weight": torch.ones(VOCAB, HIDDEN)})
-    assert "output head is tied" in said
-    tensors = {
-        f"{ROOT}model.embed_tokens.lora_embedding_A": torch.randn(4, VOCAB),
-        f"{ROOT}model.embed_tokens.lora_embedding_B": torch.randn(HIDDEN, 4),
-    }
-    result = checked("merge", base, write_adapter(tmp_path / "adapter", tensors), tmp_path / "out")
-    assert "tied to the token embedding" in result.output
-
-
 def test_an_adapter_that_changes_meanwhile_is_refused(tmp_path, base, adapter, monkeypatch):
     record = Staging.record
 
@@ -509,6 +502,52 @@ def test_an_adapter_that_changes_meanwhile_is_refused(tmp_path, base, adapter, m
     monkeypatch.setattr(Staging, "record", recording)
     assert "changed while it was read" in checked("merge", base, adapter, tmp_path / "out", code=1).output
     assert not (tmp_path / "out").exists()
+
+
+def dora_adapter(folder, module="model.layers.0.mlp.down_proj", outer=HIDDEN, inner=2 * HIDDEN + 8, norms=None):
+    norms = torch.linspace(0.5, 2, outer) if norms is None else norms
+    tensors = factors(module, outer, inner) | {f"{ROOT}{module}.lora_magnitude_vector": norms}
+    return write_adapter(folder, tensors, use_dora=True)
+
+
+def test_dora_gives_rows_the_norms_that_it_has_learned(tmp_path, base):
+    name = "model.layers.0.mlp.down_proj.weight"
+    dora_adapter(tmp_path / "adapter")
+    checked("merge", base, tmp_path / "adapter", tmp_path / "out")
+    checked("verify", base, tmp_path / "out", "--adapter", tmp_path / "adapter")
+    checked("merge", base, tmp_path / "adapter", tmp_path / "again", "--jobs", "1", "--memory", "8MB")
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "again")
+    shape = open_checkpoint(base).tensors[name].shape
+    before, after = (decode(tensor_bytes(folder)[name], "BF16", shape) for folder in (base, tmp_path / "out"))
+    down, up = (factors("x", *shape)[f"{ROOT}x.lora_{which}.weight"].double().numpy() for which in "AB")
+    moved = before.astype(np.float64) + 2 * up @ down
+    wanted = np.linspace(0.5, 2, HIDDEN)[:, None] * moved / np.linalg.norm(moved, axis=1, keepdims=True)
+    rounded = torch.from_numpy(wanted).bfloat16().double().numpy()
+    assert np.mean(after != rounded) <= 1e-3
+    assert np.abs(after - wanted).max() <= np.abs(wanted).max() * 2**-8
+    assert np.linalg.norm(after - before) > 0.1 * np.linalg.norm(before)
+
+
+def test_what_of_dora_is_not_merged_is_refused(tmp_path, base):
+    def said(*more, **settings):
+        shutil.rmtree(tmp_path / "adapter", ignore_errors=True)
+        dora_adapter(tmp_path / "adapter", **settings)
+        result = checked("merge", base, tmp_path / "adapter", tmp_path / "out", *more, code=1)
+        return " ".join(result.output.split())
+
+    assert "no scale applies to; leave --scale out" in said("--scale", "0.5")
+    assert "expected a norm for each row of" in said(norms=torch.ones(3))
+    module = f"{ROOT}model.layers.0.mlp.down_proj"
+    write_adapter(tmp_path / "lacking", factors(module.removeprefix(ROOT), HIDDEN, 2 * HIDDEN + 8), use_dora=True)
+    assert "because use_dora is set" in checked("merge", base, tmp_path / "lacking", tmp_path / "out", code=1).output
+    embedding = {
+        f"{ROOT}model.embed_tokens.lora_embedding_A": torch.randn(4, 48),
+        f"{ROOT}model.embed_tokens.lora_embedding_B": torch.randn(HIDDEN, 4),
+        f"{ROOT}model.embed_tokens.lora_magnitude_vector": torch.ones(HIDDEN),
+    }
+    write_adapter(tmp_path / "embedding", embedding, use_dora=True)
+    refused = checked("merge", base, tmp_path / "embedding", tmp_path / "out", code=1).output
+    assert "DoRA is merged into linear weights stored as [out, in]" in " ".join(refused.split())
 
 
 @pytest.mark.parametrize("scale", ["nan", "inf", "1e9"])

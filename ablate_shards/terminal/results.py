@@ -186,7 +186,7 @@ def print_merge_plan(checkpoint: Checkpoint, plan: "MergePlan") -> None:
         for layer, edits in _merged_by_layer(plan.edits)
     ]
     print_table(screen, (*_MERGED, Column("bytes", right=True, rank=3)), rows)
-    say(screen, f"{_share_of(checkpoint, plan.edits)} would be changed")
+    say(screen, f"{_share_of(plan.amended(checkpoint), plan.edits)} would be changed")
     for name, reason in checkpoint.left_out:
         say(screen, f"not carried over: {name} ({reason})")
 
@@ -210,7 +210,9 @@ def print_merge(
     say(screen, "change: norm of what was added, relative to the norm of the weight", "dim")
     if not any(result.change is None or result.change for result in results.values()):
         say(screen, f"{adapter} adds nothing: it was saved before it was trained")
-    say(screen, f"{_share_of(checkpoint, plan.edits)} changed; every other byte is the source's")
+    amended = ", ".join(plan.amendments.names())
+    kept = f"added or changed besides: {amended}; all else" if amended else "every other byte"
+    say(screen, f"{_share_of(plan.amended(checkpoint), plan.edits)} changed; {kept} is the source's")
     _print_where(screen, checkpoint, out, url, MERGE_RECEIPT_NAME, ("--adapter", str(adapter)))
 
 
@@ -509,7 +511,7 @@ def _merge_cells(edits: "Sequence[MergeEdit]") -> tuple[str, str, str]:
     """Returns the tensors, ranks and scales of edits of one layer and kind."""
     each = [part for edit in edits for part in edit.parts or (edit,)]
     ranks = sorted({part.rank for part in each if part.rank is not None})
-    scales = [] if edits[0].kind == "replaced" else sorted({part.scale for part in each})
+    scales = [] if edits[0].kind in ("replaced", "rows") else sorted({part.scale for part in each})
     return (
         _short_names(edit.name for edit in edits),
         ", ".join(map(str, ranks)) or "–",

@@ -1,12 +1,15 @@
 """A merge whose OUT is a repository or an object store: the same files as in a folder, and the same guarantees."""
 
 import json
+import shutil
 
 import pytest
-from command_line import run
+import torch
+from command_line import checked, run
 from hub.edits import SHARDS, write_model_adapter
 from hub.object_store import fill, held
-from raw_checkpoints import snapshot
+from raw_checkpoints import flip, snapshot
+from safetensors.torch import load_file, save_file
 
 from ablate_shards.surgery.checkpoint.object_store import UNFINISHED
 
@@ -144,3 +147,95 @@ def test_the_result_as_json(case):
     assert found["out"].startswith(f"{hub.endpoint}/me/merged/commit/")
     assert len(found["tensors"]) == 4
     assert json.loads(merge("local", STORE, "--json").stdout)["out"] == STORE
+
+
+# -------------------------------------------------------------- headers that are not the source's
+
+
+@pytest.fixture
+def grown(case):
+    """The model on the Hub and in a store, and in ``merged`` what an adapter with two more tokens makes of it."""
+    hub, folder = case
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    generator = torch.Generator().manual_seed(5)
+    more = {
+        f"base_model.model.{name}.weight": torch.randn(50, 128, generator=generator)
+        for name in ("model.embed_tokens", "lm_head")
+    }
+    save_file(load_file(weights) | more, weights)
+    (folder / "adapter" / "tokenizer.json").write_text('{"new": 1}')
+    shutil.rmtree(folder / "merged")
+    checked("merge", "org/model", "adapter", "merged")
+    return hub, folder
+
+
+def assert_grown(found, folder):
+    """Asserts that files are those that the same merge makes in a folder, whose source may go by another name."""
+    expected = snapshot(folder / "merged")
+    receipts = [json.loads(files.pop("merge.json")) for files in (found, expected)]
+    assert [receipt["amendments"] for receipt in receipts] == [receipts[0]["amendments"]] * 2
+    assert receipts[0]["tensors"] == receipts[1]["tensors"]
+    assert found == expected
+    assert json.loads(found["config.json"])["vocab_size"] == 50
+    assert found["tokenizer.json"] == b'{"new": 1}'
+    before = snapshot(folder / "local")
+    changed = [name for name in SHARDS if len(found[name]) != len(before[name])]
+    assert changed == [SHARDS[0], SHARDS[-1]]
+
+
+@pytest.mark.parametrize("source", ["local", "memory://bucket/model", "org/model"])
+def test_a_grown_vocabulary_into_an_object_store(grown, store, source):
+    _, folder = grown
+    result = merge(source, STORE)
+    assert result.exit_code == 0, result.stderr
+    assert_grown(held(store, "/bucket/merged"), folder)
+    assert run("verify", source, STORE, "--adapter", "adapter").exit_code == 0
+    name = f"/bucket/merged/{SHARDS[-1]}"
+    raw = bytearray(store.cat_file(name))
+    raw[-3] ^= 1
+    store.pipe(name, bytes(raw))
+    result = run("verify", source, STORE)
+    assert result.exit_code == 1
+    assert "lm_head.weight" in result.stdout
+
+
+@pytest.mark.parametrize("source", ["local", "memory://bucket/model", "org/model"])
+@pytest.mark.parametrize("copies", [True, False])
+def test_a_grown_vocabulary_into_a_repository(grown, source, copies):
+    hub, folder = grown
+    if not copies:
+        hub.fault("POST .*/lfs-files/duplicate", status=403)
+    result = merge(source, "hub:me/merged")
+    assert result.exit_code == 0, result.stderr
+    found = {name: blob.data for name, blob in hub.repos["me/merged"].files().items()}
+    found.pop(".gitattributes")
+    found["README.md"] = snapshot(folder / "merged")["README.md"]
+    assert_grown(found, folder)
+    assert run("verify", source, "me/merged", "--adapter", "adapter").exit_code == 0
+
+
+def test_a_grown_vocabulary_from_elsewhere_into_a_folder(grown):
+    _, folder = grown
+    for number, source in enumerate(("memory://bucket/model", "org/model", "local")):
+        checked("merge", source, "adapter", f"again{number}")
+        assert_grown(snapshot(folder / f"again{number}"), folder)
+        checked("verify", source, f"again{number}")
+    flip(folder / "again0" / SHARDS[0], 20)
+    assert "the header: differs" in checked("verify", "memory://bucket/model", "again0", code=1).stdout
+
+
+def test_an_interrupted_store_with_a_grown_vocabulary_is_resumed(grown, store, monkeypatch):
+    _, folder = grown
+    put = type(store).put_file
+
+    def put_file(self, local, path, **settings):
+        if SHARDS[2] in path:
+            raise PermissionError("not yours")
+        return put(self, local, path, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(store), "put_file", put_file)
+        assert "--resume goes on" in merge("org/model", STORE).stderr
+    assert set(held(store, "/bucket/merged")) == {UNFINISHED, *SHARDS[:2]}
+    assert merge("org/model", STORE, "--resume").exit_code == 0
+    assert_grown(held(store, "/bucket/merged"), folder)

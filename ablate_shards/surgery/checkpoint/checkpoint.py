@@ -20,6 +20,7 @@ __all__ = [
     "assemble",
     "files_of",
     "fingerprint",
+    "index_of",
     "open_checkpoint",
     "read_range",
     "read_vector",
@@ -61,6 +62,8 @@ class Checkpoint:
         fingerprint: Digest of names, sizes, modification times (of remote files, digests) and headers.
         remote: Where the files come from, None where they are on this machine.
         origin: The repository and the commit that they are of, or were before they were fetched.
+        amended: Files that are not those of the source: see ``amended.py``.
+        view: What reads these files, and all others, where there are any.
     """
 
     path: Path
@@ -73,6 +76,8 @@ class Checkpoint:
     fingerprint: str
     remote: Remote | None = None
     origin: tuple[str, str | None] | None = None
+    amended: frozenset[str] = frozenset()
+    view: Remote | None = None
 
     @property
     def name(self) -> str:
@@ -82,7 +87,11 @@ class Checkpoint:
     @property
     def files(self) -> Files:
         """Its files, wherever they are."""
-        return Folder(self.root) if self.remote is None else self.remote
+        return self.view or self.remote or Folder(self.root)
+
+    def fetched(self, file: str) -> Remote | None:
+        """Returns what brings one of its files here, None where it can be opened."""
+        return self.view if file in self.amended else self.remote
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -212,10 +221,15 @@ def size_of(checkpoint: Checkpoint, file: str) -> int:
     return checkpoint.files.size(file)
 
 
+def index_of(checkpoint: Checkpoint) -> str | None:
+    """Returns the file that says which shard holds which tensor, None where there is none."""
+    return _index_name(checkpoint.files, (name for name in checkpoint.sidecars if "/" not in name))
+
+
 def read_range(checkpoint: Checkpoint, tensor: TensorInfo) -> bytes:
     """Returns the bytes of one small tensor."""
-    if checkpoint.remote is not None:
-        return checkpoint.remote.read_range(tensor.shard, tensor.start, tensor.end)
+    if (remote := checkpoint.fetched(tensor.shard)) is not None:
+        return remote.read_range(tensor.shard, tensor.start, tensor.end)
     with (checkpoint.root / tensor.shard).open("rb") as file:
         file.seek(tensor.start)
         return file.read(tensor.end - tensor.start)

@@ -92,7 +92,7 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
     ) -> None:
         self._shard, self._editor = shard, editor
         self._window, self._advance = window, advance
-        self._remote = checkpoint.remote
+        self._remote = checkpoint.fetched(shard.name)
         self._source = _Source(checkpoint, shard)
         self._stretches = sorted(_stretches(shard, edits, editor), key=lambda stretch: (stretch.start, stretch.end))
         # A section that is gathered and does not fit is read more than once: requests for what is before it end there.
@@ -329,7 +329,7 @@ class _Source:
     """Reads a shard of the source; what is asked for in order comes through one request."""
 
     def __init__(self, checkpoint: Checkpoint, shard: Shard) -> None:
-        self._file, self._remote = shard.name, checkpoint.remote
+        self._file, self._remote = shard.name, checkpoint.fetched(shard.name)
         self._descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC) if self._remote is None else -1
         self._chunks: Iterator[bytes] = iter(())
         self._left, self._position = memoryview(b""), 0

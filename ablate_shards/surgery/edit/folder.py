@@ -49,7 +49,8 @@ def perform_in_folder(
         ExecuteError: An interrupted run is in the way, the disk is too small, or a tensor cannot be edited.
         Interrupted: Ctrl-C or SIGTERM; the staged state can be resumed.
     """
-    sizes = {shard.name: shard.size for shard in checkpoint.shards}
+    amended = operation.amend(checkpoint)
+    sizes = {shard.name: shard.size for shard in amended.shards}
     identity = operation.identity_on(checkpoint)
     staging: Staging | None = None
 
@@ -59,9 +60,9 @@ def perform_in_folder(
 
     with sigterm_as_interrupt(), locked(out.path), ending_early(out.path, lambda: what_is_kept(staging), discard):
         staging = Staging.open(out.path, identity, sizes, resume=run.resume, overwrite=out.overwrite, sync=run.sync)
-        _check_disk(checkpoint, operation.edits, staging, link=run.link)
-        progress.begin(_bytes_to_write(checkpoint, staging))
-        with ShardWriter(checkpoint, operation, staging, progress, link=run.link) as writer:
+        _check_disk(amended, operation.edits, staging, link=run.link)
+        progress.begin(_bytes_to_write(amended, staging))
+        with ShardWriter(amended, operation, staging, progress, link=run.link) as writer:
             results, identity = writer.write(run)
         check_unchanged(checkpoint)
         with (staging.folder / operation.receipt_name).open("w", encoding="utf-8") as file:
@@ -81,11 +82,15 @@ def _bytes_to_write(checkpoint: Checkpoint, staging: Staging) -> int:
 def _check_disk(checkpoint: Checkpoint, edits: Iterable[Edit], staging: Staging, *, link: bool) -> None:
     reused = sum(path.stat().st_size for path in staging.folder.rglob("*") if path.is_file())
     complete = sum(shard.size for shard in checkpoint.shards if shard.name in staging.done)
-    edited = {edit.shard for edit in edits}
+    edited = {edit.shard for edit in edits} | checkpoint.amended
     linked = sum(shard.size for shard in checkpoint.shards if link and shard.name not in edited | staging.done.keys())
     needed = _bytes_to_write(checkpoint, staging) - (reused - complete) - linked
     if _shares_blocks(checkpoint, staging):
-        needed = sum(edit.end - edit.start for edit in edits if edit.shard not in staging.done)
+        apart = staging.done.keys() | checkpoint.amended
+        needed = sum(edit.end - edit.start for edit in edits if edit.shard not in apart)
+        needed += sum(
+            shard.size for shard in checkpoint.shards if shard.name in checkpoint.amended - staging.done.keys()
+        )
     free = shutil.disk_usage(staging.folder).free
     if free < needed:
         raise ExecuteError(

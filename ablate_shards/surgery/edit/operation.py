@@ -45,6 +45,10 @@ class RunOptions:
     sync: bool = True
 
 
+def _as_it_is(checkpoint: Checkpoint) -> Checkpoint:
+    return checkpoint
+
+
 @dataclass(frozen=True, slots=True)
 class Operation(Generic[_E, _R]):
     """What is done to a checkpoint, whatever it is: the edits, who carries them out, and the receipt.
@@ -56,6 +60,7 @@ class Operation(Generic[_E, _R]):
         result: Makes a result of the fields that the journal kept of it.
         receipt_name: The file in OUT that says what was done.
         receipt: Returns its text, from the source, the results and what did the arithmetic.
+        amend: Returns the source as it is before the edits; they are of what this holds.
     """
 
     edits: tuple[_E, ...]
@@ -64,6 +69,7 @@ class Operation(Generic[_E, _R]):
     result: Callable[..., _R]
     receipt_name: str
     receipt: Callable[[Checkpoint, Mapping[str, _R], Mapping[str, str]], str]
+    amend: Callable[[Checkpoint], Checkpoint] = _as_it_is
 
     def identity_on(self, checkpoint: Checkpoint) -> dict[str, str]:
         """Returns all that must be equal for an interrupted run on a checkpoint to be resumed."""

@@ -115,7 +115,7 @@ class ShardWriter(Generic[_E, _R]):
         path = self._staging.folder / shard.name
         path.parent.mkdir(parents=True, exist_ok=True)
         edits = self._edits.get(shard.name, ())
-        if self._checkpoint.remote is not None:
+        if self._checkpoint.fetched(shard.name) is not None:
             return self._start_fetch(shard, path, [(edit.start, edit.end) for edit in edits], copiers)
         path.unlink(missing_ok=True)
         linked = not edits and self._link and link(shard.path, path)
@@ -151,9 +151,8 @@ class ShardWriter(Generic[_E, _R]):
         return Work(shard, source, target, [fetched], fetched=fetched)
 
     def _fetch(self, name: str, path: Path, edited: list[tuple[int, int]]) -> None:
-        if self._checkpoint.remote is not None:
-            advance = self._progress.advance
-            self._checkpoint.remote.fetch(name, path, stop=self._stop, advance=advance, edited=edited)
+        if (remote := self._checkpoint.fetched(name)) is not None:
+            remote.fetch(name, path, stop=self._stop, advance=self._progress.advance, edited=edited)
 
     def _start_edits(self, work: Work[_R], editor: BlockEditor[_E, _R], editors: ThreadPoolExecutor) -> None:
         def write(data: memoryview, offset: int) -> None:
@@ -210,7 +209,7 @@ class ShardWriter(Generic[_E, _R]):
     def _copy_sidecar(self, name: str) -> None:
         path = self._staging.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if self._checkpoint.remote is not None:
+        if self._checkpoint.fetched(name) is not None:
             self._fetch(name, path, [])
             with path.open("rb") as target:
                 self._staging.fsync(target.fileno())

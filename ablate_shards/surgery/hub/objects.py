@@ -62,6 +62,7 @@ def perform_in_store(
     """
     target = _Target(url)
     source = target.path_of(checkpoint)
+    amended = operation.amend(checkpoint)
     # Beside it, hidden, are the lock and the shard under way.
     place = Path.cwd() / f"store-{re.sub(r'[^A-Za-z0-9.]+', '--', target.url)}"
     journal: _Journal | None = None
@@ -82,28 +83,28 @@ def perform_in_store(
         try:
             found = _open_journal(target, run, operation.identity_on(checkpoint))
             staging = Staging.open(place, found.identity, {}, resume=False, overwrite=True)
-            edited = {edit.shard for edit in operation.edits}
-            by_store = {shard.name for shard in checkpoint.shards if source is not None and shard.name not in edited}
-            here = tuple(shard for shard in checkpoint.shards if shard.name not in by_store)
+            edited = {edit.shard for edit in operation.edits} | amended.amended
+            by_store = {shard.name for shard in amended.shards if source is not None and shard.name not in edited}
+            here = tuple(shard for shard in amended.shards if shard.name not in by_store)
             staging.done |= {shard.name: found.sent[shard.name].content for shard in here if shard.name in found.sent}
             todo = [shard.size for shard in here if shard.name not in staging.done]
             _check_disk(staging, max(todo, default=0))
-            progress.begin(sum(todo) + sum(size_of(checkpoint, name) for name in checkpoint.sidecars))
+            progress.begin(sum(todo) + sum(size_of(amended, name) for name in amended.sidecars))
             found.keep(target)
             journal = found
             target.remove(name for name in found.replaced if _found_first(name))
             for name in sorted(by_store - found.sent.keys()):
-                found.sent[name] = _Sent(target.copy(f"{source}/{name}", name, size_of(checkpoint, name)), {})
+                found.sent[name] = _Sent(target.copy(f"{source}/{name}", name, size_of(amended, name)), {})
                 found.keep(target)
-            part = dataclasses.replace(checkpoint, shards=here)
+            part = dataclasses.replace(amended, shards=here)
             with _Sender(part, operation, staging, progress, target, found) as sender:
                 results, device = sender.write(run)
             check_unchanged(checkpoint)
             receipt = staging.folder / operation.receipt_name
             receipt.write_text(operation.receipt(checkpoint, results, device), encoding="utf-8")
-            for name in [*sorted(checkpoint.sidecars, key=_found_first), operation.receipt_name]:
+            for name in [*sorted(amended.sidecars, key=_found_first), operation.receipt_name]:
                 target.send(staging.folder / name, name)
-            ours = {operation.receipt_name, *(shard.name for shard in checkpoint.shards), *checkpoint.sidecars}
+            ours = {operation.receipt_name, *(shard.name for shard in amended.shards), *amended.sidecars}
             target.remove(name for name in found.replaced if name not in ours)
             target.remove([UNFINISHED])
         finally:

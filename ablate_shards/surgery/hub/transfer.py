@@ -84,15 +84,16 @@ def perform_on_hub(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     store, api = open_for_writing(repo, options)
-    own = {shard.name for shard in checkpoint.shards}
+    amended = operation.amend(checkpoint)
+    own = {shard.name for shard in amended.shards}
     theirs = [name for name in store.entries if "/" not in name and name.endswith(".safetensors")]
     if theirs and not run.overwrite:
         raise HubError(f"{repo}: holds weights already ({theirs[0]}); --overwrite replaces them, in one commit")
-    edited = {edit.shard for edit in operation.edits}
+    edited = {edit.shard for edit in operation.edits} | amended.amended
     on_hub = checkpoint.remote is not None and checkpoint.remote.revision is not None
     passing = checkpoint.remote is not None and not on_hub
-    here = tuple(shard for shard in checkpoint.shards if shard.name in edited or passing)
-    here += _large(checkpoint) if passing else ()
+    here = tuple(shard for shard in amended.shards if shard.name in edited or passing)
+    here += _large(amended) if passing else ()
     # Beside it, hidden, are the lock and the shard under way.
     place = Path.cwd() / f"hub-{repo.replace('/', '--')}"
     identity = {**operation.identity_on(checkpoint), "the repository": repo}
@@ -106,8 +107,8 @@ def perform_on_hub(
         sizes = {shard.name: shard.size for shard in here}
         staging = Staging.open(place, identity, sizes, resume=run.resume, overwrite=run.overwrite)
         ledger = _Ledger(staging, api, repo, progress)
-        send = _way(staging, checkpoint, progress)
-        device = send(_part(checkpoint, here), operation, run, ledger, progress)
+        send = _way(staging, amended, progress)
+        device = send(_part(amended, here), operation, run, ledger, progress)
         check_unchanged(checkpoint)
         results = ledger.results(operation)
         receipt = staging.folder / operation.receipt_name
@@ -119,7 +120,7 @@ def perform_on_hub(
             *(CommitOperationDelete(name) for name in theirs if name not in own),
         ]
         left = own - sizes.keys() - ledger.digests().keys()
-        copied = _copies(checkpoint, left, ledger, by_hub=on_hub)
+        copied = _copies(amended, left, ledger, by_hub=on_hub)
 
         def publish(copied: list[Any]) -> tuple[str, str]:
             with explained(repo):
@@ -131,14 +132,14 @@ def perform_on_hub(
             if not on_hub or not refuses_to_copy(error.__cause__):
                 raise
             progress.note(f"the Hub does not copy files of {checkpoint.name} by itself, so they pass through here")
-            rest = (*(shard for shard in checkpoint.shards if shard.name in left), *_large(checkpoint))
-            send(_part(checkpoint, rest), operation, run, ledger, progress)
+            rest = (*(shard for shard in amended.shards if shard.name in left), *_large(amended))
+            send(_part(amended, rest), operation, run, ledger, progress)
             on_hub = False
-            url, oid = publish(_copies(checkpoint, set(), ledger, by_hub=False))
+            url, oid = publish(_copies(amended, set(), ledger, by_hub=False))
         expected = ledger.digests()
         if checkpoint.remote is not None and on_hub:
             expected |= {name: checkpoint.remote.stamp(name) for name in left}
-        _check_arrival(repo, oid, expected, checkpoint)
+        _check_arrival(repo, oid, expected, amended)
         staging.discard()
     return results, url
 
@@ -340,7 +341,8 @@ def _part(checkpoint: Checkpoint, shards: tuple[Shard, ...]) -> Checkpoint:
 
 def _large(checkpoint: Checkpoint) -> tuple[Shard, ...]:
     """Returns the sidecars that may not fit into memory, to be sent as shards are."""
-    sizes = {name: size_of(checkpoint, name) for name in checkpoint.sidecars if name != CARD}
+    kept = (name for name in checkpoint.sidecars if name != CARD and name not in checkpoint.amended)
+    sizes = {name: size_of(checkpoint, name) for name in kept}
     return tuple(Shard(name, Path(name), size, "", ()) for name, size in sizes.items() if size > _LARGE)
 
 
@@ -350,16 +352,16 @@ def _copies(checkpoint: Checkpoint, shards: set[str], ledger: _Ledger, *, by_hub
 
     sent = ledger.digests()
     names = [*sorted(shards), *(name for name in checkpoint.sidecars if name != CARD and name not in sent)]
-    if checkpoint.remote is None:
-        return [CommitOperationAdd(name, checkpoint.root / name) for name in names]
-    if not by_hub or checkpoint.origin is None:
-        remote = checkpoint.remote
-        return [CommitOperationAdd(name, remote.read_range(name, 0, size_of(checkpoint, name))) for name in names]
-    repo, revision = checkpoint.origin
-    return [
-        CommitOperationCopy(name, name, src_revision=revision, src_repo_id=repo, src_repo_type="model")
-        for name in names
-    ]
+    repo, revision = checkpoint.origin or (None, None)
+
+    def bring(name: str) -> Any:
+        if by_hub and repo is not None and name not in checkpoint.amended:
+            return CommitOperationCopy(name, name, src_revision=revision, src_repo_id=repo, src_repo_type="model")
+        if (remote := checkpoint.fetched(name)) is None:
+            return CommitOperationAdd(name, checkpoint.root / name)
+        return CommitOperationAdd(name, remote.read_range(name, 0, size_of(checkpoint, name)))
+
+    return [bring(name) for name in names]
 
 
 def _published(folder: Path, checkpoint: Checkpoint, receipt_name: str, options: PushOptions) -> Published:

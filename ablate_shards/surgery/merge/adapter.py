@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 from msgspec import Meta
@@ -20,7 +20,7 @@ from ablate_shards.surgery.checkpoint.files import pointed_at
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo, read_header
 from ablate_shards.validation import Finite, checked
 
-__all__ = ["Adapter", "LoraSettings", "LowRank", "read_adapter"]
+__all__ = ["Adapter", "LoraSettings", "LowRank", "TokenRows", "read_adapter"]
 
 _ROOT = "base_model.model."
 _MLX_WEIGHTS = "adapters.safetensors"
@@ -30,33 +30,35 @@ _FACTOR = re.compile(
     r"(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\."
     r"(?:lora_(?P<factor>[AB])\.(?:[^.]+\.)?(?P<what>weight|bias)|lora_embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
 )
-_BASE_COPY = re.compile(r"(?P<module>.+?)\.base_layer\.(?P<what>weight|bias)")
+_MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(?:\.[^.]+){0,2}")
+_BASE_COPY = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<what>weight|bias)")
+_TOKENS = re.compile(r"(?P<module>.+?)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
+#: As peft keeps a parameter that is trained whole, and the one that it began as, where it saves all of a module.
+_SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save\.(?:[^.]+\.)?(?P<what>weight|bias)")
+_UNTRAINED = re.compile(r"(?P<module>.+?)\.original_module\.(?P<what>weight|bias)")
 _NOT_PLAIN = re.compile(r"(?:^|\.)(?P<what>lora_\w+|token_adapter|trainable_tokens\w*|modules_to_save)(?:\.|$)")
 
 #: Keys of the configuration that change what a weight becomes, and that the merge takes into account.
 _USED = {
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
-    "target_parameters", "init_lora_weights", "bias", "lora_bias", "modules_to_save",
+    "target_parameters", "init_lora_weights", "bias", "lora_bias", "modules_to_save", "ensure_weight_tying",
+    "use_dora", "trainable_token_indices", "task_type",
 }  # fmt: skip
 #: Keys that say where an adapter came from, how it was trained, or what the names of its tensors say as well.
 _IRRELEVANT = {
     "alpha", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
     "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
-    "task_type",
 }  # fmt: skip
 _REFUSED = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "alora_invocation_tokens": "activated LoRA, which cannot be merged at all",
-    "trainable_token_indices": "trainable tokens",
     "layer_replication": "layer replication",
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
     "arrow_config": "Arrow",
     "use_bdlora": "block-diagonal LoRA",
     "megatron_config": "Megatron layers",
-    "ensure_weight_tying": "tied adapters",
 }
 #: A backward pass of its own, whose forward pass and merge are those of LoRA.
 _TRAINING_ONLY = {"velora_config"}
@@ -66,6 +68,7 @@ _PLAIN_INITIALISATIONS = {True, False, None, "gaussian", "eva", "orthogonal", "m
 #: The largest integer up to which a float holds every one.
 _EXACT = 2**53
 _Rank = Annotated[int, Meta(ge=1, le=_EXACT, description="a positive integer")]
+_Tokens = tuple[Annotated[int, Meta(ge=0, le=_EXACT, description="the number of a token")], ...]
 #: An integer stays one, as the receipt of a merge has it.
 _Number = Annotated[Annotated[int, Meta(ge=-_EXACT, le=_EXACT)] | Finite, Meta(description="a finite number")]
 
@@ -86,6 +89,12 @@ class LoraSettings:
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     target_parameters: Annotated[tuple[str, ...], Meta(description="a list of names")] = ()
+    trainable_token_indices: Annotated[
+        _Tokens | Mapping[str, _Tokens], Meta(description="a list of tokens, or lists by module")
+    ] = ()
+    ensure_weight_tying: bool = False
+    use_dora: bool = False
+    task_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +108,7 @@ class LowRank:
         bias: The bias of B, if it has one.
         kind: Of an embedding of peft and of a linear module of MLX, A and B are of the transposed weight.
         depth: How many adapters lie around it on the same module, which is so where peft wraps its parameters.
+        magnitude: Of DoRA, the norms ``[out]`` that the rows of ``W + s·B·A`` are given.
     """
 
     module: str
@@ -107,6 +117,27 @@ class LowRank:
     bias: str | None
     kind: Literal["linear", "embedding", "transposed"]
     depth: int
+    magnitude: str | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the update of a linear module's weight and nothing else."""
+        return self.kind == "linear" and self.bias is None and self.magnitude is None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Rows of an embedding, or of the output head, that were trained by themselves.
+
+    Attributes:
+        module: The module's path in the model that was trained.
+        rows: The tensor of the rows, ``[tokens, d]``.
+        tokens: Which rows they are, in their order.
+    """
+
+    module: str
+    rows: str
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +155,8 @@ class Adapter:
         base: Digest of the base it was trained on, None where nobody wrote it down.
         peft_version: The version of peft that saved it, None where it does not say.
         weights: The file that holds its tensors.
+        token_rows: Rows of embeddings that replace those of the base.
+        keeps_ties: Whether a head that is tied to the embedding changes with it, as in MLX and where peft was told so.
     """
 
     path: Path
@@ -136,6 +169,8 @@ class Adapter:
     base: str | None
     peft_version: str | None = None
     weights: str = WEIGHTS_NAME
+    token_rows: tuple[TokenRows, ...] = ()
+    keeps_ties: bool = False
 
     def scaling(self, key: str) -> tuple[int, float]:
         """Returns rank and scale of a module or parameter, by its path in the model that was trained.
@@ -218,7 +253,7 @@ def read_adapter(path: Path) -> Adapter:
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     sort = _sort_mlx if mlx else _sort
-    updates, replaced, copies = sort(shard.tensors, weights, config)
+    updates, replaced, copies, token_rows = sort(shard.tensors, weights, config)
     return Adapter(
         path=path,
         sha256=hashlib.sha256(hashlib.sha256(raw).digest() + bytes.fromhex(digest)).hexdigest(),
@@ -230,6 +265,8 @@ def read_adapter(path: Path) -> Adapter:
         base=_base_of(path / TRAINING_NAME),
         peft_version=version if isinstance(version, str) else None,
         weights=weights.name,
+        token_rows=token_rows,
+        keeps_ties=mlx or config.ensure_weight_tying,
     )
 
 
@@ -248,9 +285,11 @@ def _mlx_settings(config: Mapping[str, Any], path: Path) -> LoraSettings:
     return LoraSettings(r=rank, lora_alpha=scale * rank)
 
 
-def _sort_mlx(
-    tensors: tuple[TensorInfo, ...], path: Path, _: LoraSettings
-) -> tuple[tuple[LowRank, ...], dict[str, str], dict[str, str]]:
+_Sorted: TypeAlias = tuple[tuple[LowRank, ...], dict[str, str], dict[str, str], tuple[TokenRows, ...]]
+"""Updates, replacements, copies of the base, and rows of tokens."""
+
+
+def _sort_mlx(tensors: tuple[TensorInfo, ...], path: Path, _: LoraSettings) -> _Sorted:
     """Returns the updates of an adapter of MLX: ``lora_a`` is ``[in, r]`` and ``lora_b`` is ``[r, out]``."""
     names = {tensor.name: tensor for tensor in tensors}
     updates = []
@@ -266,7 +305,7 @@ def _sort_mlx(
             updates.append(LowRank(unwrapped(module), other, name, None, kind, 0))
     if not updates:
         raise AdapterError(f"{path}: holds no LoRA tensors; {_WITH_MLX}")
-    return tuple(sorted(updates, key=lambda update: update.module)), {}, {}
+    return tuple(sorted(updates, key=lambda update: update.module)), {}, {}, ()
 
 
 def _base_of(path: Path) -> str | None:
@@ -322,14 +361,16 @@ def _inner(name: str) -> str:
     return inner
 
 
-def _sort(
-    tensors: tuple[TensorInfo, ...], path: Path, config: LoraSettings
-) -> tuple[tuple[LowRank, ...], dict[str, str], dict[str, str]]:
-    """Sorts the tensors by what they do: factors of updates, replacements, copies of the base."""
+def _sort(tensors: tuple[TensorInfo, ...], path: Path, config: LoraSettings) -> _Sorted:
+    """Sorts the tensors by what they do: factors of updates, replacements, copies of the base, rows of tokens."""
     factors: dict[tuple[str, int, str], dict[str, str]] = {}
+    magnitudes: dict[str, str] = {}
     rest: list[tuple[str, str]] = []
     for tensor in tensors:
         inner = _inner(tensor.name)
+        if config.use_dora and (match := _MAGNITUDE.fullmatch(inner)):
+            magnitudes[match["module"]] = tensor.name
+            continue
         match = _FACTOR.fullmatch(inner)
         if match is None:
             rest.append((inner, tensor.name))
@@ -351,19 +392,47 @@ def _sort(
         if missing := {"A", "B"} - found.keys():
             raise AdapterError(f"{path}: {key[0]}: expected both lora_A and lora_B, found no lora_{missing.pop()}")
     updates = tuple(
-        LowRank(module, found["A"], found["B"], found.get("bias"), kind, depth)  # type: ignore[arg-type]
+        LowRank(module, found["A"], found["B"], found.get("bias"), kind, depth, magnitudes.get(module))  # type: ignore[arg-type]
         for (module, depth, kind), found in sorted(factors.items())
     )
+    if config.use_dora and (odd := {update.module for update in updates} ^ magnitudes.keys()):
+        raise AdapterError(
+            f"{path}: {min(odd)}: expected lora_A and lora_B and, because use_dora is set, lora_magnitude_vector; save "
+            "the adapter again with peft"
+        )
     replaced: dict[str, str] = {}
     copies: dict[str, str] = {}
+    token_rows: list[TokenRows] = []
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
     for inner, name in rest:
-        if match := _NOT_PLAIN.search(inner):
-            raise AdapterError(f"{path}: {name}: {match['what']} cannot be merged here; merge it with peft itself")
-        if match := _BASE_COPY.fullmatch(inner):
+        if match := _TOKENS.fullmatch(inner):
+            token_rows.append(TokenRows(match["module"], name, _tokens_of(match["module"], shapes[name], path, config)))
+        elif _UNTRAINED.fullmatch(inner):
+            continue
+        elif match := _SAVED.fullmatch(inner):
+            replaced.setdefault(f"{match['module']}.{match['what']}", name)
+        elif match := _BASE_COPY.fullmatch(inner):
             trained = match["what"] == "bias" and config.bias != "none"
             (replaced if trained else copies)[f"{match['module']}.{match['what']}"] = name
+        elif match := _NOT_PLAIN.search(inner):
+            raise AdapterError(f"{path}: {name}: {match['what']} cannot be merged here; merge it with peft itself")
         else:
             replaced[inner] = name
-    if not updates and not replaced:
+    if not updates and not replaced and not token_rows:
         raise AdapterError(f"{path}: holds no LoRA tensors")
-    return updates, replaced, copies
+    return updates, replaced, copies, tuple(token_rows)
+
+
+def _tokens_of(module: str, shape: tuple[int, ...], path: Path, config: LoraSettings) -> tuple[int, ...]:
+    """Returns the tokens whose rows a tensor of a given shape holds, as the configuration lists them."""
+    said = config.trainable_token_indices
+    if isinstance(said, Mapping):
+        named = (tokens for name, tokens in said.items() if f".{module}".endswith(f".{name}"))
+        # Of a head that is tied, the configuration need not say anything.
+        said = next(named, next(iter(said.values()), ()))
+    if len(shape) != 2 or shape[0] != len(said) or len(set(said)) < len(said):
+        raise AdapterError(
+            f"{path}: {module}: expected a row for each token of trainable_token_indices, {len(said)} different ones, "
+            f"found {list(shape)}; save the adapter again with peft"
+        )
+    return said

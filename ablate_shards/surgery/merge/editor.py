@@ -1,5 +1,6 @@
 """Changes the tensors of a merge by what an adapter says: ``W + s·B·A``, block by block."""
 
+import bisect
 import functools
 import math
 import threading
@@ -81,9 +82,13 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
         """Returns a section per matrix, and one for a parameter that is added to or replaced."""
         if edit.kind == "parts":
             return list(self._parts(edit))
+        if edit.kind == "rows":
+            return [_TokenRows(edit, self._adapter)]
         if edit.kind != "low-rank":
             return [_WholeParameter(edit, self._adapter)]
         factors = _LowRankFactors(edit, self._adapter)
+        if edit.magnitude is not None:
+            return [_Rescaled(edit, self._adapter, functools.partial(factors.of, 0))]
         height = edit.shape[-2]
         return [
             self._addition(edit, matrix * height, height, functools.partial(factors.of, matrix), edit.scale)
@@ -108,7 +113,10 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
         return up, down
 
     def _addition(self, edit: MergeEdit, first: int, rows: int, factors: _Factors, scale: float) -> "_Addition":
-        return _Addition(edit, first, rows, factors, scale=scale, form=self._form, device=self._device, room=self._room)
+        begun = None if edit.begins_as is None else functools.partial(_begin, edit, self._adapter)
+        return _Addition(
+            edit, first, rows, factors, scale=scale, form=self._form, device=self._device, room=self._room, begin=begun
+        )
 
     def result(self, edit: MergeEdit, measured: Sequence[Any], digest: str) -> MergeResult:
         """Returns what was measured of a tensor."""
@@ -157,9 +165,10 @@ class _Addition:
         form: "Form",
         device: str,
         room: int,
+        begin: Callable[[np.ndarray, int], None] | None,
     ) -> None:
         self._edit, self._factors, self._scale = edit, factors, scale
-        self._form, self._device, self._room = form, device, room
+        self._form, self._device, self._room, self._begin = form, device, room, begin
         self._row_bytes = edit.shape[-1] * ITEM_BYTES[edit.dtype]
         self.start = edit.start + first * self._row_bytes
         self.end = self.start + rows * self._row_bytes
@@ -177,6 +186,8 @@ class _Addition:
 
     def edit(self, raw: np.ndarray, offset: int) -> None:
         """Adds the update to a block."""
+        if self._begin is not None:
+            self._begin(raw, offset)
         merger, dtype = self._gathered(), self._edit.dtype
         shape, start = (-1, self._edit.shape[-1]), (offset - self.start) // self._row_bytes
         if isinstance(merger, NumpyMerger):
@@ -214,6 +225,60 @@ class _Addition:
         if self._merger is None:
             raise RuntimeError(f"{self._edit.name}: changed before its factors were read")
         return self._merger
+
+
+class _Rescaled:
+    """A matrix that an update is added to, and whose rows are then given the norms of DoRA: see ``Section``.
+
+    ``W'_i = m_i·U_i / ‖U_i‖`` with ``U = W + s·B·A``, in float64.
+    """
+
+    gathers, light = False, True
+
+    def __init__(self, edit: MergeEdit, adapter: Adapter, factors: _Factors) -> None:
+        self._edit, self._adapter, self._factors = edit, adapter, factors
+        self.start, self.end = edit.start, edit.end
+        self._row_bytes = edit.shape[-1] * ITEM_BYTES[edit.dtype]
+        self.block = max(1, PIECE_ELEMENTS // edit.shape[-1]) * self._row_bytes
+        self._left = self._right = self._norms = np.empty(0)
+        self._squares = self._before = 0.0
+
+    def gather(self, read: Reader) -> None:
+        """Reads the factors and the norms."""
+        left, right = self._factors()
+        self._left, self._right = left.astype(np.float64), self._edit.scale * right.astype(np.float64)
+        self._norms = self._adapter.read(str(self._edit.magnitude)).astype(np.float64)
+        self._squares = self._before = 0.0
+
+    def edit(self, raw: np.ndarray, offset: int) -> None:
+        """Adds the update to a block of rows and rescales them."""
+        edit = self._edit
+        if edit.begins_as is not None:
+            _begin(edit, self._adapter, raw, offset)
+        stored = raw.view(STORED[edit.dtype]).reshape(-1, edit.shape[-1])
+        first = (offset - edit.start) // self._row_bytes
+        rows = slice(first, first + len(stored))
+        old = decoded(stored, np.float64)
+        wanted = old + self._left[rows] @ self._right
+        norms = np.linalg.norm(wanted, axis=1, keepdims=True)
+        if not norms.all():
+            raise ExecuteError(
+                f"{edit.name}: row {first + int(np.argmin(norms))} is zero with the adapter added, so it has no "
+                "direction that DoRA could give a norm; train the adapter on this base"
+            )
+        wanted *= self._norms[rows, None] / norms
+        if not (np.abs(wanted) <= GREATEST[edit.dtype]).all():
+            _refuse(edit, finite=bool(np.isfinite(old).all()))
+        self._squares += float(np.square(wanted - old).sum())
+        self._before += float(np.square(old).sum())
+        encode(wanted, stored)
+
+    def measure(self, raw: np.ndarray, offset: int) -> None:
+        """Does nothing: the norms are known before, and the digest is the caller's."""
+
+    def measured(self) -> _Squares:
+        """Returns the squared norms of the change and of what was there."""
+        return _Squares(self._squares, self._before)
 
 
 class _Kept:
@@ -278,6 +343,60 @@ class _WholeParameter:
     def measured(self) -> _Squares:
         """Returns the squared norms of the change and of what was there."""
         return _Squares(self._squares, self._before)
+
+
+class _TokenRows:
+    """A parameter of which some rows are replaced, the rows of trained tokens: see ``Section``."""
+
+    gathers, light = False, True
+
+    def __init__(self, edit: MergeEdit, adapter: Adapter) -> None:
+        self._edit, self._adapter = edit, adapter
+        self.start, self.end = edit.start, edit.end
+        self._row_bytes = edit.shape[-1] * ITEM_BYTES[edit.dtype]
+        self.block = max(1, PIECE_ELEMENTS // edit.shape[-1]) * self._row_bytes
+        self._places = sorted((token, place) for place, token in enumerate(edit.tokens))
+        self._squares = self._before = 0.0
+
+    def gather(self, read: Reader) -> None:
+        """Begins anew."""
+        self._squares = self._before = 0.0
+
+    def edit(self, raw: np.ndarray, offset: int) -> None:
+        """Replaces the rows that lie in a block."""
+        edit = self._edit
+        if edit.begins_as is not None:
+            _begin(edit, self._adapter, raw, offset)
+        width = edit.shape[-1]
+        stored = raw.view(STORED[edit.dtype]).reshape(-1, width)
+        self._before += float(np.square(decoded(stored, np.float64)).sum())
+        first = (offset - edit.start) // self._row_bytes
+        for at in range(bisect.bisect_left(self._places, (first, 0)), len(self._places)):
+            token, place = self._places[at]
+            if token >= first + len(stored):
+                break
+            row = stored[token - first]
+            given = self._adapter.read(edit.source[0], place * width, width).astype(np.float64)
+            if not (np.abs(given) <= GREATEST[edit.dtype]).all():
+                _refuse(edit, finite=True)
+            self._squares += float(np.square(given - decoded(row, np.float64)).sum())
+            encode(given, row)
+
+    def measure(self, raw: np.ndarray, offset: int) -> None:
+        """Does nothing: the norms are known before, and the digest is the caller's."""
+
+    def measured(self) -> _Squares:
+        """Returns the squared norms of the change and of what was there."""
+        return _Squares(self._squares, self._before)
+
+
+def _begin(edit: MergeEdit, adapter: Adapter, raw: np.ndarray, offset: int) -> None:
+    """Fills a block with what the adapter says that the weight was before the training."""
+    stored = raw.view(STORED[edit.dtype])
+    given = adapter.read(str(edit.begins_as), (offset - edit.start) // stored.itemsize, len(stored)).astype(np.float64)
+    if not (np.abs(given) <= GREATEST[edit.dtype]).all():
+        _refuse(edit, finite=True)
+    encode(given, stored)
 
 
 def _refuse(edit: MergeEdit, *, finite: bool) -> NoReturn:

@@ -1,8 +1,10 @@
 """Merges a LoRA adapter into a checkpoint on its shards: ``W + s·B·A``, and every other byte as it was."""
 
 from ablate_shards.names import MERGE_RECEIPT_NAME
+from ablate_shards.surgery.checkpoint.amended import amend
 from ablate_shards.surgery.edit.operation import Operation
 from ablate_shards.surgery.merge.adapter import Adapter
+from ablate_shards.surgery.merge.amendments import read_files
 from ablate_shards.surgery.merge.editor import MergeEditor, MergeResult
 from ablate_shards.surgery.merge.plan import MergeEdit, MergePlan
 from ablate_shards.surgery.merge.receipt import merge_receipt_text
@@ -21,4 +23,5 @@ def merging(adapter: Adapter, plan: MergePlan) -> Operation[MergeEdit, MergeResu
         receipt=lambda checkpoint, results, arithmetic: merge_receipt_text(
             checkpoint, adapter, plan, results, arithmetic
         ),
+        amend=lambda checkpoint: amend(checkpoint, plan.amendments, read_files(adapter, plan.amendments)),
     )

@@ -6,8 +6,9 @@ import itertools
 import json
 import math
 import re
+import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,17 +17,18 @@ import numpy as np
 from ablate_shards.errors import AdapterError, ArchitectureError, PlanError
 from ablate_shards.kernels.codecs.plain import STORED, decoded, encode
 from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAMES
-from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect, head_of
-from ablate_shards.surgery.anatomy.tied import stored_head
+from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect
+from ablate_shards.surgery.checkpoint.amended import Amendments, amend
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.digest import base_digest
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
-from ablate_shards.surgery.merge.adapter import Adapter, LowRank
+from ablate_shards.surgery.merge.adapter import Adapter, LowRank, TokenRows
+from ablate_shards.surgery.merge.amendments import find_amendments
 from ablate_shards.surgery.merge.names import Names
 
 __all__ = ["MergeEdit", "MergePart", "MergePlan", "plan_merge", "receipts_beside"]
 
-Kind = Literal["low-rank", "parts", "bias", "replaced"]
+Kind = Literal["low-rank", "parts", "bias", "replaced", "rows"]
 
 _LARGEST_SCALE = 1000
 
@@ -72,7 +74,7 @@ class MergeEdit:
         start: Offset of its first byte in the shard.
         end: Offset one past its last byte.
         kind: ``low-rank`` adds ``s·B·A``, ``parts`` does so to some of its rows each, ``bias`` adds ``s`` times a
-            vector, ``replaced`` puts another there.
+            vector, ``replaced`` puts another there, ``rows`` puts other rows there for some tokens.
         source: The adapter's tensors: A and B, or the one that is added or put there.
         rank: Columns of B, of one expert.
         scale: The ``s`` above.
@@ -81,6 +83,9 @@ class MergeEdit:
         expert: The one that this tensor is of, None where it holds all of them.
         rows: The rows of the update that this tensor takes, None for all.
         parts: The parts that are changed, in the order of their rows.
+        tokens: The rows that are replaced, in the order in which the adapter holds them.
+        begins_as: The adapter's tensor that stands in the weight's place before, because it holds rows for new tokens.
+        magnitude: The adapter's norms that the rows are given after the update, as DoRA does.
     """
 
     name: str
@@ -98,6 +103,9 @@ class MergeEdit:
     expert: int | None = None
     rows: tuple[int, int] | None = None
     parts: tuple[MergePart, ...] = ()
+    tokens: tuple[int, ...] = ()
+    begins_as: str | None = None
+    magnitude: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,20 +117,27 @@ class MergePlan:
         scale: What every update is multiplied by, beside the adapter's own scale.
         edits: The edits, in the order of shards and bytes.
         notes: What the user should know before the run, a line each.
+        amendments: What is added or changed besides the values of weights; the edits are of the base with it.
     """
 
     adapter_sha256: str
     scale: float
     edits: tuple[MergeEdit, ...]
     notes: tuple[str, ...]
+    amendments: Amendments
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the plan as JSON types."""
         content = dataclasses.asdict(self)
         for edit in content["edits"]:
-            if not edit["parts"]:
-                del edit["parts"]
+            for key in ("parts", "tokens", "begins_as", "magnitude"):
+                if not edit[key]:
+                    del edit[key]
         return content
+
+    def amended(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Returns the base as the edits find it, without the files that come with the adapter."""
+        return amend(checkpoint, self.amendments)
 
     def sha256(self) -> str:
         """Returns the digest of the plan's canonical JSON form."""
@@ -143,7 +158,8 @@ def plan_merge(checkpoint: Checkpoint, adapter: Adapter, scale: float) -> MergeP
     Raises:
         AdapterError: A tensor of the adapter matches no weight, or more than one, or not in shape; or the adapter
             was trained on another base.
-        PlanError: A weight cannot be edited, or the scale is not a number.
+        PlanError: A weight cannot be edited, the configuration that has to change is not there, or the scale is not a
+            number.
     """
     if not abs(scale) <= _LARGEST_SCALE:
         raise PlanError(f"scale: expected a number from -{_LARGEST_SCALE} to {_LARGEST_SCALE}, found {scale}")
@@ -151,14 +167,14 @@ def plan_merge(checkpoint: Checkpoint, adapter: Adapter, scale: float) -> MergeP
     edits = planner.plan()
     order = {shard.name: number for number, shard in enumerate(checkpoint.shards)}
     edits.sort(key=lambda edit: (order[edit.shard], edit.start))
-    return MergePlan(adapter.sha256, scale, tuple(edits), tuple(planner.notes))
+    return MergePlan(adapter.sha256, scale, tuple(edits), tuple(planner.notes), planner.found.amendments)
 
 
 class _Planner:
     """Finds weights by the names that modules go by in the model that was trained."""
 
     def __init__(self, checkpoint: Checkpoint, adapter: Adapter, scale: float) -> None:
-        self._checkpoint, self._adapter, self._scale = checkpoint, adapter, scale
+        self._source, self._scale = checkpoint, scale
         self._file = adapter.path / adapter.weights
         self._anatomy: Anatomy | None = None
         self.notes: list[str] = []
@@ -167,12 +183,18 @@ class _Planner:
         except ArchitectureError as error:
             self.notes.append(f"names alone say which weights are meant ({error})")
         self._stacks: dict[tuple[str, str], list[str]] = {}
-        self._find = Names(checkpoint, self._anatomy, self._file).find
+        self.found = find_amendments(
+            checkpoint, adapter, self._anatomy, Names(checkpoint, self._anatomy, self._file).find
+        )
+        self.notes += self.found.notes
+        self._adapter = _without(adapter, self.found.same)
+        self._checkpoint = amend(checkpoint, self.found.amendments)
+        self._find = Names(self._checkpoint, self._anatomy, self._file).find
 
     def plan(self) -> list[MergeEdit]:
         """Returns the edits, each of another tensor, in no order."""
         self._check_base()
-        for receipt in receipts_beside(self._checkpoint):
+        for receipt in receipts_beside(self._source):
             self.notes.append(
                 f"{receipt} describes the weights of {self._checkpoint.name} and is not carried over; "
                 f"{MERGE_RECEIPT_NAME} names it by its digest"
@@ -194,8 +216,8 @@ class _Planner:
             else:
                 edits += self._of_parameters(module, updates)
         edits += [self._of_parts(name, found) for name, found in parts.items()]
-        for path, source in self._adapter.replaced.items():
-            edits.append(self._replacement(path, source))
+        edits += [self._replacement(path, source) for path, source in self._adapter.replaced.items()]
+        edits += [self._of_tokens(rows) for rows in self._adapter.token_rows]
         seen: dict[str, MergeEdit] = {}
         for edit in edits:
             if (other := seen.setdefault(edit.name, edit)) is not edit:
@@ -203,40 +225,28 @@ class _Planner:
                     f"{self._file}: {other.source[0]} and {edit.source[0]} both change {edit.name}; "
                     "merge them with peft itself"
                 )
-        return edits + self._of_tied_head(seen)
+        # Weights that have rows for new tokens, and are not changed besides.
+        for name, source in self.found.begins_as.items():
+            if name not in seen:
+                seen[name] = self._replacement(name, source)
+        return [*seen.values(), *self._of_tied_head(seen)]
 
-    def _of_tied_head(self, edits: dict[str, MergeEdit]) -> list[MergeEdit]:
-        """Returns the edit of a head that is stored although it is tied: that of the embedding whose bytes it has."""
-        if self._anatomy is None or not self._anatomy.tied:
-            return []
-        if (name := head_of(self._checkpoint.tensors)) in edits:
-            self.notes.append(
-                f"config.json ties the output head to the token embedding, and {name} is changed by itself: "
-                "transformers 5 keeps the two apart, and loaders that always tie ignore it until tie_word_embeddings "
-                "is false"
-            )
-            return []
-        embeddings = [writer.name for writer in self._anatomy.writers if writer.component == "embedding"]
-        if edits.keys().isdisjoint(embeddings):
-            return []
-        head = stored_head(self._checkpoint, self._anatomy)
-        if head is None:
-            self.notes.append("the output head is tied to the token embedding, so both are changed")
-            return []
-        self.notes.append(head.note)
-        if head.embedding not in edits:
-            return []
-        return [dataclasses.replace(edits[head.embedding], **dataclasses.asdict(head.tensor))]
+    def _of_tied_head(self, edits: Mapping[str, MergeEdit]) -> Iterator[MergeEdit]:
+        """Yields the edit of a head that is stored although it is tied: that of the embedding, whose bytes it has."""
+        if self.found.tied is not None:
+            head, embedding = self.found.tied
+            if embedding in edits:
+                yield dataclasses.replace(edits[embedding], **dataclasses.asdict(self._checkpoint.tensors[head]))
 
     def _check_base(self) -> None:
         for path, source in self._adapter.copies.items():
             name = self._need(path, source)
             self._check_shape(source, self._adapter.shape(source), self._checkpoint.tensors[name])
-            if self._checkpoint.remote is None and not self._holds(source, self._checkpoint.tensors[name]):
+            if self._source.remote is None and not self._holds(source, self._checkpoint.tensors[name]):
                 raise AdapterError(self._other_base(f": its {source} is not {name}"))
         if self._adapter.base is None:
             return
-        found = base_digest(self._checkpoint)
+        found = base_digest(self._source)
         if found is None:
             self.notes.append(f"whether {self._checkpoint.name} is the adapter's base was not checked: it is remote")
         elif found != self._adapter.base:
@@ -249,20 +259,23 @@ class _Planner:
         )
 
     def _holds(self, source: str, tensor: TensorInfo) -> bool:
-        """Returns whether a tensor that was saved with the adapter equals the base's, in its own precision."""
-        path = next(shard.path for shard in self._checkpoint.shards if shard.name == tensor.shard)
-        stored, theirs = STORED[tensor.dtype], STORED[self._adapter.tensors[source].dtype]
-        item, count = ITEM_BYTES[tensor.dtype], math.prod(tensor.shape)
-        with path.open("rb") as file:
-            file.seek(tensor.start)
-            for first in range(0, count, PIECE_ELEMENTS):
-                size = min(PIECE_ELEMENTS, count - first)
-                ours = decoded(np.frombuffer(file.read(size * item), stored), np.float64)
-                rounded = np.empty(size, theirs)
-                with np.errstate(invalid="ignore"):
-                    encode(ours, rounded)
-                if not np.array_equal(decoded(rounded, np.float32), self._adapter.read(source, first, size)):
-                    return False
+        """Returns whether a tensor that was saved with the adapter equals the base's, in its own precision.
+
+        Rows for new tokens are not the base's.
+        """
+        theirs = STORED[self._adapter.tensors[source].dtype]
+        new = {each.name: each.begins_as or "" for each in self.found.amendments.tensors}
+        known = self._source.tensors.get(new.get(tensor.name, tensor.name), tensor)
+        count, never = min(math.prod(known.shape), math.prod(tensor.shape)), threading.Event()
+        for first in range(0, count, PIECE_ELEMENTS):
+            stored = np.empty(min(PIECE_ELEMENTS, count - first), STORED[tensor.dtype])
+            start = tensor.start + first * stored.itemsize
+            self._checkpoint.files.read_into(tensor.shard, stored.data.cast("B"), start, never)
+            rounded = np.empty(len(stored), theirs)
+            with np.errstate(invalid="ignore"):
+                encode(decoded(stored, np.float64), rounded)
+            if not np.array_equal(decoded(rounded, np.float32), self._adapter.read(source, first, len(stored))):
+                return False
         return True
 
     def _of_module(self, update: LowRank, name: str) -> Iterator[MergeEdit]:
@@ -276,11 +289,35 @@ class _Planner:
         else:
             transposed = tensor.shape == (inner, outer)
         self._check_shape(update.up, (inner, outer) if transposed else (outer, inner), tensor)
-        yield self._edit(name, "low-rank", update.down, update.up, rank=rank, scale=scale, transposed=transposed)
+        if update.magnitude is not None:
+            self._check_magnitude(update, update.magnitude, tensor, transposed=transposed)
+        yield self._edit(
+            name, "low-rank", update.down, update.up,
+            rank=rank, scale=scale, transposed=transposed, magnitude=update.magnitude,
+        )  # fmt: skip
         if update.bias is not None:
             name = self._need(f"{update.module}.bias", update.bias)
             self._check_shape(update.bias, self._adapter.shape(update.bias), self._checkpoint.tensors[name])
             yield self._edit(name, "bias", update.bias, scale=scale)
+
+    def _check_magnitude(self, update: LowRank, magnitude: str, tensor: TensorInfo, *, transposed: bool) -> None:
+        """Refuses what of DoRA is not merged."""
+        if transposed or update.kind != "linear":
+            raise AdapterError(
+                f"{self._file}: {magnitude}: DoRA is merged into linear weights stored as [out, in], and {tensor.name} "
+                f"is not one; {_WITH_PEFT}"
+            )
+        if self._adapter.shape(magnitude) != tensor.shape[:1]:
+            raise AdapterError(
+                f"{self._file}: {magnitude}: expected a norm for each row of {tensor.name} of shape "
+                f"{list(tensor.shape)}, found {list(self._adapter.shape(magnitude))}; merge the adapter into the model "
+                "that it was trained on"
+            )
+        if self._scale != 1:
+            raise PlanError(
+                f"scale: {tensor.name} is given the norms that DoRA has learned, which no scale applies to; leave "
+                "--scale out"
+            )
 
     def _place_in_fused(self, update: LowRank) -> tuple[str, MergePart] | None:
         """Returns the tensor that holds a module's weight among others, and the part that it is of it."""
@@ -328,7 +365,7 @@ class _Planner:
 
     def _part(self, update: LowRank, start: int, name: str) -> MergePart:
         """Returns the part of a fused tensor that begins at a row."""
-        if update.kind != "linear" or update.bias is not None:
+        if not update.plain:
             raise AdapterError(
                 f"{self._file}: {update.up}: {name} is fused, and only plain updates fit it; {_WITH_PEFT}"
             )
@@ -361,7 +398,7 @@ class _Planner:
 
     def _of_split(self, update: LowRank, names: list[str]) -> Iterator[MergeEdit]:
         """Plans the update of a fused module whose rows the checkpoint holds as several tensors."""
-        if update.kind != "linear" or update.bias is not None:
+        if not update.plain:
             raise AdapterError(f"{self._file}: {update.up}: expected a plain update of {names[0]}; {_WITH_PEFT}")
         rank, scale = self._scaling(update, update.module, 1)
         tensors = [self._checkpoint.tensors[name] for name in names]
@@ -387,7 +424,7 @@ class _Planner:
             raise AdapterError(self._no_match(updates[0].down, f"{module}.weight"))
         found: list[tuple[LowRank, str]] = []
         for update in updates:
-            if update.kind != "linear" or update.bias is not None:
+            if not update.plain:
                 raise AdapterError(f"{self._file}: {update.up}: expected a plain update of a parameter; {_WITH_PEFT}")
             fitting = [leaf for leaf in leaves if self._fits(update, module, leaf)]
             if len(fitting) != 1:
@@ -495,13 +532,25 @@ class _Planner:
         self._check_shape(source, self._adapter.shape(source), self._checkpoint.tensors[name])
         return self._edit(name, "replaced", source)
 
+    def _of_tokens(self, rows: TokenRows) -> MergeEdit:
+        name = self._need(f"{rows.module}.weight", rows.rows)
+        tensor = self._checkpoint.tensors[name]
+        self._check_shape(rows.rows, (tensor.shape[0], self._adapter.shape(rows.rows)[1]), tensor)
+        if (last := max(rows.tokens)) >= tensor.shape[0]:
+            raise AdapterError(
+                f"{self._file}: {rows.rows}: trained token {last}, and {name} has {tensor.shape[0]} rows; save the "
+                "adapter again with save_embedding_layers=True, which saves the others"
+            )
+        return self._edit(name, "rows", rows.rows, tokens=rows.tokens)
+
     def _edit(self, name: str, kind: Kind, *source: str, **more: Any) -> MergeEdit:
         tensor = self._checkpoint.tensors[name]
         if tensor.dtype not in ITEM_BYTES:
             raise PlanError(
                 f"{name}: expected BF16, F16 or F32, found {tensor.dtype}; convert the checkpoint to one of them"
             )
-        return MergeEdit(**dataclasses.asdict(tensor), kind=kind, source=source, **more)
+        begins_as = None if kind == "replaced" else self.found.begins_as.get(name)
+        return MergeEdit(**dataclasses.asdict(tensor), kind=kind, source=source, begins_as=begins_as, **more)
 
     def _scaling(self, update: LowRank, key: str, experts: int) -> tuple[int, float]:
         rank, scale = self._adapter.scaling(key)
@@ -544,13 +593,21 @@ class _Planner:
         return name
 
     def _no_match(self, source: str, path: str) -> str:
-        tied = self._anatomy is not None and self._anatomy.tied and path.startswith("lm_head.")
-        why = (
-            f", whose output head is tied to the token embedding and not stored; {_WITH_PEFT}, which stores it"
-            if tied
-            else f"; merge it into the model that it was trained on, or if that is this one, {_WITH_PEFT}"
+        return (
+            f"{self._file}: {source} matches no weight of {self._checkpoint.name} ({path}); merge it into the model "
+            f"that it was trained on, or if that is this one, {_WITH_PEFT}"
         )
-        return f"{self._file}: {source} matches no weight of {self._checkpoint.name} ({path}){why}"
+
+
+def _without(adapter: Adapter, sources: Collection[str]) -> Adapter:
+    """Returns an adapter without some of its tensors."""
+    return dataclasses.replace(
+        adapter,
+        updates=tuple(update for update in adapter.updates if update.down not in sources),
+        replaced={path: source for path, source in adapter.replaced.items() if source not in sources},
+        copies={path: source for path, source in adapter.copies.items() if source not in sources},
+        token_rows=tuple(rows for rows in adapter.token_rows if rows.rows not in sources),
+    )
 
 
 def _parts_of(leaf: str) -> int:

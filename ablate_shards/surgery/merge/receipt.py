@@ -10,6 +10,7 @@ from typing import Any
 from ablate_shards import __version__
 from ablate_shards.errors import ExecuteError
 from ablate_shards.names import MERGE_RECEIPT_NAME
+from ablate_shards.surgery.checkpoint.amended import Amendments
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.files import Files
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
@@ -40,7 +41,8 @@ class MergeReceipt:
     Attributes:
         revision: The commit of the source, None where it has no history.
         shards: Digests of the source's headers, by shard.
-        copied: The files that were copied beside the shards.
+        amendments: What was added or changed besides the values of weights.
+        copied: The files beside the shards that are the source's, or were but for what was changed in them.
         adapter_sha256: Digest of the adapter.
         scale: What every update was multiplied by, beside the adapter's own scale.
         tensors: The changed tensors, by name.
@@ -50,6 +52,7 @@ class MergeReceipt:
 
     revision: str | None
     shards: Mapping[str, str]
+    amendments: Amendments
     copied: tuple[str, ...]
     adapter_sha256: str
     scale: float
@@ -90,10 +93,11 @@ def merge_receipt_text(
                 **dataclasses.asdict(adapter.config),
             },
             "scale": plan.scale,
+            **({"amendments": dataclasses.asdict(plan.amendments)} if plan.amendments else {}),
             "device": dict(device),
             "tensors": [_record(edit, results[edit.name]) for edit in plan.edits],
             "files": {
-                "copied": list(checkpoint.sidecars),
+                "copied": [name for name in checkpoint.sidecars if name not in plan.amendments.files],
                 "left_out": [{"name": name, "reason": reason} for name, reason in checkpoint.left_out],
             },
         }
@@ -121,6 +125,9 @@ def _record(edit: MergeEdit, result: MergeResult) -> dict[str, Any]:
         "kind": edit.kind,
         "from": list(edit.source),
         **(low_rank if edit.kind == "low-rank" else {}),
+        **({"tokens": list(edit.tokens)} if edit.tokens else {}),
+        **({"begins_as": edit.begins_as} if edit.begins_as else {}),
+        **({"magnitude": edit.magnitude} if edit.magnitude else {}),
         **({"parts": [dataclasses.asdict(part) for part in edit.parts]} if edit.parts else {}),
         **dataclasses.asdict(result),
     }
@@ -142,6 +149,7 @@ def read_merge_receipt(folder: Path | Files) -> MergeReceipt:
         return MergeReceipt(
             revision=revision_of(content),
             shards=headers_of(content),
+            amendments=checked(content.get("amendments", {}), Amendments, "amendments"),
             copied=copied_files(content),
             adapter_sha256=checked(content["adapter"]["sha256"], str, "adapter: sha256"),
             scale=checked(content["scale"], Finite, "scale"),

@@ -2,21 +2,23 @@
 
 import dataclasses
 import functools
+import hashlib
 import math
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from blake3 import blake3
 
-from ablate_shards.errors import AblateError, ArchitectureError, HubError, UsageError, VerifyError
+from ablate_shards.errors import AblateError, ArchitectureError, CheckpointError, HubError, UsageError, VerifyError
 from ablate_shards.names import BEGIN, CARD, MERGE_RECEIPT_NAME, RECEIPT_NAME, RECEIPT_NAMES, is_report
 from ablate_shards.surgery.anatomy.scales import CODED, find_scales, quantisation_of
+from ablate_shards.surgery.checkpoint.amended import amend
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range
 from ablate_shards.surgery.checkpoint.files import Files, Folder
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, Shard
@@ -121,15 +123,16 @@ def verify(
     """
     files = Folder(out) if isinstance(out, Path) else out
     recorded = _recorded(checkpoint, files, adapter)
+    source, checkpoint = checkpoint, recorded.checkpoint
     own = _own_files(files)
     differences = []
     if recorded.altered:
         differences.append(Difference(recorded.receipt_name, "changed after it was written (its digest does not hold)"))
     unknown, notes = _compare_names(checkpoint, files, recorded, own)
     with _Examiner(checkpoint, files, recorded, run, progress) as examiner:
-        differences += unknown + examiner.examine(own)
+        differences += unknown + _compare_given(files, recorded) + examiner.examine(own)
         notes += examiner.notes
-        if differences and (moved := _moved(checkpoint, recorded.revision)):
+        if differences and (moved := _moved(source, recorded.revision)):
             notes.append(moved)
         return Verification(
             differences=tuple(differences),
@@ -151,6 +154,7 @@ class _Recorded:
 
     Attributes:
         receipt_name: The receipt's file.
+        checkpoint: What the output was before the edits: the source, with what the receipt says was added to it.
         revision: The commit of the source that it names.
         copied: The files that were copied beside the shards.
         edits: The edited tensors.
@@ -158,9 +162,11 @@ class _Recorded:
         editor: Makes what computes them again, None where that cannot be.
         differ: Tells how a tensor's recorded measurements differ from those of its result, if they do.
         altered: Whether its bytes are not the ones that were written.
+        given: The SHA-256 of files that are not the source's, by name.
     """
 
     receipt_name: str
+    checkpoint: Checkpoint
     revision: str | None
     copied: tuple[str, ...]
     edits: tuple[Edit, ...]
@@ -168,6 +174,7 @@ class _Recorded:
     editor: Callable[[RunOptions, threading.Event], BlockEditor[Any, Any]] | None
     differ: Callable[[str, Any], str | None]
     altered: bool
+    given: Mapping[str, str] = field(default_factory=dict)
 
 
 def _recorded(checkpoint: Checkpoint, out: Files, adapter: Path | None) -> _Recorded:
@@ -195,6 +202,7 @@ def _recorded_ablation(checkpoint: Checkpoint, out: Files) -> _Recorded:
     bases = resolve_bases(receipt.edits, checkpoint, receipt.directions)
     return _Recorded(
         receipt_name=RECEIPT_NAME,
+        checkpoint=checkpoint,
         revision=receipt.revision,
         copied=receipt.copied,
         edits=receipt.edits,
@@ -213,8 +221,14 @@ def _recorded_merge(checkpoint: Checkpoint, out: Files, adapter: Path | None) ->
     path = out.shown(MERGE_RECEIPT_NAME)
     receipt = read_merge_receipt(out)
     _check_source(checkpoint, receipt, path)
+    try:
+        amended = amend(checkpoint, receipt.amendments)
+    except CheckpointError as error:
+        raise VerifyError(
+            f"{path}: what it says was added does not fit the source ({error}); it was changed after it was written"
+        ) from error
     for name, tensor in receipt.tensors.items():
-        if checkpoint.tensors.get(name) != tensor:
+        if amended.tensors.get(name) != tensor:
             raise _unfitting(name, path)
     edits: tuple[Edit, ...] = tuple(receipt.tensors.values())
     editor = None
@@ -222,8 +236,9 @@ def _recorded_merge(checkpoint: Checkpoint, out: Files, adapter: Path | None) ->
         read = read_adapter(adapter)
         if read.sha256 != receipt.adapter_sha256:
             raise VerifyError(f"{adapter}: is not the adapter that {path} names")
-        edits = plan_merge(checkpoint, read, receipt.scale).edits
-        if {edit.name for edit in edits} != receipt.tensors.keys():
+        plan = plan_merge(checkpoint, read, receipt.scale)
+        edits = plan.edits
+        if {edit.name for edit in edits} != receipt.tensors.keys() or plan.amendments != receipt.amendments:
             raise VerifyError(f"{path}: does not record what {adapter} changes; it was changed after it was written")
 
         def editor(run: RunOptions, stop: threading.Event) -> BlockEditor[Any, Any]:
@@ -231,6 +246,7 @@ def _recorded_merge(checkpoint: Checkpoint, out: Files, adapter: Path | None) ->
 
     return _Recorded(
         receipt_name=MERGE_RECEIPT_NAME,
+        checkpoint=amended,
         revision=receipt.revision,
         copied=receipt.copied,
         edits=edits,
@@ -238,6 +254,7 @@ def _recorded_merge(checkpoint: Checkpoint, out: Files, adapter: Path | None) ->
         editor=editor,
         differ=lambda name, found: _measures_differ(receipt.results[name], found, ("change",)),
         altered=receipt.altered,
+        given=receipt.amendments.files,
     )
 
 
@@ -551,6 +568,15 @@ def _measures_differ(recorded: object, found: object, measures: Iterable[str]) -
     return None
 
 
+def _compare_given(out: Files, recorded: _Recorded) -> list[Difference]:
+    """Compares files that are not the source's with the digests that the receipt has of them."""
+    return [
+        Difference(name, "differs from the file that the receipt names" if out.has(name) else "missing")
+        for name, expected in recorded.given.items()
+        if not out.has(name) or hashlib.sha256(out.read(name)).hexdigest() != expected
+    ]
+
+
 def _own_files(out: Files) -> Collection[str]:
     """Returns the files of an output that a repository has of its own, the card that a push made among them."""
     if out.revision is not None:
@@ -573,7 +599,13 @@ def _compare_names(
             differences.append(
                 Difference(recorded.receipt_name, f"does not say that {name} was copied, but it is there")
             )
-    known = {recorded.receipt_name, *(shard.name for shard in checkpoint.shards), *checkpoint.sidecars, *own}
+    known = {
+        recorded.receipt_name,
+        *recorded.given,
+        *(shard.name for shard in checkpoint.shards),
+        *checkpoint.sidecars,
+        *own,
+    }
     for name in out.names():
         if name in known or is_report(name):
             continue
