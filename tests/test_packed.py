@@ -448,4 +448,47 @@ def test_the_direction_is_absent_from_every_hidden_state(tmp_path, form):
 
     assert min(shares(source)[1:]) > 0.02
     checked(source, tmp_path / "out", *options(tmp_path))
+    assert max(shares(tmp_path / "out")) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("int4 in groups of 32", "pack-quantized"),
+        ("MXFP4", "mxfp4-pack-quantized"),
+        ("MXFP8", "mxfp8-quantized"),
+        ("NVFP4", "nvfp4-pack-quantized"),
+    ],
+)
+def test_compressed_tensors_itself_loads_what_was_edited(tmp_path, form, name):
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 512, "intermediate_size": 640, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 64}
+    source, weights = tmp_path / "source", quantisation_as(form)["config_groups"]["group_0"]["weights"]
+    Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, pad_token_id=0)).save_pretrained(source)
+    tensors = {}
+    for key, weight in load_file(source / "model.safetensors").items():
+        if key.endswith("proj.weight"):
+            parts = store(weight.float(), form)
+            tensors |= {f"{key.removesuffix('.weight')}.{rest}": tensor for rest, (_, tensor) in parts.items()}
+        else:
+            tensors[key] = weight
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    group = {"targets": ["Linear"], "weights": weights, "format": name}
+    said = {"config_groups": {"group_0": group}, "format": name, "quantization_status": "compressed"}
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "ignore": ["lm_head"], **said}
+    (source / "config.json").write_text(json.dumps(config))
+    basis = write_basis(tmp_path, 512)
+
+    def shares(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        model(torch.arange(4)[None])  # which decompresses the weights
+        return shares_of(torch.nn.Module.float(model), basis)
+
+    assert min(shares(source)) > 0.03
+    checked(source, tmp_path / "out", *options(tmp_path, "--components", "attention,mlp,embedding"))
     assert max(shares(tmp_path / "out")) < 1e-3

@@ -1,6 +1,7 @@
 """Every format is decoded as its makers decode it, to the bit, and rounded as the definition says in C and in NumPy.
 
-``decoded_by_oracles.json`` has random codes and scales, and what the named package made of them in the dtype that it computes in.
+``decoded_by_oracles.json`` has random codes and scales, and what the named package
+made of them in the dtype that it computes in.
 """
 
 import json

@@ -13,6 +13,7 @@ __all__ = ["SCALE_BYTES", "Spread", "decode_scales", "spread"]
 SCALE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1}
 """Bytes of a scale by its dtype; U8 are the bits of E8M0, a power of two."""
 
+_POWERS = np.array([*(2.0 ** (exponent - 127) for exponent in range(255)), np.nan], np.float32)
 #: Columns of a block from which on blocks are multiplied one by one.
 _WIDE = 64
 
@@ -23,9 +24,8 @@ def decode_scales(raw: bytes, dtype: str) -> np.ndarray:
         values: np.ndarray = E4M3.values[np.frombuffer(raw, np.uint8)]
         return values
     if dtype in ("F8_E8M0", "U8"):
-        exponents = np.frombuffer(raw, np.uint8)
-        powers = np.ldexp(1.0, np.minimum(exponents, 0xFE).astype(np.int32) - 127).astype(np.float32)
-        return np.where(exponents == 0xFF, np.float32(np.nan), powers)
+        powers: np.ndarray = _POWERS[np.frombuffer(raw, np.uint8)]
+        return powers
     return decoded(np.frombuffer(raw, {"F32": "<f4", "BF16": "<u2", "F16": "<f2"}[dtype]), np.float32)
 
 
