@@ -26,6 +26,7 @@ from tiny_models import capture_stream
 
 from ablate_shards.kernels import reference
 from ablate_shards.surgery.edit import coded
+from ablate_shards.surgery.edit.receipt import seal
 from ablate_shards.surgery.machine.staging import Staging
 
 FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
@@ -492,3 +493,27 @@ def test_compressed_tensors_itself_loads_what_was_edited(tmp_path, form, name):
     assert min(shares(source)) > 0.03
     checked(source, tmp_path / "out", *options(tmp_path, "--components", "attention,mlp,embedding"))
     assert max(shares(tmp_path / "out")) < 1e-3
+
+
+@pytest.mark.parametrize("lie", ["codes", "part", "missing", "kind", "edited"])
+def test_a_receipt_that_lies_about_parts_is_found(tmp_path, lie):
+    source = write_coded(tmp_path / "source", "int4 in groups of 64, with zero points")
+    write_basis(tmp_path, 256)
+    checked(source, tmp_path / "out", *options(tmp_path))
+    file = tmp_path / "out" / "ablation.json"
+    content = json.loads(file.read_text())
+    first, second, *_ = content["tensors"]
+    if lie == "codes":
+        first["scales"]["codes"] = "int8"
+    elif lie == "part":
+        first["scales"]["parts"] = second["scales"]["parts"]
+    elif lie == "missing":
+        del first["scales"]["parts"]
+    elif lie == "kind":
+        first["scales"]["parts"] = [7]
+    else:
+        part = first["scales"]["parts"][0]
+        content["tensors"].append({**{key: second[key] for key in second if key != "scales"}, **part})
+    del content["sha256"]
+    file.write_text(seal(content))
+    assert "ablation.json" in checked("verify", source, tmp_path / "out", code=1).output

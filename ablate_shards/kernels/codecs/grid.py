@@ -14,6 +14,8 @@ __all__ = ["Grid", "Kind"]
 Kind = Literal["E4M3", "E2M1", "integer"]
 """The grids that ``native_codes.h`` knows, which computes values instead of looking them up."""
 
+_FINE_BITS, _NOTHING, _NOTHING_IN_FEW_BITS = 8, 1e-7, 1e-6
+
 
 @dataclass(frozen=True, eq=False)
 class Grid:
@@ -54,6 +56,15 @@ class Grid:
         }
         for name, value in made.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def nothing(self) -> float:
+        """Residual along a direction, relative to the norm of a column, that is as good as none.
+
+        What is less than that only rows in which the direction is tiny could take away. In few bits, whose steps are
+        large, these would be filled with errors for it.
+        """
+        return _NOTHING if self.bits >= _FINE_BITS else _NOTHING_IN_FEW_BITS
 
     def has_nan(self, codes: np.ndarray) -> bool:
         """Return whether a code of any shape, uint8, is NaN."""

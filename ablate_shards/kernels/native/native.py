@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_VERSION = 9
+_VERSION = 10
 _DTYPES = {np.dtype(STORED[name]): number for number, name in enumerate(("BF16", "F16", "F32"))}
 _PRECISIONS: dict[type[np.floating], str] = {np.float32: "single", np.float64: "double"}
 _UNSCALED, _BY_ROW, _BY_COLUMN = range(3)
@@ -73,6 +73,7 @@ class _Rounding(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("scale_row", "scale_col", "zero_row", "zero_col", "count")),
         *((name, ctypes.c_void_p) for name in ("target", "codes", "scales", "zeros", "basis", "heights")),
         *((name, ctypes.c_void_p) for name in ("measures", "scratch")),
+        ("nothing", ctypes.c_double),
     )
 
 
@@ -466,7 +467,7 @@ def round_directed(
         *(stride // scales.itemsize for stride in scales.strides), *((0, 0) if zeros is None else zeros.strides),
         len(basis), *(each.ctypes.data for each in (target, codes, scales)),
         None if zeros is None else zeros.ctypes.data,
-        *(each.ctypes.data for each in (basis, heights, measures, scratch)),
+        *(each.ctypes.data for each in (basis, heights, measures, scratch)), grid.nothing,
     )  # fmt: skip
     library.ablate_round(job)
     return True

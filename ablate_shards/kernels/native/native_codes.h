@@ -8,10 +8,9 @@ enum {
     TOGETHER = 16,    /* columns */
     ROWS_AHEAD = 16,  /* by which they are fetched before their use */
     BUCKETS = 64,     /* of prices; what moves nothing is in one more */
-    MOST_ROUNDS = 12, /* reference.py: ROUNDS, POLISHES and NOTHING */
+    MOST_ROUNDS = 12, /* reference.py: ROUNDS and POLISHES */
     MOST_POLISHES = 8,
 };
-#define NOTHING 1e-7
 
 /* A matrix and what it is rounded with. Scales and zero points are read with strides, in elements, which may be 0. */
 typedef struct {
@@ -24,6 +23,7 @@ typedef struct {
     const double *basis, *heights; /* [count, rows]; the sum of their squares, [rows] */
     double *measures;              /* [6, cols]: what Rounded has */
     char *scratch;                 /* 19 bytes for each of TOGETHER columns of all rows */
+    double nothing;                /* a residual, relative to the norm of the column, that is as good as none */
 } Rounding;
 
 /* Columns on their way: each [rows][TOGETHER]. */
@@ -123,7 +123,7 @@ INLINE int take_round(
     int active[TOGETHER], any = 0;
     sizes_of(job->count, residual, size);
     for (int c = 0; c < TOGETHER; c++) {
-        active[c] = size[c] > (reach[c] > NOTHING * norm[c] ? reach[c] : NOTHING * norm[c]);
+        active[c] = size[c] > (reach[c] > job->nothing * norm[c] ? reach[c] : job->nothing * norm[c]);
         any |= active[c];
         if (active[c]) reach[c] = 0;
         for (int64_t k = 0; k < job->count; k++) weights[k][c] = active[c] ? residual[k][c] / size[c] : 0;
@@ -197,7 +197,7 @@ INLINE int polish(
     for (int c = 0; c < TOGETHER; c++) {
         best[c] = 0;
         where[c] = -1;
-        any |= size[c] > NOTHING * norm[c];
+        any |= size[c] > job->nothing * norm[c];
     }
     if (!any) return 0;
     any = 0;
@@ -214,7 +214,7 @@ INLINE int polish(
         }
     }
     for (int c = 0; c < TOGETHER; c++) {
-        if (where[c] < 0 || !(size[c] > NOTHING * norm[c])) continue;
+        if (where[c] < 0 || !(size[c] > job->nothing * norm[c])) continue;
         const int64_t row = where[c];
         double toward = job->basis[row] * residual[0][c];
         for (int64_t k = 1; k < job->count; k++) toward += job->basis[k * job->rows + row] * residual[k][c];

@@ -10,7 +10,7 @@ import numpy as np
 
 from ablate_shards.kernels.codecs.grid import Grid
 from ablate_shards.kernels.native import native
-from ablate_shards.kernels.rounding.reference import BUCKETS, NOTHING, POLISHES, ROUNDS
+from ablate_shards.kernels.rounding.reference import BUCKETS, POLISHES, ROUNDS
 
 __all__ = ["Rounded", "round_directed"]
 
@@ -131,7 +131,7 @@ class _Columns:
         wide = target.astype(np.float64)
         self.along, self.total = _dots(basis, wide), _sum(wide * wide)
         self.residual = _dots(basis, self.values - wide)
-        self.nothing = NOTHING * np.sqrt(self.total)
+        self.nothing = grid.nothing * np.sqrt(self.total)
 
     def error(self) -> np.ndarray:
         """Return the squared norm of what rounding added, ``[n]`` float64."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from ablate_shards.kernels.codecs.grid import Grid
 
-__all__ = ["BUCKETS", "NOTHING", "POLISHES", "ROUNDS", "bucket_of", "round_by_definition"]
+__all__ = ["BUCKETS", "POLISHES", "ROUNDS", "bucket_of", "round_by_definition"]
 
 ROUNDS = 12
 """How often moves are taken in the order of their price at most."""
@@ -16,9 +16,6 @@ POLISHES = 8
 
 BUCKETS = 64
 """Prices are told apart to a quarter of a power of two, from 2**-14 to 4 times the norm of the column."""
-
-NOTHING = 1e-7
-"""Residual, relative to the norm of the column, that is as good as none."""
 
 
 def bucket_of(price: float) -> int:
@@ -85,7 +82,7 @@ def _round_column(
     for _ in range(ROUNDS):
         r = residual()
         size = float(np.linalg.norm(r))
-        if size <= max(reach, NOTHING * norm):
+        if size <= max(reach, grid.nothing * norm):
             break
         along = (r / size) @ basis
         moved = beside(along)
@@ -102,7 +99,7 @@ def _round_column(
             levels[row] = moved[row]
     for _ in range(POLISHES * len(basis)):
         r = residual()
-        if np.linalg.norm(r) <= NOTHING * norm:
+        if np.linalg.norm(r) <= grid.nothing * norm:
             break
         along = r @ basis
         moved = beside(along)

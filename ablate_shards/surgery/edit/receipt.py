@@ -200,10 +200,11 @@ def with_range(record: Mapping[str, Any], **more: Any) -> dict[str, Any]:
 
 def _as_edit(record: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a tensor's record as the plan has it."""
-    if (scales := record.get("scales")) is None:
+    if "scales" not in record:
         return with_range(record, basis=record)
-    parts = [with_range(part) for part in scales.get("parts", ())]
-    return with_range(record, basis=record, scales=with_range(scales, parts=parts))
+    scales = record["scales"]
+    more = {"parts": [with_range(part) for part in scales["parts"]]} if "parts" in scales else {}
+    return with_range(record, basis=record, scales=with_range(scales, **more))
 
 
 def _result_of(record: Mapping[str, Any], place: str) -> TensorResult:
