@@ -46,11 +46,7 @@ def decoded(codes: torch.Tensor, scales: torch.Tensor, layout: str, block: tuple
 
 
 def raw_of(tensor: torch.Tensor) -> bytes:
-    return (
-        tensor.contiguous().view(torch.uint8).numpy().tobytes()
-        if tensor.ndim
-        else tensor.reshape(1).view(torch.uint8).numpy().tobytes()
-    )
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def write_tensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:
@@ -147,3 +143,172 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def direction_of(hidden: int, count: int = 1, seed: int = 5) -> np.ndarray:
     rows = np.random.default_rng(seed).standard_normal((count, hidden))
     return np.linalg.qr(rows.T)[0].T.copy()
+
+
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+GROUPS = {
+    "int4 in groups of 32": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True},
+    "int4 per channel": {"num_bits": 4, "type": "int", "strategy": "channel", "group_size": None, "symmetric": True},
+    "int4 in groups of 64, with zero points": {
+        "num_bits": 4,
+        "type": "int",
+        "strategy": "group",
+        "group_size": 64,
+        "symmetric": False,
+    },
+    "int8 in groups of 32": {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True},
+    "int3 per channel, with zero points": {"num_bits": 3, "type": "int", "strategy": "channel", "symmetric": False},
+}
+FLOATS = {
+    "MXFP8": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32},
+    "MXFP4": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
+    "NVFP4": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+}
+#: How a writer is stored, by a name; its own names are those that `inspect` shows, with the spelling in brackets.
+FORMS = (*GROUPS, "MXFP8", "MXFP4", "NVFP4", "NVFP4 (ModelOpt)", "MXFP4 (DeepSeek)")
+
+
+def quantisation_as(form: str) -> dict:
+    """The ``quantization_config`` of a form."""
+    if form == "NVFP4 (ModelOpt)":
+        return {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    if form == "MXFP4 (DeepSeek)":
+        return {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    weights = (GROUPS | FLOATS)[form]
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
+
+
+def packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Packs codes ``[rows, cols]`` into words of 32 bits by arithmetic on Python's integers."""
+    rows, cols = codes.shape
+    words = -(-cols * bits // 32)
+    raw = b"".join(sum(int(c) << bits * i for i, c in enumerate(row)).to_bytes(4 * words, "little") for row in codes)
+    return torch.frombuffer(bytearray(raw), dtype=torch.int32).reshape(rows, words)
+
+
+def unpacked(words: torch.Tensor, bits: int, cols: int) -> torch.Tensor:
+    """The reverse of :func:`packed`."""
+    wide = [int.from_bytes(row.numpy().tobytes(), "little") for row in words.contiguous()]
+    return torch.tensor([[row >> bits * i & (1 << bits) - 1 for i in range(cols)] for row in wide])
+
+
+def store(values: torch.Tensor, form: str) -> dict[str, tuple[str, torch.Tensor]]:
+    """The parts of a writer ``[out, in]``, by what follows the module's name: dtype and tensor."""
+    rows, cols = values.shape
+    if form in GROUPS:
+        how = GROUPS[form]
+        bits, half = how["num_bits"], 1 << (how["num_bits"] - 1)
+        size = how.get("group_size") or cols
+        grouped = torch.nn.functional.pad(values, (0, -cols % size)).reshape(rows, -1, size)
+        if how["symmetric"]:
+            scales, zeros = grouped.abs().amax(-1) / (half - 0.5), None
+        else:
+            low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+            scales = (high - low) / (2 * half - 1)
+            zeros = (-half - torch.round(low / scales)).clamp(-half, half - 1)
+        scales = scales.bfloat16()
+        around = 0 if zeros is None else zeros[..., None]
+        codes = (torch.round(grouped / scales.float()[..., None]) + around).clamp(-half, half - 1) + half
+        parts = {
+            "weight_packed": ("I32", packed(codes.reshape(rows, -1)[:, :cols], bits)),
+            "weight_scale": ("BF16", scales),
+            "weight_shape": ("I64", torch.tensor([rows, cols])),
+        }
+        if zeros is not None:
+            parts["weight_zero_point"] = ("I32", packed((zeros + half).T, bits).T.contiguous())
+        return parts
+    size = 16 if form.startswith("NVFP4") else 32
+    grouped = values.reshape(rows, -1, size)
+    largest = grouped.abs().amax(-1)
+    if form == "MXFP8":
+        power = torch.ceil(torch.log2(largest / 448))
+        codes = (grouped / 2.0 ** power[..., None]).to(torch.float8_e4m3fn).reshape(rows, cols)
+        return {"weight": ("F8_E4M3", codes), "weight_scale": ("U8", (power + 127).to(torch.uint8))}
+    if size == 32:
+        power = torch.ceil(torch.log2(largest / 6))
+        stored, wide = (power + 127).to(torch.uint8), 2.0**power
+        deepseek = form == "MXFP4 (DeepSeek)"
+        parts = {"scale" if deepseek else "weight_scale": ("F8_E8M0" if deepseek else "U8", stored)}
+    else:
+        second = largest.max() / (6 * 448)
+        stored = (largest / 6 / second).to(torch.float8_e4m3fn)
+        if form == "NVFP4":
+            parts = {"weight_scale": ("F8_E4M3", stored), "weight_global_scale": ("F32", (1 / second).reshape(1))}
+            wide = stored.float() / (1 / second)
+        else:
+            parts = {"weight_scale": ("F8_E4M3", stored), "weight_scale_2": ("F32", second)}
+            wide = stored.float() * second
+    levels = (((grouped / wide[..., None]).abs()[..., None] - FP4).abs()).argmin(-1)
+    codes = (levels + 8 * (grouped < 0)).to(torch.uint8).reshape(rows, cols)
+    both = codes[:, ::2] | codes[:, 1::2] << 4
+    name = "weight" if "(" in form else "weight_packed"
+    return {name: ("I8" if form == "MXFP4 (DeepSeek)" else "U8", both), **parts}
+
+
+def value_of(parts: dict[str, torch.Tensor], form: str) -> torch.Tensor:
+    """What the parts of a writer stand for, float32, computed by the format's definition."""
+    if form in GROUPS:
+        how = GROUPS[form]
+        bits, half = how["num_bits"], 1 << (how["num_bits"] - 1)
+        rows, cols = parts["weight_shape"].tolist()
+        scales, size = parts["weight_scale"].float(), how.get("group_size") or cols
+        zeros = torch.zeros_like(scales)
+        if "weight_zero_point" in parts:
+            zeros = unpacked(parts["weight_zero_point"].T, bits, rows).T - half
+        levels = unpacked(parts["weight_packed"], bits, cols) - half
+        spreaded = [each.repeat_interleave(size, 1)[:, :cols] for each in (zeros, scales)]
+        return (levels - spreaded[0]) * spreaded[1]
+    if form == "MXFP8":
+        return parts["weight"].float() * (2.0 ** (parts["weight_scale"].float() - 127)).repeat_interleave(32, 1)
+    codes = parts["weight" if "(" in form else "weight_packed"].view(torch.uint8)
+    nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).long()
+    numbers = FP4[nibbles & 7] * (1 - 2 * (nibbles >> 3))
+    if form.startswith("MXFP4"):
+        stored = parts["scale" if "(" in form else "weight_scale"]
+        return numbers * (2.0 ** (stored.view(torch.uint8).float() - 127)).repeat_interleave(32, -1)
+    scales = parts["weight_scale"].float()
+    scales = scales / parts["weight_global_scale"] if form == "NVFP4" else scales * parts["weight_scale_2"]
+    return numbers * scales.repeat_interleave(16, -1)
+
+
+def write_coded(
+    folder: Path, form: str, *, hidden: int = 256, inner: int = 192, layers: int = 2, config: dict | None = None
+) -> Path:
+    """Writes a checkpoint in two shards whose residual writers are stored in a form; scales lie in the second."""
+    generator = torch.Generator().manual_seed(3)
+    first: dict = {}
+    second: dict = {}
+    for name, size in {"model.embed_tokens.weight": (48, hidden), "model.norm.weight": (hidden,)}.items():
+        first[name] = ("BF16", size, raw_of(torch.randn(size, generator=generator).bfloat16()))
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            first[f"{prefix}{norm}.weight"] = ("BF16", (hidden,), raw_of(torch.ones(hidden).bfloat16()))
+        for module in ("self_attn.o_proj", "mlp.down_proj"):
+            parts = store(torch.randn((hidden, inner), generator=generator) * 0.05, form)
+            for rest, (dtype, tensor) in parts.items():
+                codes = rest in ("weight", "weight_packed")
+                (first if codes else second)[f"{prefix}{module}.{rest}"] = (dtype, tuple(tensor.shape), raw_of(tensor))
+    folder.mkdir(parents=True)
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for name, tensors in zip(names, (first, second), strict=True):
+        write_tensors(folder / name, tensors)
+    index = dict.fromkeys(first, names[0]) | dict.fromkeys(second, names[1])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    whole = {"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers}
+    whole["quantization_config"] = quantisation_as(form)
+    (folder / "config.json").write_text(json.dumps(whole if config is None else config))
+    return folder
+
+
+def parts_of(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The parts of the writers of :func:`write_coded`, as stored, by module and what follows its name."""
+    checkpoint = open_checkpoint(folder)
+    kinds = TORCH | {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, info in checkpoint.tensors.items():
+        module, _, rest = name.rpartition(".")
+        if module.endswith(("o_proj", "down_proj")):
+            raw = bytearray(read_range(checkpoint, info))
+            found.setdefault(module, {})[rest] = torch.frombuffer(raw, dtype=kinds[info.dtype]).reshape(info.shape)
+    return found

@@ -190,7 +190,6 @@ class TestQuantised:
             ("weight", "U8", {"weight.absmax": "F32", "weight.quant_state.bitsandbytes__nf4": "U8"}),
             ("weight", "I8", {"SCB": "F32"}),
             ("qweight", "I32", {"qzeros": "I32", "scales": "F16", "g_idx": "I32"}),
-            ("weight_packed", "I32", {"weight_scale": "BF16", "weight_shape": "I64"}),
             ("weight", "F64", {}),
         ],
     )

@@ -90,8 +90,8 @@ def print_plan(checkpoint: Checkpoint, plan: Plan) -> None:
     ]
     print_table(screen, columns, rows)
     say(screen, _share(checkpoint, plan, "would be edited"))
-    if coded := sum(edit.scales is not None for edit in plan.edits):
-        say(screen, f"{_count(coded, 'tensor')} in FP8: codes would be edited, scales would stay")
+    for form, count in Counter(edit.scales.format for edit in plan.edits if edit.scales).items():
+        say(screen, f"{_count(count, 'tensor')} in {form}: codes would be edited, scales would stay")
     _print_left_out(screen, plan, checkpoint)
 
 

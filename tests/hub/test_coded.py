@@ -1,13 +1,15 @@
-"""FP8 checkpoints elsewhere: scales are read by ranges, from whichever shard, and the bytes are those from a folder."""
+"""Quantised checkpoints elsewhere: scales are read by ranges, from any shard; the bytes are those from a folder."""
 
-from coded_checkpoints import write_fp8
+import pytest
+from coded_checkpoints import write_coded, write_fp8
 from command_line import checked
 from raw_checkpoints import snapshot, write_directions
 
 
-def test_from_the_hub_into_a_folder_and_from_the_hub_to_the_hub(hub, tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", ["FP8", "int4 in groups of 64, with zero points", "NVFP4 (ModelOpt)"])
+def test_from_the_hub_into_a_folder_and_from_the_hub_to_the_hub(hub, tmp_path, monkeypatch, form):
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
-    source = write_fp8(tmp_path / "local")
+    source = write_fp8(tmp_path / "local") if form == "FP8" else write_coded(tmp_path / "local", form)
     write_directions(tmp_path / "d.safetensors", layers=2, hidden=256)
     options = ["-d", tmp_path / "d.safetensors", "--source-layer", 1]
     checked(source, tmp_path / "expected", *options)

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import numpy as np
 
+from ablate_shards.kernels.codecs.grid import Grid, Kind
 from ablate_shards.kernels.codecs.plain import STORED
 from ablate_shards.kernels.form import BothPrecisions, Float32Limits, Piece, in_range
 
@@ -33,15 +34,16 @@ __all__ = [
 ]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_VERSION = 8
+_VERSION = 10
 _DTYPES = {np.dtype(STORED[name]): number for number, name in enumerate(("BF16", "F16", "F32"))}
 _PRECISIONS: dict[type[np.floating], str] = {np.float32: "single", np.float64: "double"}
 _UNSCALED, _BY_ROW, _BY_COLUMN = range(3)
 
 _VARIANTS = {8: "avx2", 16: "avx512"}
 _PAIR = 32
-#: Bytes a row: of 16 columns four values in float32, a level and a bucket.
-_ROUNDING_SCRATCH = 16 * (4 * 4 + 2)
+#: Bytes a row: of 16 columns four values in float32, a level, a bucket and a zero point.
+_ROUNDING_SCRATCH = 16 * (4 * 4 + 3)
+_KINDS: dict[Kind, int] = {"E4M3": 0, "E2M1": 1, "integer": 2}
 
 PIECE = 64
 """Elements that :func:`add_rounded` looks at together."""
@@ -67,9 +69,11 @@ class _Rounding(ctypes.Structure):
     """A matrix that is rounded to codes: ``Rounding`` in ``native_codes.h``."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "cols", "target_stride", "code_stride")),
-        *((name, ctypes.c_int64) for name in ("scale_row", "scale_col", "count")),
-        *((name, ctypes.c_void_p) for name in ("target", "codes", "scales", "basis", "heights", "measures", "scratch")),
+        *((name, ctypes.c_int64) for name in ("kind", "bits", "rows", "cols", "target_stride", "code_stride")),
+        *((name, ctypes.c_int64) for name in ("scale_row", "scale_col", "zero_row", "zero_col", "count")),
+        *((name, ctypes.c_void_p) for name in ("target", "codes", "scales", "zeros", "basis", "heights")),
+        *((name, ctypes.c_void_p) for name in ("measures", "scratch")),
+        ("nothing", ctypes.c_double),
     )
 
 
@@ -433,14 +437,22 @@ def _described(block: np.ndarray) -> tuple[int, int, _Shape]:
 
 
 def round_directed(
-    target: np.ndarray, codes: np.ndarray, scales: np.ndarray, basis: np.ndarray, measures: np.ndarray
+    grid: Grid,
+    target: np.ndarray,
+    codes: np.ndarray,
+    scales: np.ndarray,
+    zeros: np.ndarray | None,
+    basis: np.ndarray,
+    measures: np.ndarray,
 ) -> bool:
     """Do what :func:`~.directed.round_directed` does; return False, having done nothing, where it cannot.
 
     Args:
+        grid: What the codes mean.
         target: ``[d, n]`` float32, adjacent columns.
         codes: ``[d, n]`` uint8, adjacent columns; receives the result.
         scales: ``[d, n]`` float32.
+        zeros: ``[d, n]`` int8, or None; of integers only.
         basis: ``[k, d]`` float64.
         measures: ``[6, n]`` float64, receives what :class:`~.directed.Rounded` holds.
     """
@@ -451,9 +463,11 @@ def round_directed(
     heights = (basis**2).sum(axis=0)
     scratch = np.empty(len(target) * _ROUNDING_SCRATCH, np.uint8)
     job = _Rounding(
-        *target.shape, target.strides[0] // target.itemsize, codes.strides[0],
-        *(stride // scales.itemsize for stride in scales.strides), len(basis),
-        *(each.ctypes.data for each in (target, codes, scales, basis, heights, measures, scratch)),
+        _KINDS[grid.kind], grid.bits, *target.shape, target.strides[0] // target.itemsize, codes.strides[0],
+        *(stride // scales.itemsize for stride in scales.strides), *((0, 0) if zeros is None else zeros.strides),
+        len(basis), *(each.ctypes.data for each in (target, codes, scales)),
+        None if zeros is None else zeros.ctypes.data,
+        *(each.ctypes.data for each in (basis, heights, measures, scratch)), grid.nothing,
     )  # fmt: skip
     library.ablate_round(job)
     return True

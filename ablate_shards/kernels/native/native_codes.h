@@ -1,53 +1,83 @@
-/* Directed rounding to FP8 codes, for native.c: rounding/reference.py has the definition, rounding/directed.py the same
- * in NumPy, to the bit. Some columns are taken together, from the first row to the last as often as it needs.
+/* Directed rounding to codes, for native.c: rounding/reference.py has the definition, rounding/directed.py the same in
+ * NumPy, to the bit. Some columns are taken together, from the first row to the last as often as it needs.
  */
+
+enum { E4M3, E2M1, INTEGER }; /* what codes mean: codecs/grid.py */
 
 enum {
     TOGETHER = 16,    /* columns */
     ROWS_AHEAD = 16,  /* by which they are fetched before their use */
-    LAST = 126,       /* the level of the greatest value */
     BUCKETS = 64,     /* of prices; what moves nothing is in one more */
-    MOST_ROUNDS = 12, /* reference.py: ROUNDS, POLISHES and NOTHING */
+    MOST_ROUNDS = 12, /* reference.py: ROUNDS and POLISHES */
     MOST_POLISHES = 8,
 };
-#define NOTHING 1e-7
 
-/* A matrix and what it is rounded with. The scales are read with strides, in elements; a stride may be 0. */
+/* A matrix and what it is rounded with. Scales and zero points are read with strides, in elements, which may be 0. */
 typedef struct {
-    int64_t rows, cols, target_stride, code_stride, scale_row, scale_col, count;
+    int64_t kind, bits; /* of a code */
+    int64_t rows, cols, target_stride, code_stride, scale_row, scale_col, zero_row, zero_col, count;
     const float *target;
     uint8_t *codes;
     const float *scales;
+    const int8_t *zeros; /* of integers, or NULL */
     const double *basis, *heights; /* [count, rows]; the sum of their squares, [rows] */
     double *measures;              /* [6, cols]: what Rounded has */
-    char *scratch;                 /* 18 bytes for each of TOGETHER columns of all rows */
+    char *scratch;                 /* 19 bytes for each of TOGETHER columns of all rows */
+    double nothing;                /* a residual, relative to the norm of the column, that is as good as none */
 } Rounding;
 
 /* Columns on their way: each [rows][TOGETHER]. */
 typedef struct {
     float (*target)[TOGETHER], (*scale)[TOGETHER], (*value)[TOGETHER], (*step)[TOGETHER];
-    int8_t (*level)[TOGETHER];
+    int8_t (*level)[TOGETHER], (*zero)[TOGETHER];
     uint8_t (*bucket)[TOGETHER];
 } Strip;
 
-INLINE float value_of(int32_t level, float scale) {
+/* Of floats: bits of mantissa, the exponent's bias, and the level of the greatest value. */
+#define MANTISSA(kind) ((kind) == E4M3 ? 3 : 1)
+#define BIAS(kind) ((kind) == E4M3 ? 7 : 1)
+#define GREATEST(kind, bits) ((kind) == E4M3 ? 126 : (kind) == E2M1 ? 7 : (1 << ((bits)-1)) - 1)
+#define LEAST(kind, bits) ((kind) == INTEGER ? -(1 << ((bits)-1)) : -GREATEST(kind, bits))
+/* The step between the values next to zero. */
+#define FINEST(kind) ((kind) == E4M3 ? 0x1p-9f : 0x1p-1f)
+
+INLINE float value_of(const int kind, int32_t level, int32_t zero, float scale) {
+    if (kind == INTEGER) return (float)(level - zero) * scale;
     const int32_t size = level < 0 ? -level : level;
-    const float normal = from_bits((uint32_t)(size + ((127 - 7) << 3)) << 20), small = (float)size * 0x1p-9f;
-    const float value = size < 8 ? small : normal;
+    const float normal = from_bits((uint32_t)(size + ((127 - BIAS(kind)) << MANTISSA(kind))) << (23 - MANTISSA(kind)));
+    const float value = size < 1 << MANTISSA(kind) ? (float)size * FINEST(kind) : normal;
     return (level < 0 ? -value : value) * scale;
 }
 
-INLINE int32_t nearest_level(float value) {
-    const float wide = fabsf(value), size = wide > 448.0f ? 448.0f : wide;
-    const uint32_t bits = to_bits(size);
-    const int32_t normal = (int32_t)((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3);
-    /* Added to it, a number rounds to a whole one, ties to even, which is then in the lowest bits. */
-    const int32_t small = (int32_t)(to_bits(size * 0x1p9f + 0x1p23f) & 0x7FFFFF);
-    const int32_t level = size < 0x1p-6f ? small : normal;
+INLINE int32_t nearest_level(const int kind, int bits, float value, int32_t zero) {
+    if (kind == INTEGER) {
+        const float near = value > 512.0f ? 512.0f : value < -512.0f ? -512.0f : value;
+        /* Added to it, a number rounds to a whole one, ties to even, which is then in the lowest bits. */
+        const int32_t level = (int32_t)(to_bits(near + 0x1.8p23f) & 0x7FFFFF) - 0x400000 + zero;
+        return level > GREATEST(kind, bits) ? GREATEST(kind, bits) : level < LEAST(kind, bits) ? LEAST(kind, bits) : level;
+    }
+    const float greatest = kind == E4M3 ? 448.0f : 6.0f, least_normal = FINEST(kind) * (1 << MANTISSA(kind));
+    const int drop = 23 - MANTISSA(kind);
+    const float wide = fabsf(value), size = wide > greatest ? greatest : wide;
+    const uint32_t word = to_bits(size);
+    const int32_t normal =
+        (int32_t)((word + ((1u << (drop - 1)) - 1) + ((word >> drop) & 1)) >> drop) - ((127 - BIAS(kind)) << MANTISSA(kind));
+    const int32_t small = (int32_t)(to_bits(size * (1 / FINEST(kind)) + 0x1p23f) & 0x7FFFFF);
+    const int32_t level = size < least_normal ? small : normal;
     return value < 0 ? -level : level;
 }
 
-INLINE int32_t level_of(uint8_t code) { return code & 0x80 ? -(code & 0x7F) : code; }
+/* The highest bit of a code is its sign; of integers it is what is added so that none is negative. */
+INLINE int32_t level_of(const int kind, int bits, uint8_t code) {
+    const int32_t high = 1 << (bits - 1);
+    if (kind == INTEGER) return code - high;
+    return code & high ? -(code & (high - 1)) : code;
+}
+
+INLINE int32_t code_of(const int kind, int bits, int32_t level) {
+    const int32_t high = 1 << (bits - 1);
+    return kind == INTEGER ? level + high : level < 0 ? high - level : level;
+}
 
 /* Adds what weights make of the directions at a row to nothing. */
 INLINE void along_row(const Rounding *job, int64_t row, const double weights[][TOGETHER], double along[TOGETHER]) {
@@ -57,9 +87,14 @@ INLINE void along_row(const Rounding *job, int64_t row, const double weights[][T
 }
 
 /* Returns the level beside one, against what points along. */
-INLINE int32_t moved(int32_t level, double along) {
+INLINE int32_t moved(const int kind, int bits, int32_t level, double along) {
     const int32_t next = level - (along > 0) + (along < 0);
-    return next > LAST ? LAST : next < -LAST ? -LAST : next;
+    return next > GREATEST(kind, bits) ? GREATEST(kind, bits) : next < LEAST(kind, bits) ? LEAST(kind, bits) : next;
+}
+
+/* Returns the zero point of an element: only integers have them. */
+INLINE int32_t zero_of(const int kind, Strip strip, int64_t row, int64_t col) {
+    return kind == INTEGER ? strip.zero[row][col] : 0;
 }
 
 INLINE int32_t bucket_of(float step, float off, double gain, double norm) {
@@ -78,16 +113,17 @@ INLINE void sizes_of(int64_t count, const double residual[][TOGETHER], double si
 }
 
 /* Takes moves by bucket, then by row, until the residual is covered; returns whether a column needed it. */
-static int take_round(
-    const Rounding *job, Strip strip, double residual[][TOGETHER], double weights[][TOGETHER], double norm[TOGETHER],
+INLINE int take_round(
+    const int kind, const Rounding *job, Strip strip, double residual[][TOGETHER], double weights[][TOGETHER], double norm[TOGETHER],
     double reach[TOGETHER]
 ) {
     double size[TOGETHER], sums[BUCKETS + 1][TOGETHER], along[TOGETHER], left[TOGETHER], within[TOGETHER] = {0};
     int32_t border[TOGETHER];
+    const int bits = (int)job->bits;
     int active[TOGETHER], any = 0;
     sizes_of(job->count, residual, size);
     for (int c = 0; c < TOGETHER; c++) {
-        active[c] = size[c] > (reach[c] > NOTHING * norm[c] ? reach[c] : NOTHING * norm[c]);
+        active[c] = size[c] > (reach[c] > job->nothing * norm[c] ? reach[c] : job->nothing * norm[c]);
         any |= active[c];
         if (active[c]) reach[c] = 0;
         for (int64_t k = 0; k < job->count; k++) weights[k][c] = active[c] ? residual[k][c] / size[c] : 0;
@@ -101,7 +137,8 @@ static int take_round(
         along_row(job, row, (const double(*)[TOGETHER])weights, along);
         for (int c = 0; c < TOGETHER; c++) {
             const float value = strip.value[row][c];
-            const float step = value_of(moved(strip.level[row][c], along[c]), strip.scale[row][c]) - value;
+            const int32_t next = moved(kind, bits, strip.level[row][c], along[c]);
+            const float step = value_of(kind, next, zero_of(kind, strip, row, c), strip.scale[row][c]) - value;
             gains[c] = fabs(along[c]) * (double)fabsf(step);
             most[c] = gains[c] > most[c] ? gains[c] : most[c];
             buckets[c] = bucket_of(step, value - strip.target[row][c], gains[c], norm[c]);
@@ -135,9 +172,9 @@ static int take_round(
             within[c] += bucket == border[c] ? fabs(along[c]) * (double)fabsf(step) : 0.0;
             const int fits = (bucket == border[c]) & (within[c] <= left[c]);
             const int taken = ((bucket < border[c]) | fits) & (bucket < BUCKETS);
-            const int32_t level = taken ? moved(strip.level[row][c], along[c]) : strip.level[row][c];
+            const int32_t level = taken ? moved(kind, bits, strip.level[row][c], along[c]) : strip.level[row][c];
             strip.level[row][c] = (int8_t)level;
-            strip.value[row][c] = value_of(level, strip.scale[row][c]);
+            strip.value[row][c] = value_of(kind, level, zero_of(kind, strip, row, c), strip.scale[row][c]);
             steps[c] = taken ? (double)step : 0.0;
         }
         for (int64_t k = 0; k < job->count; k++)
@@ -149,7 +186,10 @@ static int take_round(
 }
 
 /* Makes the single move of each column that lowers the residual the most; returns whether one was made. */
-static int polish(const Rounding *job, Strip strip, double residual[][TOGETHER], const double norm[TOGETHER]) {
+INLINE int polish(
+    const int kind, const Rounding *job, Strip strip, double residual[][TOGETHER], const double norm[TOGETHER]
+) {
+    const int bits = (int)job->bits;
     double size[TOGETHER], along[TOGETHER], best[TOGETHER];
     int64_t where[TOGETHER];
     int any = 0;
@@ -157,7 +197,7 @@ static int polish(const Rounding *job, Strip strip, double residual[][TOGETHER],
     for (int c = 0; c < TOGETHER; c++) {
         best[c] = 0;
         where[c] = -1;
-        any |= size[c] > NOTHING * norm[c];
+        any |= size[c] > job->nothing * norm[c];
     }
     if (!any) return 0;
     any = 0;
@@ -165,20 +205,21 @@ static int polish(const Rounding *job, Strip strip, double residual[][TOGETHER],
         const double height = job->heights[row];
         along_row(job, row, (const double(*)[TOGETHER])residual, along);
         for (int c = 0; c < TOGETHER; c++) {
-            const int32_t next = moved(strip.level[row][c], along[c]);
-            const double step = (double)(value_of(next, strip.scale[row][c]) - strip.value[row][c]);
+            const int32_t next = moved(kind, bits, strip.level[row][c], along[c]);
+            const float value = value_of(kind, next, zero_of(kind, strip, row, c), strip.scale[row][c]);
+            const double step = (double)(value - strip.value[row][c]);
             const double change = step * (2 * along[c] + step * height);
             where[c] = change < best[c] ? row : where[c];
             best[c] = change < best[c] ? change : best[c];
         }
     }
     for (int c = 0; c < TOGETHER; c++) {
-        if (where[c] < 0 || !(size[c] > NOTHING * norm[c])) continue;
+        if (where[c] < 0 || !(size[c] > job->nothing * norm[c])) continue;
         const int64_t row = where[c];
         double toward = job->basis[row] * residual[0][c];
         for (int64_t k = 1; k < job->count; k++) toward += job->basis[k * job->rows + row] * residual[k][c];
-        const int32_t next = moved(strip.level[row][c], toward);
-        const float value = value_of(next, strip.scale[row][c]);
+        const int32_t next = moved(kind, bits, strip.level[row][c], toward);
+        const float value = value_of(kind, next, zero_of(kind, strip, row, c), strip.scale[row][c]);
         const double step = (double)(value - strip.value[row][c]);
         strip.level[row][c] = (int8_t)next;
         strip.value[row][c] = value;
@@ -213,8 +254,9 @@ INLINE void load_row(
 }
 
 /* Rounds columns from `first` on, `size` of them. */
-static void round_strip(const Rounding *job, Strip strip, int64_t first, int64_t size) {
+INLINE void round_strip(const int kind, const Rounding *job, Strip strip, int64_t first, int64_t size) {
     const int64_t rows = job->rows, count = job->count;
+    const int bits = (int)job->bits;
     double dots[count][TOGETHER], residual[count][TOGETHER], weights[count][TOGETHER];
     double total[TOGETHER] = {0}, norm[TOGETHER], reach[TOGETHER], along[TOGETHER], nearest[TOGETHER];
     double error[TOGETHER] = {0}, nearest_error[TOGETHER] = {0}, changed[TOGETHER] = {0};
@@ -224,15 +266,21 @@ static void round_strip(const Rounding *job, Strip strip, int64_t first, int64_t
         double wide[TOGETHER], off[TOGETHER];
         uint8_t codes[TOGETHER];
         load_row(job, row, first, size, strip.target[row], strip.scale[row], codes);
+        if (kind == INTEGER)
+            for (int c = 0; c < TOGETHER; c++) {
+                const int64_t col = first + (c < size ? c : 0);
+                strip.zero[row][c] = job->zeros ? job->zeros[row * job->zero_row + col * job->zero_col] : 0;
+            }
         int32_t level[TOGETHER];
         const float *target = strip.target[row], *scale = strip.scale[row];
         for (int c = 0; c < TOGETHER; c++) {
-            const int32_t near = nearest_level(target[c] / (scale[c] > 0 ? scale[c] : 1));
-            level[c] = scale[c] > 0 ? near : level_of(codes[c]);
+            const float unscaled = target[c] / (scale[c] > 0 ? scale[c] : 1);
+            const int32_t near = nearest_level(kind, bits, unscaled, zero_of(kind, strip, row, c));
+            level[c] = scale[c] > 0 ? near : level_of(kind, bits, codes[c]);
         }
         for (int c = 0; c < TOGETHER; c++) {
             strip.level[row][c] = (int8_t)level[c];
-            strip.value[row][c] = value_of(level[c], scale[c]);
+            strip.value[row][c] = value_of(kind, level[c], zero_of(kind, strip, row, c), scale[c]);
         }
         for (int c = 0; c < TOGETHER; c++) {
             wide[c] = (double)target[c];
@@ -256,8 +304,8 @@ static void round_strip(const Rounding *job, Strip strip, int64_t first, int64_t
             nearest[c] += both * both;
         }
     }
-    for (int round = 0; round < MOST_ROUNDS && take_round(job, strip, residual, weights, norm, reach); round++) {}
-    for (int64_t step = 0; step < MOST_POLISHES * count && polish(job, strip, residual, norm); step++) {}
+    for (int round = 0; round < MOST_ROUNDS && take_round(kind, job, strip, residual, weights, norm, reach); round++) {}
+    for (int64_t step = 0; step < MOST_POLISHES * count && polish(kind, job, strip, residual, norm); step++) {}
     for (int64_t row = 0; row < rows; row++) {
         for (int c = 0; c < TOGETHER; c++) {
             const double off = (double)strip.value[row][c] - (double)strip.target[row][c];
@@ -269,8 +317,8 @@ static void round_strip(const Rounding *job, Strip strip, int64_t first, int64_t
         memcpy(chosen, codes, size);
         for (int c = 0; c < TOGETHER; c++) {
             const int32_t level = strip.level[row][c];
-            stays[c] = level == level_of(chosen[c]);
-            code[c] = level < 0 ? 0x80 - level : level;
+            stays[c] = level == level_of(kind, bits, chosen[c]);
+            code[c] = code_of(kind, bits, level);
         }
         for (int c = 0; c < TOGETHER; c++) chosen[c] = (uint8_t)(stays[c] ? chosen[c] : code[c]);
         for (int c = 0; c < TOGETHER; c++) changed[c] += (double)(1 - stays[c]);
@@ -281,17 +329,29 @@ static void round_strip(const Rounding *job, Strip strip, int64_t first, int64_t
         memcpy(job->measures + which * job->cols + first, found[which], size * sizeof(double));
 }
 
+/* Takes all columns; what codes mean is known when it is compiled. */
+#define ROUND_COLUMNS(kind)                                                       \
+    case kind:                                                                    \
+        for (int64_t first = 0; first < job->cols; first += TOGETHER)             \
+            round_strip(kind, job, strip, first, least(TOGETHER, job->cols - first)); \
+        break;
+
 void ablate_round(const Rounding *job) {
     const int64_t items = job->rows * TOGETHER;
     float *floats = (float *)job->scratch;
+    int8_t *bytes = (int8_t *)(floats + 4 * items);
     const Strip strip = {
         .target = (void *)floats,
         .scale = (void *)(floats + items),
         .value = (void *)(floats + 2 * items),
         .step = (void *)(floats + 3 * items),
-        .level = (void *)(floats + 4 * items),
-        .bucket = (void *)((char *)(floats + 4 * items) + items),
+        .level = (void *)bytes,
+        .bucket = (void *)(bytes + items),
+        .zero = (void *)(bytes + 2 * items),
     };
-    for (int64_t first = 0; first < job->cols; first += TOGETHER)
-        round_strip(job, strip, first, least(TOGETHER, job->cols - first));
+    switch (job->kind) {
+        ROUND_COLUMNS(E4M3)
+        ROUND_COLUMNS(E2M1)
+        ROUND_COLUMNS(INTEGER)
+    }
 }

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ablate_shards.kernels.codecs.fp8 import LAST, codes_of, levels_of, nearest_levels, values_of
+from ablate_shards.kernels.codecs.grid import Grid
 from ablate_shards.kernels.native import native
-from ablate_shards.kernels.rounding.reference import BUCKETS, NOTHING, POLISHES, ROUNDS
+from ablate_shards.kernels.rounding.reference import BUCKETS, POLISHES, ROUNDS
 
 __all__ = ["Rounded", "round_directed"]
 
@@ -38,33 +38,51 @@ class Rounded(NamedTuple):
     changed: np.ndarray
 
 
-def round_directed(target: np.ndarray, codes: np.ndarray, scales: np.ndarray, basis: np.ndarray) -> Rounded:
+def round_directed(
+    grid: Grid,
+    target: np.ndarray,
+    codes: np.ndarray,
+    scales: np.ndarray,
+    basis: np.ndarray,
+    zeros: np.ndarray | None = None,
+) -> Rounded:
     """Put the codes of a matrix in place of those of its source, with as little along the directions as there can be.
 
     Args:
+        grid: What the codes mean.
         target: ``[d, n]`` float32, the edited matrix.
         codes: ``[d, n]`` uint8, those of the source, none NaN; receives the result.
         scales: ``[d, n]`` float32, broadcast or not, finite and not negative.
         basis: ``[k, d]`` float64, orthonormal rows.
+        zeros: ``[d, n]`` int8, broadcast or not, the levels of the zero points; None where they are 0.
     """
     scales = np.broadcast_to(scales, target.shape)
+    zeros = None if zeros is None else np.broadcast_to(zeros, target.shape)
     measures = np.empty((len(Rounded._fields), target.shape[1]))
-    if not native.round_directed(target, codes, scales, basis, measures):
+    if not native.round_directed(grid, target, codes, scales, zeros, basis, measures):
         width = max(1, _TILE // max(1, len(target)))
         with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
             for start in range(0, target.shape[1], width):
                 part = slice(start, start + width)
-                measures[:, part] = _round(target[:, part], codes[:, part], scales[:, part], basis)
+                around = None if zeros is None else zeros[:, part].astype(np.int16)
+                measures[:, part] = _round(grid, target[:, part], codes[:, part], scales[:, part], around, basis)
     return Rounded(*measures)
 
 
-def _round(target: np.ndarray, codes: np.ndarray, scales: np.ndarray, basis: np.ndarray) -> Rounded:
-    columns = _Columns(target, levels_of(codes), scales, basis)
+def _round(
+    grid: Grid,
+    target: np.ndarray,
+    codes: np.ndarray,
+    scales: np.ndarray,
+    zeros: np.ndarray | None,
+    basis: np.ndarray,
+) -> Rounded:
+    columns = _Columns(grid, target, grid.levels_of(codes), scales, zeros, basis)
     nearest = columns.residual.copy()
     nearest_error = columns.error()
     _take_rounds(columns)
     _polish(columns)
-    chosen = codes_of(columns.levels, codes)
+    chosen = grid.codes_of(columns.levels, codes)
     changed = np.count_nonzero(chosen != codes, axis=0)
     codes[...] = chosen
     return Rounded(
@@ -81,8 +99,10 @@ class _Columns:
     """Columns on their way from the nearest levels to those that are chosen.
 
     Attributes:
+        grid: What the codes mean.
         target: ``[d, n]`` float32.
         scales: Likewise.
+        zeros: ``[d, n]`` int16, the levels of the zero points; None where they are 0.
         basis: ``[k, d]`` float64.
         levels: ``[d, n]`` int16.
         values: ``[d, n]`` float32, what the levels stand for.
@@ -92,18 +112,26 @@ class _Columns:
         nothing: ``[n]`` float64, below which a residual is as good as none.
     """
 
-    def __init__(self, target: np.ndarray, kept: np.ndarray, scales: np.ndarray, basis: np.ndarray) -> None:
-        self.target, self.scales, self.basis = target, scales, basis
+    def __init__(
+        self,
+        grid: Grid,
+        target: np.ndarray,
+        kept: np.ndarray,
+        scales: np.ndarray,
+        zeros: np.ndarray | None,
+        basis: np.ndarray,
+    ) -> None:
+        self.grid, self.target, self.scales, self.zeros, self.basis = grid, target, scales, zeros, basis
         if scales.all():
-            self.levels = nearest_levels(target / scales)
+            self.levels = grid.nearest_levels(target / scales, zeros)
         else:
             present = scales > 0
-            self.levels = np.where(present, nearest_levels(target / np.where(present, scales, 1)), kept)
-        self.values = values_of(self.levels, scales)
+            self.levels = np.where(present, grid.nearest_levels(target / np.where(present, scales, 1), zeros), kept)
+        self.values = grid.values_of(self.levels, scales, zeros)
         wide = target.astype(np.float64)
         self.along, self.total = _dots(basis, wide), _sum(wide * wide)
         self.residual = _dots(basis, self.values - wide)
-        self.nothing = NOTHING * np.sqrt(self.total)
+        self.nothing = grid.nothing * np.sqrt(self.total)
 
     def error(self) -> np.ndarray:
         """Return the squared norm of what rounding added, ``[n]`` float64."""
@@ -117,8 +145,10 @@ class _Columns:
 
     def moves(self, along: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return for some columns the levels beside theirs against what points along, and their values."""
-        moved = np.clip(self.levels[:, which] - np.sign(along).astype(np.int16), -LAST, LAST)
-        return moved, values_of(moved, self.scales[:, which])
+        moved = self.levels[:, which] - np.sign(along).astype(np.int16)
+        np.clip(moved, self.grid.lowest, self.grid.highest, out=moved)
+        zeros = None if self.zeros is None else self.zeros[:, which]
+        return moved, self.grid.values_of(moved, self.scales[:, which], zeros)
 
 
 def _take_rounds(columns: _Columns) -> None:

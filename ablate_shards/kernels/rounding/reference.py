@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 
-from ablate_shards.kernels.codecs.fp8 import LAST, levels_of, nearest_levels, values_of
+from ablate_shards.kernels.codecs.grid import Grid
 
-__all__ = ["BUCKETS", "NOTHING", "POLISHES", "ROUNDS", "bucket_of", "round_by_definition"]
+__all__ = ["BUCKETS", "POLISHES", "ROUNDS", "bucket_of", "round_by_definition"]
 
 ROUNDS = 12
 """How often moves are taken in the order of their price at most."""
@@ -17,16 +17,20 @@ POLISHES = 8
 BUCKETS = 64
 """Prices are told apart to a quarter of a power of two, from 2**-14 to 4 times the norm of the column."""
 
-NOTHING = 1e-7
-"""Residual, relative to the norm of the column, that is as good as none."""
-
 
 def bucket_of(price: float) -> int:
     """Return the bucket of a price per gain, relative to the norm of the column."""
     return 0 if price <= 0 else min(max(math.floor(_quarters(price)) + 4 * 14, 0), BUCKETS - 1)
 
 
-def round_by_definition(target: np.ndarray, codes: np.ndarray, scales: np.ndarray, basis: np.ndarray) -> np.ndarray:
+def round_by_definition(
+    grid: Grid,
+    target: np.ndarray,
+    codes: np.ndarray,
+    scales: np.ndarray,
+    basis: np.ndarray,
+    zeros: np.ndarray | None = None,
+) -> np.ndarray:
     """Return the levels that stand for a matrix with as little error along the directions as there can be.
 
     Every column starts from the nearest levels. ``r = R (v - t)`` is what rounding adds along the directions, ``v``
@@ -37,35 +41,52 @@ def round_by_definition(target: np.ndarray, codes: np.ndarray, scales: np.ndarra
     that lower ``|r|`` the most are made one by one.
 
     Args:
+        grid: What the codes mean.
         target: ``[d, n]`` float32.
         codes: ``[d, n]`` uint8, those of the source; a column whose scale is 0 keeps them.
         scales: ``[d, n]`` float32, finite and not negative.
         basis: ``[k, d]`` float64, orthonormal rows.
+        zeros: ``[d, n]`` int8, the levels of the zero points; None where they are 0.
     """
     result = np.empty(target.shape, np.int16)
     for column in range(target.shape[1]):
         t, s = target[:, column], scales[:, column]
-        start = np.where(s > 0, nearest_levels(t / np.where(s > 0, s, 1)), levels_of(codes[:, column]))
-        result[:, column] = _round_column(t, start.astype(np.int16), s, basis)
+        z = None if zeros is None else zeros[:, column].astype(np.int16)
+        start = np.where(s > 0, grid.nearest_levels(t / np.where(s > 0, s, 1), z), grid.levels_of(codes[:, column]))
+        result[:, column] = _round_column(grid, t, start.astype(np.int16), s, z, basis)
     return result
 
 
-def _round_column(target: np.ndarray, levels: np.ndarray, scales: np.ndarray, basis: np.ndarray) -> np.ndarray:
+def _round_column(
+    grid: Grid,
+    target: np.ndarray,
+    levels: np.ndarray,
+    scales: np.ndarray,
+    zeros: np.ndarray | None,
+    basis: np.ndarray,
+) -> np.ndarray:
     t, norm = target.astype(np.float64), math.sqrt(float((target.astype(np.float64) ** 2).sum()))
 
+    def values(levels: np.ndarray) -> np.ndarray:
+        return grid.values_of(levels, scales, zeros).astype(np.float64)
+
+    def beside(along: np.ndarray) -> np.ndarray:
+        moved: np.ndarray = levels - np.sign(along).astype(np.int16)
+        return moved.clip(grid.lowest, grid.highest)
+
     def residual() -> np.ndarray:
-        found: np.ndarray = basis @ (values_of(levels, scales).astype(np.float64) - t)
+        found: np.ndarray = basis @ (values(levels) - t)
         return found
 
     reach = -1.0
     for _ in range(ROUNDS):
         r = residual()
         size = float(np.linalg.norm(r))
-        if size <= max(reach, NOTHING * norm):
+        if size <= max(reach, grid.nothing * norm):
             break
         along = (r / size) @ basis
-        moved = np.clip(levels - np.sign(along).astype(np.int16), -LAST, LAST)
-        v, w = (values_of(each, scales).astype(np.float64) for each in (levels, moved))
+        moved = beside(along)
+        v, w = values(levels), values(moved)
         gains = np.abs(along) * np.abs(w - v)
         reach = float(gains.max()) / len(basis) ** 2
         price = ((w - t) ** 2 - (v - t) ** 2) / np.where(gains > 0, gains, 1)
@@ -78,11 +99,11 @@ def _round_column(target: np.ndarray, levels: np.ndarray, scales: np.ndarray, ba
             levels[row] = moved[row]
     for _ in range(POLISHES * len(basis)):
         r = residual()
-        if np.linalg.norm(r) <= NOTHING * norm:
+        if np.linalg.norm(r) <= grid.nothing * norm:
             break
         along = r @ basis
-        moved = np.clip(levels - np.sign(along).astype(np.int16), -LAST, LAST)
-        step = values_of(moved, scales).astype(np.float64) - values_of(levels, scales)
+        moved = beside(along)
+        step = values(moved) - values(levels)
         changes = step * (2 * along + step * (basis**2).sum(0))
         best = int(changes.argmin())
         if changes[best] >= 0:

@@ -11,7 +11,7 @@ from ablate_shards.surgery.anatomy.absent import PARTS, Absent, counted_by, miss
 from ablate_shards.surgery.anatomy.advice import advise
 from ablate_shards.surgery.anatomy.families import FAMILIES, Axis, Component, Family, Layout, Module
 from ablate_shards.surgery.anatomy.roles import is_lone_bias, orientation, role_of, split_stack
-from ablate_shards.surgery.anatomy.scales import CODED, Scales, find_scales, is_beside_codes
+from ablate_shards.surgery.anatomy.scales import Scales, find_scales, is_beside_codes, is_codes, leading
 from ablate_shards.surgery.anatomy.wrappers import unwrapped
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
@@ -679,12 +679,14 @@ def _weights_among(
     parts: Sequence[_Hit], tensors: Mapping[str, TensorInfo], quantisation: Any
 ) -> tuple[Sequence[_Hit], Scales | None, LeftOut | None]:
     """Returns a module's weights and the scales of their codes, or why there are none that can be edited."""
-    codes = next((hit for hit in parts if tensors[hit.name].dtype == CODED and hit.rest in (".weight", "")), None)
-    if codes is None or not all(hit is codes or is_beside_codes(hit.rest) for hit in parts):
+    codes = next((hit for hit in parts if is_codes(tensors[hit.name], hit.rest)), None)
+    if codes is None or not all(hit is codes or is_beside_codes(hit.rest, codes.rest) for hit in parts):
         blocked = _blocked(parts, tensors)
         return ([] if blocked else parts), None, blocked
-    if codes.rule.axis != "out":
-        why = f"{CODED} is edited as [..., hidden, inputs] only; dequantise the checkpoint to BF16, F16 or F32 first"
+    # Blocks are [experts, out, in] whatever the weight is.
+    if codes.rule.axis != "out" and codes.rest != "_blocks":
+        dtype = tensors[codes.name].dtype
+        why = f"{dtype} is edited as [..., hidden, inputs] only; dequantise the checkpoint to BF16, F16 or F32 first"
         return [], None, _left_out(codes, why)
     try:
         return [codes], find_scales(tensors[codes.name], tensors, quantisation), None
@@ -716,16 +718,17 @@ def _left_out(hit: _Hit, why: str) -> LeftOut:
 def _writer(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int, scales: Scales | None = None) -> Writer:
     tensor, rule = tensors[hit.name], hit.rule
     bias = hit.rest in (".bias", "_bias")
-    axis = -2 if rule.axis == "out" and not bias else -1
+    shape = tensor.shape if scales is None else (*leading(tensor.shape), 1)
+    axis = -2 if (rule.axis == "out" or scales is not None) and not bias else -1
     stacked = (2, 3) if rule.fused is None else (3,) if rule.fused else (2,)
     ranks = tuple(rank - 1 if bias else rank for rank in stacked)
-    if len(tensor.shape) not in ranks:
+    if len(shape) not in ranks:
         wanted = " or ".join(str(rank) for rank in ranks)
         raise ArchitectureError(
             f"{hit.name}: expected {wanted} {'dimension' if ranks == (1,) else 'dimensions'}, found "
             f"{list(tensor.shape)}; the checkpoint is not what its names and config.json say"
         )
-    if tensor.shape[axis] != hidden:
+    if shape[axis] != hidden:
         raise ArchitectureError(
             f"{hit.name}: expected the hidden size {hidden} on axis {axis}, found {list(tensor.shape)}; "
             "the checkpoint is not what its names and config.json say, or the axis of a target is wrong"

@@ -42,6 +42,7 @@ _OTHER_WEIGHTS = {
     ".refuse",
 }
 _CONSOLIDATED = "consolidated"
+_QUANTISATION, _BESIDE = "quantization_config", "hf_quant_config.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _MLX_ADAPTER = re.compile(r"(?:\d+_)?adapters\.safetensors")
 _NUMBERED = re.compile(r"^(?P<stem>.*?)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
@@ -56,7 +57,8 @@ class Checkpoint:
         root: The folder that names are relative to; none of this machine where ``remote`` is set.
         shards: The weight files, sorted by name.
         tensors: Every tensor by name.
-        config: ``config.json`` as parsed, or None where there is none.
+        config: ``config.json`` as parsed, or None where there is none; with the ``quantization_config`` that
+            ``hf_quant_config.json`` beside it stands for.
         sidecars: Other files that an edited checkpoint keeps, relative names, sorted.
         left_out: Files that an edited checkpoint does not keep, with the reason.
         fingerprint: Digest of names, sizes, modification times (of remote files, digests) and headers.
@@ -257,7 +259,7 @@ def _checkpoint(
         root=Path(files.name),
         shards=tuple(shards),
         tensors=tensors,
-        config=_read_json(files, "config.json") if files.has("config.json") else None,
+        config=_read_config(files),
         sidecars=tuple(sidecars),
         left_out=tuple(left_out),
         fingerprint=_fingerprint(files, shards, sidecars),
@@ -358,6 +360,21 @@ def _check_numbering(files: Files, names: list[str]) -> None:
                 wanted = f"{match['stem']}-{number:05d}-of-{match['count']}.safetensors"
                 if wanted not in names:
                     raise CheckpointError(f"{files.shown(wanted)}: missing, although {name} is here; download it")
+
+
+def _read_config(files: Files) -> dict[str, Any] | None:
+    """Returns config.json, with what ModelOpt says of quantised weights beside it where it says nothing of them."""
+    if not files.has("config.json"):
+        return None
+    config = _read_json(files, "config.json")
+    text = config.get("text_config")
+    said = any(isinstance(place, dict) and place.get(_QUANTISATION) is not None for place in (config, text))
+    if said or not files.has(_BESIDE):
+        return config
+    quantisation = _read_json(files, _BESIDE).get("quantization")
+    if not isinstance(quantisation, dict):
+        raise CheckpointError(f"{files.shown(_BESIDE)}: expected an object as quantization; restore the file")
+    return {**config, _QUANTISATION: {"quant_method": "modelopt", **quantisation}}
 
 
 def _read_json(files: Files, name: str) -> dict[str, Any]:

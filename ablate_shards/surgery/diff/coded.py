@@ -46,7 +46,7 @@ class StoredScales:
 
     def of(self, first: int, count: int) -> np.ndarray:
         """Returns the scale of each of ``count`` values from a flat position on, float32."""
-        from ablate_shards.kernels.codecs.fp8 import spread
+        from ablate_shards.kernels.codecs.scales import spread
 
         rows, columns = self.shape[-2:]
         top, bottom = first // columns, -(-(first + count) // columns)
@@ -79,7 +79,7 @@ class StoredScales:
 
     def _rows(self, matrix: int, first: int, last: int) -> np.ndarray:
         """Reads rows of a matrix's scales, ``[blocks down, blocks across]`` float32."""
-        from ablate_shards.kernels.codecs.fp8 import SCALE_BYTES, decode_scales
+        from ablate_shards.kernels.codecs.scales import SCALE_BYTES, decode_scales
 
         rows, columns = self.shape[-2:]
         across = -(-columns // self.block[1])
@@ -172,11 +172,11 @@ class EqualScales:
         """Returns the mean step between the codes of each value, that of the code where they are equal."""
         import torch
 
-        from ablate_shards.kernels.codecs.fp8 import nearest_levels
+        from ablate_shards.kernels.codecs.e4m3 import E4M3
 
         scales = _scales(self._scales, self._first + first * self._columns, old)
         before, after = (torch.nan_to_num(values / scales) for values in (old, old + added))
-        levels = [torch.from_numpy(nearest_levels(each.numpy()).astype(np.float32)) for each in (before, after)]
+        levels = [torch.from_numpy(E4M3.nearest_levels(each.numpy()).astype(np.float32)) for each in (before, after)]
         apart = (levels[1] - levels[0]).abs_()
         codes = _codes(old, scales)
         return torch.where(apart > 0, added.abs() / apart.clamp(min=1.0), _steps(codes, codes).mul_(scales))

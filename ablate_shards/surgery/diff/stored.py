@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from ablate_shards.errors import ArchitectureError
-from ablate_shards.surgery.anatomy.scales import CODED, find_scales, names_of_scales, quantisation_of
+from ablate_shards.surgery.anatomy.scales import find_scales, names_of_scales, quantisation_of
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.diff.coded import StoredScales
 from ablate_shards.surgery.machine.files import pread_into
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["BARE", "CHUNK_BYTES", "FLOATS", "FloatType", "StoredTensor", "open_tensors", "same_bytes"]
 
 CHUNK_BYTES = 1 << 20
+_E4M3 = "F8_E4M3"
 #: How codes are stored whose scales are there and cannot be read.
 BARE = "FP8 with scales that cannot be read"
 
@@ -142,7 +143,7 @@ def open_tensors(checkpoint: Checkpoint, cleanup: ExitStack) -> dict[str, Stored
             tensors[info.name] = StoredTensor(info.name, info.dtype, info.shape, *place)
     quantisation = quantisation_of(checkpoint.config)
     for name, info in checkpoint.tensors.items():
-        if info.dtype != CODED or len(info.shape) < 2:
+        if info.dtype != _E4M3 or len(info.shape) < 2:
             continue
         try:
             found = find_scales(info, checkpoint.tensors, quantisation)

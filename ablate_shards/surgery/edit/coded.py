@@ -1,4 +1,4 @@
-"""Ablates a matrix of FP8 codes: the scales stay, and codes are chosen so that rounding does not undo the edit."""
+"""Ablates a matrix of codes: the scales stay, and codes are chosen so that rounding does not undo the edit."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ablate_shards.errors import ExecuteError
-from ablate_shards.surgery.anatomy.scales import Scales
+from ablate_shards.surgery.anatomy.scales import Scales, leading
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 from ablate_shards.surgery.edit.sections import Reader
 from ablate_shards.surgery.plan.edits import TensorEdit
@@ -17,6 +17,7 @@ from ablate_shards.surgery.plan.edits import TensorEdit
 if TYPE_CHECKING:
     from ablate_shards.kernels.ablate.options import Measure, ProjectOptions
     from ablate_shards.kernels.ablate.project import Meter, Projector, Workspace
+    from ablate_shards.kernels.codecs.scales import Spread
 
 __all__ = ["CodedMatrix", "CodesMeasured", "ReadRange", "RoundedMatrix", "Rounding"]
 
@@ -93,10 +94,10 @@ class CodesMeasured(NamedTuple):
 
 
 class CodedMatrix:
-    """A matrix of FP8 codes to ablate: see ``Section``.
+    """A matrix of codes to ablate: see ``Section``.
 
-    Its codes before and after are in memory from gathering to the last block, two bytes an element. The edited matrix
-    is there in stripes of columns: it is what an ablation of the decoded matrix in float32 gives.
+    Its codes before and after are in memory from gathering to the last block, as they are stored. The edited matrix is
+    there in stripes of columns: it is what an ablation of the decoded matrix in float32 gives.
 
     Args:
         edit: The tensor.
@@ -124,12 +125,15 @@ class CodedMatrix:
     ) -> None:
         self._edit, self._scales, self._number = edit, scales, number
         self._basis, self._workspace, self._read_scales, self._room = basis, workspace, read, room
-        self._rows, self._cols = edit.shape[-2:]
-        self.start = edit.start + number * self._rows * self._cols
-        self.end = self.start + self._rows * self._cols
+        *stack, self._rows = leading(edit.shape)
+        self._matrices = math.prod(stack)
+        self._row_bytes = (edit.end - edit.start) // max(1, self._matrices * self._rows)
+        self._cols = 0
+        self.start = edit.start + number * self._rows * self._row_bytes
+        self.end = self.start + self._rows * self._row_bytes
         self.block = 0
         self._chosen = np.empty((0, 0), np.uint8)
-        self._grid = np.empty((0, 0), np.float32)
+        self._spread: Spread
         self._before: Measure | None = None
 
     def gather(self, read: Reader) -> None:
@@ -140,12 +144,13 @@ class CodedMatrix:
         """
         from ablate_shards.kernels.ablate.project import Projector
 
+        self._spread = self._read_spread()
+        self._cols = self._columns(self._spread.grid.bits)
         shape = (1, self._rows, self._cols)
         projector = Projector(self._basis, shape, "F32", self._options, self._workspace())
         chunk = projector.chunk_rows
         self._step = max(chunk, self._room // max(1, self._cols) // chunk * chunk)
-        self.block = max(1, self._step * self._cols)
-        self._grid = self._decoded_scales()
+        self.block = max(1, self._step * self._row_bytes)
         codes = self._codes(read)
         step = 0
         while step < projector.passes:
@@ -169,9 +174,9 @@ class CodedMatrix:
         if self._meter is None:
             shape = (1, self._rows, self._cols)
             self._meter = Meter(self._basis, shape, "F32", self._options, self._workspace())
-        first = (offset - self.start) // self._cols
-        rows = slice(first, first + len(raw) // self._cols)
-        codes = raw.reshape(-1, self._cols)
+        first = (offset - self.start) // self._row_bytes
+        rows = slice(first, first + len(raw) // self._row_bytes)
+        codes = raw.reshape(-1, self._row_bytes)
         self._check_codes(codes)
         self._meter.add(self._loaded(self._decoded(codes, rows)), first)
 
@@ -191,10 +196,12 @@ class CodedMatrix:
 
     def _round(self, projector: "Projector", codes: np.ndarray) -> None:
         """Chooses the codes of stripe after stripe of the edited matrix."""
-        from ablate_shards.kernels.codecs.fp8 import spread
+        from ablate_shards.kernels.codecs.packing import ALIGNED, pack, packed_bytes, unpack
         from ablate_shards.kernels.rounding.directed import Rounded, round_directed
 
+        grid = self._spread.grid
         tile = max(1, _TILE // max(1, self._rows))
+        tile = tile if grid.bits == ALIGNED else -(-tile // ALIGNED) * ALIGNED
         width = max(tile, _STRIPE // (4 * max(1, self._rows)) // tile * tile)
         self._degenerate = 0
         tiles: list[Rounded] = []
@@ -206,9 +213,12 @@ class CodedMatrix:
             self._degenerate = projector.degenerate if first == 0 else self._degenerate
             for start in range(stripe.start, stripe.stop, tile):
                 part = slice(start, min(start + tile, stripe.stop))
-                scales = spread(self._grid, self._scales.block, every_row, part)
+                scales, zeros = self._spread.part(every_row, part)
                 wanted = target[:, part.start - first : part.stop - first]
-                tiles.append(round_directed(wanted, self._chosen[:, part], scales, self._basis))
+                raw = self._chosen[:, packed_bytes(start, grid.bits) : packed_bytes(part.stop, grid.bits)]
+                chosen = unpack(raw, grid.bits, part.stop - start)
+                tiles.append(round_directed(grid, wanted, chosen, scales, self._basis, zeros))
+                pack(chosen, grid.bits, raw)
         along, nearest, total, error, nearest_error, changed = (
             math.fsum(itertools.chain.from_iterable(each[measure] for each in tiles))
             for measure in range(len(Rounded._fields))
@@ -227,7 +237,7 @@ class CodedMatrix:
         return target
 
     def _codes(self, read: Reader) -> np.ndarray:
-        codes = np.empty((self._rows, self._cols), np.uint8)
+        codes = np.empty((self._rows, self._row_bytes), np.uint8)
         flat = codes.reshape(-1)
         for offset in range(self.start, self.end, self.block):
             data = read(offset, min(self.block, self.end - offset))
@@ -236,30 +246,59 @@ class CodedMatrix:
             self._check_codes(codes[rows])
         return codes
 
-    def _check_codes(self, codes: np.ndarray) -> None:
-        from ablate_shards.kernels.codecs.fp8 import has_nan
-
-        if has_nan(codes):
+    def _check_codes(self, raw: np.ndarray) -> None:
+        grid = self._spread.grid
+        if grid.bits == raw.itemsize * 8 and grid.has_nan(raw):
             raise self._refused("holds NaN codes (0x7F or 0xFF), which no projection can edit")
 
-    def _decoded_scales(self) -> np.ndarray:
-        """Returns the matrix's own scales, ``[blocks down, blocks across]`` float32."""
-        from ablate_shards.kernels.codecs.fp8 import decode_scales
+    def _columns(self, bits: int) -> int:
+        """Returns how many columns the matrix has: what a part says, or as many as its bytes hold."""
+        most = self._row_bytes * 8 // bits
+        if (part := self._scales.part("shape")) is None:
+            return most
+        said = np.frombuffer(self._read_scales(part.tensor), {"I64": "<i8", "I32": "<i4"}[part.dtype]).tolist()
+        expected = [*leading(self._edit.shape), said[-1]]
+        if said != expected or -(-said[-1] * bits // 32) * 4 != self._row_bytes:
+            raise self._refused(
+                f"{part.name} says {said}, but {self._row_bytes // 4} words a row of {bits} bits are "
+                f"{[*expected[:-1], most]}"
+            )
+        return int(said[-1])
 
-        whole, matrices = self._scales.tensor, math.prod(self._edit.shape[:-2])
-        size = (whole.end - whole.start) // max(1, matrices)
-        start = whole.start + self._number * size
-        raw = self._read_scales(TensorInfo(whole.name, whole.dtype, (), whole.shard, start, start + size))
-        values = decode_scales(raw, whole.dtype)
+    def _read_spread(self) -> "Spread":
+        """Returns the matrix's own scales and zero points."""
+        from ablate_shards.kernels.codecs.grids import grid_named
+        from ablate_shards.kernels.codecs.packing import unpack
+        from ablate_shards.kernels.codecs.scales import Spread, decode_scales
+
+        grid, block = grid_named(self._scales.codes), self._scales.block
+        values = decode_scales(self._read_own(self._scales.tensor), self._scales.dtype)
+        if (part := self._scales.part("multiplier", "divisor")) is not None:
+            factor = decode_scales(self._read_own(part.tensor), part.dtype)
+            with np.errstate(all="ignore"):
+                values = values * factor if part.role == "multiplier" else values / factor
         if not (np.isfinite(values) & (values >= 0)).all():
-            raise self._refused(f"its scales {whole.name} hold NaN, infinite or negative values")
-        return values.reshape(-(-self._rows // self._scales.block[0]), -1)
+            name = self._scales.name if part is None else f"{self._scales.name} and {part.name}"
+            raise self._refused(f"its scales {name} hold NaN, infinite or negative values")
+        values = values.reshape(-(-self._rows // block[0]), -1)
+        zeros = None
+        if (part := self._scales.part("zero points")) is not None:
+            words = np.frombuffer(self._read_own(part.tensor), "<i4").reshape(-1, values.shape[1])
+            codes = unpack(np.ascontiguousarray(words.T).view(np.uint8), grid.bits, self._rows)
+            zeros = np.ascontiguousarray(grid.levels_of(codes).T.astype(np.int8))
+        return Spread(grid, block, values, zeros)
 
-    def _decoded(self, codes: np.ndarray, rows: slice) -> np.ndarray:
+    def _read_own(self, whole: TensorInfo) -> bytes:
+        """Returns the bytes of a tensor that are this matrix's."""
+        size = (whole.end - whole.start) // max(1, self._matrices)
+        start = whole.start + self._number * size
+        return self._read_scales(TensorInfo(whole.name, whole.dtype, (), whole.shard, start, start + size))
+
+    def _decoded(self, raw: np.ndarray, rows: slice) -> np.ndarray:
         """Returns what the codes of some rows stand for, float32."""
-        from ablate_shards.kernels.codecs.fp8 import decode_rows
+        from ablate_shards.kernels.codecs.packing import unpack
 
-        return decode_rows(codes, self._grid, self._scales.block, rows.start)
+        return self._spread.decode_rows(unpack(raw, self._spread.grid.bits, self._cols), rows.start)
 
     def _loaded(self, values: np.ndarray) -> "object":
         return self._workspace().arrays.load(_bytes_of(values), "F32", (1, *values.shape))
@@ -269,7 +308,7 @@ class CodedMatrix:
             yield slice(start, min(start + self._step, self._rows))
 
     def _refused(self, why: str) -> ExecuteError:
-        where = f"{self._edit.name}, expert {self._number}" if len(self._edit.shape) > 2 else self._edit.name
+        where = f"{self._edit.name}, expert {self._number}" if len(leading(self._edit.shape)) > 1 else self._edit.name
         return ExecuteError(f"{where}: {why}; fetch its shard again, or leave it out with --layers or --components")
 
     @property

@@ -14,6 +14,7 @@ import numpy as np
 from ablate_shards import __version__
 from ablate_shards.errors import VerifyError
 from ablate_shards.names import RECEIPT_NAME
+from ablate_shards.surgery.anatomy.scales import Scales
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.files import Files, Folder
 from ablate_shards.surgery.directions.directions import Directions
@@ -200,8 +201,11 @@ def with_range(record: Mapping[str, Any], **more: Any) -> dict[str, Any]:
 
 def _as_edit(record: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a tensor's record as the plan has it."""
-    scales = {"scales": with_range(record["scales"])} if "scales" in record else {}
-    return with_range(record, basis=record, **scales)
+    if "scales" not in record:
+        return with_range(record, basis=record)
+    scales = record["scales"]
+    more = {"parts": [with_range(part) for part in scales["parts"]]} if "parts" in scales else {}
+    return with_range(record, basis=record, scales=with_range(scales, **more))
 
 
 def _result_of(record: Mapping[str, Any], place: str) -> TensorResult:
@@ -274,13 +278,22 @@ def _record(edit: TensorEdit, result: TensorResult) -> dict[str, Any]:
         **dataclasses.asdict(result),
     }
     if edit.scales is not None:
-        scales = dataclasses.asdict(edit.scales)
-        start, end = scales.pop("start"), scales.pop("end")
-        record |= {
-            "stored_as": edit.scales.form(edit.shape),
-            "scales": {**scales, "bytes": [start, end]},
-        }
+        record |= {"stored_as": edit.scales.form(edit.shape), "scales": _record_scales(edit.scales)}
     return record
+
+
+def _record_scales(scales: Scales) -> dict[str, Any]:
+    record = _with_bytes(dataclasses.asdict(scales))
+    parts, codes = record.pop("parts"), record.pop("codes")
+    # FP8 is what is meant where nothing is said.
+    said = {} if codes == "E4M3" else {"codes": codes}
+    return record | said | ({"parts": [_with_bytes(part) for part in parts]} if parts else {})
+
+
+def _with_bytes(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns a record with its ``start`` and ``end`` as ``bytes``: the reverse of :func:`with_range`."""
+    start, end = record.pop("start"), record.pop("end")
+    return {**record, "bytes": [start, end]}
 
 
 def _encode(arrays: Mapping[int, np.ndarray], layers: set[int]) -> dict[str, Any]:

@@ -64,6 +64,8 @@ class Plan:
         for edit in content["edits"]:
             if edit["scales"] is None:
                 del edit["scales"]
+            elif not edit["scales"]["parts"] and edit["scales"]["codes"] == "E4M3":
+                del edit["scales"]["parts"], edit["scales"]["codes"]
         return content
 
     def sha256(self) -> str:

@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from ablate_shards.errors import AblateError, ArchitectureError, CheckpointError, HubError, UsageError, VerifyError
 from ablate_shards.names import BEGIN, CARD, MERGE_RECEIPT_NAME, RECEIPT_NAME, RECEIPT_NAMES, is_report
-from ablate_shards.surgery.anatomy.scales import CODED, find_scales, quantisation_of
+from ablate_shards.surgery.anatomy.scales import find_scales, is_codes, leading, quantisation_of
 from ablate_shards.surgery.checkpoint.amended import amend
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range
 from ablate_shards.surgery.checkpoint.files import Files, Folder
@@ -196,7 +196,8 @@ def _recorded_ablation(checkpoint: Checkpoint, out: Files) -> _Recorded:
     for edit in receipt.edits:
         if not _describes(edit, checkpoint, receipt.directions):
             raise _unfitting(edit.name, path)
-    scales = {edit.scales.name for edit in receipt.edits if edit.scales is not None}
+    coded = [edit.scales for edit in receipt.edits if edit.scales is not None]
+    scales = {name for scales in coded for name in (scales.name, *(part.name for part in scales.parts))}
     if edited := next((edit.name for edit in receipt.edits if edit.name in scales), None):
         raise _unfitting(edited, path)
     bases = resolve_bases(receipt.edits, checkpoint, receipt.directions)
@@ -517,16 +518,18 @@ class _CodesCheck:
     def problem(self) -> str | None:
         """Returns what is wrong."""
         total = self._edit.end - self._edit.start
-        return f"{self.differing} of {total} codes are not those that the edit gives" if self.differing else None
+        what = "codes" if self._edit.dtype == "F8_E4M3" else "bytes of codes"
+        return f"{self.differing} of {total} {what} are not those that the edit gives" if self.differing else None
 
 
 def _describes(edit: TensorEdit, checkpoint: Checkpoint, directions: Directions) -> bool:
     tensor = checkpoint.tensors.get(edit.name)
     ranks, axes = ((1, 2), (-1,)) if edit.kind == "bias" else ((2, 3), (-2, -1))
+    shape = edit.shape if edit.scales is None else (*leading(edit.shape), 1)
     key = edit.basis
     if (
         tensor is None
-        or len(edit.shape) not in ranks
+        or len(shape) not in ranks
         or edit.axis not in axes
         or not all(layer in directions.basis for layer in neighbours(key.source_layer))
     ):
@@ -537,7 +540,7 @@ def _describes(edit: TensorEdit, checkpoint: Checkpoint, directions: Directions)
         (tensor.shard, tensor.dtype, tensor.shape, tensor.start, tensor.end)
         == (edit.shard, edit.dtype, edit.shape, edit.start, edit.end)
         and _stored_right(edit, checkpoint)
-        and edit.shape[edit.axis] == hidden[0]
+        and shape[edit.axis] == hidden[0]
         and all(layer in directions.reference for layer in key.references)
         and all(directions.reference[layer].shape == hidden for layer in key.references)
         and (key.gain is None or (gain is not None and gain.shape == hidden))
@@ -548,7 +551,7 @@ def _stored_right(edit: TensorEdit, checkpoint: Checkpoint) -> bool:
     """Returns whether an edit's dtype is one that is edited, and its scales are the source's own."""
     if edit.scales is None:
         return edit.dtype in ITEM_BYTES
-    if (edit.dtype, edit.kind, edit.axis) != (CODED, "weight", -2):
+    if (edit.kind, edit.axis) != ("weight", -2) or not is_codes(checkpoint.tensors[edit.name], ".weight"):
         return False
     try:
         found = find_scales(checkpoint.tensors[edit.name], checkpoint.tensors, quantisation_of(checkpoint.config))

@@ -1,0 +1,88 @@
+"""What codes are multiplied by, and their zero points: one for each block of a matrix."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ablate_shards.kernels.codecs.e4m3 import E4M3
+from ablate_shards.kernels.codecs.grid import Grid
+from ablate_shards.kernels.codecs.plain import decoded
+
+__all__ = ["SCALE_BYTES", "Spread", "decode_scales", "spread"]
+
+SCALE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1}
+"""Bytes of a scale by its dtype; U8 are the bits of E8M0, a power of two."""
+
+_POWERS = np.array([*(2.0 ** (exponent - 127) for exponent in range(255)), np.nan], np.float32)
+#: Columns of a block from which on blocks are multiplied one by one.
+_WIDE = 64
+
+
+def decode_scales(raw: bytes, dtype: str) -> np.ndarray:
+    """Return scales as float32 ``[count]``; one that is NaN stays NaN."""
+    if dtype == "F8_E4M3":
+        values: np.ndarray = E4M3.values[np.frombuffer(raw, np.uint8)]
+        return values
+    if dtype in ("F8_E8M0", "U8"):
+        powers: np.ndarray = _POWERS[np.frombuffer(raw, np.uint8)]
+        return powers
+    return decoded(np.frombuffer(raw, {"F32": "<f4", "BF16": "<u2", "F16": "<f2"}[dtype]), np.float32)
+
+
+def spread(values: np.ndarray, block: tuple[int, int], rows: slice, columns: slice) -> np.ndarray:
+    """Return the scale or zero point of each element in a part of a matrix, ``[rows, columns]``, perhaps broadcast.
+
+    Args:
+        values: ``[blocks down, blocks across]``; the last ones may reach beyond the matrix.
+        block: Rows and columns of a block.
+        rows: The rows wanted, both ends given.
+        columns: The columns wanted, likewise.
+    """
+    down: np.ndarray = values[np.arange(rows.start, rows.stop) // block[0]]
+    if values.shape[1] == 1:
+        return down
+    first = columns.start // block[1]
+    wide = np.repeat(down[:, first : -(-columns.stop // block[1])], block[1], axis=1)
+    part: np.ndarray = wide[:, columns.start - first * block[1] :][:, : columns.stop - columns.start]
+    return part
+
+
+class Spread(NamedTuple):
+    """The scales of a matrix of codes, and its zero points where it has them.
+
+    Attributes:
+        grid: What the codes mean.
+        block: Rows and columns that one scale is for.
+        scales: ``[blocks down, blocks across]`` float32.
+        zeros: The same of levels, int8; None where zero is zero.
+    """
+
+    grid: Grid
+    block: tuple[int, int]
+    scales: np.ndarray
+    zeros: np.ndarray | None = None
+
+    def part(self, rows: slice, columns: slice) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the scale and the zero point of each element in a part of the matrix: :func:`spread`."""
+        zeros = None if self.zeros is None else spread(self.zeros, self.block, rows, columns)
+        return spread(self.scales, self.block, rows, columns), zeros
+
+    def decode_rows(self, codes: np.ndarray, first: int) -> np.ndarray:
+        """Return what whole rows of the matrix stand for, float32.
+
+        Args:
+            codes: ``[rows, cols]`` uint8.
+            first: The number of the first row.
+        """
+        values: np.ndarray = self.grid.values[codes]
+        rows, columns = slice(first, first + len(codes)), slice(0, codes.shape[1])
+        if self.zeros is not None:
+            values -= spread(self.zeros, self.block, rows, columns)
+        with np.errstate(over="ignore", under="ignore"):
+            if self.block[1] < _WIDE:
+                values *= spread(self.scales, self.block, rows, columns)
+                return values
+            down = self.scales[np.arange(rows.start, rows.stop) // self.block[0]]
+            for number in range(self.scales.shape[1]):
+                values[:, number * self.block[1] : (number + 1) * self.block[1]] *= down[:, number, None]
+        return values
