@@ -9,7 +9,7 @@ enum {
     ROWS_AHEAD = 16,  /* by which they are fetched before their use */
     BUCKETS = 64,     /* of prices; what moves nothing is in one more */
     MOST_ROUNDS = 12, /* reference.py: ROUNDS and POLISHES */
-    MOST_POLISHES = 8,
+    MOST_POLISHES = 40,
 };
 
 /* A matrix and what it is rounded with. Scales and zero points are read with strides, in elements, which may be 0. */

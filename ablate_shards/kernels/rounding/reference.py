@@ -11,7 +11,7 @@ __all__ = ["BUCKETS", "POLISHES", "ROUNDS", "bucket_of", "round_by_definition"]
 ROUNDS = 12
 """How often moves are taken in the order of their price at most."""
 
-POLISHES = 8
+POLISHES = 40
 """How many best single moves follow at most."""
 
 BUCKETS = 64
