@@ -128,7 +128,7 @@ def write_fp8(
 
 
 TORCH = {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.float8_e8m0fnu, "F8_E8M0": torch.float8_e8m0fnu}
-TORCH |= {"F32": torch.float32, "BF16": torch.bfloat16}
+TORCH |= {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16}
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -159,13 +159,27 @@ GROUPS = {
     "int8 in groups of 32": {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True},
     "int3 per channel, with zero points": {"num_bits": 3, "type": "int", "strategy": "channel", "symmetric": False},
 }
+#: Bits, size of groups, and what else the configuration says.
+TRANSPOSED = {
+    "GPTQ int4 in groups of 32, with zero points": (4, 32, {"quant_method": "gptq", "sym": False}),
+    "GPTQ int4 in groups of 64, with zero points (order of activations)": (
+        4,
+        64,
+        {"quant_method": "gptq", "desc_act": True, "checkpoint_format": "gptq_v2"},
+    ),
+    "GPTQ int3 per channel, with zero points": (3, -1, {"quant_method": "gptq", "checkpoint_format": "gptq"}),
+    "AWQ int4 in groups of 64, with zero points": (4, 64, {"quant_method": "awq", "version": "gemm"}),
+}
+AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
 FLOATS = {
     "MXFP8": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32},
     "MXFP4": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
     "NVFP4": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
 }
+#: What follows the module's name in that of the codes.
+CODES = ("weight", "weight_packed", "qweight")
 #: How a writer is stored, by a name; its own names are those that `inspect` shows, with the spelling in brackets.
-FORMS = (*GROUPS, "MXFP8", "MXFP4", "NVFP4", "NVFP4 (ModelOpt)", "MXFP4 (DeepSeek)")
+FORMS = (*GROUPS, *TRANSPOSED, "MXFP8", "MXFP4", "NVFP4", "NVFP4 (ModelOpt)", "MXFP4 (DeepSeek)")
 
 
 def quantisation_as(form: str) -> dict:
@@ -174,6 +188,9 @@ def quantisation_as(form: str) -> dict:
         return {"quant_method": "modelopt", "quant_algo": "NVFP4"}
     if form == "MXFP4 (DeepSeek)":
         return {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    if form in TRANSPOSED:
+        bits, size, more = TRANSPOSED[form]
+        return {"bits": bits, "group_size": size, **more}
     weights = (GROUPS | FLOATS)[form]
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
 
@@ -192,8 +209,80 @@ def unpacked(words: torch.Tensor, bits: int, cols: int) -> torch.Tensor:
     return torch.tensor([[row >> bits * i & (1 << bits) - 1 for i in range(cols)] for row in wide])
 
 
+def outputs_packed(codes: torch.Tensor) -> torch.Tensor:
+    """Packs codes ``[n, outputs]`` of four bits into words as AWQ does, eight outputs in the order of its kernel."""
+    words = [
+        [
+            sum(int(row[first + place]) << 4 * k for k, place in enumerate(AWQ_OUTPUTS))
+            for first in range(0, len(row), 8)
+        ]
+        for row in codes.tolist()
+    ]
+    return torch.tensor(words, dtype=torch.int64).to(torch.uint32).view(torch.int32)
+
+
+def outputs_unpacked(words: torch.Tensor) -> torch.Tensor:
+    """The reverse of :func:`outputs_packed`."""
+    wide = words.view(torch.uint32).to(torch.int64)
+    codes = torch.empty(len(wide), wide.shape[1], 8, dtype=torch.int64)
+    for k, place in enumerate(AWQ_OUTPUTS):
+        codes[..., place] = wide >> 4 * k & 15
+    return codes.flatten(1)
+
+
+def groups_of(form: str, cols: int) -> torch.Tensor:
+    """The group of each input of a form of :data:`TRANSPOSED`."""
+    size = cols if TRANSPOSED[form][1] == -1 else TRANSPOSED[form][1]
+    groups = torch.arange(cols) // size
+    order = torch.randperm(cols, generator=torch.Generator().manual_seed(1))
+    return groups[order] if "desc_act" in TRANSPOSED[form][2] else groups
+
+
+def store_transposed(values: torch.Tensor, form: str) -> dict[str, tuple[str, torch.Tensor]]:
+    """The parts of a writer ``[out, in]`` as GPTQ and AWQ store it."""
+    bits, _, said = TRANSPOSED[form]
+    groups, most = groups_of(form, values.shape[1]), (1 << bits) - 1
+    count = int(groups.max()) + 1
+    low = torch.stack([values[:, groups == group].amin(1) for group in range(count)]).clamp(max=0)
+    high = torch.stack([values[:, groups == group].amax(1) for group in range(count)]).clamp(min=0)
+    scales = ((high - low) / most).half()
+    zeros = torch.round(-low / scales.float()).clamp(1, most)
+    codes = (torch.round(values / scales.float()[groups].T) + zeros[groups].T).clamp(0, most).to(torch.int64)
+    if said["quant_method"] == "awq":
+        return {
+            "qweight": ("I32", outputs_packed(codes.T)),
+            "qzeros": ("I32", outputs_packed(zeros.to(torch.int64))),
+            "scales": ("F16", scales),
+        }
+    less = 0 if said.get("checkpoint_format") == "gptq_v2" else 1
+    return {
+        "qweight": ("I32", packed(codes, bits).T.contiguous()),
+        "qzeros": ("I32", packed(zeros - less, bits)),
+        "scales": ("F16", scales),
+        "g_idx": ("I32", groups.to(torch.int32)),
+    }
+
+
+def transposed_value(parts: dict[str, torch.Tensor], form: str) -> torch.Tensor:
+    """What the parts of :func:`store_transposed` stand for."""
+    bits, _, said = TRANSPOSED[form]
+    scales = parts["scales"].float()
+    rows = scales.shape[1]
+    if said["quant_method"] == "awq":
+        codes, zeros = outputs_unpacked(parts["qweight"]).T, outputs_unpacked(parts["qzeros"])
+    else:
+        words = parts["qweight"].T.contiguous()
+        less = 0 if said.get("checkpoint_format") == "gptq_v2" else 1
+        codes = unpacked(words, bits, words.shape[1] * 32 // bits)
+        zeros = unpacked(parts["qzeros"], bits, rows) + less
+    groups = groups_of(form, codes.shape[1])
+    return (codes - zeros[groups].T) * scales[groups].T
+
+
 def store(values: torch.Tensor, form: str) -> dict[str, tuple[str, torch.Tensor]]:
     """The parts of a writer ``[out, in]``, by what follows the module's name: dtype and tensor."""
+    if form in TRANSPOSED:
+        return store_transposed(values, form)
     rows, cols = values.shape
     if form in GROUPS:
         how = GROUPS[form]
@@ -247,6 +336,8 @@ def store(values: torch.Tensor, form: str) -> dict[str, tuple[str, torch.Tensor]
 
 def value_of(parts: dict[str, torch.Tensor], form: str) -> torch.Tensor:
     """What the parts of a writer stand for, float32, computed by the format's definition."""
+    if form in TRANSPOSED:
+        return transposed_value(parts, form)
     if form in GROUPS:
         how = GROUPS[form]
         bits, half = how["num_bits"], 1 << (how["num_bits"] - 1)
@@ -287,7 +378,7 @@ def write_coded(
         for module in ("self_attn.o_proj", "mlp.down_proj"):
             parts = store(torch.randn((hidden, inner), generator=generator) * 0.05, form)
             for rest, (dtype, tensor) in parts.items():
-                codes = rest in ("weight", "weight_packed")
+                codes = rest in CODES
                 (first if codes else second)[f"{prefix}{module}.{rest}"] = (dtype, tuple(tensor.shape), raw_of(tensor))
     folder.mkdir(parents=True)
     names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]

@@ -189,7 +189,6 @@ class TestQuantised:
             ("weight", "F8_E4M3", {"weight_scale_inv": "F32", "weight_zero_point": "F8_E4M3"}),
             ("weight", "U8", {"weight.absmax": "F32", "weight.quant_state.bitsandbytes__nf4": "U8"}),
             ("weight", "I8", {"SCB": "F32"}),
-            ("qweight", "I32", {"qzeros": "I32", "scales": "F16", "g_idx": "I32"}),
             ("weight", "F64", {}),
         ],
     )

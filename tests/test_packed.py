@@ -1,4 +1,4 @@
-"""Checkpoints in packed integers, MXFP4, MXFP8 and NVFP4 are edited in place, whatever their names and scales."""
+"""Checkpoints in packed integers, GPTQ, AWQ, MXFP4, MXFP8 and NVFP4 are edited in place, whatever their names."""
 
 import json
 import re
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from coded_checkpoints import (
+    CODES,
     FORMS,
     GROUPS,
     direction_of,
@@ -14,6 +15,7 @@ from coded_checkpoints import (
     quantisation_as,
     raw_of,
     store,
+    unpacked,
     value_of,
     write_coded,
     write_tensors,
@@ -56,7 +58,7 @@ def records(folder):
 
 def inner_of(form):
     """Inputs of a writer: what no word or byte ends with, where the form takes that."""
-    return 203 if "per channel" in form else 192
+    return 203 if "per channel" in form and "GPTQ" not in form else 192
 
 
 @pytest.fixture(params=FORMS)
@@ -80,7 +82,7 @@ def test_only_codes_change_and_the_direction_is_gone(case):
     old, new = parts_of(source), parts_of(folder / "out")
     for module, parts in old.items():
         changed = {rest for rest in parts if raw_of(parts[rest]) != raw_of(new[module][rest])}
-        assert changed == {rest for rest in parts if rest in ("weight", "weight_packed")}
+        assert changed == {rest for rest in parts if rest in CODES}
         weight, written = value_of(parts, form), value_of(new[module], form)
         record = records(folder / "out")[module]
         ideal, _ = reference.ablate(weight, basis, preserve="columns")
@@ -92,7 +94,7 @@ def test_only_codes_change_and_the_direction_is_gone(case):
         assert record["changed"] == int((weight != written).sum())
         assert record["stored_as"] == form.partition(" (")[0]
         named = {record["scales"]["name"], *(part["name"] for part in record["scales"].get("parts", ()))}
-        assert named == {f"{module}.{rest}" for rest in parts if rest not in ("weight", "weight_packed")}
+        assert named == {f"{module}.{rest}" for rest in parts if rest not in CODES}
     assert "4 edited tensors recomputed, 4 to the bit" in checked("verify", source, folder / "out").output
 
 
@@ -110,7 +112,14 @@ def test_at_the_width_of_a_real_model_a_thousandth_is_left_where_the_nearest_cod
 
 @pytest.mark.parametrize("preserve", ["rows", "none"])
 @pytest.mark.parametrize("coefficient", [0, 0.5, 2])
-@pytest.mark.parametrize("form", ["int4 in groups of 64, with zero points", "NVFP4"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "int4 in groups of 64, with zero points",
+        "GPTQ int4 in groups of 64, with zero points (order of activations)",
+        "NVFP4",
+    ],
+)
 def test_other_norms_and_coefficients_come_as_near(tmp_path, preserve, coefficient, form):
     source = write_coded(tmp_path / "source", form, hidden=1024, layers=1)
     basis = write_basis(tmp_path, 1024)
@@ -179,7 +188,7 @@ def test_verify_finds_a_single_code_and_every_part_that_differs(case):
         file.write_bytes(raw)
         found = checked("verify", source, folder / "out", code=1).output
         if place is record:
-            assert re.search(r"down_proj.weight\w*: 1 of \d+ (bytes of )?codes are not those that the edit", found)
+            assert re.search(r"down_proj.q?weight\w*: 1 of \d+ (bytes of )?codes are not those that the edit", found)
         else:
             assert f"{place['name']}: differs from the source" in found
         file.write_bytes(whole)
@@ -191,7 +200,8 @@ def test_inspect_and_dry_run_say_how_codes_are_stored(case):
     name = form.partition(" (")[0]
     assert f"4 writers in {name}: codes are edited" in " ".join(checked("inspect", source).output.split())
     plan = checked(source, folder / "out", *options(folder, "--dry-run")).output
-    assert f"4 tensors in {name.split()[0]}: codes would be edited" in plan
+    kind = re.sub(r" (?:in groups|per channel).*", "", name)
+    assert f"4 tensors in {kind}: codes would be edited" in plan
 
 
 def test_a_nested_configuration_is_read(tmp_path):
@@ -252,6 +262,12 @@ def without(source, rest):
         ("NVFP4", "weight_global_scale", "expected one of .*weight_scale_2 and .*weight_global_scale .*, found none"),
         ("NVFP4 (ModelOpt)", "weight_scale_2", "expected one of .*weight_scale_2 and .*, found none"),
         ("MXFP4", "weight_scale", "expected the scales of FP4 codes in .*weight_scale, found none"),
+        (
+            "AWQ int4 in groups of 64, with zero points",
+            "scales",
+            "expected the scales of .* AWQ in .*scales, found none",
+        ),
+        ("GPTQ int3 per channel, with zero points", "qzeros", "expected .*qzeros beside .* GPTQ or AWQ, found none"),
     ],
 )
 def test_a_part_that_is_missing_is_named(tmp_path, form, rest, message):
@@ -259,7 +275,7 @@ def test_a_part_that_is_missing_is_named(tmp_path, form, rest, message):
     write_basis(tmp_path, 256)
     without(source, rest)
     output = " ".join(checked(source, tmp_path / "out", *options(tmp_path), code=1).output.split())
-    assert f"{DOWN}.weight" in output
+    assert re.search(rf"{DOWN}\.q?weight", output)
     assert re.search(message, output), output
     assert not (tmp_path / "out").exists()
 
@@ -286,6 +302,23 @@ def test_a_part_that_is_missing_is_named(tmp_path, form, rest, message):
             {"config_groups": {"a": {"weights": {"num_bits": 8, "type": "float"}}}},
             "expected config_groups to have floats of 4 bits in groups of 16",
         ),
+        (
+            "GPTQ int3 per channel, with zero points",
+            {"checkpoint_format": "marlin"},
+            "expected gptq or gptq_v2 as checkpoint_format of .*, found 'marlin'",
+        ),
+        (
+            "GPTQ int3 per channel, with zero points",
+            {"bits": 4},
+            r"expected \[1, 256\] as .*scales, found|expected .* as .*qzeros, found",
+        ),
+        (
+            "AWQ int4 in groups of 64, with zero points",
+            {"version": "gemv"},
+            "expected gemm as version of .*, found 'gemv'",
+        ),
+        ("AWQ int4 in groups of 64, with zero points", {"group_size": 32}, r"expected \[6, 256\] as .*scales, found"),
+        ("AWQ int4 in groups of 64, with zero points", {"bits": 3}, "expected bits of .* group_size, found 3 and 64"),
         ("NVFP4 (ModelOpt)", {"quant_method": "fp8"}, "expected modelopt, quark as quant_method of FP4 codes"),
     ],
 )
@@ -295,7 +328,7 @@ def test_what_does_not_fit_is_refused_by_name_with_a_way_out(tmp_path, form, cha
     source = write_coded(tmp_path / "source", form, config=config)
     write_basis(tmp_path, 256)
     output = " ".join(checked(source, tmp_path / "out", *options(tmp_path), code=1).output.split())
-    assert "_proj.weight" in output
+    assert re.search(r"_proj\.q?weight", output)
     assert "dequantise the checkpoint" in output
     assert re.search(message, output), output
     assert not (tmp_path / "out").exists()
@@ -334,16 +367,46 @@ def test_values_that_cannot_be_are_refused_by_name(tmp_path, form, rest, raw, me
     assert not (tmp_path / "out").exists()
 
 
-def test_the_order_of_columns_is_refused_by_name(tmp_path):
-    source = write_coded(tmp_path / "source", "int4 in groups of 32", layers=1)
-    write_basis(tmp_path, 256)
+def put_groups(source, groups):
+    """Says of the first MLP in which group each of its columns is."""
     index = json.loads((source / "model.safetensors.index.json").read_text())
     name = "model.layers.0.mlp.down_proj.weight_g_idx"
-    write_tensors(source / "more.safetensors", {name: ("I32", (192,), bytes(4 * 192))})
+    write_tensors(source / "more.safetensors", {name: ("I32", tuple(groups.shape), raw_of(groups.to(torch.int32)))})
     index["weight_map"][name] = "more.safetensors"
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_columns_whose_groups_are_in_another_order_have_the_scales_of_theirs(tmp_path):
+    form = "int4 in groups of 32"
+    source = write_coded(tmp_path / "source", form, layers=1, hidden=1024)
+    basis = write_basis(tmp_path, 1024)
+    order = torch.randperm(192, generator=torch.Generator().manual_seed(2))
+    put_groups(source, order // 32)
+    checked(source, tmp_path / "out", *options(tmp_path, "--layers", 0))
+    module = "model.layers.0.mlp.down_proj"
+    scales = parts_of(source)[module]["weight_scale"].float()[:, order // 32]
+    weight, written = (
+        (unpacked(parts_of(folder)[module]["weight_packed"], 4, 192) - 8) * scales
+        for folder in (source, tmp_path / "out")
+    )
+    assert left(written, basis) < 1e-3 * left(weight, basis)
+    assert records(tmp_path / "out")[module]["before"] == pytest.approx(left(weight, basis), rel=1e-4)
+
+    put_groups(source, torch.full((192,), -1))
+    checked(source, tmp_path / "plain", *options(tmp_path, "--layers", 0))
+    weight = value_of(parts_of(source)[module], form)
+    assert records(tmp_path / "plain")[module]["before"] == pytest.approx(left(weight, basis), rel=1e-4)
+
+
+@pytest.mark.parametrize("groups", [torch.arange(192), torch.zeros(7), torch.arange(192) - 200])
+def test_groups_that_cannot_be_are_refused_by_name(tmp_path, groups):
+    source = write_coded(tmp_path / "source", "int4 in groups of 32", layers=1)
+    write_basis(tmp_path, 256)
+    put_groups(source, groups)
     output = " ".join(checked(source, tmp_path / "out", *options(tmp_path, "--layers", 0), code=1).output.split())
-    assert "down_proj.weight_packed: its columns are in the order of" in output
+    assert re.search(
+        r"down_proj.weight_packed: .*weight_g_idx has \d+ numbers .* there are 192 columns in 6 groups", output
+    )
 
 
 # ---------------------------------------------------------------------------------------- gpt-oss, and models that run

@@ -29,7 +29,9 @@ def decode_scales(raw: bytes, dtype: str) -> np.ndarray:
     return decoded(np.frombuffer(raw, {"F32": "<f4", "BF16": "<u2", "F16": "<f2"}[dtype]), np.float32)
 
 
-def spread(values: np.ndarray, block: tuple[int, int], rows: slice, columns: slice) -> np.ndarray:
+def spread(
+    values: np.ndarray, block: tuple[int, int], rows: slice, columns: slice, groups: np.ndarray | None = None
+) -> np.ndarray:
     """Return the scale or zero point of each element in a part of a matrix, ``[rows, columns]``, perhaps broadcast.
 
     Args:
@@ -37,8 +39,12 @@ def spread(values: np.ndarray, block: tuple[int, int], rows: slice, columns: sli
         block: Rows and columns of a block.
         rows: The rows wanted, both ends given.
         columns: The columns wanted, likewise.
+        groups: ``[cols]`` integers, the block of each column; None where they follow each other.
     """
     down: np.ndarray = values[np.arange(rows.start, rows.stop) // block[0]]
+    if groups is not None:
+        chosen: np.ndarray = down[:, groups[columns]]
+        return chosen
     if values.shape[1] == 1:
         return down
     first = columns.start // block[1]
@@ -55,17 +61,19 @@ class Spread(NamedTuple):
         block: Rows and columns that one scale is for.
         scales: ``[blocks down, blocks across]`` float32.
         zeros: The same of levels, int8; None where zero is zero.
+        groups: ``[cols]`` integers, the block of each column; None where they follow each other.
     """
 
     grid: Grid
     block: tuple[int, int]
     scales: np.ndarray
     zeros: np.ndarray | None = None
+    groups: np.ndarray | None = None
 
     def part(self, rows: slice, columns: slice) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the scale and the zero point of each element in a part of the matrix: :func:`spread`."""
-        zeros = None if self.zeros is None else spread(self.zeros, self.block, rows, columns)
-        return spread(self.scales, self.block, rows, columns), zeros
+        zeros = None if self.zeros is None else spread(self.zeros, self.block, rows, columns, self.groups)
+        return spread(self.scales, self.block, rows, columns, self.groups), zeros
 
     def decode_rows(self, codes: np.ndarray, first: int) -> np.ndarray:
         """Return what whole rows of the matrix stand for, float32.
@@ -77,10 +85,10 @@ class Spread(NamedTuple):
         values: np.ndarray = self.grid.values[codes]
         rows, columns = slice(first, first + len(codes)), slice(0, codes.shape[1])
         if self.zeros is not None:
-            values -= spread(self.zeros, self.block, rows, columns)
+            values -= spread(self.zeros, self.block, rows, columns, self.groups)
         with np.errstate(over="ignore", under="ignore"):
-            if self.block[1] < _WIDE:
-                values *= spread(self.scales, self.block, rows, columns)
+            if self.block[1] < _WIDE or self.groups is not None:
+                values *= spread(self.scales, self.block, rows, columns, self.groups)
                 return values
             down = self.scales[np.arange(rows.start, rows.stop) // self.block[0]]
             for number in range(self.scales.shape[1]):

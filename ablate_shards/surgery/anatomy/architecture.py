@@ -11,7 +11,7 @@ from ablate_shards.surgery.anatomy.absent import PARTS, Absent, counted_by, miss
 from ablate_shards.surgery.anatomy.advice import advise
 from ablate_shards.surgery.anatomy.families import FAMILIES, Axis, Component, Family, Layout, Module
 from ablate_shards.surgery.anatomy.roles import is_lone_bias, orientation, role_of, split_stack
-from ablate_shards.surgery.anatomy.scales import Scales, find_scales, is_beside_codes, is_codes, leading
+from ablate_shards.surgery.anatomy.scales import Scales, find_scales, is_beside_codes, is_codes
 from ablate_shards.surgery.anatomy.wrappers import unwrapped
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
@@ -683,8 +683,8 @@ def _weights_among(
     if codes is None or not all(hit is codes or is_beside_codes(hit.rest, codes.rest) for hit in parts):
         blocked = _blocked(parts, tensors)
         return ([] if blocked else parts), None, blocked
-    # Blocks are [experts, out, in] whatever the weight is.
-    if codes.rule.axis != "out" and codes.rest != "_blocks":
+    # Blocks are [experts, out, in] whatever the weight is, and what GPTQ and AWQ store is its transpose.
+    if codes.rule.axis != "out" and codes.rest not in ("_blocks", ".qweight"):
         dtype = tensors[codes.name].dtype
         why = f"{dtype} is edited as [..., hidden, inputs] only; dequantise the checkpoint to BF16, F16 or F32 first"
         return [], None, _left_out(codes, why)
@@ -718,7 +718,7 @@ def _left_out(hit: _Hit, why: str) -> LeftOut:
 def _writer(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int, scales: Scales | None = None) -> Writer:
     tensor, rule = tensors[hit.name], hit.rule
     bias = hit.rest in (".bias", "_bias")
-    shape = tensor.shape if scales is None else (*leading(tensor.shape), 1)
+    shape = tensor.shape if scales is None else (*scales.leading(tensor.shape), 1)
     axis = -2 if (rule.axis == "out" or scales is not None) and not bias else -1
     stacked = (2, 3) if rule.fused is None else (3,) if rule.fused else (2,)
     ranks = tuple(rank - 1 if bias else rank for rank in stacked)

@@ -15,7 +15,6 @@ __all__ = [
     "find_scales",
     "is_beside_codes",
     "is_codes",
-    "leading",
     "names_of_scales",
     "quantisation_of",
 ]
@@ -29,6 +28,7 @@ _ENDINGS = ("_scale_inv", "_scale")
 _CODES = {
     ".weight": ("F8_E4M3", "U8", "I8"),
     ".weight_packed": ("I32", "U8"),
+    ".qweight": ("I32",),
     "_blocks": ("U8",),
 }
 #: What may stand beside codes that are called so, by what follows the module's name.
@@ -37,16 +37,21 @@ _BESIDE = {
     ".weight": (*_SCALES, "weight_scale_2"),
     "": _SCALES,
     ".weight_packed": ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale"),
+    ".qweight": ("scales", "qzeros", "g_idx"),
     "_blocks": ("scales",),
 }
 #: What activations are multiplied by at run time, which does not touch the weight.
 _ACTIVATIONS = frozenset({"input_scale", "activation_scale", "input_global_scale", "input_zero_point"})
 _WAY_OUT = "dequantise the checkpoint to BF16, F16 or F32 first"
 _FEWEST_BITS, _MOST_BITS = 2, 8
+#: Bits of a word that codes are packed into.
+_WORD = 32
 #: Dimensions of a stack; codes may have one more, which cuts each row into blocks.
 _STACKED = 3
 
-Role = Literal["multiplier", "divisor", "zero points", "shape"]
+Role = Literal["multiplier", "divisor", "zero points", "zero points less one", "groups", "shape"]
+Order = Literal["rows", "inputs", "outputs"]
+"""How codes lie: row by row, or transposed, in words of codes of several inputs (GPTQ) or several outputs (AWQ)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +59,8 @@ class Part:
     """A tensor beside the codes and the scales of a weight.
 
     Attributes:
-        role: What it is: a number that all scales are multiplied or divided by, the zero points of the scales' blocks,
-            or the rows and columns of the weight.
+        role: What it is: a number that all scales are multiplied or divided by, the zero points of the scales' blocks
+            or one less than these, the group of each column, or the rows and columns of the weight.
         name: The tensor.
         shard: The shard that holds it, which may be another than that of the codes.
         dtype: Its safetensors dtype.
@@ -97,6 +102,7 @@ class Scales:
         block: Rows and columns of a matrix that one scale is for.
         codes: What the codes are: ``E4M3``, ``E2M1``, or ``int4`` and others of 2 to 8 bits.
         parts: What else says what they mean.
+        order: How they lie; transposed ones have transposed scales and zero points.
     """
 
     name: str
@@ -108,6 +114,7 @@ class Scales:
     block: tuple[int, int]
     codes: str = "E4M3"
     parts: tuple[Part, ...] = ()
+    order: Order = "rows"
 
     @property
     def tensor(self) -> TensorInfo:
@@ -118,6 +125,17 @@ class Scales:
         """Returns the part that has one of the roles."""
         return next((part for part in self.parts if part.role in roles), None)
 
+    def leading(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns the shape of a weight without its columns, ``[rows]`` or ``[matrices, rows]``, from that of codes."""
+        if self.order == "rows":
+            return _leading(shape)
+        return (shape[-1] * (1 if self.order == "inputs" else _WORD // self.bits),)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return {"E4M3": 8, "E2M1": 4}.get(self.codes) or int(self.codes.removeprefix("int"))
+
     @property
     def format(self) -> str:
         """What the format is called."""
@@ -125,15 +143,16 @@ class Scales:
             return "NVFP4" if self.part("multiplier", "divisor") else "MXFP4"
         if self.codes == "E4M3":
             return "MXFP8" if self.block == (1, 32) and self.dtype in _POWERS else "FP8"
-        return self.codes
+        return {"rows": "", "inputs": "GPTQ ", "outputs": "AWQ "}[self.order] + self.codes
 
     def form(self, shape: Sequence[int]) -> str:
         """Returns how the codes of a weight of a shape are stored, in words."""
         if self.format in ("MXFP4", "MXFP8", "NVFP4"):
             return self.format
-        zeros = ", with zero points" if self.part("zero points") else ""
+        zeros = ", with zero points" if self.part("zero points", "zero points less one") else ""
         if self.codes != "E4M3":
-            reach = "per channel" if self.shape[-1] == 1 else f"in groups of {self.block[1]}"
+            groups = self.shape[-1] if self.order == "rows" else self.shape[0]
+            reach = "per channel" if groups == 1 else f"in groups of {self.block[1]}"
         elif self.block == tuple(shape[-2:]):
             reach = "per tensor"
         elif self.block == (1, shape[-1]):
@@ -141,11 +160,6 @@ class Scales:
         else:
             reach = f"in blocks of {self.block[0]} x {self.block[1]}"
         return f"{self.format} {reach}{zeros}"
-
-
-def leading(codes: Sequence[int]) -> tuple[int, ...]:
-    """Returns the shape of codes without what they are along a row: ``[rows]`` or ``[matrices, rows]``."""
-    return tuple(codes[:-2] if len(codes) > _STACKED else codes[:-1])
 
 
 def is_codes(tensor: TensorInfo, rest: str) -> bool:
@@ -179,6 +193,8 @@ def find_scales(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: An
     """
     if codes.name.endswith(".weight_packed") and codes.dtype == "I32":
         return _packed_integers(codes, tensors, config)
+    if codes.name.endswith(".qweight"):
+        return _transposed_integers(codes, tensors, config)
     if codes.dtype in ("U8", "I8"):
         return _fp4(codes, tensors, config)
     scales = _only_scales(codes, tensors, "FP8 codes")
@@ -193,6 +209,8 @@ def names_of_scales(codes: str) -> list[str]:
         return [f"{codes.removesuffix('_blocks')}_scales"]
     if codes.endswith(".weight_packed"):
         return [f"{codes.removesuffix('_packed')}_scale"]
+    if codes.endswith(".qweight"):
+        return [f"{codes.removesuffix('qweight')}scales"]
     names = [codes + ending for ending in _ENDINGS]
     return [*names, f"{codes.removesuffix('weight')}scale"] if codes.endswith(".weight") else names
 
@@ -205,9 +223,19 @@ def quantisation_of(config: Mapping[str, Any] | None) -> Any:
     return next((place[_KEY] for place in places if place.get(_KEY) is not None), None)
 
 
-def _scales(tensor: TensorInfo, block: tuple[int, int], codes: str = "E4M3", parts: Sequence[Part] = ()) -> Scales:
+def _leading(codes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(codes[:-2] if len(codes) > _STACKED else codes[:-1])
+
+
+def _scales(
+    tensor: TensorInfo,
+    block: tuple[int, int],
+    codes: str = "E4M3",
+    parts: Sequence[Part] = (),
+    order: Order = "rows",
+) -> Scales:
     where = (tensor.name, tensor.shard, tensor.dtype, tensor.shape, tensor.start, tensor.end)
-    return Scales(*where, block=block, codes=codes, parts=tuple(parts))
+    return Scales(*where, block=block, codes=codes, parts=tuple(parts), order=order)
 
 
 def _only_scales(codes: TensorInfo, tensors: Mapping[str, TensorInfo], what: str) -> TensorInfo:
@@ -260,9 +288,7 @@ def _packed_integers(codes: TensorInfo, tensors: Mapping[str, TensorInfo], confi
     _check_method(config, what, ("compressed-tensors",))
     scales = _only_scales(codes, tensors, what)
     _check_dtype(scales, ("F32", "BF16", "F16"))
-    if f"{stem}_g_idx" in tensors:
-        raise ArchitectureError(f"its columns are in the order of {stem}_g_idx, which is not read here; {_WAY_OUT}")
-    batch, words = leading(codes.shape), codes.shape[-1]
+    batch, words = _leading(codes.shape), codes.shape[-1]
     fitting = {
         (bits, size, symmetric)
         for bits, size, symmetric in _integer_schemes(config)
@@ -294,7 +320,45 @@ def _packed_integers(codes: TensorInfo, tensors: Mapping[str, TensorInfo], confi
         _check_dtype(zeros, ("I32",))
         _check_shape(zeros, (*batch[:-1], -(-batch[-1] * bits // 32), scales.shape[-1]))
         parts.append(Part.of("zero points", zeros))
+    if (groups := tensors.get(f"{stem}_g_idx")) is not None:
+        _check_dtype(groups, ("I32", "I64"))
+        parts.append(Part.of("groups", groups))
     return _scales(scales, (1, size or words * 32 // bits), f"int{bits}", parts)
+
+
+def _transposed_integers(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: Any) -> Scales:
+    """Returns the scales of integers as GPTQ and AWQ store them: ``[inputs, outputs]``, several in a word."""
+    what, stem = "integers of GPTQ or AWQ", codes.name.removesuffix("qweight")
+    _check_method(config, what, ("gptq", "awq"))
+    gptq = config["quant_method"] == "gptq"
+    key, known = ("checkpoint_format", ("gptq", "gptq_v2")) if gptq else ("version", ("gemm",))
+    form = str(config.get(key, known[0])).lower()
+    if form not in known:
+        raise ArchitectureError(f"expected {' or '.join(known)} as {key} of {what}, found {form!r}; {_WAY_OUT}")
+    bits, size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
+    if bits not in ((2, 3, 4, 8) if gptq else (4,)) or type(size) is not int or not (size > 0 or size == -1):
+        raise ArchitectureError(
+            f"quantization_config: expected bits of {what} and their group_size, found {bits} and {size}; restore the "
+            f"config.json that came with the shards, or {_WAY_OUT}"
+        )
+    if len(codes.shape) != 2:
+        raise ArchitectureError(f"expected {what} in two dimensions, found {list(codes.shape)}; {_WAY_OUT}")
+    down, across = codes.shape
+    inputs, outputs = (down * _WORD // bits, across) if gptq else (down, across * _WORD // bits)
+    scales = _only_scales(codes, tensors, what)
+    _check_dtype(scales, ("F16", "BF16", "F32"))
+    size = inputs if size == -1 else size
+    _check_shape(scales, (-(-inputs // size), outputs))
+    if (zeros := tensors.get(f"{stem}qzeros")) is None:
+        raise ArchitectureError(f"expected {stem}qzeros beside {what}, found none; fetch the shards again")
+    _check_dtype(zeros, ("I32",))
+    _check_shape(zeros, (scales.shape[0], -(-outputs * bits // _WORD)))
+    parts = [Part.of("zero points less one" if form == "gptq" else "zero points", zeros)]
+    if (groups := tensors.get(f"{stem}g_idx")) is not None:
+        _check_dtype(groups, ("I32", "I64"))
+        _check_shape(groups, (inputs,))
+        parts.append(Part.of("groups", groups))
+    return _scales(scales, (1, size), f"int{bits}", parts, "inputs" if gptq else "outputs")
 
 
 def _integer_schemes(config: Mapping[str, Any]) -> list[tuple[int, int | None, bool]]:
@@ -337,7 +401,7 @@ def _fp4(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: Any) -> S
         raise ArchitectureError(f"expected no {stem}_zero_point beside {what}; {_WAY_OUT}")
     if any(f"{codes.name.rpartition('.')[0]}.{part}" in tensors for part in ("svdquant_lora_a", "svdquant_lora_b")):
         raise ArchitectureError(f"a side branch (svdquant_lora) adds to what it writes; {_WAY_OUT}")
-    batch = leading(codes.shape)
+    batch = _leading(codes.shape)
     cols = 2 * math.prod(codes.shape[len(batch) :])
     second = {"multiplier": tensors.get(f"{stem}_scale_2"), "divisor": tensors.get(f"{stem}_global_scale")}
     parts = [Part.of(role, tensor) for role, tensor in second.items() if tensor is not None]  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ablate_shards.errors import ExecuteError
-from ablate_shards.surgery.anatomy.scales import Scales, leading
+from ablate_shards.surgery.anatomy.scales import Scales
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES
 from ablate_shards.surgery.edit.blocks import BlockEditor
 from ablate_shards.surgery.edit.coded import CodedMatrix, ReadRange, Rounding
@@ -301,7 +301,7 @@ class AblationEditor(BlockEditor[TensorEdit, TensorResult]):
         if edit.kind == "bias":
             return [AblatedBias(edit, self._bases[edit.basis])]
         if edit.scales is not None:
-            count = math.prod(leading(edit.shape)[:-1])
+            count = math.prod(edit.scales.leading(edit.shape)[:-1])
             return [self._coded(edit, edit.scales, number) for number in range(count)]
         batch, rows, cols = (1,) * (3 - len(edit.shape)) + edit.shape
         matrix_bytes = (edit.end - edit.start) // max(batch, 1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ablate_shards.errors import ExecuteError
-from ablate_shards.surgery.anatomy.scales import Scales, leading
+from ablate_shards.surgery.anatomy.scales import Scales
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 from ablate_shards.surgery.edit.sections import Reader
 from ablate_shards.surgery.plan.edits import TensorEdit
@@ -17,6 +17,7 @@ from ablate_shards.surgery.plan.edits import TensorEdit
 if TYPE_CHECKING:
     from ablate_shards.kernels.ablate.options import Measure, ProjectOptions
     from ablate_shards.kernels.ablate.project import Meter, Projector, Workspace
+    from ablate_shards.kernels.codecs.grid import Grid
     from ablate_shards.kernels.codecs.scales import Spread
 
 __all__ = ["CodedMatrix", "CodesMeasured", "ReadRange", "RoundedMatrix", "Rounding"]
@@ -26,6 +27,8 @@ ReadRange = Callable[[TensorInfo], bytes]
 
 #: Bytes of the edited matrix in float32 that are there at a time, and elements that are rounded at once.
 _STRIPE, _TILE = 32 << 20, 1 << 20
+#: Stands in place of groups that follow each other.
+_UNORDERED = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,8 @@ class CodedMatrix:
     """A matrix of codes to ablate: see ``Section``.
 
     Its codes before and after are in memory from gathering to the last block, as they are stored. The edited matrix is
-    there in stripes of columns: it is what an ablation of the decoded matrix in float32 gives.
+    there in stripes of columns: it is what an ablation of the decoded matrix in float32 gives. Codes that are stored
+    transposed are turned when they were read, and back when they were chosen; they are measured when all were written.
 
     Args:
         edit: The tensor.
@@ -125,14 +129,15 @@ class CodedMatrix:
     ) -> None:
         self._edit, self._scales, self._number = edit, scales, number
         self._basis, self._workspace, self._read_scales, self._room = basis, workspace, read, room
-        *stack, self._rows = leading(edit.shape)
+        *stack, self._rows = scales.leading(edit.shape)
         self._matrices = math.prod(stack)
-        self._row_bytes = (edit.end - edit.start) // max(1, self._matrices * self._rows)
-        self._cols = 0
-        self.start = edit.start + number * self._rows * self._row_bytes
-        self.end = self.start + self._rows * self._row_bytes
+        self._size = (edit.end - edit.start) // max(1, self._matrices)
+        self._row_bytes = self._cols = 0
+        self.start = edit.start + number * self._size
+        self.end = self.start + self._size
         self.block = 0
         self._chosen = np.empty((0, 0), np.uint8)
+        self._stored = self._written = np.empty(0, np.uint8)
         self._spread: Spread
         self._before: Measure | None = None
 
@@ -143,9 +148,13 @@ class CodedMatrix:
             ExecuteError: A code or a scale is NaN, or what they stand for is too large for float32.
         """
         from ablate_shards.kernels.ablate.project import Projector
+        from ablate_shards.kernels.codecs.orders import from_rows
+        from ablate_shards.kernels.codecs.packing import packed_bytes
 
+        bits = self._scales.bits
+        self._cols = self._columns(bits)
+        self._row_bytes = self._size // max(1, self._rows) if self._by_rows else packed_bytes(self._cols, bits)
         self._spread = self._read_spread()
-        self._cols = self._columns(self._spread.grid.bits)
         shape = (1, self._rows, self._cols)
         projector = Projector(self._basis, shape, "F32", self._options, self._workspace())
         chunk = projector.chunk_rows
@@ -162,30 +171,31 @@ class CodedMatrix:
         self._chosen = codes.copy()
         self._before = projector.before()
         self._round(projector, codes)
+        chosen = self._chosen
+        self._stored = chosen.reshape(-1) if self._by_rows else from_rows(chosen, self._scales.order, bits, self._cols)
 
     def edit(self, raw: np.ndarray, offset: int) -> None:
         """Puts the chosen codes in place of a block."""
-        raw[:] = self._chosen.reshape(-1)[offset - self.start :][: len(raw)]
+        raw[:] = self._stored[offset - self.start :][: len(raw)]
 
     def measure(self, raw: np.ndarray, offset: int) -> None:
         """Takes a block as it was written."""
-        from ablate_shards.kernels.ablate.project import Meter
-
-        if self._meter is None:
-            shape = (1, self._rows, self._cols)
-            self._meter = Meter(self._basis, shape, "F32", self._options, self._workspace())
-        first = (offset - self.start) // self._row_bytes
-        rows = slice(first, first + len(raw) // self._row_bytes)
-        codes = raw.reshape(-1, self._row_bytes)
-        self._check_codes(codes)
-        self._meter.add(self._loaded(self._decoded(codes, rows)), first)
+        if self._by_rows:
+            first = (offset - self.start) // self._row_bytes
+            self._meter_rows(raw.reshape(-1, self._row_bytes), first)
+            return
+        if not len(self._written):
+            self._written = np.empty(self._size, np.uint8)
+        self._written[offset - self.start :][: len(raw)] = raw
 
     def measured(self) -> CodesMeasured:
         """Returns what was measured; measuring begins anew after it."""
-        from ablate_shards.kernels.ablate.project import Meter
-
-        shape = (1, self._rows, self._cols)
-        meter = self._meter or Meter(self._basis, shape, "F32", self._options, self._workspace())
+        if len(self._written):
+            codes = self._turned(self._written)
+            for rows in self._spans():
+                self._meter_rows(codes[rows], rows.start)
+            self._written = np.empty(0, np.uint8)
+        meter = self._meter or self._new_meter()
         self._meter = None
         if self._before is None:
             raise RuntimeError(f"{self._edit.name}: measured before it was gathered")
@@ -193,6 +203,18 @@ class CodedMatrix:
         (total,), (largest,) = after.total, after.largest
         worst = math.sqrt(largest * self._cols / total) if total else 0.0
         return CodesMeasured(self._before, after, self._degenerate, worst, self._rounded)
+
+    def _meter_rows(self, codes: np.ndarray, first: int) -> None:
+        """Measures rows as they are stored."""
+        if self._meter is None:
+            self._meter = self._new_meter()
+        self._check_codes(codes)
+        self._meter.add(self._loaded(self._decoded(codes, slice(first, first + len(codes)))), first)
+
+    def _new_meter(self) -> "Meter":
+        from ablate_shards.kernels.ablate.project import Meter
+
+        return Meter(self._basis, (1, self._rows, self._cols), "F32", self._options, self._workspace())
 
     def _round(self, projector: "Projector", codes: np.ndarray) -> None:
         """Chooses the codes of stripe after stripe of the edited matrix."""
@@ -237,14 +259,24 @@ class CodedMatrix:
         return target
 
     def _codes(self, read: Reader) -> np.ndarray:
-        codes = np.empty((self._rows, self._row_bytes), np.uint8)
-        flat = codes.reshape(-1)
+        flat = np.empty(self._size, np.uint8)
         for offset in range(self.start, self.end, self.block):
             data = read(offset, min(self.block, self.end - offset))
             flat[offset - self.start :][: len(data)] = data
+        codes = flat.reshape(self._rows, self._row_bytes) if self._by_rows else self._turned(flat)
         for rows in self._spans():
             self._check_codes(codes[rows])
         return codes
+
+    @property
+    def _by_rows(self) -> bool:
+        return self._scales.order == "rows"
+
+    def _turned(self, stored: np.ndarray) -> np.ndarray:
+        """Returns transposed codes row by row."""
+        from ablate_shards.kernels.codecs.orders import to_rows
+
+        return to_rows(stored, self._scales.order, self._scales.bits, self._rows)
 
     def _check_codes(self, raw: np.ndarray) -> None:
         grid = self._spread.grid
@@ -253,22 +285,21 @@ class CodedMatrix:
 
     def _columns(self, bits: int) -> int:
         """Returns how many columns the matrix has: what a part says, or as many as its bytes hold."""
-        most = self._row_bytes * 8 // bits
+        most = self._size * 8 // bits // max(1, self._rows)
         if (part := self._scales.part("shape")) is None:
             return most
         said = np.frombuffer(self._read_scales(part.tensor), {"I64": "<i8", "I32": "<i4"}[part.dtype]).tolist()
-        expected = [*leading(self._edit.shape), said[-1]]
-        if said != expected or -(-said[-1] * bits // 32) * 4 != self._row_bytes:
+        expected = [*self._scales.leading(self._edit.shape), said[-1]]
+        words = self._size // max(1, self._rows) // 4
+        if said != expected or -(-said[-1] * bits // 32) != words:
             raise self._refused(
-                f"{part.name} says {said}, but {self._row_bytes // 4} words a row of {bits} bits are "
-                f"{[*expected[:-1], most]}"
+                f"{part.name} says {said}, but {words} words a row of {bits} bits are {[*expected[:-1], most]}"
             )
         return int(said[-1])
 
     def _read_spread(self) -> "Spread":
         """Returns the matrix's own scales and zero points."""
         from ablate_shards.kernels.codecs.grids import grid_named
-        from ablate_shards.kernels.codecs.packing import unpack
         from ablate_shards.kernels.codecs.scales import Spread, decode_scales
 
         grid, block = grid_named(self._scales.codes), self._scales.block
@@ -280,13 +311,38 @@ class CodedMatrix:
         if not (np.isfinite(values) & (values >= 0)).all():
             name = self._scales.name if part is None else f"{self._scales.name} and {part.name}"
             raise self._refused(f"its scales {name} hold NaN, infinite or negative values")
-        values = values.reshape(-(-self._rows // block[0]), -1)
-        zeros = None
-        if (part := self._scales.part("zero points")) is not None:
-            words = np.frombuffer(self._read_own(part.tensor), "<i4").reshape(-1, values.shape[1])
-            codes = unpack(np.ascontiguousarray(words.T).view(np.uint8), grid.bits, self._rows)
-            zeros = np.ascontiguousarray(grid.levels_of(codes).T.astype(np.int8))
-        return Spread(grid, block, values, zeros)
+        if self._by_rows:
+            values = values.reshape(-(-self._rows // block[0]), -1)
+        else:
+            values = np.ascontiguousarray(values.reshape(-1, self._rows).T)
+        return Spread(grid, block, values, self._read_zeros(grid, values.shape[1]), self._read_groups(values.shape[1]))
+
+    def _read_zeros(self, grid: "Grid", groups: int) -> np.ndarray | None:
+        """Returns the levels of the matrix's own zero points, ``[rows, groups]`` int8, where it has some."""
+        from ablate_shards.kernels.codecs.orders import outputs_in_order
+        from ablate_shards.kernels.codecs.packing import unpack
+
+        if (part := self._scales.part("zero points", "zero points less one")) is None:
+            return None
+        words = np.frombuffer(self._read_own(part.tensor), "<i4")
+        lines = np.ascontiguousarray(words.reshape(-1, groups).T) if self._by_rows else words.reshape(groups, -1)
+        codes = unpack(lines.view(np.uint8), grid.bits, self._rows)
+        if self._scales.order == "outputs":
+            codes = outputs_in_order(codes)
+        levels = grid.levels_of(codes) + (part.role == "zero points less one")
+        return np.ascontiguousarray(levels.T.astype(np.int8))
+
+    def _read_groups(self, count: int) -> np.ndarray | None:
+        """Returns the group of each column, where the checkpoint says it."""
+        if (part := self._scales.part("groups")) is None:
+            return None
+        groups = np.frombuffer(self._read_scales(part.tensor), {"I64": "<i8", "I32": "<i4"}[part.dtype])
+        if (groups == _UNORDERED).any():
+            return None
+        if len(groups) != self._cols or groups.min(initial=0) < 0 or groups.max(initial=0) >= count:
+            found = f"{len(groups)} numbers from {groups.min(initial=0)} to {groups.max(initial=0)}"
+            raise self._refused(f"{part.name} has {found}, but there are {self._cols} columns in {count} groups")
+        return groups
 
     def _read_own(self, whole: TensorInfo) -> bytes:
         """Returns the bytes of a tensor that are this matrix's."""
@@ -308,7 +364,11 @@ class CodedMatrix:
             yield slice(start, min(start + self._step, self._rows))
 
     def _refused(self, why: str) -> ExecuteError:
-        where = f"{self._edit.name}, expert {self._number}" if len(leading(self._edit.shape)) > 1 else self._edit.name
+        where = (
+            f"{self._edit.name}, expert {self._number}"
+            if len(self._scales.leading(self._edit.shape)) > 1
+            else self._edit.name
+        )
         return ExecuteError(f"{where}: {why}; fetch its shard again, or leave it out with --layers or --components")
 
     @property

@@ -64,7 +64,10 @@ class Plan:
         for edit in content["edits"]:
             if edit["scales"] is None:
                 del edit["scales"]
-            elif not edit["scales"]["parts"] and edit["scales"]["codes"] == "E4M3":
+                continue
+            if edit["scales"]["order"] == "rows":
+                del edit["scales"]["order"]
+            if not edit["scales"]["parts"] and edit["scales"]["codes"] == "E4M3":
                 del edit["scales"]["parts"], edit["scales"]["codes"]
         return content
 

@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from ablate_shards.errors import AblateError, ArchitectureError, CheckpointError, HubError, UsageError, VerifyError
 from ablate_shards.names import BEGIN, CARD, MERGE_RECEIPT_NAME, RECEIPT_NAME, RECEIPT_NAMES, is_report
-from ablate_shards.surgery.anatomy.scales import find_scales, is_codes, leading, quantisation_of
+from ablate_shards.surgery.anatomy.scales import find_scales, is_codes, quantisation_of
 from ablate_shards.surgery.checkpoint.amended import amend
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range
 from ablate_shards.surgery.checkpoint.files import Files, Folder
@@ -525,7 +525,7 @@ class _CodesCheck:
 def _describes(edit: TensorEdit, checkpoint: Checkpoint, directions: Directions) -> bool:
     tensor = checkpoint.tensors.get(edit.name)
     ranks, axes = ((1, 2), (-1,)) if edit.kind == "bias" else ((2, 3), (-2, -1))
-    shape = edit.shape if edit.scales is None else (*leading(edit.shape), 1)
+    shape = edit.shape if edit.scales is None else (*edit.scales.leading(edit.shape), 1)
     key = edit.basis
     if (
         tensor is None
