@@ -196,7 +196,8 @@ class _Finder:
         names = (
             writer.name
             for writer in self._anatomy.writers
-            if writer.component == "embedding" and writer.kind == "weight" and not writer.mtp
+            # A projection of narrower embeddings writes too, and is [hidden, inputs].
+            if writer.component == "embedding" and writer.kind == "weight" and writer.axis == -1 and not writer.mtp
         )
         return next((name for name in names if not _POSITIONS.search(name)), None)
 

@@ -15,7 +15,12 @@ _MOST_CANDIDATES = 6
 #: Prefixes that differ between a model, its text part and its checkpoint.
 _OUTER = frozenset({"base_model", "language_model", "model", "text_model", "transformer"})
 #: What one module is called in a model and in its checkpoint, either way round.
-_SPELLINGS = ((".mlp.", ".block_sparse_moe."), (".block_sparse_moe.", ".mlp."))
+_SPELLINGS = (
+    (".mlp.", ".block_sparse_moe."),
+    (".block_sparse_moe.", ".mlp."),
+    (".experts.gate_up_proj", ".input_linear.weight"),
+    (".experts.down_proj", ".output_linear.weight"),
+)
 
 
 class Names:

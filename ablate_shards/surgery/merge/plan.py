@@ -38,6 +38,7 @@ _WITH_PEFT = "merge it with peft itself"
 #: and as Mixtral does.
 _UNFUSED = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "up_proj": (("up_proj",),),
     "down_proj": (("down_proj",), ("w2",)),
 }
 #: Modules that a checkpoint may store as the rows of one, in their order.
@@ -427,6 +428,10 @@ class _Planner:
             if not update.plain:
                 raise AdapterError(f"{self._file}: {update.up}: expected a plain update of a parameter; {_WITH_PEFT}")
             fitting = [leaf for leaf in leaves if self._fits(update, module, leaf)]
+            if len(fitting) > 1 and not self._square(update):
+                # Experts without a gate: what one is from left to right, the other is from right to left.
+                way = -1 if self._reads_input_first(update, module, fitting[0]) else 1
+                fitting = [leaf for leaf in fitting if self._shape_of(module, leaf)[::way] == self._wanted(update)]
             if len(fitting) != 1:
                 what = f"fits {' and '.join(fitting)}" if fitting else f"fits none of {', '.join(leaves)}"
                 raise AdapterError(
@@ -445,7 +450,7 @@ class _Planner:
             yield from self._of_parameter(update, module, leaf, transposed=transposed)
 
     def _reads_input_first(self, update: LowRank, module: str, leaf: str) -> bool:
-        """Tells whether an adapter of square experts ``[E, d1, d2]`` takes their first axis for the input.
+        """Tells whether an adapter of experts ``[E, d1, d2]`` takes their first axis for the input, if shapes do not.
 
         peft before 0.19.1 takes every stack for ``[E, in, out]``, except that 0.19.0 has it the wrong way round for
         modules that transformers marks as transposed. From 0.19.1 on, those that it marks are ``[E, in, out]`` and all
@@ -459,8 +464,8 @@ class _Planner:
         if (first := _takes_input_first(self._adapter.peft_version, marked=marked)) is None:
             version = self._adapter.peft_version
             raise AdapterError(
-                f"{self._file}: {update.down}: {name} is square, and which of its axes is the input depends on the "
-                f"versions of peft ({version or 'not given'}) and transformers that the adapter was trained with; "
+                f"{self._file}: {update.down}: which axis of {name} is the input is not told by shapes, and depends on "
+                f"the versions of peft ({version or 'not given'}) and transformers that the adapter was trained with; "
                 f"{_WITH_PEFT}, in those versions"
             )
         return first
