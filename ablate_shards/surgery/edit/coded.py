@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ablate_shards.errors import ExecuteError
-from ablate_shards.surgery.anatomy.scales import Scales, leading
-from ablate_shards.surgery.checkpoint.headers import TensorInfo
+from ablate_shards.surgery.anatomy.scales import Scales
+from ablate_shards.surgery.edit.decoding import CodedWeight, ReadRange
 from ablate_shards.surgery.edit.sections import Reader
 from ablate_shards.surgery.plan.edits import TensorEdit
 
@@ -19,13 +18,11 @@ if TYPE_CHECKING:
     from ablate_shards.kernels.ablate.project import Meter, Projector, Workspace
     from ablate_shards.kernels.codecs.scales import Spread
 
-__all__ = ["CodedMatrix", "CodesMeasured", "ReadRange", "RoundedMatrix", "Rounding"]
-
-ReadRange = Callable[[TensorInfo], bytes]
-"""Returns the bytes of a tensor of the source, or of a part of one, from whichever shard it lies in."""
+__all__ = ["CodedMatrix", "CodesMeasured", "RoundedMatrix", "Rounding"]
 
 #: Bytes of the edited matrix in float32 that are there at a time, and elements that are rounded at once.
 _STRIPE, _TILE = 32 << 20, 1 << 20
+_WAY_OUT = "fetch its shard again, or leave it out with --layers or --components"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +120,10 @@ class CodedMatrix:
         read: ReadRange,
         room: int,
     ) -> None:
-        self._edit, self._scales, self._number = edit, scales, number
-        self._basis, self._workspace, self._read_scales, self._room = basis, workspace, read, room
-        *stack, self._rows = leading(edit.shape)
-        self._matrices = math.prod(stack)
-        self._row_bytes = (edit.end - edit.start) // max(1, self._matrices * self._rows)
+        self._edit, self._number = edit, number
+        self._basis, self._workspace, self._room = basis, workspace, room
+        self._weight = CodedWeight(edit, scales, read, _WAY_OUT)
+        self._rows, self._row_bytes = self._weight.rows, self._weight.row_bytes
         self._cols = 0
         self.start = edit.start + number * self._rows * self._row_bytes
         self.end = self.start + self._rows * self._row_bytes
@@ -144,8 +140,8 @@ class CodedMatrix:
         """
         from ablate_shards.kernels.ablate.project import Projector
 
-        self._spread = self._read_spread()
-        self._cols = self._columns(self._spread.grid.bits)
+        self._spread = self._weight.spread(self._number)
+        self._cols = self._weight.columns()
         shape = (1, self._rows, self._cols)
         projector = Projector(self._basis, shape, "F32", self._options, self._workspace())
         chunk = projector.chunk_rows
@@ -158,7 +154,7 @@ class CodedMatrix:
                 projector.gather(step, self._loaded(self._decoded(codes[rows], rows)), rows.start)
             step += 1
         if projector.nonfinite:
-            raise self._refused("codes times scales are too large for float32")
+            raise self._weight.refused(self._number, "codes times scales are too large for float32")
         self._chosen = codes.copy()
         self._before = projector.before()
         self._round(projector, codes)
@@ -177,7 +173,7 @@ class CodedMatrix:
         first = (offset - self.start) // self._row_bytes
         rows = slice(first, first + len(raw) // self._row_bytes)
         codes = raw.reshape(-1, self._row_bytes)
-        self._check_codes(codes)
+        self._weight.check(self._number, codes)
         self._meter.add(self._loaded(self._decoded(codes, rows)), first)
 
     def measured(self) -> CodesMeasured:
@@ -243,62 +239,12 @@ class CodedMatrix:
             data = read(offset, min(self.block, self.end - offset))
             flat[offset - self.start :][: len(data)] = data
         for rows in self._spans():
-            self._check_codes(codes[rows])
+            self._weight.check(self._number, codes[rows])
         return codes
-
-    def _check_codes(self, raw: np.ndarray) -> None:
-        grid = self._spread.grid
-        if grid.bits == raw.itemsize * 8 and grid.has_nan(raw):
-            raise self._refused("holds NaN codes (0x7F or 0xFF), which no projection can edit")
-
-    def _columns(self, bits: int) -> int:
-        """Returns how many columns the matrix has: what a part says, or as many as its bytes hold."""
-        most = self._row_bytes * 8 // bits
-        if (part := self._scales.part("shape")) is None:
-            return most
-        said = np.frombuffer(self._read_scales(part.tensor), {"I64": "<i8", "I32": "<i4"}[part.dtype]).tolist()
-        expected = [*leading(self._edit.shape), said[-1]]
-        if said != expected or -(-said[-1] * bits // 32) * 4 != self._row_bytes:
-            raise self._refused(
-                f"{part.name} says {said}, but {self._row_bytes // 4} words a row of {bits} bits are "
-                f"{[*expected[:-1], most]}"
-            )
-        return int(said[-1])
-
-    def _read_spread(self) -> "Spread":
-        """Returns the matrix's own scales and zero points."""
-        from ablate_shards.kernels.codecs.grids import grid_named
-        from ablate_shards.kernels.codecs.packing import unpack
-        from ablate_shards.kernels.codecs.scales import Spread, decode_scales
-
-        grid, block = grid_named(self._scales.codes), self._scales.block
-        values = decode_scales(self._read_own(self._scales.tensor), self._scales.dtype)
-        if (part := self._scales.part("multiplier", "divisor")) is not None:
-            factor = decode_scales(self._read_own(part.tensor), part.dtype)
-            with np.errstate(all="ignore"):
-                values = values * factor if part.role == "multiplier" else values / factor
-        if not (np.isfinite(values) & (values >= 0)).all():
-            name = self._scales.name if part is None else f"{self._scales.name} and {part.name}"
-            raise self._refused(f"its scales {name} hold NaN, infinite or negative values")
-        values = values.reshape(-(-self._rows // block[0]), -1)
-        zeros = None
-        if (part := self._scales.part("zero points")) is not None:
-            words = np.frombuffer(self._read_own(part.tensor), "<i4").reshape(-1, values.shape[1])
-            codes = unpack(np.ascontiguousarray(words.T).view(np.uint8), grid.bits, self._rows)
-            zeros = np.ascontiguousarray(grid.levels_of(codes).T.astype(np.int8))
-        return Spread(grid, block, values, zeros)
-
-    def _read_own(self, whole: TensorInfo) -> bytes:
-        """Returns the bytes of a tensor that are this matrix's."""
-        size = (whole.end - whole.start) // max(1, self._matrices)
-        start = whole.start + self._number * size
-        return self._read_scales(TensorInfo(whole.name, whole.dtype, (), whole.shard, start, start + size))
 
     def _decoded(self, raw: np.ndarray, rows: slice) -> np.ndarray:
         """Returns what the codes of some rows stand for, float32."""
-        from ablate_shards.kernels.codecs.packing import unpack
-
-        return self._spread.decode_rows(unpack(raw, self._spread.grid.bits, self._cols), rows.start)
+        return self._weight.decode(raw, self._spread, rows.start, self._cols)
 
     def _loaded(self, values: np.ndarray) -> "object":
         return self._workspace().arrays.load(_bytes_of(values), "F32", (1, *values.shape))
@@ -306,10 +252,6 @@ class CodedMatrix:
     def _spans(self) -> Iterator[slice]:
         for start in range(0, self._rows if self._cols else 0, self._step):
             yield slice(start, min(start + self._step, self._rows))
-
-    def _refused(self, why: str) -> ExecuteError:
-        where = f"{self._edit.name}, expert {self._number}" if len(leading(self._edit.shape)) > 1 else self._edit.name
-        return ExecuteError(f"{where}: {why}; fetch its shard again, or leave it out with --layers or --components")
 
     @property
     def _options(self) -> "ProjectOptions":
