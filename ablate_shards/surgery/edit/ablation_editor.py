@@ -12,9 +12,9 @@ import numpy as np
 from ablate_shards.errors import ExecuteError
 from ablate_shards.surgery.anatomy.scales import Scales, leading
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES
+from ablate_shards.surgery.dequantise.decoding import ReadRange
 from ablate_shards.surgery.edit.blocks import BlockEditor
 from ablate_shards.surgery.edit.coded import CodedMatrix, Rounding
-from ablate_shards.surgery.edit.decoding import ReadRange
 from ablate_shards.surgery.edit.sections import Reader, Section
 from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit
 from ablate_shards.validation import Finite

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ablate_shards.surgery.anatomy.scales import Scales
-from ablate_shards.surgery.edit.decoding import CodedWeight, ReadRange
+from ablate_shards.surgery.dequantise.decoding import CodedWeight, ReadRange
 from ablate_shards.surgery.edit.sections import Reader
 from ablate_shards.surgery.plan.edits import TensorEdit
 

@@ -58,7 +58,9 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
         "plain": _Switch,
     },
     "ablate": {
-        **dict.fromkeys(("layers", "components", "coefficient", "preserve", "source-layer", "mtp"), _Value),
+        **dict.fromkeys(
+            ("layers", "components", "coefficient", "preserve", "source-layer", "mtp", "dequantise"), _Value
+        ),
         **dict.fromkeys(("device", "memory", "jobs"), _Value),
         **dict.fromkeys(("biproject", "cache", "private", "link", "sync", "dry-run", "resume", "overwrite"), _Switch),
     },
