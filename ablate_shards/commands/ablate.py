@@ -93,6 +93,15 @@ def _parse_source_layer(text: str) -> Any:
     help="Write quantised weights in bfloat16: those that are edited (of experts, all of their layer), or all.  "
     "[default: none, codes stay codes]",
 )
+@click.option(
+    "--rounding",
+    type=click.Choice(["directed", "nearest"]),
+    default="directed",
+    show_default=True,
+    help="How codes of quantised weights are chosen: directed, so that rounding does not undo the edit; nearest, to "
+    "see what that undoes.",
+)
+@click.option("--force", is_flag=True, help="Keep a result of which --rounding nearest undoes more than 1 %.")
 @recipe_flag
 @output_options
 def ablate(
@@ -106,6 +115,7 @@ def ablate(
     winsorize: float | None,
     without: tuple[Path, ...],
     dequantise: Any,
+    force: bool,
     recipe: Any,
     output: OutputOptions,
     **settings: Any,
@@ -153,7 +163,9 @@ def ablate(
             print_plan(checkpoint, plan, dequantisation)
         return
     with progress:
-        results, url = prepared.perform(ablation(checkpoint, plan, found, options, dequantisation), progress)
+        results, url = prepared.perform(
+            ablation(checkpoint, plan, found, options, dequantisation, force=force), progress
+        )
     if output.as_json:
         print_json(made(out, url, results))
     elif not output.quiet:

@@ -95,6 +95,8 @@ def print_plan(checkpoint: Checkpoint, plan: Plan, dequantisation: "Dequantisati
     say(screen, _share(checkpoint, plan, "would be edited"))
     for form, count in Counter(edit.scales.format for edit in plan.edits if edit.scales).items():
         say(screen, f"{_count(count, 'tensor')} in {form}: codes would be edited, scales would stay")
+    if any(edit.rounding == "nearest" for edit in plan.edits):
+        say(screen, "codes would be the nearest ones, which undo some of the edit or all")
     if dequantisation is not None:
         _print_dequantised(screen, dequantisation, "would be")
     _print_left_out(screen, plan, checkpoint)
@@ -159,6 +161,7 @@ def print_results(
             "codes and that weight, relative to its norm",
             "dim",
         )
+    _print_undone(screen, results.values())
     if dequantisation is not None:
         _print_dequantised(screen, dequantisation, "are")
     besides = "all else" if dequantisation is not None else "every other byte"
@@ -167,6 +170,15 @@ def print_results(
     if plan.skipped:
         say(screen, f"{_count(len(plan.skipped), 'other writer')} left as they are; the receipt says why")
     _print_where(screen, checkpoint, out, url, RECEIPT_NAME)
+
+
+def _print_undone(screen: Console, results: "Iterable[TensorResult]") -> None:
+    """Says what the nearest codes undid, where these were chosen."""
+    from ablate_shards.surgery.edit.ablation_editor import CodedResult
+
+    undone = [each.undone for each in results if isinstance(each, CodedResult) and each.undone is not None]
+    if undone:
+        say(screen, f"the nearest codes undo {min(undone):.1%} to {max(undone):.1%} of the edit of a weight")
 
 
 def _rounding(results: "Sequence[TensorResult]") -> tuple[str, str]:

@@ -74,6 +74,7 @@ class CodedResult(TensorResult):
         changed: Codes that are not the source's.
         error: Norm of the difference between the output and the edited weight before rounding, relative to the latter.
         nearest_error: The same of the nearest codes.
+        undone: With ``--rounding nearest``: how much of the change along the basis rounding undid; 1 is all of it.
     """
 
     ideal: Finite
@@ -82,6 +83,7 @@ class CodedResult(TensorResult):
     changed: int
     error: Finite
     nearest_error: Finite
+    undone: Finite | None = None
 
 
 class MatricesMeasured(NamedTuple):

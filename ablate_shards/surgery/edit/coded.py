@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,6 +35,7 @@ class Rounding:
         changed: Codes that are not the source's.
         error: Norm of what rounding added.
         nearest_error: Norm of what the nearest codes would have added.
+        undone: How much of the change along the basis the nearest codes undid, where these were chosen; else None.
     """
 
     ideal: float
@@ -42,12 +43,16 @@ class Rounding:
     changed: int
     error: float
     nearest_error: float
+    undone: float | None
 
     @classmethod
     def pooled(cls, parts: "Iterable[RoundedMatrix]") -> "Rounding":
         """Returns what was done to several matrices together."""
         measured = list(parts)
         total = math.fsum(each.total for each in measured)
+
+        asked = math.fsum(each.asked for each in measured if each.asked is not None)
+        missed = [each.missed for each in measured if each.missed is not None]
 
         def relative(squares: Iterable[float]) -> float:
             return math.sqrt(math.fsum(squares) / total) if total else 0.0
@@ -58,11 +63,12 @@ class Rounding:
             changed=sum(each.changed for each in measured),
             error=relative(each.error for each in measured),
             nearest_error=relative(each.nearest_error for each in measured),
+            undone=math.sqrt(math.fsum(missed) / asked) if asked else 0.0 if missed else None,
         )
 
 
 class RoundedMatrix(NamedTuple):
-    """What was measured of the columns of a rounded matrix, summed: see :class:`~.directed.Rounded`."""
+    """What was measured of a rounded matrix, its columns summed: see ``Rounded``, and ``Undone`` of nearest codes."""
 
     along: float
     nearest: float
@@ -70,6 +76,8 @@ class RoundedMatrix(NamedTuple):
     error: float
     nearest_error: float
     changed: int
+    asked: float | None = None
+    missed: float | None = None
 
 
 class CodesMeasured(NamedTuple):
@@ -193,7 +201,7 @@ class CodedMatrix:
     def _round(self, projector: "Projector", codes: np.ndarray) -> None:
         """Chooses the codes of stripe after stripe of the edited matrix."""
         from ablate_shards.kernels.codecs.packing import ALIGNED, pack, packed_bytes, unpack
-        from ablate_shards.kernels.rounding.directed import Rounded, round_directed
+        from ablate_shards.kernels.rounding.directed import Rounded, Undone, round_directed, round_nearest
 
         grid = self._spread.grid
         tile = max(1, _TILE // max(1, self._rows))
@@ -201,6 +209,8 @@ class CodedMatrix:
         width = max(tile, _STRIPE // (4 * max(1, self._rows)) // tile * tile)
         self._degenerate = 0
         tiles: list[Rounded] = []
+        undone: list[Undone] = []
+        nearest_ones = self._edit.rounding == "nearest"
         every_row = slice(0, self._rows)
         for first in range(0, self._cols, width):
             stripe = slice(first, min(first + width, self._cols))
@@ -213,13 +223,16 @@ class CodedMatrix:
                 wanted = target[:, part.start - first : part.stop - first]
                 raw = self._chosen[:, packed_bytes(start, grid.bits) : packed_bytes(part.stop, grid.bits)]
                 chosen = unpack(raw, grid.bits, part.stop - start)
-                tiles.append(round_directed(grid, wanted, chosen, scales, self._basis, zeros))
+                if nearest_ones:
+                    rounded, found = round_nearest(grid, wanted, chosen, scales, self._basis, zeros)
+                    undone.append(found)
+                else:
+                    rounded = round_directed(grid, wanted, chosen, scales, self._basis, zeros)
+                tiles.append(rounded)
                 pack(chosen, grid.bits, raw)
-        along, nearest, total, error, nearest_error, changed = (
-            math.fsum(itertools.chain.from_iterable(each[measure] for each in tiles))
-            for measure in range(len(Rounded._fields))
-        )
-        self._rounded = RoundedMatrix(along, nearest, total, error, nearest_error, int(changed))
+        along, nearest, total, error, nearest_error, changed = _sums(tiles, len(Rounded._fields))
+        asked, missed = _sums(undone, len(Undone._fields)) if nearest_ones else (None, None)
+        self._rounded = RoundedMatrix(along, nearest, total, error, nearest_error, int(changed), asked, missed)
 
     def _edited(self, projector: "Projector", codes: np.ndarray, stripe: slice) -> np.ndarray:
         """Returns some columns of the edited matrix, float32."""
@@ -259,6 +272,11 @@ class CodedMatrix:
 
         edit = self._edit
         return ProjectOptions(coefficient=edit.coefficient, preserve=edit.preserve, axis=edit.axis)
+
+
+def _sums(tiles: Sequence[Sequence[np.ndarray]], measures: int) -> list[float]:
+    """Returns the sums of what was measured of the columns of tiles."""
+    return [math.fsum(itertools.chain.from_iterable(each[measure] for each in tiles)) for measure in range(measures)]
 
 
 def _bytes_of(values: np.ndarray) -> np.ndarray:

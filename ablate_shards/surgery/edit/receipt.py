@@ -282,6 +282,7 @@ def _resolved(options: AblateOptions, plan: Plan) -> dict[str, Any]:
         "biproject": options.biproject,
         "source-layer": options.source_layer,
         "mtp": options.mtp,
+        **({"rounding": options.rounding} if options.rounding != "directed" else {}),
         **({"profile": [dataclasses.asdict(profile) for profile in options.profiles]} if options.profiles else {}),
         "override": [
             {
@@ -315,6 +316,10 @@ def _record(edit: TensorEdit, result: TensorResult) -> dict[str, Any]:
         **dataclasses.asdict(result),
     }
     if edit.scales is not None:
+        if edit.rounding != "directed":
+            record["rounding"] = edit.rounding
+        if record["undone"] is None:
+            del record["undone"]
         record |= {"stored_as": edit.scales.form(edit.shape), "scales": _record_scales(edit.scales)}
     return record
 
