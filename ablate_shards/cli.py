@@ -11,6 +11,7 @@ from ablate_shards import __version__
 from ablate_shards.commands.ablate import ablate
 from ablate_shards.commands.ask import ask
 from ablate_shards.commands.capture import capture
+from ablate_shards.commands.dequantise import dequantise
 from ablate_shards.commands.diff import diff
 from ablate_shards.commands.directions import directions
 from ablate_shards.commands.evaluate import evaluate
@@ -93,6 +94,7 @@ for command in (
     ablate,
     ask,
     capture,
+    dequantise,
     diff,
     directions,
     evaluate,

@@ -4,6 +4,7 @@ __all__ = [
     "BEGIN",
     "CARD",
     "CONFIG_NAME",
+    "DEQUANTISATION_RECEIPT_NAME",
     "END",
     "MERGE_RECEIPT_NAME",
     "PLOTS_NAME",
@@ -19,9 +20,10 @@ __all__ = [
 
 RECEIPT_NAME = "ablation.json"
 MERGE_RECEIPT_NAME = "merge.json"
+DEQUANTISATION_RECEIPT_NAME = "dequantisation.json"
 
 #: The receipts by which a folder that an earlier run made is known.
-RECEIPT_NAMES = (RECEIPT_NAME, MERGE_RECEIPT_NAME)
+RECEIPT_NAMES = (RECEIPT_NAME, MERGE_RECEIPT_NAME, DEQUANTISATION_RECEIPT_NAME)
 
 REPORT_NAME, PLOTS_NAME = "report.html", "plots"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint, read_range
 
@@ -180,6 +181,11 @@ FLOATS = {
 CODES = ("weight", "weight_packed", "qweight")
 #: How a writer is stored, by a name; its own names are those that `inspect` shows, with the spelling in brackets.
 FORMS = (*GROUPS, *TRANSPOSED, "MXFP8", "MXFP4", "NVFP4", "NVFP4 (ModelOpt)", "MXFP4 (DeepSeek)")
+
+
+def inner_of(form: str) -> int:
+    """Inputs of a writer: what no word or byte ends with, where the form takes that."""
+    return 203 if "per channel" in form and "GPTQ" not in form else 192
 
 
 def quantisation_as(form: str) -> dict:
@@ -403,3 +409,35 @@ def parts_of(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
             raw = bytearray(read_range(checkpoint, info))
             found.setdefault(module, {})[rest] = torch.frombuffer(raw, dtype=kinds[info.dtype]).reshape(info.shape)
     return found
+
+
+def save_gpt_oss(folder, hidden=512, experts=4):
+    """Saves a tiny gpt-oss by transformers, whose experts are then put into blocks of MXFP4."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": hidden, "intermediate_size": 192, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 64}
+    config = GptOssConfig(
+        **sizes, **heads, num_local_experts=experts, num_experts_per_tok=2, pad_token_id=0, rope_scaling=None
+    )
+    GptOssForCausalLM(config).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    tensors = {}
+    for name, weight in load_file(file).items():
+        if name.endswith(("experts.down_proj", "experts.gate_up_proj")):
+            parts = [store(torch.randn_like(each.T) * 0.05, "MXFP4") for each in weight.float()]
+            codes, scales = (
+                torch.stack([each[part][1] for each in parts]) for part in ("weight_packed", "weight_scale")
+            )
+            tensors[f"{name}_blocks"] = codes.reshape(*scales.shape, 16)
+            tensors[f"{name}_scales"] = scales
+        else:
+            tensors[name] = weight.bfloat16()
+            if name.endswith("down_proj_bias"):
+                tensors[name] = torch.randn_like(weight).bfloat16()
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -3,11 +3,13 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import click
 import pytest
 import torch
+from coded_checkpoints import quantise
 from command_line import checked, run
 from raw_checkpoints import write_directions
 from safetensors.torch import load_file, save_file
@@ -79,7 +81,23 @@ def things(tmp_path_factory):
     ):
         checked(*words)
     foreign(demo)
+    quantised(demo)
     return demo
+
+
+def quantised(demo):
+    """The source once more, its writers in FP8."""
+    shutil.copytree(demo / "source", demo / "quantised")
+    shard = demo / "quantised" / "model.safetensors"
+    tensors = {}
+    for name, weight in load_file(shard).items():
+        tensors[name] = weight
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensors[name], tensors[f"{name}_scale_inv"] = quantise(weight.float(), "block")
+    save_file(tensors, shard, metadata={"format": "pt"})
+    config = json.loads((demo / "quantised" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (demo / "quantised" / "config.json").write_text(json.dumps(config))
 
 
 def shorten(demo):
@@ -159,6 +177,8 @@ def inputs(demo, name, given):
         model /= "model.safetensors"
     if name == "merge" or "against" in given:
         model = demo / "ablated"
+    if name == "dequantise" or {"dequantise", "rounding"} & set(given):
+        model = demo / "quantised"
     return {
         "source": model,
         "model": model,
@@ -212,6 +232,7 @@ def is_foreign(given):
 OUTPUTS = {
     "ablate": {"out"},
     "capture": {"dump"},
+    "dequantise": {"out"},
     "directions": {"file"},
     "finetune": {"adapter"},
     "merge": {"out"},
@@ -358,7 +379,7 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path, monkeypatch):
     for line in commands:
         done = run(*shlex.split(line))
         assert done.exit_code == 0, f"ablate-shards {line}\n{done.output}"
-    assert {words_of(line)[0] for line in commands} == set(cli.commands) - {"push", "search"}
+    assert {words_of(line)[0] for line in commands} == set(cli.commands) - {"dequantise", "push", "search"}
     assert (demo / "result" / "merge.json").is_file()
 
 

@@ -11,9 +11,11 @@ from coded_checkpoints import (
     FORMS,
     GROUPS,
     direction_of,
+    inner_of,
     parts_of,
     quantisation_as,
     raw_of,
+    save_gpt_oss,
     store,
     unpacked,
     value_of,
@@ -54,11 +56,6 @@ def left(weight, basis):
 def records(folder):
     receipt = json.loads((folder / "ablation.json").read_text())
     return {record["name"].rpartition(".")[0]: record for record in receipt["tensors"]}
-
-
-def inner_of(form):
-    """Inputs of a writer: what no word or byte ends with, where the form takes that."""
-    return 203 if "per channel" in form and "GPTQ" not in form else 192
 
 
 @pytest.fixture(params=FORMS)
@@ -410,37 +407,6 @@ def test_groups_that_cannot_be_are_refused_by_name(tmp_path, groups):
 
 
 # ---------------------------------------------------------------------------------------- gpt-oss, and models that run
-
-
-def save_gpt_oss(folder, hidden=512, experts=4):
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": hidden, "intermediate_size": 192, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 64}
-    config = GptOssConfig(
-        **sizes, **heads, num_local_experts=experts, num_experts_per_tok=2, pad_token_id=0, rope_scaling=None
-    )
-    GptOssForCausalLM(config).save_pretrained(folder)
-    file = folder / "model.safetensors"
-    tensors = {}
-    for name, weight in load_file(file).items():
-        if name.endswith(("experts.down_proj", "experts.gate_up_proj")):
-            parts = [store(torch.randn_like(each.T) * 0.05, "MXFP4") for each in weight.float()]
-            codes, scales = (
-                torch.stack([each[part][1] for each in parts]) for part in ("weight_packed", "weight_scale")
-            )
-            tensors[f"{name}_blocks"] = codes.reshape(*scales.shape, 16)
-            tensors[f"{name}_scales"] = scales
-        else:
-            tensors[name] = weight.bfloat16()
-            if name.endswith("down_proj_bias"):
-                tensors[name] = torch.randn_like(weight).bfloat16()
-    save_file(tensors, file, metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def test_the_experts_of_gpt_oss_are_edited_in_their_blocks_and_biases_beside_them(tmp_path):

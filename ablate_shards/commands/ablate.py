@@ -86,6 +86,22 @@ def _parse_source_layer(text: str) -> Any:
     show_default=True,
     help="What to do with multi-token-prediction layers.",
 )
+@click.option(
+    "--dequantise",
+    type=click.Choice(["writers", "all"]),
+    default=None,
+    help="Write quantised weights in bfloat16: those that are edited (of experts, all of their layer), or all.  "
+    "[default: none, codes stay codes]",
+)
+@click.option(
+    "--rounding",
+    type=click.Choice(["directed", "nearest"]),
+    default="directed",
+    show_default=True,
+    help="How codes of quantised weights are chosen: directed, so that rounding does not undo the edit; nearest, to "
+    "see what that undoes.",
+)
+@click.option("--force", is_flag=True, help="Keep a result of which --rounding nearest undoes more than 1 %.")
 @recipe_flag
 @output_options
 def ablate(
@@ -98,6 +114,8 @@ def ablate(
     rank: int,
     winsorize: float | None,
     without: tuple[Path, ...],
+    dequantise: Any,
+    force: bool,
     recipe: Any,
     output: OutputOptions,
     **settings: Any,
@@ -130,6 +148,9 @@ def ablate(
         overrides=recipe.overrides if recipe else (),
         targets=recipe.targets if recipe else (),
     )
+    dequantisation = _dequantisation(checkpoint, found, options, dequantise)
+    if dequantisation is not None:
+        checkpoint = dequantisation.applied(checkpoint)
     plan = make_plan(checkpoint, found, options)
     for note in plan.notes:
         progress.note(note)
@@ -139,16 +160,37 @@ def ablate(
         elif not output.quiet:
             from ablate_shards.terminal.results import print_plan
 
-            print_plan(checkpoint, plan)
+            print_plan(checkpoint, plan, dequantisation)
         return
     with progress:
-        results, url = prepared.perform(ablation(checkpoint, plan, found, options), progress)
+        results, url = prepared.perform(
+            ablation(checkpoint, plan, found, options, dequantisation, force=force), progress
+        )
     if output.as_json:
         print_json(made(out, url, results))
     elif not output.quiet:
         from ablate_shards.terminal.results import print_results
 
-        print_results(checkpoint, plan, results, out, url)
+        print_results(checkpoint, plan, results, out, url, dequantisation)
+
+
+def _dequantisation(checkpoint: Any, directions: Any, options: Any, which: Any) -> Any:
+    """Returns what is dequantised before the edit, None where nothing is."""
+    from ablate_shards.surgery.dequantise.dequantisation import plan_dequantisation
+    from ablate_shards.surgery.plan.plan import make_plan
+
+    if which is None:
+        return None
+    if which == "all":
+        return plan_dequantisation(checkpoint)
+    edits = make_plan(checkpoint, directions, options).edits
+    names = [edit.name for edit in edits if edit.scales is not None]
+    if not names:
+        raise UsageError(
+            f"--dequantise writers: none of the weights that would be edited in {checkpoint.name} is quantised; leave "
+            "it out, or name all"
+        )
+    return plan_dequantisation(checkpoint, names)
 
 
 def _one_source(directions: Path | None, activations: Path | None) -> tuple[Path | None, Path | None]:

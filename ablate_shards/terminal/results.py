@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ablate_shards.errors import DirectionsError
-from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAME
+from ablate_shards.names import DEQUANTISATION_RECEIPT_NAME, MERGE_RECEIPT_NAME, RECEIPT_NAME
 from ablate_shards.surgery.anatomy.absent import Absent
 from ablate_shards.surgery.anatomy.architecture import Anatomy, Writer, split_layer
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
@@ -25,6 +25,7 @@ from ablate_shards.terminal.tables import Column, Row, Stack, bar, output, print
 
 if TYPE_CHECKING:
     # Only for types: most commands need none of these rooms.
+    from ablate_shards.surgery.dequantise.dequantisation import Dequantisation
     from ablate_shards.surgery.directions.compare import DirectionsComparison
     from ablate_shards.surgery.edit.ablation_editor import TensorResult
     from ablate_shards.surgery.hub.push import PushPlan
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = [
     "inspection",
     "print_comparison",
+    "print_dequantisation",
+    "print_dequantisation_plan",
     "print_inspection",
     "print_merge",
     "print_merge_plan",
@@ -60,7 +63,7 @@ _LEFT = ("left", 1)
 _COMPARED = (("auc", 0), ("signal_to_noise", 1), ("split_half", 2), ("purity", 3))
 
 
-def print_plan(checkpoint: Checkpoint, plan: Plan) -> None:
+def print_plan(checkpoint: Checkpoint, plan: Plan, dequantisation: "Dequantisation | None" = None) -> None:
     """Prints what a run would edit, a line per layer and component, and what it would leave."""
     screen = output()
     columns = (
@@ -92,11 +95,20 @@ def print_plan(checkpoint: Checkpoint, plan: Plan) -> None:
     say(screen, _share(checkpoint, plan, "would be edited"))
     for form, count in Counter(edit.scales.format for edit in plan.edits if edit.scales).items():
         say(screen, f"{_count(count, 'tensor')} in {form}: codes would be edited, scales would stay")
+    if any(edit.rounding == "nearest" for edit in plan.edits):
+        say(screen, "codes would be the nearest ones, which undo some of the edit or all")
+    if dequantisation is not None:
+        _print_dequantised(screen, dequantisation, "would be")
     _print_left_out(screen, plan, checkpoint)
 
 
 def print_results(
-    checkpoint: Checkpoint, plan: Plan, results: Mapping[str, "TensorResult"], out: Path | str, url: str | None
+    checkpoint: Checkpoint,
+    plan: Plan,
+    results: Mapping[str, "TensorResult"],
+    out: Path | str,
+    url: str | None,
+    dequantisation: "Dequantisation | None" = None,
 ) -> None:
     """Prints what was measured of the edited tensors, as re-read from the written files.
 
@@ -106,6 +118,7 @@ def print_results(
         results: What was measured.
         out: What the user named.
         url: The commit, where that is a repository.
+        dequantisation: What was dequantised before the edit.
     """
     screen = output()
     coded = any(edit.scales is not None for edit in plan.edits)
@@ -148,11 +161,24 @@ def print_results(
             "codes and that weight, relative to its norm",
             "dim",
         )
-    say(screen, f"{_share(checkpoint, plan, 'edited')}; every other byte is the source's")
+    _print_undone(screen, results.values())
+    if dequantisation is not None:
+        _print_dequantised(screen, dequantisation, "are")
+    besides = "all else" if dequantisation is not None else "every other byte"
+    say(screen, f"{_share(checkpoint, plan, 'edited')}; {besides} is the source's")
     _print_absent(screen, plan.absent)
     if plan.skipped:
         say(screen, f"{_count(len(plan.skipped), 'other writer')} left as they are; the receipt says why")
     _print_where(screen, checkpoint, out, url, RECEIPT_NAME)
+
+
+def _print_undone(screen: Console, results: "Iterable[TensorResult]") -> None:
+    """Says what the nearest codes undid, where these were chosen."""
+    from ablate_shards.surgery.edit.ablation_editor import CodedResult
+
+    undone = [each.undone for each in results if isinstance(each, CodedResult) and each.undone is not None]
+    if undone:
+        say(screen, f"the nearest codes undo {min(undone):.1%} to {max(undone):.1%} of the edit of a weight")
 
 
 def _rounding(results: "Sequence[TensorResult]") -> tuple[str, str]:
@@ -176,6 +202,50 @@ def _print_where(
     source = "@".join(part for part in checkpoint.origin or (checkpoint.name,) if part)
     command = shlex.join(["ablate-shards", "verify", source, str(out), *more])
     _print_line(screen, f"check it with: {command}")
+
+
+def print_dequantisation_plan(checkpoint: Checkpoint, dequantisation: "Dequantisation") -> None:
+    """Prints what a dequantisation would change, and how large the result would be."""
+    screen = output()
+    _print_dequantised(screen, dequantisation, "would be")
+    _print_sizes(screen, checkpoint, dequantisation)
+    for name, reason in checkpoint.left_out:
+        say(screen, f"not carried over: {name} ({reason})")
+
+
+def print_dequantisation(
+    checkpoint: Checkpoint, dequantisation: "Dequantisation", out: Path | str, url: str | None
+) -> None:
+    """Prints what a dequantisation changed; see :func:`print_results`."""
+    screen = output()
+    _print_dequantised(screen, dequantisation, "are")
+    _print_sizes(screen, checkpoint, dequantisation)
+    say(screen, "every other byte is the source's")
+    _print_where(screen, checkpoint, out, url, DEQUANTISATION_RECEIPT_NAME)
+
+
+def _print_dequantised(screen: Console, dequantisation: "Dequantisation", verb: str) -> None:
+    """Prints how many weights of each format are dequantised, and what of the configuration changes with them."""
+    for form, count in Counter(record.stored_as for record in dequantisation.records()).items():
+        say(screen, f"{_count(count, 'weight')} in {form} {verb} in bfloat16")
+    changes = dequantisation.amendments
+    if dequantisation.whole:
+        said = ", ".join([*changes.unset, *changes.removed])
+        say(
+            screen,
+            f"nothing {'would be' if verb == 'would be' else 'is'} quantised any more"
+            + (f": {said} {'would go' if verb == 'would be' else 'went'}" if said else ""),
+        )
+    else:
+        places = ", ".join([*changes.config, *changes.files])
+        say(screen, f"the rest stays quantised; {places} {'would name' if verb == 'would be' else 'names'} what is not")
+
+
+def _print_sizes(screen: Console, checkpoint: Checkpoint, dequantisation: "Dequantisation") -> None:
+    before, after = (
+        sum(shard.size for shard in each.shards) for each in (checkpoint, dequantisation.applied(checkpoint))
+    )
+    say(screen, f"{size_text(before)} of shards before, {size_text(after)} after")
 
 
 def print_merge_plan(checkpoint: Checkpoint, plan: "MergePlan") -> None:
@@ -477,6 +547,11 @@ def print_verification(verification: "Verification", source: Path | str, out: Pa
         say(screen, f"{out} is not what its receipt says: {_count(len(verification.differences), 'difference')}")
         return
     equal = f"{out} is what its receipt says: {size_text(verification.untouched_bytes)} equal {source}"
+    if verification.dequantised:
+        equal += f", with {_count(verification.dequantised, 'weight')} decoded from its codes"
+    if verification.dequantised and not verification.edited:
+        say(screen, equal)
+        return
     edited = _count(verification.edited, "edited tensor")
     if not verification.recomputed:
         say(screen, f"{equal}, {edited} with the digests it records; --adapter computes them again")

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from coded_checkpoints import write_fp8
 from command_line import run
 from hub.edits import SHARDS, ablate
 from hub.object_store import held
@@ -44,6 +45,14 @@ def test_the_same_bytes_as_in_a_folder(in_store, made, tmp_path, source):
     assert snapshot(made / "local") == held(in_store, "/bucket/model")
     # What was written can be read.
     assert run("inspect", OUT).exit_code == 0
+
+
+def test_a_dequantised_checkpoint_is_the_one_in_a_folder(in_store, tmp_path):
+    source = write_fp8(tmp_path / "source")
+    for out in (tmp_path / "expected", "memory://bucket/plain"):
+        assert run("dequantise", str(source), str(out)).exit_code == 0
+    assert held(in_store, "/bucket/plain") == snapshot(tmp_path / "expected")
+    assert run("verify", str(source), "memory://bucket/plain").exit_code == 0
 
 
 def test_what_tells_of_a_checkpoint_comes_last(in_store, made, monkeypatch):

@@ -404,7 +404,7 @@ def test_folders_of_something_else_are_refused(hub, out, tmp_path):
     for folder in (tmp_path / "nothing", tmp_path / "local"):
         result = run("push", folder, "me/edited")
         assert result.exit_code == 2
-    assert "holds no ablation.json, merge.json or adapter_config.json" in result.stderr
+    assert "holds no ablation.json, merge.json, dequantisation.json or adapter_config.json" in result.stderr
     assert "expected a repository such as me/my-model" in run("push", out, "just-a-name").stderr
     receipt = out / "ablation.json"
     receipt.write_text("{}")

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["GREATEST", "STORED", "decode", "decoded", "encode", "stored_dtype"]
+__all__ = ["GREATEST", "INFINITE", "STORED", "decode", "decoded", "encode", "round_to_bfloat16", "stored_dtype"]
 
 STORED: dict[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 """NumPy has no bfloat16: its bits travel as integers."""
@@ -56,6 +56,21 @@ def encode(values: np.ndarray, out: np.ndarray) -> None:
         out[...] = bits >> 16
     else:
         out[...] = values
+
+
+INFINITE = 0x7F80
+"""The bits of bfloat16 that infinity has; those of what is no number are greater."""
+
+
+def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Return the bits of the nearest bfloat16, uint16, of float32 values that are numbers; ties to even."""
+    bits = values.view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    return rounded.astype(np.uint16)
 
 
 _HALF_BITS = np.int32(-0x70002000)

@@ -12,7 +12,7 @@ from ablate_shards.kernels.codecs.grid import Grid
 from ablate_shards.kernels.native import native
 from ablate_shards.kernels.rounding.reference import BUCKETS, POLISHES, ROUNDS
 
-__all__ = ["Rounded", "round_directed"]
+__all__ = ["Rounded", "Undone", "round_directed", "round_nearest"]
 
 _TILE = 1 << 16
 """Elements that are best computed at once: their values stay in a cache."""
@@ -36,6 +36,54 @@ class Rounded(NamedTuple):
     error: np.ndarray
     nearest_error: np.ndarray
     changed: np.ndarray
+
+
+class Undone(NamedTuple):
+    """What rounding to the nearest levels did to the change along the directions, each ``[n]`` float64.
+
+    Attributes:
+        asked: Squared norm of the component that the target has beyond the source.
+        missed: Squared norm of the component that is missing to that of the target.
+    """
+
+    asked: np.ndarray
+    missed: np.ndarray
+
+
+def round_nearest(
+    grid: Grid,
+    target: np.ndarray,
+    codes: np.ndarray,
+    scales: np.ndarray,
+    basis: np.ndarray,
+    zeros: np.ndarray | None = None,
+) -> tuple[Rounded, Undone]:
+    """Put the codes nearest to a matrix in place of those of its source, to see what that undoes.
+
+    Args:
+        grid: What the codes mean.
+        target: As :func:`round_directed` takes it, as are the rest.
+        codes: Receives the result.
+        scales: Those of the codes.
+        basis: Along what it is measured.
+        zeros: Levels of the zero points.
+    """
+    scales = np.broadcast_to(scales, target.shape)
+    zeros = None if zeros is None else np.broadcast_to(zeros, target.shape)
+    measures = np.empty((len(Rounded._fields), target.shape[1]))
+    undone = np.empty((len(Undone._fields), target.shape[1]))
+    width = max(1, _TILE // max(1, len(target)))
+    with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
+        for start in range(0, target.shape[1], width):
+            part = slice(start, start + width)
+            around = None if zeros is None else zeros[:, part].astype(np.int16)
+            kept = grid.levels_of(codes[:, part])
+            columns = _Columns(grid, target[:, part], kept, scales[:, part], around, basis)
+            before = grid.values_of(kept, scales[:, part], around)
+            asked = _dots(basis, before - target[:, part].astype(np.float64))
+            undone[:, part] = _sum(asked**2), _sum(columns.residual**2)
+            measures[:, part] = _measured(columns, columns.residual.copy(), columns.error(), codes[:, part])
+    return Rounded(*measures), Undone(*undone)
 
 
 def round_directed(
@@ -82,7 +130,12 @@ def _round(
     nearest_error = columns.error()
     _take_rounds(columns)
     _polish(columns)
-    chosen = grid.codes_of(columns.levels, codes)
+    return _measured(columns, nearest, nearest_error, codes)
+
+
+def _measured(columns: "_Columns", nearest: np.ndarray, nearest_error: np.ndarray, codes: np.ndarray) -> Rounded:
+    """Puts the levels of columns in place of codes, and returns what was measured of them."""
+    chosen = columns.grid.codes_of(columns.levels, codes)
     changed = np.count_nonzero(chosen != codes, axis=0)
     codes[...] = chosen
     return Rounded(

@@ -686,7 +686,7 @@ def _weights_among(
     # Blocks are [experts, out, in] whatever the weight is, and what GPTQ and AWQ store is its transpose.
     if codes.rule.axis != "out" and codes.rest not in ("_blocks", ".qweight"):
         dtype = tensors[codes.name].dtype
-        why = f"{dtype} is edited as [..., hidden, inputs] only; dequantise the checkpoint to BF16, F16 or F32 first"
+        why = f"{dtype} is edited as [..., hidden, inputs] only; add --dequantise all"
         return [], None, _left_out(codes, why)
     try:
         return [codes], find_scales(tensors[codes.name], tensors, quantisation), None

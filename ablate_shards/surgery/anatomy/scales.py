@@ -15,6 +15,7 @@ __all__ = [
     "find_scales",
     "is_beside_codes",
     "is_codes",
+    "names_of_activations",
     "names_of_scales",
     "quantisation_of",
 ]
@@ -42,7 +43,7 @@ _BESIDE = {
 }
 #: What activations are multiplied by at run time, which does not touch the weight.
 _ACTIVATIONS = frozenset({"input_scale", "activation_scale", "input_global_scale", "input_zero_point"})
-_WAY_OUT = "dequantise the checkpoint to BF16, F16 or F32 first"
+_WAY_OUT = "dequantise the checkpoint with the library that wrote it first"
 _FEWEST_BITS, _MOST_BITS = 2, 8
 #: Bits of a word that codes are packed into.
 _WORD = 32
@@ -213,6 +214,11 @@ def names_of_scales(codes: str) -> list[str]:
         return [f"{codes.removesuffix('qweight')}scales"]
     names = [codes + ending for ending in _ENDINGS]
     return [*names, f"{codes.removesuffix('weight')}scale"] if codes.endswith(".weight") else names
+
+
+def names_of_activations(module: str) -> list[str]:
+    """Returns the names that what a module's activations are multiplied by may have."""
+    return [f"{module}{joint}{name}" for name in sorted(_ACTIVATIONS) for joint in "._"]
 
 
 def quantisation_of(config: Mapping[str, Any] | None) -> Any:

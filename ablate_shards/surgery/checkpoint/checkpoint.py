@@ -22,6 +22,7 @@ __all__ = [
     "fingerprint",
     "index_of",
     "open_checkpoint",
+    "read_config",
     "read_range",
     "read_vector",
     "size_of",
@@ -259,7 +260,7 @@ def _checkpoint(
         root=Path(files.name),
         shards=tuple(shards),
         tensors=tensors,
-        config=_read_config(files),
+        config=read_config(files),
         sidecars=tuple(sidecars),
         left_out=tuple(left_out),
         fingerprint=_fingerprint(files, shards, sidecars),
@@ -362,8 +363,12 @@ def _check_numbering(files: Files, names: list[str]) -> None:
                     raise CheckpointError(f"{files.shown(wanted)}: missing, although {name} is here; download it")
 
 
-def _read_config(files: Files) -> dict[str, Any] | None:
-    """Returns config.json, with what ModelOpt says of quantised weights beside it where it says nothing of them."""
+def read_config(files: Files) -> dict[str, Any] | None:
+    """Returns config.json, with what ModelOpt says of quantised weights beside it where it says nothing of them.
+
+    Raises:
+        CheckpointError: It is not a JSON object, or the other is not as ModelOpt writes it.
+    """
     if not files.has("config.json"):
         return None
     config = _read_json(files, "config.json")

@@ -12,8 +12,9 @@ import numpy as np
 from ablate_shards.errors import ExecuteError
 from ablate_shards.surgery.anatomy.scales import Scales
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES
+from ablate_shards.surgery.dequantise.decoding import ReadRange
 from ablate_shards.surgery.edit.blocks import BlockEditor
-from ablate_shards.surgery.edit.coded import CodedMatrix, ReadRange, Rounding
+from ablate_shards.surgery.edit.coded import CodedMatrix, Rounding
 from ablate_shards.surgery.edit.sections import Reader, Section
 from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit
 from ablate_shards.validation import Finite
@@ -73,6 +74,7 @@ class CodedResult(TensorResult):
         changed: Codes that are not the source's.
         error: Norm of the difference between the output and the edited weight before rounding, relative to the latter.
         nearest_error: The same of the nearest codes.
+        undone: With ``--rounding nearest``: how much of the change along the basis rounding undid; 1 is all of it.
     """
 
     ideal: Finite
@@ -81,6 +83,7 @@ class CodedResult(TensorResult):
     changed: int
     error: Finite
     nearest_error: Finite
+    undone: Finite | None = None
 
 
 class MatricesMeasured(NamedTuple):

@@ -2,33 +2,27 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ablate_shards.errors import ExecuteError
 from ablate_shards.surgery.anatomy.scales import Scales
-from ablate_shards.surgery.checkpoint.headers import TensorInfo
+from ablate_shards.surgery.dequantise.decoding import CodedWeight, ReadRange
 from ablate_shards.surgery.edit.sections import Reader
 from ablate_shards.surgery.plan.edits import TensorEdit
 
 if TYPE_CHECKING:
     from ablate_shards.kernels.ablate.options import Measure, ProjectOptions
     from ablate_shards.kernels.ablate.project import Meter, Projector, Workspace
-    from ablate_shards.kernels.codecs.grid import Grid
     from ablate_shards.kernels.codecs.scales import Spread
 
-__all__ = ["CodedMatrix", "CodesMeasured", "ReadRange", "RoundedMatrix", "Rounding"]
-
-ReadRange = Callable[[TensorInfo], bytes]
-"""Returns the bytes of a tensor of the source, or of a part of one, from whichever shard it lies in."""
+__all__ = ["CodedMatrix", "CodesMeasured", "RoundedMatrix", "Rounding"]
 
 #: Bytes of the edited matrix in float32 that are there at a time, and elements that are rounded at once.
 _STRIPE, _TILE = 32 << 20, 1 << 20
-#: Stands in place of groups that follow each other.
-_UNORDERED = -1
+_WAY_OUT = "fetch its shard again, or leave it out with --layers or --components"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +35,7 @@ class Rounding:
         changed: Codes that are not the source's.
         error: Norm of what rounding added.
         nearest_error: Norm of what the nearest codes would have added.
+        undone: How much of the change along the basis the nearest codes undid, where these were chosen; else None.
     """
 
     ideal: float
@@ -48,12 +43,16 @@ class Rounding:
     changed: int
     error: float
     nearest_error: float
+    undone: float | None
 
     @classmethod
     def pooled(cls, parts: "Iterable[RoundedMatrix]") -> "Rounding":
         """Returns what was done to several matrices together."""
         measured = list(parts)
         total = math.fsum(each.total for each in measured)
+
+        asked = math.fsum(each.asked for each in measured if each.asked is not None)
+        missed = [each.missed for each in measured if each.missed is not None]
 
         def relative(squares: Iterable[float]) -> float:
             return math.sqrt(math.fsum(squares) / total) if total else 0.0
@@ -64,11 +63,12 @@ class Rounding:
             changed=sum(each.changed for each in measured),
             error=relative(each.error for each in measured),
             nearest_error=relative(each.nearest_error for each in measured),
+            undone=math.sqrt(math.fsum(missed) / asked) if asked else 0.0 if missed else None,
         )
 
 
 class RoundedMatrix(NamedTuple):
-    """What was measured of the columns of a rounded matrix, summed: see :class:`~.directed.Rounded`."""
+    """What was measured of a rounded matrix, its columns summed: see ``Rounded``, and ``Undone`` of nearest codes."""
 
     along: float
     nearest: float
@@ -76,6 +76,8 @@ class RoundedMatrix(NamedTuple):
     error: float
     nearest_error: float
     changed: int
+    asked: float | None = None
+    missed: float | None = None
 
 
 class CodesMeasured(NamedTuple):
@@ -127,14 +129,13 @@ class CodedMatrix:
         read: ReadRange,
         room: int,
     ) -> None:
-        self._edit, self._scales, self._number = edit, scales, number
-        self._basis, self._workspace, self._read_scales, self._room = basis, workspace, read, room
-        *stack, self._rows = scales.leading(edit.shape)
-        self._matrices = math.prod(stack)
-        self._size = (edit.end - edit.start) // max(1, self._matrices)
-        self._row_bytes = self._cols = 0
-        self.start = edit.start + number * self._size
-        self.end = self.start + self._size
+        self._edit, self._number = edit, number
+        self._basis, self._workspace, self._room = basis, workspace, room
+        self._weight = CodedWeight(edit, scales, read, _WAY_OUT)
+        self._rows, self._row_bytes = self._weight.rows, self._weight.row_bytes
+        self._cols = 0
+        self.start = edit.start + number * self._weight.size
+        self.end = self.start + self._weight.size
         self.block = 0
         self._chosen = np.empty((0, 0), np.uint8)
         self._stored = self._written = np.empty(0, np.uint8)
@@ -148,13 +149,9 @@ class CodedMatrix:
             ExecuteError: A code or a scale is NaN, or what they stand for is too large for float32.
         """
         from ablate_shards.kernels.ablate.project import Projector
-        from ablate_shards.kernels.codecs.orders import from_rows
-        from ablate_shards.kernels.codecs.packing import packed_bytes
 
-        bits = self._scales.bits
-        self._cols = self._columns(bits)
-        self._row_bytes = self._size // max(1, self._rows) if self._by_rows else packed_bytes(self._cols, bits)
-        self._spread = self._read_spread()
+        self._spread = self._weight.spread(self._number)
+        self._cols = self._weight.columns()
         shape = (1, self._rows, self._cols)
         projector = Projector(self._basis, shape, "F32", self._options, self._workspace())
         chunk = projector.chunk_rows
@@ -167,12 +164,11 @@ class CodedMatrix:
                 projector.gather(step, self._loaded(self._decoded(codes[rows], rows)), rows.start)
             step += 1
         if projector.nonfinite:
-            raise self._refused("codes times scales are too large for float32")
+            raise self._weight.refused(self._number, "codes times scales are too large for float32")
         self._chosen = codes.copy()
         self._before = projector.before()
         self._round(projector, codes)
-        chosen = self._chosen
-        self._stored = chosen.reshape(-1) if self._by_rows else from_rows(chosen, self._scales.order, bits, self._cols)
+        self._stored = self._weight.turned_back(self._chosen)
 
     def edit(self, raw: np.ndarray, offset: int) -> None:
         """Puts the chosen codes in place of a block."""
@@ -180,18 +176,17 @@ class CodedMatrix:
 
     def measure(self, raw: np.ndarray, offset: int) -> None:
         """Takes a block as it was written."""
-        if self._by_rows:
-            first = (offset - self.start) // self._row_bytes
-            self._meter_rows(raw.reshape(-1, self._row_bytes), first)
+        if self._weight.by_rows:
+            self._meter_rows(raw.reshape(-1, self._row_bytes), (offset - self.start) // self._row_bytes)
             return
         if not len(self._written):
-            self._written = np.empty(self._size, np.uint8)
+            self._written = np.empty(self._weight.size, np.uint8)
         self._written[offset - self.start :][: len(raw)] = raw
 
     def measured(self) -> CodesMeasured:
         """Returns what was measured; measuring begins anew after it."""
         if len(self._written):
-            codes = self._turned(self._written)
+            codes = self._weight.turned(self._written)
             for rows in self._spans():
                 self._meter_rows(codes[rows], rows.start)
             self._written = np.empty(0, np.uint8)
@@ -205,10 +200,10 @@ class CodedMatrix:
         return CodesMeasured(self._before, after, self._degenerate, worst, self._rounded)
 
     def _meter_rows(self, codes: np.ndarray, first: int) -> None:
-        """Measures rows as they are stored."""
+        """Measures rows of codes from a row on."""
         if self._meter is None:
             self._meter = self._new_meter()
-        self._check_codes(codes)
+        self._weight.check(self._number, codes)
         self._meter.add(self._loaded(self._decoded(codes, slice(first, first + len(codes)))), first)
 
     def _new_meter(self) -> "Meter":
@@ -219,7 +214,7 @@ class CodedMatrix:
     def _round(self, projector: "Projector", codes: np.ndarray) -> None:
         """Chooses the codes of stripe after stripe of the edited matrix."""
         from ablate_shards.kernels.codecs.packing import ALIGNED, pack, packed_bytes, unpack
-        from ablate_shards.kernels.rounding.directed import Rounded, round_directed
+        from ablate_shards.kernels.rounding.directed import Rounded, Undone, round_directed, round_nearest
 
         grid = self._spread.grid
         tile = max(1, _TILE // max(1, self._rows))
@@ -227,6 +222,8 @@ class CodedMatrix:
         width = max(tile, _STRIPE // (4 * max(1, self._rows)) // tile * tile)
         self._degenerate = 0
         tiles: list[Rounded] = []
+        undone: list[Undone] = []
+        nearest_ones = self._edit.rounding == "nearest"
         every_row = slice(0, self._rows)
         for first in range(0, self._cols, width):
             stripe = slice(first, min(first + width, self._cols))
@@ -239,13 +236,16 @@ class CodedMatrix:
                 wanted = target[:, part.start - first : part.stop - first]
                 raw = self._chosen[:, packed_bytes(start, grid.bits) : packed_bytes(part.stop, grid.bits)]
                 chosen = unpack(raw, grid.bits, part.stop - start)
-                tiles.append(round_directed(grid, wanted, chosen, scales, self._basis, zeros))
+                if nearest_ones:
+                    rounded, found = round_nearest(grid, wanted, chosen, scales, self._basis, zeros)
+                    undone.append(found)
+                else:
+                    rounded = round_directed(grid, wanted, chosen, scales, self._basis, zeros)
+                tiles.append(rounded)
                 pack(chosen, grid.bits, raw)
-        along, nearest, total, error, nearest_error, changed = (
-            math.fsum(itertools.chain.from_iterable(each[measure] for each in tiles))
-            for measure in range(len(Rounded._fields))
-        )
-        self._rounded = RoundedMatrix(along, nearest, total, error, nearest_error, int(changed))
+        along, nearest, total, error, nearest_error, changed = _sums(tiles, len(Rounded._fields))
+        asked, missed = _sums(undone, len(Undone._fields)) if nearest_ones else (None, None)
+        self._rounded = RoundedMatrix(along, nearest, total, error, nearest_error, int(changed), asked, missed)
 
     def _edited(self, projector: "Projector", codes: np.ndarray, stripe: slice) -> np.ndarray:
         """Returns some columns of the edited matrix, float32."""
@@ -259,102 +259,18 @@ class CodedMatrix:
         return target
 
     def _codes(self, read: Reader) -> np.ndarray:
-        flat = np.empty(self._size, np.uint8)
+        flat = np.empty(self._weight.size, np.uint8)
         for offset in range(self.start, self.end, self.block):
             data = read(offset, min(self.block, self.end - offset))
             flat[offset - self.start :][: len(data)] = data
-        codes = flat.reshape(self._rows, self._row_bytes) if self._by_rows else self._turned(flat)
+        codes = self._weight.turned(flat)
         for rows in self._spans():
-            self._check_codes(codes[rows])
+            self._weight.check(self._number, codes[rows])
         return codes
-
-    @property
-    def _by_rows(self) -> bool:
-        return self._scales.order == "rows"
-
-    def _turned(self, stored: np.ndarray) -> np.ndarray:
-        """Returns transposed codes row by row."""
-        from ablate_shards.kernels.codecs.orders import to_rows
-
-        return to_rows(stored, self._scales.order, self._scales.bits, self._rows)
-
-    def _check_codes(self, raw: np.ndarray) -> None:
-        grid = self._spread.grid
-        if grid.bits == raw.itemsize * 8 and grid.has_nan(raw):
-            raise self._refused("holds NaN codes (0x7F or 0xFF), which no projection can edit")
-
-    def _columns(self, bits: int) -> int:
-        """Returns how many columns the matrix has: what a part says, or as many as its bytes hold."""
-        most = self._size * 8 // bits // max(1, self._rows)
-        if (part := self._scales.part("shape")) is None:
-            return most
-        said = np.frombuffer(self._read_scales(part.tensor), {"I64": "<i8", "I32": "<i4"}[part.dtype]).tolist()
-        expected = [*self._scales.leading(self._edit.shape), said[-1]]
-        words = self._size // max(1, self._rows) // 4
-        if said != expected or -(-said[-1] * bits // 32) != words:
-            raise self._refused(
-                f"{part.name} says {said}, but {words} words a row of {bits} bits are {[*expected[:-1], most]}"
-            )
-        return int(said[-1])
-
-    def _read_spread(self) -> "Spread":
-        """Returns the matrix's own scales and zero points."""
-        from ablate_shards.kernels.codecs.grids import grid_named
-        from ablate_shards.kernels.codecs.scales import Spread, decode_scales
-
-        grid, block = grid_named(self._scales.codes), self._scales.block
-        values = decode_scales(self._read_own(self._scales.tensor), self._scales.dtype)
-        if (part := self._scales.part("multiplier", "divisor")) is not None:
-            factor = decode_scales(self._read_own(part.tensor), part.dtype)
-            with np.errstate(all="ignore"):
-                values = values * factor if part.role == "multiplier" else values / factor
-        if not (np.isfinite(values) & (values >= 0)).all():
-            name = self._scales.name if part is None else f"{self._scales.name} and {part.name}"
-            raise self._refused(f"its scales {name} hold NaN, infinite or negative values")
-        if self._by_rows:
-            values = values.reshape(-(-self._rows // block[0]), -1)
-        else:
-            values = np.ascontiguousarray(values.reshape(-1, self._rows).T)
-        return Spread(grid, block, values, self._read_zeros(grid, values.shape[1]), self._read_groups(values.shape[1]))
-
-    def _read_zeros(self, grid: "Grid", groups: int) -> np.ndarray | None:
-        """Returns the levels of the matrix's own zero points, ``[rows, groups]`` int8, where it has some."""
-        from ablate_shards.kernels.codecs.orders import outputs_in_order
-        from ablate_shards.kernels.codecs.packing import unpack
-
-        if (part := self._scales.part("zero points", "zero points less one")) is None:
-            return None
-        words = np.frombuffer(self._read_own(part.tensor), "<i4")
-        lines = np.ascontiguousarray(words.reshape(-1, groups).T) if self._by_rows else words.reshape(groups, -1)
-        codes = unpack(lines.view(np.uint8), grid.bits, self._rows)
-        if self._scales.order == "outputs":
-            codes = outputs_in_order(codes)
-        levels = grid.levels_of(codes) + (part.role == "zero points less one")
-        return np.ascontiguousarray(levels.T.astype(np.int8))
-
-    def _read_groups(self, count: int) -> np.ndarray | None:
-        """Returns the group of each column, where the checkpoint says it."""
-        if (part := self._scales.part("groups")) is None:
-            return None
-        groups = np.frombuffer(self._read_scales(part.tensor), {"I64": "<i8", "I32": "<i4"}[part.dtype])
-        if (groups == _UNORDERED).any():
-            return None
-        if len(groups) != self._cols or groups.min(initial=0) < 0 or groups.max(initial=0) >= count:
-            found = f"{len(groups)} numbers from {groups.min(initial=0)} to {groups.max(initial=0)}"
-            raise self._refused(f"{part.name} has {found}, but there are {self._cols} columns in {count} groups")
-        return groups
-
-    def _read_own(self, whole: TensorInfo) -> bytes:
-        """Returns the bytes of a tensor that are this matrix's."""
-        size = (whole.end - whole.start) // max(1, self._matrices)
-        start = whole.start + self._number * size
-        return self._read_scales(TensorInfo(whole.name, whole.dtype, (), whole.shard, start, start + size))
 
     def _decoded(self, raw: np.ndarray, rows: slice) -> np.ndarray:
         """Returns what the codes of some rows stand for, float32."""
-        from ablate_shards.kernels.codecs.packing import unpack
-
-        return self._spread.decode_rows(unpack(raw, self._spread.grid.bits, self._cols), rows.start)
+        return self._weight.decode(raw, self._spread, rows.start, self._cols)
 
     def _loaded(self, values: np.ndarray) -> "object":
         return self._workspace().arrays.load(_bytes_of(values), "F32", (1, *values.shape))
@@ -363,20 +279,17 @@ class CodedMatrix:
         for start in range(0, self._rows if self._cols else 0, self._step):
             yield slice(start, min(start + self._step, self._rows))
 
-    def _refused(self, why: str) -> ExecuteError:
-        where = (
-            f"{self._edit.name}, expert {self._number}"
-            if len(self._scales.leading(self._edit.shape)) > 1
-            else self._edit.name
-        )
-        return ExecuteError(f"{where}: {why}; fetch its shard again, or leave it out with --layers or --components")
-
     @property
     def _options(self) -> "ProjectOptions":
         from ablate_shards.kernels.ablate.options import ProjectOptions
 
         edit = self._edit
         return ProjectOptions(coefficient=edit.coefficient, preserve=edit.preserve, axis=edit.axis)
+
+
+def _sums(tiles: Sequence[Sequence[np.ndarray]], measures: int) -> list[float]:
+    """Returns the sums of what was measured of the columns of tiles."""
+    return [math.fsum(itertools.chain.from_iterable(each[measure] for each in tiles)) for measure in range(measures)]
 
 
 def _bytes_of(values: np.ndarray) -> np.ndarray:

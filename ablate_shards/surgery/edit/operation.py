@@ -16,7 +16,7 @@ from ablate_shards.surgery.plan.edits import Edit
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["Operation", "RunOptions", "check_unchanged", "ending_early", "what_is_kept"]
+__all__ = ["Operation", "RunOptions", "as_it_is", "check_unchanged", "ending_early", "what_is_kept"]
 
 _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R", bound="DataclassInstance")
@@ -45,7 +45,8 @@ class RunOptions:
     sync: bool = True
 
 
-def _as_it_is(checkpoint: Checkpoint) -> Checkpoint:
+def as_it_is(checkpoint: Checkpoint) -> Checkpoint:
+    """Returns a checkpoint that nothing is amended of."""
     return checkpoint
 
 
@@ -69,7 +70,7 @@ class Operation(Generic[_E, _R]):
     result: Callable[..., _R]
     receipt_name: str
     receipt: Callable[[Checkpoint, Mapping[str, _R], Mapping[str, str]], str]
-    amend: Callable[[Checkpoint], Checkpoint] = _as_it_is
+    amend: Callable[[Checkpoint], Checkpoint] = as_it_is
 
     def identity_on(self, checkpoint: Checkpoint) -> dict[str, str]:
         """Returns all that must be equal for an interrupted run on a checkpoint to be resumed."""

@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from ablate_shards.names import RECEIPT_NAME
 from ablate_shards.surgery.anatomy.scales import Scales
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.files import Files, Folder
+from ablate_shards.surgery.dequantise.dequantisation import Dequantisation
+from ablate_shards.surgery.dequantise.found import DequantisedRecord
 from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.edit.ablation_editor import CodedResult, TensorResult
 from ablate_shards.surgery.plan.edits import TensorEdit, neighbours
@@ -28,6 +30,9 @@ __all__ = [
     "RECEIPT_FORMAT",
     "Receipt",
     "copied_files",
+    "dequantised_of",
+    "dequantised_record",
+    "files_record",
     "headers_of",
     "incomplete",
     "read_receipt",
@@ -66,6 +71,7 @@ class Receipt:
         results: What it says was measured, by tensor.
         directions: The directions and reference means it carries, those that the edits use; no metadata.
         altered: Whether its bytes are not the ones that were written.
+        dequantised: The weights that were dequantised first.
     """
 
     revision: str | None
@@ -75,6 +81,7 @@ class Receipt:
     results: Mapping[str, TensorResult]
     directions: Directions
     altered: bool
+    dequantised: tuple[DequantisedRecord, ...] = ()
 
 
 def receipt_text(
@@ -84,6 +91,7 @@ def receipt_text(
     directions: Directions,
     results: Mapping[str, TensorResult],
     device: Mapping[str, str],
+    dequantisation: Dequantisation | None = None,
 ) -> str:
     """Returns the receipt of a run as canonical JSON that ends in its own digest.
 
@@ -105,13 +113,11 @@ def receipt_text(
             "reference": _encode(directions.reference, {layer for key in used for layer in key.references}),
         },
         "device": dict(device),
+        **dequantised_record(dequantisation),
         "tensors": [_record(edit, results[edit.name]) for edit in plan.edits],
         "skipped": [dataclasses.asdict(skip) for skip in plan.skipped],
         **({"absent": [dataclasses.asdict(part) for part in plan.absent]} if plan.absent else {}),
-        "files": {
-            "copied": list(checkpoint.sidecars),
-            "left_out": [{"name": name, "reason": reason} for name, reason in checkpoint.left_out],
-        },
+        "files": files_record(checkpoint, dequantisation),
     }
     return seal(content)
 
@@ -140,6 +146,7 @@ def read_receipt(folder: Path | Files) -> Receipt:
                 reference={layer: array[0] for layer, array in _decode(content["directions"]["reference"]).items()},
             ),
             altered=altered,
+            dequantised=dequantised_of(content),
         )
     except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise incomplete(folder, RECEIPT_NAME, error) from error
@@ -191,6 +198,36 @@ def headers_of(content: Mapping[str, Any]) -> dict[str, str]:
 def copied_files(content: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the files that a receipt says were copied beside the shards."""
     return checked(content["files"]["copied"], tuple[str, ...], "files: copied")
+
+
+def files_record(
+    checkpoint: Checkpoint, dequantisation: Dequantisation | None, given: Collection[str] = ()
+) -> dict[str, Any]:
+    """Returns what a receipt says of the files beside the shards.
+
+    Args:
+        checkpoint: The source.
+        dequantisation: What of it was dequantised first, None where nothing was.
+        given: Files that are not the source's.
+    """
+    removed = () if dequantisation is None else dequantisation.amendments.removed
+    left_out = [*checkpoint.left_out, *((name, "says how weights were quantised") for name in removed)]
+    return {
+        "copied": [name for name in checkpoint.sidecars if name not in removed and name not in given],
+        "left_out": [{"name": name, "reason": reason} for name, reason in left_out],
+    }
+
+
+def dequantised_record(dequantisation: Dequantisation | None) -> dict[str, Any]:
+    """Returns what a receipt says of the weights that were dequantised; nothing where none were."""
+    if dequantisation is None:
+        return {}
+    return {"dequantised": [dataclasses.asdict(record) for record in dequantisation.records()]}
+
+
+def dequantised_of(content: Mapping[str, Any]) -> tuple[DequantisedRecord, ...]:
+    """Returns the weights that a receipt says were dequantised."""
+    return checked(content.get("dequantised", ()), tuple[DequantisedRecord, ...], "dequantised")
 
 
 def with_range(record: Mapping[str, Any], **more: Any) -> dict[str, Any]:
@@ -245,6 +282,7 @@ def _resolved(options: AblateOptions, plan: Plan) -> dict[str, Any]:
         "biproject": options.biproject,
         "source-layer": options.source_layer,
         "mtp": options.mtp,
+        **({"rounding": options.rounding} if options.rounding != "directed" else {}),
         **({"profile": [dataclasses.asdict(profile) for profile in options.profiles]} if options.profiles else {}),
         "override": [
             {
@@ -278,6 +316,10 @@ def _record(edit: TensorEdit, result: TensorResult) -> dict[str, Any]:
         **dataclasses.asdict(result),
     }
     if edit.scales is not None:
+        if edit.rounding != "directed":
+            record["rounding"] = edit.rounding
+        if record["undone"] is None:
+            del record["undone"]
         record |= {"stored_as": edit.scales.form(edit.shape), "scales": _record_scales(edit.scales)}
     return record
 

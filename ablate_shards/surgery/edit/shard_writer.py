@@ -84,8 +84,7 @@ class ShardWriter(Generic[_E, _R]):
             for content in self._staging.done.values()
             for name, values in content.items()
         }
-        # Where there are few cores, the edits need them more than copying does.
-        copiers = self._pool((1 if cores() < _MANY_CORES else 2) if self._checkpoint.remote is None else self.in_flight)
+        copiers = self._pool(self._copiers(run))
         sidecars = [copiers.submit(self._copy_sidecar, name) for name in self._checkpoint.sidecars]
         shards = (shard for shard in self._checkpoint.shards if shard.name not in self._staging.done)
         under_way = deque(self._start_copy(shard, copiers) for shard in itertools.islice(shards, self.in_flight))
@@ -106,6 +105,14 @@ class ShardWriter(Generic[_E, _R]):
         for future in sidecars:
             future.result()
         return results, identity
+
+    def _copiers(self, run: RunOptions) -> int:
+        """Returns how many threads copy: where there are few cores, the edits need them more."""
+        if self._checkpoint.amended and not self._operation.edits:
+            return max(1, min(self.in_flight, run.jobs or cores()))
+        if self._checkpoint.remote is not None:
+            return self.in_flight
+        return 1 if cores() < _MANY_CORES else 2
 
     def _pool(self, workers: int) -> ThreadPoolExecutor:
         self._pools.append(ThreadPoolExecutor(workers))

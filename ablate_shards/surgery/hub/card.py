@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ablate_shards.errors import HubError
-from ablate_shards.names import BEGIN, END
+from ablate_shards.names import BEGIN, END, RECEIPT_NAMES
 from ablate_shards.surgery.model.samples import SIDES, Side
 from ablate_shards.surgery.plan.recipe import layer_ranges
 
@@ -30,7 +30,7 @@ _LARGEST = 64 << 20
 _ADAPTER_KEYS = {"peft_type", "r", "lora_alpha", "target_modules", "target_parameters", "use_rslora", "use_dora"}
 _DIGESTS = {"format", "sha256"}
 
-PublishedKind = Literal["ablation", "merge", "adapter"]
+PublishedKind = Literal["ablation", "merge", "dequantisation", "adapter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def model_card(folder: Path, options: CardOptions) -> str:
             revision=options.revision,
             repo=options.repo,
             home=_HOME,
-            receipt=next((name for name in ("ablation.json", "merge.json") if name in options.files), None),
+            receipt=next((name for name in RECEIPT_NAMES if name in options.files), None),
             tables=_tables(folder, options.files),
             evaluation=evaluation,
             effect=said,
@@ -339,7 +339,12 @@ def _languages(value: Any) -> list[str]:
 
 
 def _tags(options: CardOptions) -> list[str]:
-    tags = {"ablation": ["directional-ablation"], "merge": ["lora-merged"], "adapter": ["lora"]}[options.kind]
+    tags = {
+        "ablation": ["directional-ablation"],
+        "merge": ["lora-merged"],
+        "dequantisation": ["dequantised"],
+        "adapter": ["lora"],
+    }[options.kind]
     return ["ablate-shards", *tags]
 
 

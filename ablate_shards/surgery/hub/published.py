@@ -1,16 +1,18 @@
 """Finds out what a folder that is to be published holds, and whether its receipt is fresh."""
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ablate_shards.errors import UsageError
-from ablate_shards.names import CARD, MERGE_RECEIPT_NAME, RECEIPT_NAME
+from ablate_shards.names import CARD, DEQUANTISATION_RECEIPT_NAME, MERGE_RECEIPT_NAME, RECEIPT_NAME, RECEIPT_NAMES
 from ablate_shards.surgery.checkpoint.headers import read_header
 from ablate_shards.surgery.checkpoint.stores import is_hub_id
-from ablate_shards.surgery.edit.receipt import read_receipt
+from ablate_shards.surgery.edit.dequantise import DequantisationReceipt, read_dequantisation_receipt
+from ablate_shards.surgery.edit.receipt import Receipt, read_receipt
 from ablate_shards.surgery.hub.card import PublishedKind, read_object
-from ablate_shards.surgery.merge.receipt import read_merge_receipt
+from ablate_shards.surgery.merge.receipt import MergeReceipt, read_merge_receipt
 
 __all__ = ["CARD", "Published", "look_at"]
 
@@ -44,6 +46,14 @@ class Published:
     stale: str | None
 
 
+#: What a folder holds, and what reads it, by its receipt.
+_KINDS: Mapping[str, tuple[PublishedKind, Callable[[Path], Receipt | MergeReceipt | DequantisationReceipt]]] = {
+    RECEIPT_NAME: ("ablation", read_receipt),
+    MERGE_RECEIPT_NAME: ("merge", read_merge_receipt),
+    DEQUANTISATION_RECEIPT_NAME: ("dequantisation", read_dequantisation_receipt),
+}
+
+
 def look_at(folder: Path, base_model: str | None = None) -> Published:
     """Finds out what a folder holds, and why it would have to be verified.
 
@@ -62,14 +72,13 @@ def look_at(folder: Path, base_model: str | None = None) -> Published:
     files = tuple(name for name in names if not _NOT_PUBLISHED.search(name) and name != CARD)
     copied: tuple[str, ...] = (CARD,)
     stale = None
-    if RECEIPT_NAME in files or MERGE_RECEIPT_NAME in files:
-        ablation = RECEIPT_NAME in files
-        known_by = RECEIPT_NAME if ablation else MERGE_RECEIPT_NAME
-        receipt = read_receipt(folder) if ablation else read_merge_receipt(folder)
+    if known_by := next((name for name in RECEIPT_NAMES if name in files), ""):
+        kind, read = _KINDS[known_by]
+        receipt = read(folder)
         copied = receipt.copied
         stale = f"{folder / known_by} was changed after it was written" if receipt.altered else None
-        stale = stale or _newer(folder, known_by, [*receipt.shards, *copied])
-        kind: PublishedKind = "ablation" if ablation else "merge"
+        shards = [name for name in receipt.shards if not receipt.dequantised or (folder / name).exists()]
+        stale = stale or _newer(folder, known_by, [*shards, *copied])
     elif _ADAPTER in files:
         if _ADAPTER_WEIGHTS not in files:
             raise UsageError(f"{folder}: has {_ADAPTER}, but no {_ADAPTER_WEIGHTS}; save the adapter as safetensors")
@@ -77,8 +86,8 @@ def look_at(folder: Path, base_model: str | None = None) -> Published:
         kind, known_by = "adapter", _ADAPTER
     else:
         raise UsageError(
-            f"{folder}: holds no {RECEIPT_NAME}, {MERGE_RECEIPT_NAME} or {_ADAPTER}; name a folder that `ablate`, "
-            "`merge` or `finetune` made"
+            f"{folder}: holds no {', '.join(RECEIPT_NAMES)} or {_ADAPTER}; name a folder that `ablate`, `merge`, "
+            "`dequantise` or `finetune` made"
         )
     base, revision = _origin(folder / known_by)
     return Published(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ablate_shards.errors import HubError
-from ablate_shards.names import MERGE_RECEIPT_NAME
+from ablate_shards.names import DEQUANTISATION_RECEIPT_NAME, MERGE_RECEIPT_NAME
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, size_of
 from ablate_shards.surgery.checkpoint.headers import Shard
 from ablate_shards.surgery.checkpoint.hub_store import HubFaults, HubStore
@@ -365,7 +365,11 @@ def _copies(checkpoint: Checkpoint, shards: set[str], ledger: _Ledger, *, by_hub
 
 
 def _published(folder: Path, checkpoint: Checkpoint, receipt_name: str, options: PushOptions) -> Published:
-    kind: PublishedKind = "merge" if receipt_name == MERGE_RECEIPT_NAME else "ablation"
+    kinds: dict[str, PublishedKind] = {
+        MERGE_RECEIPT_NAME: "merge",
+        DEQUANTISATION_RECEIPT_NAME: "dequantisation",
+    }
+    kind = kinds.get(receipt_name, "ablation")
     base, revision = checkpoint.origin or (None, None)
     if base is not None and not is_hub_id(base):
         base = None  # a folder of an object store, which no card can name

@@ -14,8 +14,13 @@ from ablate_shards.surgery.checkpoint.amended import Amendments
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.files import Files
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
+from ablate_shards.surgery.dequantise.dequantisation import Dequantisation
+from ablate_shards.surgery.dequantise.found import DequantisedRecord
 from ablate_shards.surgery.edit.receipt import (
     copied_files,
+    dequantised_of,
+    dequantised_record,
+    files_record,
     headers_of,
     incomplete,
     read_sealed,
@@ -48,6 +53,7 @@ class MergeReceipt:
         tensors: The changed tensors, by name.
         results: What it says was measured of them, by name.
         altered: Whether its bytes are not the ones that were written.
+        dequantised: The weights that were dequantised first.
     """
 
     revision: str | None
@@ -59,6 +65,7 @@ class MergeReceipt:
     tensors: Mapping[str, TensorInfo]
     results: Mapping[str, MergeResult]
     altered: bool
+    dequantised: tuple[DequantisedRecord, ...] = ()
 
 
 def merge_receipt_text(
@@ -67,6 +74,7 @@ def merge_receipt_text(
     plan: MergePlan,
     results: Mapping[str, MergeResult],
     device: Mapping[str, str],
+    dequantisation: Dequantisation | None = None,
 ) -> str:
     """Returns the receipt of a merge as canonical JSON that ends in its own digest.
 
@@ -93,13 +101,11 @@ def merge_receipt_text(
                 **dataclasses.asdict(adapter.config),
             },
             "scale": plan.scale,
-            **({"amendments": dataclasses.asdict(plan.amendments)} if plan.amendments else {}),
+            **({"amendments": plan.amendments.as_dict()} if plan.amendments else {}),
             "device": dict(device),
+            **dequantised_record(dequantisation),
             "tensors": [_record(edit, results[edit.name]) for edit in plan.edits],
-            "files": {
-                "copied": [name for name in checkpoint.sidecars if name not in plan.amendments.files],
-                "left_out": [{"name": name, "reason": reason} for name, reason in checkpoint.left_out],
-            },
+            "files": files_record(checkpoint, dequantisation, plan.amendments.files),
         }
     )
 
@@ -156,6 +162,7 @@ def read_merge_receipt(folder: Path | Files) -> MergeReceipt:
             tensors={tensor.name: tensor for tensor in tensors},
             results={tensor.name: result for tensor, result in zip(tensors, results, strict=True)},
             altered=altered,
+            dequantised=dequantised_of(content),
         )
     except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise incomplete(folder, MERGE_RECEIPT_NAME, error) from error

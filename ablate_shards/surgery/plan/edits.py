@@ -9,7 +9,7 @@ from typing import Literal, Protocol, TypeVar
 from ablate_shards.surgery.anatomy.architecture import Component
 from ablate_shards.surgery.anatomy.scales import Scales
 from ablate_shards.surgery.checkpoint.headers import Shard
-from ablate_shards.surgery.plan.recipe import Preserve
+from ablate_shards.surgery.plan.recipe import Preserve, Rounding
 from ablate_shards.validation import Finite
 
 __all__ = ["BasisKey", "Edit", "Skip", "TensorEdit", "by_shard", "neighbours", "untouched"]
@@ -89,6 +89,7 @@ class TensorEdit:
         preserve: Which norms stay; ``none`` for a bias.
         basis: The basis to remove.
         scales: What its codes are multiplied by, which stay; None where it holds plain numbers.
+        rounding: How its codes are chosen, where it has any.
     """
 
     name: str
@@ -106,6 +107,7 @@ class TensorEdit:
     preserve: Preserve
     basis: BasisKey
     scales: Scales | None = None
+    rounding: Rounding = "directed"
 
 
 @dataclass(frozen=True, slots=True)

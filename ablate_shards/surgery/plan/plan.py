@@ -62,6 +62,8 @@ class Plan:
         if not self.absent:
             del content["absent"]
         for edit in content["edits"]:
+            if edit["rounding"] == "directed":
+                del edit["rounding"]
             if edit["scales"] is None:
                 del edit["scales"]
                 continue
@@ -129,6 +131,11 @@ def make_plan(checkpoint: Checkpoint, directions: Directions, options: AblateOpt
     if any(edit.component == "embedding" for edit in edits):
         head = stored_head(checkpoint, anatomy)
         edits += _of_head(head, edits)
+    if options.rounding != "directed" and all(edit.scales is None for edit in edits):
+        raise UsageError(
+            f"--rounding is about codes, and none of the weights that would be edited in {checkpoint.name} has any; "
+            "leave it out"
+        )
     absent = _check_coverage(checkpoint, anatomy, layers, options)
     _check_experts(edit for edit in edits if not edit.mtp)
     order = {shard.name: number for number, shard in enumerate(checkpoint.shards)}
@@ -222,6 +229,7 @@ def _edit(
             gain_offset=writer.gain_offset,
         ),
         scales=writer.scales,
+        rounding="directed" if writer.scales is None else options.rounding,
     )
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "Override",
     "Preserve",
     "Recipe",
+    "Rounding",
     "SourceLayer",
     "layer_ranges",
     "parse_components",
@@ -34,6 +35,7 @@ __all__ = [
 _Item = TypeVar("_Item")
 
 Preserve = Literal["rows", "columns", "none"]
+Rounding = Literal["directed", "nearest"]
 SourceLayer = Literal["best", "own"] | int | float
 
 COMPONENTS: tuple[Component, ...] = ("attention", "mlp", "embedding")
@@ -58,9 +60,13 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
         "plain": _Switch,
     },
     "ablate": {
-        **dict.fromkeys(("layers", "components", "coefficient", "preserve", "source-layer", "mtp"), _Value),
+        **dict.fromkeys(
+            ("layers", "components", "coefficient", "preserve", "source-layer", "mtp", "dequantise", "rounding"), _Value
+        ),
         **dict.fromkeys(("device", "memory", "jobs"), _Value),
-        **dict.fromkeys(("biproject", "cache", "private", "link", "sync", "dry-run", "resume", "overwrite"), _Switch),
+        **dict.fromkeys(
+            ("biproject", "cache", "private", "link", "sync", "dry-run", "resume", "overwrite", "force"), _Switch
+        ),
     },
     "lora": {
         **dict.fromkeys(("data", "keep"), _File),
@@ -126,6 +132,8 @@ class AblateOptions:
         source_layer: Where the direction is measured: the edited layer, the best layer, or a number, which may lie
             between two layers.
         mtp: Whether multi-token-prediction layers are edited.
+        rounding: How the codes of quantised weights are chosen: so that rounding does not undo the edit, or the nearest
+            ones, to see what those undo.
         profiles: Coefficients over depth, which win over ``coefficient``; later ones win.
         overrides: Exceptions to all of it, later ones win.
         targets: Writers described by the user, instead of the architecture table.
@@ -138,6 +146,7 @@ class AblateOptions:
     biproject: bool = True
     source_layer: SourceLayer = "own"
     mtp: Literal["keep", "edit"] = "keep"
+    rounding: Rounding = "directed"
     profiles: tuple[Profile, ...] = ()
     overrides: tuple[Override, ...] = ()
     targets: tuple[Target, ...] = ()

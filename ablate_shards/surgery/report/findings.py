@@ -148,6 +148,10 @@ class Findings:
         return self.evaluations[-1] if self.evaluations else None
 
 
+#: The receipts of what a report can be about.
+_REPORTED = (RECEIPT_NAME, MERGE_RECEIPT_NAME)
+
+
 def gather(out: Path, options: ReportOptions) -> Findings:
     """Reads what a run left behind; what cannot be read is missing, and why is said.
 
@@ -159,10 +163,10 @@ def gather(out: Path, options: ReportOptions) -> Findings:
         ReportError: OUT holds no receipt and no search that can be read, or a place that was named is not there.
         EvaluateError: An evaluation that was named cannot be read.
     """
-    edited = any((out / name).is_file() for name in RECEIPT_NAMES)
+    edited = any((out / name).is_file() for name in _REPORTED)
     if not edited and not any(out.glob(f"*{SEARCH_SUFFIX}")):
         raise ReportError(
-            f"{out}: holds no {' and no '.join(RECEIPT_NAMES)}, nor what a search found (*{SEARCH_SUFFIX}), so there "
+            f"{out}: holds no {' and no '.join(_REPORTED)}, nor what a search found (*{SEARCH_SUFFIX}), so there "
             "is nothing to report; name a folder that ablate, merge or run made, or the one that search wrote to"
         )
     if options.work is not None and not options.work.is_dir():

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -16,15 +16,30 @@ import numpy as np
 from blake3 import blake3
 
 from ablate_shards.errors import AblateError, ArchitectureError, CheckpointError, HubError, UsageError, VerifyError
-from ablate_shards.names import BEGIN, CARD, MERGE_RECEIPT_NAME, RECEIPT_NAME, RECEIPT_NAMES, is_report
+from ablate_shards.names import (
+    BEGIN,
+    CARD,
+    DEQUANTISATION_RECEIPT_NAME,
+    MERGE_RECEIPT_NAME,
+    RECEIPT_NAME,
+    RECEIPT_NAMES,
+    is_report,
+)
 from ablate_shards.surgery.anatomy.scales import find_scales, is_codes, quantisation_of
 from ablate_shards.surgery.checkpoint.amended import amend
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range
 from ablate_shards.surgery.checkpoint.files import Files, Folder
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, Shard
+from ablate_shards.surgery.dequantise.dequantisation import plan_dequantisation
+from ablate_shards.surgery.dequantise.found import DequantisedRecord
 from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.edit.ablation_editor import AblationEditor
 from ablate_shards.surgery.edit.blocks import BlockEditor, Channels
+from ablate_shards.surgery.edit.dequantise import (
+    DequantisationReceipt,
+    Unedited,
+    read_dequantisation_receipt,
+)
 from ablate_shards.surgery.edit.operation import RunOptions
 from ablate_shards.surgery.edit.receipt import Receipt, read_receipt
 from ablate_shards.surgery.machine.devices import cores
@@ -75,6 +90,7 @@ class Verification:
     Attributes:
         differences: Everything that is not as the receipt says; empty if all is well.
         edited: Tensors recomputed.
+        dequantised: Weights that were decoded again from the source's codes, or are edited.
         identical: How many of them came out the same to the bit; the rest differ by rounding alone.
         untouched_bytes: Bytes outside the edits that were compared.
         notes: Things that are no differences, a line each.
@@ -87,12 +103,13 @@ class Verification:
     untouched_bytes: int
     notes: tuple[str, ...]
     recomputed: bool = True
+    dequantised: int = 0
 
 
 def verify(
     checkpoint: Checkpoint, out: Path | Files, run: RunOptions, progress: Progress, *, adapter: Path | None = None
 ) -> Verification:
-    """Compares an edited checkpoint with its source and with its receipt, that of an ablation or that of a merge.
+    """Compares an output with its source and with its receipt: of an ablation, a merge or a dequantisation.
 
     Every byte outside the edited tensors must equal the source's; every edited tensor must equal a
     recomputation (to rounding, where another device or library version recomputes it) and the digest and
@@ -145,12 +162,13 @@ def verify(
             ),
             notes=tuple(notes),
             recomputed=recorded.editor is not None,
+            dequantised=len(recorded.dequantised),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Recorded:
-    """What a receipt says, of an ablation or of a merge.
+    """What a receipt says.
 
     Attributes:
         receipt_name: The receipt's file.
@@ -163,6 +181,7 @@ class _Recorded:
         differ: Tells how a tensor's recorded measurements differ from those of its result, if they do.
         altered: Whether its bytes are not the ones that were written.
         given: The SHA-256 of files that are not the source's, by name.
+        dequantised: The tensors that were dequantised.
     """
 
     receipt_name: str
@@ -175,6 +194,7 @@ class _Recorded:
     differ: Callable[[str, Any], str | None]
     altered: bool
     given: Mapping[str, str] = field(default_factory=dict)
+    dequantised: Set[str] = frozenset()
 
 
 def _recorded(checkpoint: Checkpoint, out: Files, adapter: Path | None) -> _Recorded:
@@ -183,16 +203,54 @@ def _recorded(checkpoint: Checkpoint, out: Files, adapter: Path | None) -> _Reco
         raise VerifyError(f"{out.name}: holds both {' and '.join(found)}; remove the one that is not of these weights")
     if found == [MERGE_RECEIPT_NAME]:
         return _recorded_merge(checkpoint, out, adapter)
-    recorded = _recorded_ablation(checkpoint, out)
+    dequantised = found == [DEQUANTISATION_RECEIPT_NAME]
+    recorded = (_recorded_dequantisation if dequantised else _recorded_ablation)(checkpoint, out)
     if adapter is not None:
-        raise UsageError(f"--adapter is about merges, but {out.name} holds {RECEIPT_NAME}, the receipt of an ablation")
+        what = "a dequantisation" if dequantised else "an ablation"
+        raise UsageError(
+            f"--adapter is about merges, but {out.name} holds {recorded.receipt_name}, the receipt of {what}"
+        )
     return recorded
+
+
+def _recorded_dequantisation(checkpoint: Checkpoint, out: Files) -> _Recorded:
+    path = out.shown(DEQUANTISATION_RECEIPT_NAME)
+    receipt = read_dequantisation_receipt(out)
+    _check_source(checkpoint, receipt, path)
+    return _Recorded(
+        receipt_name=DEQUANTISATION_RECEIPT_NAME,
+        checkpoint=_dequantised(checkpoint, receipt.dequantised, path),
+        revision=receipt.revision,
+        copied=receipt.copied,
+        edits=(),
+        digests={},
+        editor=Unedited,
+        differ=lambda name, found: None,
+        altered=receipt.altered,
+        dequantised={record.name for record in receipt.dequantised},
+    )
+
+
+def _dequantised(checkpoint: Checkpoint, records: Sequence[DequantisedRecord], path: str) -> Checkpoint:
+    """Returns the source with the weights decoded that a receipt says were."""
+    if not records:
+        return checkpoint
+    name = records[0].name
+    try:
+        dequantisation = plan_dequantisation(checkpoint, [record.parts[0] for record in records])
+    except (AblateError, LookupError) as error:
+        raise _unfitting(name, path) from error
+    if dequantisation.records() != tuple(records):
+        wrong = set(records).symmetric_difference(dequantisation.records())
+        raise _unfitting(min((record.name for record in wrong), default=name), path)
+    return dequantisation.applied(checkpoint)
 
 
 def _recorded_ablation(checkpoint: Checkpoint, out: Files) -> _Recorded:
     path = out.shown(RECEIPT_NAME)
     receipt = read_receipt(out)
     _check_source(checkpoint, receipt, path)
+    checkpoint = _dequantised(checkpoint, receipt.dequantised, path)
     for edit in receipt.edits:
         if not _describes(edit, checkpoint, receipt.directions):
             raise _unfitting(edit.name, path)
@@ -215,6 +273,7 @@ def _recorded_ablation(checkpoint: Checkpoint, out: Files) -> _Recorded:
             receipt.results[name], found, [each.name for each in dataclasses.fields(found) if each.name != "blake3"]
         ),
         altered=receipt.altered,
+        dequantised={record.name for record in receipt.dequantised},
     )
 
 
@@ -222,6 +281,7 @@ def _recorded_merge(checkpoint: Checkpoint, out: Files, adapter: Path | None) ->
     path = out.shown(MERGE_RECEIPT_NAME)
     receipt = read_merge_receipt(out)
     _check_source(checkpoint, receipt, path)
+    checkpoint = _dequantised(checkpoint, receipt.dequantised, path)
     try:
         amended = amend(checkpoint, receipt.amendments)
     except CheckpointError as error:
@@ -256,10 +316,11 @@ def _recorded_merge(checkpoint: Checkpoint, out: Files, adapter: Path | None) ->
         differ=lambda name, found: _measures_differ(receipt.results[name], found, ("change",)),
         altered=receipt.altered,
         given=receipt.amendments.files,
+        dequantised={record.name for record in receipt.dequantised},
     )
 
 
-def _check_source(checkpoint: Checkpoint, receipt: Receipt | MergeReceipt, path: str) -> None:
+def _check_source(checkpoint: Checkpoint, receipt: Receipt | MergeReceipt | DequantisationReceipt, path: str) -> None:
     if receipt.shards != {shard.name: shard.header_sha256 for shard in checkpoint.shards}:
         moved = _moved(checkpoint, receipt.revision)
         raise VerifyError(
@@ -359,6 +420,8 @@ class _Examiner:
         if first is None:
             return []
         name = next((tensor.name for tensor in shard.tensors if tensor.start <= first < tensor.end), "the header")
+        if name in self._recorded.dequantised:
+            return [Difference(name, f"is not what the source's codes stand for at byte {first} of {shard.name}")]
         return [Difference(name, f"differs from the source at byte {first} of {shard.name}, but was not edited")]
 
     def _first_difference(self, file: str, start: int, end: int) -> int | None:

@@ -1,0 +1,120 @@
+"""What a checkpoint's configuration says once some of its weights, or all, are quantised no longer."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ablate_shards.errors import PlanError
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+
+__all__ = ["Changes", "exempting", "without_quantisation"]
+
+CONFIG, BESIDE = "config.json", "hf_quant_config.json"
+_KEY = "quantization_config"
+#: What says how weights are stored: the last is DeepSeek's word on the experts.
+_KEYS = (_KEY, "compression_config", "expert_dtype")
+#: The lists of modules that are not quantised, by method; where none is there, the first is made.
+_LISTS = {
+    "fp8": ("modules_to_not_convert", "ignored_layers"),
+    "compressed-tensors": ("ignore",),
+    "modelopt": ("ignore", "exclude_modules"),
+    "mxfp4": ("modules_to_not_convert",),
+    "quark": ("exclude",),
+    "awq": ("modules_to_not_convert",),
+}
+
+
+class Changes:
+    """What changes in the files beside the shards.
+
+    Attributes:
+        config: What is set in config.json, by keys joined by dots.
+        unset: What is taken out of it.
+        removed: Files that say nothing any more.
+        contents: The new contents of others.
+    """
+
+    def __init__(self) -> None:
+        self.config: dict[str, Any] = {}
+        self.unset: list[str] = []
+        self.removed: list[str] = []
+        self.contents: dict[str, bytes] = {}
+
+
+def without_quantisation(checkpoint: Checkpoint) -> Changes:
+    """Returns what changes where no weight is quantised any more.
+
+    Raises:
+        PlanError: There is no configuration to change.
+    """
+    changes = Changes()
+    config = _config(checkpoint)
+    changes.unset += [key for key in _KEYS if key in config]
+    for outer, inner in config.items():
+        if isinstance(inner, Mapping):
+            changes.unset += [f"{outer}.{key}" for key in _KEYS if key in inner and outer not in _KEYS]
+    changes.removed += [BESIDE] if BESIDE in checkpoint.sidecars else []
+    return changes
+
+
+def exempting(checkpoint: Checkpoint, modules: Sequence[str], experts: Sequence[str]) -> Changes:
+    """Returns what changes where some modules are quantised no longer, and others still are.
+
+    Args:
+        checkpoint: The source.
+        modules: Linear modules, by their names in the checkpoint.
+        experts: Modules of all the routed experts of a layer.
+
+    Raises:
+        PlanError: There is no configuration to change.
+    """
+    changes = Changes()
+    config = _config(checkpoint)
+    for path, place in (("", config), ("text_config.", config.get("text_config"))):
+        if isinstance(place, Mapping) and isinstance(place.get(_KEY), Mapping):
+            method = str(place[_KEY].get("quant_method"))
+            changes.config[f"{path}{_KEY}"] = _exempt(place[_KEY], method, modules, experts)
+    if BESIDE in checkpoint.sidecars:
+        content = json.loads(checkpoint.files.read(BESIDE))
+        content["quantization"] = _exempt(content["quantization"], "modelopt", modules, experts, "exclude_modules")
+        changes.contents[BESIDE] = f"{json.dumps(content, indent=4, ensure_ascii=False)}\n".encode()
+    return changes
+
+
+def _exempt(
+    said: Mapping[str, Any], method: str, modules: Sequence[str], experts: Sequence[str], usual: str | None = None
+) -> dict[str, Any]:
+    """Returns a quantisation's configuration with modules added to the lists of what is not quantised."""
+    if method == "compressed-tensors":
+        names = [*modules, *(f"re:{re.escape(module)}(\\..*)?$" for module in experts)]
+    elif method == "modelopt":
+        names = [*modules, *(name for module in experts for name in (module, f"{module}.*"))]
+    else:
+        names = [*modules, *experts]
+    changed = dict(said)
+    if method == "gptq":
+        patterns = [*(re.escape(name) for name in modules), *(f"{re.escape(name)}\\..*" for name in experts)]
+        changed["dynamic"] = {**(said.get("dynamic") or {}), **{f"-:^{pattern}$": {} for pattern in patterns}}
+        return changed
+    keys = [key for key in _LISTS[method] if said.get(key) is not None] or [usual or _LISTS[method][0]]
+    for key in keys:
+        there = list(said.get(key) or ())
+        changed[key] = [*there, *(name for name in names if name not in there)]
+    if isinstance(layers := said.get("quantized_layers"), Mapping):
+        below = tuple(f"{module}." for module in experts)
+        gone = {*modules, *experts}
+        changed["quantized_layers"] = {
+            name: how for name, how in layers.items() if name not in gone and not name.startswith(below)
+        }
+    return changed
+
+
+def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+    if checkpoint.config is None or CONFIG not in checkpoint.sidecars:
+        raise PlanError(
+            f"{checkpoint.name}: {CONFIG} says how its weights are stored and has to change with them, and there is "
+            "none to carry over; name a folder that holds the weights and their configuration"
+        )
+    config: dict[str, Any] = json.loads(checkpoint.files.read(CONFIG))
+    return config

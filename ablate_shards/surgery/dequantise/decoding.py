@@ -1,0 +1,193 @@
+"""Reads what the codes of a quantised weight stand for: scales, zero points and shapes from its parts."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from ablate_shards.errors import ExecuteError
+from ablate_shards.surgery.anatomy.scales import Scales
+from ablate_shards.surgery.checkpoint.headers import TensorInfo
+
+if TYPE_CHECKING:
+    from ablate_shards.kernels.codecs.grid import Grid
+    from ablate_shards.kernels.codecs.scales import Spread
+
+__all__ = ["CodedWeight", "ReadRange"]
+
+ReadRange = Callable[[TensorInfo], bytes]
+"""Returns the bytes of a tensor of the source, or of a part of one, from whichever shard it lies in."""
+
+#: Stands in place of groups that follow each other.
+_UNORDERED = -1
+
+
+class _Codes(Protocol):
+    """Where codes lie: what a ``TensorInfo`` says."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+
+
+class CodedWeight:
+    """A weight of codes, ``[rows, columns]`` or several such matrices.
+
+    Args:
+        codes: Where its codes lie.
+        scales: What they are multiplied by, and what else belongs to them.
+        read: Reads these from the source.
+        way_out: How a message about it ends.
+
+    Attributes:
+        matrices: How many it has.
+        rows: Rows of each.
+        size: Bytes of codes of each.
+        by_rows: Whether they are stored row by row; others are turned when they were read, and back.
+        row_bytes: Bytes of codes in a row.
+    """
+
+    def __init__(self, codes: _Codes, scales: Scales, read: ReadRange, way_out: str) -> None:
+        self._codes, self._scales, self._read, self._way_out = codes, scales, read, way_out
+        *stack, self.rows = scales.leading(codes.shape)
+        self.matrices = math.prod(stack)
+        self.size = (codes.end - codes.start) // max(1, self.matrices)
+        self.by_rows = scales.order == "rows"
+        bits = scales.bits
+        self._most = self.size * 8 // bits // max(1, self.rows)
+        self.row_bytes = self.size // max(1, self.rows) if self.by_rows else -(-self._most * bits // 8)
+
+    def columns(self) -> int:
+        """Returns how many columns each matrix has: what a part says, or as many as its bytes hold.
+
+        Raises:
+            ExecuteError: The part says what its bytes do not hold.
+        """
+        bits, most = self._scales.bits, self._most
+        if (part := self._scales.part("shape")) is None:
+            return most
+        said = np.frombuffer(self._read(part.tensor), {"I64": "<i8", "I32": "<i4"}[part.dtype]).tolist()
+        expected = [*self._scales.leading(self._codes.shape), said[-1]]
+        if said != expected or -(-said[-1] * bits // 32) * 4 != self.row_bytes:
+            raise self.refused(
+                0,
+                f"{part.name} says {said}, but {self.row_bytes // 4} words a row of {bits} bits are "
+                f"{[*expected[:-1], most]}",
+            )
+        return int(said[-1])
+
+    def spread(self, number: int) -> "Spread":
+        """Returns the scales and zero points of one of its matrices.
+
+        Raises:
+            ExecuteError: A scale is NaN, infinite or negative, or a column is of a group that is not there.
+        """
+        from ablate_shards.kernels.codecs.grids import grid_named
+        from ablate_shards.kernels.codecs.scales import Spread, decode_scales
+
+        grid, block = grid_named(self._scales.codes), self._scales.block
+        values = decode_scales(self._read_own(self._scales.tensor, number), self._scales.dtype)
+        if (part := self._scales.part("multiplier", "divisor")) is not None:
+            factor = decode_scales(self._read_own(part.tensor, number), part.dtype)
+            with np.errstate(all="ignore"):
+                values = values * factor if part.role == "multiplier" else values / factor
+        if not (np.isfinite(values) & (values >= 0)).all():
+            name = self._scales.name if part is None else f"{self._scales.name} and {part.name}"
+            raise self.refused(number, f"its scales {name} hold NaN, infinite or negative values")
+        if self.by_rows:
+            values = values.reshape(-(-self.rows // block[0]), -1)
+        else:
+            values = np.ascontiguousarray(values.reshape(-1, self.rows).T)
+        count = values.shape[1]
+        return Spread(grid, block, values, self._zeros(grid, number, count), self._groups(number, count))
+
+    def turned(self, stored: np.ndarray) -> np.ndarray:
+        """Returns the codes of a matrix row by row, ``[rows, row_bytes]``, from its bytes, uint8."""
+        from ablate_shards.kernels.codecs.orders import to_rows
+
+        if self.by_rows:
+            return stored.reshape(self.rows, self.row_bytes)
+        return to_rows(stored, self._scales.order, self._scales.bits, self.rows)
+
+    def turned_back(self, codes: np.ndarray) -> np.ndarray:
+        """Returns the bytes that the codes of a matrix are stored as, uint8: the reverse of :meth:`turned`."""
+        from ablate_shards.kernels.codecs.orders import from_rows
+
+        return (
+            codes.reshape(-1) if self.by_rows else from_rows(codes, self._scales.order, self._scales.bits, self._most)
+        )
+
+    def decode(self, raw: np.ndarray, spread: "Spread", first: int, columns: int) -> np.ndarray:
+        """Returns what rows of codes stand for, float32.
+
+        Args:
+            raw: ``[rows, bytes]`` uint8.
+            spread: The scales of their matrix.
+            first: The number of the first row.
+            columns: How many columns the matrix has.
+        """
+        from ablate_shards.kernels.codecs.packing import unpack
+
+        return spread.decode_rows(unpack(raw, spread.grid.bits, columns), first)
+
+    def check(self, number: int, raw: np.ndarray) -> None:
+        """Looks for codes that stand for nothing.
+
+        Args:
+            number: The matrix that they are of.
+            raw: Codes as stored, uint8.
+
+        Raises:
+            ExecuteError: One is NaN.
+        """
+        from ablate_shards.kernels.codecs.grids import grid_named
+
+        grid = grid_named(self._scales.codes)
+        if grid.bits == raw.itemsize * 8 and grid.has_nan(raw):
+            raise self.refused(number, "holds NaN codes (0x7F or 0xFF)")
+
+    def refused(self, number: int, why: str) -> ExecuteError:
+        """Returns the error of a matrix that cannot be decoded or edited."""
+        name = self._codes.name
+        where = f"{name}, expert {number}" if len(self._scales.leading(self._codes.shape)) > 1 else name
+        return ExecuteError(f"{where}: {why}; {self._way_out}")
+
+    def _zeros(self, grid: "Grid", number: int, groups: int) -> np.ndarray | None:
+        """Returns the levels of a matrix's zero points, ``[rows, groups]`` int8, where it has some."""
+        from ablate_shards.kernels.codecs.orders import outputs_in_order
+        from ablate_shards.kernels.codecs.packing import unpack
+
+        if (part := self._scales.part("zero points", "zero points less one")) is None:
+            return None
+        words = np.frombuffer(self._read_own(part.tensor, number), "<i4")
+        lines = np.ascontiguousarray(words.reshape(-1, groups).T) if self.by_rows else words.reshape(groups, -1)
+        codes = unpack(lines.view(np.uint8), grid.bits, self.rows)
+        if self._scales.order == "outputs":
+            codes = outputs_in_order(codes)
+        levels = grid.levels_of(codes) + (part.role == "zero points less one")
+        return np.ascontiguousarray(levels.T.astype(np.int8))
+
+    def _groups(self, number: int, count: int) -> np.ndarray | None:
+        """Returns the group of each column, where the checkpoint says it."""
+        if (part := self._scales.part("groups")) is None:
+            return None
+        groups = np.frombuffer(self._read(part.tensor), {"I64": "<i8", "I32": "<i4"}[part.dtype])
+        columns = self.columns()
+        if (groups == _UNORDERED).any():
+            return None
+        if len(groups) != columns or groups.min(initial=0) < 0 or groups.max(initial=0) >= count:
+            found = f"{len(groups)} numbers from {groups.min(initial=0)} to {groups.max(initial=0)}"
+            raise self.refused(number, f"{part.name} has {found}, but there are {columns} columns in {count} groups")
+        return groups
+
+    def _read_own(self, whole: TensorInfo, number: int) -> bytes:
+        """Returns the bytes of a tensor that are one matrix's."""
+        size = (whole.end - whole.start) // max(1, self.matrices)
+        start = whole.start + number * size
+        return self._read(TensorInfo(whole.name, whole.dtype, (), whole.shard, start, start + size))

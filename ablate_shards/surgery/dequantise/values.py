@@ -1,0 +1,115 @@
+"""Computes the bytes of a weight in bfloat16 from its codes, any range of them."""
+
+import functools
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range
+from ablate_shards.surgery.checkpoint.headers import TensorInfo
+from ablate_shards.surgery.dequantise.decoding import CodedWeight
+from ablate_shards.surgery.dequantise.found import QuantisedWeight
+
+if TYPE_CHECKING:
+    from ablate_shards.kernels.codecs.scales import Spread
+
+__all__ = ["Kept", "Values"]
+
+_BYTES = 2
+#: Codes decoded at once: their numbers in float32 stay in a core's cache.
+_AT_ONCE = 1 << 17
+_WAY_OUT = "fetch its shard again"
+
+
+class Kept(threading.local):
+    """What a thread needs again for the next bytes of the same matrix: its scales, or all of it where it is turned."""
+
+    spread: "tuple[tuple[str, int], Spread] | None" = None
+    matrix: tuple[tuple[str, int], np.ndarray] | None = None
+
+
+class Values:
+    """The bytes of one weight in bfloat16: a ``Fill``.
+
+    Args:
+        checkpoint: The source.
+        weight: The weight.
+        kept: What threads keep, which all weights of a checkpoint share.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, weight: QuantisedWeight, kept: Kept) -> None:
+        self._weight, self._kept = weight, kept
+        self._read = functools.partial(read_range, checkpoint)
+        self._coded = CodedWeight(weight.codes, weight.scales, self._read, _WAY_OUT)
+        self._height, self._width = weight.shape[-2:]
+
+    def __call__(self, data: memoryview, offset: int) -> None:
+        """Fills a buffer from an offset; several threads may call it.
+
+        Raises:
+            ExecuteError: A code or a scale is NaN, or what they stand for is too large for bfloat16.
+        """
+        row_bytes = self._width * _BYTES
+        first, last = offset // row_bytes, -(-(offset + len(data)) // row_bytes)
+        filled = np.frombuffer(data, np.uint8)
+        for number, rows in self._pieces(first, last):
+            raw = self._rows(number, rows).view(np.uint8).reshape(-1)
+            start = (number * self._height + rows.start) * row_bytes - offset
+            low, high = max(0, start), min(len(filled), start + len(raw))
+            filled[low:high] = raw[low - start : high - start]
+
+    def _pieces(self, first: int, last: int) -> Iterator[tuple[int, slice]]:
+        """Yields a matrix and rows of it, for rows of all matrices counted together."""
+        while first < last:
+            number, row = divmod(first, self._height)
+            stop = min(self._height, row + last - first)
+            yield number, slice(row, stop)
+            first += stop - row
+
+    def _rows(self, number: int, rows: slice) -> np.ndarray:
+        """Returns rows of a matrix as the bits of bfloat16, uint16."""
+        transposed = self._weight.transposed
+        if not transposed and self._coded.by_rows:
+            bits = np.empty((rows.stop - rows.start, self._width), np.uint16)
+            for span, values in self._decoded(number, rows):
+                bits[span.start - rows.start : span.stop - rows.start] = values
+            return bits
+        key = (self._weight.name, number)
+        if self._kept.matrix is None or self._kept.matrix[0] != key:
+            self._kept.matrix = None  # so that two are never there at once
+            whole = np.empty((self._height, self._width), np.uint16)
+            for span, values in self._decoded(number, slice(0, self._coded.rows)):
+                (whole.T if transposed else whole)[span] = values
+            self._kept.matrix = key, whole
+        return self._kept.matrix[1][rows]
+
+    def _decoded(self, number: int, rows: slice) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yields some rows of codes at a time, and the bits of what they stand for."""
+        from ablate_shards.kernels.codecs.plain import INFINITE, round_to_bfloat16
+
+        coded, codes = self._coded, self._weight.codes
+        columns = self._height if self._weight.transposed else self._width
+        spread = self._spread(number)
+        start = codes.start + number * coded.size
+        end = start + coded.size
+        if coded.by_rows:
+            start, end = start + rows.start * coded.row_bytes, start + rows.stop * coded.row_bytes
+        raw = np.frombuffer(self._read(TensorInfo(codes.name, codes.dtype, (), codes.shard, start, end)), np.uint8)
+        raw = raw.reshape(-1, coded.row_bytes) if coded.by_rows else coded.turned(raw)
+        step = max(1, _AT_ONCE // max(1, columns))
+        for first in range(rows.start, rows.stop, step):
+            span = slice(first, min(first + step, rows.stop))
+            part = raw[span.start - rows.start : span.stop - rows.start]
+            bits = round_to_bfloat16(coded.decode(part, spread, first, columns))
+            if (bits & 0x7FFF).max(initial=0) >= INFINITE:
+                coded.check(number, part)
+                raise coded.refused(number, "codes times scales are too large for bfloat16")
+            yield span, bits
+
+    def _spread(self, number: int) -> "Spread":
+        key = (self._weight.name, number)
+        if self._kept.spread is None or self._kept.spread[0] != key:
+            self._kept.spread = key, self._coded.spread(number)
+        return self._kept.spread[1]
