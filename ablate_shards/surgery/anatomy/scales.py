@@ -12,6 +12,7 @@ from ablate_shards.surgery.checkpoint.headers import TensorInfo
 __all__ = [
     "Part",
     "Scales",
+    "ending_of",
     "find_scales",
     "is_beside_codes",
     "is_codes",
@@ -147,6 +148,11 @@ class Scales:
 def leading(codes: Sequence[int]) -> tuple[int, ...]:
     """Returns the shape of codes without what they are along a row: ``[rows]`` or ``[matrices, rows]``."""
     return tuple(codes[:-2] if len(codes) > _STACKED else codes[:-1])
+
+
+def ending_of(codes: str) -> str:
+    """Returns how the name of codes ends after their module's; empty for a parameter of the module itself."""
+    return next((ending for ending in _CODES if codes.endswith(ending)), "")
 
 
 def is_codes(tensor: TensorInfo, rest: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ablate_shards.errors import ArchitectureError, UsageError
 from ablate_shards.surgery.anatomy.scales import (
     Scales,
+    ending_of,
     find_scales,
     is_codes,
     leading,
@@ -30,8 +31,6 @@ __all__ = [
 
 _METHODS = ("fp8", "compressed-tensors", "modelopt", "mxfp4", "quark")
 _WAY_OUT = "dequantise it with the library that wrote it"
-#: How the names of codes end, after the module's; what else holds codes is a parameter of the module itself.
-_ENDINGS = (".weight", ".weight_packed", "_blocks")
 _EXPERTS = re.compile(r"(?P<experts>.*\.experts)[._]")
 #: What says how a cache of keys and values is quantised.
 _CACHE = ("k_scale", "v_scale", "q_scale", "kv_scale", "output_scale")
@@ -103,7 +102,7 @@ def find_quantised(checkpoint: Checkpoint, names: Collection[str] | None = None)
         )
     found = []
     for tensor in checkpoint.tensors.values():
-        if is_codes(tensor, _ending(tensor.name)) and (names is None or tensor.name in names):
+        if is_codes(tensor, ending_of(tensor.name)) and (names is None or tensor.name in names):
             try:
                 scales = find_scales(tensor, checkpoint.tensors, config)
             except ArchitectureError as error:
@@ -145,7 +144,7 @@ def left_without_weights(checkpoint: Checkpoint, weights: Iterable[QuantisedWeig
 
 def _module_of(codes: str) -> str:
     """Returns the module that a tensor of codes belongs to."""
-    return codes.removesuffix(_ending(codes))
+    return codes.removesuffix(ending_of(codes))
 
 
 def _experts_of(codes: TensorInfo) -> str | None:
@@ -160,7 +159,7 @@ def _experts_of(codes: TensorInfo) -> str | None:
 
 def names_of_codes(checkpoint: Checkpoint) -> set[str]:
     """Returns the tensors that hold codes, in whatever format."""
-    return {tensor.name for tensor in checkpoint.tensors.values() if is_codes(tensor, _ending(tensor.name))}
+    return {tensor.name for tensor in checkpoint.tensors.values() if is_codes(tensor, ending_of(tensor.name))}
 
 
 def with_their_experts(checkpoint: Checkpoint, names: Collection[str]) -> set[str]:
@@ -172,7 +171,7 @@ def with_their_experts(checkpoint: Checkpoint, names: Collection[str]) -> set[st
     chosen = set()
     for name in names:
         tensor = checkpoint.tensors.get(name)
-        if tensor is None or not is_codes(tensor, _ending(name)):
+        if tensor is None or not is_codes(tensor, ending_of(name)):
             raise UsageError(f"{name}: holds no codes, so there is nothing to dequantise")
         chosen.add(name)
     experts = {_experts_of(checkpoint.tensors[name]) for name in chosen} - {None}
@@ -180,10 +179,6 @@ def with_their_experts(checkpoint: Checkpoint, names: Collection[str]) -> set[st
         every = names_of_codes(checkpoint)
         chosen |= {name for name in every if _experts_of(checkpoint.tensors[name]) in experts}
     return chosen
-
-
-def _ending(name: str) -> str:
-    return next((ending for ending in _ENDINGS if name.endswith(ending)), "")
 
 
 def modules_and_experts(weights: Sequence[QuantisedWeight]) -> tuple[list[str], list[str]]:

@@ -186,6 +186,6 @@ class Diff:
 
 
 def leaf(name: str) -> str:
-    """Returns the last part of a tensor's name that is not a number, ``weight`` or ``bias``."""
-    parts = [part for part in name.split(".") if not part.isdigit() and part not in ("weight", "bias")]
+    """Returns the last part of a tensor's name that is not a number, a weight or a bias."""
+    parts = [part for part in name.split(".") if not part.isdigit() and part not in ("weight", "weight_packed", "bias")]
     return parts[-1] if parts else name
