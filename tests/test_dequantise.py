@@ -306,6 +306,30 @@ def test_of_the_writers_alone_the_configuration_names_what_is_not_quantised(tmp_
     assert "2 writers in" in checked("inspect", tmp_path / "out").output
 
 
+@pytest.mark.parametrize(
+    ("form", "more"),
+    [
+        (
+            "GPTQ int4 in groups of 32, with zero points",
+            {"dynamic": {"-:^lm_head$": {}, r"-:^model\.layers\.0\.self_attn\.o_proj$": {}}},
+        ),
+        ("AWQ int4 in groups of 64, with zero points", {"modules_to_not_convert": ["lm_head", O_PROJ]}),
+    ],
+)
+def test_what_gptq_and_awq_are_told_is_what_their_loaders_read(tmp_path, form, more):
+    key = next(iter(more))
+    config = {"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 2}
+    config["quantization_config"] = quantisation_as(form) | {
+        key: {"-:^lm_head$": {}} if key == "dynamic" else ["lm_head"]
+    }
+    source = write_coded(tmp_path / "source", form, config=config)
+    write_basis(tmp_path, 256)
+    which = ("--layers", 0, "--components", "attention", "--dequantise", "writers")
+    checked(source, tmp_path / "out", *options(tmp_path, *which))
+    assert config_of(tmp_path / "out")["quantization_config"] == {**config["quantization_config"], **more}
+    assert "1 to the bit" in said(checked("verify", source, tmp_path / "out"))
+
+
 def test_lists_that_are_there_are_added_to(tmp_path):
     said_before = {"quant_method": "fp8", "weight_block_size": [128, 128], "ignored_layers": ["lm_head"]}
     source = write_fp8(tmp_path / "source", quantisation=said_before)

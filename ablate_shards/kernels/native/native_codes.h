@@ -8,9 +8,11 @@ enum {
     TOGETHER = 16,    /* columns */
     ROWS_AHEAD = 16,  /* by which they are fetched before their use */
     BUCKETS = 64,     /* of prices; what moves nothing is in one more */
-    MOST_ROUNDS = 12, /* reference.py: ROUNDS and POLISHES */
+    MOST_ROUNDS = 12, /* reference.py: ROUNDS, POLISHES, MOST_POLISHES and MUCH */
+    POLISHES = 8,
     MOST_POLISHES = 40,
 };
+#define MUCH 1e-5
 
 /* A matrix and what it is rounded with. Scales and zero points are read with strides, in elements, which may be 0. */
 typedef struct {
@@ -185,9 +187,11 @@ INLINE int take_round(
     return 1;
 }
 
-/* Makes the single move of each column that lowers the residual the most; returns whether one was made. */
+/* Makes the single move of each column that lowers the residual the most, unless what is left is enough, relative to
+ * the norm; returns whether one was made. */
 INLINE int polish(
-    const int kind, const Rounding *job, Strip strip, double residual[][TOGETHER], const double norm[TOGETHER]
+    const int kind, const Rounding *job, Strip strip, double residual[][TOGETHER], const double norm[TOGETHER],
+    double enough
 ) {
     const int bits = (int)job->bits;
     double size[TOGETHER], along[TOGETHER], best[TOGETHER];
@@ -197,7 +201,7 @@ INLINE int polish(
     for (int c = 0; c < TOGETHER; c++) {
         best[c] = 0;
         where[c] = -1;
-        any |= size[c] > job->nothing * norm[c];
+        any |= size[c] > enough * norm[c];
     }
     if (!any) return 0;
     any = 0;
@@ -214,7 +218,7 @@ INLINE int polish(
         }
     }
     for (int c = 0; c < TOGETHER; c++) {
-        if (where[c] < 0 || !(size[c] > job->nothing * norm[c])) continue;
+        if (where[c] < 0 || !(size[c] > enough * norm[c])) continue;
         const int64_t row = where[c];
         double toward = job->basis[row] * residual[0][c];
         for (int64_t k = 1; k < job->count; k++) toward += job->basis[k * job->rows + row] * residual[k][c];
@@ -305,7 +309,10 @@ INLINE void round_strip(const int kind, const Rounding *job, Strip strip, int64_
         }
     }
     for (int round = 0; round < MOST_ROUNDS && take_round(kind, job, strip, residual, weights, norm, reach); round++) {}
-    for (int64_t step = 0; step < MOST_POLISHES * count && polish(kind, job, strip, residual, norm); step++) {}
+    for (int64_t step = 0; step < MOST_POLISHES * count; step++) {
+        const double enough = step < POLISHES * count ? job->nothing : MUCH;
+        if (!polish(kind, job, strip, residual, norm, enough)) break;
+    }
     for (int64_t row = 0; row < rows; row++) {
         for (int c = 0; c < TOGETHER; c++) {
             const double off = (double)strip.value[row][c] - (double)strip.target[row][c];

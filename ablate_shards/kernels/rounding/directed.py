@@ -10,7 +10,7 @@ import numpy as np
 
 from ablate_shards.kernels.codecs.grid import Grid
 from ablate_shards.kernels.native import native
-from ablate_shards.kernels.rounding.reference import BUCKETS, POLISHES, ROUNDS
+from ablate_shards.kernels.rounding.reference import BUCKETS, MOST_POLISHES, MUCH, POLISHES, ROUNDS
 
 __all__ = ["Rounded", "Undone", "round_directed", "round_nearest"]
 
@@ -251,9 +251,12 @@ def _cheapest(buckets: np.ndarray, gains: np.ndarray, size: np.ndarray) -> np.nd
 
 def _polish(columns: _Columns) -> None:
     """Make the single moves that lower the residual the most, one after the other."""
-    which = np.flatnonzero(columns.size() > columns.nothing)
+    which, count = np.arange(len(columns.total)), len(columns.basis)
     heights = (columns.basis**2).sum(axis=0)[:, None]
-    for _ in range(POLISHES * len(columns.basis)):
+    much = MUCH * np.sqrt(columns.total)
+    for number in range(MOST_POLISHES * count):
+        enough = columns.nothing if number < POLISHES * count else much
+        which = which[columns.size()[which] > enough[which]]
         if not len(which):
             return
         along = _along(columns.basis, columns.residual[:, which])
@@ -267,7 +270,6 @@ def _polish(columns: _Columns) -> None:
         columns.levels[best, which] = moved[best, each]
         columns.values[best, which] = beside[best, each]
         columns.residual[:, which] += columns.basis[:, best] * step[best, each]
-        which = which[columns.size()[which] > columns.nothing[which]]
 
 
 def _dots(basis: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -6,13 +6,19 @@ import numpy as np
 
 from ablate_shards.kernels.codecs.grid import Grid
 
-__all__ = ["BUCKETS", "POLISHES", "ROUNDS", "bucket_of", "round_by_definition"]
+__all__ = ["BUCKETS", "MOST_POLISHES", "MUCH", "POLISHES", "ROUNDS", "bucket_of", "round_by_definition"]
 
 ROUNDS = 12
 """How often moves are taken in the order of their price at most."""
 
-POLISHES = 40
-"""How many best single moves follow at most."""
+POLISHES = 8
+"""How many best single moves follow for each direction at most, unless much is left."""
+
+MOST_POLISHES = 40
+"""How many follow at most where much is left, as of several directions in four bits."""
+
+MUCH = 1e-5
+"""Residual, relative to the norm of the column, that is much."""
 
 BUCKETS = 64
 """Prices are told apart to a quarter of a power of two, from 2**-14 to 4 times the norm of the column."""
@@ -97,14 +103,14 @@ def _round_column(
             if covered > size:
                 break
             levels[row] = moved[row]
-    for _ in range(POLISHES * len(basis)):
+    for step in range(MOST_POLISHES * len(basis)):
         r = residual()
-        if np.linalg.norm(r) <= grid.nothing * norm:
+        if np.linalg.norm(r) <= (grid.nothing if step < POLISHES * len(basis) else MUCH) * norm:
             break
         along = r @ basis
         moved = beside(along)
-        step = values(moved) - values(levels)
-        changes = step * (2 * along + step * (basis**2).sum(0))
+        steps = values(moved) - values(levels)
+        changes = steps * (2 * along + steps * (basis**2).sum(0))
         best = int(changes.argmin())
         if changes[best] >= 0:
             break

@@ -12,11 +12,13 @@ from ablate_shards.surgery.checkpoint.headers import TensorInfo
 __all__ = [
     "Part",
     "Scales",
+    "ending_of",
     "find_scales",
     "is_beside_codes",
     "is_codes",
     "names_of_activations",
     "names_of_scales",
+    "plain_name_of",
     "quantisation_of",
 ]
 
@@ -161,6 +163,17 @@ class Scales:
         else:
             reach = f"in blocks of {self.block[0]} x {self.block[1]}"
         return f"{self.format} {reach}{zeros}"
+
+
+def ending_of(codes: str) -> str:
+    """Returns how the name of codes ends after their module's; empty for a parameter of the module itself."""
+    return next((ending for ending in _CODES if codes.endswith(ending)), "")
+
+
+def plain_name_of(codes: str) -> str:
+    """Returns what a tensor of codes would be called if it were not quantised."""
+    plain = codes.removesuffix("_packed").removesuffix("_blocks")
+    return f"{plain.removesuffix('qweight')}weight" if plain.endswith(".qweight") else plain
 
 
 def is_codes(tensor: TensorInfo, rest: str) -> bool:

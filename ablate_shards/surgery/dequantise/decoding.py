@@ -29,6 +29,10 @@ class _Codes(Protocol):
     @property
     def name(self) -> str: ...
     @property
+    def dtype(self) -> str: ...
+    @property
+    def shard(self) -> str: ...
+    @property
     def shape(self) -> tuple[int, ...]: ...
     @property
     def start(self) -> int: ...
@@ -106,6 +110,16 @@ class CodedWeight:
             values = np.ascontiguousarray(values.reshape(-1, self.rows).T)
         count = values.shape[1]
         return Spread(grid, block, values, self._zeros(grid, number, count), self._groups(number, count))
+
+    def read_rows(self, number: int, rows: slice) -> np.ndarray:
+        """Reads rows of a matrix of codes, ``[rows, row_bytes]`` uint8; where it is not stored so, all is read."""
+        start = self._codes.start + number * self.size
+        end = start + self.size
+        if self.by_rows:
+            start, end = start + rows.start * self.row_bytes, start + rows.stop * self.row_bytes
+        where = TensorInfo(self._codes.name, self._codes.dtype, (), self._codes.shard, start, end)
+        raw = np.frombuffer(self._read(where), np.uint8)
+        return raw.reshape(-1, self.row_bytes) if self.by_rows else self.turned(raw)[rows]
 
     def turned(self, stored: np.ndarray) -> np.ndarray:
         """Returns the codes of a matrix row by row, ``[rows, row_bytes]``, from its bytes, uint8."""

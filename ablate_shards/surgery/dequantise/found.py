@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from ablate_shards.errors import ArchitectureError, UsageError
 from ablate_shards.surgery.anatomy.scales import (
     Scales,
+    ending_of,
     find_scales,
     is_codes,
     names_of_activations,
+    plain_name_of,
     quantisation_of,
 )
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range
@@ -31,8 +33,6 @@ _METHODS = ("fp8", "compressed-tensors", "modelopt", "mxfp4", "quark", "gptq", "
 #: Dimensions of a matrix; codes with more are those of a stack of experts.
 _MATRIX = 2
 _WAY_OUT = "dequantise it with the library that wrote it"
-#: How the names of codes end, after the module's; what else holds codes is a parameter of the module itself.
-_ENDINGS = (".weight", ".weight_packed", ".qweight", "_blocks")
 _EXPERTS = re.compile(r"(?P<experts>.*\.experts)[._]")
 #: What says how a cache of keys and values is quantised.
 _CACHE = ("k_scale", "v_scale", "q_scale", "kv_scale", "output_scale")
@@ -104,7 +104,7 @@ def find_quantised(checkpoint: Checkpoint, names: Collection[str] | None = None)
         )
     found = []
     for tensor in checkpoint.tensors.values():
-        if is_codes(tensor, _ending(tensor.name)) and (names is None or tensor.name in names):
+        if is_codes(tensor, ending_of(tensor.name)) and (names is None or tensor.name in names):
             try:
                 scales = find_scales(tensor, checkpoint.tensors, config)
             except ArchitectureError as error:
@@ -118,9 +118,7 @@ def _quantised(checkpoint: Checkpoint, codes: TensorInfo, scales: Scales) -> Qua
     *stack, rows = scales.leading(codes.shape)
     # As transformers keeps what gpt-oss publishes in blocks.
     transposed = codes.name.endswith("_blocks")
-    name = codes.name.removesuffix("_blocks").removesuffix("_packed")
-    if name.endswith(".qweight"):
-        name = f"{name.removesuffix('.qweight')}.weight"
+    name = plain_name_of(codes.name)
     if name != codes.name and name in checkpoint.tensors:
         raise ArchitectureError(f"{codes.name}: {name} lies beside it; remove the one that is not of this model")
     parts = [codes.name, scales.name, *(part.name for part in scales.parts)]
@@ -148,7 +146,7 @@ def left_without_weights(checkpoint: Checkpoint, weights: Iterable[QuantisedWeig
 
 def _module_of(codes: str) -> str:
     """Returns the module that a tensor of codes belongs to."""
-    return codes.removesuffix(_ending(codes))
+    return codes.removesuffix(ending_of(codes))
 
 
 def _experts_of(codes: TensorInfo) -> str | None:
@@ -163,7 +161,7 @@ def _experts_of(codes: TensorInfo) -> str | None:
 
 def names_of_codes(checkpoint: Checkpoint) -> set[str]:
     """Returns the tensors that hold codes, in whatever format."""
-    return {tensor.name for tensor in checkpoint.tensors.values() if is_codes(tensor, _ending(tensor.name))}
+    return {tensor.name for tensor in checkpoint.tensors.values() if is_codes(tensor, ending_of(tensor.name))}
 
 
 def with_their_experts(checkpoint: Checkpoint, names: Collection[str]) -> set[str]:
@@ -175,7 +173,7 @@ def with_their_experts(checkpoint: Checkpoint, names: Collection[str]) -> set[st
     chosen = set()
     for name in names:
         tensor = checkpoint.tensors.get(name)
-        if tensor is None or not is_codes(tensor, _ending(name)):
+        if tensor is None or not is_codes(tensor, ending_of(name)):
             raise UsageError(f"{name}: holds no codes, so there is nothing to dequantise")
         chosen.add(name)
     experts = {_experts_of(checkpoint.tensors[name]) for name in chosen} - {None}
@@ -183,10 +181,6 @@ def with_their_experts(checkpoint: Checkpoint, names: Collection[str]) -> set[st
         every = names_of_codes(checkpoint)
         chosen |= {name for name in every if _experts_of(checkpoint.tensors[name]) in experts}
     return chosen
-
-
-def _ending(name: str) -> str:
-    return next((ending for ending in _ENDINGS if name.endswith(ending)), "")
 
 
 def modules_and_experts(weights: Sequence[QuantisedWeight]) -> tuple[list[str], list[str]]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range
-from ablate_shards.surgery.checkpoint.headers import TensorInfo
 from ablate_shards.surgery.dequantise.decoding import CodedWeight
 from ablate_shards.surgery.dequantise.found import QuantisedWeight
 
@@ -41,8 +40,8 @@ class Values:
 
     def __init__(self, checkpoint: Checkpoint, weight: QuantisedWeight, kept: Kept) -> None:
         self._weight, self._kept = weight, kept
-        self._read = functools.partial(read_range, checkpoint)
-        self._coded = CodedWeight(weight.codes, weight.scales, self._read, _WAY_OUT)
+        read = functools.partial(read_range, checkpoint)
+        self._coded = CodedWeight(weight.codes, weight.scales, read, _WAY_OUT)
         self._height, self._width = weight.shape[-2:]
 
     def __call__(self, data: memoryview, offset: int) -> None:
@@ -89,15 +88,10 @@ class Values:
         """Yields some rows of codes at a time, and the bits of what they stand for."""
         from ablate_shards.kernels.codecs.plain import INFINITE, round_to_bfloat16
 
-        coded, codes = self._coded, self._weight.codes
+        coded = self._coded
         columns = self._height if self._weight.transposed else self._width
         spread = self._spread(number)
-        start = codes.start + number * coded.size
-        end = start + coded.size
-        if coded.by_rows:
-            start, end = start + rows.start * coded.row_bytes, start + rows.stop * coded.row_bytes
-        raw = np.frombuffer(self._read(TensorInfo(codes.name, codes.dtype, (), codes.shard, start, end)), np.uint8)
-        raw = raw.reshape(-1, coded.row_bytes) if coded.by_rows else coded.turned(raw)
+        raw = coded.read_rows(number, rows)
         step = max(1, _AT_ONCE // max(1, columns))
         for first in range(rows.start, rows.stop, step):
             span = slice(first, min(first + step, rows.stop))

@@ -1,25 +1,44 @@
-"""FP8 weights as values: the scales of their codes, read where they are needed, and the steps of their grid."""
+"""Quantised weights as values: the scales of FP8 codes, read where they are needed, and the steps of any grid."""
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
+from ablate_shards.surgery.diff.packed import PackedScales
 from ablate_shards.surgery.machine.files import pread_into
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["EqualScales", "OneCoded", "StoredScales", "TwoCoded"]
+__all__ = ["AnyScales", "EqualScales", "OneCoded", "StoredScales", "TwoCoded"]
 
 _EXPONENT = 0x7F800000
-#: Half of what follows the three bits of a code's mantissa, and what keeps those.
-_HALF_BIT, _KEPT_BITS = 0x80000, -0x100000
-_RELATIVE, _LEAST, _LEAST_NORMAL = 2.0**-3, 2.0**-9, 2.0**-6
+_MANTISSA = 23
 _TINY = 2.0**-120
 #: Quantisers divide by a scale or multiply by its reciprocal, which decides ties either way.
 _TIE = 1e-4
+
+
+class _Floats(NamedTuple):
+    """A grid of codes with an exponent.
+
+    Attributes:
+        bits: Bits of a mantissa.
+        greatest: The greatest value.
+        least: The least one above zero.
+        least_normal: The least one with all of its mantissa.
+    """
+
+    bits: int
+    greatest: float
+    least: float
+    least_normal: float
+
+
+#: On other grids, those of integers, neighbours are one apart.
+_FLOATS = {"E4M3": _Floats(3, 448.0, 2.0**-9, 2.0**-6), "E2M1": _Floats(1, 6.0, 0.5, 1.0)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +62,7 @@ class StoredScales:
     block: tuple[int, int]
     shape: tuple[int, ...]
     form: str
+    grid: ClassVar[str] = "E4M3"
 
     def of(self, first: int, count: int) -> np.ndarray:
         """Returns the scale of each of ``count`` values from a flat position on, float32."""
@@ -63,10 +83,10 @@ class StoredScales:
         found: np.ndarray = whole[skipped : skipped + count]
         return found
 
-    def same(self, other: "StoredScales") -> bool:
+    def same(self, other: object) -> bool:
         """Tells whether another weight's scales mean the same, read a few rows of them at a time."""
         rows, columns = self.shape[-2:]
-        if self.shape != other.shape or self.block != other.block:
+        if not isinstance(other, StoredScales) or self.shape != other.shape or self.block != other.block:
             return False
         down = -(-rows // self.block[0])
         step = max(1, (1 << 18) // -(-columns // self.block[1]))
@@ -90,29 +110,49 @@ class StoredScales:
         return decode_scales(bytes(raw), self.dtype).reshape(-1, across)
 
 
-def _scales(stored: StoredScales, first: int, like: "Tensor") -> "Tensor":
+AnyScales: TypeAlias = StoredScales | PackedScales
+"""The scales of a weight's codes, whatever its grid."""
+
+
+def _scales(stored: AnyScales, first: int, like: "Tensor") -> "Tensor":
     import torch
 
     found = torch.from_numpy(np.array(stored.of(first, like.numel())))
     return found.abs_().nan_to_num_(nan=1.0, posinf=1.0).clamp_(min=_TINY).view_as(like)
 
 
-def _codes(values: "Tensor", scales: "Tensor") -> "Tensor":
+def _codes(values: "Tensor", scales: "Tensor", grid: str) -> "Tensor":
     """Returns the sizes of the codes that decoded values have, exactly: the division may be off in its last bit."""
     import torch
 
-    sizes = (values / scales).abs_().clamp_(max=448.0)
-    return sizes.view(torch.int32).add_(_HALF_BIT).bitwise_and_(_KEPT_BITS).view(torch.float32)
+    if (floats := _FLOATS.get(grid)) is None:
+        return (values / scales).abs_().round_()
+    sizes = (values / scales).abs_().clamp_(max=floats.greatest)
+    # Half of what follows the bits of a code's mantissa, and what keeps those.
+    half, kept = 1 << (_MANTISSA - floats.bits - 1), -1 << (_MANTISSA - floats.bits)
+    return sizes.view(torch.int32).add_(half).bitwise_and_(kept).view(torch.float32)
 
 
-def _steps(codes: "Tensor", others: "Tensor") -> "Tensor":
+def _steps(codes: "Tensor", others: "Tensor", grid: str) -> "Tensor":
     """Returns the distance from codes to their neighbours on the side of other values, both as sizes, unscaled."""
     import torch
 
-    powers = codes.clone()
+    if (floats := _FLOATS.get(grid)) is None:
+        return torch.ones_like(codes)
+    powers, relative = codes.clone(), 2.0**-floats.bits
     powers.view(torch.int32).bitwise_and_(_EXPONENT)
-    halved = (codes == powers) & (powers > _LEAST_NORMAL) & (others < codes)
-    return torch.where(halved, powers * (_RELATIVE / 2), powers * _RELATIVE).clamp_(min=_LEAST)
+    halved = (codes == powers) & (powers > floats.least_normal) & (others < codes)
+    return torch.where(halved, powers * (relative / 2), powers * relative).clamp_(min=floats.least)
+
+
+def _levels(values: "Tensor", grid: str) -> np.ndarray:
+    """Returns the levels of unscaled values on their grid, as float32 that differ by one between neighbours."""
+    from ablate_shards.kernels.codecs.grids import grid_named
+
+    if grid in _FLOATS:
+        return grid_named(grid).nearest_levels(values.numpy()).astype(np.float32)
+    levels: np.ndarray = np.rint(values.numpy())
+    return levels
 
 
 class OneCoded:
@@ -124,7 +164,7 @@ class OneCoded:
     allowed = 0.5 + _TIE
     directed = True
 
-    def __init__(self, scales: StoredScales, first: int, columns: int, *, new: bool) -> None:
+    def __init__(self, scales: AnyScales, first: int, columns: int, *, new: bool) -> None:
         """Takes the scales, where the measured values begin, the length of a row, and which side is coded."""
         self._scales, self._first, self._columns, self._new = scales, first, columns, new
 
@@ -133,7 +173,8 @@ class OneCoded:
         scales = _scales(self._scales, self._first + first * self._columns, old)
         both = old, old + added
         coded, other = both[self._new], both[not self._new]
-        return _steps(_codes(coded, scales), (other / scales).abs_()).mul_(scales)
+        grid = self._scales.grid
+        return _steps(_codes(coded, scales, grid), (other / scales).abs_(), grid).mul_(scales)
 
 
 class TwoCoded:
@@ -142,7 +183,7 @@ class TwoCoded:
     allowed = 1.0 + _TIE
     directed = True
 
-    def __init__(self, scales: tuple[StoredScales, StoredScales], first: int, columns: int) -> None:
+    def __init__(self, scales: tuple[AnyScales, AnyScales], first: int, columns: int) -> None:
         """Takes the scales of either side, where the measured values begin, and the length of a row."""
         self._sides, self._first, self._columns = scales, first, columns
 
@@ -153,8 +194,8 @@ class TwoCoded:
         found = []
         for stored, values in zip(self._sides, (old, old + added), strict=True):
             scales = _scales(stored, self._first + first * self._columns, old)
-            codes = _codes(values, scales)
-            found.append(_steps(codes, codes).mul_(scales))
+            codes = _codes(values, scales, stored.grid)
+            found.append(_steps(codes, codes, stored.grid).mul_(scales))
         return torch.maximum(*found)
 
 
@@ -164,7 +205,7 @@ class EqualScales:
     allowed = 0.0
     directed = True
 
-    def __init__(self, scales: StoredScales, first: int, columns: int) -> None:
+    def __init__(self, scales: AnyScales, first: int, columns: int) -> None:
         """Takes the scales of both sides, where the measured values begin, and the length of a row."""
         self._scales, self._first, self._columns = scales, first, columns
 
@@ -172,11 +213,10 @@ class EqualScales:
         """Returns the mean step between the codes of each value, that of the code where they are equal."""
         import torch
 
-        from ablate_shards.kernels.codecs.e4m3 import E4M3
-
+        grid = self._scales.grid
         scales = _scales(self._scales, self._first + first * self._columns, old)
         before, after = (torch.nan_to_num(values / scales) for values in (old, old + added))
-        levels = [torch.from_numpy(E4M3.nearest_levels(each.numpy()).astype(np.float32)) for each in (before, after)]
+        levels = [torch.from_numpy(_levels(each, grid)) for each in (before, after)]
         apart = (levels[1] - levels[0]).abs_()
-        codes = _codes(old, scales)
-        return torch.where(apart > 0, added.abs() / apart.clamp(min=1.0), _steps(codes, codes).mul_(scales))
+        codes = _codes(old, scales, grid)
+        return torch.where(apart > 0, added.abs() / apart.clamp(min=1.0), _steps(codes, codes, grid).mul_(scales))

@@ -185,7 +185,11 @@ class Diff:
         return not (self.tensors or self.lost or self.added or self.fused or self.metadata or self.files)
 
 
+#: What names end with that say nothing of a module.
+_LEAVES = ("weight", "weight_packed", "qweight", "bias")
+
+
 def leaf(name: str) -> str:
-    """Returns the last part of a tensor's name that is not a number, ``weight`` or ``bias``."""
-    parts = [part for part in name.split(".") if not part.isdigit() and part not in ("weight", "bias")]
+    """Returns the last part of a tensor's name that is not a number, a weight or a bias."""
+    parts = [part for part in name.split(".") if not part.isdigit() and part not in _LEAVES]
     return parts[-1] if parts else name

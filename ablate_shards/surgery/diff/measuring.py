@@ -81,7 +81,8 @@ class Measuring:
         rank = max(_LEAST_RANK, min(self._rank, room))
         elements = rows * columns
         for first in range(0, count * elements, elements):
-            start, size = first * old.width, elements * old.width
+            size = old.size // count
+            start = first // elements * size
             alike = equal_scales or (old.scales is None and new.scales is None)
             if count > 1 and alike and old.dtype == new.dtype and same_bytes(old, new, size, start, start):
                 continue

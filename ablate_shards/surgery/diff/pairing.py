@@ -39,9 +39,15 @@ class Pairing:
 
 
 def pair_tensors(first: Mapping[str, StoredTensor], second: Mapping[str, StoredTensor]) -> Pairing:
-    """Pairs tensors of one name, then what is left by shape and values, and finds those joined or split."""
-    partners = {name: second[name] for name in first if name in second}
-    partners |= _renamed(_without(first, second), _without(second, first))
+    """Pairs tensors of one name, quantised or not, then what is left by shape and values, and those joined or split."""
+    by_plain_name = {tensor.plain_name: tensor for tensor in second.values() if tensor.role == "codes"}
+    partners = {
+        name: partner
+        for name, tensor in first.items()
+        if (partner := second.get(name) or by_plain_name.get(name) or second.get(tensor.plain_name)) is not None
+    }
+    left = _without(first, partners), _without(second, {tensor.name for tensor in partners.values()})
+    partners |= _renamed(*left)
     lost = _without(first, partners)
     added = _without(second, {tensor.name for tensor in partners.values()})
     fused = list(_fusions(lost, added, split=False))
@@ -108,7 +114,7 @@ def _likely_pairs(
 
 def _sample(tensor: StoredTensor) -> np.ndarray:
     """Reads a few runs of values, spread over a tensor."""
-    count = tensor.size // tensor.width
+    count = tensor.elements if tensor.is_float else tensor.size // tensor.width
     starts = sorted({max(0, (count - _RUN) * step // (_RUNS - 1)) for step in range(_RUNS)})
     return np.concatenate([tensor.numbers(start, min(_RUN, count - start)) for start in starts])
 

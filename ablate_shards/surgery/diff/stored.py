@@ -9,10 +9,19 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from ablate_shards.errors import ArchitectureError
-from ablate_shards.surgery.anatomy.scales import find_scales, names_of_scales, quantisation_of
+from ablate_shards.errors import ArchitectureError, ExecuteError
+from ablate_shards.surgery.anatomy.scales import (
+    ending_of,
+    find_scales,
+    is_codes,
+    names_of_scales,
+    plain_name_of,
+    quantisation_of,
+)
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
-from ablate_shards.surgery.diff.coded import StoredScales
+from ablate_shards.surgery.checkpoint.headers import TensorInfo
+from ablate_shards.surgery.diff.coded import AnyScales, StoredScales
+from ablate_shards.surgery.diff.packed import Kept, PackedScales
 from ablate_shards.surgery.machine.files import pread_into
 
 if TYPE_CHECKING:
@@ -58,7 +67,7 @@ class StoredTensor:
     Attributes:
         name: Its name.
         dtype: Its safetensors dtype.
-        shape: Its shape.
+        shape: Its shape; of codes, that of the weight that they stand for.
         file: The descriptor of its shard.
         inode: The device and inode of that shard.
         start: Where in it the tensor begins.
@@ -74,7 +83,7 @@ class StoredTensor:
     inode: tuple[int, int]
     start: int
     size: int
-    scales: StoredScales | None = None
+    scales: AnyScales | None = None
     role: Literal["codes", "scales", "bare"] | None = None
 
     @property
@@ -97,7 +106,12 @@ class StoredTensor:
     @property
     def is_float(self) -> bool:
         """Whether its values are decoded."""
-        return self.dtype in FLOATS and self.role != "bare"
+        return self.scales is not None or (self.dtype in FLOATS and self.role != "bare")
+
+    @property
+    def plain_name(self) -> str:
+        """What it would be called if it were not quantised."""
+        return plain_name_of(self.name) if self.role == "codes" else self.name
 
     def read_into(self, buffer: np.ndarray, start: int) -> None:
         """Fills a buffer of bytes from an offset within the tensor."""
@@ -113,6 +127,8 @@ class StoredTensor:
         """Reads values of a float dtype, as they are stored; codes times their scales, float32."""
         import torch
 
+        if isinstance(self.scales, PackedScales):
+            return torch.from_numpy(np.array(self.scales.decode(first, count)))
         raw = torch.empty(count * self.width, dtype=torch.uint8)
         self.read_into(raw.numpy(), first * self.width)
         values = raw.view(getattr(torch, FLOATS[self.dtype].torch_name))
@@ -141,22 +157,39 @@ def open_tensors(checkpoint: Checkpoint, cleanup: ExitStack) -> dict[str, Stored
         for info in shard.tensors:
             place = (file, (stat.st_dev, stat.st_ino), info.start, info.end - info.start)
             tensors[info.name] = StoredTensor(info.name, info.dtype, info.shape, *place)
-    quantisation = quantisation_of(checkpoint.config)
+    quantisation, kept = quantisation_of(checkpoint.config), Kept()
+
+    def read(info: TensorInfo) -> bytes:
+        raw = bytearray(info.end - info.start)
+        pread_into(files[info.shard], memoryview(raw), info.start)
+        return bytes(raw)
+
     for name, info in checkpoint.tensors.items():
-        if info.dtype != _E4M3 or len(info.shape) < 2:
+        if len(info.shape) < 2 or not (info.dtype == _E4M3 or is_codes(info, ending_of(name))):
             continue
         try:
             found = find_scales(info, checkpoint.tensors, quantisation)
-        except ArchitectureError:
+            scales = (
+                StoredScales(
+                    found.name,
+                    found.dtype,
+                    files[found.shard],
+                    found.start,
+                    found.block,
+                    info.shape,
+                    found.form(info.shape),
+                )
+                if info.dtype == _E4M3
+                else PackedScales(info, found, read, kept)
+            )
+        except (ArchitectureError, ExecuteError):
             # Weights that were cast have none and are what their codes say.
-            if any(each in tensors for each in names_of_scales(name)):
+            if info.dtype == _E4M3 and any(each in tensors for each in names_of_scales(name)):
                 tensors[name] = replace(tensors[name], role="bare")
             continue
-        scales = StoredScales(
-            found.name, found.dtype, files[found.shard], found.start, found.block, info.shape, found.form(info.shape)
-        )
-        tensors[name] = replace(tensors[name], scales=scales, role="codes")
-        tensors[found.name] = replace(tensors[found.name], role="scales")
+        tensors[name] = replace(tensors[name], scales=scales, role="codes", shape=scales.shape)
+        for part in (found.name, *(part.name for part in found.parts)):
+            tensors[part] = replace(tensors[part], role="scales")
     return tensors
 
 

@@ -144,14 +144,17 @@ def _say_sparse(tensors: Sequence[TensorDiff]) -> str:
 
 def _codes(tensors: Iterable[TensorDiff]) -> Iterator[str]:
     """Says how many codes changed on one grid, and which codes were not decoded."""
-    changed = [tensor for tensor in tensors if tensor.equal_scales and tensor.changed]
-    if changed:
+    by_form: dict[str, list[TensorDiff]] = defaultdict(list)
+    for tensor in tensors:
+        if tensor.equal_scales and tensor.changed:
+            by_form[str(tensor.codes).partition(" ")[0]].append(tensor)
+    for form, changed in by_form.items():
         codes = sum(tensor.changed for tensor in changed)
         share = codes / max(1, sum(tensor.elements for tensor in changed))
         steps = max(tensor.units for tensor in changed)
         yield (
-            f"{_count(codes, 'code')} of {_count(len(changed), 'tensor')} in FP8 changed ({share:.2%} of theirs, by up "
-            f"to {_count(round(steps), 'step')}), scales equal"
+            f"{_count(codes, 'code')} of {_count(len(changed), 'tensor')} in {form} changed ({share:.2%} of theirs, by "
+            f"up to {_count(round(steps), 'step')}), scales equal"
         )
     bare = [tensor for tensor in tensors if BARE in (tensor.codes, tensor.new_codes)]
     if bare := [tensor for tensor in bare if tensor.kind != "equal"]:
