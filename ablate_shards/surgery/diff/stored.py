@@ -13,8 +13,9 @@ from ablate_shards.errors import ArchitectureError, ExecuteError
 from ablate_shards.surgery.anatomy.scales import ending_of, find_scales, is_codes, names_of_scales, quantisation_of
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
+from ablate_shards.surgery.dequantise.decoding import Kept
 from ablate_shards.surgery.diff.coded import AnyScales, StoredScales
-from ablate_shards.surgery.diff.packed import Kept, PackedScales
+from ablate_shards.surgery.diff.packed import PackedScales
 from ablate_shards.surgery.machine.files import pread_into
 
 if TYPE_CHECKING:
