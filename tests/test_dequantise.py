@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -223,6 +224,15 @@ def test_verify_finds_a_single_byte_that_differs(tmp_path, what):
     assert f"{name}: {how}" in found
 
 
+def test_verify_finds_a_file_that_says_how_weights_were_quantised(tmp_path):
+    source, out = write_coded(tmp_path / "source", "NVFP4 (ModelOpt)", hidden=64), tmp_path / "out"
+    (source / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    checked("dequantise", source, out)
+    assert "is what its receipt says" in said(checked("verify", source, out))
+    shutil.copy(source / "hf_quant_config.json", out)
+    assert "hf_quant_config.json: belongs to the quantised source" in said(checked("verify", source, out, code=1))
+
+
 @pytest.mark.parametrize("lie", ["fewer", "another", "shape", "parts", "form"])
 def test_a_receipt_that_lies_is_found(tmp_path, lie):
     source, out = write_coded(tmp_path / "source", "NVFP4", hidden=64), tmp_path / "out"
@@ -381,6 +391,20 @@ def test_the_experts_of_a_layer_go_together(tmp_path):
     assert matched == {f"model.layers.1.mlp.{rest}" for rest in experts}
     assert not re.match(pattern, "model.layers.11.mlp.experts.0.up_proj")
     assert "to the bit" in said(checked("verify", source, tmp_path / "out"))
+
+
+def test_transformers_passes_over_the_modules_that_are_named(tmp_path):
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    source = write_fp8(tmp_path / "source", experts=2, model_type="qwen3_moe")
+    write_basis(tmp_path, 256)
+    checked(source, tmp_path / "out", *options(tmp_path, "--layers", 1, "--dequantise", "writers"))
+    named = config_of(tmp_path / "out")["quantization_config"]["modules_to_not_convert"]
+    assert named == ["model.layers.1.self_attn.o_proj", "model.layers.1.mlp.experts"]
+    for module in (*named, "model.layers.1.mlp.experts.0.up_proj"):
+        assert not should_convert_module(module, named)
+    for module in ("model.layers.11.mlp.experts", "model.layers.0.mlp.experts", "model.layers.1.self_attn.q_proj"):
+        assert should_convert_module(module, named)
 
 
 # ---------------------------------------------------------------------------------------- models that run
@@ -574,6 +598,15 @@ def test_one_file_without_its_configuration_is_refused(tmp_path):
     source = save_gpt_oss(tmp_path / "source", hidden=64)
     output = refuse(tmp_path, "dequantise", source / "model.safetensors", tmp_path / "out")
     assert "name a folder that holds the weights and their configuration" in output
+
+
+def test_what_modelopt_says_has_to_be_an_object(tmp_path):
+    source = write_coded(tmp_path / "source", "NVFP4 (ModelOpt)", hidden=256)
+    write_basis(tmp_path, 256)
+    (source / "hf_quant_config.json").write_text('{"quantization": 7}')
+    more = ["--layers", 0, "--dequantise", "writers"]
+    output = refuse(tmp_path, source, tmp_path / "out", *options(tmp_path, *more))
+    assert "hf_quant_config.json: expected an object as quantization; restore the file" in output
 
 
 def test_scales_that_are_missing_are_named(tmp_path):

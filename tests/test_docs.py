@@ -43,8 +43,8 @@ def test_the_reference_is_up_to_date():
 
 #: What only a recipe can say.
 LIMITS = {"broken", "controls", "kl", "distinct", "detached"}
-#: What a recipe cannot say: where a stage reads and writes, and how its results are shown.
-STAGE = {"private", "model", "dump", "file", "adapter", "source", "out", "against", "reuse", "answers"}
+#: What a recipe cannot say: where a stage reads and writes, how its results are shown, and what [ablate] has said.
+STAGE = {"dequantise", "private", "model", "dump", "file", "adapter", "source", "out", "against", "reuse", "answers"}
 RUN = {"dry-run", "resume", "overwrite", "push", "link", "sync", "cache", "jobs", "memory", "device"}
 
 

@@ -22,8 +22,15 @@ __all__ = ["merge"]
     show_default=True,
     help="Multiply what the adapter adds by this, besides its own scale; parameters that it replaces are not scaled.",
 )
+@click.option(
+    "--dequantise",
+    is_flag=True,
+    help="Write every quantised weight of MODEL in bfloat16 first; an adapter cannot be added to codes.",
+)
 @output_options
-def merge(model: Path | str, adapter: Path, out: Path | str, *, scale: float, output: OutputOptions) -> None:
+def merge(
+    model: Path | str, adapter: Path, out: Path | str, *, scale: float, dequantise: bool, output: OutputOptions
+) -> None:
     """Add a LoRA adapter to the weights of MODEL and write the merged checkpoint to OUT.
 
     MODEL is the checkpoint that ADAPTER was trained on: a .safetensors file, a checkpoint folder, a
@@ -33,6 +40,7 @@ def merge(model: Path | str, adapter: Path, out: Path | str, *, scale: float, ou
     not name stays as it is, byte for byte.
     """
     one_blas_thread()
+    from ablate_shards.surgery.dequantise.dequantisation import plan_dequantisation
     from ablate_shards.surgery.merge.adapter import read_adapter
     from ablate_shards.surgery.merge.merge import merging
     from ablate_shards.surgery.merge.plan import plan_merge
@@ -41,6 +49,9 @@ def merge(model: Path | str, adapter: Path, out: Path | str, *, scale: float, ou
     prepared = output.prepare(model, out, (adapter,), progress)
     checkpoint = prepared.checkpoint
     read = read_adapter(adapter)
+    dequantisation = plan_dequantisation(checkpoint) if dequantise else None
+    if dequantisation is not None:
+        checkpoint = dequantisation.applied(checkpoint)
     plan = plan_merge(checkpoint, read, scale)
     for note in plan.notes:
         progress.note(note)
@@ -50,13 +61,13 @@ def merge(model: Path | str, adapter: Path, out: Path | str, *, scale: float, ou
         elif not output.quiet:
             from ablate_shards.terminal.results import print_merge_plan
 
-            print_merge_plan(checkpoint, plan)
+            print_merge_plan(checkpoint, plan, dequantisation)
         return
     with progress:
-        results, url = prepared.perform(merging(read, plan), progress)
+        results, url = prepared.perform(merging(read, plan, dequantisation), progress)
     if output.as_json:
         print_json(made(out, url, results))
     elif not output.quiet:
         from ablate_shards.terminal.results import print_merge
 
-        print_merge(checkpoint, plan, results, adapter, out, url)
+        print_merge(checkpoint, plan, results, adapter, out, url, dequantisation)

@@ -248,7 +248,7 @@ def _print_sizes(screen: Console, checkpoint: Checkpoint, dequantisation: "Dequa
     say(screen, f"{size_text(before)} of shards before, {size_text(after)} after")
 
 
-def print_merge_plan(checkpoint: Checkpoint, plan: "MergePlan") -> None:
+def print_merge_plan(checkpoint: Checkpoint, plan: "MergePlan", dequantisation: "Dequantisation | None" = None) -> None:
     """Prints what a merge would change, a line per layer and kind of change."""
     screen = output()
     rows = [
@@ -256,6 +256,8 @@ def print_merge_plan(checkpoint: Checkpoint, plan: "MergePlan") -> None:
         for layer, edits in _merged_by_layer(plan.edits)
     ]
     print_table(screen, (*_MERGED, Column("bytes", right=True, rank=3)), rows)
+    if dequantisation is not None:
+        _print_dequantised(screen, dequantisation, "would be")
     say(screen, f"{_share_of(plan.amended(checkpoint), plan.edits)} would be changed")
     for name, reason in checkpoint.left_out:
         say(screen, f"not carried over: {name} ({reason})")
@@ -268,6 +270,7 @@ def print_merge(
     adapter: Path,
     out: Path | str,
     url: str | None,
+    dequantisation: "Dequantisation | None" = None,
 ) -> None:
     """Prints what a merge changed, and by how much; see :func:`print_results`."""
     screen = output()
@@ -281,7 +284,10 @@ def print_merge(
     if not any(result.change is None or result.change for result in results.values()):
         say(screen, f"{adapter} adds nothing: it was saved before it was trained")
     amended = ", ".join(plan.amendments.names())
-    kept = f"added or changed besides: {amended}; all else" if amended else "every other byte"
+    if dequantisation is not None:
+        _print_dequantised(screen, dequantisation, "are")
+    kept = "every other byte" if dequantisation is None else "all else"
+    kept = f"added or changed besides: {amended}; all else" if amended else kept
     say(screen, f"{_share_of(plan.amended(checkpoint), plan.edits)} changed; {kept} is the source's")
     _print_where(screen, checkpoint, out, url, MERGE_RECEIPT_NAME, ("--adapter", str(adapter)))
 

@@ -148,7 +148,7 @@ def capture(model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOpti
         if streamed and _is_quantised(config):
             raise CaptureError(
                 f"{model}: its weights are quantised, and only plain weights can be streamed from the shards; "
-                "dequantise it first, or use --offload never"
+                "dequantise it with `ablate-shards dequantise`, or use --offload never"
             )
         check_disk(dump, len(prompts) * text.hidden_size * text.num_hidden_layers * 4, stream)
         how = (position, options.batch, dtype)

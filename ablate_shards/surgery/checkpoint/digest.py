@@ -1,8 +1,7 @@
 """A digest that differs between models, taken without reading all of their weights."""
 
 import hashlib
-import os
-from contextlib import ExitStack
+import threading
 
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 
@@ -22,12 +21,12 @@ def base_digest(checkpoint: Checkpoint) -> str | None:
     """
     if checkpoint.remote is not None:
         return None
-    digest = hashlib.sha256()
-    with ExitStack() as stack:
-        files = {shard.name: stack.enter_context(shard.path.open("rb")).fileno() for shard in checkpoint.shards}
-        for name, tensor in sorted(checkpoint.tensors.items()):
-            digest.update(f"{name}\0{tensor.dtype}\0{tensor.shape}\n".encode())
-            last = max(tensor.start, tensor.end - _PIECE)
-            for start in sorted({tensor.start + (last - tensor.start) * n // (_PIECES - 1) for n in range(_PIECES)}):
-                digest.update(os.pread(files[tensor.shard], min(_PIECE, tensor.end - start), start))
+    digest, never = hashlib.sha256(), threading.Event()
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tensor.shape}\n".encode())
+        last = max(tensor.start, tensor.end - _PIECE)
+        for start in sorted({tensor.start + (last - tensor.start) * n // (_PIECES - 1) for n in range(_PIECES)}):
+            piece = bytearray(min(_PIECE, tensor.end - start))
+            checkpoint.files.read_into(tensor.shard, memoryview(piece), start, never)
+            digest.update(piece)
     return digest.hexdigest()

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ablate_shards.errors import PlanError
+from ablate_shards.errors import PlanError, reason
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 
 __all__ = ["Changes", "exempting", "without_quantisation"]
@@ -76,8 +76,10 @@ def exempting(checkpoint: Checkpoint, modules: Sequence[str], experts: Sequence[
             method = str(place[_KEY].get("quant_method"))
             changes.config[f"{path}{_KEY}"] = _exempt(place[_KEY], method, modules, experts)
     if BESIDE in checkpoint.sidecars:
-        content = json.loads(checkpoint.files.read(BESIDE))
-        content["quantization"] = _exempt(content["quantization"], "modelopt", modules, experts, "exclude_modules")
+        content = _object(checkpoint, BESIDE)
+        if not isinstance(said := content.get("quantization"), Mapping):
+            raise PlanError(f"{checkpoint.files.shown(BESIDE)}: expected an object as quantization; restore the file")
+        content["quantization"] = _exempt(said, "modelopt", modules, experts, "exclude_modules")
         changes.contents[BESIDE] = f"{json.dumps(content, indent=4, ensure_ascii=False)}\n".encode()
     return changes
 
@@ -97,7 +99,8 @@ def _exempt(
         patterns = [*(re.escape(name) for name in modules), *(f"{re.escape(name)}\\..*" for name in experts)]
         changed["dynamic"] = {**(said.get("dynamic") or {}), **{f"-:^{pattern}$": {} for pattern in patterns}}
         return changed
-    keys = [key for key in _LISTS[method] if said.get(key) is not None] or [usual or _LISTS[method][0]]
+    lists = _LISTS.get(method, _LISTS["fp8"])
+    keys = [key for key in lists if said.get(key) is not None] or [usual or lists[0]]
     for key in keys:
         there = list(said.get(key) or ())
         changed[key] = [*there, *(name for name in names if name not in there)]
@@ -116,5 +119,21 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
             f"{checkpoint.name}: {CONFIG} says how its weights are stored and has to change with them, and there is "
             "none to carry over; name a folder that holds the weights and their configuration"
         )
-    config: dict[str, Any] = json.loads(checkpoint.files.read(CONFIG))
-    return config
+    return _object(checkpoint, CONFIG)
+
+
+def _object(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """Returns the JSON object in a file beside the shards.
+
+    Raises:
+        PlanError: There is none.
+    """
+    try:
+        content = json.loads(checkpoint.files.read(name))
+    except (ValueError, RecursionError) as error:
+        raise PlanError(
+            f"{checkpoint.files.shown(name)}: not valid JSON ({reason(error)}); restore the file"
+        ) from error
+    if not isinstance(content, dict):
+        raise PlanError(f"{checkpoint.files.shown(name)}: expected a JSON object; restore the file")
+    return content

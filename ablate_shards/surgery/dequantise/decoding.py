@@ -1,7 +1,8 @@
 """Reads what the codes of a quantised weight stand for: scales, zero points and shapes from its parts."""
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -14,13 +15,32 @@ if TYPE_CHECKING:
     from ablate_shards.kernels.codecs.grid import Grid
     from ablate_shards.kernels.codecs.scales import Spread
 
-__all__ = ["CodedWeight", "ReadRange"]
+__all__ = ["CodedWeight", "Kept", "ReadRange", "pieces"]
 
 ReadRange = Callable[[TensorInfo], bytes]
 """Returns the bytes of a tensor of the source, or of a part of one, from whichever shard it lies in."""
 
 #: Stands in place of groups that follow each other.
 _UNORDERED = -1
+
+
+class Kept(threading.local):
+    """What a thread needs again for the next rows of the same matrix: its scales, or all of it transposed.
+
+    Each is kept with what it is of.
+    """
+
+    spread: "tuple[object, Spread] | None" = None
+    matrix: tuple[object, np.ndarray] | None = None
+
+
+def pieces(height: int, first: int, last: int) -> Iterator[tuple[int, slice]]:
+    """Yields a matrix and rows of it at a time, for rows of matrices of one height that are counted together."""
+    while first < last:
+        number, row = divmod(first, height)
+        stop = min(height, row + last - first)
+        yield number, slice(row, stop)
+        first += stop - row
 
 
 class _Codes(Protocol):
@@ -136,6 +156,13 @@ class CodedWeight:
         return (
             codes.reshape(-1) if self.by_rows else from_rows(codes, self._scales.order, self._scales.bits, self._most)
         )
+
+    def kept_spread(self, number: int, kept: Kept) -> "Spread":
+        """Returns what :meth:`spread` does, read once for rows that follow each other."""
+        key = (id(self), number)
+        if kept.spread is None or kept.spread[0] != key:
+            kept.spread = key, self.spread(number)
+        return kept.spread[1]
 
     def decode(self, raw: np.ndarray, spread: "Spread", first: int, columns: int) -> np.ndarray:
         """Returns what rows of codes stand for, float32.

@@ -11,6 +11,7 @@ from ablate_shards.errors import PlanError
 from ablate_shards.surgery.checkpoint.amended import Amendments, NewTensor, amend
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.dequantise.configuration import exempting, without_quantisation
+from ablate_shards.surgery.dequantise.decoding import Kept
 from ablate_shards.surgery.dequantise.found import (
     DequantisedRecord,
     QuantisedWeight,
@@ -20,7 +21,7 @@ from ablate_shards.surgery.dequantise.found import (
     names_of_codes,
     with_their_experts,
 )
-from ablate_shards.surgery.dequantise.values import Kept, Values
+from ablate_shards.surgery.dequantise.values import Values
 
 __all__ = ["Dequantisation", "identity_of", "plan_dequantisation"]
 

@@ -1,32 +1,20 @@
 """Computes the bytes of a weight in bfloat16 from its codes, any range of them."""
 
 import functools
-import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range
-from ablate_shards.surgery.dequantise.decoding import CodedWeight
+from ablate_shards.surgery.dequantise.decoding import CodedWeight, Kept, pieces
 from ablate_shards.surgery.dequantise.found import QuantisedWeight
 
-if TYPE_CHECKING:
-    from ablate_shards.kernels.codecs.scales import Spread
-
-__all__ = ["Kept", "Values"]
+__all__ = ["Values"]
 
 _BYTES = 2
 #: Codes decoded at once: their numbers in float32 stay in a core's cache.
 _AT_ONCE = 1 << 17
 _WAY_OUT = "fetch its shard again"
-
-
-class Kept(threading.local):
-    """What a thread needs again for the next bytes of the same matrix: its scales, or all of it where it is turned."""
-
-    spread: "tuple[tuple[str, int], Spread] | None" = None
-    matrix: tuple[tuple[str, int], np.ndarray] | None = None
 
 
 class Values:
@@ -53,19 +41,11 @@ class Values:
         row_bytes = self._width * _BYTES
         first, last = offset // row_bytes, -(-(offset + len(data)) // row_bytes)
         filled = np.frombuffer(data, np.uint8)
-        for number, rows in self._pieces(first, last):
+        for number, rows in pieces(self._height, first, last):
             raw = self._rows(number, rows).view(np.uint8).reshape(-1)
             start = (number * self._height + rows.start) * row_bytes - offset
             low, high = max(0, start), min(len(filled), start + len(raw))
             filled[low:high] = raw[low - start : high - start]
-
-    def _pieces(self, first: int, last: int) -> Iterator[tuple[int, slice]]:
-        """Yields a matrix and rows of it, for rows of all matrices counted together."""
-        while first < last:
-            number, row = divmod(first, self._height)
-            stop = min(self._height, row + last - first)
-            yield number, slice(row, stop)
-            first += stop - row
 
     def _rows(self, number: int, rows: slice) -> np.ndarray:
         """Returns rows of a matrix as the bits of bfloat16, uint16."""
@@ -90,7 +70,7 @@ class Values:
 
         coded = self._coded
         columns = self._height if self._weight.transposed else self._width
-        spread = self._spread(number)
+        spread = coded.kept_spread(number, self._kept)
         raw = coded.read_rows(number, rows)
         step = max(1, _AT_ONCE // max(1, columns))
         for first in range(rows.start, rows.stop, step):
@@ -101,9 +81,3 @@ class Values:
                 coded.check(number, part)
                 raise coded.refused(number, "codes times scales are too large for bfloat16")
             yield span, bits
-
-    def _spread(self, number: int) -> "Spread":
-        key = (self._weight.name, number)
-        if self._kept.spread is None or self._kept.spread[0] != key:
-            self._kept.spread = key, self._coded.spread(number)
-        return self._kept.spread[1]

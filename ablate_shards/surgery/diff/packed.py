@@ -1,26 +1,12 @@
 """Codes of less than eight bits, and integers, as values: packed rows are read and decoded where they are needed."""
 
-import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from ablate_shards.surgery.anatomy.scales import Scales
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
-from ablate_shards.surgery.dequantise.decoding import CodedWeight, ReadRange
+from ablate_shards.surgery.dequantise.decoding import CodedWeight, Kept, ReadRange, pieces
 
-if TYPE_CHECKING:
-    from ablate_shards.kernels.codecs.scales import Spread
-
-__all__ = ["Kept", "PackedScales"]
-
-
-class Kept(threading.local):
-    """What a thread needs again for the next values of the same matrix."""
-
-    spread: "tuple[tuple[int, int], Spread] | None" = None
-    matrix: tuple[tuple[int, int, bool], np.ndarray] | None = None
+__all__ = ["PackedScales"]
 
 
 class PackedScales:
@@ -81,19 +67,12 @@ class PackedScales:
     def _flat(self, first: int, count: int, *, values: bool) -> np.ndarray:
         width = self.shape[-1]
         top, bottom = first // width, -(-(first + count) // width)
-        parts = [self._rows(number, rows, values=values).reshape(-1) for number, rows in self._pieces(top, bottom)]
+        parts = [
+            self._rows(number, rows, values=values).reshape(-1) for number, rows in pieces(self.shape[-2], top, bottom)
+        ]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
         found: np.ndarray = whole[first - top * width :][:count]
         return found
-
-    def _pieces(self, top: int, bottom: int) -> Iterator[tuple[int, slice]]:
-        """Yields a matrix and rows of it, for rows of all matrices counted together."""
-        height = self.shape[-2]
-        while top < bottom:
-            number, row = divmod(top, height)
-            stop = min(height, row + bottom - top)
-            yield number, slice(row, stop)
-            top += stop - row
 
     def _rows(self, number: int, rows: slice, *, values: bool) -> np.ndarray:
         if not self._transposed and self._weight.by_rows:
@@ -107,17 +86,12 @@ class PackedScales:
 
     def _stored(self, number: int, rows: slice, *, values: bool) -> np.ndarray:
         """Returns values or scales of some rows of codes, ``[rows, columns]`` float32."""
-        spread, weight = self._spread(number), self._weight
+        weight = self._weight
+        spread = weight.kept_spread(number, self._kept)
         if not values:
             part, _ = spread.part(rows, slice(0, self._columns))
             return np.broadcast_to(part, (rows.stop - rows.start, self._columns))
         return weight.decode(weight.read_rows(number, rows), spread, rows.start, self._columns)
-
-    def _spread(self, number: int) -> "Spread":
-        key = (id(self), number)
-        if self._kept.spread is None or self._kept.spread[0] != key:
-            self._kept.spread = key, self._weight.spread(number)
-        return self._kept.spread[1]
 
 
 def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:

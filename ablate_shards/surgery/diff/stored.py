@@ -20,8 +20,9 @@ from ablate_shards.surgery.anatomy.scales import (
 )
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
+from ablate_shards.surgery.dequantise.decoding import Kept
 from ablate_shards.surgery.diff.coded import AnyScales, StoredScales
-from ablate_shards.surgery.diff.packed import Kept, PackedScales
+from ablate_shards.surgery.diff.packed import PackedScales
 from ablate_shards.surgery.machine.files import pread_into
 
 if TYPE_CHECKING:

@@ -195,7 +195,8 @@ def _open(model: Path) -> Checkpoint:
     checkpoint = open_folder(model, FinetuneError)
     if "quantization_config" in (checkpoint.config or {}):
         raise FinetuneError(
-            f"{model}: its weights are quantised, and an adapter of them could not be merged; dequantise it first"
+            f"{model}: its weights are quantised, and an adapter is trained on plain ones; train it on what "
+            f"`ablate-shards dequantise {model} OUT` writes"
         )
     return checkpoint
 

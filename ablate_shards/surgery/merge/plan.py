@@ -18,6 +18,7 @@ from ablate_shards.errors import AdapterError, ArchitectureError, PlanError
 from ablate_shards.kernels.codecs.plain import STORED, decoded, encode
 from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAMES
 from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect
+from ablate_shards.surgery.anatomy.scales import quantisation_of
 from ablate_shards.surgery.checkpoint.amended import Amendments, amend
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.digest import base_digest
@@ -550,10 +551,7 @@ class _Planner:
 
     def _edit(self, name: str, kind: Kind, *source: str, **more: Any) -> MergeEdit:
         tensor = self._checkpoint.tensors[name]
-        if tensor.dtype not in ITEM_BYTES:
-            raise PlanError(
-                f"{name}: expected BF16, F16 or F32, found {tensor.dtype}; convert the checkpoint to one of them"
-            )
+        self._check_dtype(tensor)
         begins_as = None if kind == "replaced" else self.found.begins_as.get(name)
         return MergeEdit(**dataclasses.asdict(tensor), kind=kind, source=source, begins_as=begins_as, **more)
 
@@ -585,7 +583,18 @@ class _Planner:
                 return axes[name] == -1
         return default
 
+    def _check_dtype(self, tensor: TensorInfo) -> None:
+        if tensor.dtype in ITEM_BYTES:
+            return
+        way_out = (
+            "convert the checkpoint to one of them"
+            if quantisation_of(self._source.config) is None
+            else "its codes cannot take what an adapter adds, so add --dequantise"
+        )
+        raise PlanError(f"{tensor.name}: expected BF16, F16 or F32, found {tensor.dtype}; {way_out}")
+
     def _check_shape(self, source: str, shape: tuple[int, ...], tensor: TensorInfo) -> None:
+        self._check_dtype(tensor)
         if shape != tensor.shape:
             raise AdapterError(
                 f"{self._file}: {source}: expected what fits {tensor.name} of shape {list(tensor.shape)}, "
@@ -598,6 +607,12 @@ class _Planner:
         return name
 
     def _no_match(self, source: str, path: str) -> str:
+        packed = (f"{path}_packed", f"{path}_blocks", path.removesuffix(".weight") + "_blocks")
+        if any(self._find(name) is not None for name in packed):
+            return (
+                f"{self._file}: {source} is of {path}, which {self._checkpoint.name} holds as codes that cannot take "
+                "what an adapter adds; add --dequantise"
+            )
         return (
             f"{self._file}: {source} matches no weight of {self._checkpoint.name} ({path}); merge it into the model "
             f"that it was trained on, or if that is this one, {_WITH_PEFT}"

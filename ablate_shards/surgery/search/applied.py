@@ -72,7 +72,7 @@ class EditableModel:
             if edit.scales is not None:
                 raise SearchError(
                     f"{edit.name}: holds codes ({edit.dtype}), and a search edits BF16, F16 or F32; search on the "
-                    "checkpoint dequantised, and use the recipe that it finds on this one"
+                    "checkpoint dequantised (`ablate-shards dequantise`), and use the recipe that it finds on this one"
                 )
             self._place(edit)
         editor = AblationEditor(self._run.device, self._run.memory, self._run.jobs, threading.Event(), plan.bases)

@@ -145,7 +145,7 @@ def verify(
     differences = []
     if recorded.altered:
         differences.append(Difference(recorded.receipt_name, "changed after it was written (its digest does not hold)"))
-    unknown, notes = _compare_names(checkpoint, files, recorded, own)
+    unknown, notes = _compare_names(checkpoint, files, recorded, own, {*source.sidecars} - {*checkpoint.sidecars})
     with _Examiner(checkpoint, files, recorded, run, progress) as examiner:
         differences += unknown + _compare_given(files, recorded) + examiner.examine(own)
         notes += examiner.notes
@@ -651,7 +651,7 @@ def _own_files(out: Files) -> Collection[str]:
 
 
 def _compare_names(
-    checkpoint: Checkpoint, out: Files, recorded: _Recorded, own: Collection[str]
+    checkpoint: Checkpoint, out: Files, recorded: _Recorded, own: Collection[str], removed: Collection[str]
 ) -> tuple[list[Difference], list[str]]:
     differences, notes = [], []
     copied = recorded.copied
@@ -675,7 +675,9 @@ def _compare_names(
     for name in out.names():
         if name in known or is_report(name):
             continue
-        if name.endswith(".safetensors"):
+        if name in removed:
+            differences.append(Difference(name, "belongs to the quantised source, and misleads whoever loads this"))
+        elif name.endswith(".safetensors"):
             differences.append(Difference(name, "weights that the receipt does not account for"))
         else:
             notes.append(f"{name} was added after the edit")
