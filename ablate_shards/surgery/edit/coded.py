@@ -12,14 +12,14 @@ from ablate_shards.errors import ExecuteError
 from ablate_shards.surgery.anatomy.scales import Scales, leading
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 from ablate_shards.surgery.edit.sections import Reader
-from ablate_shards.surgery.plan.edits import TensorEdit
+from ablate_shards.surgery.plan.edits import Edit, TensorEdit
 
 if TYPE_CHECKING:
     from ablate_shards.kernels.ablate.options import Measure, ProjectOptions
     from ablate_shards.kernels.ablate.project import Meter, Projector, Workspace
     from ablate_shards.kernels.codecs.scales import Spread
 
-__all__ = ["CodedMatrix", "CodesMeasured", "ReadRange", "RoundedMatrix", "Rounding"]
+__all__ = ["CodedMatrix", "CodesMeasured", "ReadRange", "RoundedMatrix", "Rounding", "StoredCodes"]
 
 ReadRange = Callable[[TensorInfo], bytes]
 """Returns the bytes of a tensor of the source, or of a part of one, from whichever shard it lies in."""
@@ -93,6 +93,115 @@ class CodesMeasured(NamedTuple):
     rounding: RoundedMatrix
 
 
+class StoredCodes:
+    """A matrix of codes as it is stored, and what its codes stand for.
+
+    Args:
+        tensor: The tensor of the codes, where it lies and of which shape.
+        scales: What its codes are multiplied by.
+        number: Which of its matrices.
+        read: Reads the scales.
+
+    Attributes:
+        rows: How many rows it has.
+        cols: How many columns, once it has been opened.
+        row_bytes: Bytes of a row.
+        start: Offset of its first byte in the shard.
+        end: Offset one past its last byte.
+        spread: Its scales and zero points, once it has been opened.
+    """
+
+    spread: "Spread"
+
+    def __init__(self, tensor: Edit, scales: Scales, number: int, read: ReadRange) -> None:
+        self._tensor, self._scales, self._number, self._read = tensor, scales, number, read
+        *stack, self.rows = leading(tensor.shape)
+        self._matrices = math.prod(stack)
+        self.row_bytes = (tensor.end - tensor.start) // max(1, self._matrices * self.rows)
+        self.cols = 0
+        self.start = tensor.start + number * self.rows * self.row_bytes
+        self.end = self.start + self.rows * self.row_bytes
+
+    def open(self) -> None:
+        """Reads the scales and zero points.
+
+        Raises:
+            ExecuteError: One is not finite or negative, or the shape does not fit the codes.
+        """
+        self.spread = self._read_spread()
+        self.cols = self._columns(self.spread.grid.bits)
+
+    def decoded(self, raw: np.ndarray, first: int) -> np.ndarray:
+        """Returns what the codes of some rows stand for, float32.
+
+        Args:
+            raw: ``[rows, bytes]`` uint8.
+            first: The number of the first row.
+        """
+        from ablate_shards.kernels.codecs.packing import unpack
+
+        return self.spread.decode_rows(unpack(raw, self.spread.grid.bits, self.cols), first)
+
+    def check(self, raw: np.ndarray) -> None:
+        """Refuses codes that stand for nothing.
+
+        Raises:
+            ExecuteError: One is NaN.
+        """
+        grid = self.spread.grid
+        if grid.bits == raw.itemsize * 8 and grid.has_nan(raw):
+            raise self.refused("holds NaN codes (0x7F or 0xFF), which no projection can edit")
+
+    def refused(self, why: str) -> ExecuteError:
+        """Returns the error of a matrix that cannot be edited."""
+        where = self._tensor.name
+        where = f"{where}, expert {self._number}" if len(leading(self._tensor.shape)) > 1 else where
+        return ExecuteError(f"{where}: {why}; fetch its shard again, or leave it out with --layers or --components")
+
+    def _columns(self, bits: int) -> int:
+        """Returns how many columns the matrix has: what a part says, or as many as its bytes hold."""
+        most = self.row_bytes * 8 // bits
+        if (part := self._scales.part("shape")) is None:
+            return most
+        said = np.frombuffer(self._read(part.tensor), {"I64": "<i8", "I32": "<i4"}[part.dtype]).tolist()
+        expected = [*leading(self._tensor.shape), said[-1]]
+        if said != expected or -(-said[-1] * bits // 32) * 4 != self.row_bytes:
+            raise self.refused(
+                f"{part.name} says {said}, but {self.row_bytes // 4} words a row of {bits} bits are "
+                f"{[*expected[:-1], most]}"
+            )
+        return int(said[-1])
+
+    def _read_spread(self) -> "Spread":
+        """Returns the matrix's own scales and zero points."""
+        from ablate_shards.kernels.codecs.grids import grid_named
+        from ablate_shards.kernels.codecs.packing import unpack
+        from ablate_shards.kernels.codecs.scales import Spread, decode_scales
+
+        grid, block = grid_named(self._scales.codes), self._scales.block
+        values = decode_scales(self._read_own(self._scales.tensor), self._scales.dtype)
+        if (part := self._scales.part("multiplier", "divisor")) is not None:
+            factor = decode_scales(self._read_own(part.tensor), part.dtype)
+            with np.errstate(all="ignore"):
+                values = values * factor if part.role == "multiplier" else values / factor
+        if not (np.isfinite(values) & (values >= 0)).all():
+            name = self._scales.name if part is None else f"{self._scales.name} and {part.name}"
+            raise self.refused(f"its scales {name} hold NaN, infinite or negative values")
+        values = values.reshape(-(-self.rows // block[0]), -1)
+        zeros = None
+        if (part := self._scales.part("zero points")) is not None:
+            words = np.frombuffer(self._read_own(part.tensor), "<i4").reshape(-1, values.shape[1])
+            codes = unpack(np.ascontiguousarray(words.T).view(np.uint8), grid.bits, self.rows)
+            zeros = np.ascontiguousarray(grid.levels_of(codes).T.astype(np.int8))
+        return Spread(grid, block, values, zeros)
+
+    def _read_own(self, whole: TensorInfo) -> bytes:
+        """Returns the bytes of a tensor that are this matrix's."""
+        size = (whole.end - whole.start) // max(1, self._matrices)
+        start = whole.start + self._number * size
+        return self._read(TensorInfo(whole.name, whole.dtype, (), whole.shard, start, start + size))
+
+
 class CodedMatrix:
     """A matrix of codes to ablate: see ``Section``.
 
@@ -123,17 +232,13 @@ class CodedMatrix:
         read: ReadRange,
         room: int,
     ) -> None:
-        self._edit, self._scales, self._number = edit, scales, number
-        self._basis, self._workspace, self._read_scales, self._room = basis, workspace, read, room
-        *stack, self._rows = leading(edit.shape)
-        self._matrices = math.prod(stack)
-        self._row_bytes = (edit.end - edit.start) // max(1, self._matrices * self._rows)
-        self._cols = 0
-        self.start = edit.start + number * self._rows * self._row_bytes
-        self.end = self.start + self._rows * self._row_bytes
-        self.block = 0
+        self._edit = edit
+        self._basis, self._workspace, self._room = basis, workspace, room
+        self._stored = StoredCodes(edit, scales, number, read)
+        self._rows, self._row_bytes = self._stored.rows, self._stored.row_bytes
+        self.start, self.end = self._stored.start, self._stored.end
+        self._cols = self.block = 0
         self._chosen = np.empty((0, 0), np.uint8)
-        self._spread: Spread
         self._before: Measure | None = None
 
     def gather(self, read: Reader) -> None:
@@ -144,8 +249,8 @@ class CodedMatrix:
         """
         from ablate_shards.kernels.ablate.project import Projector
 
-        self._spread = self._read_spread()
-        self._cols = self._columns(self._spread.grid.bits)
+        self._stored.open()
+        self._spread, self._cols = self._stored.spread, self._stored.cols
         shape = (1, self._rows, self._cols)
         projector = Projector(self._basis, shape, "F32", self._options, self._workspace())
         chunk = projector.chunk_rows
@@ -158,7 +263,7 @@ class CodedMatrix:
                 projector.gather(step, self._loaded(self._decoded(codes[rows], rows)), rows.start)
             step += 1
         if projector.nonfinite:
-            raise self._refused("codes times scales are too large for float32")
+            raise self._stored.refused("codes times scales are too large for float32")
         self._chosen = codes.copy()
         self._before = projector.before()
         self._round(projector, codes)
@@ -177,7 +282,7 @@ class CodedMatrix:
         first = (offset - self.start) // self._row_bytes
         rows = slice(first, first + len(raw) // self._row_bytes)
         codes = raw.reshape(-1, self._row_bytes)
-        self._check_codes(codes)
+        self._stored.check(codes)
         self._meter.add(self._loaded(self._decoded(codes, rows)), first)
 
     def measured(self) -> CodesMeasured:
@@ -243,62 +348,12 @@ class CodedMatrix:
             data = read(offset, min(self.block, self.end - offset))
             flat[offset - self.start :][: len(data)] = data
         for rows in self._spans():
-            self._check_codes(codes[rows])
+            self._stored.check(codes[rows])
         return codes
-
-    def _check_codes(self, raw: np.ndarray) -> None:
-        grid = self._spread.grid
-        if grid.bits == raw.itemsize * 8 and grid.has_nan(raw):
-            raise self._refused("holds NaN codes (0x7F or 0xFF), which no projection can edit")
-
-    def _columns(self, bits: int) -> int:
-        """Returns how many columns the matrix has: what a part says, or as many as its bytes hold."""
-        most = self._row_bytes * 8 // bits
-        if (part := self._scales.part("shape")) is None:
-            return most
-        said = np.frombuffer(self._read_scales(part.tensor), {"I64": "<i8", "I32": "<i4"}[part.dtype]).tolist()
-        expected = [*leading(self._edit.shape), said[-1]]
-        if said != expected or -(-said[-1] * bits // 32) * 4 != self._row_bytes:
-            raise self._refused(
-                f"{part.name} says {said}, but {self._row_bytes // 4} words a row of {bits} bits are "
-                f"{[*expected[:-1], most]}"
-            )
-        return int(said[-1])
-
-    def _read_spread(self) -> "Spread":
-        """Returns the matrix's own scales and zero points."""
-        from ablate_shards.kernels.codecs.grids import grid_named
-        from ablate_shards.kernels.codecs.packing import unpack
-        from ablate_shards.kernels.codecs.scales import Spread, decode_scales
-
-        grid, block = grid_named(self._scales.codes), self._scales.block
-        values = decode_scales(self._read_own(self._scales.tensor), self._scales.dtype)
-        if (part := self._scales.part("multiplier", "divisor")) is not None:
-            factor = decode_scales(self._read_own(part.tensor), part.dtype)
-            with np.errstate(all="ignore"):
-                values = values * factor if part.role == "multiplier" else values / factor
-        if not (np.isfinite(values) & (values >= 0)).all():
-            name = self._scales.name if part is None else f"{self._scales.name} and {part.name}"
-            raise self._refused(f"its scales {name} hold NaN, infinite or negative values")
-        values = values.reshape(-(-self._rows // block[0]), -1)
-        zeros = None
-        if (part := self._scales.part("zero points")) is not None:
-            words = np.frombuffer(self._read_own(part.tensor), "<i4").reshape(-1, values.shape[1])
-            codes = unpack(np.ascontiguousarray(words.T).view(np.uint8), grid.bits, self._rows)
-            zeros = np.ascontiguousarray(grid.levels_of(codes).T.astype(np.int8))
-        return Spread(grid, block, values, zeros)
-
-    def _read_own(self, whole: TensorInfo) -> bytes:
-        """Returns the bytes of a tensor that are this matrix's."""
-        size = (whole.end - whole.start) // max(1, self._matrices)
-        start = whole.start + self._number * size
-        return self._read_scales(TensorInfo(whole.name, whole.dtype, (), whole.shard, start, start + size))
 
     def _decoded(self, raw: np.ndarray, rows: slice) -> np.ndarray:
         """Returns what the codes of some rows stand for, float32."""
-        from ablate_shards.kernels.codecs.packing import unpack
-
-        return self._spread.decode_rows(unpack(raw, self._spread.grid.bits, self._cols), rows.start)
+        return self._stored.decoded(raw, rows.start)
 
     def _loaded(self, values: np.ndarray) -> "object":
         return self._workspace().arrays.load(_bytes_of(values), "F32", (1, *values.shape))
@@ -306,10 +361,6 @@ class CodedMatrix:
     def _spans(self) -> Iterator[slice]:
         for start in range(0, self._rows if self._cols else 0, self._step):
             yield slice(start, min(start + self._step, self._rows))
-
-    def _refused(self, why: str) -> ExecuteError:
-        where = f"{self._edit.name}, expert {self._number}" if len(leading(self._edit.shape)) > 1 else self._edit.name
-        return ExecuteError(f"{where}: {why}; fetch its shard again, or leave it out with --layers or --components")
 
     @property
     def _options(self) -> "ProjectOptions":
