@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,11 @@ from ablate_shards.validation import checked
 __all__ = [
     "RECEIPT_FORMAT",
     "Receipt",
+    "ablation_record",
     "copied_files",
+    "directions_of",
+    "edit_record",
+    "edits_of",
     "headers_of",
     "incomplete",
     "read_receipt",
@@ -90,20 +94,10 @@ def receipt_text(
     The text depends on what was done alone: no time, no absolute path, nothing of the machine but the
     device and the arithmetic, so that the same inputs give the same bytes.
     """
-    used = {edit.basis for edit in plan.edits}
     content = {
         "format": RECEIPT_FORMAT,
         "tool": f"ablate-shards {__version__}",
-        "source": source_record(checkpoint),
-        "family": plan.family,
-        "hidden_size": plan.hidden_size,
-        "recipe": _resolved(options, plan),
-        "directions": {
-            "sha256": plan.directions_sha256,
-            "metadata": dict(directions.metadata),
-            "basis": _encode(directions.basis, {layer for key in used for layer in neighbours(key.source_layer)}),
-            "reference": _encode(directions.reference, {layer for key in used for layer in key.references}),
-        },
+        **ablation_record(checkpoint, plan, options, directions),
         "device": dict(device),
         "tensors": [_record(edit, results[edit.name]) for edit in plan.edits],
         "skipped": [dataclasses.asdict(skip) for skip in plan.skipped],
@@ -116,6 +110,25 @@ def receipt_text(
     return seal(content)
 
 
+def ablation_record(
+    checkpoint: Checkpoint, plan: Plan, options: AblateOptions, directions: Directions
+) -> dict[str, Any]:
+    """Returns what a receipt says of an ablation, whatever was made of it: of what, how and along what."""
+    used = {edit.basis for edit in plan.edits}
+    return {
+        "source": source_record(checkpoint),
+        "family": plan.family,
+        "hidden_size": plan.hidden_size,
+        "recipe": _resolved(options, plan),
+        "directions": {
+            "sha256": plan.directions_sha256,
+            "metadata": dict(directions.metadata),
+            "basis": _encode(directions.basis, {layer for key in used for layer in neighbours(key.source_layer)}),
+            "reference": _encode(directions.reference, {layer for key in used for layer in key.references}),
+        },
+    }
+
+
 def read_receipt(folder: Path | Files) -> Receipt:
     """Reads the receipt of an edited checkpoint, wherever it is.
 
@@ -125,7 +138,7 @@ def read_receipt(folder: Path | Files) -> Receipt:
     content, altered = read_sealed(folder, RECEIPT_NAME, RECEIPT_FORMAT)
     try:
         records = content["tensors"]
-        edits = checked([_as_edit(record) for record in records], tuple[TensorEdit, ...], "tensors")
+        edits = edits_of(records, "tensors")
         results = [_result_of(record, f"tensors[{number}]") for number, record in enumerate(records)]
         if len({edit.name for edit in edits}) < len(edits):
             raise ValueError("records a tensor twice")
@@ -135,14 +148,29 @@ def read_receipt(folder: Path | Files) -> Receipt:
             copied=copied_files(content),
             edits=edits,
             results={edit.name: result for edit, result in zip(edits, results, strict=True)},
-            directions=Directions(
-                basis=_decode(content["directions"]["basis"]),
-                reference={layer: array[0] for layer, array in _decode(content["directions"]["reference"]).items()},
-            ),
+            directions=directions_of(content),
             altered=altered,
         )
     except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise incomplete(folder, RECEIPT_NAME, error) from error
+
+
+def edits_of(records: Sequence[Mapping[str, Any]], place: str) -> tuple[TensorEdit, ...]:
+    """Returns the edits that a receipt records.
+
+    Raises:
+        ValueError: It records none such.
+        LookupError: Something is missing.
+    """
+    return checked([_as_edit(record) for record in records], tuple[TensorEdit, ...], place)
+
+
+def directions_of(content: Mapping[str, Any]) -> Directions:
+    """Returns the directions and reference means that a receipt carries."""
+    return Directions(
+        basis=_decode(content["directions"]["basis"]),
+        reference={layer: array[0] for layer, array in _decode(content["directions"]["reference"]).items()},
+    )
 
 
 def read_sealed(folder: Path | Files, name: str, expected: str) -> tuple[dict[str, Any], bool]:
@@ -257,7 +285,8 @@ def _resolved(options: AblateOptions, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _record(edit: TensorEdit, result: TensorResult) -> dict[str, Any]:
+def edit_record(edit: TensorEdit) -> dict[str, Any]:
+    """Returns what a receipt says of an edit, whatever came of it; :func:`edits_of` reads it."""
     record = {
         "name": edit.name,
         "shard": edit.shard,
@@ -275,11 +304,16 @@ def _record(edit: TensorEdit, result: TensorResult) -> dict[str, Any]:
         "gain_offset": edit.basis.gain_offset,
         "coefficient": edit.coefficient,
         "preserve": edit.preserve,
-        **dataclasses.asdict(result),
     }
     if edit.scales is not None:
         record |= {"stored_as": edit.scales.form(edit.shape), "scales": _record_scales(edit.scales)}
     return record
+
+
+def _record(edit: TensorEdit, result: TensorResult) -> dict[str, Any]:
+    record, measured = edit_record(edit), dataclasses.asdict(result)
+    said = {key: record.pop(key) for key in ("stored_as", "scales") if key in record}
+    return record | measured | said
 
 
 def _record_scales(scales: Scales) -> dict[str, Any]:
