@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ablate_shards.errors import UsageError
-from ablate_shards.names import CARD, MERGE_RECEIPT_NAME, RECEIPT_NAME
+from ablate_shards.names import ADAPTER_RECEIPT_NAME, CARD, MERGE_RECEIPT_NAME, RECEIPT_NAME
 from ablate_shards.surgery.checkpoint.headers import read_header
 from ablate_shards.surgery.checkpoint.stores import is_hub_id
 from ablate_shards.surgery.edit.receipt import read_receipt
 from ablate_shards.surgery.hub.card import PublishedKind, read_object
 from ablate_shards.surgery.merge.receipt import read_merge_receipt
+from ablate_shards.surgery.verify.adapter_proof import changed_since
 
 __all__ = ["CARD", "Published", "look_at"]
 
@@ -75,6 +76,8 @@ def look_at(folder: Path, base_model: str | None = None) -> Published:
             raise UsageError(f"{folder}: has {_ADAPTER}, but no {_ADAPTER_WEIGHTS}; save the adapter as safetensors")
         read_header(folder / _ADAPTER_WEIGHTS)
         kind, known_by = "adapter", _ADAPTER
+        if ADAPTER_RECEIPT_NAME in files:
+            known_by, stale = ADAPTER_RECEIPT_NAME, changed_since(folder)
     else:
         raise UsageError(
             f"{folder}: holds no {RECEIPT_NAME}, {MERGE_RECEIPT_NAME} or {_ADAPTER}; name a folder that `ablate`, "
@@ -96,7 +99,7 @@ def look_at(folder: Path, base_model: str | None = None) -> Published:
 def _origin(path: Path) -> tuple[str | None, str | None]:
     """Returns the base model's repository and commit, where a receipt or an adapter's configuration has them."""
     content = read_object(path)
-    source = content.get("source")
+    source = content.get("source", content.get("first"))
     if not isinstance(source, dict):
         source = {"name": content.get("base_model_name_or_path"), "revision": content.get("revision")}
     name, revision = str(source.get("name")), source.get("revision")

@@ -1,7 +1,7 @@
 """Measures again what an adapter that was made of an edit does to its source, and compares it with the receipt."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from ablate_shards.surgery.plan.bases import resolve_bases
 from ablate_shards.surgery.verify.proof import Difference
 from ablate_shards.validation import checked
 
-__all__ = ["AdapterVerification", "verify_adapter"]
+__all__ = ["AdapterVerification", "changed_since", "verify_adapter"]
 
 #: By how much a measurement may differ, relative to it and at least: another library sums in another order.
 _RELATIVE, _LEAST = 1e-4, 1e-6
@@ -72,14 +72,7 @@ def verify_adapter(checkpoint: Checkpoint, folder: Path, run: RunOptions, progre
         raise incomplete(Folder(folder), ADAPTER_RECEIPT_NAME, error) from error
     if not _same(checkpoint, shards):
         raise VerifyError(f"{checkpoint.name}: is not the source that {folder / ADAPTER_RECEIPT_NAME} names")
-    differences = []
-    if altered:
-        differences.append(Difference(ADAPTER_RECEIPT_NAME, "changed after it was written (its digest does not hold)"))
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise VerifyError(f"{folder / name}: missing, although {ADAPTER_RECEIPT_NAME} names it; make it again")
-        if files.get(name) != digest_of(folder / name):
-            differences.append(Difference(name, "the receipt records another digest of its bytes"))
+    differences = [Difference(name, what) for name, what in _changed(folder, altered=altered, files=files)]
     if plan is not None:
         if {module.path for module in plan.modules} != recorded.keys():
             raise VerifyError(
@@ -88,6 +81,32 @@ def verify_adapter(checkpoint: Checkpoint, folder: Path, run: RunOptions, progre
             )
         differences += _measure_again(checkpoint, folder, plan, recorded, run, progress)
     return AdapterVerification(tuple(differences), len(recorded), measured=plan is not None)
+
+
+def changed_since(folder: Path) -> str | None:
+    """Returns what of an adapter was changed after it was made, None where nothing was.
+
+    Raises:
+        VerifyError: There is no receipt, or a file that it names is missing.
+    """
+    content, altered = read_sealed(folder, ADAPTER_RECEIPT_NAME, ADAPTER_FORMAT)
+    try:
+        files = checked(content["files"], dict[str, str], "files")
+    except (LookupError, TypeError, ValueError) as error:
+        raise incomplete(Folder(folder), ADAPTER_RECEIPT_NAME, error) from error
+    name = next((name for name, _ in _changed(folder, altered=altered, files=files)), None)
+    return None if name is None else f"{folder / name} was changed after it was made"
+
+
+def _changed(folder: Path, *, altered: bool, files: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yields the files of an adapter that are not as they were made, and what tells."""
+    if altered:
+        yield ADAPTER_RECEIPT_NAME, "changed after it was written (its digest does not hold)"
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise VerifyError(f"{folder / name}: missing, although {ADAPTER_RECEIPT_NAME} names it; make it again")
+        if files.get(name) != digest_of(folder / name):
+            yield name, "the receipt records another digest of its bytes"
 
 
 def _same(checkpoint: Checkpoint, shards: Mapping[str, str]) -> bool:
