@@ -2,15 +2,16 @@
 
 import json
 import re
+import shutil
 import warnings
 
 import numpy as np
 import peft
 import pytest
 import torch
-from coded_checkpoints import read_tensors, write_fp8
+from coded_checkpoints import FORMS, read_tensors, write_coded, write_fp8
 from command_line import checked
-from raw_checkpoints import HIDDEN, hidden, snapshot, write_directions, write_llama
+from raw_checkpoints import HIDDEN, hidden, snapshot, write_adapter, write_directions, write_llama
 from safetensors.numpy import load_file, save_file
 from tiny_models import HIDDEN as TINY_HIDDEN
 from tiny_models import TINY_MODELS, capture_stream, save_tiny_model
@@ -332,3 +333,79 @@ def test_verify_refuses_another_source_and_a_broken_receipt(tmp_path, base):
     del receipt["edits"]
     (out / "adapter.json").write_text(json.dumps(receipt))
     assert "not a complete receipt" in checked("verify", base, out, code=1).output
+
+
+# ------------------------------------------------------------------------------------------- of two checkpoints
+
+
+def perturbed(base, out, *, kept=("norm", "ln_")):
+    """Copies a tiny model with noise on every weight but those whose names hold a word."""
+    shutil.copytree(base, out)
+    rng = np.random.default_rng(7)
+    tensors = load_file(out / "model.safetensors")
+    for name, values in tensors.items():
+        if not any(word in name for word in kept):
+            tensors[name] = values + 0.05 * rng.standard_normal(values.shape).astype(np.float32)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "qwen2", "qwen3-moe-fused", "mixtral-fused", "gpt-oss", "gpt2", "gemma2", "phi", "deepseek-v3-fused"],
+)
+def test_peft_makes_the_second_checkpoint_of_the_first(tmp_path, name):
+    tiny = TINY_MODELS[name]
+    base = save_tiny_model(tiny, tmp_path / "base")
+    other = perturbed(base, tmp_path / "other", kept=("norm", "ln_", "sinks", "correction_bias"))
+    checked("diff", base, other, "--adapter", tmp_path / "adapter", "--adapter-rank", 128, "--quiet")
+    model, said = adapted(tiny, base, tmp_path / "adapter")
+    assert not [text for text in said if "missing adapter keys" in text]
+    with_tensors_of(other, base, [name for name, why in left_out(tmp_path / "adapter").items() if "tied to" not in why])
+    wanted, source = capture_stream(tiny.load(other)), capture_stream(tiny.load(base))
+    for found, second, first in zip(capture_stream(model.get_base_model()), wanted, source, strict=True):
+        assert (second - first).norm() > 1e-2 * second.norm()
+        torch.testing.assert_close(found, second, rtol=1e-4, atol=1e-3 * float(second.abs().max()))
+    assert "with the digests it records" in checked("verify", base, tmp_path / "adapter").output
+
+
+def test_extracting_undoes_a_merge(tmp_path):
+    base = write_llama(tmp_path / "base", dtype="F32")
+    adapter = write_adapter(tmp_path / "adapter", layers=range(3), rank=4)
+    checked("merge", base, adapter, tmp_path / "merged", "--quiet")
+    shown = checked("diff", base, tmp_path / "merged", "--adapter", tmp_path / "found", "--adapter-rank", 4).output
+    assert "an adapter of 6 modules lacks at most 0.00% of a module's change" in shown
+    for path in [record["path"] for record in receipt_of(tmp_path / "found")["modules"]]:
+        wanted = 2 * update_of(adapter, path)
+        np.testing.assert_allclose(update_of(tmp_path / "found", path), wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_an_edit_is_extracted_from_what_it_made(tmp_path, base):
+    words = ["-d", write_directions(tmp_path / "directions.safetensors"), "--preserve", "none", "--quiet"]
+    checked("ablate", base, tmp_path / "edited", *words)
+    checked("diff", base, tmp_path / "edited", "--adapter", tmp_path / "adapter", "--adapter-rank", 1, "--quiet")
+    assert all(0 < record["error"] < 0.1 for record in receipt_of(tmp_path / "adapter")["modules"])
+
+
+def test_what_two_checkpoints_cannot_give_is_refused(tmp_path, base):
+    out = tmp_path / "adapter"
+    assert "holds the same weights as" in checked("diff", base, base, "--adapter", out, code=1).output
+    other = write_llama(tmp_path / "deeper", layers=4)
+    assert "lacks model.layers.3." in checked("diff", base, other, "--adapter", out, code=1).output
+    other = write_llama(tmp_path / "wider", hidden=2 * HIDDEN)
+    assert "an adapter changes no shape" in checked("diff", base, other, "--adapter", out, code=1).output
+    assert "add --adapter OUT" in checked("diff", base, other, "--adapter-rank", 4, code=2).output
+    assert "shows no difference" in checked("diff", base, other, "--adapter", out, "--all", code=2).output
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_codes_give_an_adapter_under_the_names_of_the_model(tmp_path, form):
+    base = write_coded(tmp_path / "base", form)
+    directions = write_directions(tmp_path / "directions.safetensors", layers=2, hidden=256)
+    words = ["-d", directions, "--no-biproject", "--preserve", "columns", "--quiet"]
+    checked("ablate", base, tmp_path / "adapter", *words, "--adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    places = [f"model.layers.{layer}.{name}" for layer in range(2) for name in ("mlp.down_proj", "self_attn.o_proj")]
+    assert config["target_modules"] == places
+    assert all(record["left"] < 1e-4 for record in receipt_of(tmp_path / "adapter")["modules"])

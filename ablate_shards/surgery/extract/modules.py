@@ -15,11 +15,13 @@ Form = Literal["linear", "embedding", "parameter"]
 
 _EMBEDDING = re.compile(r"(?:^|\.)(?:wte|wpe|embeddings?|word_embeddings|embed_(?:in|tokens|positions))$")
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<expert>\d{1,5})\.(?P<leaf>[^.]+)\.weight")
+#: What follows a weight's name where it is stored as codes.
+_CODES = re.compile(r"(?<=\.weight)_packed$|_blocks$")
 _EXPERTS = re.compile(r"\.experts\.")
 #: What transformers makes one parameter of, by the names of an expert's matrices.
 _FUSED = {"down_proj": "down_proj", "w2": "down_proj"}
-#: Names that peft takes for those of experts in models that have some, wherever they stand.
-_MISTAKEN = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+#: Beside experts: names that peft takes for those of experts, wherever they stand, and routers, which are no nn.Linear.
+_MISTAKEN = frozenset({"gate", "gate_proj", "router", "up_proj", "down_proj", "w1", "w2", "w3"})
 #: What a module is called in the model where the checkpoint calls it otherwise.
 _RENAMED = (
     (re.compile(r"\.block_sparse_moe\.experts\."), ".mlp.experts."),
@@ -27,6 +29,7 @@ _RENAMED = (
 )
 #: What the decoder is called in the model where that is not what most checkpoints call it.
 _ROOTS = {"backbone.": "model."}
+_HEAD = "lm_head.weight"
 _PARTS_BESIDE_TEXT = ("vision_config", "audio_config")
 
 
@@ -66,11 +69,18 @@ class ModuleNames:
         self.bare = isinstance(architectures, list) and bool(architectures) and _is_bare(str(architectures[0]))
         self._root = self._root_in_model(config or {})
 
-    def place(self, tensor: TensorInfo) -> Place:
-        """Returns where a weight is in the model."""
-        name = self._renamed(unwrapped(tensor.name))
+    def holds(self, name: str) -> bool:
+        """Returns whether a tensor belongs to the decoder or its output head, whose names are known here."""
+        plain = unwrapped(name)
+        return self._stored is None or plain.startswith(self._stored) or plain == _HEAD
+
+    def place(self, tensor: TensorInfo) -> Place | None:
+        """Returns where a weight is in the model, None where it is a part of what is there."""
+        name = self._renamed(_CODES.sub("", unwrapped(tensor.name)))
         if (found := _EXPERT.fullmatch(name)) and found["leaf"] in _FUSED:
             return Place(f"{found['stack']}.{_FUSED[found['leaf']]}", "parameter", int(found["expert"]))
+        if found:
+            return None
         module = name.removesuffix(".weight")
         if module == name or len(tensor.shape) == 3:
             return Place(name, "parameter")

@@ -84,6 +84,7 @@ class Module:
         form: How peft adapts it.
         changes: Its tensor, or those of its experts in their order.
         swapped: Whether peft takes what it writes for its input, as in stacks ``[E, in, out]`` that nobody marked.
+        depth: How many other parameters of the same module peft wraps around it.
         bias: What changes its bias.
     """
 
@@ -91,6 +92,7 @@ class Module:
     form: Form
     changes: tuple[Change, ...]
     swapped: bool = False
+    depth: int = 0
     bias: Change | None = None
 
     @property
@@ -107,7 +109,7 @@ class Module:
     def prefix(self) -> str:
         """What the names of its factors begin with."""
         path = self.path.rpartition(".")[0] if self.form == "parameter" else self.path
-        return f"base_model.model.{path}."
+        return f"base_model.model.{path}.{'base_layer.' * self.depth}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +210,7 @@ def make_adapter_plan(
     rank: int | None,
     *,
     tied: bool,
+    left_out: Iterable[Skip] = (),
 ) -> AdapterPlan:
     """Finds the module of each tensor of an edit.
 
@@ -217,6 +220,7 @@ def make_adapter_plan(
         family: The architecture the table recognised, None where it did not.
         rank: The rank that was asked for, None for the one that is enough.
         tied: Whether the output head is tied to the token embedding.
+        left_out: What is left out already.
 
     Raises:
         PlanError: There is nothing that an adapter could carry, or a module is named twice.
@@ -229,7 +233,7 @@ def make_adapter_plan(
         )
     names = ModuleNames(checkpoint.tensors, checkpoint.config, family)
     refused = _REFUSED_BESIDE_MAMBA if _model_type(checkpoint) in _MAMBA else frozenset()
-    left_out: list[Skip] = []
+    left_out = list(left_out)
     groups: defaultdict[str, list[tuple[Place, Change]]] = defaultdict(list)
     biases: dict[str, Change] = {}
     heads = {change.name for change in changes if change.kind == "weight" and _HEAD.search(change.name)} if tied else ()
@@ -240,13 +244,15 @@ def make_adapter_plan(
             biases[change.name.removesuffix("bias").rstrip("._")] = change
         elif change.name in heads:
             left_out.append(_skip(change, "tied to the token embedding, with which it changes"))
-        elif (place := names.place(change.tensor)).path.rpartition(".")[2] in refused:
+        elif (place := names.place(change.tensor)) is None:
+            left_out.append(_skip(change, "is a part of what transformers makes one parameter of"))
+        elif place.path.rpartition(".")[2] in refused:
             left_out.append(_skip(change, "peft adapts no module of this name in models with Mamba layers"))
         elif place.path.rpartition(".")[2] == _POSITIONS:
             left_out.append(_skip(change, "its module counts the positions itself, which peft does not know of"))
         else:
             groups[place.path].append((place, change))
-    modules = [_module(path, found, family) for path, found in groups.items()]
+    modules = _nested([_module(path, found, family) for path, found in groups.items()])
     paths = {
         module.changes[0].name.removesuffix(".weight"): module.path for module in modules if module.form == "linear"
     }
@@ -256,6 +262,12 @@ def make_adapter_plan(
         for stem, change in biases.items()
         if stem not in paths
     ]
+    prefixes = Counter(module.prefix for module in modules)
+    if twice := next((module.path for module in modules if prefixes[module.prefix] > 1), None):
+        raise PlanError(
+            f"{checkpoint.name}: {twice} is one of several parameters of a module whose names in an adapter are not "
+            "known; write a checkpoint instead"
+        )
     modules = [dataclasses.replace(module, bias=carried.get(module.path)) for module in modules]
     if tied and not names.bare:
         left_out += [
@@ -293,6 +305,21 @@ def _module(path: str, found: Iterable[tuple[Place, Change]], family: str | None
         )
     stacked = form == "parameter" and (expert is not None or len(changes[0].tensor.shape) > 2)
     return Module(path, form, changes, swapped=stacked and changes[0].axis == -1 and family not in _MARKED)
+
+
+def _nested(modules: Sequence[Module]) -> list[Module]:
+    """Returns modules with their depths: of two parameters of one module, peft wraps the one that comes last around."""
+    last = {
+        module.path.rpartition(".")[0]
+        for module in modules
+        if module.form == "parameter" and module.path.endswith(".down_proj")
+    }
+    return [
+        dataclasses.replace(module, depth=1)
+        if module.path.endswith(".gate_up_proj") and module.path.rpartition(".")[0] in last
+        else module
+        for module in modules
+    ]
 
 
 def _model_type(checkpoint: Checkpoint) -> Any:

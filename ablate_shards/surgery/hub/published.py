@@ -99,7 +99,7 @@ def look_at(folder: Path, base_model: str | None = None) -> Published:
 def _origin(path: Path) -> tuple[str | None, str | None]:
     """Returns the base model's repository and commit, where a receipt or an adapter's configuration has them."""
     content = read_object(path)
-    source = content.get("source", content.get("first"))
+    source = content.get("source")
     if not isinstance(source, dict):
         source = {"name": content.get("base_model_name_or_path"), "revision": content.get("revision")}
     name, revision = str(source.get("name")), source.get("revision")
