@@ -1,6 +1,7 @@
 """Names of the files that runs leave, and the marks by which they are known."""
 
 __all__ = [
+    "ADAPTER_RECEIPT_NAME",
     "BEGIN",
     "CARD",
     "CONFIG_NAME",
@@ -33,7 +34,8 @@ def is_report(name: str) -> bool:
     return name == REPORT_NAME or name.startswith(f"{PLOTS_NAME}/")
 
 
-#: An adapter folder's files; the last is the record of its training.
+#: An adapter folder's files: the receipt of one that was extracted from an edit, and the record of a training.
+ADAPTER_RECEIPT_NAME = "adapter.json"
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 TRAINING_NAME = "training.json"

@@ -1,5 +1,6 @@
 """``ablate``: removes a direction from a checkpoint."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,12 @@ def _parse_source_layer(text: str) -> Any:
 )
 @click.option("--force", is_flag=True, help="Keep a result of which --rounding nearest undoes more than 1 %.")
 @recipe_flag
+@click.option("--adapter", "as_adapter", is_flag=True, help="Make OUT a LoRA adapter that does what the edit does.")
+@click.option(
+    "--adapter-rank",
+    type=click.IntRange(min=1),
+    help="Rank of that adapter.  [default: 16, doubled for a module that would lack more than 10 % of its change]",
+)
 @output_options
 def ablate(
     source: Path | str,
@@ -117,6 +124,8 @@ def ablate(
     dequantise: Any,
     force: bool,
     recipe: Any,
+    as_adapter: bool,
+    adapter_rank: int | None,
     output: OutputOptions,
     **settings: Any,
 ) -> None:
@@ -126,14 +135,25 @@ def ablate(
     fsspec reads; OUT is a folder that appears only when complete, a repository hub:org/name that
     gets one commit, or a folder of an object store such as s3://bucket/name. Without -d or -a,
     directions.safetensors or activations.safetensors beside the weights is used.
+
+    With --adapter, OUT is a folder that peft loads as an adapter of SOURCE, and no weight is written.
     """
-    if activations is None:
+    if activations is None or as_adapter:
         one_blas_thread()
     from ablate_shards.surgery.directions.estimate import EstimatorOptions
     from ablate_shards.surgery.edit.ablation import ablation
     from ablate_shards.surgery.plan.plan import make_plan
     from ablate_shards.surgery.plan.recipe import AblateOptions
 
+    if adapter_rank is not None and not as_adapter:
+        raise UsageError("--adapter-rank is the rank of an adapter; add --adapter, or leave it out")
+    if as_adapter:
+        output.check_for_adapter(out)
+        if dequantise is not None or settings["rounding"] != "directed":
+            raise UsageError(
+                "--adapter writes no weight, so none is dequantised or rounded to codes; leave out --dequantise and "
+                "--rounding"
+            )
     progress = output.show_progress()
     directions, activations = _one_source(directions, activations)
     prepared = output.prepare(source, out, (directions, activations, *without), progress)
@@ -154,6 +174,9 @@ def ablate(
     plan = make_plan(checkpoint, found, options)
     for note in plan.notes:
         progress.note(note)
+    if as_adapter:
+        _make_adapter(prepared, plan, found, options, adapter_rank, out, output, progress)
+        return
     if output.dry_run:
         if output.as_json:
             print_json(plan.as_dict())
@@ -191,6 +214,45 @@ def _dequantisation(checkpoint: Any, directions: Any, options: Any, which: Any) 
             "it out, or name all"
         )
     return plan_dequantisation(checkpoint, names)
+
+
+def _make_adapter(
+    prepared: Any,
+    plan: Any,
+    directions: Any,
+    options: Any,
+    rank: int | None,
+    out: Path | str,
+    output: OutputOptions,
+    progress: Any,
+) -> None:
+    from ablate_shards.surgery.extract.ablated import ablation_receipt, plan_ablation_adapter
+    from ablate_shards.surgery.extract.extraction import extract_adapter
+    from ablate_shards.terminal.adapters import print_adapter, print_adapter_plan
+
+    checkpoint = prepared.source()
+    adapter = plan_ablation_adapter(checkpoint, plan, options, rank)
+    for note in adapter.notes:
+        progress.note(note)
+    if output.dry_run:
+        if output.as_json:
+            print_json(adapter.as_dict())
+        elif not output.quiet:
+            print_adapter_plan(adapter)
+        return
+    with progress:
+        results = extract_adapter(
+            checkpoint,
+            adapter,
+            lambda made: ablation_receipt(checkpoint, plan, options, directions, made),
+            prepared.out,
+            prepared.run,
+            progress,
+        )
+    if output.as_json:
+        print_json({"out": str(out), "modules": {path: dataclasses.asdict(found) for path, found in results.items()}})
+    elif not output.quiet:
+        print_adapter(adapter, results, out, "@".join(part for part in checkpoint.origin or (checkpoint.name,) if part))
 
 
 def _one_source(directions: Path | None, activations: Path | None) -> tuple[Path | None, Path | None]:

@@ -16,6 +16,7 @@ from ablate_shards.commands.options import (
     print_json,
     quiet_flag,
 )
+from ablate_shards.commands.startup import one_blas_thread
 from ablate_shards.errors import UsageError
 from ablate_shards.terminal.differences import MOST_ROWS, print_differences
 
@@ -56,6 +57,13 @@ __all__ = ["diff"]
 @click.option("--all", "show_all", is_flag=True, help="Print every row and every name, however many there are.")
 @click.option("--report", type=PATH, metavar="FOLDER", help="Write diff.html and its plots there too.")
 @click.option("--open", "show", is_flag=True, help="Open that page in the browser.")
+@click.option("--adapter", type=PATH, metavar="OUT", help="Make a LoRA adapter of A that brings the difference about.")
+@click.option(
+    "--adapter-rank",
+    type=click.IntRange(min=1),
+    help="Rank of that adapter.  [default: 16, doubled for a module that would lack more than 10 % of its change]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an adapter that an earlier run made.")
 @click.option("--exit-code", is_flag=True, help="Exit with 1 if anything differs, as `git diff --exit-code` does.")
 @as_json_flag
 @quiet_flag
@@ -71,6 +79,9 @@ def diff(
     show_all: bool,
     report: Path | None,
     show: bool,
+    adapter: Path | None,
+    adapter_rank: int | None,
+    overwrite: bool,
     exit_code: bool,
     as_json: bool,
     quiet: bool,
@@ -78,7 +89,29 @@ def diff(
     """Show how checkpoint B differs from checkpoint A, and what kind of edit that is.
 
     Tensors are matched by name, then by their values. A and B may be sharded, named and typed differently.
+
+    With --adapter, the difference is not shown but put into an adapter, which peft loads on A. Then A and B have to
+    hold the same tensors in the same shapes.
     """
+    if adapter is not None:
+        if directions is not None or report is not None or show or exit_code or show_all:
+            raise UsageError(
+                "--adapter shows no difference but makes an adapter; leave the options of a comparison out"
+            )
+        _make_adapter(
+            first,
+            second,
+            adapter,
+            adapter_rank,
+            memory=memory,
+            jobs=jobs,
+            overwrite=overwrite,
+            as_json=as_json,
+            quiet=quiet,
+        )
+        return
+    if adapter_rank is not None or overwrite:
+        raise UsageError("--adapter-rank and --overwrite are about an adapter; add --adapter OUT, or leave them out")
     from ablate_shards.surgery.diff.survey import DiffOptions
     from ablate_shards.surgery.diff.survey import diff as compare
     from ablate_shards.surgery.directions.formats import read_directions
@@ -99,6 +132,49 @@ def diff(
         _write_page(found, report, directions, show=show, quiet=quiet or as_json)
     if exit_code and not found.same:
         raise click.exceptions.Exit(1)
+
+
+def _make_adapter(
+    first: Path | str,
+    second: Path | str,
+    out: Path,
+    rank: int | None,
+    *,
+    memory: int,
+    jobs: int | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    one_blas_thread()
+    from ablate_shards.surgery.checkpoint.checkpoint import files_of
+    from ablate_shards.surgery.edit.operation import RunOptions
+    from ablate_shards.surgery.extract.changed import difference_receipt, plan_difference_adapter
+    from ablate_shards.surgery.extract.extraction import extract_adapter
+    from ablate_shards.surgery.machine.staging import check_out
+    from ablate_shards.terminal.adapters import print_adapter
+    from ablate_shards.terminal.progress import show_progress
+
+    one, other = _open(first), _open(second)
+    files = [*files_of(one), *files_of(other)]
+    place = check_out(one.path, files, out, overwrite=overwrite, inputs=[other.path])
+    progress = show_progress(quiet=quiet or as_json)
+    plan = plan_difference_adapter(one, other, rank)
+    for note in plan.notes:
+        progress.note(note)
+    with progress:
+        results = extract_adapter(
+            one,
+            plan,
+            lambda made: difference_receipt(one, other, made),
+            place,
+            RunOptions(memory=memory, jobs=jobs, overwrite=overwrite),
+            progress,
+        )
+    if as_json:
+        print_json({"out": str(out), "modules": {path: dataclasses.asdict(found) for path, found in results.items()}})
+    elif not quiet:
+        print_adapter(plan, results, out, one.name, directed=False)
 
 
 def _write_page(found: "Diff", folder: Path, directions: Path | None, *, show: bool, quiet: bool) -> None:

@@ -62,6 +62,25 @@ class OutputOptions:
         """Returns what shows how far the command has come, nothing where nobody would read it."""
         return show_progress(quiet=self.quiet or self.as_json)
 
+    def check_for_adapter(self, out: Path | str) -> None:
+        """Refuses an OUT that no adapter is made in, and options that say nothing about one.
+
+        Raises:
+            UsageError: One does.
+        """
+        from ablate_shards.errors import UsageError
+        from ablate_shards.surgery.checkpoint.stores import hub_repository
+
+        if not isinstance(out, Path) or hub_repository(out) is not None:
+            raise UsageError(
+                f"{out}: an adapter is made in a folder of this machine; name one, and publish it with "
+                "`ablate-shards push`"
+            )
+        if self.link:
+            raise UsageError("--link: an adapter holds no shard of SOURCE; leave it out")
+        if self.device not in ("auto", "cpu"):
+            raise UsageError(f"--device {self.device}: an adapter is computed on the CPU; leave it out")
+
     def prepare(
         self, source: Path | str, out: Path | str, inputs: Sequence[Path | None], progress: ScreenProgress
     ) -> "Prepared":

@@ -440,6 +440,35 @@ def test_an_adapter(hub, tmp_path, out):
     assert "not a valid safetensors file" in run("push", adapter, "me/adapter").stderr
 
 
+def test_the_adapter_of_an_edit(hub, two_shards, out, tmp_path):
+    words = ("-d", two_shards / "d.safetensors", "--source-layer", "1", "--adapter", "--quiet")
+    adapter, local = tmp_path / "adapter", tmp_path / "of-local"
+    assert run("ablate", "org/model", adapter, *words).exit_code == 0
+    assert run("ablate", two_shards / "local", local, *words).exit_code == 0
+    # What is read from the Hub by ranges gives the same factors.
+    name = "adapter_model.safetensors"
+    assert (adapter / name).read_bytes() == (local / name).read_bytes()
+    result = run("push", adapter, "me/adapter")
+    assert result.exit_code == 0, result.stderr
+    card = assert_published(hub, adapter, "me/adapter")
+    for words in (
+        "base_model: org/model",
+        "base_model_relation: adapter",
+        "- directional-ablation",
+        "| what the adapter lacks of a module's change, at most |",
+        "| with the adapter, at most |",
+        "`ablate-shards verify org/model@",
+        'AutoPeftModelForCausalLM.from_pretrained("me/adapter")',
+    ):
+        assert words in card
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
+    result = run("push", adapter, "me/adapter")
+    assert result.exit_code == 1
+    assert "adapter_config.json was changed after it was made, so it is verified first" in result.stderr
+    assert "is not what its receipt says" in result.stderr
+
+
 def test_an_existing_card_keeps_what_people_wrote(hub, out):
     assert run("push", out, "me/edited").exit_code == 0
     files = hub.repos["me/edited"].files()

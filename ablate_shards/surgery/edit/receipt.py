@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,13 @@ from ablate_shards.validation import checked
 __all__ = [
     "RECEIPT_FORMAT",
     "Receipt",
+    "ablation_record",
     "copied_files",
     "dequantised_of",
     "dequantised_record",
+    "directions_of",
+    "edit_record",
+    "edits_of",
     "files_record",
     "headers_of",
     "incomplete",
@@ -98,10 +102,26 @@ def receipt_text(
     The text depends on what was done alone: no time, no absolute path, nothing of the machine but the
     device and the arithmetic, so that the same inputs give the same bytes.
     """
-    used = {edit.basis for edit in plan.edits}
     content = {
         "format": RECEIPT_FORMAT,
         "tool": f"ablate-shards {__version__}",
+        **ablation_record(checkpoint, plan, options, directions),
+        "device": dict(device),
+        **dequantised_record(dequantisation),
+        "tensors": [_record(edit, results[edit.name]) for edit in plan.edits],
+        "skipped": [dataclasses.asdict(skip) for skip in plan.skipped],
+        **({"absent": [dataclasses.asdict(part) for part in plan.absent]} if plan.absent else {}),
+        "files": files_record(checkpoint, dequantisation),
+    }
+    return seal(content)
+
+
+def ablation_record(
+    checkpoint: Checkpoint, plan: Plan, options: AblateOptions, directions: Directions
+) -> dict[str, Any]:
+    """Returns what a receipt says of an ablation, whatever was made of it: of what, how and along what."""
+    used = {edit.basis for edit in plan.edits}
+    return {
         "source": source_record(checkpoint),
         "family": plan.family,
         "hidden_size": plan.hidden_size,
@@ -112,14 +132,7 @@ def receipt_text(
             "basis": _encode(directions.basis, {layer for key in used for layer in neighbours(key.source_layer)}),
             "reference": _encode(directions.reference, {layer for key in used for layer in key.references}),
         },
-        "device": dict(device),
-        **dequantised_record(dequantisation),
-        "tensors": [_record(edit, results[edit.name]) for edit in plan.edits],
-        "skipped": [dataclasses.asdict(skip) for skip in plan.skipped],
-        **({"absent": [dataclasses.asdict(part) for part in plan.absent]} if plan.absent else {}),
-        "files": files_record(checkpoint, dequantisation),
     }
-    return seal(content)
 
 
 def read_receipt(folder: Path | Files) -> Receipt:
@@ -131,7 +144,7 @@ def read_receipt(folder: Path | Files) -> Receipt:
     content, altered = read_sealed(folder, RECEIPT_NAME, RECEIPT_FORMAT)
     try:
         records = content["tensors"]
-        edits = checked([_as_edit(record) for record in records], tuple[TensorEdit, ...], "tensors")
+        edits = edits_of(records, "tensors")
         results = [_result_of(record, f"tensors[{number}]") for number, record in enumerate(records)]
         if len({edit.name for edit in edits}) < len(edits):
             raise ValueError("records a tensor twice")
@@ -141,15 +154,30 @@ def read_receipt(folder: Path | Files) -> Receipt:
             copied=copied_files(content),
             edits=edits,
             results={edit.name: result for edit, result in zip(edits, results, strict=True)},
-            directions=Directions(
-                basis=_decode(content["directions"]["basis"]),
-                reference={layer: array[0] for layer, array in _decode(content["directions"]["reference"]).items()},
-            ),
+            directions=directions_of(content),
             altered=altered,
             dequantised=dequantised_of(content),
         )
     except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise incomplete(folder, RECEIPT_NAME, error) from error
+
+
+def edits_of(records: Sequence[Mapping[str, Any]], place: str) -> tuple[TensorEdit, ...]:
+    """Returns the edits that a receipt records.
+
+    Raises:
+        ValueError: It records none such.
+        LookupError: Something is missing.
+    """
+    return checked([_as_edit(record) for record in records], tuple[TensorEdit, ...], place)
+
+
+def directions_of(content: Mapping[str, Any]) -> Directions:
+    """Returns the directions and reference means that a receipt carries."""
+    return Directions(
+        basis=_decode(content["directions"]["basis"]),
+        reference={layer: array[0] for layer, array in _decode(content["directions"]["reference"]).items()},
+    )
 
 
 def read_sealed(folder: Path | Files, name: str, expected: str) -> tuple[dict[str, Any], bool]:
@@ -295,7 +323,8 @@ def _resolved(options: AblateOptions, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _record(edit: TensorEdit, result: TensorResult) -> dict[str, Any]:
+def edit_record(edit: TensorEdit) -> dict[str, Any]:
+    """Returns what a receipt says of an edit, whatever came of it; :func:`edits_of` reads it."""
     record = {
         "name": edit.name,
         "shard": edit.shard,
@@ -313,15 +342,20 @@ def _record(edit: TensorEdit, result: TensorResult) -> dict[str, Any]:
         "gain_offset": edit.basis.gain_offset,
         "coefficient": edit.coefficient,
         "preserve": edit.preserve,
-        **dataclasses.asdict(result),
     }
     if edit.scales is not None:
         if edit.rounding != "directed":
             record["rounding"] = edit.rounding
-        if record["undone"] is None:
-            del record["undone"]
         record |= {"stored_as": edit.scales.form(edit.shape), "scales": _record_scales(edit.scales)}
     return record
+
+
+def _record(edit: TensorEdit, result: TensorResult) -> dict[str, Any]:
+    record, measured = edit_record(edit), dataclasses.asdict(result)
+    if edit.scales is not None and measured["undone"] is None:
+        del measured["undone"]
+    said = {key: record.pop(key) for key in ("stored_as", "scales") if key in record}
+    return record | measured | said
 
 
 def _record_scales(scales: Scales) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ablate_shards.errors import HubError
-from ablate_shards.names import BEGIN, END, RECEIPT_NAMES
+from ablate_shards.names import ADAPTER_RECEIPT_NAME, BEGIN, END, RECEIPT_NAMES
 from ablate_shards.surgery.model.samples import SIDES, Side
 from ablate_shards.surgery.plan.recipe import layer_ranges
 
@@ -26,6 +26,7 @@ _INHERITED = ("license", "license_name", "license_link", "language", "library_na
 #: What begins the name of a measure of the model as it was before: an evaluation has it under ``base``.
 _BASE = "base "
 _LARGEST = 64 << 20
+_MOST_LEFT_OUT = 8
 #: What tells one adapter from another, of all that PEFT writes down.
 _ADAPTER_KEYS = {"peft_type", "r", "lora_alpha", "target_modules", "target_parameters", "use_rslora", "use_dora"}
 _DIGESTS = {"format", "sha256"}
@@ -128,6 +129,7 @@ def model_card(folder: Path, options: CardOptions) -> str:
             repo=options.repo,
             home=_HOME,
             receipt=next((name for name in RECEIPT_NAMES if name in options.files), None),
+            extracted=ADAPTER_RECEIPT_NAME in options.files,
             tables=_tables(folder, options.files),
             evaluation=evaluation,
             effect=said,
@@ -270,6 +272,8 @@ def _tables(folder: Path, files: Sequence[str]) -> list[dict[str, Any]]:
     tables = []
     if "ablation.json" in files:
         tables.append(_ablation_table(read_object(folder / "ablation.json")))
+    if ADAPTER_RECEIPT_NAME in files:
+        tables.append(_extraction_table(read_object(folder / ADAPTER_RECEIPT_NAME)))
     for name, title, said in (
         ("adapter_config.json", "The adapter", "From PEFT's `adapter_config.json`:"),
         ("merge.json", "The merge", "A LoRA adapter was added to the weights, `W + s·B·A`, shard by shard."),
@@ -306,6 +310,29 @@ def _ablation_table(receipt: Mapping[str, Any]) -> dict[str, Any]:
         "said": "A direction was projected out of the weights that write to the residual stream. From `ablation.json`:",
         "rows": rows,
     }
+
+
+def _extraction_table(receipt: Mapping[str, Any]) -> dict[str, Any]:
+    modules = receipt.get("modules") or []
+    recipe = receipt.get("recipe") or {}
+    rows: list[tuple[str, Any]] = [(key, _plain(value)) for key, value in recipe.items() if value not in ([], None)]
+    if modules:
+        rows += [
+            ("modules", len(modules)),
+            ("rank, at most", max(module["rank"] for module in modules)),
+            ("what the adapter lacks of a module's change, at most", f"{max(m['error'] for m in modules):.2%}"),
+        ]
+    if modules and receipt.get("made_from") == "ablation":
+        rows += [
+            ("share of the weights along the direction before, at most", f"{max(m['before'] for m in modules):.3%}"),
+            ("with the adapter, at most", f"{max(m['after'] for m in modules):.3%}"),
+        ]
+    rows += [("not in the adapter", _plain(skip["name"])) for skip in (receipt.get("left_out") or [])[:_MOST_LEFT_OUT]]
+    rows.append(("made with", _plain(receipt.get("tool"))))
+    said = "This adapter adds to the weights what lies between two checkpoints"
+    if receipt.get("made_from") == "ablation":
+        said = "This adapter projects a direction out of the weights that write to the residual stream"
+    return {"title": "The edit", "said": f"{said}. From `{ADAPTER_RECEIPT_NAME}`:", "rows": rows}
 
 
 def _flat(content: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
@@ -345,6 +372,7 @@ def _tags(options: CardOptions) -> list[str]:
         "dequantisation": ["dequantised"],
         "adapter": ["lora"],
     }[options.kind]
+    tags = [*tags, "directional-ablation"] if ADAPTER_RECEIPT_NAME in options.files else tags
     return ["ablate-shards", *tags]
 
 

@@ -35,6 +35,10 @@ class Prepared:
     cache: bool = False
     private: bool = False
 
+    def source(self) -> Checkpoint:
+        """Returns the source as it is read: fetched first, where that was asked for."""
+        return cached(self.checkpoint) if self.cache else self.checkpoint
+
     def perform(self, operation: Operation[Any, Any], progress: Progress) -> tuple[dict[str, Any], str | None]:
         """Performs an operation on the source; the output is complete or not there at all.
 
@@ -51,7 +55,7 @@ class Prepared:
             Interrupted: Ctrl-C or SIGTERM; what is complete is kept for a run that resumes.
             UsageError: The source is to be cached and is not from the Hub.
         """
-        checkpoint = cached(self.checkpoint) if self.cache else self.checkpoint
+        checkpoint = self.source()
         # What writes elsewhere than to this machine is imported where it is needed.
         if isinstance(self.out, OutFolder):
             return perform_in_folder(checkpoint, operation, self.out, self.run, progress), None

@@ -6,13 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ablate_shards.errors import UsageError
-from ablate_shards.names import CARD, DEQUANTISATION_RECEIPT_NAME, MERGE_RECEIPT_NAME, RECEIPT_NAME, RECEIPT_NAMES
+from ablate_shards.names import (
+    ADAPTER_RECEIPT_NAME,
+    CARD,
+    DEQUANTISATION_RECEIPT_NAME,
+    MERGE_RECEIPT_NAME,
+    RECEIPT_NAME,
+    RECEIPT_NAMES,
+)
 from ablate_shards.surgery.checkpoint.headers import read_header
 from ablate_shards.surgery.checkpoint.stores import is_hub_id
 from ablate_shards.surgery.edit.dequantise import DequantisationReceipt, read_dequantisation_receipt
 from ablate_shards.surgery.edit.receipt import Receipt, read_receipt
 from ablate_shards.surgery.hub.card import PublishedKind, read_object
 from ablate_shards.surgery.merge.receipt import MergeReceipt, read_merge_receipt
+from ablate_shards.surgery.verify.adapter_proof import changed_since
 
 __all__ = ["CARD", "Published", "look_at"]
 
@@ -84,6 +92,8 @@ def look_at(folder: Path, base_model: str | None = None) -> Published:
             raise UsageError(f"{folder}: has {_ADAPTER}, but no {_ADAPTER_WEIGHTS}; save the adapter as safetensors")
         read_header(folder / _ADAPTER_WEIGHTS)
         kind, known_by = "adapter", _ADAPTER
+        if ADAPTER_RECEIPT_NAME in files:
+            known_by, stale = ADAPTER_RECEIPT_NAME, changed_since(folder)
     else:
         raise UsageError(
             f"{folder}: holds no {', '.join(RECEIPT_NAMES)} or {_ADAPTER}; name a folder that `ablate`, `merge`, "

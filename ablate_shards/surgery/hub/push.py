@@ -17,6 +17,7 @@ from ablate_shards.surgery.edit.operation import RunOptions
 from ablate_shards.surgery.hub.card import CardOptions, PublishedKind, metadata_of, model_card
 from ablate_shards.surgery.hub.published import CARD, Published, look_at
 from ablate_shards.surgery.machine.progress import Progress
+from ablate_shards.surgery.verify.adapter_proof import verify_adapter
 from ablate_shards.surgery.verify.proof import verify
 
 __all__ = [
@@ -286,7 +287,10 @@ def _verify(published: Published, options: PushOptions, run: RunOptions, progres
     source = options.source or published.origin
     if source is None:
         raise HubError(f"{published.stale}; add --source with what {folder} was made of, so that it can be verified")
-    differences = verify(open_source(source), folder, run, progress, adapter=options.adapter).differences
+    if published.kind == "adapter":
+        differences = verify_adapter(open_source(source), folder, run, progress).differences
+    else:
+        differences = verify(open_source(source), folder, run, progress, adapter=options.adapter).differences
     if differences:
         first = differences[0]
         rest = f", and {len(differences) - 1} more" if len(differences) > 1 else ""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ablate_shards.errors import ExecuteError, UsageError
-from ablate_shards.names import RECEIPT_NAMES, TRAINING_NAME
+from ablate_shards.names import ADAPTER_RECEIPT_NAME, RECEIPT_NAMES, TRAINING_NAME
 from ablate_shards.surgery.machine.files import append_lines, fsync_folder
 
 __all__ = ["OutFolder", "Staging", "check_out", "locked"]
@@ -25,7 +25,7 @@ if _sync_file_range is not None:
 _SYNC_FILE_RANGE_WRITE = 2
 _JOURNAL = ".journal.jsonl"
 #: The files by which a folder that an earlier run made is known.
-_RECEIPTS = (*RECEIPT_NAMES, TRAINING_NAME)
+_RECEIPTS = (*RECEIPT_NAMES, ADAPTER_RECEIPT_NAME, TRAINING_NAME)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Differences of matrices approximated by a product of two thin ones."""

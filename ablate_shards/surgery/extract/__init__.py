@@ -1,0 +1,1 @@
+"""An edit, or what lies between two checkpoints, as an adapter of low rank."""

@@ -1,0 +1,191 @@
+"""What lies between two checkpoints as an adapter of the first: the inverse of a merge."""
+
+import functools
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ablate_shards.errors import ArchitectureError, PlanError
+from ablate_shards.surgery.anatomy.architecture import dissect, head_of
+from ablate_shards.surgery.anatomy.scales import Scales, ending_of, find_scales, is_codes, quantisation_of
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range, read_vector
+from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
+from ablate_shards.surgery.edit.receipt import source_record
+from ablate_shards.surgery.extract.matrices import ChangedMatrix, Pair, ReadInto, StoredMatrix, count_matrices
+from ablate_shards.surgery.extract.modules import ModuleNames
+from ablate_shards.surgery.extract.plan import AdapterPlan, Change, make_adapter_plan
+from ablate_shards.surgery.extract.receipt import Made, adapter_receipt_text
+from ablate_shards.surgery.plan.edits import Edit, Skip
+
+if TYPE_CHECKING:
+    from ablate_shards.kernels.ablate.project import Workspace
+
+__all__ = ["difference_receipt", "plan_difference_adapter"]
+
+_PIECE = 1 << 22
+_EXPERTS = ".experts."
+#: Families whose linear weights, and those whose stacks of experts, are stored as ``[in, out]``.
+_CONV1D, _MARKED = frozenset({"GPT-2"}), frozenset({"gpt-oss"})
+_MOST_NAMES = 3
+
+
+def plan_difference_adapter(first: Checkpoint, second: Checkpoint, rank: int | None = None) -> AdapterPlan:
+    """Returns which modules an adapter changes that makes of one checkpoint what another is.
+
+    Args:
+        first: What the adapter is for; on this machine.
+        second: What it makes of it; on this machine, of the same tensors in the same shapes.
+        rank: The rank of the adapter, None for the one that is enough.
+
+    Raises:
+        PlanError: The checkpoints do not hold the same tensors in the same shapes, they do not differ, or in nothing
+            that an adapter could carry.
+    """
+    _check_shapes(first, second)
+    try:
+        anatomy = dissect(first.tensors, first.config)
+    except ArchitectureError:
+        anatomy = None
+    family = None if anatomy is None else anatomy.family
+    differences = _Differences(first, second, family)
+    changes: list[Change] = []
+    left_out: list[Skip] = []
+    for tensor in first.tensors.values():
+        found = differences.of(tensor)
+        if isinstance(found, Change):
+            changes.append(found)
+        elif found is not None:
+            left_out.append(Skip(tensor.name, None, None, found))
+    if not changes and not left_out:
+        raise PlanError(f"{second.name}: holds the same weights as {first.name}, so that there is nothing to extract")
+    tied = anatomy is not None and anatomy.tied and head_of(first.tensors) is None
+    return make_adapter_plan(first, changes, family, rank, tied=tied, left_out=left_out)
+
+
+def difference_receipt(first: Checkpoint, second: Checkpoint, made: Made) -> str:
+    """Returns the receipt of an adapter that makes of one checkpoint what another is."""
+    origin = {"made_from": "difference", "source": source_record(first), "other": source_record(second)}
+    return adapter_receipt_text(made, origin)
+
+
+def _check_shapes(first: Checkpoint, second: Checkpoint) -> None:
+    for one, other in ((first, second), (second, first)):
+        if lacking := [name for name in one.tensors if name not in other.tensors]:
+            raise PlanError(
+                f"{other.name}: lacks {_names(lacking)}, which {one.name} holds, and an adapter neither adds nor "
+                "removes tensors; compare two checkpoints of the same model, in the same form"
+            )
+    for name, tensor in first.tensors.items():
+        if tensor.shape != second.tensors[name].shape:
+            raise PlanError(
+                f"{name}: is {list(tensor.shape)} in {first.name} and {list(second.tensors[name].shape)} in "
+                f"{second.name}, and an adapter changes no shape; compare two checkpoints of the same model"
+            )
+
+
+class _Differences:
+    """Finds what of a tensor differs, and how an adapter changes it."""
+
+    def __init__(self, first: Checkpoint, second: Checkpoint, family: str | None) -> None:
+        self._first, self._second, self._family = first, second, family
+        self._names = ModuleNames(first.tensors, first.config, family)
+        self._scales = tuple(_scales_of(checkpoint) for checkpoint in (first, second))
+        self._beside = {
+            part.name
+            for scales in self._scales[0].values()
+            for part in (scales.tensor, *(each.tensor for each in scales.parts))
+        }
+
+    def of(self, tensor: TensorInfo) -> Change | str | None:
+        """Returns what an adapter changes of a tensor, why it does not, or None where nothing differs."""
+        if tensor.name in self._beside or not self._differs(tensor):
+            return None
+        other, scales = self._second.tensors[tensor.name], self._scales[0].get(tensor.name)
+        coded = scales is not None and tensor.name in self._scales[1]
+        if not coded and not {tensor.dtype, other.dtype} <= ITEM_BYTES.keys():
+            return f"{tensor.dtype} and {other.dtype} are not both read; convert them to BF16, F16 or F32"
+        if not self._names.holds(tensor.name):
+            return "lies outside of the decoder"
+        if tensor.name.endswith("bias") and len(tensor.shape) == 1:
+            vector = functools.partial(_vectors, self._first, self._second, tensor, other)
+            return Change(tensor, "bias", -1, vector=vector)
+        if tensor.name.endswith("bias"):
+            return "peft carries the biases of linear modules only"
+        if len(tensor.shape) < 2:
+            return "is a vector, to which LoRA adds nothing"
+        stacked = len(tensor.shape) == 3 and (coded or _EXPERTS in tensor.name)
+        if (len(tensor.shape) > 2 and not stacked and not coded) or 0 in tensor.shape:
+            return "is no matrix, nor a stack of those of experts"
+        place = self._names.place(tensor)
+        if place is None:
+            return "is half of what transformers makes one parameter of; fuse the experts of both checkpoints first"
+        axis = -1 if place.form == "embedding" else -2
+        if not coded and self._family in (_MARKED if stacked else _CONV1D) and place.path != "lm_head":
+            axis = -1
+        return Change(
+            tensor,
+            "weight",
+            axis,
+            matrices=count_matrices(tensor, scales if coded else None),
+            open=functools.partial(self._open, tensor, other),
+            scales=scales if coded else None,
+        )
+
+    def _open(self, tensor: TensorInfo, other: TensorInfo, read: ReadInto, number: int, workspace: "Workspace") -> Pair:
+        del workspace
+        one = StoredMatrix(
+            tensor, self._scales[0].get(tensor.name), number, read, functools.partial(read_range, self._first)
+        )
+        two = StoredMatrix(
+            other, self._scales[1].get(tensor.name), number, self._read, functools.partial(read_range, self._second)
+        )
+        return ChangedMatrix(one, two, tensor.name)
+
+    def _read(self, tensor: Edit, data: memoryview, offset: int) -> None:
+        self._second.files.read_into(tensor.shard, data, offset, threading.Event())
+
+    def _differs(self, tensor: TensorInfo) -> bool:
+        """Compares a tensor, and what says what its codes mean."""
+        parts = [tensor]
+        if (scales := self._scales[0].get(tensor.name)) is not None:
+            parts += [scales.tensor, *(part.tensor for part in scales.parts)]
+        return any(not _same_bytes(self._first, self._second, part.name) for part in parts)
+
+
+def _scales_of(checkpoint: Checkpoint) -> Mapping[str, Scales]:
+    """Returns the scales of every weight of codes that can be read."""
+    config, found = quantisation_of(checkpoint.config), {}
+    for name, tensor in checkpoint.tensors.items():
+        if is_codes(tensor, ending_of(name)) and tensor.dtype not in ITEM_BYTES:
+            try:
+                found[name] = find_scales(tensor, checkpoint.tensors, config)
+            except ArchitectureError:
+                continue
+    return found
+
+
+def _same_bytes(first: Checkpoint, second: Checkpoint, name: str) -> bool:
+    one, other = first.tensors[name], second.tensors[name]
+    if one.dtype != other.dtype or one.end - one.start != other.end - other.start:
+        return False
+    never = threading.Event()
+    for done in range(0, one.end - one.start, _PIECE):
+        pieces = [bytearray(min(_PIECE, one.end - one.start - done)) for _ in range(2)]
+        for checkpoint, tensor, piece in zip((first, second), (one, other), pieces, strict=True):
+            checkpoint.files.read_into(tensor.shard, memoryview(piece), tensor.start + done, never)
+        if pieces[0] != pieces[1]:
+            return False
+    return True
+
+
+def _vectors(
+    first: Checkpoint, second: Checkpoint, tensor: TensorInfo, other: TensorInfo
+) -> tuple[np.ndarray, np.ndarray]:
+    return read_vector(first, tensor), read_vector(second, other)
+
+
+def _names(names: list[str]) -> str:
+    rest = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,112 @@
+"""What the tensors of a checkpoint are called in the model that transformers builds of it, for an adapter's names."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ablate_shards.surgery.anatomy.families import FAMILIES, Layout
+from ablate_shards.surgery.anatomy.scales import plain_name_of
+from ablate_shards.surgery.anatomy.wrappers import unwrapped
+from ablate_shards.surgery.checkpoint.headers import TensorInfo
+
+__all__ = ["Form", "ModuleNames", "Place"]
+
+Form = Literal["linear", "embedding", "parameter"]
+
+_EMBEDDING = re.compile(r"(?:^|\.)(?:wte|wpe|embeddings?|word_embeddings|embed_(?:in|tokens|positions))$")
+_EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<expert>\d{1,5})\.(?P<leaf>[^.]+)\.weight")
+_EXPERTS = re.compile(r"\.experts\.")
+#: What transformers makes one parameter of, by the names of an expert's matrices.
+_FUSED = {"down_proj": "down_proj", "w2": "down_proj"}
+#: Beside experts: names that peft takes for those of experts, wherever they stand, and routers, which are no nn.Linear.
+_MISTAKEN = frozenset({"gate", "gate_proj", "router", "up_proj", "down_proj", "w1", "w2", "w3"})
+#: What a module is called in the model where the checkpoint calls it otherwise.
+_RENAMED = (
+    (re.compile(r"\.block_sparse_moe\.experts\."), ".mlp.experts."),
+    (re.compile(r"\.block_sparse_moe\.output_linear\.weight$"), ".block_sparse_moe.experts.down_proj"),
+)
+#: What the decoder is called in the model where that is not what most checkpoints call it.
+_ROOTS = {"backbone.": "model."}
+_HEAD = "lm_head.weight"
+_PARTS_BESIDE_TEXT = ("vision_config", "audio_config")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor is in the model.
+
+    Attributes:
+        path: The module whose weight it is, or the parameter.
+        form: How peft adapts it.
+        expert: The expert that it is of, None where it is the whole.
+    """
+
+    path: str
+    form: Form
+    expert: int | None = None
+
+
+class ModuleNames:
+    """Finds the modules and parameters of a model by the names of a checkpoint.
+
+    Args:
+        tensors: What the checkpoint holds.
+        config: Its config.json.
+        family: The row of the table of architectures, or another name where there is none.
+
+    Attributes:
+        bare: Whether the model is one without an output head, as its configuration names it.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None, family: str | None) -> None:
+        self._layout = next((row.layout for row in FAMILIES if row.name == family), Layout())
+        self._experts = any(_EXPERTS.search(name) for name in tensors)
+        stored = [root for root in self._layout.roots if any(map(self._in_layers(root).match, map(unwrapped, tensors)))]
+        self._stored = max(stored, key=len, default=None)
+        architectures = (config or {}).get("architectures")
+        self.bare = isinstance(architectures, list) and bool(architectures) and _is_bare(str(architectures[0]))
+        self._root = self._root_in_model(config or {})
+
+    def holds(self, name: str) -> bool:
+        """Returns whether a tensor belongs to the decoder or its output head, whose names are known here."""
+        plain = unwrapped(name)
+        return self._stored is None or plain.startswith(self._stored) or plain == _HEAD
+
+    def place(self, tensor: TensorInfo) -> Place | None:
+        """Returns where a weight is in the model, None where it is a part of what is there."""
+        name = self._renamed(plain_name_of(unwrapped(tensor.name)))
+        if (found := _EXPERT.fullmatch(name)) and found["leaf"] in _FUSED:
+            return Place(f"{found['stack']}.{_FUSED[found['leaf']]}", "parameter", int(found["expert"]))
+        if found:
+            return None
+        module = name.removesuffix(".weight")
+        if module == name or len(tensor.shape) == 3:
+            return Place(name, "parameter")
+        if _EMBEDDING.search(module):
+            return Place(module, "embedding")
+        if self._experts and module.rpartition(".")[2] in _MISTAKEN:
+            return Place(name, "parameter")
+        return Place(module, "linear")
+
+    def _in_layers(self, root: str) -> re.Pattern[str]:
+        return re.compile(rf"{re.escape(root)}{re.escape(self._layout.layers)}\.\d")
+
+    def _renamed(self, name: str) -> str:
+        if self._stored is not None and name.startswith(self._stored):
+            name = self._root + name.removeprefix(self._stored)
+        for old, new in _RENAMED:
+            name = old.sub(new, name)
+        return name
+
+    def _root_in_model(self, config: Mapping[str, Any]) -> str:
+        """Returns what the names of the decoder begin with in the model."""
+        stored = self._stored or ""
+        if any(config.get(part) is not None for part in _PARTS_BESIDE_TEXT):
+            return stored if stored in ("model.text_model.",) else "model.language_model."
+        return stored if self.bare else _ROOTS.get(self._layout.roots[0], self._layout.roots[0])
+
+
+def _is_bare(architecture: str) -> bool:
+    """Tells whether a class of transformers has no output head; GPT2LMHeadModel has one."""
+    return architecture.endswith("Model") and "Head" not in architecture

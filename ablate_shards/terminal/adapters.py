@@ -1,0 +1,106 @@
+"""What a person sees of an adapter that was made of an edit."""
+
+import re
+import shlex
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ablate_shards.names import ADAPTER_RECEIPT_NAME
+from ablate_shards.surgery.anatomy.architecture import split_layer
+from ablate_shards.terminal.tables import Column, Row, output, print_table, say
+
+if TYPE_CHECKING:
+    from ablate_shards.surgery.extract.plan import AdapterPlan, Module
+    from ablate_shards.surgery.extract.receipt import ModuleResult
+    from ablate_shards.surgery.verify.adapter_proof import AdapterVerification
+
+__all__ = ["print_adapter", "print_adapter_plan", "print_adapter_verification"]
+
+_NO_LAYER = "–"
+_PLACE = (Column("layer", right=True), Column("modules", wraps=True))
+_MEASURED = (
+    Column("rank", right=True),
+    Column("lacks", right=True),
+    Column("component before", right=True, rank=1),
+    Column("edit leaves", right=True, rank=2),
+    Column("adapter leaves", right=True, rank=1),
+    Column("difference", right=True),
+)
+
+
+def print_adapter_plan(plan: "AdapterPlan") -> None:
+    """Prints what an adapter would change, a line per layer."""
+    screen = output()
+    rank = "as it takes" if plan.rank is None else str(plan.rank)
+    rows = [Row((layer, _names(modules), modules[0].form, rank)) for layer, modules in _by_layer(plan.modules)]
+    print_table(screen, (*_PLACE, Column("form", rank=2), Column("rank", right=True, rank=1)), rows)
+    say(screen, f"an adapter would change {_count(len(plan.modules), 'module')}")
+
+
+def print_adapter(
+    plan: "AdapterPlan", results: Mapping[str, "ModuleResult"], out: Path | str, source: str, *, directed: bool = True
+) -> None:
+    """Prints what was measured of the modules with their updates.
+
+    Args:
+        plan: What the adapter holds.
+        results: What was measured.
+        out: What the user named.
+        source: What it is an adapter of.
+        directed: Whether it was made of an ablation, so that there are directions.
+    """
+    screen = output()
+    rows = []
+    for layer, modules in _by_layer(plan.modules):
+        measured = [results[module.path] for module in modules]
+        ranks = sorted({result.rank for result in measured})
+        cells = [layer, _names(modules), ", ".join(map(str, ranks)), f"{max(each.error for each in measured):.2%}"]
+        if directed:
+            for name in ("before", "edited", "after", "left"):
+                cells.append(f"{max(getattr(each, name) for each in measured):.3%}")
+        rows.append(Row(cells))
+    print_table(screen, (*_PLACE, *(_MEASURED if directed else _MEASURED[:2])), rows)
+    told = "lacks: norm of what the adapter lacks of the change, relative to it"
+    if directed:
+        told += (
+            "; component: share of a weight's norm along the direction, before, after the edit, and with the adapter "
+            "added in the weight's own dtype; difference: between the last two, relative to what there was before"
+        )
+    say(screen, told, "dim")
+    worst = max((result.error for result in results.values()), default=0.0)
+    say(screen, f"an adapter of {_count(len(plan.modules), 'module')} lacks at most {worst:.2%} of a module's change")
+    screen.print(f"written to {out}, receipt in {out}/{ADAPTER_RECEIPT_NAME}", soft_wrap=True)
+    if directed:
+        command = shlex.join(["ablate-shards", "verify", source, str(out)])
+        screen.print(f"check it with: {command}", soft_wrap=True)
+
+
+def print_adapter_verification(verification: "AdapterVerification", out: Path) -> None:
+    """Prints every difference, or that there is none."""
+    screen = output()
+    for difference in verification.differences:
+        say(screen, f"{difference.where}: {difference.what}")
+    if verification.differences:
+        say(screen, f"{out} is not what its receipt says: {_count(len(verification.differences), 'difference')}")
+        return
+    modules = _count(verification.modules, "module")
+    how = "measured again with the source" if verification.measured else "with the digests it records"
+    say(screen, f"{out} is what its receipt says: {modules} {how}")
+
+
+def _by_layer(modules: "Sequence[Module]") -> "list[tuple[str, list[Module]]]":
+    groups: dict[tuple[int, str], list[Module]] = defaultdict(list)
+    for module in modules:
+        layer = split_layer(module.path)[0]
+        groups[-1 if layer is None else layer, module.form].append(module)
+    return [(_NO_LAYER if layer < 0 else str(layer), groups[layer, form]) for layer, form in sorted(groups)]
+
+
+def _names(modules: "Sequence[Module]") -> str:
+    return ", ".join(re.sub(r"\.weight$", "", split_layer(module.path)[1]) for module in modules)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
