@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import tomllib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,10 +29,10 @@ from ablate_shards.surgery.plan.plan import make_plan
 from ablate_shards.surgery.plan.profile import Profile
 from ablate_shards.surgery.plan.recipe import AblateOptions
 from ablate_shards.surgery.search.applied import EditableModel
-from ablate_shards.surgery.search.bench import Bench, Tried, digest_of
+from ablate_shards.surgery.search.bench import Bench, Tried, digest_of, excess
 from ablate_shards.surgery.search.choice import Budget, Candidate, choose, spread
 from ablate_shards.surgery.search.contrasts import Contrasts
-from ablate_shards.surgery.search.objectives import Asking, find_objective
+from ablate_shards.surgery.search.objectives import Asking, Measures, find_objective, make_measures
 from ablate_shards.surgery.search.questions import deal
 from ablate_shards.surgery.search.space import Choice, Number, make_space
 from ablate_shards.surgery.search.study import Trial, best_of
@@ -211,7 +212,7 @@ class TestGoingOn:
 
     def test_a_time_limit_ends_the_trials(self, folder, tmp_path):
         out = tmp_path / "short.toml"
-        checked(*arguments(folder, out, "--timeout", 0.02, trials=1000))
+        checked(*arguments(folder, out, "--timeout", 0.1, trials=1000))
         assert 1 <= len(self.trials(out)) < 1000
 
     def test_workers_share_the_trials(self, folder, tmp_path):
@@ -233,6 +234,87 @@ class TestGoingOn:
         monkeypatch.setattr("ablate_shards.surgery.search.search.measure_again", never)
         checked(*arguments(folder, out, "--controls", 1, "--broken", 1, trials=2))
         assert len(self.trials(out)) == 2
+
+    @pytest.mark.parametrize("name", ["kl", "subject", "lean", "neutral"])
+    def test_what_is_no_number_is_the_worst(self, tmp_path, name):
+        """Each objective alike: the unedited model has the best subject that there is."""
+        direction = "minimize" if name in ("kl", "subject") else "maximize"
+        measures = Measures((_Objective(name, direction),), (_Objective("guard", "minimize"),))
+        ends = iter([({name: 0.1}, 0.0), ({name: math.nan}, 0.0), ({name: 0.1, "guard": math.inf}, 0.0), ({}, 0.6)])
+        tried = SimpleNamespace(try_out=lambda *_: Tried(*next(ends), 1.0, ""))
+        study = study_module.open_study(tmp_path / "j", {}, measures.objectives, overwrite=False)
+        course = study_module.Course(4, math.inf, 0, {}, ())
+        study_module.run_trials(study, space(), tried, measures, course, lambda *_: None)
+        worst = math.inf if direction == "minimize" else -math.inf
+        assert [trial.values for trial in study.trials] == [[0.1], [worst], [0.1], [worst]]
+        over = [sum(trial.constraints.values()) > 0 for trial in study.trials]
+        assert over == [False, True, True, True]
+
+    def test_every_trial_over_its_limits(self, folder, tmp_path, monkeypatch):
+        out = tmp_path / "forgets.toml"
+        refused = checked(*arguments(folder, out, "--subject", 1e-9, trials=2), code=1)
+        assert re.search(
+            r"none of 2 trials is within its limits \(2 are over the 1e-09 nats a token of --subject, by \S+ or more\)"
+            r"; raise --subject, narrow the space, or search on; finished trials are kept",
+            refused.output,
+        )
+
+        def never(*_):
+            raise AssertionError("tried again")
+
+        # They were measured in full, so that another limit needs no further ones.
+        monkeypatch.setattr(Bench, "try_out", never)
+        checked(*arguments(folder, out, trials=2))
+        assert len(self.trials(out)) == 2
+
+    def test_a_time_that_no_trial_is_finished_in(self, folder, tmp_path):
+        refused = checked(*arguments(folder, tmp_path / "none.toml", "--timeout", 1e-6), code=1)
+        assert "no trial was finished in time; raise --timeout" in refused.output
+
+
+class TestSubject:
+    def test_it_is_measured_where_it_is_no_objective(self, found):
+        output, record = found
+        assert [objective["name"] for objective in record["objectives"]] == ["lean", "kl"]
+        assert all("subject" in trial["values"] for trial in record["trials"] if trial["complete"])
+        assert record["options"]["budget"]["subject"] == 0.25
+        assert record["base"]["values"]["subject"] == pytest.approx(0, abs=1e-6)
+        assert "subject: how much less likely" in output
+
+    def test_answers_that_repeat_no_word_limit_nothing(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr("ablate_shards.surgery.search.objectives._word", lambda *_: "")
+        out = tmp_path / "o.toml"
+        output = checked(*arguments(folder, out, "--subject", 1e-9, trials=2)).output
+        for part in ("trials", "choice"):
+            assert f"no answer to the contested questions of the {part} repeats a word of its question" in output
+        assert "no subject: no answer repeats a word of its question" in output
+        record = json.loads((tmp_path / "o.search.json").read_text())
+        assert all("subject" not in trial["values"] for trial in record["trials"])
+        refused = checked(*arguments(folder, tmp_path / "p.toml", "--objective", "subject,kl"), code=2)
+        assert "no answer to a contested question of this part repeats a word of its question" in refused.output
+
+    def test_one_that_is_an_objective_is_measured_once(self, folder):
+        questions = load_questions(folder / "q.jsonl")
+        with speaking(folder / "model", dtype="float32", device="cpu") as speaker:
+            made = make_measures(("subject", "kl"), speaker, questions, Asking())
+        assert made.names == ("subject", "kl")
+
+    @pytest.mark.parametrize(
+        ("values", "by"),
+        [
+            ({"kl": 0.1, "subject": 0.5}, 1.0),
+            ({"kl": 1.5, "subject": 0.5}, 2.0),
+            ({"kl": 0.25, "subject": 0.125}, -0.5),
+            ({"kl": 0.25}, -0.5),
+            ({"lean": 9.0}, 0.0),
+            ({"kl": 0.1, "subject": math.nan}, math.inf),
+            ({"kl": math.inf}, math.inf),
+        ],
+    )
+    def test_a_trial_is_as_far_over_as_its_worst_measure(self, values, by):
+        over = excess(values, {"kl": 0.5, "subject": 0.25})
+        assert over == by
+        assert Tried(values, over, 1.0, "").complete == (by <= 0)
 
 
 class TestEditableModel:
@@ -398,6 +480,18 @@ class TestChoice:
         with pytest.raises(SearchError, match=r"j: none of 4 candidates .* trial 1, moves unrelated answers by 0\.01"):
             choose(found, base, lean, Budget(kl=0.001), "j")
 
+    def test_one_that_no_longer_speaks_of_what_was_asked_is_over_the_budget(self):
+        def candidate(trial, lean, subject):
+            made = self.candidate(trial, lean, 0.01)
+            return dataclasses.replace(made, values={**made.values, "subject": subject})
+
+        base, lean = candidate(None, -3, 0.0), _Objective("lean", "maximize")
+        found = [candidate(1, -1, 1.8), candidate(2, -2, 0.09)]
+        assert choose(found, base, lean, Budget(), "j").trial == 2
+        assert choose(found, base, lean, Budget(subject=2), "j").trial == 1
+        with pytest.raises(SearchError, match=r"trial 1, loses 1\.8 nats a word of what was asked"):
+            choose(found[:1], base, lean, Budget(), "j")
+
     def test_the_least_cost_of_the_plain_edits_effect(self):
         base = self.candidate(None, -3, 0)
         found = [self.candidate(0, -2, 0.02), self.candidate(1, -1.9, 0.01), self.candidate(2, -1, 0.04),
@@ -521,6 +615,9 @@ class TestCommand:
             (("--objective", "no.such:thing"), "cannot be imported"),
             (("--objective", "kl,kl"), "expected each name once"),
             (("--timeout", "-1"), "expected more than 0 minutes"),
+            (("--subject", "0"), "--subject: expected more than 0, found 0"),
+            (("--subject", "nan"), "--subject: expected a number, found nan"),
+            (("--kl", "inf"), "--kl: expected a number, found inf"),
             (("--space", "{"), "Invalid value for '--space'"),
         ],
     )

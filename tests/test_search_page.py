@@ -167,12 +167,22 @@ def test_the_candidates_are_as_on_the_terminal(searched):
         number = candidate["trial"]
         kind = {record["chosen"]: " (chosen)", 0: " (plain)"}.get(number, "")
         assert row[0] == ("before" if number is None else f"{number}{kind}")
-        for cell, name in zip(row[1:3], ("lean", "kl"), strict=True):
+        for cell, name in zip(row[1:4], ("lean", "kl", "subject"), strict=True):
             assert float(cell.replace("−", "-")) == pytest.approx(candidate["values"][name], rel=6e-3)
-        for cell, name in zip(row[3:], ("slanted", "neutral", "broken", "right"), strict=True):
+        for cell, name in zip(row[4:], ("slanted", "neutral", "broken", "right"), strict=True):
             hits, count = candidate["shares"][name]
             assert cell == f"{100 * hits / count:.0f} % {hits} of {count}"
     assert page.count('<tr class="chosen">') == 1
+    assert "and 0.25 nats a token lost by the words that answers repeat from their questions." in Page(page).text
+
+
+def test_a_search_without_the_subject_is_shown_and_says_so(tmp_path):
+    folder = make_search(tmp_path, repeats=False).parent
+    page = shown(folder)
+    assert "and 10 % more answers broken. No answer repeats a word of its question" in Page(page).text
+    assert '<th class="n">subject</th>' not in page
+    altered(folder, lambda record: record["options"]["budget"].pop("subject"))
+    assert "No answer repeats a word" not in Page(shown(folder)).text
 
 
 def test_the_settings_of_the_candidates_stand_beside_what_was_varied(searched):
@@ -367,7 +377,10 @@ BROKEN = {
     "trials: expected trial 99, found none": lambda record: record["front"].append(99),
     "expected trial 99, which was chosen": lambda record: record.update(chosen=99),
     "trial 0: expected lean, found only kl": lambda record: record["trials"][0]["values"].pop("lean"),
-    "base: expected kl, found only lean": lambda record: record["base"]["values"].pop("kl"),
+    "base: expected kl, found only lean, subject": lambda record: record["base"]["values"].pop("kl"),
+    "candidate 0: expected subject, found only lean, kl": lambda record: record["candidates"][0]["values"].pop(
+        "subject"
+    ),
     "trial 0: mlp: expected 4 coefficients, found 1": lambda record: record["trials"][0]["coefficients"].update(
         mlp=[1]
     ),

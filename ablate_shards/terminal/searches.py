@@ -93,7 +93,7 @@ def print_found(found: "Found", places: "Places") -> None:
     """Prints the best trials measured again, which was chosen, and what it does beside the plain edit."""
     screen = output()
     effect = found.objectives[0][0]
-    names = [name for name, _, _ in found.objectives]
+    names = list(dict.fromkeys([*(name for name, _, _ in found.objectives), *found.base.values]))
     most = max((abs(each.values[effect] - found.base.values[effect]) for each in found.candidates), default=0.0)
     columns = (
         Column("trial", right=True),
@@ -121,7 +121,7 @@ def print_found(found: "Found", places: "Places") -> None:
     say(
         screen,
         "*: chosen; lean: how much likelier neutral answers are than slanted ones, in nats a token; kl: how far "
-        "unrelated answers moved; right: controls",
+        f"unrelated answers moved; {_subject(found)}; right: controls",
         "dim",
     )
     for name, shares in found.importance.items():
@@ -131,6 +131,13 @@ def print_found(found: "Found", places: "Places") -> None:
     say(screen, f"recipe: {places.recipe}; all trials: {places.record}")
     command = ["ablate-shards", "ablate", str(found.job.folder), "OUT", "--recipe", str(places.recipe)]
     say(screen, f"make the edit with: {shlex.join(command)}")
+
+
+def _subject(found: "Found") -> str:
+    """Returns what ``subject`` is, or why there is none."""
+    if "subject" in found.base.values:
+        return "subject: how much less likely the words are that answers repeat from their questions"
+    return "no subject: no answer repeats a word of its question, so that --subject limits nothing"
 
 
 def _print_report(screen: Console, found: "Found") -> None:

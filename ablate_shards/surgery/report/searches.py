@@ -9,7 +9,7 @@ from ablate_shards.surgery.evaluate.statistics import paired
 from ablate_shards.surgery.report.frame import GAP, chance, figure, percent
 from ablate_shards.surgery.report.search_record import Given, Record, Reported, Search, Trial
 
-__all__ = ["asked", "candidate_rows", "setting_lines", "space_rows", "told"]
+__all__ = ["asked", "candidate_rows", "in_budget", "setting_lines", "space_rows", "told"]
 
 _SHARES = ("slanted", "neutral", "broken", "right")
 
@@ -26,13 +26,29 @@ def told(search: Search) -> str:
     )
 
 
+def in_budget(record: Record) -> str:
+    """Returns in words what the chosen edit was allowed to cost."""
+    budget, nats = record.options.budget, "nats a token"
+    parts = [
+        f"at most {budget.kl:g} {nats} on unrelated answers",
+        f"{percent(budget.controls, 0)} of the controls lost",
+        f"{percent(budget.broken, 0)} more answers broken",
+    ]
+    missing = ""
+    if budget.subject is not None and "subject" in record.measured:
+        parts.append(f"{budget.subject:g} {nats} lost by the words that answers repeat from their questions")
+    elif budget.subject is not None:
+        missing = " No answer repeats a word of its question, so that none shows whether it keeps to what was asked."
+    return f"{', '.join(parts[:-1])}, and {parts[-1]}.{missing}"
+
+
 def candidate_rows(record: Record) -> list[dict[str, Any]]:
     """Returns a row for the unedited model and for each candidate, as measured on the questions of the choice."""
     return [
         {
             "name": "before" if each.trial is None else _named(record, each.trial),
             "chosen": each.trial == record.chosen,
-            "measured": [figure(each.values[objective.name]).replace("-", "−") for objective in record.objectives],
+            "measured": [figure(each.values[name]).replace("-", "−") for name in record.measured],
             "shares": [_share(*getattr(each.shares, name)) for name in _SHARES],
         }
         for each in (record.base, *record.candidates)

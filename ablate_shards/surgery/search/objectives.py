@@ -19,7 +19,18 @@ from ablate_shards.surgery.evaluate.likelihood import Forced, divergence, record
 from ablate_shards.surgery.evaluate.measures import forced_answer, forced_answers, judged, measure_leans
 from ablate_shards.surgery.model.samples import CONTESTED, Question, Verdict
 
-__all__ = ["OBJECTIVES", "Asking", "Objective", "answer", "find_objective", "lean_of", "loss", "shares"]
+__all__ = [
+    "OBJECTIVES",
+    "Asking",
+    "Measures",
+    "Objective",
+    "answer",
+    "find_objective",
+    "lean_of",
+    "loss",
+    "make_measures",
+    "shares",
+]
 
 Direction = Literal["minimize", "maximize"]
 
@@ -152,8 +163,8 @@ class SubjectObjective:
         questions: The questions; controls are not looked at.
         asking: How to ask.
 
-    Raises:
-        UsageError: No answer repeats a word of its question.
+    Attributes:
+        words: How many repeated words it looks at; without any there is nothing to measure.
     """
 
     name = "subject"
@@ -175,21 +186,34 @@ class SubjectObjective:
                 self._forced.append(forced)
                 self._repeated.append(places)
         self._forced, self._repeated = self._forced[: asking.questions], self._repeated[: asking.questions]
-        if not self._forced:
-            raise UsageError(
-                "--objective subject: no answer to a contested question of this part repeats a word of its question; "
-                "leave it out"
-            )
+        self.words = sum(map(len, self._repeated))
         self._before = self._likelihood(speaker)
 
     def measure(self, speaker: Speaker) -> float:
-        """Returns the mean over these tokens."""
+        """Returns the mean over these tokens, not a number without any."""
         return self._before - self._likelihood(speaker)
 
     def _likelihood(self, speaker: Speaker) -> float:
+        if not self.words:
+            return math.nan
         scores = token_log_likelihoods(speaker, self._forced, batch=self._batch)
         values = [float(each[place]) for each, places in zip(scores, self._repeated, strict=True) for place in places]
         return math.fsum(values) / len(values)
+
+
+def subject_of(speaker: Speaker, questions: Sequence[Question], asking: Asking) -> SubjectObjective:
+    """Makes the objective ``subject`` of an unedited model.
+
+    Raises:
+        UsageError: No answer repeats a word of its question.
+    """
+    made = SubjectObjective(speaker, questions, asking)
+    if not made.words:
+        raise UsageError(
+            "--objective subject: no answer to a contested question of this part repeats a word of its question; "
+            "leave it out"
+        )
+    return made
 
 
 class VerdictObjective:
@@ -226,9 +250,45 @@ _VERDICTS: tuple[Verdict, ...] = ("slanted", "neutral", "deflecting", "wrong", "
 OBJECTIVES: Mapping[str, Maker] = {
     "lean": LeanObjective,
     "kl": DivergenceObjective,
-    "subject": SubjectObjective,
+    "subject": subject_of,
     **{verdict: partial(VerdictObjective, verdict) for verdict in _VERDICTS},
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """What is measured of an edit.
+
+    Attributes:
+        objectives: What edits are judged by, the effect first.
+        guards: What is measured besides because it has a limit, and is no objective.
+    """
+
+    objectives: tuple[Objective, ...]
+    guards: tuple[Objective, ...] = ()
+
+    @property
+    def every(self) -> tuple[Objective, ...]:
+        """All of them."""
+        return (*self.objectives, *self.guards)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all of them."""
+        return tuple(each.name for each in self.every)
+
+
+def make_measures(names: Sequence[str], speaker: Speaker, questions: Sequence[Question], asking: Asking) -> Measures:
+    """Makes the measures of an unedited model: what is named, and the subject, where there is one to measure.
+
+    Raises:
+        UsageError: There is no objective of a name, or no question that it looks at.
+    """
+    objectives = tuple(find_objective(name)(speaker, questions, asking) for name in names)
+    if any(each.name == SubjectObjective.name for each in objectives):
+        return Measures(objectives)
+    subject = SubjectObjective(speaker, questions, asking)
+    return Measures(objectives, (subject,) if subject.words else ())
 
 
 def find_objective(name: str) -> Maker:
