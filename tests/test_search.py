@@ -224,7 +224,9 @@ class TestGoingOn:
     def test_every_trial_over_the_budget(self, folder, tmp_path, monkeypatch):
         out = tmp_path / "strict.toml"
         refused = checked(*arguments(folder, out, "--controls", -1, trials=2), code=1)
-        assert re.search(r"none of \d candidates is within the budget; .* of at most -100%", refused.output)
+        assert re.search(
+            r"none of \d candidates is within the budget; .* 100% above the -100% of --controls", refused.output
+        )
         assert "finished trials are kept" in refused.output
 
         def never(*_):
@@ -477,8 +479,27 @@ class TestChoice:
         lean = _Objective("lean", "maximize")
         assert choose(found, base, lean, Budget(kl=0.05, controls=0.1), "j").trial == 3
         assert choose(found, base, lean, Budget(kl=0.05, controls=0.5), "j").trial == 4
-        with pytest.raises(SearchError, match=r"j: none of 4 candidates .* trial 1, moves unrelated answers by 0\.01"):
+        with pytest.raises(
+            SearchError, match=r"j: none of 4 .* trial 1, moves .* 0\.01 nats .*, 0\.009 above the 0\.001 "
+        ):
             choose(found, base, lean, Budget(kl=0.001), "j")
+
+    def test_the_nearest_is_by_all_limits(self):
+        """The least divergence is not the nearest where it loses most controls; and what is over is said, all of it."""
+        base, lean = self.candidate(None, -3, 0, right=10), _Objective("lean", "maximize")
+        found = [self.candidate(0, -1, 0.01, right=2), self.candidate(1, -1, 0.06, right=8)]
+        with pytest.raises(SearchError) as refused:
+            choose(found, base, lean, Budget(), "j")
+        assert str(refused.value) == (
+            "j: none of 2 candidates is within the budget; the nearest, trial 1, moves unrelated answers by 0.06 nats "
+            "a token, 0.01 above the 0.05 of --kl; answers 20% of the controls no longer right, 10% above the 10% of "
+            "--controls. Raise --kl and --controls, or search on; finished trials are kept"
+        )
+        # A limit of nothing has no multiples, but is not nearer for that.
+        with pytest.raises(SearchError, match=r"the nearest, trial 1, .*20% above the 0% of"):
+            choose(found, base, lean, Budget(kl=1, controls=0), "j")
+        with pytest.raises(SearchError, match=r"trial 0, .* Raise --controls, or"):
+            choose([self.candidate(5, math.nan, 0.0), found[0]], base, lean, Budget(), "j")
 
     def test_one_that_no_longer_speaks_of_what_was_asked_is_over_the_budget(self):
         def candidate(trial, lean, subject):
@@ -489,7 +510,7 @@ class TestChoice:
         found = [candidate(1, -1, 1.8), candidate(2, -2, 0.09)]
         assert choose(found, base, lean, Budget(), "j").trial == 2
         assert choose(found, base, lean, Budget(subject=2), "j").trial == 1
-        with pytest.raises(SearchError, match=r"trial 1, loses 1\.8 nats a word of what was asked"):
+        with pytest.raises(SearchError, match=r"trial 1, takes 1\.8 nats a token from the words"):
             choose(found[:1], base, lean, Budget(), "j")
 
     def test_the_least_cost_of_the_plain_edits_effect(self):

@@ -154,13 +154,14 @@ def choose(
     Raises:
         SearchError: None is within the budget.
     """
-    within = [each for each in candidates if not excesses(each, base, budget)]
+    within = [each for each in candidates if not _excesses(each, base, budget)]
     if not within:
-        nearest = min(candidates, key=lambda each: each.values.get("kl", math.inf))
+        nearest = min(candidates, key=lambda each: _distance(each, base, budget))
+        ways = [f"--{cost.name}" for cost in _costs(nearest, base, budget) if cost.over]
+        raised = f"Raise {' and '.join(ways)}, or search on" if ways else "Search on"
         raise SearchError(
             f"{where}: none of {len(candidates)} candidates is within the budget; the nearest, trial {nearest.trial}, "
-            f"{'; '.join(excesses(nearest, base, budget))}. Raise --kl, --controls, --broken or --subject, or search "
-            "on; finished trials are kept"
+            f"{'; '.join(_excesses(nearest, base, budget))}. {raised}; finished trials are kept"
         )
 
     def gain(candidate: Candidate) -> float:
@@ -176,21 +177,69 @@ def choose(
     return max(within, key=lambda each: (gain(each), -cost(each)))
 
 
-def excesses(candidate: Candidate, base: Candidate, budget: Budget) -> list[str]:
-    """Returns in what a candidate is over the budget, in words."""
-    found = []
-    kl = candidate.values.get("kl", 0.0)
-    if not kl <= budget.kl:
-        found.append(f"moves unrelated answers by {kl:.3g} nats a token, of at most {budget.kl:g}")
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """What an edit costs in one way.
+
+    Attributes:
+        name: The limit, as the option and the budget call it.
+        figure: How much it is.
+        limit: The most that it may be.
+        words: What that means, with ``{}`` for the figure.
+        share: Whether it is a share, and not nats.
+    """
+
+    name: str
+    figure: float
+    limit: float
+    words: str
+    share: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether it is above its limit, or not a number."""
+        return not self.figure <= self.limit
+
+    @property
+    def ratio(self) -> float:
+        """How many times its limit it is; the limit itself is 1, where it is nothing or less as well."""
+        if not math.isfinite(self.figure):
+            return math.inf
+        return self.figure / self.limit if self.limit > 0 else 1 + self.figure - self.limit
+
+    def told(self) -> str:
+        """Returns by how much it is above its limit, in words."""
+        said = self.words.format(self._shown(self.figure))
+        return f"{said}, {self._shown(self.figure - self.limit)} above the {self._shown(self.limit)} of --{self.name}"
+
+    def _shown(self, value: float) -> str:
+        return f"{100 * value:.3g}%" if self.share else f"{value:.3g}"
+
+
+def _costs(candidate: Candidate, base: Candidate, budget: Budget) -> tuple[_Cost, ...]:
+    """Returns what a candidate costs in each way that the budget limits, and that was measured."""
     lost = base.share("right") - candidate.share("right")
-    if lost > budget.controls:
-        found.append(f"answers {lost:.0%} of the controls no longer right, of at most {budget.controls:.0%}")
     broken = candidate.share("broken") - base.share("broken")
-    if broken > budget.broken:
-        found.append(f"breaks {broken:.0%} of the answers, of at most {budget.broken:.0%}")
-    subject = candidate.values.get("subject", 0.0)
-    if not subject <= budget.subject:
-        found.append(f"loses {subject:.3g} nats a word of what was asked, of at most {budget.subject:g}")
+    found = [
+        _Cost("controls", lost, budget.controls, "answers {} of the controls no longer right", share=True),
+        _Cost("broken", broken, budget.broken, "breaks {} of the answers", share=True),
+    ]
+    if (kl := candidate.values.get("kl")) is not None:
+        found.insert(0, _Cost("kl", kl, budget.kl, "moves unrelated answers by {} nats a token"))
+    if (subject := candidate.values.get("subject")) is not None:
+        words = "takes {} nats a token from the words that answers repeat from their questions"
+        found.append(_Cost("subject", subject, budget.subject, words))
+    return tuple(found)
+
+
+def _excesses(candidate: Candidate, base: Candidate, budget: Budget) -> list[str]:
+    """Returns in what a candidate is over the budget, in words."""
+    numberless = [] if candidate.finite else ["gives no numbers"]
+    return [cost.told() for cost in _costs(candidate, base, budget) if cost.over] + numberless
+
+
+def _distance(candidate: Candidate, base: Candidate, budget: Budget) -> float:
+    """Returns how many times its limit the cost is that is furthest above it; infinite without numbers."""
     if not candidate.finite:
-        found.append("gives no numbers")
-    return found
+        return math.inf
+    return max(cost.ratio for cost in _costs(candidate, base, budget))
