@@ -237,6 +237,31 @@ class TestGoingOn:
         checked(*arguments(folder, out, "--controls", 1, "--broken", 1, trials=2))
         assert len(self.trials(out)) == 2
 
+    @pytest.mark.parametrize("at", [1, 2])
+    def test_a_start_is_tried_once_where_a_kill_leaves_it_waiting(self, tmp_path, monkeypatch, at):
+        measures, asked = Measures((_Objective("kl", "minimize"),)), iter(range(1, 9))
+        bench = SimpleNamespace(try_out=lambda *_: Tried({"kl": 0.1}, 0.0, 1.0, ""))
+        starts = space().starts({"a": 3, "b": 4})
+        course = study_module.Course(len(starts) + 1, math.inf, 0, {}, starts)
+        study = study_module.open_study(tmp_path / "j", {}, measures.objectives, overwrite=False)
+        ask = type(study).ask
+
+        def killed(self):
+            if next(asked) == at:
+                raise KeyboardInterrupt
+            return ask(self)
+
+        monkeypatch.setattr(type(study), "ask", killed)
+        with pytest.raises(KeyboardInterrupt):
+            study_module.run_trials(study, space(), bench, measures, course, lambda *_: None)
+        monkeypatch.undo()
+        again = study_module.open_study(tmp_path / "j", {}, measures.objectives, overwrite=False)
+        study_module.end_interrupted(again)
+        study_module.run_trials(again, space(), bench, measures, course, lambda *_: None)
+        tried = [trial.setting for trial in study_module.trials_of(again, {})]
+        assert tried[: len(starts)] == list(starts)
+        assert len(tried) == len(starts) + 1
+
     @pytest.mark.parametrize("name", ["kl", "subject", "lean", "neutral"])
     def test_what_is_no_number_is_the_worst(self, tmp_path, name):
         """Each objective alike: the unedited model has the best subject that there is."""

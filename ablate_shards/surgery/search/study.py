@@ -156,7 +156,8 @@ def run_trials(
 
     while (count := _count(study, TrialState.COMPLETE)) < course.trials and time.monotonic() < course.until:
         study.sampler = _sampler(course.seed + count)
-        begun = _count(study, TrialState.COMPLETE, TrialState.RUNNING)
+        # A start that waits was put there by a run that ended before it could ask for it, or by another worker.
+        begun = _count(study, TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
         if begun < len(course.starts):
             start = course.starts[begun]
             study.enqueue_trial({name: start[name] for name in space.free if name in start})
