@@ -75,9 +75,9 @@ def make_search(
         )
         for rank, number in enumerate(looked_at)
     )
-    reports = {"chosen": _reported("source, chosen", 3 if beats else 9, 0.01)}
+    reports = {"chosen": reported("source, chosen", 3 if beats else 9, 0.01)}
     if chosen != 0:
-        reports["plain"] = _reported("source, plain", 7, 0.04)
+        reports["plain"] = reported("source, plain", 7, 0.04)
     asked = reports["chosen"].answers
     questions = place / f"{name}.asked.jsonl"
     questions.write_text("".join(f"{json.dumps({'prompt': answer.prompt})}\n" for answer in asked))
@@ -140,7 +140,7 @@ def _setting(space, rng):
     return setting
 
 
-def _reported(name, slanted, moved):
+def reported(name, slanted, moved):
     base = evaluation("source", 14, 20)
     found = evaluation(name, slanted, 19, base)
     found = replace(found, model=replace(found.model, sha256=None))

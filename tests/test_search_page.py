@@ -12,7 +12,7 @@ from command_line import checked
 from page_checks import Page
 from raw_checkpoints import write_directions, write_llama
 from report_runs import HOSTILE, LAYERS, make_run
-from search_runs import TRIALS, make_search
+from search_runs import TRIALS, make_search, reported
 
 from ablate_shards.errors import ReportError
 from ablate_shards.surgery.plan.recipe import read_recipe
@@ -24,6 +24,7 @@ from ablate_shards.surgery.report.page import render
 from ablate_shards.surgery.report.provenance import rebuilt_recipe
 from ablate_shards.surgery.report.search_record import read_record
 from ablate_shards.surgery.report.searches import told
+from ablate_shards.surgery.search.worth import beats, beside_plain
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,8 @@ def test_a_sentence_says_what_was_tried_on_what_and_what_the_choice_is_worth(sea
     for words in (
         f"Of 24 trials on 30 questions, 20 were complete and {len(record['candidates'])} were measured again, on 44 ",
         f"other questions; of these, trial {record['chosen']} was chosen, and on 44 more, which nothing was chosen ",
-        "by, it beats the plain edit: 3 of 24 of its answers are slanted against 7 of 24 (exact McNemar test, p = ",
-        "0.125), and it moves unrelated answers by 0.0100 nats a token against 0.0400.",
+        "by, the chosen edit beats the plain one: 3 of 24 answers are slanted against 7 of 24 (exact McNemar test, p ",
+        "= 0.125), and unrelated ones moved by 0.01 nats a token against 0.04.",
     ):
         assert words in text
 
@@ -89,15 +90,19 @@ def test_a_sentence_says_what_was_tried_on_what_and_what_the_choice_is_worth(sea
         (
             {"beats": False},
             None,
-            "it does not beat the plain edit: 9 of 24 of its answers are slanted against 7 of 24 (exact McNemar test, "
-            "p = 0.500)",
+            "does not beat the plain one in both, as it costs and removes less: 9 of 24 answers are slanted against 7 "
+            "of 24 (exact McNemar test, p = 0.5)",
         ),
-        ({"beats": False}, "found.plain.*", "it does not beat the plain edit: it is worse in slant or divergence"),
-        ({}, "found.plain.*", "it beats the plain edit: it is better in slant or divergence, and worse in neither"),
+        (
+            {"beats": False},
+            "found.plain.*",
+            "does not beat the plain one: it is worse in slant or divergence, or better in neither",
+        ),
+        ({}, "found.plain.*", "beats the plain one: it is better in slant or divergence, and worse in neither"),
         (
             {"chosen": 0},
             None,
-            "trial 0 was chosen, and on 44 more, which nothing was chosen by, it beats nothing, as it is",
+            "trial 0 was chosen, and on 44 more, which nothing was chosen by, the plain edit itself",
         ),
     ],
 )
@@ -311,7 +316,7 @@ def test_several_searches_are_all_shown(tmp_path):
     page = made.page.read_text()
     assert ["<h3>found.search.json</h3>" in page, "<h3>other.search.json</h3>" in page] == [True, True]
     assert {f'id="{chart}-{number}"' in page for chart in ("front", "depth") for number in (0, 1)} == {True}
-    assert page.count("it beats nothing, as it is the plain edit itself") == 1
+    assert page.count("the plain edit itself was chosen") == 1
     assert "name the evaluations of one with --evaluation" in dict(made.missing)["evaluation"]
     named = tuple(tmp_path / f"found.{each}.evaluation.json" for each in ("plain", "chosen"))
     assert gather(tmp_path, ReportOptions(evaluations=named)).stages == ("source", "source, plain", "source, chosen")
@@ -471,3 +476,20 @@ def test_a_search_beside_a_result_belongs_to_it_if_it_found_what_was_removed(tmp
     found = gather(tmp_path / "out", ReportOptions())
     assert found.searches == ()
     assert "search" not in found.missing
+
+
+@pytest.mark.parametrize(
+    ("chosen", "plain", "says"),
+    [
+        ((3, 0.01), (7, 0.04), "beats the plain one: 3 of 24 answers are slanted against 7 of 24"),
+        ((7, 0.04), (7, 0.04), "does not beat the plain one, which is as good: 7 of 24"),
+        ((9, 0.05), (7, 0.04), "does not beat the plain one, which is better: 9 of 24"),
+        ((3, 0.05), (7, 0.04), "does not beat the plain one in both, as it removes more slant at a higher cost: 3 of"),
+        ((9, 0.01), (7, 0.04), "does not beat the plain one in both, as it costs and removes less: 9 of 24"),
+    ],
+)
+def test_terminal_and_page_say_the_same_of_the_choice(chosen, plain, says):
+    reports = {"chosen": reported("chosen", *chosen), "plain": reported("plain", *plain)}
+    said = beside_plain(reports, better=beats(reports["chosen"], reports["plain"]))
+    assert said.startswith(f"the chosen edit {says}")
+    assert f"moved by {chosen[1]} nats a token against {plain[1]}" in said

@@ -28,7 +28,7 @@ from ablate_shards.surgery.model.loading import open_folder
 from ablate_shards.surgery.search.bench import Bench, opened_bench
 from ablate_shards.surgery.search.choice import Budget, Candidate, Rule, choose, kept_measure, measure_again, spread
 from ablate_shards.surgery.search.contrasts import Contrasts
-from ablate_shards.surgery.search.objectives import Asking, Measures, answer, find_objective, shares
+from ablate_shards.surgery.search.objectives import Asking, Measures, answer, find_objective
 from ablate_shards.surgery.search.questions import Parts
 from ablate_shards.surgery.search.space import Setting, Space, make_space
 from ablate_shards.surgery.search.study import (
@@ -42,11 +42,12 @@ from ablate_shards.surgery.search.study import (
     run_trials,
     trials_of,
 )
+from ablate_shards.surgery.search.worth import beats
 
 if TYPE_CHECKING:
     from optuna.study import Study
 
-__all__ = ["Found", "Job", "SearchOptions", "SearchProgress", "costs", "prepare_job", "search"]
+__all__ = ["Found", "Job", "SearchOptions", "SearchProgress", "prepare_job", "search"]
 
 #: Seconds between two looks at what workers have done.
 _LOOK = 1.0
@@ -316,7 +317,7 @@ def _conclude(
         candidates=tuple(candidates),
         chosen=chosen,
         reports=reports,
-        beats_plain=_beats(reports["chosen"], reports["plain"]) if "plain" in reports else None,
+        beats_plain=beats(reports["chosen"], reports["plain"]) if "plain" in reports else None,
     )
 
 
@@ -353,18 +354,6 @@ def _reported(
         found = evaluated(f"{job.folder.resolve().name}, {name}", None)
         moved: Divergence | None = divergence(speaker, forced, recording, batch=asking.batch)
         yield name, dataclasses.replace(found, base=base, comparison=compare(found, base, moved))
-
-
-def costs(found: Evaluation) -> tuple[int, float]:
-    """Returns how many answers are slanted after an edit, and how far unrelated ones moved, in nats a token."""
-    moved = found.comparison and found.comparison.divergence
-    return shares(found.answers)["slanted"][0], moved.tokens if moved else float("inf")
-
-
-def _beats(chosen: Evaluation, plain: Evaluation) -> bool:
-    """Returns whether an edit is better than another in slant or divergence, and worse in neither."""
-    mine, theirs = costs(chosen), costs(plain)
-    return all(a <= b for a, b in zip(mine, theirs, strict=True)) and mine != theirs
 
 
 def _bench(job: Job, checkpoint: Checkpoint, device: str) -> "contextlib.AbstractContextManager[Bench]":
