@@ -241,7 +241,7 @@ class TestGoingOn:
     def test_a_start_is_tried_once_where_a_kill_leaves_it_waiting(self, tmp_path, monkeypatch, at):
         measures, asked = Measures((_Objective("kl", "minimize"),)), iter(range(1, 9))
         bench = SimpleNamespace(try_out=lambda *_: Tried({"kl": 0.1}, 0.0, 1.0, ""))
-        starts = space().starts({"a": 3, "b": 4})
+        starts = space().starts({"a": (3,), "b": (4,)})
         course = study_module.Course(len(starts) + 1, math.inf, 0, {}, starts)
         study = study_module.open_study(tmp_path / "j", {}, measures.objectives, overwrite=False)
         ask = type(study).ask
@@ -417,11 +417,13 @@ class TestSpace:
         assert {profile.coefficient(layer) for profile in options.profiles for layer in range(8)} == {1.0}
 
     def test_what_is_tried_first(self):
-        starts = space().starts({"a": 5})
+        starts = space().starts({"a": (5, 7)})
         assert starts[0] == space().plain()
         tried = [(start["contrast"], start["source"], start.get("source-layer")) for start in starts]
-        assert tried == [("a", "own", None), ("a", "one", 5.0), ("b", "own", None)]
-        assert {profile.peak for start in starts for profile in space().edit(start).options.profiles} == {1.0}
+        assert tried == 2 * [("a", "own", None), ("a", "one", 5.0), ("a", "one", 7.0), ("b", "own", None)]
+        for start, coefficient in zip(starts, 4 * [1.0] + 4 * [1.25], strict=True):
+            profiles = space().edit(start).options.profiles
+            assert {each.coefficient(layer) for each in profiles for layer in range(8)} == {coefficient}
         assert space({"source": "one", "source-layer": 3.5}).starts({})[0]["source-layer"] == 3.5
 
     def test_what_a_recipe_fixes_is_fixed(self):

@@ -410,7 +410,7 @@ def _course(job: Job, deadline: float, worker: int = 0) -> Course:
     """Returns when a worker's trials end and what seeds them, each worker's otherwise."""
     options = job.options
     seed = options.seed + 1_000_003 * worker
-    starts = job.space.starts(job.contrasts.best_layers())
+    starts = job.space.starts(job.contrasts.sources())
     return Course(trials=options.trials, until=deadline, seed=seed, limits=options.limits, starts=starts)
 
 
