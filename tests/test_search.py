@@ -504,19 +504,19 @@ class TestChoice:
         found = [self.candidate(1, -2, 0.01), self.candidate(2, -1, 0.2), self.candidate(3, -1.5, 0.04),
                  self.candidate(4, -1.2, 0.03, right=6)]  # fmt: skip
         lean = _Objective("lean", "maximize")
-        assert choose(found, base, lean, Budget(kl=0.05, controls=0.1), "j").trial == 3
-        assert choose(found, base, lean, Budget(kl=0.05, controls=0.5), "j").trial == 4
+        assert choose(found, base, [lean], Budget(kl=0.05, controls=0.1), "j").trial == 3
+        assert choose(found, base, [lean], Budget(kl=0.05, controls=0.5), "j").trial == 4
         with pytest.raises(
             SearchError, match=r"j: none of 4 .* trial 1, moves .* 0\.01 nats .*, 0\.009 above the 0\.001 "
         ):
-            choose(found, base, lean, Budget(kl=0.001), "j")
+            choose(found, base, [lean], Budget(kl=0.001), "j")
 
     def test_the_nearest_is_by_all_limits(self):
         """The least divergence is not the nearest where it loses most controls; and what is over is said, all of it."""
         base, lean = self.candidate(None, -3, 0, right=10), _Objective("lean", "maximize")
         found = [self.candidate(0, -1, 0.01, right=2), self.candidate(1, -1, 0.06, right=8)]
         with pytest.raises(SearchError) as refused:
-            choose(found, base, lean, Budget(), "j")
+            choose(found, base, [lean], Budget(), "j")
         assert str(refused.value) == (
             "j: none of 2 candidates is within the budget; the nearest, trial 1, moves unrelated answers by 0.06 nats "
             "a token, 0.01 above the 0.05 of --kl; answers 20% of the controls no longer right, 10% above the 10% of "
@@ -524,9 +524,9 @@ class TestChoice:
         )
         # A limit of nothing has no multiples, but is not nearer for that.
         with pytest.raises(SearchError, match=r"the nearest, trial 1, .*20% above the 0% of"):
-            choose(found, base, lean, Budget(kl=1, controls=0), "j")
+            choose(found, base, [lean], Budget(kl=1, controls=0), "j")
         with pytest.raises(SearchError, match=r"trial 0, .* Raise --controls, or"):
-            choose([self.candidate(5, math.nan, 0.0), found[0]], base, lean, Budget(), "j")
+            choose([self.candidate(5, math.nan, 0.0), found[0]], base, [lean], Budget(), "j")
 
     def test_one_that_no_longer_speaks_of_what_was_asked_is_over_the_budget(self):
         def candidate(trial, lean, subject):
@@ -535,18 +535,34 @@ class TestChoice:
 
         base, lean = candidate(None, -3, 0.0), _Objective("lean", "maximize")
         found = [candidate(1, -1, 1.8), candidate(2, -2, 0.09)]
-        assert choose(found, base, lean, Budget(), "j").trial == 2
-        assert choose(found, base, lean, Budget(subject=2), "j").trial == 1
+        assert choose(found, base, [lean], Budget(), "j").trial == 2
+        assert choose(found, base, [lean], Budget(subject=2), "j").trial == 1
         with pytest.raises(SearchError, match=r"trial 1, takes 1\.8 nats a token from the words"):
-            choose(found[:1], base, lean, Budget(), "j")
+            choose(found[:1], base, [lean], Budget(), "j")
 
     def test_the_least_cost_of_the_plain_edits_effect(self):
         base = self.candidate(None, -3, 0)
         found = [self.candidate(0, -2, 0.02), self.candidate(1, -1.9, 0.01), self.candidate(2, -1, 0.04),
                  self.candidate(3, -2.5, 0.001)]  # fmt: skip
         lean = _Objective("lean", "maximize")
-        assert choose(found, base, lean, Budget(), "j", rule="cost", plain=0).trial == 1
-        assert choose(found, base, lean, Budget(), "j").trial == 2
+        assert choose(found, base, [lean], Budget(), "j", rule="cost", plain=0).trial == 1
+        assert choose(found, base, [lean], Budget(), "j").trial == 2
+
+    def test_of_equal_effect_the_next_objective_decides(self):
+        """Shares of few answers are equal often; then not what costs least is best, but what turns them by most."""
+
+        def candidate(trial, slanted, former, kl):
+            made = self.candidate(trial, 0, kl)
+            return dataclasses.replace(made, values={"slanted": slanted, "former": former, "kl": kl})
+
+        base = candidate(None, 0.7, -0.3, 0)
+        slanted, former = _Objective("slanted", "minimize"), _Objective("former", "maximize")
+        found = [candidate(1, 0.0, 0.1, 0.001), candidate(2, 0.0, 0.3, 0.02), candidate(3, 0.1, 0.9, 0.01)]
+        assert choose(found, base, [slanted, former], Budget(), "j").trial == 2
+        assert choose(found, base, [slanted], Budget(), "j").trial == 1
+        assert choose(found, base, [slanted, former], Budget(), "j", rule="cost", plain=3).trial == 1
+        trials = [Trial(each.trial, {}, Tried(each.values, 0.0, 1.0, "")) for each in found]
+        assert [trial.number for trial in best_of(trials, [slanted, former])] == [2, 3]
 
     def test_the_front(self):
         objectives = [_Objective("lean", "maximize"), _Objective("kl", "minimize")]
@@ -715,6 +731,30 @@ class TestCommand:
 
         assert found == pytest.approx(sum(wanted) / len(wanted), rel=1e-4)
         assert found > 0.01
+
+    def test_former_answers_are_likely_by_how_they_begin(self, folder):
+        questions = load_questions(folder / "q.jsonl")
+        with speaking(folder / "model", dtype="float32", device="cpu") as speaker:
+            former = find_objective("former")(speaker, questions, Asking(tokens=24))
+            signs = {-1: 0.0, 1: 0.0}
+            for forced, sign in zip(former._forced, former._signs, strict=True):
+                assert 0 < len(forced.response) <= 8
+                ids = torch.tensor([[*forced.prompt, *forced.response]])
+                with torch.no_grad():
+                    logs = speaker.network(ids).logits[0].double().log_softmax(-1)[len(forced.prompt) - 1 : -1]
+                signs[sign] += math.exp(float(logs.gather(-1, torch.tensor(forced.response)[:, None]).sum()))
+            assert former.base == pytest.approx((signs[1] - signs[-1]) / len(former._signs), rel=1e-4)
+            assert min(signs.values()) > 0
+            impartial = [question for question in questions if question.group != "core"]
+            with pytest.raises(UsageError, match="no answer to a question of this part is slanted"):
+                find_objective("former")(speaker, impartial, Asking(tokens=24))
+
+    def test_a_divergence_is_of_more_questions_than_a_lean(self, folder):
+        asked = [Question(f"u-{number}", "en", "unrelated", f"What is {number}?") for number in range(60)]
+        with speaking(folder / "model", dtype="float32", device="cpu") as speaker:
+            counts = [len(find_objective("kl")(speaker, asked, asking)._forced) for asking in (
+                Asking(forced=2, batch=64), Asking(forced=2, batch=64).thorough())]  # fmt: skip
+        assert counts == [40, 60]
 
     def test_an_objective_of_ones_own(self, folder, tmp_path, monkeypatch):
         (tmp_path / "mine.py").write_text(

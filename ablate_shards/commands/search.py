@@ -73,7 +73,7 @@ def _space(text: str) -> dict[str, Any]:
     callback=parsed(_names),
     default="lean,kl",
     show_default=True,
-    help="What trials are judged by, the effect first: lean, kl, subject, a verdict, or your own module:name.",
+    help="What trials are judged by, the effect first: lean, kl, subject, former, a verdict, or your own module:name.",
 )
 @click.option(
     "--kl", type=float, default=0.05, show_default=True, help="Most nats a token that unrelated answers may move by."

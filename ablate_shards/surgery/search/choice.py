@@ -132,7 +132,7 @@ def kept_measure(study: "Study", key: str, asked: Any, measure: Callable[[], Mea
 def choose(
     candidates: Sequence[Candidate],
     base: Candidate,
-    effect: Objective,
+    objectives: Sequence[Objective],
     budget: Budget,
     where: str,
     *,
@@ -144,7 +144,7 @@ def choose(
     Args:
         candidates: What there is to choose from.
         base: The unedited model on the same questions.
-        effect: The objective that counts.
+        objectives: What counts: the first is the effect, and of what is equal in that the next ones decide, in turn.
         budget: What an edit may cost.
         where: The journal, for the error.
         rule: Which is best: that with the largest effect, or the one that moves unrelated answers least of those with
@@ -164,16 +164,16 @@ def choose(
             f"{'; '.join(_excesses(nearest, base, budget))}. {raised}; finished trials are kept"
         )
 
-    def gain(candidate: Candidate) -> float:
-        return -loss(effect, candidate.values[effect.name])
+    def gain(candidate: Candidate) -> tuple[float, ...]:
+        return tuple(-loss(each, candidate.values[each.name]) for each in objectives)
 
     def cost(candidate: Candidate) -> float:
         return candidate.values.get("kl", 0.0)
 
     if rule == "cost" and plain is not None:
-        least = next(gain(each) for each in candidates if each.trial == plain)
-        if enough := [each for each in within if gain(each) >= least]:
-            return min(enough, key=lambda each: (cost(each), -gain(each)))
+        least = next(gain(each)[0] for each in candidates if each.trial == plain)
+        if enough := [each for each in within if gain(each)[0] >= least]:
+            return max(enough, key=lambda each: (-cost(each), gain(each)))
     return max(within, key=lambda each: (gain(each), -cost(each)))
 
 

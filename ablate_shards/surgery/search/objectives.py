@@ -34,6 +34,10 @@ __all__ = [
 
 Direction = Literal["minimize", "maximize"]
 
+#: How many of the first tokens of a former answer are looked at: those that what follows depends on.
+_OPENING = 8
+_SIGNS: Mapping[Verdict, int] = {"slanted": -1, "neutral": 1}
+
 
 @dataclass(frozen=True, slots=True)
 class Asking:
@@ -44,7 +48,9 @@ class Asking:
         forced: Most tokens of the model's own answers that its distributions are compared over.
         references: Most reference answers of each side of a question whose likelihood is measured, all if None.
         beginning: Most tokens of each of them, the first ones; all if None.
-        questions: Most questions that a lean or a divergence looks at, all if None.
+        questions: Most questions that a lean or a subject looks at, all if None.
+        unrelated: Most questions that a divergence looks at, all if None. A few of them move most, so that
+            what ten move by says little of others.
         batch: How many questions at a time.
     """
 
@@ -53,11 +59,12 @@ class Asking:
     references: int | None = 1
     beginning: int | None = 16
     questions: int | None = 10
+    unrelated: int | None = 40
     batch: int = 16
 
     def thorough(self) -> "Asking":
         """Returns the same, with nothing left out."""
-        return dataclasses.replace(self, references=None, beginning=None, questions=None)
+        return dataclasses.replace(self, references=None, beginning=None, questions=None, unrelated=None)
 
 
 class Objective(Protocol):
@@ -137,7 +144,7 @@ class DivergenceObjective:
     base = 0.0
 
     def __init__(self, speaker: Speaker, questions: Sequence[Question], asking: Asking) -> None:
-        unrelated = [question for question in questions if question.group == "unrelated"][: asking.questions]
+        unrelated = [question for question in questions if question.group == "unrelated"][: asking.unrelated]
         if not unrelated:
             raise UsageError("--objective kl: no question of this part is unrelated; add some, or leave it out")
         self._batch = asking.batch
@@ -201,6 +208,47 @@ class SubjectObjective:
         return math.fsum(values) / len(values)
 
 
+class FormerObjective:
+    """How likely the unedited model's neutral answers begin as they did, less how likely its slanted ones do.
+
+    A share of greedy answers does not tell an edit that turns them by a hair from one that does by far. This does, and
+    needs no reference answers: it is the mean over questions of the probability of the first tokens of what the
+    unedited model said, taken negative where that was slanted.
+
+    Args:
+        speaker: The unedited model.
+        questions: The questions; controls, and those that are answered neither slanted nor neutral, are not looked at.
+        asking: How to ask.
+
+    Raises:
+        UsageError: No answer is slanted.
+    """
+
+    name = "former"
+    direction: Direction = "maximize"
+
+    def __init__(self, speaker: Speaker, questions: Sequence[Question], asking: Asking) -> None:
+        contested = [question for question in questions if question.group in CONTESTED]
+        replies = answer(speaker, contested, tokens=asking.tokens, batch=asking.batch)
+        self._batch = asking.batch
+        self._forced: list[Forced] = []
+        self._signs: list[int] = []
+        for question, reply in zip(contested, replies, strict=True):
+            if (sign := _SIGNS.get(judged(question, reply).verdict)) is not None:
+                forced = forced_answer(speaker, question, reply, thinking=False)
+                self._forced.append(dataclasses.replace(forced, response=forced.response[:_OPENING]))
+                self._signs.append(sign)
+        if -1 not in self._signs:
+            raise UsageError("--objective former: no answer to a question of this part is slanted; leave it out")
+        self.base = self.measure(speaker)
+
+    def measure(self, speaker: Speaker) -> float:
+        """Returns the mean over the questions, between -1 and 1."""
+        scores = token_log_likelihoods(speaker, self._forced, batch=self._batch)
+        likely = [math.exp(float(each.sum())) for each in scores]
+        return math.fsum(map(math.prod, zip(self._signs, likely, strict=True))) / len(likely)
+
+
 def subject_of(speaker: Speaker, questions: Sequence[Question], asking: Asking) -> SubjectObjective:
     """Makes the objective ``subject`` of an unedited model.
 
@@ -251,6 +299,7 @@ OBJECTIVES: Mapping[str, Maker] = {
     "lean": LeanObjective,
     "kl": DivergenceObjective,
     "subject": subject_of,
+    "former": FormerObjective,
     **{verdict: partial(VerdictObjective, verdict) for verdict in _VERDICTS},
 }
 

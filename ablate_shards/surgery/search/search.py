@@ -295,7 +295,7 @@ def _conclude(
     chosen = choose(
         candidates,
         base,
-        again.objectives[0],
+        again.objectives,
         options.budget,
         str(job.journal),
         rule=options.choose,

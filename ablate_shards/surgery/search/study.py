@@ -207,7 +207,7 @@ def best_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Tr
         )
 
     front = {losses(trial): trial for trial in reversed(complete) if not beaten(trial)}
-    return sorted(front.values(), key=lambda trial: losses(trial)[0])
+    return sorted(front.values(), key=losses)
 
 
 def importances(study: "Study", objectives: Sequence[Objective]) -> dict[str, dict[str, float]]:
