@@ -277,6 +277,22 @@ class TestGoingOn:
         over = [sum(trial.constraints.values()) > 0 for trial in study.trials]
         assert over == [False, True, True, True]
 
+    def test_where_none_is_within_the_budget_those_that_do_less_are_looked_at(
+        self, folder, found, tmp_path, monkeypatch
+    ):
+        def looked_at(name):
+            shutil.copy(folder / "found.study.journal", tmp_path / f"{name}.study.journal")
+            checked(*arguments(folder, tmp_path / f"{name}.toml"), "--front", 1)
+            record = json.loads((tmp_path / f"{name}.search.json").read_text())
+            return record["front"], [candidate["trial"] for candidate in record["candidates"]]
+
+        front, first = looked_at("first")
+        assert len(front) > 1
+        monkeypatch.setattr("ablate_shards.surgery.search.search.is_within", lambda *_: False)
+        _, more = looked_at("more")
+        assert more[: len(first)] == first
+        assert [front.index(trial) for trial in more[len(first) :]] == [-(-len(front) // 2)]
+
     def test_every_trial_over_its_limits(self, folder, tmp_path, monkeypatch):
         out = tmp_path / "forgets.toml"
         refused = checked(*arguments(folder, out, "--subject", 1e-9, trials=2), code=1)

@@ -19,7 +19,7 @@ from ablate_shards.surgery.search.study import Trial
 if TYPE_CHECKING:
     from optuna.study import Study
 
-__all__ = ["Budget", "Candidate", "Measured", "Rule", "choose", "kept_measure", "measure_again", "spread"]
+__all__ = ["Budget", "Candidate", "Measured", "Rule", "choose", "is_within", "kept_measure", "measure_again", "spread"]
 
 
 Rule = Literal["effect", "cost"]
@@ -154,7 +154,7 @@ def choose(
     Raises:
         SearchError: None is within the budget.
     """
-    within = [each for each in candidates if not _excesses(each, base, budget)]
+    within = [each for each in candidates if is_within(each, base, budget)]
     if not within:
         nearest = min(candidates, key=lambda each: _distance(each, base, budget))
         ways = [f"--{cost.name}" for cost in _costs(nearest, base, budget) if cost.over]
@@ -175,6 +175,11 @@ def choose(
         if enough := [each for each in within if gain(each)[0] >= least]:
             return max(enough, key=lambda each: (-cost(each), gain(each)))
     return max(within, key=lambda each: (gain(each), -cost(each)))
+
+
+def is_within(candidate: Candidate, base: Candidate, budget: Budget) -> bool:
+    """Returns whether a candidate costs no more than it may in any way, and gives numbers."""
+    return not _excesses(candidate, base, budget)
 
 
 @dataclass(frozen=True, slots=True)

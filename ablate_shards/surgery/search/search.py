@@ -26,7 +26,16 @@ from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import locked
 from ablate_shards.surgery.model.loading import open_folder
 from ablate_shards.surgery.search.bench import Bench, opened_bench
-from ablate_shards.surgery.search.choice import Budget, Candidate, Rule, choose, kept_measure, measure_again, spread
+from ablate_shards.surgery.search.choice import (
+    Budget,
+    Candidate,
+    Rule,
+    choose,
+    is_within,
+    kept_measure,
+    measure_again,
+    spread,
+)
 from ablate_shards.surgery.search.contrasts import Contrasts
 from ablate_shards.surgery.search.objectives import Asking, Measures, answer, find_objective
 from ablate_shards.surgery.search.questions import Parts
@@ -269,29 +278,38 @@ def _conclude(
         raise SearchError(f"{job.journal}: {_none_within(trials, options)}; finished trials are kept")
     # What costs less on the questions of the trials may cost more on others, so that the best one alone will not do.
     within = [trial for trial in front if trial.tried.values.get("kl", 0.0) <= options.budget.kl] or front[-1:]
-    looked_at = spread(within[: max(options.front, -(-len(within) // 2))], options.front)
+    effective = max(options.front, -(-len(within) // 2))
+    looked_at = spread(within[:effective], options.front)
+    # What is looked at as well if none of these is within the budget: those that do less.
+    spare = spread(within[effective:], options.front)
     plain = job.space.plain()
     same = next((trial for trial in trials if dict(trial.setting) == plain), None)
     if same is not None and all(trial.number != same.number for trial in looked_at):
         looked_at = [same, *looked_at]
+    spare = [trial for trial in spare if trial not in looked_at]
     total, steps = len(looked_at) + 1 + 3, itertools.count(1)
     progress.count(0, total)
     asking = Asking(tokens=options.length, forced=2 * options.asking.forced, batch=options.asking.batch).thorough()
     again = bench.measures(options.objectives, job.parts.choice, asking)
     if "subject" not in again.names:
         progress.note(_unlimited("choice"))
-    candidates: list[Candidate] = []
-    for number, setting in ((None, None), *((trial.number, trial.setting) for trial in looked_at)):
+
+    def measured(number: int | None, setting: Setting | None) -> Candidate:
         # Kept, so that another budget is a matter of seconds.
-        measured = kept_measure(
+        found = kept_measure(
             study,
             f"choice {number}",
             [dataclasses.asdict(asking), list(again.names), questions_digest(job.parts.choice)],
             functools.partial(measure_again, bench, setting, again, job.parts.choice, asking),
         )
-        candidates.append(measured.candidate(number, setting, job.parts.choice))
         progress.count(next(steps), total)
-    base, *candidates = candidates
+        return found.candidate(number, setting, job.parts.choice)
+
+    base = measured(None, None)
+    candidates = [measured(trial.number, trial.setting) for trial in looked_at]
+    if spare and not any(is_within(candidate, base, options.budget) for candidate in candidates):
+        total += len(spare)
+        candidates += [measured(trial.number, trial.setting) for trial in spare]
     chosen = choose(
         candidates,
         base,
