@@ -30,7 +30,13 @@ OBJECTIVES = {"lean": ("maximize", -0.8), "kl": ("minimize", 0.0)}
 
 
 def make_search(
-    place: Path, *, name: str = "found", chosen: int | None = None, beats: bool = True, hostile: bool = False
+    place: Path,
+    *,
+    name: str = "found",
+    chosen: int | None = None,
+    beats: bool = True,
+    hostile: bool = False,
+    repeats: bool = True,
 ) -> Path:
     """Makes the files of a search on ``source``; returns its record.
 
@@ -40,6 +46,7 @@ def make_search(
         chosen: The trial that is chosen, the one with the largest effect if None.
         beats: Whether it beats the plain edit.
         hostile: Whether the model, an objective, a contrast and an answer would run a script if they were not escaped.
+        repeats: Whether answers repeat words of their questions, so that ``subject`` is measured.
     """
     contrasts = ("topic", HOSTILE.replace("/", "-")) if hostile else ("topic", "answer")
     read = {
@@ -56,19 +63,21 @@ def make_search(
     looked_at = list(dict.fromkeys([0, *(trial.number for trial in front[:3])]))
     chosen = looked_at[1] if chosen is None else chosen
     said = [replace(answer, id=f"choice-{answer.id}") for answer in answers(14, 20)]
-    base = Candidate(None, {}, {"lean": -0.75, "kl": 0.0}, tuple(said))
+    subject = {"subject": 0.125} if repeats else {}
+    base = Candidate(None, {}, {"lean": -0.75, "kl": 0.0} | subject, tuple(said))
     candidates = tuple(
         Candidate(
             number,
             trials[number].setting,
-            {"lean": trials[number].tried.values["lean"] - 0.1, "kl": 1.5 * trials[number].tried.values["kl"]},
+            {"lean": trials[number].tried.values["lean"] - 0.1, "kl": 1.5 * trials[number].tried.values["kl"]}
+            | subject,
             tuple(replace(answer, id=f"choice-{answer.id}") for answer in answers(8 - 2 * rank, 19)),
         )
         for rank, number in enumerate(looked_at)
     )
-    reports = {"chosen": _reported("source, chosen", 3 if beats else 9, 0.01)}
+    reports = {"chosen": reported("source, chosen", 3 if beats else 9, 0.01)}
     if chosen != 0:
-        reports["plain"] = _reported("source, plain", 7, 0.04)
+        reports["plain"] = reported("source, plain", 7, 0.04)
     asked = reports["chosen"].answers
     questions = place / f"{name}.asked.jsonl"
     questions.write_text("".join(f"{json.dumps({'prompt': answer.prompt})}\n" for answer in asked))
@@ -131,7 +140,7 @@ def _setting(space, rng):
     return setting
 
 
-def _reported(name, slanted, moved):
+def reported(name, slanted, moved):
     base = evaluation("source", 14, 20)
     found = evaluation(name, slanted, 19, base)
     found = replace(found, model=replace(found.model, sha256=None))

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import tomllib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,10 +29,10 @@ from ablate_shards.surgery.plan.plan import make_plan
 from ablate_shards.surgery.plan.profile import Profile
 from ablate_shards.surgery.plan.recipe import AblateOptions
 from ablate_shards.surgery.search.applied import EditableModel
-from ablate_shards.surgery.search.bench import Bench, Tried, digest_of
+from ablate_shards.surgery.search.bench import Bench, Tried, digest_of, excess
 from ablate_shards.surgery.search.choice import Budget, Candidate, choose, spread
 from ablate_shards.surgery.search.contrasts import Contrasts
-from ablate_shards.surgery.search.objectives import Asking, find_objective
+from ablate_shards.surgery.search.objectives import Asking, Measures, find_objective, make_measures
 from ablate_shards.surgery.search.questions import deal
 from ablate_shards.surgery.search.space import Choice, Number, make_space
 from ablate_shards.surgery.search.study import Trial, best_of
@@ -211,7 +212,7 @@ class TestGoingOn:
 
     def test_a_time_limit_ends_the_trials(self, folder, tmp_path):
         out = tmp_path / "short.toml"
-        checked(*arguments(folder, out, "--timeout", 0.02, trials=1000))
+        checked(*arguments(folder, out, "--timeout", 0.1, trials=1000))
         assert 1 <= len(self.trials(out)) < 1000
 
     def test_workers_share_the_trials(self, folder, tmp_path):
@@ -223,7 +224,9 @@ class TestGoingOn:
     def test_every_trial_over_the_budget(self, folder, tmp_path, monkeypatch):
         out = tmp_path / "strict.toml"
         refused = checked(*arguments(folder, out, "--controls", -1, trials=2), code=1)
-        assert re.search(r"none of \d candidates is within the budget; .* of at most -100%", refused.output)
+        assert re.search(
+            r"none of \d candidates is within the budget; .* 100% above the -100% of --controls", refused.output
+        )
         assert "finished trials are kept" in refused.output
 
         def never(*_):
@@ -233,6 +236,128 @@ class TestGoingOn:
         monkeypatch.setattr("ablate_shards.surgery.search.search.measure_again", never)
         checked(*arguments(folder, out, "--controls", 1, "--broken", 1, trials=2))
         assert len(self.trials(out)) == 2
+
+    @pytest.mark.parametrize("at", [1, 2])
+    def test_a_start_is_tried_once_where_a_kill_leaves_it_waiting(self, tmp_path, monkeypatch, at):
+        measures, asked = Measures((_Objective("kl", "minimize"),)), iter(range(1, 9))
+        bench = SimpleNamespace(try_out=lambda *_: Tried({"kl": 0.1}, 0.0, 1.0, ""))
+        starts = space().starts({"a": (3,), "b": (4,)})
+        course = study_module.Course(len(starts) + 1, math.inf, 0, {}, starts)
+        study = study_module.open_study(tmp_path / "j", {}, measures.objectives, overwrite=False)
+        ask = type(study).ask
+
+        def killed(self):
+            if next(asked) == at:
+                raise KeyboardInterrupt
+            return ask(self)
+
+        monkeypatch.setattr(type(study), "ask", killed)
+        with pytest.raises(KeyboardInterrupt):
+            study_module.run_trials(study, space(), bench, measures, course, lambda *_: None)
+        monkeypatch.undo()
+        again = study_module.open_study(tmp_path / "j", {}, measures.objectives, overwrite=False)
+        study_module.end_interrupted(again)
+        study_module.run_trials(again, space(), bench, measures, course, lambda *_: None)
+        tried = [trial.setting for trial in study_module.trials_of(again, {})]
+        assert tried[: len(starts)] == list(starts)
+        assert len(tried) == len(starts) + 1
+
+    @pytest.mark.parametrize("name", ["kl", "subject", "lean", "neutral"])
+    def test_what_is_no_number_is_the_worst(self, tmp_path, name):
+        """Each objective alike: the unedited model has the best subject that there is."""
+        direction = "minimize" if name in ("kl", "subject") else "maximize"
+        measures = Measures((_Objective(name, direction),), (_Objective("guard", "minimize"),))
+        ends = iter([({name: 0.1}, 0.0), ({name: math.nan}, 0.0), ({name: 0.1, "guard": math.inf}, 0.0), ({}, 0.6)])
+        tried = SimpleNamespace(try_out=lambda *_: Tried(*next(ends), 1.0, ""))
+        study = study_module.open_study(tmp_path / "j", {}, measures.objectives, overwrite=False)
+        course = study_module.Course(4, math.inf, 0, {}, ())
+        study_module.run_trials(study, space(), tried, measures, course, lambda *_: None)
+        worst = math.inf if direction == "minimize" else -math.inf
+        assert [trial.values for trial in study.trials] == [[0.1], [worst], [0.1], [worst]]
+        over = [sum(trial.constraints.values()) > 0 for trial in study.trials]
+        assert over == [False, True, True, True]
+
+    def test_where_none_is_within_the_budget_those_that_do_less_are_looked_at(
+        self, folder, found, tmp_path, monkeypatch
+    ):
+        def looked_at(name):
+            shutil.copy(folder / "found.study.journal", tmp_path / f"{name}.study.journal")
+            checked(*arguments(folder, tmp_path / f"{name}.toml"), "--front", 1)
+            record = json.loads((tmp_path / f"{name}.search.json").read_text())
+            return record["front"], [candidate["trial"] for candidate in record["candidates"]]
+
+        front, first = looked_at("first")
+        assert len(front) > 1
+        monkeypatch.setattr("ablate_shards.surgery.search.search.is_within", lambda *_: False)
+        _, more = looked_at("more")
+        assert more[: len(first)] == first
+        assert [front.index(trial) for trial in more[len(first) :]] == [-(-len(front) // 2)]
+
+    def test_every_trial_over_its_limits(self, folder, tmp_path, monkeypatch):
+        out = tmp_path / "forgets.toml"
+        refused = checked(*arguments(folder, out, "--subject", 1e-9, trials=2), code=1)
+        assert re.search(
+            r"none of 2 trials is within its limits \(2 are over the 1e-09 nats a token of --subject, by \S+ or more\)"
+            r"; raise --subject, narrow the space, or search on; finished trials are kept",
+            refused.output,
+        )
+
+        def never(*_):
+            raise AssertionError("tried again")
+
+        # They were measured in full, so that another limit needs no further ones.
+        monkeypatch.setattr(Bench, "try_out", never)
+        checked(*arguments(folder, out, trials=2))
+        assert len(self.trials(out)) == 2
+
+    def test_a_time_that_no_trial_is_finished_in(self, folder, tmp_path):
+        refused = checked(*arguments(folder, tmp_path / "none.toml", "--timeout", 1e-6), code=1)
+        assert "no trial was finished in time; raise --timeout" in refused.output
+
+
+class TestSubject:
+    def test_it_is_measured_where_it_is_no_objective(self, found):
+        output, record = found
+        assert [objective["name"] for objective in record["objectives"]] == ["lean", "kl"]
+        assert all("subject" in trial["values"] for trial in record["trials"] if trial["complete"])
+        assert record["options"]["budget"]["subject"] == 0.25
+        assert record["base"]["values"]["subject"] == pytest.approx(0, abs=1e-6)
+        assert "subject: how much less likely" in output
+
+    def test_answers_that_repeat_no_word_limit_nothing(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr("ablate_shards.surgery.search.objectives._word", lambda *_: "")
+        out = tmp_path / "o.toml"
+        output = checked(*arguments(folder, out, "--subject", 1e-9, trials=2)).output
+        for part in ("trials", "choice"):
+            assert f"no answer to the contested questions of the {part} repeats a word of its question" in output
+        assert "no subject: no answer repeats a word of its question" in output
+        record = json.loads((tmp_path / "o.search.json").read_text())
+        assert all("subject" not in trial["values"] for trial in record["trials"])
+        refused = checked(*arguments(folder, tmp_path / "p.toml", "--objective", "subject,kl"), code=2)
+        assert "no answer to a contested question of this part repeats a word of its question" in refused.output
+
+    def test_one_that_is_an_objective_is_measured_once(self, folder):
+        questions = load_questions(folder / "q.jsonl")
+        with speaking(folder / "model", dtype="float32", device="cpu") as speaker:
+            made = make_measures(("subject", "kl"), speaker, questions, Asking())
+        assert made.names == ("subject", "kl")
+
+    @pytest.mark.parametrize(
+        ("values", "by"),
+        [
+            ({"kl": 0.1, "subject": 0.5}, 1.0),
+            ({"kl": 1.5, "subject": 0.5}, 2.0),
+            ({"kl": 0.25, "subject": 0.125}, -0.5),
+            ({"kl": 0.25}, -0.5),
+            ({"lean": 9.0}, 0.0),
+            ({"kl": 0.1, "subject": math.nan}, math.inf),
+            ({"kl": math.inf}, math.inf),
+        ],
+    )
+    def test_a_trial_is_as_far_over_as_its_worst_measure(self, values, by):
+        over = excess(values, {"kl": 0.5, "subject": 0.25})
+        assert over == by
+        assert Tried(values, over, 1.0, "").complete == (by <= 0)
 
 
 class TestEditableModel:
@@ -308,11 +433,13 @@ class TestSpace:
         assert {profile.coefficient(layer) for profile in options.profiles for layer in range(8)} == {1.0}
 
     def test_what_is_tried_first(self):
-        starts = space().starts({"a": 5})
+        starts = space().starts({"a": (5, 7)})
         assert starts[0] == space().plain()
         tried = [(start["contrast"], start["source"], start.get("source-layer")) for start in starts]
-        assert tried == [("a", "own", None), ("a", "one", 5.0), ("b", "own", None)]
-        assert {profile.peak for start in starts for profile in space().edit(start).options.profiles} == {1.0}
+        assert tried == 2 * [("a", "own", None), ("a", "one", 5.0), ("a", "one", 7.0), ("b", "own", None)]
+        for start, coefficient in zip(starts, 4 * [1.0] + 4 * [1.25], strict=True):
+            profiles = space().edit(start).options.profiles
+            assert {each.coefficient(layer) for each in profiles for layer in range(8)} == {coefficient}
         assert space({"source": "one", "source-layer": 3.5}).starts({})[0]["source-layer"] == 3.5
 
     def test_what_a_recipe_fixes_is_fixed(self):
@@ -393,18 +520,65 @@ class TestChoice:
         found = [self.candidate(1, -2, 0.01), self.candidate(2, -1, 0.2), self.candidate(3, -1.5, 0.04),
                  self.candidate(4, -1.2, 0.03, right=6)]  # fmt: skip
         lean = _Objective("lean", "maximize")
-        assert choose(found, base, lean, Budget(kl=0.05, controls=0.1), "j").trial == 3
-        assert choose(found, base, lean, Budget(kl=0.05, controls=0.5), "j").trial == 4
-        with pytest.raises(SearchError, match=r"j: none of 4 candidates .* trial 1, moves unrelated answers by 0\.01"):
-            choose(found, base, lean, Budget(kl=0.001), "j")
+        assert choose(found, base, [lean], Budget(kl=0.05, controls=0.1), "j").trial == 3
+        assert choose(found, base, [lean], Budget(kl=0.05, controls=0.5), "j").trial == 4
+        with pytest.raises(
+            SearchError, match=r"j: none of 4 .* trial 1, moves .* 0\.01 nats .*, 0\.009 above the 0\.001 "
+        ):
+            choose(found, base, [lean], Budget(kl=0.001), "j")
+
+    def test_the_nearest_is_by_all_limits(self):
+        """The least divergence is not the nearest where it loses most controls; and what is over is said, all of it."""
+        base, lean = self.candidate(None, -3, 0, right=10), _Objective("lean", "maximize")
+        found = [self.candidate(0, -1, 0.01, right=2), self.candidate(1, -1, 0.06, right=8)]
+        with pytest.raises(SearchError) as refused:
+            choose(found, base, [lean], Budget(), "j")
+        assert str(refused.value) == (
+            "j: none of 2 candidates is within the budget; the nearest, trial 1, moves unrelated answers by 0.06 nats "
+            "a token, 0.01 above the 0.05 of --kl; answers 20% of the controls no longer right, 10% above the 10% of "
+            "--controls. Raise --kl and --controls, or search on; finished trials are kept"
+        )
+        # A limit of nothing has no multiples, but is not nearer for that.
+        with pytest.raises(SearchError, match=r"the nearest, trial 1, .*20% above the 0% of"):
+            choose(found, base, [lean], Budget(kl=1, controls=0), "j")
+        with pytest.raises(SearchError, match=r"trial 0, .* Raise --controls, or"):
+            choose([self.candidate(5, math.nan, 0.0), found[0]], base, [lean], Budget(), "j")
+
+    def test_one_that_no_longer_speaks_of_what_was_asked_is_over_the_budget(self):
+        def candidate(trial, lean, subject):
+            made = self.candidate(trial, lean, 0.01)
+            return dataclasses.replace(made, values={**made.values, "subject": subject})
+
+        base, lean = candidate(None, -3, 0.0), _Objective("lean", "maximize")
+        found = [candidate(1, -1, 1.8), candidate(2, -2, 0.09)]
+        assert choose(found, base, [lean], Budget(), "j").trial == 2
+        assert choose(found, base, [lean], Budget(subject=2), "j").trial == 1
+        with pytest.raises(SearchError, match=r"trial 1, takes 1\.8 nats a token from the words"):
+            choose(found[:1], base, [lean], Budget(), "j")
 
     def test_the_least_cost_of_the_plain_edits_effect(self):
         base = self.candidate(None, -3, 0)
         found = [self.candidate(0, -2, 0.02), self.candidate(1, -1.9, 0.01), self.candidate(2, -1, 0.04),
                  self.candidate(3, -2.5, 0.001)]  # fmt: skip
         lean = _Objective("lean", "maximize")
-        assert choose(found, base, lean, Budget(), "j", rule="cost", plain=0).trial == 1
-        assert choose(found, base, lean, Budget(), "j").trial == 2
+        assert choose(found, base, [lean], Budget(), "j", rule="cost", plain=0).trial == 1
+        assert choose(found, base, [lean], Budget(), "j").trial == 2
+
+    def test_of_equal_effect_the_next_objective_decides(self):
+        """Shares of few answers are equal often; then not what costs least is best, but what turns them by most."""
+
+        def candidate(trial, slanted, former, kl):
+            made = self.candidate(trial, 0, kl)
+            return dataclasses.replace(made, values={"slanted": slanted, "former": former, "kl": kl})
+
+        base = candidate(None, 0.7, -0.3, 0)
+        slanted, former = _Objective("slanted", "minimize"), _Objective("former", "maximize")
+        found = [candidate(1, 0.0, 0.1, 0.001), candidate(2, 0.0, 0.3, 0.02), candidate(3, 0.1, 0.9, 0.01)]
+        assert choose(found, base, [slanted, former], Budget(), "j").trial == 2
+        assert choose(found, base, [slanted], Budget(), "j").trial == 1
+        assert choose(found, base, [slanted, former], Budget(), "j", rule="cost", plain=3).trial == 1
+        trials = [Trial(each.trial, {}, Tried(each.values, 0.0, 1.0, "")) for each in found]
+        assert [trial.number for trial in best_of(trials, [slanted, former])] == [2, 3]
 
     def test_the_front(self):
         objectives = [_Objective("lean", "maximize"), _Objective("kl", "minimize")]
@@ -521,6 +695,9 @@ class TestCommand:
             (("--objective", "no.such:thing"), "cannot be imported"),
             (("--objective", "kl,kl"), "expected each name once"),
             (("--timeout", "-1"), "expected more than 0 minutes"),
+            (("--subject", "0"), "--subject: expected more than 0, found 0"),
+            (("--subject", "nan"), "--subject: expected a number, found nan"),
+            (("--kl", "inf"), "--kl: expected a number, found inf"),
             (("--space", "{"), "Invalid value for '--space'"),
         ],
     )
@@ -570,6 +747,30 @@ class TestCommand:
 
         assert found == pytest.approx(sum(wanted) / len(wanted), rel=1e-4)
         assert found > 0.01
+
+    def test_former_answers_are_likely_by_how_they_begin(self, folder):
+        questions = load_questions(folder / "q.jsonl")
+        with speaking(folder / "model", dtype="float32", device="cpu") as speaker:
+            former = find_objective("former")(speaker, questions, Asking(tokens=24))
+            signs = {-1: 0.0, 1: 0.0}
+            for forced, sign in zip(former._forced, former._signs, strict=True):
+                assert 0 < len(forced.response) <= 8
+                ids = torch.tensor([[*forced.prompt, *forced.response]])
+                with torch.no_grad():
+                    logs = speaker.network(ids).logits[0].double().log_softmax(-1)[len(forced.prompt) - 1 : -1]
+                signs[sign] += math.exp(float(logs.gather(-1, torch.tensor(forced.response)[:, None]).sum()))
+            assert former.base == pytest.approx((signs[1] - signs[-1]) / len(former._signs), rel=1e-4)
+            assert min(signs.values()) > 0
+            impartial = [question for question in questions if question.group != "core"]
+            with pytest.raises(UsageError, match="no answer to a question of this part is slanted"):
+                find_objective("former")(speaker, impartial, Asking(tokens=24))
+
+    def test_a_divergence_is_of_more_questions_than_a_lean(self, folder):
+        asked = [Question(f"u-{number}", "en", "unrelated", f"What is {number}?") for number in range(60)]
+        with speaking(folder / "model", dtype="float32", device="cpu") as speaker:
+            counts = [len(find_objective("kl")(speaker, asked, asking)._forced) for asking in (
+                Asking(forced=2, batch=64), Asking(forced=2, batch=64).thorough())]  # fmt: skip
+        assert counts == [40, 60]
 
     def test_an_objective_of_ones_own(self, folder, tmp_path, monkeypatch):
         (tmp_path / "mine.py").write_text(

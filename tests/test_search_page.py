@@ -12,7 +12,7 @@ from command_line import checked
 from page_checks import Page
 from raw_checkpoints import write_directions, write_llama
 from report_runs import HOSTILE, LAYERS, make_run
-from search_runs import TRIALS, make_search
+from search_runs import TRIALS, make_search, reported
 
 from ablate_shards.errors import ReportError
 from ablate_shards.surgery.plan.recipe import read_recipe
@@ -24,6 +24,7 @@ from ablate_shards.surgery.report.page import render
 from ablate_shards.surgery.report.provenance import rebuilt_recipe
 from ablate_shards.surgery.report.search_record import read_record
 from ablate_shards.surgery.report.searches import told
+from ablate_shards.surgery.search.worth import beats, beside_plain
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,8 @@ def test_a_sentence_says_what_was_tried_on_what_and_what_the_choice_is_worth(sea
     for words in (
         f"Of 24 trials on 30 questions, 20 were complete and {len(record['candidates'])} were measured again, on 44 ",
         f"other questions; of these, trial {record['chosen']} was chosen, and on 44 more, which nothing was chosen ",
-        "by, it beats the plain edit: 3 of 24 of its answers are slanted against 7 of 24 (exact McNemar test, p = ",
-        "0.125), and it moves unrelated answers by 0.0100 nats a token against 0.0400.",
+        "by, the chosen edit beats the plain one: 3 of 24 answers are slanted against 7 of 24 (exact McNemar test, p ",
+        "= 0.125), and unrelated ones moved by 0.01 nats a token against 0.04.",
     ):
         assert words in text
 
@@ -89,15 +90,19 @@ def test_a_sentence_says_what_was_tried_on_what_and_what_the_choice_is_worth(sea
         (
             {"beats": False},
             None,
-            "it does not beat the plain edit: 9 of 24 of its answers are slanted against 7 of 24 (exact McNemar test, "
-            "p = 0.500)",
+            "does not beat the plain one in both, as it costs and removes less: 9 of 24 answers are slanted against 7 "
+            "of 24 (exact McNemar test, p = 0.5)",
         ),
-        ({"beats": False}, "found.plain.*", "it does not beat the plain edit: it is worse in slant or divergence"),
-        ({}, "found.plain.*", "it beats the plain edit: it is better in slant or divergence, and worse in neither"),
+        (
+            {"beats": False},
+            "found.plain.*",
+            "does not beat the plain one: it is worse in slant or divergence, or better in neither",
+        ),
+        ({}, "found.plain.*", "beats the plain one: it is better in slant or divergence, and worse in neither"),
         (
             {"chosen": 0},
             None,
-            "trial 0 was chosen, and on 44 more, which nothing was chosen by, it beats nothing, as it is",
+            "trial 0 was chosen, and on 44 more, which nothing was chosen by, the plain edit itself",
         ),
     ],
 )
@@ -167,12 +172,22 @@ def test_the_candidates_are_as_on_the_terminal(searched):
         number = candidate["trial"]
         kind = {record["chosen"]: " (chosen)", 0: " (plain)"}.get(number, "")
         assert row[0] == ("before" if number is None else f"{number}{kind}")
-        for cell, name in zip(row[1:3], ("lean", "kl"), strict=True):
+        for cell, name in zip(row[1:4], ("lean", "kl", "subject"), strict=True):
             assert float(cell.replace("−", "-")) == pytest.approx(candidate["values"][name], rel=6e-3)
-        for cell, name in zip(row[3:], ("slanted", "neutral", "broken", "right"), strict=True):
+        for cell, name in zip(row[4:], ("slanted", "neutral", "broken", "right"), strict=True):
             hits, count = candidate["shares"][name]
             assert cell == f"{100 * hits / count:.0f} % {hits} of {count}"
     assert page.count('<tr class="chosen">') == 1
+    assert "and 0.25 nats a token lost by the words that answers repeat from their questions." in Page(page).text
+
+
+def test_a_search_without_the_subject_is_shown_and_says_so(tmp_path):
+    folder = make_search(tmp_path, repeats=False).parent
+    page = shown(folder)
+    assert "and 10 % more answers broken. No answer repeats a word of its question" in Page(page).text
+    assert '<th class="n">subject</th>' not in page
+    altered(folder, lambda record: record["options"]["budget"].pop("subject"))
+    assert "No answer repeats a word" not in Page(shown(folder)).text
 
 
 def test_the_settings_of_the_candidates_stand_beside_what_was_varied(searched):
@@ -301,7 +316,7 @@ def test_several_searches_are_all_shown(tmp_path):
     page = made.page.read_text()
     assert ["<h3>found.search.json</h3>" in page, "<h3>other.search.json</h3>" in page] == [True, True]
     assert {f'id="{chart}-{number}"' in page for chart in ("front", "depth") for number in (0, 1)} == {True}
-    assert page.count("it beats nothing, as it is the plain edit itself") == 1
+    assert page.count("the plain edit itself was chosen") == 1
     assert "name the evaluations of one with --evaluation" in dict(made.missing)["evaluation"]
     named = tuple(tmp_path / f"found.{each}.evaluation.json" for each in ("plain", "chosen"))
     assert gather(tmp_path, ReportOptions(evaluations=named)).stages == ("source", "source, plain", "source, chosen")
@@ -367,7 +382,10 @@ BROKEN = {
     "trials: expected trial 99, found none": lambda record: record["front"].append(99),
     "expected trial 99, which was chosen": lambda record: record.update(chosen=99),
     "trial 0: expected lean, found only kl": lambda record: record["trials"][0]["values"].pop("lean"),
-    "base: expected kl, found only lean": lambda record: record["base"]["values"].pop("kl"),
+    "base: expected kl, found only lean, subject": lambda record: record["base"]["values"].pop("kl"),
+    "candidate 0: expected subject, found only lean, kl": lambda record: record["candidates"][0]["values"].pop(
+        "subject"
+    ),
     "trial 0: mlp: expected 4 coefficients, found 1": lambda record: record["trials"][0]["coefficients"].update(
         mlp=[1]
     ),
@@ -458,3 +476,20 @@ def test_a_search_beside_a_result_belongs_to_it_if_it_found_what_was_removed(tmp
     found = gather(tmp_path / "out", ReportOptions())
     assert found.searches == ()
     assert "search" not in found.missing
+
+
+@pytest.mark.parametrize(
+    ("chosen", "plain", "says"),
+    [
+        ((3, 0.01), (7, 0.04), "beats the plain one: 3 of 24 answers are slanted against 7 of 24"),
+        ((7, 0.04), (7, 0.04), "does not beat the plain one, which is as good: 7 of 24"),
+        ((9, 0.05), (7, 0.04), "does not beat the plain one, which is better: 9 of 24"),
+        ((3, 0.05), (7, 0.04), "does not beat the plain one in both, as it removes more slant at a higher cost: 3 of"),
+        ((9, 0.01), (7, 0.04), "does not beat the plain one in both, as it costs and removes less: 9 of 24"),
+    ],
+)
+def test_terminal_and_page_say_the_same_of_the_choice(chosen, plain, says):
+    reports = {"chosen": reported("chosen", *chosen), "plain": reported("plain", *plain)}
+    said = beside_plain(reports, better=beats(reports["chosen"], reports["plain"]))
+    assert said.startswith(f"the chosen edit {says}")
+    assert f"moved by {chosen[1]} nats a token against {plain[1]}" in said

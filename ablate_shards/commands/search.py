@@ -73,7 +73,7 @@ def _space(text: str) -> dict[str, Any]:
     callback=parsed(_names),
     default="lean,kl",
     show_default=True,
-    help="What trials are judged by, the effect first: lean, kl, subject, a verdict, or your own module:name.",
+    help="What trials are judged by, the effect first: lean, kl, subject, former, a verdict, or your own module:name.",
 )
 @click.option(
     "--kl", type=float, default=0.05, show_default=True, help="Most nats a token that unrelated answers may move by."
@@ -83,6 +83,13 @@ def _space(text: str) -> dict[str, Any]:
 )
 @click.option(
     "--broken", type=float, default=0.1, show_default=True, help="Most answers that may become broken, as a share."
+)
+@click.option(
+    "--subject",
+    type=float,
+    default=0.25,
+    show_default=True,
+    help="Most nats a token that words lose which answers repeat from their questions, of trials too.",
 )
 @click.option("--limit", type=float, default=0.5, show_default=True, help="Divergence above which a trial ends early.")
 @click.option(
@@ -139,6 +146,7 @@ def search(
     kl: float,
     controls: float,
     broken: float,
+    subject: float,
     batch: int,
     recipe: Any,
     space: dict[str, Any] | None,
@@ -169,7 +177,7 @@ def search(
         raise UsageError("no directions given; name directions with -d FILE, or activation dumps with -a DUMP")
     places = places_of(out, overwrite=overwrite)
     options = SearchOptions(
-        budget=Budget(kl=kl, controls=controls, broken=broken),
+        budget=Budget(kl=kl, controls=controls, broken=broken, subject=subject),
         asking=Asking(batch=batch),
         overwrite=overwrite,
         **settings,

@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
@@ -12,13 +12,12 @@ from ablate_shards.surgery.model.samples import CONTESTED
 from ablate_shards.terminal.tables import Column, Row, bar, output, print_table, say
 
 if TYPE_CHECKING:
-    from ablate_shards.surgery.evaluate.evaluation import Evaluation
     from ablate_shards.surgery.search.choice import Candidate
     from ablate_shards.surgery.search.files import Places
     from ablate_shards.surgery.search.search import Found, SearchOptions
     from ablate_shards.surgery.search.study import Trial
 
-__all__ = ["SearchScreen", "beside_plain", "print_found", "print_space"]
+__all__ = ["SearchScreen", "print_found", "print_space"]
 
 _LINES_EVERY = 10
 
@@ -93,7 +92,7 @@ def print_found(found: "Found", places: "Places") -> None:
     """Prints the best trials measured again, which was chosen, and what it does beside the plain edit."""
     screen = output()
     effect = found.objectives[0][0]
-    names = [name for name, _, _ in found.objectives]
+    names = list(dict.fromkeys([*(name for name, _, _ in found.objectives), *found.base.values]))
     most = max((abs(each.values[effect] - found.base.values[effect]) for each in found.candidates), default=0.0)
     columns = (
         Column("trial", right=True),
@@ -121,7 +120,7 @@ def print_found(found: "Found", places: "Places") -> None:
     say(
         screen,
         "*: chosen; lean: how much likelier neutral answers are than slanted ones, in nats a token; kl: how far "
-        "unrelated answers moved; right: controls",
+        f"unrelated answers moved; {_subject(found)}; right: controls",
         "dim",
     )
     for name, shares in found.importance.items():
@@ -133,9 +132,17 @@ def print_found(found: "Found", places: "Places") -> None:
     say(screen, f"make the edit with: {shlex.join(command)}")
 
 
+def _subject(found: "Found") -> str:
+    """Returns what ``subject`` is, or why there is none."""
+    if "subject" in found.base.values:
+        return "subject: how much less likely the words are that answers repeat from their questions"
+    return "no subject: no answer repeats a word of its question, so that --subject limits nothing"
+
+
 def _print_report(screen: Console, found: "Found") -> None:
     """Prints what the chosen edit and the plain one do on questions that nothing was chosen by."""
     from ablate_shards.surgery.evaluate.statistics import ratio
+    from ablate_shards.surgery.search.worth import beside_plain
 
     names = {"before": found.reports["chosen"].base, **found.reports}
     columns = (
@@ -169,24 +176,7 @@ def _print_report(screen: Console, found: "Found") -> None:
             )
         )
     print_table(screen, columns, rows)
-    say(screen, beside_plain(found.reports))
-
-
-def beside_plain(reports: "Mapping[str, Evaluation]") -> str:
-    """Returns what the chosen edit is worth beside the plain one, in a sentence."""
-    from ablate_shards.surgery.search.search import costs
-
-    if "plain" not in reports:
-        return "the plain edit itself was chosen"
-    (slanted, kl), (plain_slanted, plain_kl) = (costs(reports[name]) for name in ("chosen", "plain"))
-    figures = f"slanted {plain_slanted} → {slanted} answers, KL {plain_kl:.2g} → {kl:.2g}"
-    if slanted <= plain_slanted and kl <= plain_kl:
-        same = (slanted, kl) == (plain_slanted, plain_kl)
-        return f"the chosen edit {'is as good as' if same else 'beats'} the plain one ({figures})"
-    if slanted >= plain_slanted and kl >= plain_kl:
-        return f"the chosen edit does not beat the plain one, which is better ({figures}): use the plain one"
-    more = "removes more slant at a higher cost" if slanted < plain_slanted else "costs less and removes less slant"
-    return f"the chosen edit does not beat the plain one in both: it {more} ({figures})"
+    say(screen, beside_plain(found.reports, better=found.beats_plain))
 
 
 def _in_words(candidate: "Candidate") -> str:

@@ -59,4 +59,4 @@ def test_it_fits_a_sheet_and_can_be_read_without_scripts(visit):
     assert page.evaluate("document.documentElement.scrollWidth") <= 43 * 16
     assert page.pdf().startswith(b"%PDF")
     plain = visit(java_script_enabled=False)
-    assert plain.get_by_text("it beats the plain edit").first.is_visible()
+    assert plain.get_by_text("beats the plain one").first.is_visible()

@@ -78,7 +78,8 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
     "search": {
         **dict.fromkeys(("questions", "without"), _Files),
         "report-questions": _File,
-        **dict.fromkeys(("trials", "timeout", "seed", "objective", "kl", "controls", "broken", "limit"), _Value),
+        **dict.fromkeys(("trials", "timeout", "seed", "objective", "kl", "controls", "broken"), _Value),
+        **dict.fromkeys(("subject", "limit"), _Value),
         **dict.fromkeys(("choose", "front", "length", "batch", "dtype", "device", "memory", "jobs", "workers"), _Value),
     },
     "evaluate": {

@@ -56,7 +56,7 @@ class Candidate:
 
     Attributes:
         trial: The trial's number, None for the unedited model.
-        values: Each objective's measure.
+        values: Each measure: those of the objectives, and ``subject`` where it was measured.
         shares: What the answers add up to.
         answers: The answers.
     """
@@ -106,11 +106,12 @@ class Questions:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What the chosen edit was allowed to cost; see ``search.choice.Budget``."""
+    """What the chosen edit was allowed to cost; see ``search.choice.Budget``. Earlier searches had no ``subject``."""
 
     kl: Finite
     controls: Finite
     broken: Finite
+    subject: Finite | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +166,11 @@ class Record:
     reports: Mapping[Reported, str]
     plain: int | None = 0
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The names of what was measured of the candidates, the objectives first."""
+        return tuple(dict.fromkeys([*(objective.name for objective in self.objectives), *self.base.values]))
+
     def trial(self, number: int | None) -> Trial | None:
         """Returns a trial by its number."""
         return next((trial for trial in self.trials if trial.number == number), None)
@@ -216,7 +222,7 @@ def read_record(path: Path) -> Search:
 
 def _misfits(record: Record) -> Iterator[str]:
     """Yields a sentence on each part that does not fit the others."""
-    names = [objective.name for objective in record.objectives]
+    names, of_candidates = tuple(objective.name for objective in record.objectives), record.measured
     trials = {trial.number: trial for trial in record.trials}
     yield from (
         f"{what}: expected at least one, found none" for what in ("objectives", "front") if not getattr(record, what)
@@ -226,12 +232,12 @@ def _misfits(record: Record) -> Iterator[str]:
             yield f"trials: expected trial {number}, found none of that number"
     if record.chosen not in [candidate.trial for candidate in record.candidates]:
         yield f"candidates: expected trial {record.chosen}, which was chosen, found none of that number"
-    whole = [(f"trial {number}", trial.values) for number, trial in trials.items() if trial.complete]
-    whole += [(f"front: trial {number}", trials[number].values) for number in record.front if number in trials]
-    whole += [("base", record.base.values)]
-    whole += [(f"candidate {candidate.trial}", candidate.values) for candidate in record.candidates]
-    for place, values in whole:
-        if missing := [name for name in names if name not in values]:
+    whole = [(f"trial {number}", trial.values, names) for number, trial in trials.items() if trial.complete]
+    whole += [(f"front: trial {number}", trials[number].values, names) for number in record.front if number in trials]
+    whole += [("base", record.base.values, names)]
+    whole += [(f"candidate {candidate.trial}", candidate.values, of_candidates) for candidate in record.candidates]
+    for place, values, expected in whole:
+        if missing := [name for name in expected if name not in values]:
             yield f"{place}: expected {' and '.join(missing)}, found only {', '.join(values) or 'nothing'}"
     for number, trial in trials.items():
         for part, row in trial.coefficients.items():

@@ -4,12 +4,11 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ablate_shards.surgery.evaluate.evaluation import Evaluation
-from ablate_shards.surgery.evaluate.statistics import paired
-from ablate_shards.surgery.report.frame import GAP, chance, figure, percent
-from ablate_shards.surgery.report.search_record import Given, Record, Reported, Search, Trial
+from ablate_shards.surgery.report.frame import GAP, figure, percent
+from ablate_shards.surgery.report.search_record import Given, Record, Search, Trial
+from ablate_shards.surgery.search.worth import beside_plain
 
-__all__ = ["asked", "candidate_rows", "setting_lines", "space_rows", "told"]
+__all__ = ["asked", "candidate_rows", "in_budget", "setting_lines", "space_rows", "told"]
 
 _SHARES = ("slanted", "neutral", "broken", "right")
 
@@ -18,12 +17,29 @@ def told(search: Search) -> str:
     """Returns in a sentence how many trials there were, what they were measured on, and what the choice is worth."""
     record = search.record
     complete = sum(trial.complete for trial in record.trials)
+    worth = beside_plain(search.reports, better=record.beats_plain)
     by_part = [len(getattr(record.questions, part)) for part in ("trials", "choice", "report")]
     return (
         f"Of {len(record.trials):,} trials on {by_part[0]:,} questions, {complete:,} were complete and "
         f"{len(record.candidates)} were measured again, on {by_part[1]:,} other questions; of these, trial "
-        f"{record.chosen} was chosen, and on {by_part[2]:,} more, which nothing was chosen by, {_worth(search)}."
+        f"{record.chosen} was chosen, and on {by_part[2]:,} more, which nothing was chosen by, {worth}."
     )
+
+
+def in_budget(record: Record) -> str:
+    """Returns in words what the chosen edit was allowed to cost."""
+    budget, nats = record.options.budget, "nats a token"
+    parts = [
+        f"at most {budget.kl:g} {nats} on unrelated answers",
+        f"{percent(budget.controls, 0)} of the controls lost",
+        f"{percent(budget.broken, 0)} more answers broken",
+    ]
+    missing = ""
+    if budget.subject is not None and "subject" in record.measured:
+        parts.append(f"{budget.subject:g} {nats} lost by the words that answers repeat from their questions")
+    elif budget.subject is not None:
+        missing = " No answer repeats a word of its question, so that none shows whether it keeps to what was asked."
+    return f"{', '.join(parts[:-1])}, and {parts[-1]}.{missing}"
 
 
 def candidate_rows(record: Record) -> list[dict[str, Any]]:
@@ -32,7 +48,7 @@ def candidate_rows(record: Record) -> list[dict[str, Any]]:
         {
             "name": "before" if each.trial is None else _named(record, each.trial),
             "chosen": each.trial == record.chosen,
-            "measured": [figure(each.values[objective.name]).replace("-", "−") for objective in record.objectives],
+            "measured": [figure(each.values[name]).replace("-", "−") for name in record.measured],
             "shares": [_share(*getattr(each.shares, name)) for name in _SHARES],
         }
         for each in (record.base, *record.candidates)
@@ -82,39 +98,6 @@ def _named(record: Record, number: int | None) -> str:
     """Returns a trial's number, and what it is besides."""
     kinds = [kind for kind, other in (("chosen", record.chosen), ("plain", record.plain)) if number == other]
     return f"{number}{f' ({kinds[0]})' if len(kinds) == 1 else ' (chosen, plain)' if kinds else ''}"
-
-
-def _worth(search: Search) -> str:
-    """Returns whether the chosen edit beats the plain one, with the figures where their evaluations are there."""
-    beats = search.record.beats_plain
-    if beats is None:
-        return "it beats nothing, as it is the plain edit itself"
-    how = _compared(search.reports) or (
-        "it is better in slant or divergence, and worse in neither"
-        if beats
-        else "it is worse in slant or divergence, or better in neither"
-    )
-    return f"it {'beats' if beats else 'does not beat'} the plain edit: {how}"
-
-
-def _compared(reports: Mapping[Reported, Evaluation]) -> str:
-    """Returns the slant and the divergence of the chosen edit and of the plain one, empty where one is missing."""
-    if len(reports) < 2:
-        return ""
-    edits = reports["chosen"], reports["plain"]
-    slanted = [
-        {answer.id: answer.verdict == "slanted" for answer in each.answers if answer.exact is None} for each in edits
-    ]
-    both = [(after, slanted[1][name]) for name, after in slanted[0].items() if name in slanted[1]]
-    p = paired([before for _, before in both], [after for after, _ in both]).p
-    hits = [f"{sum(each.values())} of {len(each)}" for each in slanted]
-    moved = [each.comparison and each.comparison.divergence for each in edits]
-    costs = [figure(each.tokens) if each else "–" for each in moved]
-    return (
-        f"{hits[0]} of its answers are slanted against {hits[1]} (exact McNemar test, p "
-        f"{'' if p < 0.0001 else '= '}{chance(p)}), and it moves unrelated answers by {costs[0]} nats a token against "
-        f"{costs[1]}"
-    )
 
 
 def _share(hits: int, count: int) -> Mapping[str, str]:

@@ -21,10 +21,10 @@ from ablate_shards.surgery.model.samples import Question
 from ablate_shards.surgery.plan.plan import Plan, make_plan
 from ablate_shards.surgery.search.applied import EditableModel
 from ablate_shards.surgery.search.contrasts import Contrasts
-from ablate_shards.surgery.search.objectives import Asking, Objective, find_objective
+from ablate_shards.surgery.search.objectives import Asking, Measures, make_measures
 from ablate_shards.surgery.search.space import Setting, Space
 
-__all__ = ["Bench", "Tried", "opened_bench"]
+__all__ = ["Bench", "Tried", "excess", "opened_bench"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class Tried:
     """What was measured of a setting.
 
     Attributes:
-        values: Each objective's measure, by its name; those that were not reached are missing.
-        over: By how much the divergence is above its limit, in nats; negative below it, 0 if it is no objective.
+        values: Each measure, by its name; those that were not reached are missing.
+        over: By how much it is over its limits; see ``excess``.
         seconds: How long it took.
         digest: SHA-256 over the digests of the edited tensors; ``ablate`` with the same setting writes the same bytes.
     """
@@ -45,7 +45,7 @@ class Tried:
 
     @property
     def complete(self) -> bool:
-        """Whether every objective was measured and is a number."""
+        """Whether everything was measured, is a number, and is within its limit."""
         return self.over <= 0 and all(math.isfinite(value) for value in self.values.values())
 
 
@@ -92,29 +92,35 @@ class Bench:
             return digest_of({})
         return digest_of(self._model.apply(self.plan(setting)))
 
-    def objectives(self, names: Sequence[str], questions: Sequence[Question], asking: Asking) -> tuple[Objective, ...]:
-        """Makes objectives of the unedited model.
+    def measures(self, names: Sequence[str], questions: Sequence[Question], asking: Asking) -> Measures:
+        """Makes the measures of the unedited model, those of names and those that have limits.
 
         Raises:
-            UsageError: There is none of a name, or no question that it looks at.
+            UsageError: There is no objective of a name, or no question that it looks at.
         """
         self.edit(None)
-        return tuple(find_objective(name)(self.speaker, questions, asking) for name in names)
+        return make_measures(names, self.speaker, questions, asking)
 
-    def try_out(self, setting: Setting, objectives: Sequence[Objective], limit: float) -> Tried:
-        """Measures a setting; one whose divergence is above the limit is not measured further."""
+    def try_out(self, setting: Setting, measures: Measures, limits: Mapping[str, float]) -> Tried:
+        """Measures a setting; one whose divergence is above its limit is not measured further."""
         started = time.monotonic()
         values: dict[str, float] = {}
-        over = 0.0
         digest = self.edit(setting)
-        # What can end a trial comes first.
-        for objective in sorted(objectives, key=lambda objective: objective.name != "kl"):
-            values[objective.name] = objective.measure(self.speaker)
-            if objective.name == "kl":
-                over = values["kl"] - limit
-            if over > 0 or not math.isfinite(values[objective.name]):
+        # What can end a trial comes first. A subject that is lost does not, so that another limit needs no new trials.
+        for measure in sorted(measures.every, key=lambda measure: measure.name != "kl"):
+            value = values[measure.name] = measure.measure(self.speaker)
+            if not math.isfinite(value) or (measure.name == "kl" and excess(values, limits) > 0):
                 break
-        return Tried(values, over, time.monotonic() - started, digest)
+        return Tried(values, excess(values, limits), time.monotonic() - started, digest)
+
+
+def excess(values: Mapping[str, float], limits: Mapping[str, float]) -> float:
+    """Returns by how much the measure that is furthest over its limit is over it, as a share of the limit.
+
+    Negative where all are below, 0 where none has a limit, infinite where one is not a number.
+    """
+    shares = [values[name] / limit - 1 for name, limit in limits.items() if name in values]
+    return max((share if math.isfinite(share) else math.inf for share in shares), default=0.0)
 
 
 def digest_of(results: Mapping[str, TensorResult]) -> str:

@@ -12,14 +12,14 @@ from ablate_shards.surgery.evaluate.evaluation import Answer
 from ablate_shards.surgery.evaluate.measures import judged
 from ablate_shards.surgery.model.samples import Question
 from ablate_shards.surgery.search.bench import Bench
-from ablate_shards.surgery.search.objectives import Asking, Objective, answer, loss, shares
+from ablate_shards.surgery.search.objectives import Asking, Measures, Objective, answer, loss, shares
 from ablate_shards.surgery.search.space import Setting
 from ablate_shards.surgery.search.study import Trial
 
 if TYPE_CHECKING:
     from optuna.study import Study
 
-__all__ = ["Budget", "Candidate", "Measured", "Rule", "choose", "kept_measure", "measure_again", "spread"]
+__all__ = ["Budget", "Candidate", "Measured", "Rule", "choose", "is_within", "kept_measure", "measure_again", "spread"]
 
 
 Rule = Literal["effect", "cost"]
@@ -33,11 +33,15 @@ class Budget:
         kl: Most nats per token that the answers to unrelated questions may move by.
         controls: Most of the controls that may no longer be answered right, as a share of all.
         broken: Most that the share of broken answers may grow by.
+        subject: Most nats a token that the words lose which answers repeat from their questions. Of a real model, edits
+            that kept to what was asked lost 0.06 to 0.10, the plain edit, which did not in one answer of ten, 0.28 to
+            0.68, and edits that spoke of another country 1.5 to 2.1.
     """
 
     kl: float = 0.05
     controls: float = 0.1
     broken: float = 0.1
+    subject: float = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class Candidate:
     Attributes:
         trial: Its trial, None for the unedited model.
         setting: The setting.
-        values: Each objective's measure.
+        values: Each measure.
         answers: The greedy answers, judged.
     """
 
@@ -63,7 +67,7 @@ class Candidate:
 
     @property
     def finite(self) -> bool:
-        """Whether every objective is a number."""
+        """Whether every measure is a number."""
         return all(math.isfinite(value) for value in self.values.values())
 
     def share(self, name: str) -> float:
@@ -86,7 +90,7 @@ class Measured:
     """What is measured of a setting on the questions of the choice, as a journal keeps it.
 
     Attributes:
-        values: Each objective's measure.
+        values: Each measure.
         replies: What the model said, and whether it came to its own end.
     """
 
@@ -103,13 +107,13 @@ class Measured:
 def measure_again(
     bench: Bench,
     setting: Setting | None,
-    objectives: Sequence[Objective],
+    measures: Measures,
     questions: Sequence[Question],
     asking: Asking,
 ) -> Measured:
     """Measures a setting, or the unedited model if there is none, on other questions and with its answers."""
     bench.edit(setting)
-    values = {objective.name: objective.measure(bench.speaker) for objective in objectives}
+    values = {each.name: each.measure(bench.speaker) for each in measures.every}
     replies = answer(bench.speaker, questions, tokens=asking.tokens, batch=asking.batch)
     return Measured(values, tuple((reply.text, reply.ended) for reply in replies))
 
@@ -128,7 +132,7 @@ def kept_measure(study: "Study", key: str, asked: Any, measure: Callable[[], Mea
 def choose(
     candidates: Sequence[Candidate],
     base: Candidate,
-    effect: Objective,
+    objectives: Sequence[Objective],
     budget: Budget,
     where: str,
     *,
@@ -140,7 +144,7 @@ def choose(
     Args:
         candidates: What there is to choose from.
         base: The unedited model on the same questions.
-        effect: The objective that counts.
+        objectives: What counts: the first is the effect, and of what is equal in that the next ones decide, in turn.
         budget: What an edit may cost.
         where: The journal, for the error.
         rule: Which is best: that with the largest effect, or the one that moves unrelated answers least of those with
@@ -150,40 +154,97 @@ def choose(
     Raises:
         SearchError: None is within the budget.
     """
-    within = [each for each in candidates if not excesses(each, base, budget)]
+    within = [each for each in candidates if is_within(each, base, budget)]
     if not within:
-        nearest = min(candidates, key=lambda each: each.values.get("kl", math.inf))
+        nearest = min(candidates, key=lambda each: _distance(each, base, budget))
+        ways = [f"--{cost.name}" for cost in _costs(nearest, base, budget) if cost.over]
+        raised = f"Raise {' and '.join(ways)}, or search on" if ways else "Search on"
         raise SearchError(
             f"{where}: none of {len(candidates)} candidates is within the budget; the nearest, trial {nearest.trial}, "
-            f"{'; '.join(excesses(nearest, base, budget))}. Raise --kl, --controls or --broken, or search on; finished "
-            "trials are kept"
+            f"{'; '.join(_excesses(nearest, base, budget))}. {raised}; finished trials are kept"
         )
 
-    def gain(candidate: Candidate) -> float:
-        return -loss(effect, candidate.values[effect.name])
+    def gain(candidate: Candidate) -> tuple[float, ...]:
+        return tuple(-loss(each, candidate.values[each.name]) for each in objectives)
 
     def cost(candidate: Candidate) -> float:
         return candidate.values.get("kl", 0.0)
 
     if rule == "cost" and plain is not None:
-        least = next(gain(each) for each in candidates if each.trial == plain)
-        if enough := [each for each in within if gain(each) >= least]:
-            return min(enough, key=lambda each: (cost(each), -gain(each)))
+        least = next(gain(each)[0] for each in candidates if each.trial == plain)
+        if enough := [each for each in within if gain(each)[0] >= least]:
+            return max(enough, key=lambda each: (-cost(each), gain(each)))
     return max(within, key=lambda each: (gain(each), -cost(each)))
 
 
-def excesses(candidate: Candidate, base: Candidate, budget: Budget) -> list[str]:
-    """Returns in what a candidate is over the budget, in words."""
-    found = []
-    kl = candidate.values.get("kl", 0.0)
-    if not kl <= budget.kl:
-        found.append(f"moves unrelated answers by {kl:.3g} nats a token, of at most {budget.kl:g}")
+def is_within(candidate: Candidate, base: Candidate, budget: Budget) -> bool:
+    """Returns whether a candidate costs no more than it may in any way, and gives numbers."""
+    return not _excesses(candidate, base, budget)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """What an edit costs in one way.
+
+    Attributes:
+        name: The limit, as the option and the budget call it.
+        figure: How much it is.
+        limit: The most that it may be.
+        words: What that means, with ``{}`` for the figure.
+        share: Whether it is a share, and not nats.
+    """
+
+    name: str
+    figure: float
+    limit: float
+    words: str
+    share: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether it is above its limit, or not a number."""
+        return not self.figure <= self.limit
+
+    @property
+    def ratio(self) -> float:
+        """How many times its limit it is; the limit itself is 1, where it is nothing or less as well."""
+        if not math.isfinite(self.figure):
+            return math.inf
+        return self.figure / self.limit if self.limit > 0 else 1 + self.figure - self.limit
+
+    def told(self) -> str:
+        """Returns by how much it is above its limit, in words."""
+        said = self.words.format(self._shown(self.figure))
+        return f"{said}, {self._shown(self.figure - self.limit)} above the {self._shown(self.limit)} of --{self.name}"
+
+    def _shown(self, value: float) -> str:
+        return f"{100 * value:.3g}%" if self.share else f"{value:.3g}"
+
+
+def _costs(candidate: Candidate, base: Candidate, budget: Budget) -> tuple[_Cost, ...]:
+    """Returns what a candidate costs in each way that the budget limits, and that was measured."""
     lost = base.share("right") - candidate.share("right")
-    if lost > budget.controls:
-        found.append(f"answers {lost:.0%} of the controls no longer right, of at most {budget.controls:.0%}")
     broken = candidate.share("broken") - base.share("broken")
-    if broken > budget.broken:
-        found.append(f"breaks {broken:.0%} of the answers, of at most {budget.broken:.0%}")
+    found = [
+        _Cost("controls", lost, budget.controls, "answers {} of the controls no longer right", share=True),
+        _Cost("broken", broken, budget.broken, "breaks {} of the answers", share=True),
+    ]
+    if (kl := candidate.values.get("kl")) is not None:
+        found.insert(0, _Cost("kl", kl, budget.kl, "moves unrelated answers by {} nats a token"))
+    if (subject := candidate.values.get("subject")) is not None:
+        words = "takes {} nats a token from the words that answers repeat from their questions"
+        found.append(_Cost("subject", subject, budget.subject, words))
+    return tuple(found)
+
+
+def _excesses(candidate: Candidate, base: Candidate, budget: Budget) -> list[str]:
+    """Returns in what a candidate is over the budget, in words."""
+    numberless = [] if candidate.finite else ["gives no numbers"]
+    return [cost.told() for cost in _costs(candidate, base, budget) if cost.over] + numberless
+
+
+def _distance(candidate: Candidate, base: Candidate, budget: Budget) -> float:
+    """Returns how many times its limit the cost is that is furthest above it; infinite without numbers."""
     if not candidate.finite:
-        found.append("gives no numbers")
-    return found
+        return math.inf
+    return max(cost.ratio for cost in _costs(candidate, base, budget))

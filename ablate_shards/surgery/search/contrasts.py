@@ -64,9 +64,13 @@ class Contrasts:
         """The most directions per layer that every file has."""
         return min(directions.rank for directions in self._read.values())
 
-    def best_layers(self) -> dict[str, int]:
-        """Returns the best layer of each file's directions by their scores, where they have some."""
-        return {name: each.best_layer() for name, each in self._read.items() if each.scores}
+    def sources(self) -> dict[str, tuple[int, ...]]:
+        """Returns the layers of each file's directions that may serve all: the best by its scores, and the last."""
+        return {
+            name: tuple(dict.fromkeys((each.best_layer(), max(each.layers))))
+            for name, each in self._read.items()
+            if each.scores
+        }
 
     def directions(self, name: str, rank: int | None = None, without: str | None = None) -> Directions:
         """Returns directions as a file would hold them: float32, so that an edit by the file is the same.

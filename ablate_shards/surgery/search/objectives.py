@@ -19,9 +19,24 @@ from ablate_shards.surgery.evaluate.likelihood import Forced, divergence, record
 from ablate_shards.surgery.evaluate.measures import forced_answer, forced_answers, judged, measure_leans
 from ablate_shards.surgery.model.samples import CONTESTED, Question, Verdict
 
-__all__ = ["OBJECTIVES", "Asking", "Objective", "answer", "find_objective", "lean_of", "loss", "shares"]
+__all__ = [
+    "OBJECTIVES",
+    "Asking",
+    "Measures",
+    "Objective",
+    "answer",
+    "find_objective",
+    "lean_of",
+    "loss",
+    "make_measures",
+    "shares",
+]
 
 Direction = Literal["minimize", "maximize"]
+
+#: How many of the first tokens of a former answer are looked at: those that what follows depends on.
+_OPENING = 8
+_SIGNS: Mapping[Verdict, int] = {"slanted": -1, "neutral": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +48,9 @@ class Asking:
         forced: Most tokens of the model's own answers that its distributions are compared over.
         references: Most reference answers of each side of a question whose likelihood is measured, all if None.
         beginning: Most tokens of each of them, the first ones; all if None.
-        questions: Most questions that a lean or a divergence looks at, all if None.
+        questions: Most questions that a lean or a subject looks at, all if None.
+        unrelated: Most questions that a divergence looks at, all if None. A few of them move most, so that
+            what ten move by says little of others.
         batch: How many questions at a time.
     """
 
@@ -42,11 +59,12 @@ class Asking:
     references: int | None = 1
     beginning: int | None = 16
     questions: int | None = 10
+    unrelated: int | None = 40
     batch: int = 16
 
     def thorough(self) -> "Asking":
         """Returns the same, with nothing left out."""
-        return dataclasses.replace(self, references=None, beginning=None, questions=None)
+        return dataclasses.replace(self, references=None, beginning=None, questions=None, unrelated=None)
 
 
 class Objective(Protocol):
@@ -126,7 +144,7 @@ class DivergenceObjective:
     base = 0.0
 
     def __init__(self, speaker: Speaker, questions: Sequence[Question], asking: Asking) -> None:
-        unrelated = [question for question in questions if question.group == "unrelated"][: asking.questions]
+        unrelated = [question for question in questions if question.group == "unrelated"][: asking.unrelated]
         if not unrelated:
             raise UsageError("--objective kl: no question of this part is unrelated; add some, or leave it out")
         self._batch = asking.batch
@@ -152,8 +170,8 @@ class SubjectObjective:
         questions: The questions; controls are not looked at.
         asking: How to ask.
 
-    Raises:
-        UsageError: No answer repeats a word of its question.
+    Attributes:
+        words: How many repeated words it looks at; without any there is nothing to measure.
     """
 
     name = "subject"
@@ -175,21 +193,75 @@ class SubjectObjective:
                 self._forced.append(forced)
                 self._repeated.append(places)
         self._forced, self._repeated = self._forced[: asking.questions], self._repeated[: asking.questions]
-        if not self._forced:
-            raise UsageError(
-                "--objective subject: no answer to a contested question of this part repeats a word of its question; "
-                "leave it out"
-            )
+        self.words = sum(map(len, self._repeated))
         self._before = self._likelihood(speaker)
 
     def measure(self, speaker: Speaker) -> float:
-        """Returns the mean over these tokens."""
+        """Returns the mean over these tokens, not a number without any."""
         return self._before - self._likelihood(speaker)
 
     def _likelihood(self, speaker: Speaker) -> float:
+        if not self.words:
+            return math.nan
         scores = token_log_likelihoods(speaker, self._forced, batch=self._batch)
         values = [float(each[place]) for each, places in zip(scores, self._repeated, strict=True) for place in places]
         return math.fsum(values) / len(values)
+
+
+class FormerObjective:
+    """How likely the unedited model's neutral answers begin as they did, less how likely its slanted ones do.
+
+    A share of greedy answers does not tell an edit that turns them by a hair from one that does by far. This does, and
+    needs no reference answers: it is the mean over questions of the probability of the first tokens of what the
+    unedited model said, taken negative where that was slanted.
+
+    Args:
+        speaker: The unedited model.
+        questions: The questions; controls, and those that are answered neither slanted nor neutral, are not looked at.
+        asking: How to ask.
+
+    Raises:
+        UsageError: No answer is slanted.
+    """
+
+    name = "former"
+    direction: Direction = "maximize"
+
+    def __init__(self, speaker: Speaker, questions: Sequence[Question], asking: Asking) -> None:
+        contested = [question for question in questions if question.group in CONTESTED]
+        replies = answer(speaker, contested, tokens=asking.tokens, batch=asking.batch)
+        self._batch = asking.batch
+        self._forced: list[Forced] = []
+        self._signs: list[int] = []
+        for question, reply in zip(contested, replies, strict=True):
+            if (sign := _SIGNS.get(judged(question, reply).verdict)) is not None:
+                forced = forced_answer(speaker, question, reply, thinking=False)
+                self._forced.append(dataclasses.replace(forced, response=forced.response[:_OPENING]))
+                self._signs.append(sign)
+        if -1 not in self._signs:
+            raise UsageError("--objective former: no answer to a question of this part is slanted; leave it out")
+        self.base = self.measure(speaker)
+
+    def measure(self, speaker: Speaker) -> float:
+        """Returns the mean over the questions, between -1 and 1."""
+        scores = token_log_likelihoods(speaker, self._forced, batch=self._batch)
+        likely = [math.exp(float(each.sum())) for each in scores]
+        return math.fsum(map(math.prod, zip(self._signs, likely, strict=True))) / len(likely)
+
+
+def subject_of(speaker: Speaker, questions: Sequence[Question], asking: Asking) -> SubjectObjective:
+    """Makes the objective ``subject`` of an unedited model.
+
+    Raises:
+        UsageError: No answer repeats a word of its question.
+    """
+    made = SubjectObjective(speaker, questions, asking)
+    if not made.words:
+        raise UsageError(
+            "--objective subject: no answer to a contested question of this part repeats a word of its question; "
+            "leave it out"
+        )
+    return made
 
 
 class VerdictObjective:
@@ -226,9 +298,46 @@ _VERDICTS: tuple[Verdict, ...] = ("slanted", "neutral", "deflecting", "wrong", "
 OBJECTIVES: Mapping[str, Maker] = {
     "lean": LeanObjective,
     "kl": DivergenceObjective,
-    "subject": SubjectObjective,
+    "subject": subject_of,
+    "former": FormerObjective,
     **{verdict: partial(VerdictObjective, verdict) for verdict in _VERDICTS},
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """What is measured of an edit.
+
+    Attributes:
+        objectives: What edits are judged by, the effect first.
+        guards: What is measured besides because it has a limit, and is no objective.
+    """
+
+    objectives: tuple[Objective, ...]
+    guards: tuple[Objective, ...] = ()
+
+    @property
+    def every(self) -> tuple[Objective, ...]:
+        """All of them."""
+        return (*self.objectives, *self.guards)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all of them."""
+        return tuple(each.name for each in self.every)
+
+
+def make_measures(names: Sequence[str], speaker: Speaker, questions: Sequence[Question], asking: Asking) -> Measures:
+    """Makes the measures of an unedited model: what is named, and the subject, where there is one to measure.
+
+    Raises:
+        UsageError: There is no objective of a name, or no question that it looks at.
+    """
+    objectives = tuple(find_objective(name)(speaker, questions, asking) for name in names)
+    if any(each.name == SubjectObjective.name for each in objectives):
+        return Measures(objectives)
+    subject = SubjectObjective(speaker, questions, asking)
+    return Measures(objectives, (subject,) if subject.words else ())
 
 
 def find_objective(name: str) -> Maker:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +26,18 @@ from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import locked
 from ablate_shards.surgery.model.loading import open_folder
 from ablate_shards.surgery.search.bench import Bench, opened_bench
-from ablate_shards.surgery.search.choice import Budget, Candidate, Rule, choose, kept_measure, measure_again, spread
+from ablate_shards.surgery.search.choice import (
+    Budget,
+    Candidate,
+    Rule,
+    choose,
+    is_within,
+    kept_measure,
+    measure_again,
+    spread,
+)
 from ablate_shards.surgery.search.contrasts import Contrasts
-from ablate_shards.surgery.search.objectives import Asking, Objective, answer, find_objective, shares
+from ablate_shards.surgery.search.objectives import Asking, Measures, answer, find_objective
 from ablate_shards.surgery.search.questions import Parts
 from ablate_shards.surgery.search.space import Setting, Space, make_space
 from ablate_shards.surgery.search.study import (
@@ -41,11 +51,12 @@ from ablate_shards.surgery.search.study import (
     run_trials,
     trials_of,
 )
+from ablate_shards.surgery.search.worth import beats
 
 if TYPE_CHECKING:
     from optuna.study import Study
 
-__all__ = ["Found", "Job", "SearchOptions", "SearchProgress", "costs", "prepare_job", "search"]
+__all__ = ["Found", "Job", "SearchOptions", "SearchProgress", "prepare_job", "search"]
 
 #: Seconds between two looks at what workers have done.
 _LOOK = 1.0
@@ -94,6 +105,11 @@ class SearchOptions:
     def run(self, device: str | None = None) -> RunOptions:
         """Returns what does the arithmetic of edits."""
         return RunOptions(device=device or self.device, memory=self.memory, jobs=self.jobs)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The most that measures of a trial may be, by their names."""
+        return {"kl": self.limit, "subject": self.budget.subject}
 
 
 class SearchProgress(Protocol):
@@ -222,11 +238,15 @@ def search(job: Job, progress: SearchProgress) -> Found:
     try:
         with sigterm_as_interrupt(), locked(job.journal), _bench(job, checkpoint, job.options.device) as bench:
             progress.note(f"{job.folder.name}: {_counted(job)}, on {bench.speaker.device}")
-            objectives = bench.objectives(job.options.objectives, job.parts.trials, job.options.asking)
-            identity = _identity(job, bench)
-            study = open_study(job.journal, identity, objectives, overwrite=job.options.overwrite)
+            measures = bench.measures(job.options.objectives, job.parts.trials, job.options.asking)
+            if "subject" not in measures.names:
+                progress.note(_unlimited("trials"))
+            objectives = measures.objectives
+            study = open_study(
+                job.journal, _identity(job, bench, measures), objectives, overwrite=job.options.overwrite
+            )
             end_interrupted(study)
-            done = trials_of(study)
+            done = trials_of(study, job.options.limits)
             if done:
                 progress.note(f"{len(done)} trials are finished already")
 
@@ -235,8 +255,8 @@ def search(job: Job, progress: SearchProgress) -> Found:
                 progress.tried(trial, finished, best_of(done, objectives))
 
             with _other_workers(job, deadline):
-                run_trials(study, job.space, bench, objectives, _course(job, deadline), told)
-            return _conclude(job, bench, study, objectives, progress)
+                run_trials(study, job.space, bench, measures, _course(job, deadline), told)
+            return _conclude(job, bench, study, measures, progress)
     except KeyboardInterrupt as error:
         raise Interrupted(
             f"{job.journal}: interrupted; finished trials are kept there, and the same command goes on"
@@ -247,44 +267,53 @@ def _conclude(
     job: Job,
     bench: Bench,
     study: "Study",
-    objectives: Sequence[Objective],
+    measures: Measures,
     progress: SearchProgress,
 ) -> Found:
     """Chooses among the best trials and measures the choice, beside the plain edit."""
-    options, trials = job.options, trials_of(study)
+    options, objectives = job.options, measures.objectives
+    trials = trials_of(study, options.limits)
     front = best_of(trials, objectives)
     if not front:
-        raise SearchError(
-            f"{job.journal}: none of {len(trials)} trials stays below {options.limit:g} nats a token; raise --limit, "
-            "narrow the space, or search on; finished trials are kept"
-        )
+        raise SearchError(f"{job.journal}: {_none_within(trials, options)}; finished trials are kept")
     # What costs less on the questions of the trials may cost more on others, so that the best one alone will not do.
     within = [trial for trial in front if trial.tried.values.get("kl", 0.0) <= options.budget.kl] or front[-1:]
-    looked_at = spread(within[: max(options.front, -(-len(within) // 2))], options.front)
+    effective = max(options.front, -(-len(within) // 2))
+    looked_at = spread(within[:effective], options.front)
+    # What is looked at as well if none of these is within the budget: those that do less.
+    spare = spread(within[effective:], options.front)
     plain = job.space.plain()
     same = next((trial for trial in trials if dict(trial.setting) == plain), None)
     if same is not None and all(trial.number != same.number for trial in looked_at):
         looked_at = [same, *looked_at]
+    spare = [trial for trial in spare if trial not in looked_at]
     total, steps = len(looked_at) + 1 + 3, itertools.count(1)
     progress.count(0, total)
     asking = Asking(tokens=options.length, forced=2 * options.asking.forced, batch=options.asking.batch).thorough()
-    again = bench.objectives(options.objectives, job.parts.choice, asking)
-    candidates: list[Candidate] = []
-    for number, setting in ((None, None), *((trial.number, trial.setting) for trial in looked_at)):
+    again = bench.measures(options.objectives, job.parts.choice, asking)
+    if "subject" not in again.names:
+        progress.note(_unlimited("choice"))
+
+    def measured(number: int | None, setting: Setting | None) -> Candidate:
         # Kept, so that another budget is a matter of seconds.
-        measured = kept_measure(
+        found = kept_measure(
             study,
             f"choice {number}",
-            [dataclasses.asdict(asking), list(options.objectives), questions_digest(job.parts.choice)],
+            [dataclasses.asdict(asking), list(again.names), questions_digest(job.parts.choice)],
             functools.partial(measure_again, bench, setting, again, job.parts.choice, asking),
         )
-        candidates.append(measured.candidate(number, setting, job.parts.choice))
         progress.count(next(steps), total)
-    base, *candidates = candidates
+        return found.candidate(number, setting, job.parts.choice)
+
+    base = measured(None, None)
+    candidates = [measured(trial.number, trial.setting) for trial in looked_at]
+    if spare and not any(is_within(candidate, base, options.budget) for candidate in candidates):
+        total += len(spare)
+        candidates += [measured(trial.number, trial.setting) for trial in spare]
     chosen = choose(
         candidates,
         base,
-        again[0],
+        again.objectives,
         options.budget,
         str(job.journal),
         rule=options.choose,
@@ -306,7 +335,7 @@ def _conclude(
         candidates=tuple(candidates),
         chosen=chosen,
         reports=reports,
-        beats_plain=_beats(reports["chosen"], reports["plain"]) if "plain" in reports else None,
+        beats_plain=beats(reports["chosen"], reports["plain"]) if "plain" in reports else None,
     )
 
 
@@ -343,18 +372,6 @@ def _reported(
         found = evaluated(f"{job.folder.resolve().name}, {name}", None)
         moved: Divergence | None = divergence(speaker, forced, recording, batch=asking.batch)
         yield name, dataclasses.replace(found, base=base, comparison=compare(found, base, moved))
-
-
-def costs(found: Evaluation) -> tuple[int, float]:
-    """Returns how many answers are slanted after an edit, and how far unrelated ones moved, in nats a token."""
-    moved = found.comparison and found.comparison.divergence
-    return shares(found.answers)["slanted"][0], moved.tokens if moved else float("inf")
-
-
-def _beats(chosen: Evaluation, plain: Evaluation) -> bool:
-    """Returns whether an edit is better than another in slant or divergence, and worse in neither."""
-    mine, theirs = costs(chosen), costs(plain)
-    return all(a <= b for a, b in zip(mine, theirs, strict=True)) and mine != theirs
 
 
 def _bench(job: Job, checkpoint: Checkpoint, device: str) -> "contextlib.AbstractContextManager[Bench]":
@@ -402,20 +419,20 @@ def work(job: Job, number: int, seconds: float) -> None:
     if device in ("auto", "cuda") and torch.cuda.device_count() > number:
         device = f"cuda:{number}"
     with _bench(job, checkpoint, device) as bench:
-        objectives = bench.objectives(job.options.objectives, job.parts.trials, job.options.asking)
-        study = open_study(job.journal, _identity(job, bench), objectives, overwrite=False)
-        run_trials(study, job.space, bench, objectives, _course(job, deadline, number), lambda *_: None)
+        measures = bench.measures(job.options.objectives, job.parts.trials, job.options.asking)
+        study = open_study(job.journal, _identity(job, bench, measures), measures.objectives, overwrite=False)
+        run_trials(study, job.space, bench, measures, _course(job, deadline, number), lambda *_: None)
 
 
 def _course(job: Job, deadline: float, worker: int = 0) -> Course:
     """Returns when a worker's trials end and what seeds them, each worker's otherwise."""
     options = job.options
     seed = options.seed + 1_000_003 * worker
-    starts = job.space.starts(job.contrasts.best_layers())
-    return Course(trials=options.trials, until=deadline, seed=seed, limit=options.limit, starts=starts)
+    starts = job.space.starts(job.contrasts.sources())
+    return Course(trials=options.trials, until=deadline, seed=seed, limits=options.limits, starts=starts)
 
 
-def _identity(job: Job, bench: Bench) -> dict[str, Any]:
+def _identity(job: Job, bench: Bench, measures: Measures) -> dict[str, Any]:
     """Returns what trials depend on, by what errors call it."""
     options = job.options
     return {
@@ -424,6 +441,7 @@ def _identity(job: Job, bench: Bench) -> dict[str, Any]:
         "the questions": questions_digest(job.parts.trials),
         "the space": job.space.as_dict(),
         "the objectives": list(options.objectives),
+        "what is measured": list(measures.names),
         "the seed": options.seed,
         "the limit": options.limit,
         "the way of asking": dataclasses.asdict(options.asking),
@@ -431,6 +449,32 @@ def _identity(job: Job, bench: Bench) -> dict[str, Any]:
         "the kind of device": bench.speaker.device.type,
         "the version of ablate-shards": __version__,
     }
+
+
+def _unlimited(part: str) -> str:
+    """Returns that one part of the questions does not show whether answers keep to what was asked."""
+    return (
+        f"no answer to the contested questions of the {part} repeats a word of its question, so that --subject limits "
+        "nothing there"
+    )
+
+
+def _none_within(trials: Sequence[Trial], options: SearchOptions) -> str:
+    """Returns why no trial can be chosen, and the way out."""
+    if not trials:
+        return "no trial was finished in time; raise --timeout"
+    reasons, ways = [], []
+    for flag, name, limit in (("--limit", "kl", options.limit), ("--subject", "subject", options.budget.subject)):
+        values = [value for trial in trials if math.isfinite(value := trial.tried.values.get(name, math.nan))]
+        if over := sum(value > limit for value in values):
+            reasons.append(
+                f"{over} are over the {limit:g} nats a token of {flag}, by {min(values) - limit:.3g} or more"
+            )
+            ways.append(flag)
+    if numberless := sum(not all(map(math.isfinite, trial.tried.values.values())) for trial in trials):
+        reasons.append(f"{numberless} give no numbers")
+    raised = f"raise {' or '.join(ways)}, narrow" if ways else "narrow"
+    return f"none of {len(trials)} trials is within its limits ({', '.join(reasons)}); {raised} the space, or search on"
 
 
 def _counted(job: Job) -> str:
@@ -443,6 +487,11 @@ def _check_options(options: SearchOptions) -> None:
     for name in ("trials", "front", "length", "workers", "limit"):
         if not getattr(options, name) > 0:
             raise UsageError(f"--{name}: expected more than 0, found {getattr(options, name)}")
+    for name in ("kl", "controls", "broken", "subject"):
+        if not math.isfinite(getattr(options.budget, name)):
+            raise UsageError(f"--{name}: expected a number, found {getattr(options.budget, name)}")
+    if not options.budget.subject > 0:
+        raise UsageError(f"--subject: expected more than 0, found {options.budget.subject:g}")
     if options.timeout is not None and not options.timeout > 0:
         raise UsageError(f"--timeout: expected more than 0 minutes, found {options.timeout:g}")
     if len(set(options.objectives)) < len(options.objectives) or not options.objectives:

@@ -24,8 +24,12 @@ Setting = Mapping[str, Any]
 _STEPS = {"peak": 0.01, "floor": 0.01, "place": 0.1, "reach": 0.1, "source-layer": 0.1}
 _MOST_PEAK = 2.0
 _PRESERVE: tuple[Preserve, ...] = get_args(Preserve)
-#: Where in the stack one layer's direction is looked for, if all take it from there.
-_MIDDLE = (0.3, 0.9)
+_MOST_FLOOR = 1.5
+#: From where in the stack on one layer's direction is looked for, if all take it from there. The last layer is among
+#: them: what a model decides late is not to be seen before.
+_FIRST_SOURCE = 0.3
+#: The coefficients that are tried first. To remove a direction may not suffice where a model does not decide at 0.
+_FIRST = (1.0, 1.25)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +131,15 @@ class Space:
 
     def plain(self) -> Setting:
         """Returns the setting that is compared with: own layer, coefficient 1, as far as the space has it."""
+        return self._alike(1.0)
+
+    def _alike(self, coefficient: float) -> Setting:
+        """Returns the setting with each layer's own direction and one coefficient, as far as the space has it."""
         wanted = {"source": "own", "preserve": "rows", "biproject": True, "without": "none", "layers": "all"}
         found: dict[str, Any] = {}
         for name, values in self.parameters.items():
             leaf = name.rpartition(".")[2]
-            nearest = 1.0 if leaf in ("peak", "floor") else math.inf if leaf == "reach" else 0.0
+            nearest = coefficient if leaf in ("peak", "floor") else math.inf if leaf == "reach" else 0.0
             if isinstance(values, Number):
                 found[name] = _on_step(min(max(nearest, values.low), values.high), values)
             else:
@@ -140,24 +148,28 @@ class Space:
             found.pop("source-layer", None)
         return found
 
-    def starts(self, best: Mapping[str, int]) -> tuple[Setting, ...]:
-        """Returns what is tried first: coefficient 1 with each contrast, from each layer's own direction and from one.
+    def starts(self, best: Mapping[str, Sequence[int]]) -> tuple[Setting, ...]:
+        """Returns what is tried first: each contrast alike at all depths, from each layer's own direction and from one.
 
         A sampler that meets one of two sources only with odd profiles at first gives it up.
 
         Args:
-            best: The best layer of contrasts by their scores, as far as it is known.
+            best: The layers of contrasts that are worth a try as the source of all, as far as these are known.
         """
         plain = self.plain()
         tried = [plain]
         layers, sources = self.parameters["source-layer"], _values(self.parameters["source"])
-        for contrast in _values(self.parameters["contrast"]):
-            common = {name: value for name, value in plain.items() if name != "source-layer"} | {"contrast": contrast}
-            if "own" in sources and "+" not in contrast:
-                tried.append({**common, "source": "own"})
-            if "one" in sources and contrast in best and isinstance(layers, Number):
-                layer = _on_step(min(max(float(best[contrast]), layers.low), layers.high), layers)
-                tried.append({**common, "source": "one", "source-layer": layer})
+        for coefficient in _FIRST:
+            alike = self._alike(coefficient)
+            for contrast in _values(self.parameters["contrast"]):
+                common = {name: value for name, value in alike.items() if name != "source-layer"}
+                common["contrast"] = contrast
+                if "own" in sources and "+" not in contrast:
+                    tried.append({**common, "source": "own"})
+                if "one" in sources and isinstance(layers, Number):
+                    for layer in best.get(contrast, ()):
+                        near = _on_step(min(max(float(layer), layers.low), layers.high), layers)
+                        tried.append({**common, "source": "one", "source-layer": near})
         return tuple(setting for number, setting in enumerate(tried) if setting not in tried[:number])
 
     def as_dict(self) -> dict[str, Any]:
@@ -197,7 +209,7 @@ def make_space(
     usual: dict[str, Number | Choice] = {
         "contrast": Choice(tuple(contrasts)),
         "source": Choice(("own", "one")),
-        "source-layer": Number(round(_MIDDLE[0] * last, 1), round(_MIDDLE[1] * last, 1), _STEPS["source-layer"]),
+        "source-layer": Number(round(_FIRST_SOURCE * last, 1), float(last), _STEPS["source-layer"]),
         "preserve": Choice(("rows",)),
         "rank": Choice((rank,)),
         "without": Choice(("none", *without)),
@@ -208,7 +220,7 @@ def make_space(
         "peak": Number(0.0, _MOST_PEAK, _STEPS["peak"]),
         "place": Number(0.0, float(last), _STEPS["place"]),
         "reach": Number(1.0, float(layers), _STEPS["reach"]),
-        "floor": Number(0.0, 1.0, _STEPS["floor"]),
+        "floor": Number(0.0, _MOST_FLOOR, _STEPS["floor"]),
     }
     for key in table:
         if key not in usual and key not in parts:

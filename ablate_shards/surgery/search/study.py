@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ablate_shards.errors import SearchError
-from ablate_shards.surgery.search.bench import Bench, Tried
-from ablate_shards.surgery.search.objectives import Objective, loss
+from ablate_shards.surgery.search.bench import Bench, Tried, excess
+from ablate_shards.surgery.search.objectives import Measures, Objective, loss
 from ablate_shards.surgery.search.space import Setting, Space
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ __all__ = [
 
 _NAME = "ablate-shards search"
 _STARTUP = 16
+#: What Optuna is told of a trial that gave something else than numbers: over its limits by more than any other.
+_NO_NUMBER = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +120,14 @@ class Course:
         trials: How many, those that are finished already among them.
         until: When no further one begins, as ``time.monotonic`` counts.
         seed: Of the proposals.
-        limit: The divergence above which a trial is not measured further, in nats a token.
+        limits: The most that measures may be for a trial to be within its limits, by their names.
         starts: The settings that are tried first; the first of all is the plain edit.
     """
 
     trials: int
     until: float
     seed: int
-    limit: float
+    limits: Mapping[str, float]
     starts: tuple[Setting, ...]
 
 
@@ -133,7 +135,7 @@ def run_trials(
     study: "Study",
     space: Space,
     bench: Bench,
-    objectives: Sequence[Objective],
+    measures: Measures,
     course: Course,
     told: Callable[[Trial, int], None],
 ) -> None:
@@ -146,7 +148,7 @@ def run_trials(
         study: Where they are kept.
         space: What may vary.
         bench: What they are tried on.
-        objectives: What they are judged by, in the order of the study.
+        measures: What is measured of them; the objectives are those of the study, in its order.
         course: When they end, and what they depend on.
         told: Is called with each finished trial, and how many there are.
     """
@@ -154,24 +156,24 @@ def run_trials(
 
     while (count := _count(study, TrialState.COMPLETE)) < course.trials and time.monotonic() < course.until:
         study.sampler = _sampler(course.seed + count)
-        begun = _count(study, TrialState.COMPLETE, TrialState.RUNNING)
+        # A start that waits was put there by a run that ended before it could ask for it, or by another worker.
+        begun = _count(study, TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
         if begun < len(course.starts):
             start = course.starts[begun]
             study.enqueue_trial({name: start[name] for name in space.free if name in start})
         asked = study.ask()
         setting = space.suggest(asked)
-        tried = bench.try_out(setting, objectives, course.limit)
+        tried = bench.try_out(setting, measures, course.limits)
         record = {
             "setting": dict(setting),
             "values": dict(tried.values),
-            "over": tried.over if math.isfinite(tried.over) else None,
             "seconds": round(tried.seconds, 3),
             "digest": tried.digest,
         }
         for name, value in record.items():
             asked.set_user_attr(name, value)
-        asked.set_constraint("over", tried.over if math.isfinite(tried.over) else 1.0)
-        study.tell(asked, [_worst(objective, tried, course.limit) for objective in objectives])
+        asked.set_constraint("over", tried.over if all(map(math.isfinite, tried.values.values())) else _NO_NUMBER)
+        study.tell(asked, [_told(objective, tried) for objective in measures.objectives])
         told(Trial(asked.number, setting, tried), count + 1)
 
 
@@ -183,11 +185,11 @@ def end_interrupted(study: "Study") -> None:
         study.tell(stale.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
-def trials_of(study: "Study") -> list[Trial]:
-    """Returns the finished trials, in order."""
+def trials_of(study: "Study", limits: Mapping[str, float]) -> list[Trial]:
+    """Returns the finished trials, in order, as they lie to the limits as they are now."""
     from optuna.trial import TrialState
 
-    return [_read(trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+    return [_read(trial, limits) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
 
 
 def best_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
@@ -205,7 +207,7 @@ def best_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Tr
         )
 
     front = {losses(trial): trial for trial in reversed(complete) if not beaten(trial)}
-    return sorted(front.values(), key=lambda trial: losses(trial)[0])
+    return sorted(front.values(), key=losses)
 
 
 def importances(study: "Study", objectives: Sequence[Objective]) -> dict[str, dict[str, float]]:
@@ -243,15 +245,15 @@ def _count(study: "Study", *states: "TrialState") -> int:
     return len(study.get_trials(deepcopy=False, states=states))
 
 
-def _worst(objective: Objective, tried: Tried, limit: float) -> float:
-    """Returns a measure for Optuna, which takes numbers alone: what the unedited model has where there is none."""
+def _told(objective: Objective, tried: Tried) -> float:
+    """Returns a measure for Optuna: where it is not a number, or was not reached, what is worse than any number."""
     value = tried.values.get(objective.name, math.nan)
     if math.isfinite(value):
         return value
-    return 10 * limit if objective.name == "kl" else objective.base
+    return math.inf if objective.direction == "minimize" else -math.inf
 
 
-def _read(trial: "FrozenTrial") -> Trial:
+def _read(trial: "FrozenTrial", limits: Mapping[str, float]) -> Trial:
     kept = trial.user_attrs
-    over = math.inf if kept["over"] is None else kept["over"]
+    over = excess(kept["values"], limits)
     return Trial(trial.number, kept["setting"], Tried(kept["values"], over, kept["seconds"], kept["digest"]))
