@@ -204,6 +204,24 @@ def test_wherever_the_quantisation_is_stated_it_goes(tmp_path, where):
     assert "is what its receipt says" in said(checked("verify", source, tmp_path / "out"))
 
 
+@pytest.mark.parametrize("which", ["writers", "all"])
+def test_how_the_cache_is_quantised_goes_with_the_last_codes(tmp_path, which):
+    source = write_fp8(tmp_path / "source")
+    write_basis(tmp_path, 256)
+    names = ["model.layers.0.self_attn.k_scale", "model.layers.0.self_attn.v_scale"]
+    index = json.loads((source / INDEX).read_text())
+    write_tensors(source / "more.safetensors", {name: ("F32", (), bytes(4)) for name in names})
+    index["weight_map"] |= dict.fromkeys(names, "more.safetensors")
+    (source / INDEX).write_text(json.dumps(index))
+    change_config(source, lambda config: config.update(expert_dtype="fp8"))
+    checked(source, tmp_path / "out", *options(tmp_path, "--layers", 1, "--dequantise", which))
+    found, config = raw_tensors(tmp_path / "out"), config_of(tmp_path / "out")
+    kept = which == "writers"
+    assert [name in found for name in names] == [kept, kept]
+    assert [key in config for key in ("quantization_config", "expert_dtype")] == [kept, kept]
+    assert (tmp_path / "out" / "more.safetensors").exists() == kept
+
+
 # ---------------------------------------------------------------------------------------- what is verified
 
 
@@ -270,6 +288,10 @@ def test_the_edit_is_of_what_the_codes_stand_for(tmp_path, which, form):
     assert raw_tensors(tmp_path / "out") == raw_tensors(tmp_path / "expected")
     assert snapshot(tmp_path / "out")["config.json"] == snapshot(tmp_path / "expected")["config.json"]
     assert "4 weights in" in output
+    plan = json.loads(
+        run(source, tmp_path / "no", *options(tmp_path, "--dequantise", which, "--dry-run", "--json")).stdout
+    )
+    assert plan["dequantised"] == json.loads((tmp_path / "out" / "ablation.json").read_text())["dequantised"]
     for record in json.loads((tmp_path / "out" / "ablation.json").read_text())["tensors"]:
         assert record["dtype"] == "BF16"
         assert record["after"] < 0.01 * record["before"]
@@ -448,7 +470,8 @@ def test_the_experts_of_gpt_oss_are_edited_in_bfloat16_layer_by_layer(tmp_path):
     write_basis(tmp_path, 128)
     for which, layers in (("writers", 1), ("all", "0-1")):
         out = tmp_path / which
-        checked(source, out, *options(tmp_path, "--layers", layers, "--dequantise", which))
+        result = checked(source, out, *options(tmp_path, "--layers", layers, "--dequantise", which))
+        assert ("vLLM takes all layers or none" in said(result)) == (which == "writers")
         assert "to the bit" in said(checked("verify", source, out))
         tensors = load_file(out / "model.safetensors")
         name = "model.layers.1.mlp.experts"

@@ -97,6 +97,8 @@ def quantised(demo):
     save_file(tensors, shard, metadata={"format": "pt"})
     config = json.loads((demo / "quantised" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    # An adapter says which base it was trained on, where finetune made it.
+    shutil.copytree(demo / "adapter", demo / "adapter-of-any", ignore=shutil.ignore_patterns("training.json"))
     (demo / "quantised" / "config.json").write_text(json.dumps(config))
 
 
@@ -185,7 +187,7 @@ def inputs(demo, name, given):
         "first": demo / "source",
         "second": edited,
         "against": demo / "source",
-        "adapter": demo / "adapter",
+        "adapter": demo / ("adapter-of-any" if "dequantise" in given else "adapter"),
         "pairs": demo / "pairs.jsonl",
         "data": demo / "instructions.jsonl",
         "questions": demo / "questions.jsonl",

@@ -171,6 +171,8 @@ def ablate(
     dequantisation = _dequantisation(checkpoint, found, options, dequantise)
     if dequantisation is not None:
         checkpoint = dequantisation.applied(checkpoint)
+        for note in dequantisation.notes:
+            progress.note(note)
     plan = make_plan(checkpoint, found, options)
     for note in plan.notes:
         progress.note(note)
@@ -179,7 +181,9 @@ def ablate(
         return
     if output.dry_run:
         if output.as_json:
-            print_json(plan.as_dict())
+            from ablate_shards.surgery.edit.receipt import dequantised_record
+
+            print_json({**plan.as_dict(), **dequantised_record(dequantisation)})
         elif not output.quiet:
             from ablate_shards.terminal.results import print_plan
 

@@ -136,7 +136,7 @@ def test_only_what_a_run_has_made_is_replaced(in_store, made, monkeypatch):
     in_store.pipe("/bucket/edited/thesis.txt", b"mine")
     for more in ([], ["--overwrite"], ["--resume"]):
         refused = ablate(made / "local", OUT, *more)
-        assert "holds no ablation.json or merge.json, so it is not replaced" in refused.stderr
+        assert "holds no ablation.json or merge.json or dequantisation.json, so it is not replaced" in refused.stderr
     assert held(in_store, "/bucket/edited") == {"thesis.txt": b"mine"}
     in_store.rm("/bucket/edited", recursive=True)
     write = ablate(made / "local", OUT, "--coefficient", "0.5")

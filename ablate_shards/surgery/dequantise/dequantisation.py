@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ablate_shards.errors import PlanError
+from ablate_shards.surgery.anatomy.scales import quantisation_of
 from ablate_shards.surgery.checkpoint.amended import Amendments, NewTensor, amend
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.dequantise.configuration import exempting, without_quantisation
@@ -35,12 +36,14 @@ class Dequantisation:
         whole: Whether nothing stays quantised.
         amendments: What changes with them.
         contents: The contents of files that change.
+        notes: What the user should know before the run, a line each.
     """
 
     weights: tuple[QuantisedWeight, ...]
     whole: bool
     amendments: Amendments
     contents: Mapping[str, bytes] = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     def applied(self, checkpoint: Checkpoint) -> Checkpoint:
         """Returns the checkpoint with these weights in bfloat16; they are computed when they are read."""
@@ -107,4 +110,11 @@ def plan_dequantisation(checkpoint: Checkpoint, names: Collection[str] | None = 
         unset=tuple(changes.unset),
         removed=tuple(changes.removed),
     )
-    return Dequantisation(tuple(weights), whole, amendments, changes.contents)
+    return Dequantisation(tuple(weights), whole, amendments, changes.contents, () if whole else _notes(checkpoint))
+
+
+def _notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    config = quantisation_of(checkpoint.config)
+    if isinstance(config, Mapping) and config.get("quant_method") == "mxfp4":
+        return ("the experts of some layers stay in MXFP4: transformers loads that, vLLM takes all layers or none",)
+    return ()

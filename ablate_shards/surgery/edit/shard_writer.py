@@ -108,7 +108,7 @@ class ShardWriter(Generic[_E, _R]):
 
     def _copiers(self, run: RunOptions) -> int:
         """Returns how many threads copy: where there are few cores, the edits need them more."""
-        if self._checkpoint.amended and not self._operation.edits:
+        if self._checkpoint.amended:  # what is computed takes as long as an edit, and edits wait for it
             return max(1, min(self.in_flight, run.jobs or cores()))
         if self._checkpoint.remote is not None:
             return self.in_flight
