@@ -621,7 +621,7 @@ def test_a_plan_is_printed_and_nothing_written(case):
     folder, source, _ = case
     output = refuse(folder, "dequantise", source, folder / "out", "--dry-run", code=0)
     assert "4 weights in" in output
-    assert "would be in bfloat16" in output
+    assert "would be written in bfloat16" in output
     plan = json.loads(run("dequantise", source, folder / "out", "--dry-run", "--json").stdout)
     assert len(plan["tensors"]) == 4
     assert plan["unset"] == ["quantization_config"]
