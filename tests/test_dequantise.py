@@ -642,7 +642,41 @@ def test_a_plan_is_printed_and_nothing_written(case):
     folder, source, _ = case
     output = refuse(folder, "dequantise", source, folder / "out", "--dry-run", code=0)
     assert "4 weights in" in output
-    assert "would be in bfloat16" in output
+    assert "would be written in bfloat16" in output
     plan = json.loads(run("dequantise", source, folder / "out", "--dry-run", "--json").stdout)
     assert len(plan["tensors"]) == 4
     assert plan["unset"] == ["quantization_config"]
+
+
+def test_an_edit_that_was_interrupted_goes_on_and_untouched_shards_can_be_linked(tmp_path, monkeypatch):
+    source = write_coded(tmp_path / "source", "MXFP4", hidden=64)
+    write_basis(tmp_path, 64)
+    index = json.loads((source / INDEX).read_text())
+    write_tensors(source / "more.safetensors", {"model.extra.weight": ("BF16", (4, 4), bytes(32))})
+    index["weight_map"]["model.extra.weight"] = "more.safetensors"
+    (source / INDEX).write_text(json.dumps(index))
+    chosen = options(tmp_path, "--dequantise", "writers")
+    checked(source, tmp_path / "whole", *chosen, "--link")
+    assert (tmp_path / "whole" / "more.safetensors").samefile(source / "more.safetensors")
+    record = Staging.record
+
+    def stop(self, shard, content):
+        record(self, shard, content)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Staging, "record", stop)
+    checked(source, tmp_path / "out", *chosen, code=1)
+    monkeypatch.undo()
+    other = checked(source, tmp_path / "out", *options(tmp_path), "--resume", code=1)
+    assert "resume" in said(other)
+    checked(source, tmp_path / "out", *chosen, "--resume")
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+
+
+def test_there_is_nothing_to_report_of_it(tmp_path):
+    source = write_coded(tmp_path / "source", "MXFP4", hidden=64)
+    checked("dequantise", source, tmp_path / "out")
+    assert "nothing to report" in said(checked("report", tmp_path / "out", code=1))
+    # What an earlier run made may be replaced, and only that.
+    checked("dequantise", source, tmp_path / "out", code=1)
+    checked("dequantise", source, tmp_path / "out", "--overwrite")

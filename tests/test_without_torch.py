@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+from coded_checkpoints import write_coded
 from raw_checkpoints import HIDDEN, llama_tensors, snapshot, write_directions, write_shard
 
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
@@ -62,6 +63,16 @@ def test_merge_and_verify(tmp_path):
     assert "numpy on cpu" in run_without_torch("merge", source, adapter, out, "--device", "cpu")
     assert (out / "model.safetensors").read_bytes() != (source / "model.safetensors").read_bytes()
     run_without_torch("verify", source, out, "--adapter", adapter, "--device", "cpu")
+
+
+def test_dequantise_and_verify(tmp_path):
+    source = write_coded(tmp_path / "source", "int4 in groups of 64, with zero points", hidden=64)
+    directions = write_directions(tmp_path / "d.safetensors", layers=2, hidden=64)
+    run_without_torch("dequantise", source, tmp_path / "plain")
+    run_without_torch("verify", source, tmp_path / "plain", "--device", "cpu")
+    options = ("-d", directions, "--source-layer", 1, "--device", "cpu", "--dequantise", "all")
+    run_without_torch(source, tmp_path / "out", *options)
+    run_without_torch("verify", source, tmp_path / "out", "--device", "cpu")
 
 
 def test_what_needs_torch_says_so_or_imports_it(tmp_path):

@@ -98,7 +98,7 @@ def print_plan(checkpoint: Checkpoint, plan: Plan, dequantisation: "Dequantisati
     if any(edit.rounding == "nearest" for edit in plan.edits):
         say(screen, "codes would be the nearest ones, which undo some of the edit or all")
     if dequantisation is not None:
-        _print_dequantised(screen, dequantisation, "would be")
+        _print_dequantised(screen, dequantisation, planned=True)
     _print_left_out(screen, plan, checkpoint)
 
 
@@ -163,7 +163,7 @@ def print_results(
         )
     _print_undone(screen, results.values())
     if dequantisation is not None:
-        _print_dequantised(screen, dequantisation, "are")
+        _print_dequantised(screen, dequantisation, planned=False)
     besides = "all else" if dequantisation is not None else "every other byte"
     say(screen, f"{_share(checkpoint, plan, 'edited')}; {besides} is the source's")
     _print_absent(screen, plan.absent)
@@ -207,7 +207,7 @@ def _print_where(
 def print_dequantisation_plan(checkpoint: Checkpoint, dequantisation: "Dequantisation") -> None:
     """Prints what a dequantisation would change, and how large the result would be."""
     screen = output()
-    _print_dequantised(screen, dequantisation, "would be")
+    _print_dequantised(screen, dequantisation, planned=True)
     _print_sizes(screen, checkpoint, dequantisation)
     for name, reason in checkpoint.left_out:
         say(screen, f"not carried over: {name} ({reason})")
@@ -218,27 +218,24 @@ def print_dequantisation(
 ) -> None:
     """Prints what a dequantisation changed; see :func:`print_results`."""
     screen = output()
-    _print_dequantised(screen, dequantisation, "are")
+    _print_dequantised(screen, dequantisation, planned=False)
     _print_sizes(screen, checkpoint, dequantisation)
     say(screen, "every other byte is the source's")
     _print_where(screen, checkpoint, out, url, DEQUANTISATION_RECEIPT_NAME)
 
 
-def _print_dequantised(screen: Console, dequantisation: "Dequantisation", verb: str) -> None:
+def _print_dequantised(screen: Console, dequantisation: "Dequantisation", *, planned: bool) -> None:
     """Prints how many weights of each format are dequantised, and what of the configuration changes with them."""
     for form, count in Counter(record.stored_as for record in dequantisation.records()).items():
-        say(screen, f"{_count(count, 'weight')} in {form} {verb} in bfloat16")
+        say(screen, f"{_count(count, 'weight')} in {form} {'would be ' if planned else ''}written in bfloat16")
     changes = dequantisation.amendments
-    if dequantisation.whole:
-        said = ", ".join([*changes.unset, *changes.removed])
-        say(
-            screen,
-            f"nothing {'would be' if verb == 'would be' else 'is'} quantised any more"
-            + (f": {said} {'would go' if verb == 'would be' else 'went'}" if said else ""),
-        )
-    else:
+    if not dequantisation.whole:
         places = ", ".join([*changes.config, *changes.files])
-        say(screen, f"the rest stays quantised; {places} {'would name' if verb == 'would be' else 'names'} what is not")
+        say(screen, f"the rest stays quantised; {places} {'would say' if planned else 'says'} what is not")
+        return
+    gone = ", ".join([*changes.unset, *changes.removed])
+    gone = f": {gone} {'would go' if planned else 'went'}" if gone else ""
+    say(screen, f"nothing {'would be' if planned else 'is'} quantised any more{gone}")
 
 
 def _print_sizes(screen: Console, checkpoint: Checkpoint, dequantisation: "Dequantisation") -> None:
@@ -257,7 +254,7 @@ def print_merge_plan(checkpoint: Checkpoint, plan: "MergePlan", dequantisation: 
     ]
     print_table(screen, (*_MERGED, Column("bytes", right=True, rank=3)), rows)
     if dequantisation is not None:
-        _print_dequantised(screen, dequantisation, "would be")
+        _print_dequantised(screen, dequantisation, planned=True)
     say(screen, f"{_share_of(plan.amended(checkpoint), plan.edits)} would be changed")
     for name, reason in checkpoint.left_out:
         say(screen, f"not carried over: {name} ({reason})")
@@ -285,7 +282,7 @@ def print_merge(
         say(screen, f"{adapter} adds nothing: it was saved before it was trained")
     amended = ", ".join(plan.amendments.names())
     if dequantisation is not None:
-        _print_dequantised(screen, dequantisation, "are")
+        _print_dequantised(screen, dequantisation, planned=False)
     kept = "every other byte" if dequantisation is None else "all else"
     kept = f"added or changed besides: {amended}; all else" if amended else kept
     say(screen, f"{_share_of(plan.amended(checkpoint), plan.edits)} changed; {kept} is the source's")
