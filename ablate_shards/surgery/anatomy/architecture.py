@@ -801,7 +801,8 @@ def _unknown(tensors: Mapping[str, TensorInfo], settings: _Settings, why: str) -
     advice = advise(tensors, settings.hidden_size, settings.depth, keys)
     remarks = "".join(f"; {remark}" for remark in advice.open)
     return ArchitectureError(
-        f"{why}; describe each tensor that writes to the residual stream in a recipe, as in these lines made "
+        f"{why}; `ablate-shards inspect SOURCE --derive` finds and proves its writers where the installed transformers "
+        "knows it, else describe each tensor that writes to the residual stream in a recipe, as in these lines made "
         'from its names and shapes (axis "out" is [hidden, inputs] as in nn.Linear, "in" is [inputs, hidden] as in '
         "Conv1D; where a norm stands between the output and the residual addition, add its gain; where the stream "
         f"itself is normalised or scaled, which names do not show, no edit of writers holds){remarks}:\n\n"
