@@ -3,6 +3,7 @@
 import json
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -83,11 +84,12 @@ def _renamed(target: Target, names: Iterable[str]) -> Target:
     parts = target.pattern.split(r"\.")
     for dropped in range(len(parts) - 1):
         rest = r"\.".join(parts[dropped:])
-        found = {
+        found = Counter(
             match["beginning"] for name in names if (match := re.fullmatch(rf"(?P<beginning>(?:.+\.)?){rest}", name))
-        }
-        if len(found) == 1:
-            beginning = found.pop()
+        ).most_common(2)
+        # Multi-token prediction has a layer or two that are called alike.
+        if found and (len(found) == 1 or found[0][1] > found[1][1]):
+            beginning = found[0][0]
             gain = target.gain
             if gain is not None:
                 offset, _, path = gain.rpartition(" ")

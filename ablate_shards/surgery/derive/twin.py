@@ -111,9 +111,10 @@ def _generating(config: Any) -> Any:
     """Returns the class of transformers that builds the architecture with its output head, or another one if none."""
     import transformers
 
+    text, whole = ("CAUSAL_LM", "CausalLM"), ("IMAGE_TEXT_TO_TEXT", "ImageTextToText")
+    composite = config.get_text_config(decoder=True) is not config
     for mapping, auto in (
-        ("CAUSAL_LM", "CausalLM"),
-        ("IMAGE_TEXT_TO_TEXT", "ImageTextToText"),
+        *((whole, text) if composite else (text, whole)),
         ("SEQ_TO_SEQ_CAUSAL_LM", "Seq2SeqLM"),
         ("SPEECH_SEQ_2_SEQ", "SpeechSeq2Seq"),
     ):
