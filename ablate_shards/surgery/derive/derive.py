@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ablate_shards.surgery.anatomy.architecture import Anatomy, Component, Target, Writer, dissect
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 from ablate_shards.surgery.derive.twin import State, Twin, find_unreached
-from ablate_shards.surgery.derive.writers import Kind, find_gain, find_writers, match_gain, numbers_of
+from ablate_shards.surgery.derive.writers import Kind, find_gain, find_mixing, find_writers, match_gain, numbers_of
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ def derive(twin: Twin) -> Derivation:
             "that are computed and added"
             for state, share in sorted(found.leaks.items())[:1]
         ]
-    kinds = [kind for kind in found.writers if not kind.centres]
+    kinds = find_mixing(twin, [kind for kind in found.writers if not kind.centres])
     left = left_after(twin, _described(twin, kinds))
     if max(left) >= _ABSENT:
         kinds, gains = _with_gains(twin, kinds)

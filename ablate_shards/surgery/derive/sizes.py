@@ -37,7 +37,7 @@ _RULES: tuple[_Rule, ...] = tuple(
     (re.compile(pattern), value)
     for pattern, value in (
         (r"(?:\w*_)?vocab_size(?:_per_layer_input)?", VOCABULARY),
-        (r"\w*vocab\w*(?:size|offset|base)", _most(VOCABULARY)),
+        (r"\w*vocab\w*(?:size|offset|base)|\w*_vocab", _most(VOCABULARY)),
         (r"hidden_size_per_layer_input|altup_coef_clip|laurel_rank|ple_embed_dim", _most(8)),
         (
             r"max_\w*positions?\w*|n_positions|n_ctx|max_seq_len|context_length|model_max_length|\w*seq_length",
@@ -87,7 +87,7 @@ _RULES: tuple[_Rule, ...] = tuple(
 )
 _KEY_HEADS = re.compile(r"\w*(?:num_key_value_heads|num_kv_heads|kv_n_heads|num_query_groups|num_key_value_groups)")
 _QUERY_HEADS = re.compile(r"(?:\w*_)?(?:num_)?(?:attention_)?heads|n_heads?")
-_TOKEN = re.compile(r"\w*(?:_token_id|_token_index|_token_ids|_token)|im_\w+_id|\w*_tok_id")
+_TOKEN = re.compile(r"\w*(?:_token_id|_token_index|_token_ids)|im_\w+_id|\w*_tok_id")
 _SCALED = frozenset({"longrope", "yarn", "llama3", "dynamic", "linear", "su"})
 _OTHERS = frozenset({"id2label", "label2id", "quantization_config", "torch_dtype", "dtype", "transformers_version"})
 

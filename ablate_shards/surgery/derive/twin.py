@@ -26,7 +26,7 @@ State = Mapping[str, "torch.Tensor"]
 _TOKENS = 48
 #: The second differs from the first in its first token, the third in what an encoder is given, if there is one.
 SEQUENCES = 3
-_MOST_PARAMETERS = 200_000_000
+_MOST_PARAMETERS = 50_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +112,10 @@ def _generating(config: Any) -> Any:
     import transformers
 
     text, whole = ("CAUSAL_LM", "CausalLM"), ("IMAGE_TEXT_TO_TEXT", "ImageTextToText")
+    pairs = (("SEQ_TO_SEQ_CAUSAL_LM", "Seq2SeqLM"), ("SPEECH_SEQ_2_SEQ", "SpeechSeq2Seq"))
     composite = config.get_text_config(decoder=True) is not config
-    for mapping, auto in (
-        *((whole, text) if composite else (text, whole)),
-        ("SEQ_TO_SEQ_CAUSAL_LM", "Seq2SeqLM"),
-        ("SPEECH_SEQ_2_SEQ", "SpeechSeq2Seq"),
-    ):
+    ordered = (whole, text) if composite else (text, whole)
+    for mapping, auto in (*pairs, *ordered) if config.is_encoder_decoder else (*ordered, *pairs):
         if type(config) in getattr(transformers, f"MODEL_FOR_{mapping}_MAPPING"):
             return getattr(transformers, f"AutoModelFor{auto}")
     return transformers.AutoModel
@@ -161,6 +159,11 @@ def _calls(network: Any) -> Iterator[dict[str, Any]]:
     encoded[2] = encoded[2].roll(1)
     yield {"input_ids": encoded, "decoder_input_ids": tokens, "use_cache": False}
     yield {"input_ids": tokens}
+    if network.main_input_name == "input_features":
+        shape = (SEQUENCES, network.config.num_mel_bins, 2 * network.config.max_source_positions)
+        heard = torch.randn(shape, generator=generator)
+        heard[1] = heard[0]
+        yield {"input_features": heard, "decoder_input_ids": tokens}
 
 
 def _run(network: Any) -> None:

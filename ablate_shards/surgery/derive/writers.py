@@ -17,7 +17,18 @@ from ablate_shards.surgery.derive.twin import SEQUENCES, State, Twin
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Found", "Kind", "find_gain", "find_writers", "kind_of", "match_gain", "numbers_of", "shares_of", "silence"]
+__all__ = [
+    "Found",
+    "Kind",
+    "find_gain",
+    "find_mixing",
+    "find_writers",
+    "kind_of",
+    "match_gain",
+    "numbers_of",
+    "shares_of",
+    "silence",
+]
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 #: Share of a state's length below which a coordinate counts as zero.
@@ -94,8 +105,7 @@ def find_writers(twin: Twin) -> Found:
     biases, leaks = _restored(twin, vectors, knocked=kinds)
     writers, more = _restored(twin, matrices, knocked=[*matrices, *biases])
     leaks = {state: max(leaks.get(state, 0.0), more.get(state, 0.0)) for state in {*leaks, *more}}
-    found = _mixing(twin, [*writers, *biases])
-    return Found(tuple(found), leaks)
+    return Found((*writers, *biases), leaks)
 
 
 def _candidates(twin: Twin) -> list[Kind]:
@@ -135,7 +145,7 @@ def _restored(twin: Twin, kinds: Sequence[Kind], knocked: Sequence[Kind]) -> tup
     return writers, leaks
 
 
-def _mixing(twin: Twin, writers: Sequence[Kind]) -> list[Kind]:
+def find_mixing(twin: Twin, writers: Sequence[Kind]) -> list[Kind]:
     """Returns the writers with whether they mix tokens.
 
     Within layers, nothing but the kind writes, so what it first adds depends on the embedded tokens alone, and the two
