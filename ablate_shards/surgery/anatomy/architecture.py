@@ -443,6 +443,13 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
     found -= extra
     layers = tuple(range(depth)) if depth is not None else tuple(sorted(found))
     absent, missing = _parts_without_writers(tensors, settings, layers, writers, (*left_out, *strays))
+    modules: Mapping[Component, tuple[Module, ...]] = {"attention": layout.attention, "mlp": layout.mlp}
+    without = [part for part in PARTS if not modules[part]]
+    absent = (
+        *(item for item in absent if item.component not in without),
+        *(Absent(layer, part, f"{family.name} has none") for part in without for layer in layers),
+    )
+    missing = tuple(item for item in missing if item.component not in without)
     known = {item.name for item in (*left_out, *strays)} | {hit.name for hit in hits}
     unplaced = {
         name: layer
