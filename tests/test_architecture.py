@@ -134,12 +134,40 @@ class TestFamilies:
             ({"model_type": "opt", "do_layer_norm_before": False}, "do_layer_norm_before = false is refused"),
             ({"model_type": "gpt2", "add_cross_attention": True}, "cross-attention writes to the stream"),
             ({"model_type": "gemma4_text", "enable_moe_block": True}, "passes through a second norm"),
-            ({"model_type": "qwen3_vl_moe_text"}, "under one name"),
+            ({"model_type": "bert"}, "the stream itself is normalised after each addition"),
         ],
     )
     def test_refused_settings(self, config: dict[str, Any], reason: str) -> None:
         with pytest.raises(ArchitectureError, match=reason):
             dissect(llama(), config)
+
+    @pytest.mark.parametrize(
+        ("down", "first", "axis"),
+        [
+            ((4, D, N), (4, 2 * N, D), -2),
+            ((4, N, D), (4, D, 2 * N), -1),
+            ((4, D, D), (4, 2 * D, D), -2),
+            ((4, D, D), (4, D, 2 * D), -1),
+        ],
+    )
+    def test_experts_in_either_orientation(self, down: tuple[int, ...], first: tuple[int, ...], axis: int) -> None:
+        home = "model.language_model."
+        shapes = {
+            f"{home}embed_tokens.weight": (64, D),
+            f"{home}layers.0.self_attn.o_proj.weight": (D, D),
+            f"{home}layers.0.mlp.experts.gate_up_proj": first,
+            f"{home}layers.0.mlp.experts.down_proj": down,
+        }
+        config = {"model_type": "qwen3_vl_moe_text", "hidden_size": D, "num_hidden_layers": 1}
+        anatomy = dissect(tensors_of(shapes), config)
+        assert next(one.axis for one in anatomy.writers if one.name.endswith("experts.down_proj")) == axis
+
+    def test_experts_of_no_orientation_are_refused(self) -> None:
+        home = "model.language_model."
+        shapes = {f"{home}layers.0.self_attn.o_proj.weight": (D, D), f"{home}layers.0.mlp.experts.down_proj": (4, D, D)}
+        config = {"model_type": "qwen3_vl_moe_text", "hidden_size": D, "num_hidden_layers": 1}
+        with pytest.raises(ArchitectureError, match=f"expected the hidden size {D} on one of the last two axes"):
+            dissect(tensors_of(shapes), config)
 
     def test_family_names_are_unique(self) -> None:
         assert len(set(family_names())) == len(family_names()) > 30

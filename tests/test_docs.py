@@ -15,6 +15,9 @@ SPECIFICATION = importlib.util.spec_from_file_location("generate_cli", DOCS / "g
 GENERATE = importlib.util.module_from_spec(SPECIFICATION)
 SPECIFICATION.loader.exec_module(GENERATE)
 FED = GENERATE.FED
+ARCHITECTURES = importlib.util.spec_from_file_location("generate_architectures", DOCS / "generate_architectures.py")
+TABLES_OF = importlib.util.module_from_spec(ARCHITECTURES)
+ARCHITECTURES.loader.exec_module(TABLES_OF)
 
 
 def long_names(command):
@@ -39,6 +42,12 @@ def test_the_reference_is_up_to_date():
     keys = (DOCS / "recipe-keys.md").read_text(encoding="utf-8")
     assert keys == GENERATE.recipe_reference(), "run: python docs/generate_cli.py"
     assert keys.count("| `") == sum(map(len, TABLES.values()))
+
+
+def test_the_tables_of_architectures_are_up_to_date():
+    page = (DOCS / "architectures.md").read_text(encoding="utf-8")
+    assert page == TABLES_OF.page(), "run: python docs/generate_architectures.py"
+    assert page.count("\n| BioGPT |") == page.count("`bert-generation`") == 1
 
 
 #: What only a recipe can say.

@@ -50,7 +50,8 @@ def _parse_source_layer(text: str) -> Any:
     callback=parsed(_parse_components),
     default="attention,mlp",
     show_default=True,
-    help="What to edit: attention, mlp, embedding.",
+    help="What to edit: attention (all that mixes tokens), mlp (all that does not), embedding; or of these only "
+    "linear-attention, mamba, convolution, cross-attention, shared-experts, experts.",
 )
 @click.option(
     "--coefficient",

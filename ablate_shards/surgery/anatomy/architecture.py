@@ -12,6 +12,7 @@ from ablate_shards.surgery.anatomy.advice import advise
 from ablate_shards.surgery.anatomy.families import FAMILIES, Axis, Component, Family, Layout, Module
 from ablate_shards.surgery.anatomy.roles import is_lone_bias, orientation, role_of, split_stack
 from ablate_shards.surgery.anatomy.scales import Scales, find_scales, is_beside_codes, is_codes
+from ablate_shards.surgery.anatomy.unsupported import reason_for
 from ablate_shards.surgery.anatomy.wrappers import unwrapped
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
@@ -128,7 +129,10 @@ class Anatomy:
 
 _EDITABLE = frozenset({"BF16", "F16", "F32"})
 _HIDDEN_KEYS = ("hidden_size", "n_embd", "n_embed", "d_model")
-_DEPTH_KEYS = ("num_hidden_layers", "n_layer")
+#: Of an encoder and a decoder, the decoder's.
+_DEPTH_KEYS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer")
+#: Between the names that a gain may have, and that of none.
+_OR, _NONE = " | ", "none"
 _MOST_LAYERS = 99_999
 _LAYER = r"(?P<layer>[0-9]{1,5})"
 _MTP_ROOT = "mtp."
@@ -142,7 +146,8 @@ _ALL_MODULES = [
 _EMBEDDINGS = rf"(?:{'|'.join(sorted({leaf for leaf, embeds in _ALL_MODULES if embeds}))})"
 #: What modules that write are called: the table's, and those of decoders and towers that it does not know.
 _WRITER_LIKE = re.compile(
-    rf"(?:^|\.)(?:{'|'.join(sorted({leaf for leaf, _ in _ALL_MODULES} - {'linear_attn'}))}|self_attn\.linear_attn"
+    rf"(?:^|\.)(?:{'|'.join(sorted({leaf for leaf, _ in _ALL_MODULES} - {'linear_attn', 'linear'}))}"
+    r"|self_attn\.linear_attn"
     r"|eh_proj|fc|linear_2|linear_fc2|output_linear|proj|wo)(?=\.|$|_bias$|_blocks$|_scales$)"
 )
 _DESCRIBE = "describe every writer with [[ablate.target]] in a recipe"
@@ -175,7 +180,7 @@ _IN_LAYER = re.compile(rf"(?P<head>.*?(?:^|\.)(?:layers?|h|blocks?))\.{_LAYER}\.
 class _Rule(NamedTuple):
     pattern: re.Pattern[str]
     component: Component
-    axis: Axis
+    axis: Axis | Literal["either"]
     gain: str = ""
     gain_offset: float = 0.0
     fused: bool | None = None
@@ -308,6 +313,10 @@ def _family_of(tensors: Mapping[str, TensorInfo], settings: _Settings) -> Family
         for family in FAMILIES:
             if kind in family.model_types:
                 return family
+        if (why := reason_for(kind)) is not None:
+            raise ArchitectureError(
+                f"config.json: model_type {kind!r} is refused: {why}; {_DESCRIBE} to edit it all the same"
+            )
         raise _unknown(tensors, settings, f"config.json: the table does not know model_type {kind!r}")
     names = {_NUMBER.sub("#", name) for name in tensors}
     fitting = [(family, found) for family in FAMILIES if (found := _modules_by_names(family.layout, names))]
@@ -381,7 +390,8 @@ def _rules_of(layout: Layout) -> list[_Rule]:
         for module in modules:
             gain, offset = _read_gain(module.gain)
             if gain:
-                gain = f"{{root}}{layout.layers}.{{layer}}.{gain}.weight"
+                home = f"{{root}}{layout.layers}.{{layer}}."
+                gain = _OR.join(one if one == _NONE else f"{home}{one}.weight" for one in gain.split(_OR))
             pattern = re.compile(place + _path_pattern(module))
             unless = module.unless and (
                 f"{{root}}{module.unless}" if place is root else f"{{root}}{layout.layers}.{{layer}}.{module.unless}"
@@ -433,6 +443,13 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
     found -= extra
     layers = tuple(range(depth)) if depth is not None else tuple(sorted(found))
     absent, missing = _parts_without_writers(tensors, settings, layers, writers, (*left_out, *strays))
+    modules: Mapping[Component, tuple[Module, ...]] = {"attention": layout.attention, "mlp": layout.mlp}
+    without = [part for part in PARTS if not modules[part]]
+    absent = (
+        *(item for item in absent if item.component not in without),
+        *(Absent(layer, part, f"{family.name} has none") for part in without for layer in layers),
+    )
+    missing = tuple(item for item in missing if item.component not in without)
     known = {item.name for item in (*left_out, *strays)} | {hit.name for hit in hits}
     unplaced = {
         name: layer
@@ -510,6 +527,8 @@ def _stray(name: str, family: Family, place: re.Match[str] | None, extra: Set[in
     if mtp and ".embed_" in name:
         why = "read through a norm and a projection, not added to the stream"
         return LeftOut(name, layer, "embedding", why, mtp=True)
+    if place and not mtp and place["inner"].split(".")[0] in family.layout.within:
+        return LeftOut(name, layer, None, "read within its layer, not added to the stream")
     if place or mtp:
         component: Component = "attention" if _ATTENTION.search(name) else "mlp"
         why = f"looks like a writer, but {family.name} has none of this name; {_DESCRIBE}"
@@ -716,7 +735,7 @@ def _left_out(hit: _Hit, why: str) -> LeftOut:
 
 
 def _writer(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int, scales: Scales | None = None) -> Writer:
-    tensor, rule = tensors[hit.name], hit.rule
+    tensor, rule = tensors[hit.name], _oriented(hit, tensors, hidden)
     bias = hit.rest in (".bias", "_bias")
     shape = tensor.shape if scales is None else (*scales.leading(tensor.shape), 1)
     axis = -2 if (rule.axis == "out" or scales is not None) and not bias else -1
@@ -735,16 +754,39 @@ def _writer(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int, scales: S
         )
     gain = _gain_of(hit, tensors, hidden) if rule.gain else None
     kind: Literal["weight", "bias"] = "bias" if bias else "weight"
-    return Writer(hit.name, hit.layer, rule.component, axis, kind, gain, rule.gain_offset, hit.mtp, scales)
+    offset = 0.0 if gain is None else rule.gain_offset
+    return Writer(hit.name, hit.layer, rule.component, axis, kind, gain, offset, hit.mtp, scales)
 
 
-def _gain_of(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> str:
+def _oriented(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> _Rule:
+    """Returns the rule with the axis along which experts are stored, where the architecture has them in either way.
+
+    ``[E, d, n]`` and ``[E, n, d]`` differ unless n is d, and then the experts' first matrix, which has 2 n, tells.
+    """
+    if hit.rule.axis != "either":
+        return hit.rule
+    shape = tensors[hit.name].shape[-2:]
+    first = tensors.get(hit.name.replace("down_proj", "gate_up_proj"))
+    if shape == (hidden, hidden) and first is not None:
+        shape = (first.shape[-1], first.shape[-2])
+    if hidden not in shape or shape[0] == shape[-1]:
+        raise ArchitectureError(
+            f"{hit.name}: expected the hidden size {hidden} on one of the last two axes, found "
+            f"{list(tensors[hit.name].shape)}; describe every writer with [[ablate.target]] in a recipe"
+        )
+    return hit.rule._replace(axis="out" if shape[0] == hidden else "in")
+
+
+def _gain_of(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> str | None:
     if strange := set(re.findall(r"\{(.*?)\}", hit.rule.gain)) - set(hit.groups):
         known = ", ".join(f"{{{group}}}" for group in hit.groups) or "none"
         raise ArchitectureError(
             f"gain {hit.rule.gain!r} of {hit.name}: expected groups of its pattern ({known}), found {{{min(strange)}}}"
         )
-    gain = re.sub(r"\{(.*?)\}", lambda brace: hit.groups[brace[1]], hit.rule.gain)
+    gains = re.sub(r"\{(.*?)\}", lambda brace: hit.groups[brace[1]], hit.rule.gain).split(_OR)
+    gain = next((gain for gain in gains if gain in tensors or gain == _NONE), gains[0])
+    if gain == _NONE:
+        return None
     if gain not in tensors:
         raise ArchitectureError(f"{hit.name}: its output passes through {gain}, which the checkpoint does not hold")
     if tensors[gain].shape != (hidden,):
@@ -801,7 +843,8 @@ def _unknown(tensors: Mapping[str, TensorInfo], settings: _Settings, why: str) -
     advice = advise(tensors, settings.hidden_size, settings.depth, keys)
     remarks = "".join(f"; {remark}" for remark in advice.open)
     return ArchitectureError(
-        f"{why}; describe each tensor that writes to the residual stream in a recipe, as in these lines made "
+        f"{why}; `ablate-shards inspect SOURCE --derive` finds and proves its writers where the installed transformers "
+        "knows it, else describe each tensor that writes to the residual stream in a recipe, as in these lines made "
         'from its names and shapes (axis "out" is [hidden, inputs] as in nn.Linear, "in" is [inputs, hidden] as in '
         "Conv1D; where a norm stands between the output and the residual addition, add its gain; where the stream "
         f"itself is normalised or scaled, which names do not show, no edit of writers holds){remarks}:\n\n"

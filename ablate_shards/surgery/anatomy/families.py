@@ -14,15 +14,17 @@ class Module(NamedTuple):
 
     Attributes:
         path: Its name relative to a layer (an embedding's: to the decoder); ``#`` is an expert's number.
-        axis: ``out`` for ``[..., d, n]`` as in nn.Linear, ``in`` for ``[..., n, d]`` as in embeddings.
+        axis: ``out`` for ``[..., d, n]`` as in nn.Linear, ``in`` for ``[..., n, d]`` as in embeddings; ``either`` where
+            checkpoints have both, which their shapes tell.
         gain: The norm of the same layer that its output passes through; ``1 + NAME`` where that norm
-            multiplies by one plus its weight.
+            multiplies by one plus its weight, ``NAME | OTHER`` where it goes by two names, ``NAME | none`` where only
+            some layers have it.
         fused: It is one parameter that stacks the matrices of all experts, ``[E, ...]``.
         unless: Where this module exists, the output goes there and not to the stream; a name as ``path`` is.
     """
 
     path: str
-    axis: Axis = "out"
+    axis: Axis | Literal["either"] = "out"
     gain: str = ""
     fused: bool = False
     unless: str = ""
@@ -42,6 +44,7 @@ class Layout:
         around: What a layer holds beside the parents of its writers, a string per variant; what recognises a
             checkpoint without config.json, and empty where the names do not tell the architecture.
         marks: Tensors of a layer that only this layout has.
+        within: Modules of a layer that are called like writers, and whose output stays within the layer.
         beside: What the decoder holds beside its embeddings, layers and final norm.
         refused: Settings of config.json (key, value, why) under which the writers cannot be edited.
     """
@@ -63,6 +66,7 @@ class Layout:
     final: str = "norm"
     around: tuple[str, ...] = ("input_layernorm post_attention_layernorm",)
     marks: tuple[str, ...] = ()
+    within: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     refused: tuple[tuple[str, Any, str], ...] = ()
 
@@ -92,16 +96,9 @@ _HYBRID_MOE = Layout(attention=_HYBRID, mlp=(*_EXPERTS, _SHARED_GATED))
 _MIXTRAL = Layout(mlp=(Module("block_sparse_moe.experts.#.w2"), Module("mlp.experts.down_proj", fused=True)))
 _GPT_OSS = Layout(mlp=(Module("mlp.experts.down_proj", "in", fused=True),), marks=("mlp.experts.down_proj_bias",))
 _QWEN3_VL_MOE = Layout(
-    mlp=(Module("mlp.down_proj"), Module("mlp.experts.down_proj", "in", fused=True)),
+    mlp=(Module("mlp.down_proj"), Module("mlp.experts.down_proj", "either", fused=True)),
     roots=("model.language_model.",),
-    refused=(
-        (
-            "model_type",
-            "qwen3_vl_moe_text",
-            "its experts are stored as [E, d, n] or as [E, n, d] under one name; "
-            "describe every writer with [[ablate.target]] in a recipe",
-        ),
-    ),
+    around=(),
 )
 _LLAMA4 = Layout(
     mlp=(
@@ -218,7 +215,11 @@ _NEMOTRON_NAS = Layout(
 )
 _GRANITE_HYBRID = Layout(
     attention=(Module("self_attn.o_proj"), Module("mamba.out_proj")),
-    mlp=(Module("shared_mlp.output_linear"), Module("block_sparse_moe.output_linear", fused=True)),
+    mlp=(
+        Module("shared_mlp.output_linear"),
+        Module("block_sparse_moe.output_linear", fused=True),
+        Module("block_sparse_moe.experts.down_proj", fused=True),
+    ),
     around=(),
 )
 _JAMBA = Layout(
@@ -252,6 +253,221 @@ _OPT = Layout(
     ),
 )
 
+_LONE = Layout(around=())
+_SHARED_MLP = Layout(mlp=(*_EXPERTS, _SHARED, Module("mlp.shared_mlp.down_proj")), around=())
+_MOE_SHARED_EITHER = Layout(mlp=(*_EXPERTS, _SHARED, _SHARED_GATED), around=())
+_BLOCK_SPARSE = Layout(
+    mlp=(
+        Module("block_sparse_moe.experts.#.w2"),
+        Module("block_sparse_moe.shared_experts.down_proj"),
+        Module("block_sparse_moe.down_proj"),
+        *_EXPERTS,
+        _SHARED,
+    ),
+    around=(),
+)
+_ERNIE_VL = Layout(
+    mlp=(
+        *_EXPERTS,
+        _SHARED,
+        Module("mlp.text_moe.experts.down_proj", fused=True),
+        Module("mlp.vision_moe.experts.down_proj", fused=True),
+    ),
+    around=(),
+)
+_ARIA = Layout(
+    mlp=(
+        Module("mlp.experts.fc2", "in", fused=True),
+        Module("mlp.experts.down_proj", "in", fused=True),
+        _SHARED,
+    ),
+    around=(),
+)
+_GRANITE_MOE = Layout(
+    mlp=(
+        Module("block_sparse_moe.output_linear", fused=True),
+        Module("block_sparse_moe.experts.down_proj", fused=True),
+        Module("shared_mlp.output_linear"),
+    ),
+    around=(),
+)
+_MIMO = Layout(mlp=_EXPERTS, around=())
+_STEP3 = Layout(
+    mlp=(*_EXPERTS, _SHARED, Module("moe.down_proj", fused=True), Module("share_expert.down_proj")),
+    around=(),
+)
+_MISTRAL_LARGE4 = Layout(
+    attention=(Module("self_attn.o_proj"), Module("attention.wo")),
+    mlp=(
+        *_EXPERTS,
+        _SHARED,
+        Module("feed_forward.w2"),
+        Module("experts.#.w2"),
+        Module("shared_experts.w2"),
+    ),
+    embedding=(Module("embed_tokens", "in"), Module("tok_embeddings", "in")),
+    around=(),
+)
+_BAILING = Layout(
+    attention=(Module("self_attn.o_proj"), Module("attention.dense")),
+    mlp=(*_EXPERTS, _SHARED),
+    embedding=(Module("embed_tokens", "in"), Module("word_embeddings", "in")),
+    around=(),
+)
+
+
+def _normed(mlp: tuple[Module, ...], attention: str, after: str) -> Layout:
+    """Returns a layout in which a norm follows the attention, and another one all parts of the MLP."""
+    return Layout(
+        attention=(Module("self_attn.o_proj", gain=attention),),
+        mlp=tuple(module._replace(gain=after) for module in mlp),
+        around=(),
+    )
+
+
+_AFMOE = _normed((*_EXPERTS, _SHARED), "post_attention_layernorm", "post_mlp_layernorm")
+_BEAM = _normed(_EXPERTS, "post_attention_layernorm", "post_feedforward_layernorm")
+_KOLIBRI = _normed(
+    (*_EXPERTS, _SHARED), "post_self_attn_layernorm | post_attn_norm", "post_mlp_layernorm | post_ffn_norm"
+)
+_HYPERCLOVAX = _normed((Module("mlp.down_proj"),), "post_norm1 | none", "post_norm2 | none")
+_AXK1 = Layout(
+    mlp=(
+        Module("mlp.down_proj"),
+        *(module._replace(gain="post_mlp_layernorm | mlp.post_mlp_layernorm") for module in (*_EXPERTS[1:], _SHARED)),
+    ),
+    around=(),
+)
+#: Its norms are gated by small networks of their own.
+_AXK2 = Layout(mlp=(*_EXPERTS, _SHARED), within=("input_layernorm", "post_attention_layernorm"), around=())
+_OLMO_HYBRID = Layout(
+    attention=(
+        Module("self_attn.o_proj", gain="post_attention_layernorm | feedforward_layer_norm"),
+        Module("linear_attn.o_proj"),
+    ),
+    mlp=(Module("mlp.down_proj", gain="post_feedforward_layernorm | none"),),
+    around=(),
+)
+_LFM3 = Layout(
+    attention=(
+        Module("self_attn.o_proj", gain="post_operator_norm"),
+        Module("conv.out_proj", gain="post_operator_norm"),
+    ),
+    mlp=(Module("feed_forward.w2", gain="post_ffn_norm"),),
+    final="embedding_norm",
+    around=(),
+)
+_DEEPSEEK_V4 = Layout(
+    attention=(Module("self_attn.o_b_proj"), Module("attn.wo_b")),
+    mlp=(*_EXPERTS[1:], _SHARED, Module("ffn.experts.#.w2"), Module("ffn.shared_experts.w2")),
+    around=(),
+)
+_RECURRENT_GEMMA = Layout(
+    attention=(Module("temporal_block.o_proj"), Module("temporal_block.linear_out")),
+    mlp=(Module("mlp_block.down_proj"),),
+    final="final_norm",
+    around=(),
+)
+_MAMBA = Layout(
+    attention=(Module("mixer.out_proj"),),
+    mlp=(),
+    embedding=(Module("embeddings", "in"),),
+    roots=("backbone.", "model.", ""),
+    final="norm_f",
+    around=(),
+)
+#: The attention that some layers share is read by their Mamba, and does not write itself.
+_ZAMBA = Layout(
+    attention=(Module("mamba.out_proj"), Module("mamba_decoder.mamba.out_proj")),
+    mlp=(),
+    within=("shared_transf", "shared_transformer"),
+    final="final_layernorm",
+    around=(),
+)
+_XLSTM = Layout(
+    attention=(Module("mlstm_layer.out_proj"),),
+    mlp=(Module("ffn.proj_down"),),
+    embedding=(Module("embeddings", "in"),),
+    roots=("backbone.", "model.", ""),
+    layers="blocks",
+    final="out_norm",
+    around=(),
+)
+_MPT = Layout(
+    attention=(Module("attn.out_proj"),),
+    mlp=(Module("ffn.down_proj"),),
+    embedding=(Module("wte", "in"),),
+    roots=("transformer.", ""),
+    layers="blocks",
+    final="norm_f",
+    around=(),
+)
+_GPTJ = Layout(
+    attention=(Module("attn.out_proj"),),
+    mlp=(Module("mlp.fc_out"),),
+    embedding=(Module("wte", "in"),),
+    roots=("transformer.", ""),
+    layers="h",
+    final="ln_f",
+    around=(),
+)
+_GPT_NEO = Layout(
+    attention=(Module("attn.attention.out_proj"),),
+    mlp=(Module("mlp.c_proj"),),
+    embedding=(Module("wte", "in"), Module("wpe", "in")),
+    roots=("transformer.", ""),
+    layers="h",
+    final="ln_f",
+    around=(),
+)
+_PERSIMMON = Layout(
+    attention=(Module("self_attn.dense"),),
+    mlp=(Module("mlp.dense_4h_to_h"),),
+    final="final_layernorm",
+    around=(),
+)
+_BIOGPT = Layout(
+    attention=(Module("self_attn.out_proj"),),
+    mlp=(Module("fc2"),),
+    embedding=(Module("embed_tokens", "in"), Module("embed_positions", "in")),
+    roots=("biogpt.", ""),
+    final="layer_norm",
+    around=(),
+)
+_NANOCHAT = Layout(mlp=(Module("mlp.fc2"),), around=())
+_MOSHI = Layout(attention=(Module("self_attn.o_proj.linear"),), mlp=(Module("mlp.fc2"),), around=())
+_COSMOS3_EDGE = Layout(mlp=(Module("mlp.fc2"),), around=())
+_MUSE_GLIMMER = Layout(attention=_GEMMA2.attention, mlp=_GEMMA2.mlp, around=())
+
+# ---------------------------------------------------------------------------------------- decoders beside an encoder
+
+_CROSS = (Module("self_attn.out_proj"), Module("encoder_attn.out_proj"))
+_WHISPER = Layout(
+    attention=_CROSS,
+    mlp=(Module("fc2"),),
+    embedding=(Module("embed_tokens", "in"), Module("embed_positions", "in")),
+    roots=("model.decoder.", "decoder."),
+    final="layer_norm",
+    around=(),
+)
+_PEGASUS = Layout(
+    attention=_CROSS,
+    mlp=(Module("fc2"),),
+    embedding=(Module("shared", "in"), Module("decoder.embed_positions", "in")),
+    roots=("model.", ""),
+    layers="decoder.layers",
+    final="decoder.layer_norm",
+    around=(),
+)
+_T5 = Layout(
+    attention=(Module("layer.#.SelfAttention.o"), Module("layer.#.EncDecAttention.o")),
+    mlp=(Module("layer.#.DenseReluDense.wo"),),
+    embedding=(Module("shared", "in"),),
+    roots=("",),
+    layers="decoder.block",
+    final="decoder.final_layer_norm",
+    around=(),
+)
 FAMILIES = (
     Family("Llama", ("llama",)),
     Family("Llama 4", ("llama4_text",), _LLAMA4),
@@ -298,4 +514,87 @@ FAMILIES = (
     Family("Granite-MoE-Hybrid", ("granitemoehybrid",), _GRANITE_HYBRID),
     Family("Jamba", ("jamba",), _JAMBA),
     Family("Falcon-H1", ("falcon_h1",), _JAMBA),
+    Family("Nemotron", ("nemotron",), _LONE),
+    Family("ERNIE 4.5", ("ernie4_5", "paddleocr_vl_text"), _LONE),
+    Family("ERNIE-4.5-MoE", ("ernie4_5_moe",), _MOE_SHARED),
+    Family("ERNIE-4.5-VL-MoE", ("ernie4_5_vl_moe_text",), _ERNIE_VL),
+    Family("Seed-OSS", ("seed_oss",), _LONE),
+    Family("EXAONE 4", ("exaone4",), _OLMO2),
+    Family("EXAONE-MoE", ("exaone_moe",), _MOE_SHARED),
+    Family("Hunyuan", ("hunyuan_v1_dense", "hunyuan_vl_text"), _LONE),
+    Family("Hunyuan-MoE", ("hunyuan_v1_moe", "hy_v3"), _SHARED_MLP),
+    Family("Hunyuan 4", ("hy_v4",), _MOE_SHARED),
+    Family("Helium", ("helium",), _LONE),
+    Family("Arcee", ("arcee",), _LONE),
+    Family("Apertus", ("apertus",), _LONE),
+    Family("Phi-4-multimodal", ("phi4_multimodal",), _LONE),
+    Family("BitNet", ("bitnet",), _LONE),
+    Family("Cohere Compass", ("cohere_compass_text",), _LONE),
+    Family("CWM", ("cwm",), _LONE),
+    Family("DiffLlama", ("diffllama",), _LONE),
+    Family("InternLM3", ("internlm3",), _LONE),
+    Family("IQuest-Coder", ("iquestcoder",), _LONE),
+    Family("Jais 2", ("jais2",), _LONE),
+    Family("MiniCPM3", ("minicpm3",), _LONE),
+    Family("Granite-SWA", ("granite_swa",), _LONE),
+    Family("Granite-Docling", ("granite_docling_text",), _LONE),
+    Family("Mllama", ("mllama_text_model",), _LONE),
+    Family("Chameleon", ("chameleon",), _LONE),
+    Family("Molmo 2", ("molmo2_text",), _LONE),
+    Family("VaultGemma", ("vaultgemma",), _LONE),
+    Family("Youtu", ("youtu",), _LONE),
+    Family("Qwen2.5-Omni", ("qwen2_5_omni_text",), _LONE),
+    Family("Qwen3-Omni-MoE", ("qwen3_omni_moe_text",), _MOE),
+    Family("Mistral 4", ("mistral4",), _MOE_SHARED),
+    Family("Mistral Large 4", ("mistral_large4", "mistral_large4_text"), _MISTRAL_LARGE4),
+    Family("Phi-MoE", ("phimoe",), _MIXTRAL),
+    Family("MiniMax-M2", ("minimax_m2",), _MIXTRAL),
+    Family("MiniMax-M3", ("minimax_m3_vl_text",), _BLOCK_SPARSE),
+    Family("Kimi Linear", ("kimi_linear",), _BLOCK_SPARSE),
+    Family("dots.llm1", ("dots1", "dots3_note_text"), _MOE_SHARED),
+    Family("DeepSeek-V3.2", ("deepseek_v32",), _MOE_SHARED),
+    Family("DeepSeek-V4", ("deepseek_v4",), _DEEPSEEK_V4),
+    Family("DeepSeek-OCR", ("unlimited_ocr_text",), _MOE_SHARED),
+    Family("GLM-MoE-DSA", ("glm_moe_dsa",), _MOE_SHARED),
+    Family("GLM-5-Next", ("glm5_next_text",), _MOE_SHARED),
+    Family("GLM-4-MoE-lite", ("glm4_moe_lite",), _MOE_SHARED),
+    Family("GLM-4V", ("glm4v_text", "glm_ocr_text"), _GLM4),
+    Family("GLM-4V-MoE", ("glm4v_moe_text",), _MOE_SHARED),
+    Family("A.X K1", ("axk1",), _AXK1),
+    Family("A.X K2", ("axk2",), _AXK2),
+    Family("Solar Open", ("solar_open",), _MOE_SHARED),
+    Family("MiMo-V2", ("mimo_v2_flash",), _MIMO),
+    Family("Mellum", ("mellum",), _MOE),
+    Family("Cohere-2-MoE", ("cohere2_moe",), _MOE),
+    Family("Flint", ("flint",), _MOE_SHARED_GATED),
+    Family("Laguna", ("laguna",), _MOE_SHARED_EITHER),
+    Family("Step 3.5", ("step3p5",), _STEP3),
+    Family("Bailing", ("bailing_hybrid",), _BAILING),
+    Family("AFMoE", ("afmoe",), _AFMOE),
+    Family("Beam", ("beam",), _BEAM),
+    Family("FlexOLMo", ("flex_olmo",), _BEAM),
+    Family("Kolibri", ("kolibri1",), _KOLIBRI),
+    Family("HyperCLOVA X", ("hyperclovax",), _HYPERCLOVAX),
+    Family("OLMo-Hybrid", ("olmo_hybrid",), _OLMO_HYBRID),
+    Family("Gemma 4 unified", ("gemma4_unified_text",), _GEMMA4),
+    Family("Muse Glimmer", ("muse_glimmer_text",), _MUSE_GLIMMER),
+    Family("Granite-MoE", ("granitemoe", "granitemoeshared", "granitemoe_swa"), _GRANITE_MOE),
+    Family("Aria", ("aria_text",), _ARIA),
+    Family("LFM3", ("lfm3",), _LFM3),
+    Family("Bamba", ("bamba",), _JAMBA),
+    Family("Recurrent Gemma", ("recurrent_gemma",), _RECURRENT_GEMMA),
+    Family("Mamba", ("mamba", "mamba2", "falcon_mamba"), _MAMBA),
+    Family("Zamba", ("zamba", "zamba2"), _ZAMBA),
+    Family("xLSTM", ("xlstm",), _XLSTM),
+    Family("MPT", ("mpt",), _MPT),
+    Family("GPT-J", ("gptj", "codegen"), _GPTJ),
+    Family("GPT-Neo", ("gpt_neo",), _GPT_NEO),
+    Family("Persimmon", ("persimmon",), _PERSIMMON),
+    Family("BioGPT", ("biogpt",), _BIOGPT),
+    Family("nanochat", ("nanochat",), _NANOCHAT),
+    Family("Moshi", ("moshi",), _MOSHI),
+    Family("Cosmos 3 Edge", ("cosmos3_edge_text",), _COSMOS3_EDGE),
+    Family("Whisper", ("whisper",), _WHISPER),
+    Family("Pegasus", ("pegasus", "blenderbot", "bigbird_pegasus"), _PEGASUS),
+    Family("T5", ("t5", "mt5", "umt5"), _T5),
 )

@@ -1,27 +1,46 @@
 """The kinds of writers within a component: attention or what stands in its place, and the experts of an MLP."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 from ablate_shards.surgery.anatomy.architecture import Component
 
-__all__ = ["COMPONENT_OF", "Part", "part_of"]
+__all__ = ["COMPONENT_OF", "Part", "belongs_to", "part_of"]
 
-Part = Literal["attention", "linear-attention", "mlp", "shared-experts", "routed-experts", "embedding"]
+Part = Literal[
+    "attention",
+    "linear-attention",
+    "mamba",
+    "convolution",
+    "cross-attention",
+    "mlp",
+    "shared-experts",
+    "routed-experts",
+    "embedding",
+]
 
-#: The component that each part belongs to.
+#: The component that each part belongs to: attention is all that mixes tokens, mlp all that does not.
 COMPONENT_OF: Mapping[Part, Component] = {
     "attention": "attention",
     "linear-attention": "attention",
+    "mamba": "attention",
+    "convolution": "attention",
+    "cross-attention": "attention",
     "mlp": "mlp",
     "shared-experts": "mlp",
     "routed-experts": "mlp",
     "embedding": "embedding",
 }
-_LINEAR = re.compile(r"(?:^|\.)(?:linear_attn|mamba|mixer(?!\.o_proj)|ssm|short_?conv|conv)\.")
-_SHARED = re.compile(r"\.shared_(?:experts?|mlp)\b")
-_ROUTED = re.compile(r"\.experts\.")
+#: What stands in place of attention or beside it, by the module's name; the first that is found counts.
+_INSTEAD: tuple[tuple[Part, re.Pattern[str]], ...] = (
+    ("cross-attention", re.compile(r"encoder_attn|EncDecAttention|cross_?att", re.IGNORECASE)),
+    ("mamba", re.compile(r"(?:^|\.)(?:mamba|mixer(?!\.o_proj)|ssm)\.")),
+    ("convolution", re.compile(r"(?:^|\.)(?:short_?)?conv\.")),
+    ("linear-attention", re.compile(r"(?:^|\.)(?:linear_attn|mlstm_layer|temporal_block\.linear_out)(?:\.|$)")),
+)
+_SHARED = re.compile(r"\.shared_?(?:experts?|mlp)\b|\.share_expert\b")
+_ROUTED = re.compile(r"\.experts\.|\.moe\.|block_sparse_moe\.output_linear")
 
 
 def part_of(name: str, component: Component) -> Part:
@@ -32,7 +51,18 @@ def part_of(name: str, component: Component) -> Part:
         component: The component that it belongs to.
     """
     if component == "attention":
-        return "linear-attention" if _LINEAR.search(name) else "attention"
+        return next((part for part, pattern in _INSTEAD if pattern.search(name)), "attention")
     if component == "mlp":
         return "shared-experts" if _SHARED.search(name) else "routed-experts" if _ROUTED.search(name) else "mlp"
     return component
+
+
+def belongs_to(name: str, component: Component, selected: Collection[Part]) -> bool:
+    """Tells whether a writer's component or its part is among those selected.
+
+    Args:
+        name: The tensor.
+        component: The component that it belongs to.
+        selected: Parts; ``attention`` and ``mlp`` stand for all that belongs to them.
+    """
+    return component in selected or part_of(name, component) in selected

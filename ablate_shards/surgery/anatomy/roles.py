@@ -19,7 +19,7 @@ _LEAVES = {
 }
 #: What modules are called whose output is added to the stream.
 _WRITERS = frozenset(
-    _LEAVES
+    (_LEAVES - {"linear"})
     | {"wo", "o", "out", "out_lin", "lin2", "fc_out", "linear2", "linear_2", "linear_fc2", "linear_out", "proj_out"}
     | {"output_linear", "output", "fc2_latent_proj", "ffn_out", "attn_out", "w_o", "dense_out", "dense"}
 ) - {"proj", "linear_attn"}
@@ -32,7 +32,9 @@ _QUERIES = re.compile(
     re.IGNORECASE,
 )
 #: What lies within a module: states, gates, routers, positions and convolutions that mix no channels.
-_WITHIN = re.compile(r"x_proj|dt_proj|g_proj|router|gate|(?:relative|position).*|.*conv1?d?|rotary.*|A_log")
+_WITHIN = re.compile(
+    r"x_proj|\w*gate_preact|dt_proj|g_proj|router|gate|(?:relative|position).*|.*conv1?d?|rotary.*|A_log"
+)
 _ATTENTION = re.compile(r"att(?:n|ention)|mixer|mamba", re.IGNORECASE)
 #: What reads the stream where its shape says so; where it does not, as ``up`` of an adapter, the name says nothing.
 _READERS = frozenset(

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 
 from ablate_shards.errors import DirectionsError, PlanError, UsageError
-from ablate_shards.surgery.anatomy.absent import Absent
+from ablate_shards.surgery.anatomy.absent import PARTS, Absent
 from ablate_shards.surgery.anatomy.architecture import Anatomy, Component, LeftOut, Writer, dissect, split_layer
-from ablate_shards.surgery.anatomy.parts import part_of
+from ablate_shards.surgery.anatomy.parts import COMPONENT_OF, belongs_to, part_of
 from ablate_shards.surgery.anatomy.tied import StoredHead, stored_head
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
 from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.plan.bases import resolve_bases
 from ablate_shards.surgery.plan.edits import BasisKey, Skip, TensorEdit, neighbours
-from ablate_shards.surgery.plan.recipe import AblateOptions, SourceLayer, layer_ranges
+from ablate_shards.surgery.plan.recipe import COMPONENTS, AblateOptions, SourceLayer, layer_ranges
 
 __all__ = ["Plan", "make_plan"]
 
@@ -168,8 +168,9 @@ def _select_layers(existing: Sequence[int], directions: Directions, options: Abl
 def _why_skipped(writer: Writer | LeftOut, layers: frozenset[int], options: AblateOptions) -> str | None:
     if writer.mtp and options.mtp == "keep":
         return "multi-token prediction is kept; --mtp edit includes it"
-    if writer.component not in options.components:
-        return f"{writer.component} is not among --components"
+    if writer.component is None or not belongs_to(writer.name, writer.component, options.components):
+        part = None if writer.component is None else part_of(writer.name, writer.component)
+        return f"{part} is not among --components"
     if writer.mtp:
         return None
     if writer.layer is not None and writer.layer not in layers:
@@ -190,7 +191,7 @@ def _edit(
     for override in options.overrides:
         if override.layers is not None and (writer.mtp or writer.layer not in override.layers):
             continue
-        if override.components is not None and writer.component not in override.components:
+        if override.components is not None and not belongs_to(writer.name, writer.component, override.components):
             continue
         coefficient = coefficient if override.coefficient is None else override.coefficient
         preserve = override.preserve or preserve
@@ -245,9 +246,8 @@ def _general_coefficient(writer: Writer, options: AblateOptions) -> float:
     """Returns the coefficient of a writer before overrides: by the last profile that holds for it, if one does."""
     coefficient = options.coefficient
     if writer.layer is not None and not writer.mtp:
-        kinds = {part_of(writer.name, writer.component), writer.component}
         for profile in options.profiles:
-            if kinds.intersection(profile.components):
+            if belongs_to(writer.name, writer.component, profile.components):
                 coefficient = profile.coefficient(writer.layer)
     return coefficient
 
@@ -267,14 +267,15 @@ def _check_coverage(
     checkpoint: Checkpoint, anatomy: Anatomy, layers: frozenset[int], options: AblateOptions
 ) -> tuple[Absent, ...]:
     """Returns the selected parts that layers do not have, and refuses those of which a writer should be there."""
-    weights = (writer for writer in anatomy.writers if writer.kind == "weight" and not writer.mtp)
+    weights = [writer for writer in anatomy.writers if writer.kind == "weight" and not writer.mtp]
+    _check_parts(checkpoint, weights, layers, options)
     found = {(writer.layer, writer.component) for writer in weights}
     absent: dict[tuple[int | None, Component], Absent] = {(item.layer, item.component): item for item in anatomy.absent}
     missing: dict[tuple[int | None, Component], str] = {
         (item.layer, item.component): item.reason for item in anatomy.missing
     }
     needed: list[tuple[int | None, Component]] = [
-        (layer, component) for layer in sorted(layers) for component in options.components if component != "embedding"
+        (layer, component) for layer in sorted(layers) for component in PARTS if component in options.components
     ]
     if options.targets:
         described = {target.component for target in options.targets}
@@ -294,6 +295,20 @@ def _check_coverage(
             way_out = _way_out(layer, component, missing.get((layer, component)))
             raise PlanError(f"{checkpoint.name}: {what} was found among {_names_of(checkpoint, layer)}; {way_out}")
     return tuple(lacking)
+
+
+def _check_parts(
+    checkpoint: Checkpoint, weights: Sequence[Writer], layers: frozenset[int], options: AblateOptions
+) -> None:
+    """Refuses a part of a component, such as mamba, that no selected layer has; a layer without it is none of its."""
+    there = [part_of(one.name, one.component) for one in weights if one.layer in layers]
+    for part in options.components:
+        if part not in COMPONENTS and part not in there:
+            has = ", ".join(one for one in COMPONENT_OF if one in there) or "none"
+            raise PlanError(
+                f"{checkpoint.name}: no {part} writer was found in the selected layers, which have {has}; select one "
+                "of these with --components"
+            )
 
 
 def _way_out(layer: int | None, component: Component, missing: str | None) -> str:

@@ -108,12 +108,12 @@ class Override:
 
     Attributes:
         layers: The decoder layers it holds for, all if None.
-        components: The components it holds for, all if None.
+        components: The components, or parts of them, that it holds for; all if None.
         coefficient: See ``AblateOptions``, as are the rest.
     """
 
     layers: frozenset[int] | None = None
-    components: tuple[Component, ...] | None = None
+    components: tuple[Part, ...] | None = None
     coefficient: float | None = None
     preserve: Preserve | None = None
     biproject: bool | None = None
@@ -141,7 +141,7 @@ class AblateOptions:
     """
 
     layers: frozenset[int] | None = None
-    components: tuple[Component, ...] = ("attention", "mlp")
+    components: tuple[Part, ...] = ("attention", "mlp")
     coefficient: float = 1.0
     preserve: Preserve = "rows"
     biproject: bool = True
@@ -217,31 +217,31 @@ def layer_ranges(layers: Iterable[int], *, to: str = "-", between: str = ", ") -
     return between.join(f"{low}" if low == high else f"{low}{to}{high}" for low, high in runs)
 
 
-def parse_components(text: str | Sequence[str]) -> tuple[Component, ...]:
-    """Returns the components that ``attention,mlp`` (or a list of names) names, in their usual order.
+def parse_components(text: str | Sequence[str]) -> tuple[Part, ...]:
+    """Returns the components, or parts of them, that ``attention,mlp`` or a list names, in their usual order.
 
     Raises:
-        ValueError: A name is not a component.
+        ValueError: A name is neither.
     """
-    names = text.split(",") if isinstance(text, str) else [str(part) for part in text]
-    names = [name.strip() for name in names]
-    for name in names:
-        if name not in COMPONENTS:
-            raise ValueError(f"expected some of {', '.join(COMPONENTS)}, found {name!r}")
-    return tuple(component for component in COMPONENTS if component in names)
+    return _parse_parts(text, tuple(COMPONENT_OF))
 
 
 def parse_parts(text: str | Sequence[str]) -> tuple[Part, ...]:
-    """Returns the parts of the model that a name or a list of names names.
+    """Returns the parts of a layer that a name or a list of names names.
 
     Raises:
         ValueError: A name is no part.
     """
+    return _parse_parts(text, _PROFILED)
+
+
+def _parse_parts(text: str | Sequence[str], known: Sequence[Part]) -> tuple[Part, ...]:
     names = [name.strip() for name in (text.split(",") if isinstance(text, str) else map(str, text))]
+    names = ["routed-experts" if name == "experts" else name for name in names]
     for name in names:
-        if name not in _PROFILED:
-            raise ValueError(f"expected some of {', '.join(_PROFILED)}, found {name!r}")
-    return tuple(part for part in _PROFILED if part in names)
+        if name not in known:
+            raise ValueError(f"expected some of {', '.join(known)}, found {name!r}")
+    return tuple(part for part in known if part in names)
 
 
 def parse_source_layer(text: str | int) -> SourceLayer:

@@ -1,0 +1,72 @@
+"""Writes the tables of ``docs/architectures.md`` from those of the code: ``python docs/generate_architectures.py``."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from ablate_shards.surgery.anatomy.families import FAMILIES, Family, Layout, Module
+from ablate_shards.surgery.anatomy.unsupported import REASONS
+
+TARGET = Path(__file__).with_name("architectures.md")
+_BEGIN, _END = "<!-- generated: {} -->", "<!-- end: {} -->"
+
+
+def families_table() -> str:
+    """Returns a row for each family, one that stores what an earlier one stores as a reference to it."""
+    first: dict[Layout, str] = {}
+    lines = [
+        "| Family | `model_type` | attention | mlp | embedding | post-norm gain |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for family in FAMILIES:
+        kinds = ", ".join(f"`{kind}`" for kind in family.model_types)
+        bare = Layout(family.layout.attention, family.layout.mlp, family.layout.embedding)
+        cells = [f"as {first[bare]}"] * 3 + [""] if bare in first else _cells(family)
+        first.setdefault(bare, family.name)
+        lines.append(f"| {family.name} | {kinds} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cells(family: Family) -> list[str]:
+    layout = family.layout
+    gains = dict.fromkeys(module.gain for module in (*layout.attention, *layout.mlp) if module.gain)
+    refused = [f"with `{key}` = {str(value).lower()}: refused, {why}" for key, value, why in layout.refused]
+    parts = [_modules(layout.attention), _modules(layout.mlp), _modules(layout.embedding)]
+    return [*parts, "; ".join([", ".join(map(_gain, gains)), *refused]).strip("; ")]
+
+
+def _modules(modules: Iterable[Module]) -> str:
+    return ", ".join(map(_module, modules))
+
+
+def _module(module: Module) -> str:
+    embeds = module.path.rpartition(".")[2].startswith(("embed", "wte", "wpe", "word", "tok", "shared"))
+    axis = {"either": " *in* or not", "in": "" if embeds and not module.fused else " *in*"}.get(module.axis, "")
+    unless = f" (where there is no `{module.unless}`)" if module.unless else ""
+    return f"{'fused ' if module.fused else ''}`{module.path.replace('#', 'N')}`{axis}{unless}"
+
+
+def _gain(gain: str) -> str:
+    offset, name = ("1 + ", gain[4:]) if gain.startswith("1 + ") else ("", gain)
+    return " or ".join("none" if one == "none" else f"{offset}`{one}`" for one in name.split(" | "))
+
+
+def reasons_table() -> str:
+    """Returns a row for each reason why an architecture is not in the table."""
+    lines = ["| why | `model_type` |", "| --- | --- |"]
+    lines += [f"| {why} | {', '.join(f'`{kind}`' for kind in kinds)} |" for why, kinds in REASONS]
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """Returns the page with its tables as the code has them."""
+    text = TARGET.read_text(encoding="utf-8")
+    for name, table in (("families", families_table()), ("reasons", reasons_table())):
+        begin, end = _BEGIN.format(name), _END.format(name)
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}\n{table}\n{end}{after}"
+    return text
+
+
+if __name__ == "__main__":
+    TARGET.write_text(page(), encoding="utf-8")

@@ -1,0 +1,139 @@
+"""``inspect --derive``: what it finds by intervention is complete on the checkpoint, or it says what is left."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import checked
+from safetensors.torch import load_file, save_file
+from test_advice import _MPT, _NEO, _RWKV, _T5, _TWO_STACKS, _twin, ablate, stream_of
+from test_every_architecture import random_direction, read_anatomy, shares
+from tiny_models import _BASE, TINY_MODELS, TinyModel, save_tiny_model
+
+from ablate_shards.surgery.anatomy.architecture import dissect
+from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
+from ablate_shards.surgery.derive import derive_checkpoint
+
+UNLISTED = {
+    "gpt-j": _twin("GPTJ", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
+    "gpt-neo": _twin("GPTNeo", _NEO),
+    "mpt": _twin("Mpt", _MPT),
+    "exaone4": _twin("Exaone4", {**_BASE, "layer_types": ["full_attention", "full_attention"]}),
+    "t5": _twin("T5", _T5, "ForConditionalGeneration"),
+    "jetmoe": _twin("JetMoe", {**_BASE, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+KNOWN = ["gpt2", "mixtral", "mixtral-fused", "qwen3-next", "gpt-oss", "gemma2", "gemma4", "olmo2", "nemotron-h"]
+KNOWN += ["lfm2", "opt", "llama-bare", "llava", "falcon-h1", "granite-hybrid-moe"]
+LEFT = {
+    "bart": (_twin("Bart", _TWO_STACKS, "ForConditionalGeneration"), r"multiplies what a mean was subtracted from"),
+    "bert": (_twin("Bert", {**_BASE, "is_decoder": True}, "LMHeadModel"), r"multiplies what a mean was subtracted"),
+    "xglm": (
+        _twin("XGLM", {"vocab_size": 64, "d_model": 32, "num_layers": 2, "ffn_dim": 48, "attention_heads": 4}),
+        r"before the first layer, \d+\.\d% of a state is in coordinates that no tensor writes",
+    ),
+    "doge": (_twin("Doge", _BASE), r"after layer 0 \d+\.\d+%, after layer 1 \d+\.\d+%"),
+    "rwkv": (_twin("Rwkv", _RWKV), r"multiplies what a mean was subtracted from"),
+}
+
+
+@pytest.mark.parametrize("name", UNLISTED)
+def test_what_is_saved_is_complete_on_the_checkpoint(name: str, tmp_path: Path) -> None:
+    tiny = UNLISTED[name]
+    source = save_tiny_model(tiny, tmp_path / "source")
+    recipe = tmp_path / "recipe.toml"
+    checked("inspect", source, "--derive", "--save", recipe)
+    direction = random_direction(32)
+    before = shares(stream_of(tiny.load(source), recipe), direction)
+    assert max(before) > 0.1
+
+    said = ablate(source, tmp_path / "out", direction, len(before) - 1, recipe)
+
+    assert max(shares(stream_of(tiny.load(tmp_path / "out"), recipe), direction)) < 1e-5
+    assert "could write to the stream" not in said
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_it_finds_what_the_table_says(name: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(TINY_MODELS[name], tmp_path / "model")
+    checkpoint = open_checkpoint(folder)
+    found = derive_checkpoint(checkpoint)
+    assert found.complete
+    derived = dissect(checkpoint.tensors, checkpoint.config, found.targets).writers
+
+    def described(writers: Any) -> set[tuple[Any, ...]]:
+        return {(one.name, one.layer, one.component, one.axis, one.gain, one.gain_offset) for one in writers}
+
+    assert described(derived) == described(writer for writer in read_anatomy(folder).writers if not writer.mtp)
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_cannot_be_described_is_said_by_layer(name: str, tmp_path: Path) -> None:
+    tiny, why = LEFT[name]
+    folder = save_tiny_model(tiny, tmp_path / "model")
+    said = checked("inspect", folder, "--derive", "--save", tmp_path / "recipe.toml", code=1).stderr
+    assert re.search(why, " ".join(said.split()))
+    assert not (tmp_path / "recipe.toml").exists()
+
+
+def test_the_error_for_an_unknown_architecture_names_the_command(tmp_path: Path) -> None:
+    folder = save_tiny_model(UNLISTED["jetmoe"], tmp_path / "model")
+    assert "inspect SOURCE --derive" in checked("inspect", folder, code=1).stderr
+
+
+def test_as_json(tmp_path: Path) -> None:
+    folder = save_tiny_model(TINY_MODELS["llama"], tmp_path / "model")
+    found = json.loads(checked("inspect", folder, "--derive", "--json").stdout)
+    assert found["complete"] is True
+    assert found["leaks"] == []
+    assert [target["component"] for target in found["targets"]] == ["embedding", "attention", "mlp"]
+
+
+def _without_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def _of_no_type(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "brand_new", "auto_map": {}}))
+
+
+def _called_otherwise(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.replace("o_proj", "something"): tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _of_other_size(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+
+
+def _with_nothing_known(folder: Path) -> None:
+    save_file({"a.b": torch.zeros(2, 2)}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (_without_config, r"there is no config\.json, from which a tiny twin could be built"),
+        (_of_no_type, r"does not know model_type 'brand_new'"),
+        (_called_otherwise, r"no tensor of the checkpoint is called .*self_attn"),
+        (_of_other_size, r"expected the hidden size 64"),
+        (_with_nothing_known, r"none of the checkpoint's tensors, such as a\.b,"),
+    ],
+)
+def test_what_is_wrong_is_named(spoil: Any, why: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(TinyModel("", "LlamaForCausalLM", "LlamaConfig", _BASE), tmp_path / "model")
+    spoil(folder)
+    assert re.search(why, " ".join(checked("inspect", folder, "--derive", code=1).stderr.split()))
+
+
+def test_saving_needs_derive_and_a_new_name(tmp_path: Path) -> None:
+    folder = save_tiny_model(TINY_MODELS["llama"], tmp_path / "model")
+    recipe = tmp_path / "recipe.toml"
+    assert "give both" in checked("inspect", folder, "--save", recipe, code=2).stderr
+    recipe.write_text("")
+    assert "exists already" in checked("inspect", folder, "--derive", "--save", recipe, code=2).stderr
