@@ -109,7 +109,7 @@ def _parse_source_layer(text: str) -> Any:
 @click.option(
     "--adapter-rank",
     type=click.IntRange(min=1),
-    help="Rank of that adapter.  [default: 16, doubled for a module that would lack more than 10 % of its change]",
+    help="Rank of that adapter.  [default: 32, doubled for a module that would lack more than 10 % of its change]",
 )
 @output_options
 def ablate(

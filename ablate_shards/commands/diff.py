@@ -61,7 +61,7 @@ __all__ = ["diff"]
 @click.option(
     "--adapter-rank",
     type=click.IntRange(min=1),
-    help="Rank of that adapter.  [default: 16, doubled for a module that would lack more than 10 % of its change]",
+    help="Rank of that adapter.  [default: 32, doubled for a module that would lack more than 10 % of its change]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an adapter that an earlier run made.")
 @click.option("--exit-code", is_flag=True, help="Exit with 1 if anything differs, as `git diff --exit-code` does.")

@@ -108,12 +108,13 @@ def approximate(blocks: Blocks, shape: tuple[int, int], axis: int, basis: np.nda
     right = np.linalg.qr(images[len(basis) :].T)[0]
     left = np.linalg.qr(_within_complement(passes.right(right), basis))[0]
     left = np.linalg.qr(_within_complement(left, basis))[0]
-    turned, values, rows = np.linalg.svd(passes.left(left), full_matrices=False)
+    across, square = np.linalg.qr(passes.left(left).T)
+    turned, values, inner = np.linalg.svd(square.T)
     top = slice(0, wanted)
     roots = np.sqrt(values[top])
     return LowRank(
         up=np.hstack([up, left @ turned[:, top] * roots]),
-        down=np.vstack([down, roots[:, None] * rows[top]]),
+        down=np.vstack([down, roots[:, None] * (inner[top] @ across.T)]),
         energy=energy,
         missing=max(0.0, missing - float(np.sum(values[top] ** 2))),
     )
@@ -129,37 +130,43 @@ def measure(
 ) -> Merged:
     """Return what a matrix holds along directions once an update is added to it as peft adds it.
 
+    Blocks are computed in float32 and summed up in float64.
+
     Args:
         blocks: The stored matrices, ``[d, n]`` or ``[n, d]``.
         shape: ``d`` and ``n``.
         axis: Where the residual axis lies in the stored matrices.
         basis: ``[k, d]`` float64, orthonormal rows.
         update: B, ``[d, r]``, and A, ``[r, n]``, as they are stored.
-        rounded: Returns float64 values as the matrix would store them, float64.
+        rounded: Returns float32 values as the matrix would store them, float32; may overwrite them.
     """
-    up, down = (factor.astype(np.float64) for factor in update)
+    up, down, thin = (factor.astype(np.float32) for factor in (*update, basis))
     sums = np.zeros((3, len(basis), shape[1]))
     totals, energy, missing = np.zeros(3), 0.0, 0.0
     for first, before, after in blocks():
         rows = slice(first, first + len(before))
         added = up[rows] @ down if axis == -2 else down[:, rows].T @ up.T
-        old, new = before.astype(np.float64), after.astype(np.float64)
-        change = new - old
-        energy += float(np.vdot(change, change))
+        change = after - before
+        energy += _square(change)
         change -= added
-        missing += float(np.vdot(change, change))
-        for number, values in enumerate((old, new, rounded(old + added))):
-            totals[number] += np.vdot(values, values)
+        missing += _square(change)
+        added += before
+        for number, values in enumerate((before, after, rounded(added))):
+            totals[number] += _square(values)
             if axis == -2:
-                sums[number] += basis[:, rows] @ values
+                sums[number] += thin[:, rows] @ values
             else:
-                sums[number, :, rows] = basis @ values.T
+                sums[number, :, rows] = thin @ values.T
     along = np.sum(sums * sums, axis=(1, 2)).tolist()
     left = sums[2] - sums[1]
     total, edited, merged_total = totals.tolist()
     return Merged(
         total, along[0], edited, along[1], merged_total, along[2], float(np.sum(left * left)), energy, missing
     )
+
+
+def _square(values: np.ndarray) -> float:
+    return float(np.vdot(values, values))
 
 
 class _Passes:
@@ -198,8 +205,7 @@ class _Passes:
     def _differences(self) -> Iterator[tuple[int, np.ndarray]]:
         self.energy = 0.0
         for first, before, after in self._blocks():
-            added = after.astype(np.float64)
-            added -= before
+            added = np.subtract(after, before, dtype=np.float64)
             self.energy += float(np.vdot(added, added))
             yield first, added
 

@@ -1,6 +1,7 @@
 """Makes an adapter folder as planned: the factors of one module after the other, then the folder in one step."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from ablate_shards.errors import ExecuteError, Interrupted
 from ablate_shards.names import ADAPTER_RECEIPT_NAME, CONFIG_NAME, WEIGHTS_NAME
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.edit.operation import RunOptions, check_unchanged
+from ablate_shards.surgery.extract.matrices import Pair
 from ablate_shards.surgery.extract.plan import LIMIT, MOST_RANK, RANK, AdapterPlan, Biases, Change, Module
 from ablate_shards.surgery.extract.receipt import Made, ModuleResult
 from ablate_shards.surgery.machine.devices import cores
@@ -32,7 +34,17 @@ if TYPE_CHECKING:
     from ablate_shards.kernels.lowrank.approximate import LowRank, Merged
     from ablate_shards.surgery.extract.receipt import Describe
 
-__all__ = ["Source", "Stopped", "extract_adapter", "factors_of", "jobs_of", "measured_with", "workspace_on_cpu"]
+__all__ = [
+    "Matrices",
+    "Source",
+    "Stopped",
+    "extract_adapter",
+    "factors_of",
+    "jobs_of",
+    "measured_with",
+    "room_of",
+    "workspace_on_cpu",
+]
 
 _CHUNK = 8 << 20
 #: Bytes that a job takes for each row and column of a matrix and each column of its sketch.
@@ -177,10 +189,10 @@ def _compute_all(
     progress.begin(sum(change.tensor.end - change.tensor.start for each in plan.modules for change in each.changes))
 
     def compute(module: Module) -> _Factors:
-        if not hasattr(local, "workspace"):
-            local.workspace = workspace_on_cpu()
+        if not hasattr(local, "matrices"):
+            local.matrices = Matrices(source, workspace_on_cpu(), room_of(plan, run))
         try:
-            return _compute(module, plan.rank, source, local.workspace, biases=plan.biases, tied=plan.keeps_ties)
+            return _compute(module, plan.rank, local.matrices, biases=plan.biases, tied=plan.keeps_ties)
         finally:
             source.release(module)
             progress.advance(sum(change.tensor.end - change.tensor.start for change in module.changes))
@@ -198,6 +210,11 @@ def jobs_of(plan: AdapterPlan, run: RunOptions) -> int:
     return max(1, min(run.jobs or cores(), run.memory // max(1, each)))
 
 
+def room_of(plan: AdapterPlan, run: RunOptions) -> int:
+    """Returns how many bytes of blocks a job may keep."""
+    return run.memory // (2 * jobs_of(plan, run))
+
+
 def workspace_on_cpu() -> "Workspace":
     """Returns where one thread computes."""
     from ablate_shards.kernels.ablate.project import Workspace
@@ -206,15 +223,13 @@ def workspace_on_cpu() -> "Workspace":
     return Workspace("cpu", choose_form("cpu", on_cpu="native")[0], chunks_at_once=1)
 
 
-def _compute(
-    module: Module, rank: int | None, source: Source, workspace: "Workspace", *, biases: Biases, tied: bool
-) -> _Factors:
+def _compute(module: Module, rank: int | None, matrices: "Matrices", *, biases: Biases, tied: bool) -> _Factors:
     """Approximates a module's matrices, with so many columns as the limit needs where no rank is given."""
     tried = rank or RANK
     if (exact := module.changes[0].exact) is not None:
         tried = exact
     while True:
-        found = [_approximate(change, number, tried, source, workspace) for change, number in _matrices(module)]
+        found = [matrices.approximate(change, number, tried) for change, number in _matrices(module)]
         width = max(each.up.shape[1] for each in found)
         energy = math.fsum(each.energy for each in found)
         missing = math.fsum(each.missing for each in found)
@@ -224,7 +239,7 @@ def _compute(
         tried *= 2
     ups = np.stack([_padded(each.up, width, 1) for each in found]).astype(np.float32)
     downs = np.stack([_padded(each.down, width, 0) for each in found]).astype(np.float32)
-    result = measured_with(module, ups, downs, source, workspace)
+    result = measured_with(module, ups, downs, matrices)
     if module.swapped:
         ups, downs = downs.transpose(0, 2, 1), ups.transpose(0, 2, 1)
     tensors = _named(module, ups, downs)
@@ -241,23 +256,20 @@ def _compute(
     return _Factors(tensors, result)
 
 
-def measured_with(
-    module: Module, ups: np.ndarray, downs: np.ndarray, source: Source, workspace: "Workspace"
-) -> ModuleResult:
+def measured_with(module: Module, ups: np.ndarray, downs: np.ndarray, matrices: "Matrices") -> ModuleResult:
     """Returns what is measured of a module with factors as they are stored.
 
     Args:
         module: The module.
         ups: B of each of its matrices, ``[E, d, r]`` float32.
         downs: A of each, ``[E, r, n]`` float32.
-        source: Its bytes.
-        workspace: Where to compute, for one thread.
+        matrices: Opens its matrices.
 
     Raises:
         ExecuteError: A matrix cannot be edited.
     """
     measured = [
-        _measure(change, number, (ups[place], downs[place]), source, workspace)
+        matrices.measure(change, number, (ups[place], downs[place]))
         for place, (change, number) in enumerate(_matrices(module))
     ]
     return ModuleResult.of(ups.shape[2], measured)
@@ -269,32 +281,55 @@ def _matrices(module: Module) -> Iterator[tuple[Change, int]]:
             yield change, number
 
 
-def _approximate(change: Change, number: int, rank: int, source: Source, workspace: "Workspace") -> "LowRank":
-    from ablate_shards.kernels.lowrank.approximate import approximate
+class Matrices:
+    """Opens the matrices of modules for one thread; the last one stays open, since it is often needed again.
 
-    pair = change.open(source.read, number, workspace)
-    shape = (pair.rows, pair.cols) if change.axis == -2 else (pair.cols, pair.rows)
-    return approximate(pair, shape, change.axis, change.basis, rank)
+    Args:
+        source: Their bytes.
+        workspace: Where to compute.
+        room: Bytes of a matrix before and after that may stay in memory.
+    """
+
+    def __init__(self, source: Source, workspace: "Workspace", room: int) -> None:
+        self._source, self._workspace, self._room = source, workspace, room
+        self._last: tuple[str, int] | None = None
+        self._open: Pair
+
+    def approximate(self, change: Change, number: int, rank: int) -> "LowRank":
+        """Returns the update of a rank that comes closest to a matrix's difference."""
+        from ablate_shards.kernels.lowrank.approximate import approximate
+
+        pair, shape = self._pair(change, number)
+        return approximate(pair, shape, change.axis, change.basis, rank)
+
+    def measure(self, change: Change, number: int, update: tuple[np.ndarray, np.ndarray]) -> "Merged":
+        """Returns what is measured of a matrix with an update, in the dtype that it is stored in."""
+        from ablate_shards.kernels.lowrank.approximate import measure
+
+        pair, shape = self._pair(change, number)
+        basis = np.empty((0, shape[0])) if change.basis is None else change.basis
+        dtype = change.tensor.dtype if change.scales is None else "F32"
+        return measure(pair, shape, change.axis, basis, update, functools.partial(_rounded, dtype))
+
+    def _pair(self, change: Change, number: int) -> tuple[Pair, tuple[int, int]]:
+        """Returns a matrix before and after, and its ``d`` and ``n``."""
+        if self._last != (change.name, number):
+            self._open = change.open(self._source.read, number, self._workspace)
+            self._open.room = self._room
+            self._last = change.name, number
+        rows, cols = self._open.rows, self._open.cols
+        return self._open, (rows, cols) if change.axis == -2 else (cols, rows)
 
 
-def _measure(
-    change: Change, number: int, update: tuple[np.ndarray, np.ndarray], source: Source, workspace: "Workspace"
-) -> "Merged":
-    from ablate_shards.kernels.codecs.plain import STORED, decoded, encode
-    from ablate_shards.kernels.lowrank.approximate import measure
-
-    pair = change.open(source.read, number, workspace)
-    shape = (pair.rows, pair.cols) if change.axis == -2 else (pair.cols, pair.rows)
-
-    def rounded(values: np.ndarray) -> np.ndarray:
-        if change.scales is not None:
-            return values
-        stored = np.empty(values.shape, STORED[change.tensor.dtype])
-        encode(values, stored)
-        return decoded(stored, np.float64)
-
-    basis = np.empty((0, shape[0])) if change.basis is None else change.basis
-    return measure(pair, shape, change.axis, basis, update, rounded)
+def _rounded(dtype: str, values: np.ndarray) -> np.ndarray:
+    """Returns float32 values, which are overwritten, as a dtype stores them."""
+    if dtype == "BF16":
+        bits = values.view(np.uint32)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        bits &= 0xFFFF0000
+        return values
+    with np.errstate(over="ignore"):
+        return values if dtype == "F32" else values.astype(np.float16).astype(np.float32)
 
 
 def _padded(factor: np.ndarray, width: int, axis: int) -> np.ndarray:

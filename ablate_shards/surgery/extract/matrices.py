@@ -86,16 +86,27 @@ class Pair(ABC):
     Attributes:
         rows: Its stored rows.
         cols: Its stored columns.
+        room: Bytes of blocks that may stay in memory, so that they are not made again; none of one that has more.
     """
 
     rows: int
     cols: int
+    room = 0
     _step: int
+    _kept: tuple[tuple[int, np.ndarray, np.ndarray], ...] = ()
 
     def __call__(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Yields the first row of each block, and the block before and after, ``[rows, cols]`` float32."""
+        if self._kept:
+            yield from self._kept
+            return
+        made = []
         for first in range(0, self.rows, self._step):
-            yield first, *self._block(first, min(self._step, self.rows - first))
+            block = (first, *self._block(first, min(self._step, self.rows - first)))
+            if 2 * 4 * self.rows * self.cols <= self.room:
+                made.append(block)
+            yield block
+        self._kept = tuple(made)
 
     @abstractmethod
     def _block(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:

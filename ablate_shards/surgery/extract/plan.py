@@ -27,7 +27,7 @@ __all__ = ["LIMIT", "MOST_RANK", "RANK", "AdapterPlan", "Biases", "Change", "Mod
 Biases = Literal["none", "added", "replaced"]
 
 #: The rank where none is given, doubled for a module until the update lacks at most this part of the difference.
-RANK, LIMIT, MOST_RANK = 16, 0.1, 256
+RANK, LIMIT, MOST_RANK = 32, 0.1, 256
 #: From which version on peft reads stacks of experts in the order in which they are written here.
 PEFT_VERSION = "0.19.1"
 #: What peft refuses to adapt, by name, and in which models.

@@ -16,7 +16,15 @@ from ablate_shards.surgery.checkpoint.files import Folder
 from ablate_shards.surgery.edit.operation import RunOptions
 from ablate_shards.surgery.edit.receipt import directions_of, edits_of, headers_of, incomplete, read_sealed
 from ablate_shards.surgery.extract.ablated import plan_of_edits
-from ablate_shards.surgery.extract.extraction import Source, factors_of, jobs_of, measured_with, workspace_on_cpu
+from ablate_shards.surgery.extract.extraction import (
+    Matrices,
+    Source,
+    factors_of,
+    jobs_of,
+    measured_with,
+    room_of,
+    workspace_on_cpu,
+)
 from ablate_shards.surgery.extract.plan import AdapterPlan, Module
 from ablate_shards.surgery.extract.receipt import ADAPTER_FORMAT, ModuleResult, digest_of
 from ablate_shards.surgery.machine.progress import Progress
@@ -143,11 +151,11 @@ def _measure_again(
     progress.begin(sum(change.tensor.end - change.tensor.start for each in plan.modules for change in each.changes))
 
     def compare(module: Module) -> Difference | None:
-        if not hasattr(local, "workspace"):
-            local.workspace = workspace_on_cpu()
+        if not hasattr(local, "matrices"):
+            local.matrices = Matrices(source, workspace_on_cpu(), room_of(plan, run))
         try:
             ups, downs = factors_of(module, adapter.read)
-            found = measured_with(module, ups, downs, source, local.workspace)
+            found = measured_with(module, ups, downs, local.matrices)
         except KeyError as error:
             return Difference(module.path, f"the adapter lacks its tensor {error.args[0]}")
         except (HubError, AdapterError):
