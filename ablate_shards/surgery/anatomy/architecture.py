@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from ablate_shards.errors import ArchitectureError
 from ablate_shards.surgery.anatomy.absent import PARTS, Absent, counted_by, missing_beside, stated_by
 from ablate_shards.surgery.anatomy.advice import advise
-from ablate_shards.surgery.anatomy.families import FAMILIES, Axis, Component, Family, Layout, Module
+from ablate_shards.surgery.anatomy.families import FAMILIES, TIED_BY_DEFAULT, Axis, Component, Family, Layout, Module
 from ablate_shards.surgery.anatomy.roles import is_lone_bias, orientation, role_of, split_stack
 from ablate_shards.surgery.anatomy.scales import Scales, find_scales, is_beside_codes, is_codes, leading
 from ablate_shards.surgery.anatomy.unsupported import reason_for
@@ -154,25 +154,6 @@ _DESCRIBE = "describe every writer with [[ablate.target]] in a recipe"
 _PROJECTOR = re.compile(r"projector|merger|embed_vision|embed_audio")
 _ATTENTION = re.compile(r"attn|attention")
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
-#: Those whose class in transformers ties the output head where config.json does not say.
-_TIED_BY_DEFAULT = frozenset(
-    {
-        "cohere",
-        "cohere2",
-        "falcon",
-        "gemma",
-        "gemma2",
-        "gemma3",
-        "gemma3_text",
-        "gemma4",
-        "gemma4_text",
-        "gpt2",
-        "gpt_bigcode",
-        "opt",
-        "smollm3",
-        "starcoder2",
-    }
-)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _IN_LAYER = re.compile(rf"(?P<head>.*?(?:^|\.)(?:layers?|h|blocks?))\.{_LAYER}\.(?P<inner>.+)")
 
@@ -813,7 +794,7 @@ def head_of(tensors: Mapping[str, TensorInfo]) -> str | None:
 def _is_tied(tensors: Mapping[str, TensorInfo], settings: _Settings) -> bool:
     # The outer configuration ties; one that does not say so leaves it to its class, and a missing head is a tied head.
     said = [values.get("tie_word_embeddings") for values in reversed(settings.values)]
-    by_default = settings.model_type in _TIED_BY_DEFAULT or head_of(tensors) is None
+    by_default = settings.model_type in TIED_BY_DEFAULT or head_of(tensors) is None
     return bool(next((tied for tied in said if tied is not None), by_default))
 
 
