@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 
 from ablate_shards.errors import ArchitectureError
 from ablate_shards.surgery.anatomy.architecture import dissect
-from ablate_shards.surgery.anatomy.families import FAMILIES
+from ablate_shards.surgery.anatomy.families import FAMILIES, TIED_BY_DEFAULT
 from ablate_shards.surgery.anatomy.unsupported import REASONS, reason_for
 from ablate_shards.surgery.derive import recipe_lines
 from ablate_shards.surgery.derive.derive import derive, headers_of, left_in
@@ -83,6 +83,11 @@ def test_an_architecture_with_a_reason_is_refused_with_it(reason: object) -> Non
         with pytest.raises(ArchitectureError) as refusal:
             dissect({}, {"model_type": kind})
         assert why in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in (*REGISTERED, *BESIDE) if kind == decoder_type(kind) in LISTED])
+def test_what_is_tied_by_default_is_known(kind: str) -> None:
+    assert CONFIG_MAPPING[kind](**GIVEN.get(kind, {})).tie_word_embeddings == (kind in TIED_BY_DEFAULT)
 
 
 PROVEN = [kind for kind in REGISTERED if {kind, decoder_type(kind)} & LISTED and kind not in NOT_BUILT]

@@ -4,16 +4,17 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from ablate_shards.errors import ArchitectureError
 from ablate_shards.surgery.anatomy.absent import PARTS, Absent, counted_by, missing_beside, stated_by
 from ablate_shards.surgery.anatomy.advice import advise
-from ablate_shards.surgery.anatomy.families import FAMILIES, Axis, Component, Family, Layout, Module
+from ablate_shards.surgery.anatomy.families import FAMILIES, TIED_BY_DEFAULT, Axis, Component, Family, Layout, Module
 from ablate_shards.surgery.anatomy.roles import is_lone_bias, orientation, role_of, split_stack
-from ablate_shards.surgery.anatomy.scales import Scales, find_scales, is_beside_codes, is_codes
+from ablate_shards.surgery.anatomy.rules import NONE, OR, Hit, Rule, read_gain, sort_out
 from ablate_shards.surgery.anatomy.unsupported import reason_for
 from ablate_shards.surgery.anatomy.wrappers import unwrapped
+from ablate_shards.surgery.anatomy.writers import Anatomy, LeftOut, Target, Writer
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
 __all__ = [
@@ -31,108 +32,9 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Writer:
-    """A tensor whose output is added to the residual stream.
-
-    Attributes:
-        name: The tensor.
-        layer: Its decoder layer (for multi-token prediction, that layer's own index); None for embeddings.
-        component: The part of the layer it belongs to.
-        axis: The residual axis, negative: -2 or -1 of a matrix or a stack of them, -1 of a bias.
-        kind: A weight, or the bias added to its output.
-        gain: The norm weight that the output is multiplied by before it is added to the stream.
-        gain_offset: 1.0 where that norm multiplies by one plus its weight, else 0.0.
-        mtp: Whether it belongs to a multi-token-prediction layer.
-        scales: What its codes are multiplied by, None where it is no quantised weight.
-    """
-
-    name: str
-    layer: int | None
-    component: Component
-    axis: int
-    kind: Literal["weight", "bias"]
-    gain: str | None
-    gain_offset: float
-    mtp: bool
-    scales: Scales | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """A tensor that is, or looks like, a writer and is not among the writers.
-
-    Attributes:
-        name: The tensor.
-        layer: Its decoder layer, if it lies in one.
-        component: What it would belong to, if that is known.
-        reason: Why it is left out, and what to do about it if there is something.
-        blocked: It writes to the stream, or may, and cannot be edited: selecting it must be refused.
-        mtp: Whether it belongs to a multi-token-prediction layer.
-    """
-
-    name: str
-    layer: int | None
-    component: Component | None
-    reason: str
-    blocked: bool = False
-    mtp: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One kind of writer of an architecture that the table does not know.
-
-    Attributes:
-        pattern: Regular expression that must match the whole tensor name; its group ``layer`` is the layer.
-        component: The part of the layer it belongs to.
-        axis: ``out`` for ``[..., d, n]`` as in nn.Linear, ``in`` for ``[..., n, d]`` as in Conv1D.
-        gain: Name of the post-norm gain, with the pattern's groups in braces, such as
-            ``model.layers.{layer}.post_feedforward_layernorm.weight``; preceded by ``1 +`` where the norm
-            multiplies by one plus its weight.
-    """
-
-    pattern: str
-    component: Component
-    axis: Axis
-    gain: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Anatomy:
-    """What writes to the residual stream of a checkpoint.
-
-    Attributes:
-        family: The row of the table that applied.
-        hidden_size: Length of the residual axis.
-        layers: The decoder layers, ascending.
-        writers: Every tensor that can be edited, embeddings first, then by layer.
-        left_out: Every tensor that looks like a writer and is not among them.
-        absent: The parts that layers do not have by design.
-        missing: The parts that layers should have and of which no writer is stored, each with what tells.
-        unplaced: What lies in the layers of the writers, is none of them, and could write by its shape.
-        tied: Whether the token embedding is the output head as well.
-        notes: Facts to show to the user, a line each.
-    """
-
-    family: str
-    hidden_size: int
-    layers: tuple[int, ...]
-    writers: tuple[Writer, ...]
-    left_out: tuple[LeftOut, ...]
-    tied: bool
-    notes: tuple[str, ...]
-    absent: tuple[Absent, ...] = ()
-    missing: tuple[Absent, ...] = ()
-    unplaced: tuple[str, ...] = ()
-
-
-_EDITABLE = frozenset({"BF16", "F16", "F32"})
 _HIDDEN_KEYS = ("hidden_size", "n_embd", "n_embed", "d_model")
 #: Of an encoder and a decoder, the decoder's.
 _DEPTH_KEYS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer")
-#: Between the names that a gain may have, and that of none.
-_OR, _NONE = " | ", "none"
 _MOST_LAYERS = 99_999
 _LAYER = r"(?P<layer>[0-9]{1,5})"
 _MTP_ROOT = "mtp."
@@ -154,49 +56,8 @@ _DESCRIBE = "describe every writer with [[ablate.target]] in a recipe"
 _PROJECTOR = re.compile(r"projector|merger|embed_vision|embed_audio")
 _ATTENTION = re.compile(r"attn|attention")
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
-#: Those whose class in transformers ties the output head where config.json does not say.
-_TIED_BY_DEFAULT = frozenset(
-    {
-        "cohere",
-        "cohere2",
-        "falcon",
-        "gemma",
-        "gemma2",
-        "gemma3",
-        "gemma3_text",
-        "gemma4",
-        "gemma4_text",
-        "gpt2",
-        "gpt_bigcode",
-        "opt",
-        "smollm3",
-        "starcoder2",
-    }
-)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _IN_LAYER = re.compile(rf"(?P<head>.*?(?:^|\.)(?:layers?|h|blocks?))\.{_LAYER}\.(?P<inner>.+)")
-
-
-class _Rule(NamedTuple):
-    pattern: re.Pattern[str]
-    component: Component
-    axis: Axis | Literal["either"]
-    gain: str = ""
-    gain_offset: float = 0.0
-    fused: bool | None = None
-    unless: str = ""
-
-
-class _Hit(NamedTuple):
-    """A tensor that a rule describes; its rest is what follows the module's name."""
-
-    name: str
-    stem: str
-    rest: str
-    rule: _Rule
-    groups: Mapping[str, str]
-    layer: int | None
-    mtp: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,7 +234,7 @@ def _path_pattern(module: Module) -> str:
     return path + (r"(?P<rest>(?:[._].+)?)" if module.fused else r"(?P<rest>\..+)")
 
 
-def _rules_of(layout: Layout) -> list[_Rule]:
+def _rules_of(layout: Layout) -> list[Rule]:
     root = rf"(?P<root>{'|'.join(map(re.escape, layout.roots))})"
     roots = "|".join(map(re.escape, (*layout.roots, _MTP_ROOT)))
     layer = rf"(?P<root>{roots}){layout.layers}\.{_LAYER}\."
@@ -388,21 +249,16 @@ def _rules_of(layout: Layout) -> list[_Rule]:
     rules = []
     for component, place, modules in parts:
         for module in modules:
-            gain, offset = _read_gain(module.gain)
+            gain, offset = read_gain(module.gain)
             if gain:
                 home = f"{{root}}{layout.layers}.{{layer}}."
-                gain = _OR.join(one if one == _NONE else f"{home}{one}.weight" for one in gain.split(_OR))
+                gain = OR.join(one if one == NONE else f"{home}{one}.weight" for one in gain.split(OR))
             pattern = re.compile(place + _path_pattern(module))
             unless = module.unless and (
                 f"{{root}}{module.unless}" if place is root else f"{{root}}{layout.layers}.{{layer}}.{module.unless}"
             )
-            rules.append(_Rule(pattern, component, module.axis, gain, offset, module.fused, unless))
+            rules.append(Rule(pattern, component, module.axis, gain, offset, module.fused, unless))
     return rules
-
-
-def _read_gain(gain: str) -> tuple[str, float]:
-    name = gain.removeprefix("1 +").strip()
-    return name, 1.0 if name != gain.strip() else 0.0
 
 
 def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, family: Family) -> Anatomy:
@@ -413,7 +269,7 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
     places = ((name, in_layer.fullmatch(name)) for name in tensors)
     extra = {int(place["layer"]) for _, place in places if place and _MTP_MARK.match(place["inner"])}
     depth = settings.depth
-    hits: list[_Hit] = []
+    hits: list[Hit] = []
     strays: list[LeftOut] = []
     for name in tensors:
         if _WRITER_LIKE.search(name) is None:
@@ -437,7 +293,7 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
         )
     root = next(iter(homes))
     hidden = settings.hidden_size or _length_of(f"{root}{layout.final}.weight", tensors)
-    writers, left_out = _sort_out(hits, tensors, hidden, settings)
+    writers, left_out = sort_out(hits, tensors, hidden, settings.get("quantization_config"))
     # A layer that holds tensors and none that writes is a layer too, so that it is not passed over.
     found = {int(place["layer"]) for name in tensors if (place := in_layer.fullmatch(name)) and place["root"] == root}
     found -= extra
@@ -510,14 +366,14 @@ def _parts_without_writers(
     return tuple(absent), tuple(missing)
 
 
-def _hit(name: str, rules: Iterable[_Rule], extra: Set[int]) -> _Hit | None:
+def _hit(name: str, rules: Iterable[Rule], extra: Set[int]) -> Hit | None:
     for rule in rules:
         if match := rule.pattern.fullmatch(name):
             groups = {key: value for key, value in match.groupdict().items() if value is not None}
             layer = int(groups["layer"]) if "layer" in groups else None
             mtp = groups["root"] == _MTP_ROOT or layer in extra
             rest = groups["rest"]
-            return _Hit(name, name.removesuffix(rest), rest, rule, groups, layer, mtp)
+            return Hit(name, name.removesuffix(rest), rest, rule, groups, layer, mtp)
     return None
 
 
@@ -546,7 +402,7 @@ def _stray(name: str, family: Family, place: re.Match[str] | None, extra: Set[in
 
 def _dissect_by_targets(tensors: Mapping[str, TensorInfo], settings: _Settings, targets: Sequence[Target]) -> Anatomy:
     depth = settings.depth
-    hits: dict[str, _Hit] = {}
+    hits: dict[str, Hit] = {}
     for target in targets:
         rule = _rule_of(target)
         found = [(name, match) for name in tensors if (match := rule.pattern.fullmatch(name))]
@@ -560,7 +416,7 @@ def _dissect_by_targets(tensors: Mapping[str, TensorInfo], settings: _Settings, 
             layer = _layer_of(target, name, groups)
             mtp = name.startswith(_MTP_ROOT) or (depth is not None and layer is not None and layer >= depth)
             rest = ".bias" if name.endswith("bias") else ".weight"
-            hit = _Hit(name, name, rest, rule, groups, layer, mtp)
+            hit = Hit(name, name, rest, rule, groups, layer, mtp)
             before = hits.setdefault(name, hit)
             if before.rule._replace(pattern=rule.pattern) != rule:
                 raise ArchitectureError(
@@ -568,7 +424,7 @@ def _dissect_by_targets(tensors: Mapping[str, TensorInfo], settings: _Settings, 
                     f"{before.rule.pattern.pattern!r} and {target.pattern!r}"
                 )
     hidden = settings.hidden_size or _residual_length(hits.values(), tensors)
-    writers, left_out = _sort_out(hits.values(), tensors, hidden, settings)
+    writers, left_out = sort_out(hits.values(), tensors, hidden, settings.get("quantization_config"))
     could_write = _could_write(tensors, hits, hidden)
     for name in tensors:
         if name in hits or (name not in could_write and _WRITER_LIKE.search(name) is None):
@@ -599,7 +455,7 @@ def _dissect_by_targets(tensors: Mapping[str, TensorInfo], settings: _Settings, 
     )
 
 
-def _could_write(tensors: Mapping[str, TensorInfo], hits: Mapping[str, _Hit], hidden: int) -> dict[str, int]:
+def _could_write(tensors: Mapping[str, TensorInfo], hits: Mapping[str, Hit], hidden: int) -> dict[str, int]:
     """Returns what lies in the layers of the writers, is none of them, and could write by its shape, by layer."""
     inside = (name for name, hit in hits.items() if hit.layer is not None and not hit.mtp)
     heads = {place.head for name in inside if (place := split_stack(name))}
@@ -635,7 +491,7 @@ def _not_described(
                 yield Absent(layer, part, "no target describes one, and no other tensor of the layer could write")
 
 
-def _rule_of(target: Target) -> _Rule:
+def _rule_of(target: Target) -> Rule:
     try:
         pattern = re.compile(target.pattern)
     except re.error as error:
@@ -644,8 +500,8 @@ def _rule_of(target: Target) -> _Rule:
         raise ArchitectureError(
             f"target {target.pattern!r} has no group for the layer; write its number as (?P<layer>\\d+)"
         )
-    gain, offset = _read_gain(target.gain or "")
-    return _Rule(pattern, target.component, target.axis, gain, offset)
+    gain, offset = read_gain(target.gain or "")
+    return Rule(pattern, target.component, target.axis, gain, offset)
 
 
 def _layer_of(target: Target, name: str, groups: Mapping[str, str]) -> int | None:
@@ -658,7 +514,7 @@ def _layer_of(target: Target, name: str, groups: Mapping[str, str]) -> int | Non
     return int(groups["layer"])
 
 
-def _residual_length(hits: Iterable[_Hit], tensors: Mapping[str, TensorInfo]) -> int:
+def _residual_length(hits: Iterable[Hit], tensors: Mapping[str, TensorInfo]) -> int:
     for hit in hits:
         shape = tensors[hit.name].shape
         if hit.rest == ".weight" and len(shape) > 1:
@@ -667,133 +523,6 @@ def _residual_length(hits: Iterable[_Hit], tensors: Mapping[str, TensorInfo]) ->
 
 
 # ---------------------------------------------------------------------------------------- by tensor
-
-
-def _sort_out(
-    hits: Iterable[_Hit], tensors: Mapping[str, TensorInfo], hidden: int, settings: _Settings
-) -> tuple[tuple[Writer, ...], list[LeftOut]]:
-    modules: dict[str, list[_Hit]] = {}
-    for hit in hits:
-        modules.setdefault(hit.stem, []).append(hit)
-    writers: list[Writer] = []
-    left_out: list[LeftOut] = []
-    for parts in modules.values():
-        rule = parts[0].rule
-        if rule.unless and (reader := rule.unless.format_map(parts[0].groups)) in modules:
-            why = f"read by {reader}, not added to the stream"
-            left_out += [LeftOut(hit.name, hit.layer, rule.component, why) for hit in parts]
-            continue
-        biases = [hit for hit in parts if hit.rest in (".bias", "_bias")]
-        others = [hit for hit in parts if hit not in biases]
-        weights, scales, blocked = _weights_among(others, tensors, settings.get("quantization_config"))
-        if blocked is not None:
-            left_out.append(blocked)
-        writers += [_writer(hit, tensors, hidden, scales) for hit in weights]
-        writers += [_writer(hit, tensors, hidden) for hit in biases]
-    writers.sort(key=lambda writer: (writer.mtp, -1 if writer.layer is None else writer.layer))
-    return tuple(writers), left_out
-
-
-def _weights_among(
-    parts: Sequence[_Hit], tensors: Mapping[str, TensorInfo], quantisation: Any
-) -> tuple[Sequence[_Hit], Scales | None, LeftOut | None]:
-    """Returns a module's weights and the scales of their codes, or why there are none that can be edited."""
-    codes = next((hit for hit in parts if is_codes(tensors[hit.name], hit.rest)), None)
-    if codes is None or not all(hit is codes or is_beside_codes(hit.rest, codes.rest) for hit in parts):
-        blocked = _blocked(parts, tensors)
-        return ([] if blocked else parts), None, blocked
-    # Blocks are [experts, out, in] whatever the weight is, and what GPTQ and AWQ store is its transpose.
-    if codes.rule.axis != "out" and codes.rest not in ("_blocks", ".qweight"):
-        dtype = tensors[codes.name].dtype
-        why = f"{dtype} is edited as [..., hidden, inputs] only; add --dequantise all"
-        return [], None, _left_out(codes, why)
-    try:
-        return [codes], find_scales(tensors[codes.name], tensors, quantisation), None
-    except ArchitectureError as error:
-        return [], None, _left_out(codes, str(error))
-
-
-def _blocked(parts: Sequence[_Hit], tensors: Mapping[str, TensorInfo]) -> LeftOut | None:
-    """Returns why a module's parts are not a plain weight, named by the largest; None if they are one."""
-    if not parts:
-        return None
-    chief = max(parts, key=lambda hit: tensors[hit.name].end - tensors[hit.name].start)
-    odd = next((hit for hit in (chief, *parts) if hit.rest not in (".weight", "")), None)
-    if (dtype := tensors[chief.name].dtype) not in _EDITABLE:
-        way = "convert" if dtype == "F64" else "dequantise"
-        why = f"expected BF16, F16 or F32, found {dtype}; {way} the checkpoint to one of them first"
-    elif odd is not None:
-        what = odd.rest.lstrip("._")
-        why = f"expected a plain weight, found {what}; merge the adapter or dequantise the checkpoint first"
-    else:
-        return None
-    return _left_out(chief, why)
-
-
-def _left_out(hit: _Hit, why: str) -> LeftOut:
-    return LeftOut(hit.name, hit.layer, hit.rule.component, why, blocked=True, mtp=hit.mtp)
-
-
-def _writer(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int, scales: Scales | None = None) -> Writer:
-    tensor, rule = tensors[hit.name], _oriented(hit, tensors, hidden)
-    bias = hit.rest in (".bias", "_bias")
-    shape = tensor.shape if scales is None else (*scales.leading(tensor.shape), 1)
-    axis = -2 if (rule.axis == "out" or scales is not None) and not bias else -1
-    stacked = (2, 3) if rule.fused is None else (3,) if rule.fused else (2,)
-    ranks = tuple(rank - 1 if bias else rank for rank in stacked)
-    if len(shape) not in ranks:
-        wanted = " or ".join(str(rank) for rank in ranks)
-        raise ArchitectureError(
-            f"{hit.name}: expected {wanted} {'dimension' if ranks == (1,) else 'dimensions'}, found "
-            f"{list(tensor.shape)}; the checkpoint is not what its names and config.json say"
-        )
-    if shape[axis] != hidden:
-        raise ArchitectureError(
-            f"{hit.name}: expected the hidden size {hidden} on axis {axis}, found {list(tensor.shape)}; "
-            "the checkpoint is not what its names and config.json say, or the axis of a target is wrong"
-        )
-    gain = _gain_of(hit, tensors, hidden) if rule.gain else None
-    kind: Literal["weight", "bias"] = "bias" if bias else "weight"
-    offset = 0.0 if gain is None else rule.gain_offset
-    return Writer(hit.name, hit.layer, rule.component, axis, kind, gain, offset, hit.mtp, scales)
-
-
-def _oriented(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> _Rule:
-    """Returns the rule with the axis along which experts are stored, where the architecture has them in either way.
-
-    ``[E, d, n]`` and ``[E, n, d]`` differ unless n is d, and then the experts' first matrix, which has 2 n, tells.
-    """
-    if hit.rule.axis != "either":
-        return hit.rule
-    shape = tensors[hit.name].shape[-2:]
-    first = tensors.get(hit.name.replace("down_proj", "gate_up_proj"))
-    if shape == (hidden, hidden) and first is not None:
-        shape = (first.shape[-1], first.shape[-2])
-    if hidden not in shape or shape[0] == shape[-1]:
-        raise ArchitectureError(
-            f"{hit.name}: expected the hidden size {hidden} on one of the last two axes, found "
-            f"{list(tensors[hit.name].shape)}; describe every writer with [[ablate.target]] in a recipe"
-        )
-    return hit.rule._replace(axis="out" if shape[0] == hidden else "in")
-
-
-def _gain_of(hit: _Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> str | None:
-    if strange := set(re.findall(r"\{(.*?)\}", hit.rule.gain)) - set(hit.groups):
-        known = ", ".join(f"{{{group}}}" for group in hit.groups) or "none"
-        raise ArchitectureError(
-            f"gain {hit.rule.gain!r} of {hit.name}: expected groups of its pattern ({known}), found {{{min(strange)}}}"
-        )
-    gains = re.sub(r"\{(.*?)\}", lambda brace: hit.groups[brace[1]], hit.rule.gain).split(_OR)
-    gain = next((gain for gain in gains if gain in tensors or gain == _NONE), gains[0])
-    if gain == _NONE:
-        return None
-    if gain not in tensors:
-        raise ArchitectureError(f"{hit.name}: its output passes through {gain}, which the checkpoint does not hold")
-    if tensors[gain].shape != (hidden,):
-        raise ArchitectureError(
-            f"{gain}: expected [{hidden}], the gain of {hit.name}, found {list(tensors[gain].shape)}"
-        )
-    return gain
 
 
 def _length_of(name: str, tensors: Mapping[str, TensorInfo]) -> int:
@@ -813,7 +542,7 @@ def head_of(tensors: Mapping[str, TensorInfo]) -> str | None:
 def _is_tied(tensors: Mapping[str, TensorInfo], settings: _Settings) -> bool:
     # The outer configuration ties; one that does not say so leaves it to its class, and a missing head is a tied head.
     said = [values.get("tie_word_embeddings") for values in reversed(settings.values)]
-    by_default = settings.model_type in _TIED_BY_DEFAULT or head_of(tensors) is None
+    by_default = settings.model_type in TIED_BY_DEFAULT or head_of(tensors) is None
     return bool(next((tied for tied in said if tied is not None), by_default))
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["FAMILIES", "Axis", "Component", "Family", "Layout", "Module"]
+__all__ = ["FAMILIES", "TIED_BY_DEFAULT", "Axis", "Component", "Family", "Layout", "Module"]
 
 Axis = Literal["out", "in"]
 Component = Literal["attention", "mlp", "embedding"]
@@ -597,4 +597,55 @@ FAMILIES = (
     Family("Whisper", ("whisper",), _WHISPER),
     Family("Pegasus", ("pegasus", "blenderbot", "bigbird_pegasus"), _PEGASUS),
     Family("T5", ("t5", "mt5", "umt5"), _T5),
+)
+
+#: Those whose class in transformers ties the output head where config.json does not say.
+TIED_BY_DEFAULT = frozenset(
+    {
+        "bigbird_pegasus",
+        "biogpt",
+        "blenderbot",
+        "cohere",
+        "cohere2",
+        "cohere2_moe",
+        "cohere_compass_text",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "ernie4_5_vl_moe_text",
+        "falcon",
+        "falcon_mamba",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "gemma4",
+        "gemma4_text",
+        "gemma4_unified_text",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+        "granite_docling_text",
+        "granite_swa",
+        "hunyuan_vl_text",
+        "lfm2",
+        "lfm2_moe",
+        "lfm3",
+        "mamba",
+        "minicpm3",
+        "mpt",
+        "mt5",
+        "opt",
+        "paddleocr_vl_text",
+        "pegasus",
+        "recurrent_gemma",
+        "smollm3",
+        "starcoder2",
+        "t5",
+        "umt5",
+        "vaultgemma",
+        "whisper",
+        "youtu",
+        "zamba",
+        "zamba2",
+    }
 )
