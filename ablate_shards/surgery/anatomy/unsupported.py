@@ -86,8 +86,9 @@ REASONS = (
     Reason(
         "it runs on images, boxes or states beside the text, without which its writers were not proven; "
         "`ablate-shards inspect SOURCE --derive` says what it finds",
-        ("cpmant", "evolla", "idefics", "pi0", "pix2struct", "pix2struct_text_model", "udop"),
+        ("evolla", "idefics", "pi0", "pix2struct", "pix2struct_text_model", "udop"),
     ),
+    Reason("its layers could not be followed one by one, so its writers were not proven", ("cpmant",)),
     Reason(
         "transformers builds no model of its default configuration, so it was not proven; `ablate-shards inspect "
         "SOURCE --derive` finds the lines of a recipe from that of a checkpoint",
