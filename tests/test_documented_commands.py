@@ -240,7 +240,7 @@ OUTPUTS = {
     "merge": {"out"},
     "evaluate": {"out"},
     "search": {"out"},
-    "diff": {"report"},
+    "diff": {"report", "adapter"},
     "run": {"out", "work"},
 }
 
@@ -293,7 +293,7 @@ def translate(demo, fresh, line):
         taken += [*([] if "length" in given else ["--length", "8"]), *([] if "asked" in given else ["Is it?"])]
     if name == "ablate" and not {"directions", "activations", "recipe"} & set(given):
         taken += ["-d", demo / "directions.safetensors"]
-    if "adapter" in OUTPUTS.get(name, ()) and "epochs" not in given:
+    if name == "finetune" and "epochs" not in given:
         taken += ["--epochs", "1"]
     return [name, *(str(word) for word in taken)], reason
 

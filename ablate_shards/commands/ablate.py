@@ -6,7 +6,16 @@ from typing import Any
 
 import click
 
-from ablate_shards.commands.options import PATH, SOURCE, estimation, parsed, print_json, recipe_flag
+from ablate_shards.commands.options import (
+    PATH,
+    SOURCE,
+    adapter_rank,
+    estimation,
+    making_adapter,
+    parsed,
+    print_json,
+    recipe_flag,
+)
 from ablate_shards.commands.output import OutputOptions, made, output_options
 from ablate_shards.commands.startup import one_blas_thread
 from ablate_shards.errors import UsageError
@@ -105,12 +114,8 @@ def _parse_source_layer(text: str) -> Any:
 )
 @click.option("--force", is_flag=True, help="Keep a result of which --rounding nearest undoes more than 1 %.")
 @recipe_flag
-@click.option("--adapter", "as_adapter", is_flag=True, help="Make OUT a LoRA adapter that does what the edit does.")
-@click.option(
-    "--adapter-rank",
-    type=click.IntRange(min=1),
-    help="Rank of that adapter.  [default: 32, doubled for a module that would lack more than 10 % of its change]",
-)
+@making_adapter("--adapter", "as_adapter", is_flag=True, help="Make OUT a LoRA adapter that does what the edit does.")
+@adapter_rank
 @output_options
 def ablate(
     source: Path | str,
@@ -139,7 +144,7 @@ def ablate(
 
     With --adapter, OUT is a folder that peft loads as an adapter of SOURCE, and no weight is written.
     """
-    if activations is None or as_adapter:
+    if activations is None:
         one_blas_thread()
     from ablate_shards.surgery.directions.estimate import EstimatorOptions
     from ablate_shards.surgery.edit.ablation import ablation

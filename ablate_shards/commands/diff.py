@@ -9,14 +9,15 @@ import click
 from ablate_shards.commands.options import (
     PATH,
     SOURCE,
+    adapter_rank,
     as_json_flag,
     debug_flag,
+    making_adapter,
     parse_memory,
     parsed,
     print_json,
     quiet_flag,
 )
-from ablate_shards.commands.startup import one_blas_thread
 from ablate_shards.errors import UsageError
 from ablate_shards.terminal.differences import MOST_ROWS, print_differences
 
@@ -57,12 +58,8 @@ __all__ = ["diff"]
 @click.option("--all", "show_all", is_flag=True, help="Print every row and every name, however many there are.")
 @click.option("--report", type=PATH, metavar="FOLDER", help="Write diff.html and its plots there too.")
 @click.option("--open", "show", is_flag=True, help="Open that page in the browser.")
-@click.option("--adapter", type=PATH, metavar="OUT", help="Make a LoRA adapter of A that brings the difference about.")
-@click.option(
-    "--adapter-rank",
-    type=click.IntRange(min=1),
-    help="Rank of that adapter.  [default: 32, doubled for a module that would lack more than 10 % of its change]",
-)
+@making_adapter("--adapter", type=PATH, metavar="OUT", help="Make a LoRA adapter of A that brings it about.")
+@adapter_rank
 @click.option("--overwrite", is_flag=True, help="Replace an adapter that an earlier run made.")
 @click.option("--exit-code", is_flag=True, help="Exit with 1 if anything differs, as `git diff --exit-code` does.")
 @as_json_flag
@@ -146,7 +143,6 @@ def _make_adapter(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    one_blas_thread()
     from ablate_shards.surgery.checkpoint.checkpoint import files_of
     from ablate_shards.surgery.edit.operation import RunOptions
     from ablate_shards.surgery.extract.changed import difference_receipt, plan_difference_adapter

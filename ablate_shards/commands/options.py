@@ -1,5 +1,6 @@
 """The options that several commands share, and how their values are read."""
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -8,11 +9,13 @@ from typing import Any
 
 import click
 
+from ablate_shards.commands.startup import one_blas_thread
 from ablate_shards.terminal.encoding import speaks_unicode
 
 __all__ = [
     "PATH",
     "SOURCE",
+    "adapter_rank",
     "answering",
     "as_json_flag",
     "cache_flag",
@@ -20,6 +23,7 @@ __all__ = [
     "device_flag",
     "dtype_flag",
     "estimation",
+    "making_adapter",
     "parse_memory",
     "parsed",
     "print_json",
@@ -101,6 +105,12 @@ class _Source(click.ParamType[Path | str]):
         return value if "://" in str(value) else Path(value)
 
 
+def _keep_one_blas_thread(_ctx: click.Context, _param: click.Parameter, value: Any) -> Any:
+    if value:
+        one_blas_thread()
+    return value
+
+
 PATH = click.Path(path_type=Path)
 SOURCE = _Source()
 cache_flag = click.option(
@@ -160,6 +170,13 @@ answering = _options(
     ),
     dtype_flag,
     device_flag,
+)
+#: The options of an adapter's making; products of matrices have a thread per job, which is settled before NumPy comes.
+making_adapter = functools.partial(click.option, is_eager=True, callback=_keep_one_blas_thread)
+adapter_rank = click.option(
+    "--adapter-rank",
+    type=click.IntRange(min=1),
+    help="Rank of that adapter.  [default: 32, doubled for a module that would lack more than 10 % of its change]",
 )
 resources = _options(
     device_flag,
