@@ -198,6 +198,7 @@ def inputs(demo, name, given):
         "recipe": demo / ("recipe.toml" if name == "run" else "edit.toml"),
         **({} if name == "search" else named_by(demo, given)),
         **({"directions": [demo / "directions.safetensors"]} if name == "search" else {}),
+        **({"activations": [demo / "dump.safetensors"]} if name == "search" else {}),
         **({"questions": [demo / "to-search-by.jsonl"]} if name == "search" else {}),
         **({"dump": dumps(demo, given["dump"])} if name == "directions" else {}),
         "without": demo / "style.safetensors",
@@ -285,10 +286,9 @@ def translate(demo, fresh, line):
         taken += [word for pair in zip(*[iter(asked(demo))] * 2, strict=True) if pair[0] not in words for word in pair]
         taken += [] if "out" in given else ["--out", fresh / "new.evaluation.json"]
     if name == "search":
-        taken = [
-            *without_flag(taken, "--trials"),
-            *searched(demo, [str(word) for word in without_flag(taken, "--trials")]),
-        ]
+        for flag in ("--trials", "--kl", "--controls", "--broken"):
+            taken = without_flag(taken, flag)
+        taken += searched(demo, [str(word) for word in taken])
     if name == "ask":
         taken += [*([] if "length" in given else ["--length", "8"]), *([] if "asked" in given else ["Is it?"])]
     if name == "ablate" and not {"directions", "activations", "recipe"} & set(given):
