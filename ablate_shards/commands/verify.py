@@ -26,6 +26,12 @@ __all__ = ["verify"]
 @click.argument("source", type=SOURCE)
 @click.argument("out", type=SOURCE)
 @click.option("--adapter", type=PATH, help="For a merge: the adapter, to compute again what it changed.")
+@click.option(
+    "--run",
+    "prompts",
+    type=PATH,
+    help="Text with a prompt a line: run both on them as well, and show what layers still add along the directions.",
+)
 @resources
 @cache_flag
 @as_json_flag
@@ -36,6 +42,7 @@ def verify(
     out: Path | str,
     *,
     adapter: Path | None,
+    prompts: Path | None,
     device: str,
     memory: int,
     jobs: int | None,
@@ -46,6 +53,10 @@ def verify(
     """Re-read SOURCE and OUT and compare every byte with what the receipt in OUT says.
 
     Where OUT is an adapter that `ablate --adapter` made, it is measured again what it does to SOURCE.
+
+    With --run, an ablation is shown on the model as well as on the bytes: transformers runs SOURCE and OUT on the
+    same texts, which shows what each edited layer adds along the directions before and after, and how far the
+    predictions moved.
 
     Either may be elsewhere: a repository on the Hub (org/name[@revision], hub:org/name) or a folder
     of an object store, which is read by byte ranges, and nothing of it is kept here. The exit code
@@ -58,6 +69,7 @@ def verify(
     from ablate_shards.terminal.progress import show_progress
 
     progress = show_progress(quiet=quiet or as_json)
+    texts = None if prompts is None else _texts(prompts, source, out, adapter)
     run = RunOptions(device=device, memory=memory, jobs=jobs)
     checkpoint = open_source(source)
     files = open_files(out)
@@ -71,14 +83,37 @@ def verify(
         return
     with progress:
         verification = verify_checkpoint(checkpoint, files, run, progress, adapter=adapter)
+    shown = None if texts is None or verification.differences else _run(checkpoint, Path(out), texts, device)
     if as_json:
-        print_json(dataclasses.asdict(verification))
+        print_json(dataclasses.asdict(verification) | ({} if shown is None else {"run": dataclasses.asdict(shown)}))
     elif verification.differences or not quiet:
-        from ablate_shards.terminal.results import print_verification
+        from ablate_shards.terminal.results import print_run, print_verification
 
         print_verification(verification, source, out)
+        if shown is not None:
+            print_run(shown)
     if verification.differences:
         raise click.exceptions.Exit(1)
+
+
+def _texts(prompts: Path, source: Path | str, out: Path | str, adapter: Path | None) -> list[str]:
+    """Returns the prompts to run, where source and output can be run."""
+    from ablate_shards.errors import UsageError
+    from ablate_shards.names import RECEIPT_NAME
+    from ablate_shards.surgery.verify.run_proof import read_prompts
+
+    if adapter is not None or not all(isinstance(each, Path) and each.is_dir() for each in (source, out)):
+        raise UsageError("--run runs the folders of an ablation and its source on this machine; name two such folders")
+    if not (Path(out) / RECEIPT_NAME).is_file():
+        raise UsageError(f"--run shows what an ablation did, and {out} holds no {RECEIPT_NAME}; leave it out")
+    return read_prompts(prompts)
+
+
+def _run(checkpoint: Any, out: Path, texts: list[str], device: str) -> Any:
+    from ablate_shards.surgery.edit.receipt import read_receipt
+    from ablate_shards.surgery.verify.run_proof import prove_by_running
+
+    return prove_by_running(checkpoint, out, read_receipt(out), texts, device=device)
 
 
 def _verify_adapter(checkpoint: Any, folder: Path, run: Any, progress: Any, *, as_json: bool, quiet: bool) -> None:

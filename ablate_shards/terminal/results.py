@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ablate_shards.surgery.merge.editor import MergeResult
     from ablate_shards.surgery.merge.plan import MergeEdit, MergePlan
     from ablate_shards.surgery.verify.proof import Verification
+    from ablate_shards.surgery.verify.run_proof import RunProof
 
 __all__ = [
     "inspection",
@@ -44,6 +45,7 @@ __all__ = [
     "print_plan",
     "print_push",
     "print_results",
+    "print_run",
     "print_scores",
     "print_verification",
     "scores",
@@ -537,6 +539,30 @@ def print_push(plan: "PushPlan") -> None:
     )
     if plan.unverified is not None:
         say(screen, f"{plan.unverified}, so it would be verified first")
+
+
+def print_run(run: "RunProof") -> None:
+    """Prints what running the source and the output showed."""
+    screen = output()
+    columns = (
+        Column("layer", right=True),
+        Column("adds before", right=True),
+        Column("after", right=True),
+        Column("stream before", right=True),
+        Column("after", right=True),
+    )
+    rows = [Row([str(each.layer), *(f"{share:.2%}" for share in dataclasses.astuple(each)[1:])]) for each in run.layers]
+    print_table(screen, columns, rows)
+    say(
+        screen,
+        "share of the length of what a layer adds, and of the stream after it, along what was removed from the layer; "
+        "mean over tokens",
+        "dim",
+    )
+    say(
+        screen,
+        f"KL {run.divergence:.4f} nats a token over {_count(run.tokens, 'token')} of {_count(run.prompts, 'prompt')}",
+    )
 
 
 def print_verification(verification: "Verification", source: Path | str, out: Path | str) -> None:
