@@ -192,6 +192,7 @@ def inputs(demo, name, given):
         "data": demo / "instructions.jsonl",
         "questions": demo / "questions.jsonl",
         "text": demo / "neutral.txt",
+        "prompts": demo / "neutral.txt",
         "reuse": demo / "evaluation.json",
         "evaluations": demo / "evaluation.json",
         "card": demo / "CARD.md",
