@@ -180,7 +180,8 @@ FLOATS = {
 #: What follows the module's name in that of the codes.
 CODES = ("weight", "weight_packed", "qweight")
 #: How a writer is stored, by a name; its own names are those that `inspect` shows, with the spelling in brackets.
-FORMS = (*GROUPS, *TRANSPOSED, "MXFP8", "MXFP4", "NVFP4", "NVFP4 (ModelOpt)", "MXFP4 (DeepSeek)")
+BYTES = "int8 per channel (bytes)"
+FORMS = (*GROUPS, *TRANSPOSED, BYTES, "MXFP8", "MXFP4", "NVFP4", "NVFP4 (ModelOpt)", "MXFP4 (DeepSeek)")
 
 
 def inner_of(form: str) -> int:
@@ -194,6 +195,9 @@ def quantisation_as(form: str) -> dict:
         return {"quant_method": "modelopt", "quant_algo": "NVFP4"}
     if form == "MXFP4 (DeepSeek)":
         return {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    if form == BYTES:
+        weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+        return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
     if form in TRANSPOSED:
         bits, size, more = TRANSPOSED[form]
         return {"bits": bits, "group_size": size, **more}
@@ -289,6 +293,10 @@ def store(values: torch.Tensor, form: str) -> dict[str, tuple[str, torch.Tensor]
     """The parts of a writer ``[out, in]``, by what follows the module's name: dtype and tensor."""
     if form in TRANSPOSED:
         return store_transposed(values, form)
+    if form == BYTES:
+        scales = (values.abs().amax(-1, keepdim=True) / 127.5).bfloat16()
+        codes = torch.round(values / scales.float()).clamp(-128, 127).to(torch.int8)
+        return {"weight": ("I8", codes), "weight_scale": ("BF16", scales)}
     rows, cols = values.shape
     if form in GROUPS:
         how = GROUPS[form]
@@ -344,6 +352,8 @@ def value_of(parts: dict[str, torch.Tensor], form: str) -> torch.Tensor:
     """What the parts of a writer stand for, float32, computed by the format's definition."""
     if form in TRANSPOSED:
         return transposed_value(parts, form)
+    if form == BYTES:
+        return parts["weight"].float() * parts["weight_scale"].float()
     if form in GROUPS:
         how = GROUPS[form]
         bits, half = how["num_bits"], 1 << (how["num_bits"] - 1)

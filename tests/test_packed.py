@@ -293,6 +293,11 @@ def test_a_part_that_is_missing_is_named(tmp_path, form, rest, message):
             "its integers are not symmetric, but its zero points are none",
         ),
         ("MXFP4", {"transform_config": {"config_groups": {}}}, "rotated"),
+        (
+            "int8 per channel (bytes)",
+            {"config_groups": {}},
+            "expected one group of config_groups to have integers of 8",
+        ),
         ("MXFP4", {"quant_method": "awq"}, "expected compressed-tensors as quant_method of FP4 codes, found 'awq'"),
         (
             "NVFP4",
@@ -393,6 +398,19 @@ def test_columns_whose_groups_are_in_another_order_have_the_scales_of_theirs(tmp
     checked(source, tmp_path / "plain", *options(tmp_path, "--layers", 0))
     weight = value_of(parts_of(source)[module], form)
     assert records(tmp_path / "plain")[module]["before"] == pytest.approx(left(weight, basis), rel=1e-4)
+
+
+def test_zero_points_beside_bytes_are_refused_by_name(tmp_path):
+    source = write_coded(tmp_path / "source", "int8 per channel (bytes)", layers=1)
+    write_basis(tmp_path, 256)
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    name = "model.layers.0.mlp.down_proj.weight_zero_point"
+    write_tensors(source / "more.safetensors", {name: ("I8", (256, 1), bytes(256))})
+    index["weight_map"][name] = "more.safetensors"
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    output = " ".join(checked(source, tmp_path / "out", *options(tmp_path, "--layers", 0), code=1).output.split())
+    assert "down_proj.weight: " in output
+    assert f"has zero points ({name})" in output
 
 
 @pytest.mark.parametrize("groups", [torch.arange(192), torch.zeros(7), torch.arange(192) - 200])

@@ -58,6 +58,11 @@ class Grid:
             object.__setattr__(self, name, value)
 
     @property
+    def signed(self) -> bool:
+        """Whether codes are integers in two's complement, from the zero on, instead of from the smallest one on."""
+        return self.kind == "integer" and float(self.values[0]) == 0
+
+    @property
     def nothing(self) -> float:
         """Residual along a direction, relative to the norm of a column, that is as good as none.
 

@@ -1,4 +1,4 @@
-"""Integers of 2 to 8 bits, stored with half of their range added, so that the smallest one is code 0."""
+"""Integers: of 2 to 8 bits with half of their range added, so that the smallest one is code 0, or of 8 as they are."""
 
 import functools
 
@@ -6,7 +6,10 @@ import numpy as np
 
 from ablate_shards.kernels.codecs.grid import Grid
 
-__all__ = ["integers"]
+__all__ = ["SIGNED", "integers"]
+
+SIGNED = Grid("signed8", kind="integer", bits=8, values=np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32))
+"""Bytes in two's complement."""
 
 
 @functools.cache

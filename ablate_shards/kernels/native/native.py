@@ -43,6 +43,7 @@ _VARIANTS = {8: "avx2", 16: "avx512"}
 _PAIR = 32
 #: Bytes a row: of 16 columns four values in float32, a level, a bucket and a zero point.
 _ROUNDING_SCRATCH = 16 * (4 * 4 + 3)
+_SIGN = np.uint8(0x80)
 _KINDS: dict[Kind, int] = {"E4M3": 0, "E2M1": 1, "integer": 2}
 
 PIECE = 64
@@ -469,5 +470,10 @@ def round_directed(
         None if zeros is None else zeros.ctypes.data,
         *(each.ctypes.data for each in (basis, heights, measures, scratch)), grid.nothing,
     )  # fmt: skip
+    # The library counts integers from the smallest one on.
+    if grid.signed:
+        np.bitwise_xor(codes, _SIGN, out=codes)
     library.ablate_round(job)
+    if grid.signed:
+        np.bitwise_xor(codes, _SIGN, out=codes)
     return True

@@ -103,7 +103,7 @@ class Scales:
         start: Offset of its first byte in the shard.
         end: Offset one past its last byte.
         block: Rows and columns of a matrix that one scale is for.
-        codes: What the codes are: ``E4M3``, ``E2M1``, or ``int4`` and others of 2 to 8 bits.
+        codes: What the codes are: ``E4M3``, ``E2M1``, ``signed8`` (bytes), or ``int4`` and others of 2 to 8 bits.
         parts: What else says what they mean.
         order: How they lie; transposed ones have transposed scales and zero points.
     """
@@ -137,7 +137,7 @@ class Scales:
     @property
     def bits(self) -> int:
         """Bits of a code."""
-        return {"E4M3": 8, "E2M1": 4}.get(self.codes) or int(self.codes.removeprefix("int"))
+        return {"E4M3": 8, "E2M1": 4, "signed8": 8}.get(self.codes) or int(self.codes.removeprefix("int"))
 
     @property
     def format(self) -> str:
@@ -146,18 +146,18 @@ class Scales:
             return "NVFP4" if self.part("multiplier", "divisor") else "MXFP4"
         if self.codes == "E4M3":
             return "MXFP8" if self.block == (1, 32) and self.dtype in _POWERS else "FP8"
-        return {"rows": "", "inputs": "GPTQ ", "outputs": "AWQ "}[self.order] + self.codes
+        return {"rows": "", "inputs": "GPTQ ", "outputs": "AWQ "}[self.order] + self.codes.replace("signed", "int")
 
     def form(self, shape: Sequence[int]) -> str:
         """Returns how the codes of a weight of a shape are stored, in words."""
         if self.format in ("MXFP4", "MXFP8", "NVFP4"):
             return self.format
         zeros = ", with zero points" if self.part("zero points", "zero points less one") else ""
-        if self.codes != "E4M3":
-            groups = self.shape[-1] if self.order == "rows" else self.shape[0]
-            reach = "per channel" if groups == 1 else f"in groups of {self.block[1]}"
-        elif self.block == tuple(shape[-2:]):
+        if self.block == tuple(shape[-2:]):
             reach = "per tensor"
+        elif self.codes != "E4M3":
+            groups = self.shape[0 if self.order != "rows" else -1] if len(self.shape) > 1 else 1
+            reach = "per channel" if groups == 1 else f"in groups of {self.block[1]}"
         elif self.block == (1, shape[-1]):
             reach = "per channel"
         else:
@@ -209,6 +209,8 @@ def find_scales(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: An
         return _packed_integers(codes, tensors, config)
     if codes.name.endswith(".qweight"):
         return _transposed_integers(codes, tensors, config)
+    if codes.dtype == "I8" and isinstance(config, Mapping) and config.get("quant_method") == "compressed-tensors":
+        return _bytes_of_integers(codes, tensors, config)
     if codes.dtype in ("U8", "I8"):
         return _fp4(codes, tensors, config)
     scales = _only_scales(codes, tensors, "FP8 codes")
@@ -343,6 +345,27 @@ def _packed_integers(codes: TensorInfo, tensors: Mapping[str, TensorInfo], confi
         _check_dtype(groups, ("I32", "I64"))
         parts.append(Part.of("groups", groups))
     return _scales(scales, (1, size or words * 32 // bits), f"int{bits}", parts)
+
+
+def _bytes_of_integers(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: Any) -> Scales:
+    """Returns the scales of integers that compressed-tensors stores as bytes (``int-quantized``)."""
+    what = "integers of 8 bits"
+    _check_method(config, what, ("compressed-tensors",))
+    scales = _only_scales(codes, tensors, what)
+    _check_dtype(scales, ("F32", "BF16", "F16"))
+    zeros = f"{codes.name}_zero_point"
+    if zeros in tensors:
+        raise ArchitectureError(f"has zero points ({zeros}), which are read of packed integers only; {_WAY_OUT}")
+    if not any(each.get("num_bits") == 8 and each.get("type") == "int" for each in _groups(config)):
+        raise ArchitectureError(
+            f"expected one group of config_groups to have integers of 8 bits, found none; restore the config.json that "
+            f"came with the shards, or {_WAY_OUT}"
+        )
+    rows, cols = codes.shape[-2:]
+    sizes = [size for bits, size, _ in _integer_schemes(config) if bits == 8 and size is not None]
+    said = next((size for size in sizes if scales.shape == (*codes.shape[:-2], rows, -(-cols // size))), None)
+    block = _block_of(scales.name, scales.shape, codes.shape, None if said is None else (1, said))
+    return _scales(scales, block, "signed8")
 
 
 def _transposed_integers(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: Any) -> Scales:
