@@ -408,8 +408,13 @@ def test_zero_points_beside_bytes_are_refused_by_name(tmp_path):
     write_tensors(source / "more.safetensors", {name: ("I8", (256, 1), bytes(256))})
     index["weight_map"][name] = "more.safetensors"
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    output = " ".join(checked(source, tmp_path / "out", *options(tmp_path, "--layers", 0), code=1).output.split())
-    assert "down_proj.weight: " in output
+    for words in (
+        (source, tmp_path / "out", *options(tmp_path, "--layers", 0)),
+        ("dequantise", source, tmp_path / "out"),
+    ):
+        output = " ".join(checked(*words, code=1).output.split())
+        assert "down_proj.weight: " in output
+        assert "dequantise the checkpoint" in output
     assert f"has zero points ({name})" in output
 
 
