@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint, read_range
@@ -144,6 +145,25 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def direction_of(hidden: int, count: int = 1, seed: int = 5) -> np.ndarray:
     rows = np.random.default_rng(seed).standard_normal((count, hidden))
     return np.linalg.qr(rows.T)[0].T.copy()
+
+
+def write_basis(folder: Path, hidden: int, count: int = 1) -> torch.Tensor:
+    """Writes ``d.safetensors`` with random directions of layer 0, and returns them as an edit removes them."""
+    basis = direction_of(hidden, count)
+    arrays = {"direction.layers.0": basis.astype(np.float32), "reference.layers.0": np.zeros(hidden, np.float32)}
+    save_arrays(arrays, folder / "d.safetensors", metadata={"format": "ablate-shards.directions/1"})
+    return torch.from_numpy(np.linalg.qr(basis.astype(np.float32).astype(np.float64).T)[0].T.copy())
+
+
+def options(folder: Path, *more: object) -> list[object]:
+    """The options of an edit by what :func:`write_basis` wrote, in two layers."""
+    chosen = ["-d", folder / "d.safetensors", "--layers", "0-1", "--source-layer", 0, "--no-biproject"]
+    return [*chosen, "--preserve", "columns", *more]
+
+
+def left(weight: torch.Tensor, basis: torch.Tensor) -> float:
+    """The component of a weight along a basis, relative to its norm."""
+    return float((basis @ weight.double()).norm() / weight.double().norm())
 
 
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])

@@ -10,8 +10,8 @@ import torch
 from coded_checkpoints import (
     FORMS,
     decoded,
-    direction_of,
     inner_of,
+    options,
     parts_of,
     quantisation_as,
     quantise,
@@ -20,6 +20,7 @@ from coded_checkpoints import (
     save_gpt_oss,
     store,
     value_of,
+    write_basis,
     write_coded,
     write_fp8,
     write_tensors,
@@ -27,7 +28,6 @@ from coded_checkpoints import (
 from command_line import checked, run
 from raw_checkpoints import hidden as hidden_files
 from raw_checkpoints import snapshot, write_llama
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from tiny_models import capture_stream
 
@@ -39,18 +39,6 @@ from ablate_shards.surgery.machine.staging import Staging
 FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
 INDEX = "model.safetensors.index.json"
 O_PROJ = "model.layers.0.self_attn.o_proj"
-
-
-def write_basis(folder, hidden):
-    basis = direction_of(hidden)
-    arrays = {"direction.layers.0": basis.astype(np.float32), "reference.layers.0": np.zeros(hidden, np.float32)}
-    save_arrays(arrays, folder / "d.safetensors", metadata={"format": "ablate-shards.directions/1"})
-    return torch.from_numpy(np.linalg.qr(basis.astype(np.float32).astype(np.float64).T)[0].T.copy())
-
-
-def options(folder, *more):
-    chosen = ["-d", folder / "d.safetensors", "--layers", "0-1", "--source-layer", 0, "--no-biproject"]
-    return [*chosen, "--preserve", "columns", *more]
 
 
 def said(result):

@@ -2,24 +2,23 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from coded_checkpoints import (
     BLOCK,
     decoded,
-    direction_of,
     parts_of,
     read_tensors,
     spread_scales,
     value_of,
+    write_basis,
     write_coded,
     write_fp8,
 )
+from coded_checkpoints import options as directed_options
 from command_line import checked
 from raw_checkpoints import hidden as hidden_files
 from raw_checkpoints import snapshot, write_llama
-from safetensors.numpy import save_file as save_arrays
 
 from ablate_shards.kernels import reference
 from ablate_shards.surgery.edit.receipt import seal
@@ -29,16 +28,12 @@ FORMS = ("FP8", "int4 in groups of 64, with zero points", "NVFP4")
 
 
 def options(folder, *more):
-    chosen = ["-d", folder / "d.safetensors", "--layers", "0-1", "--source-layer", 0, "--no-biproject"]
-    return [*chosen, "--preserve", "columns", "--rounding", "nearest", *more]
+    return directed_options(folder, "--rounding", "nearest", *more)
 
 
 @pytest.fixture
 def basis(tmp_path):
-    rows = direction_of(HIDDEN).astype(np.float32)
-    arrays = {"direction.layers.0": rows, "reference.layers.0": np.zeros(HIDDEN, np.float32)}
-    save_arrays(arrays, tmp_path / "d.safetensors", metadata={"format": "ablate-shards.directions/1"})
-    return torch.from_numpy(np.linalg.qr(rows.astype(np.float64).T)[0].T.copy())
+    return write_basis(tmp_path, HIDDEN)
 
 
 @pytest.fixture(params=FORMS)

@@ -3,15 +3,15 @@
 import json
 import re
 
-import numpy as np
 import pytest
 import torch
 from coded_checkpoints import (
     CODES,
     FORMS,
     GROUPS,
-    direction_of,
     inner_of,
+    left,
+    options,
     parts_of,
     quantisation_as,
     raw_of,
@@ -19,12 +19,12 @@ from coded_checkpoints import (
     store,
     unpacked,
     value_of,
+    write_basis,
     write_coded,
     write_tensors,
 )
 from command_line import checked
 from raw_checkpoints import snapshot
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from tiny_models import capture_stream
 
@@ -35,22 +35,6 @@ from ablate_shards.surgery.machine.staging import Staging
 
 FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
 DOWN = "model.layers.1.mlp.down_proj"
-
-
-def write_basis(folder, hidden, count=1):
-    basis = direction_of(hidden, count)
-    arrays = {"direction.layers.0": basis.astype(np.float32), "reference.layers.0": np.zeros(hidden, np.float32)}
-    save_arrays(arrays, folder / "d.safetensors", metadata={"format": "ablate-shards.directions/1"})
-    return torch.from_numpy(np.linalg.qr(basis.astype(np.float32).astype(np.float64).T)[0].T.copy())
-
-
-def options(folder, *more):
-    chosen = ["-d", folder / "d.safetensors", "--layers", "0-1", "--source-layer", 0, "--no-biproject"]
-    return [*chosen, "--preserve", "columns", *more]
-
-
-def left(weight, basis):
-    return float((basis @ weight.double()).norm() / weight.double().norm())
 
 
 def records(folder):

@@ -4,14 +4,21 @@ import json
 import re
 import threading
 
-import numpy as np
 import pytest
 import torch
-from coded_checkpoints import decoded, direction_of, quantise, raw_of, read_tensors, write_fp8
+from coded_checkpoints import (
+    decoded,
+    left,
+    options,
+    quantise,
+    raw_of,
+    read_tensors,
+    write_basis,
+    write_fp8,
+)
 from command_line import checked, run
 from raw_checkpoints import hidden as hidden_files
 from raw_checkpoints import snapshot
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from tiny_models import capture_stream
 
@@ -26,18 +33,6 @@ O_PROJ, DOWN = "model.layers.0.self_attn.o_proj.weight", "model.layers.1.mlp.dow
 SECOND = "model-00002-of-00002.safetensors"
 
 
-def write_basis(folder, hidden, count=1):
-    basis = direction_of(hidden, count)
-    arrays = {"direction.layers.0": basis.astype(np.float32), "reference.layers.0": np.zeros(hidden, np.float32)}
-    save_arrays(arrays, folder / "d.safetensors", metadata={"format": "ablate-shards.directions/1"})
-    return torch.from_numpy(np.linalg.qr(basis.astype(np.float32).astype(np.float64).T)[0].T.copy())
-
-
-def options(folder, *more):
-    chosen = ["-d", folder / "d.safetensors", "--layers", "0-1", "--source-layer", 0, "--no-biproject"]
-    return [*chosen, "--preserve", "columns", *more]
-
-
 def weights(folder, layout="block", ending="weight_scale_inv"):
     """The writers as float32, by the names of their codes."""
     tensors = read_tensors(folder)
@@ -48,10 +43,6 @@ def weights(folder, layout="block", ending="weight_scale_inv"):
             scales = tensors[f"{stem}.{ending}" if stem != name else f"{name}_{ending.removeprefix('weight_')}"]
             found[name] = decoded(tensor, scales, layout)
     return found
-
-
-def left(weight, basis):
-    return float((basis @ weight.double()).norm() / weight.double().norm())
 
 
 def records(folder):

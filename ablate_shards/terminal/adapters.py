@@ -2,14 +2,13 @@
 
 import re
 import shlex
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ablate_shards.names import ADAPTER_RECEIPT_NAME
 from ablate_shards.surgery.anatomy.architecture import split_layer
-from ablate_shards.terminal.tables import Column, Row, output, print_table, say
+from ablate_shards.terminal.tables import Column, Row, by_layer, counted, output, print_table, say
 
 if TYPE_CHECKING:
     from ablate_shards.surgery.extract.plan import AdapterPlan, Module
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["print_adapter", "print_adapter_plan", "print_adapter_verification"]
 
-_NO_LAYER = "–"
 _PLACE = (Column("layer", right=True), Column("modules", wraps=True))
 _MEASURED = (
     Column("rank", right=True),
@@ -34,9 +32,11 @@ def print_adapter_plan(plan: "AdapterPlan") -> None:
     """Prints what an adapter would change, a line per layer."""
     screen = output()
     rank = "as it takes" if plan.rank is None else str(plan.rank)
-    rows = [Row((layer, _names(modules), modules[0].form, rank)) for layer, modules in _by_layer(plan.modules)]
+    rows = [
+        Row((layer, _names(modules), modules[0].form, rank)) for layer, modules in by_layer(plan.modules, _place_of)
+    ]
     print_table(screen, (*_PLACE, Column("form", rank=2), Column("rank", right=True, rank=1)), rows)
-    say(screen, f"an adapter would change {_count(len(plan.modules), 'module')}")
+    say(screen, f"an adapter would change {counted(len(plan.modules), 'module')}")
 
 
 def print_adapter(
@@ -53,7 +53,7 @@ def print_adapter(
     """
     screen = output()
     rows = []
-    for layer, modules in _by_layer(plan.modules):
+    for layer, modules in by_layer(plan.modules, _place_of):
         measured = [results[module.path] for module in modules]
         ranks = sorted({result.rank for result in measured})
         cells = [layer, _names(modules), ", ".join(map(str, ranks)), f"{max(each.error for each in measured):.2%}"]
@@ -70,7 +70,7 @@ def print_adapter(
         )
     say(screen, told, "dim")
     worst = max((result.error for result in results.values()), default=0.0)
-    say(screen, f"an adapter of {_count(len(plan.modules), 'module')} lacks at most {worst:.2%} of a module's change")
+    say(screen, f"an adapter of {counted(len(plan.modules), 'module')} lacks at most {worst:.2%} of a module's change")
     screen.print(f"written to {out}, receipt in {out}/{ADAPTER_RECEIPT_NAME}", soft_wrap=True)
     if directed:
         command = shlex.join(["ablate-shards", "verify", source, str(out)])
@@ -83,24 +83,16 @@ def print_adapter_verification(verification: "AdapterVerification", out: Path) -
     for difference in verification.differences:
         say(screen, f"{difference.where}: {difference.what}")
     if verification.differences:
-        say(screen, f"{out} is not what its receipt says: {_count(len(verification.differences), 'difference')}")
+        say(screen, f"{out} is not what its receipt says: {counted(len(verification.differences), 'difference')}")
         return
-    modules = _count(verification.modules, "module")
+    modules = counted(verification.modules, "module")
     how = "measured again with the source" if verification.measured else "with the digests it records"
     say(screen, f"{out} is what its receipt says: {modules} {how}")
 
 
-def _by_layer(modules: "Sequence[Module]") -> "list[tuple[str, list[Module]]]":
-    groups: dict[tuple[int, str], list[Module]] = defaultdict(list)
-    for module in modules:
-        layer = split_layer(module.path)[0]
-        groups[-1 if layer is None else layer, module.form].append(module)
-    return [(_NO_LAYER if layer < 0 else str(layer), groups[layer, form]) for layer, form in sorted(groups)]
+def _place_of(module: "Module") -> tuple[str, str]:
+    return module.path, module.form
 
 
 def _names(modules: "Sequence[Module]") -> str:
     return ", ".join(re.sub(r"\.weight$", "", split_layer(module.path)[1]) for module in modules)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

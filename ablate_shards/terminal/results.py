@@ -21,7 +21,19 @@ from ablate_shards.surgery.machine.sizes import size_text
 from ablate_shards.surgery.plan.edits import Edit, TensorEdit
 from ablate_shards.surgery.plan.plan import Plan
 from ablate_shards.surgery.plan.recipe import layer_ranges
-from ablate_shards.terminal.tables import Column, Row, Stack, bar, output, print_key, print_table, say
+from ablate_shards.terminal.tables import (
+    NO_LAYER,
+    Column,
+    Row,
+    Stack,
+    bar,
+    by_layer,
+    counted,
+    output,
+    print_key,
+    print_table,
+    say,
+)
 
 if TYPE_CHECKING:
     # Only for types: most commands need none of these rooms.
@@ -54,7 +66,6 @@ __all__ = [
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _MOST_NAMES = 12
 _WIDE = 80
-_NO_LAYER = "–"
 #: Glyph and style of the bytes of each part of a layer.
 _PARTS = {"attention": ("█", "cyan"), "mlp": ("▓", "blue")}
 #: The columns of scores in their order, and which are left out first where a screen is narrow.
@@ -96,7 +107,7 @@ def print_plan(checkpoint: Checkpoint, plan: Plan, dequantisation: "Dequantisati
     print_table(screen, columns, rows)
     say(screen, _share(checkpoint, plan, "would be edited"))
     for form, count in Counter(edit.scales.format for edit in plan.edits if edit.scales).items():
-        say(screen, f"{_count(count, 'tensor')} in {form}: codes would be edited, scales would stay")
+        say(screen, f"{counted(count, 'tensor')} in {form}: codes would be edited, scales would stay")
     if any(edit.rounding == "nearest" for edit in plan.edits):
         say(screen, "codes would be the nearest ones, which undo some of the edit or all")
     if dequantisation is not None:
@@ -170,7 +181,7 @@ def print_results(
     say(screen, f"{_share(checkpoint, plan, 'edited')}; {besides} is the source's")
     _print_absent(screen, plan.absent)
     if plan.skipped:
-        say(screen, f"{_count(len(plan.skipped), 'other writer')} left as they are; the receipt says why")
+        say(screen, f"{counted(len(plan.skipped), 'other writer')} left as they are; the receipt says why")
     _print_where(screen, checkpoint, out, url, RECEIPT_NAME)
 
 
@@ -229,7 +240,7 @@ def print_dequantisation(
 def _print_dequantised(screen: Console, dequantisation: "Dequantisation", *, planned: bool) -> None:
     """Prints how many weights of each format are dequantised, and what of the configuration changes with them."""
     for form, count in Counter(record.stored_as for record in dequantisation.records()).items():
-        say(screen, f"{_count(count, 'weight')} in {form} {'would be ' if planned else ''}written in bfloat16")
+        say(screen, f"{counted(count, 'weight')} in {form} {'would be ' if planned else ''}written in bfloat16")
     changes = dequantisation.amendments
     if not dequantisation.whole:
         places = ", ".join([*changes.config, *changes.files])
@@ -252,7 +263,7 @@ def print_merge_plan(checkpoint: Checkpoint, plan: "MergePlan", dequantisation: 
     screen = output()
     rows = [
         Row((layer, edits[0].kind, *_merge_cells(edits), size_text(sum(edit.end - edit.start for edit in edits))))
-        for layer, edits in _merged_by_layer(plan.edits)
+        for layer, edits in by_layer(plan.edits, lambda edit: (edit.name, edit.kind))
     ]
     print_table(screen, (*_MERGED, Column("bytes", right=True, rank=3)), rows)
     if dequantisation is not None:
@@ -274,7 +285,7 @@ def print_merge(
     """Prints what a merge changed, and by how much; see :func:`print_results`."""
     screen = output()
     rows = []
-    for layer, edits in _merged_by_layer(plan.edits):
+    for layer, edits in by_layer(plan.edits, lambda edit: (edit.name, edit.kind)):
         changes = [results[edit.name].change for edit in edits]
         known = [change for change in changes if change is not None]
         rows.append(Row((layer, edits[0].kind, *_merge_cells(edits), f"{max(known):.3%}" if known else "–")))
@@ -300,8 +311,8 @@ def print_inspection(checkpoint: Checkpoint, anatomy: Anatomy | None) -> None:
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in summary["dtypes"].items())
     say(
         screen,
-        f"{summary['family'] or 'unknown architecture'}: {_count(len(checkpoint.shards), 'shard')}, "
-        f"{_count(len(checkpoint.tensors), 'tensor')} ({dtypes}), {size_text(summary['bytes'])}",
+        f"{summary['family'] or 'unknown architecture'}: {counted(len(checkpoint.shards), 'shard')}, "
+        f"{counted(len(checkpoint.tensors), 'tensor')} ({dtypes}), {size_text(summary['bytes'])}",
     )
     for name, reason in checkpoint.left_out:
         say(screen, f"not carried over: {name} ({reason})")
@@ -349,9 +360,9 @@ def _print_writers(screen: Console, checkpoint: Checkpoint, anatomy: Anatomy) ->
         say(screen, f"post-norm gains taken into account: {', '.join(gains)}")
     forms = Counter(form for writer in anatomy.writers if (form := _form_of(writer, checkpoint)))
     for form, count in forms.items():
-        say(screen, f"{_count(count, 'writer')} in {form}: codes are edited, scales stay")
+        say(screen, f"{counted(count, 'writer')} in {form}: codes are edited, scales stay")
     tied = " (tied to the output head)" if anatomy.tied else ""
-    say(screen, f"embedding: {_short_names(cells[_NO_LAYER, 'embedding']) or 'none'}{tied}")
+    say(screen, f"embedding: {_short_names(cells[NO_LAYER, 'embedding']) or 'none'}{tied}")
     for note in anatomy.notes:
         say(screen, note)
     _print_absent(screen, anatomy.absent)
@@ -454,7 +465,7 @@ def print_comparison(comparison: "DirectionsComparison") -> None:
             Row(
                 (
                     candidate.name,
-                    str(row.get("layer", _NO_LAYER)),
+                    str(row.get("layer", NO_LAYER)),
                     _score(row.get("auc")),
                     bar(row.get("auc"), most, "green" if candidate is comparison.taken else "cyan"),
                     *(_score(row.get(name)) for name, _ in columns[1:]),
@@ -481,7 +492,7 @@ def print_comparison(comparison: "DirectionsComparison") -> None:
                     agreement.first,
                     agreement.second,
                     _score(agreement.median),
-                    _NO_LAYER if agreement.layer is None else str(agreement.layer),
+                    NO_LAYER if agreement.layer is None else str(agreement.layer),
                     _score(agreement.at_layer),
                 )
             )
@@ -534,7 +545,7 @@ def print_push(plan: "PushPlan") -> None:
     sent = [file for file in plan.files if file.state != "same"]
     say(
         screen,
-        f"{plan.repo} {'exists' if plan.exists else 'would be made'}: {_count(len(sent), 'file')} of "
+        f"{plan.repo} {'exists' if plan.exists else 'would be made'}: {counted(len(sent), 'file')} of "
         f"{len(plan.files)} would be sent, {size_text(sum(file.size for file in sent))}",
     )
     if plan.unverified is not None:
@@ -561,7 +572,7 @@ def print_run(run: "RunProof") -> None:
     )
     say(
         screen,
-        f"KL {run.divergence:.4f} nats a token over {_count(run.tokens, 'token')} of {_count(run.prompts, 'prompt')}",
+        f"KL {run.divergence:.4f} nats a token over {counted(run.tokens, 'token')} of {counted(run.prompts, 'prompt')}",
     )
 
 
@@ -573,15 +584,15 @@ def print_verification(verification: "Verification", source: Path | str, out: Pa
     for note in verification.notes:
         say(screen, note)
     if verification.differences:
-        say(screen, f"{out} is not what its receipt says: {_count(len(verification.differences), 'difference')}")
+        say(screen, f"{out} is not what its receipt says: {counted(len(verification.differences), 'difference')}")
         return
     equal = f"{out} is what its receipt says: {size_text(verification.untouched_bytes)} equal {source}"
     if verification.dequantised:
-        equal += f", with {_count(verification.dequantised, 'weight')} decoded from its codes"
+        equal += f", with {counted(verification.dequantised, 'weight')} decoded from its codes"
     if verification.dequantised and not verification.edited:
         say(screen, equal)
         return
-    edited = _count(verification.edited, "edited tensor")
+    edited = counted(verification.edited, "edited tensor")
     if not verification.recomputed:
         say(screen, f"{equal}, {edited} with the digests it records; --adapter computes them again")
         return
@@ -601,14 +612,6 @@ def _share_of(checkpoint: Checkpoint, edits: Sequence[Edit]) -> str:
     edited = sum(edit.end - edit.start for edit in edits)
     whole = sum(shard.size for shard in checkpoint.shards)
     return f"{len(edits)} of {len(checkpoint.tensors)} tensors ({size_text(edited)} of {size_text(whole)})"
-
-
-def _merged_by_layer(edits: "Sequence[MergeEdit]") -> "list[tuple[str, list[MergeEdit]]]":
-    groups: dict[tuple[int, str], list[MergeEdit]] = defaultdict(list)
-    for edit in edits:
-        layer = split_layer(edit.name)[0]
-        groups[-1 if layer is None else layer, edit.kind].append(edit)
-    return [(_NO_LAYER if layer < 0 else str(layer), groups[layer, kind]) for layer, kind in sorted(groups)]
 
 
 def _merge_cells(edits: "Sequence[MergeEdit]") -> tuple[str, str, str]:
@@ -659,7 +662,7 @@ def _by_layer(edits: Sequence[TensorEdit]) -> list[list[TensorEdit]]:
 
 
 def _layer_name(item: TensorEdit | Writer) -> str:
-    layer = _NO_LAYER if item.layer is None else str(item.layer)
+    layer = NO_LAYER if item.layer is None else str(item.layer)
     return f"mtp {layer}" if item.mtp else layer
 
 
@@ -688,10 +691,6 @@ def _fold(names: Iterable[str]) -> str:
 
 def _numbers_folded(name: str) -> str:
     return _NUMBER.sub("*", name).removesuffix(".weight")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 _LAYER = Column("layer", right=True)

@@ -1,8 +1,10 @@
 """How tables, bars and sentences fit a screen of any width, with or without colour and Unicode."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from rich.bar import Bar
 from rich.cells import cell_len
@@ -11,8 +13,26 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Column", "Row", "Stack", "bar", "output", "print_key", "print_table", "say"]
+from ablate_shards.surgery.anatomy.architecture import split_layer
 
+__all__ = [
+    "NO_LAYER",
+    "Column",
+    "Row",
+    "Stack",
+    "bar",
+    "by_layer",
+    "counted",
+    "output",
+    "print_key",
+    "print_table",
+    "say",
+]
+
+_Item = TypeVar("_Item")
+
+#: Stands for what is in no decoder layer.
+NO_LAYER = "–"
 _FILE_WIDTH = 160
 _GAP = 2
 _LEAST_BAR, _FAIR_BAR, _MOST_BAR = 6, 14, 40
@@ -160,3 +180,23 @@ def _most(column: Column, cells: Sequence[str | RenderableType]) -> int:
     if column.bar:
         return _FAIR_BAR
     return max(map(cell_len, [column.name, *(cell for cell in cells if isinstance(cell, str))]))
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def by_layer(items: Iterable[_Item], place: Callable[[_Item], tuple[str, str]]) -> list[tuple[str, list[_Item]]]:
+    """Returns items by decoder layer and kind, those outside of layers first, with what to call the layer.
+
+    Args:
+        items: What is shown.
+        place: Returns the name of a tensor or module, and the kind.
+    """
+    groups: dict[tuple[int, str], list[_Item]] = defaultdict(list)
+    for item in items:
+        name, kind = place(item)
+        layer = split_layer(name)[0]
+        groups[-1 if layer is None else layer, kind].append(item)
+    return [(NO_LAYER if layer < 0 else str(layer), groups[layer, kind]) for layer, kind in sorted(groups)]

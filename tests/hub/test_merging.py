@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -91,8 +92,9 @@ def test_into_an_object_store(case, store, source):
     assert run("inspect", STORE).exit_code == 0
 
 
-def test_an_interrupted_store_is_resumed(case, store, monkeypatch):
-    _, folder = case
+@contextmanager
+def refusing_the_third(store, monkeypatch):
+    """A store that takes two shards and not the third."""
     put = type(store).put_file
 
     def put_file(self, local, path, **settings):
@@ -102,6 +104,12 @@ def test_an_interrupted_store_is_resumed(case, store, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(type(store), "put_file", put_file)
+        yield
+
+
+def test_an_interrupted_store_is_resumed(case, store, monkeypatch):
+    _, folder = case
+    with refusing_the_third(store, monkeypatch):
         assert "--resume goes on" in merge("local", STORE).stderr
     assert set(held(store, "/bucket/merged")) == {UNFINISHED, *SHARDS[:2]}
     assert "half made; --resume goes on with it" in merge("local", STORE).stderr
@@ -226,15 +234,7 @@ def test_a_grown_vocabulary_from_elsewhere_into_a_folder(grown):
 
 def test_an_interrupted_store_with_a_grown_vocabulary_is_resumed(grown, store, monkeypatch):
     _, folder = grown
-    put = type(store).put_file
-
-    def put_file(self, local, path, **settings):
-        if SHARDS[2] in path:
-            raise PermissionError("not yours")
-        return put(self, local, path, **settings)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(type(store), "put_file", put_file)
+    with refusing_the_third(store, monkeypatch):
         assert "--resume goes on" in merge("org/model", STORE).stderr
     assert set(held(store, "/bucket/merged")) == {UNFINISHED, *SHARDS[:2]}
     assert merge("org/model", STORE, "--resume").exit_code == 0

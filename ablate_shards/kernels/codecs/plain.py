@@ -51,9 +51,7 @@ def encode(values: np.ndarray, out: np.ndarray) -> None:
     limit = GREATEST[stored_dtype(out) or "F32"]
     np.clip(values, -limit, limit, out=values)
     if out.dtype == np.uint16:
-        bits = _to_odd(values).view(np.uint32)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        out[...] = bits >> 16
+        out[...] = round_to_bfloat16(_to_odd(values))
     else:
         out[...] = values
 

@@ -322,12 +322,11 @@ class Matrices:
 
 
 def _rounded(dtype: str, values: np.ndarray) -> np.ndarray:
-    """Returns float32 values, which are overwritten, as a dtype stores them."""
+    """Returns float32 values as a dtype stores them."""
+    from ablate_shards.kernels.codecs.plain import decoded, round_to_bfloat16
+
     if dtype == "BF16":
-        bits = values.view(np.uint32)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        bits &= 0xFFFF0000
-        return values
+        return decoded(round_to_bfloat16(values), np.float32)
     with np.errstate(over="ignore"):
         return values if dtype == "F32" else values.astype(np.float16).astype(np.float32)
 

@@ -227,13 +227,29 @@ class _Addition:
         return self._merger
 
 
-class _Rescaled:
+class _Counted:
+    """Measured while it is changed, as the norms are known before a block is written: what such sections share."""
+
+    gathers, light = False, True
+    _squares = _before = 0.0
+
+    def gather(self, read: Reader) -> None:
+        """Begins anew."""
+        self._squares = self._before = 0.0
+
+    def measure(self, raw: np.ndarray, offset: int) -> None:
+        """Does nothing: the digest is the caller's."""
+
+    def measured(self) -> _Squares:
+        """Returns the squared norms of the change and of what was there."""
+        return _Squares(self._squares, self._before)
+
+
+class _Rescaled(_Counted):
     """A matrix that an update is added to, and whose rows are then given the norms of DoRA: see ``Section``.
 
     ``W'_i = m_i·U_i / ‖U_i‖`` with ``U = W + s·B·A``, in float64.
     """
-
-    gathers, light = False, True
 
     def __init__(self, edit: MergeEdit, adapter: Adapter, factors: _Factors) -> None:
         self._edit, self._adapter, self._factors = edit, adapter, factors
@@ -241,14 +257,13 @@ class _Rescaled:
         self._row_bytes = edit.shape[-1] * ITEM_BYTES[edit.dtype]
         self.block = max(1, PIECE_ELEMENTS // edit.shape[-1]) * self._row_bytes
         self._left = self._right = self._norms = np.empty(0)
-        self._squares = self._before = 0.0
 
     def gather(self, read: Reader) -> None:
         """Reads the factors and the norms."""
+        super().gather(read)
         left, right = self._factors()
         self._left, self._right = left.astype(np.float64), self._edit.scale * right.astype(np.float64)
         self._norms = self._adapter.read(str(self._edit.magnitude)).astype(np.float64)
-        self._squares = self._before = 0.0
 
     def edit(self, raw: np.ndarray, offset: int) -> None:
         """Adds the update to a block of rows and rescales them."""
@@ -273,56 +288,28 @@ class _Rescaled:
         self._before += float(np.square(old).sum())
         encode(wanted, stored)
 
-    def measure(self, raw: np.ndarray, offset: int) -> None:
-        """Does nothing: the norms are known before, and the digest is the caller's."""
 
-    def measured(self) -> _Squares:
-        """Returns the squared norms of the change and of what was there."""
-        return _Squares(self._squares, self._before)
-
-
-class _Kept:
+class _Kept(_Counted):
     """Rows of a tensor that stay as they are: see ``Section``."""
-
-    gathers, light = False, True
 
     def __init__(self, edit: MergeEdit, first: int, last: int) -> None:
         row_bytes = edit.shape[-1] * ITEM_BYTES[edit.dtype]
         self._dtype = edit.dtype
         self.start, self.end = edit.start + first * row_bytes, edit.start + last * row_bytes
         self.block = PIECE_ELEMENTS * ITEM_BYTES[edit.dtype]
-        self._before = 0.0
-
-    def gather(self, read: Reader) -> None:
-        """Begins anew."""
-        self._before = 0.0
 
     def edit(self, raw: np.ndarray, offset: int) -> None:
         """Changes nothing."""
         self._before += float(np.square(decoded(raw.view(STORED[self._dtype]), np.float64)).sum())
 
-    def measure(self, raw: np.ndarray, offset: int) -> None:
-        """Does nothing: the norm is known before, and the digest is the caller's."""
 
-    def measured(self) -> _Squares:
-        """Returns the squared norm of what was there."""
-        return _Squares(0.0, self._before)
-
-
-class _WholeParameter:
+class _WholeParameter(_Counted):
     """A parameter that is added to or replaced, piece by piece: see ``Section``."""
-
-    gathers, light = False, True
 
     def __init__(self, edit: MergeEdit, adapter: Adapter) -> None:
         self._edit, self._adapter = edit, adapter
         self.start, self.end = edit.start, edit.end
         self.block = PIECE_ELEMENTS * ITEM_BYTES[edit.dtype]
-        self._squares = self._before = 0.0
-
-    def gather(self, read: Reader) -> None:
-        """Begins anew."""
-        self._squares = self._before = 0.0
 
     def edit(self, raw: np.ndarray, offset: int) -> None:
         """Adds to or replaces a piece."""
@@ -337,18 +324,9 @@ class _WholeParameter:
         self._before += float(np.square(old).sum())
         encode(wanted, stored)
 
-    def measure(self, raw: np.ndarray, offset: int) -> None:
-        """Does nothing: the norms are known before, and the digest is the caller's."""
 
-    def measured(self) -> _Squares:
-        """Returns the squared norms of the change and of what was there."""
-        return _Squares(self._squares, self._before)
-
-
-class _TokenRows:
+class _TokenRows(_Counted):
     """A parameter of which some rows are replaced, the rows of trained tokens: see ``Section``."""
-
-    gathers, light = False, True
 
     def __init__(self, edit: MergeEdit, adapter: Adapter) -> None:
         self._edit, self._adapter = edit, adapter
@@ -356,11 +334,6 @@ class _TokenRows:
         self._row_bytes = edit.shape[-1] * ITEM_BYTES[edit.dtype]
         self.block = max(1, PIECE_ELEMENTS // edit.shape[-1]) * self._row_bytes
         self._places = sorted((token, place) for place, token in enumerate(edit.tokens))
-        self._squares = self._before = 0.0
-
-    def gather(self, read: Reader) -> None:
-        """Begins anew."""
-        self._squares = self._before = 0.0
 
     def edit(self, raw: np.ndarray, offset: int) -> None:
         """Replaces the rows that lie in a block."""
@@ -381,13 +354,6 @@ class _TokenRows:
                 _refuse(edit, finite=True)
             self._squares += float(np.square(given - decoded(row, np.float64)).sum())
             encode(given, row)
-
-    def measure(self, raw: np.ndarray, offset: int) -> None:
-        """Does nothing: the norms are known before, and the digest is the caller's."""
-
-    def measured(self) -> _Squares:
-        """Returns the squared norms of the change and of what was there."""
-        return _Squares(self._squares, self._before)
 
 
 def _begin(edit: MergeEdit, adapter: Adapter, raw: np.ndarray, offset: int) -> None:

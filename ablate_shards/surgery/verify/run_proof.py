@@ -1,6 +1,7 @@
 """Runs a source and its edited output on prompts: what layers add along the removed directions, and what it cost."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 
 from ablate_shards.errors import EvaluateError, VerifyError
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.directions.vectors import span
 from ablate_shards.surgery.edit.receipt import Receipt
 from ablate_shards.surgery.plan.bases import resolve_bases
 from ablate_shards.surgery.plan.edits import TensorEdit
@@ -25,7 +27,6 @@ __all__ = ["LayerRun", "RunProof", "prove_by_running", "read_prompts"]
 
 _BATCH = 8
 _FEWEST_TOKENS = 2
-_SAME = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +139,10 @@ def _bases_by_layer(checkpoint: Checkpoint, receipt: Receipt) -> Mapping[int, np
             edits.setdefault(edit.layer, []).append(plain)
     every = [edit for found in edits.values() for edit in found]
     bases = resolve_bases(every, checkpoint, receipt.directions)
-    return {layer: _joined([bases[edit.basis] for edit in found]) for layer, found in edits.items()}
-
-
-def _joined(bases: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns orthonormal rows that span what several bases do."""
-    _, sizes, rows = np.linalg.svd(np.concatenate(bases), full_matrices=False)
-    kept: np.ndarray = rows[sizes > _SAME]
-    return kept
+    return {
+        layer: span(itertools.chain.from_iterable(bases[edit.basis] for edit in found), bases[found[0].basis].shape[1])
+        for layer, found in edits.items()
+    }
 
 
 class _Shares:
