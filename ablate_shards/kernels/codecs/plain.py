@@ -51,7 +51,7 @@ def encode(values: np.ndarray, out: np.ndarray) -> None:
     limit = GREATEST[stored_dtype(out) or "F32"]
     np.clip(values, -limit, limit, out=values)
     if out.dtype == np.uint16:
-        out[...] = round_to_bfloat16(_to_odd(values))
+        round_to_bfloat16(_to_odd(values), out)
     else:
         out[...] = values
 
@@ -60,15 +60,22 @@ INFINITE = 0x7F80
 """The bits of bfloat16 that infinity has; those of what is no number are greater."""
 
 
-def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Return the bits of the nearest bfloat16, uint16, of float32 values that are numbers; ties to even."""
+def round_to_bfloat16(values: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Return the bits of the nearest bfloat16, uint16, of float32 values that are numbers; ties to even.
+
+    Args:
+        values: Any shape.
+        out: Where to put them, a new array if None.
+    """
     bits = values.view(np.uint32)
     rounded = bits >> 16
     rounded &= 1
     rounded += 0x7FFF
     rounded += bits
     rounded >>= 16
-    return rounded.astype(np.uint16)
+    out = np.empty(values.shape, np.uint16) if out is None else out
+    out[...] = rounded
+    return out
 
 
 _HALF_BITS = np.int32(-0x70002000)
