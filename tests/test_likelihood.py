@@ -1,6 +1,7 @@
 """Divergence and perplexity against the plain definitions, with both models at hand."""
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 
@@ -213,6 +214,10 @@ RESPONSES = [
 ]
 
 
+BEGINNING = (1, 9, 8, 7, 6, 5, 4, 3, 12, 13)
+CHATS = [dataclasses.replace(each, prompt=BEGINNING + each.prompt[1:]) for each in RESPONSES]
+
+
 def naive_log_likelihood(network, forced):
     with torch.no_grad():
         logits = network(torch.tensor([forced.prompt + forced.response])).logits[0].double().log_softmax(-1)
@@ -248,3 +253,66 @@ def test_a_log_likelihood_that_is_no_number_is_none():
     found = log_likelihoods(speaker(network), RESPONSES, batch=1)
     assert found[0] is None
     assert found[1] == pytest.approx(naive_log_likelihood(network, RESPONSES[1]), abs=1e-5)
+
+
+# Gemma 3 looks back over a window; Qwen3.5 keeps more of what it has read than keys and values.
+@pytest.mark.parametrize(("name", "shared"), [("llama", 10), ("gemma3", 10), ("qwen3.5-text", 0)])
+def test_what_prompts_begin_with_is_computed_once(name, shared):
+    network = random_model(name)
+    seen = []
+    hook = network.get_input_embeddings().register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
+    try:
+        found = log_likelihoods(speaker(network), CHATS, batch=2)
+    finally:
+        hook.remove()
+
+    assert found == pytest.approx([naive_log_likelihood(network, each) for each in CHATS], rel=1e-5)
+    wide = max(len(each.prompt + each.response) for each in CHATS)
+    assert [tuple(ids.shape) for ids in seen[-2:]] == [(2, wide - shared), (1, len(CHATS[1].prompt) + 1 - shared)]
+    assert any(tuple(ids.shape) == (1, len(BEGINNING)) for ids in seen)
+
+
+def test_a_beginning_that_is_shared_does_not_change_the_divergence():
+    base = random_model()
+    edited = nudged(base)
+
+    together = divergence(speaker(edited), CHATS, record(speaker(base), CHATS, batch=3), batch=3)
+
+    alone = [divergence(speaker(edited), [each], record(speaker(base), [each])) for each in CHATS]
+    assert together.first == pytest.approx(sum(each.first for each in alone) / 3, rel=1e-4)
+    assert together.tokens == pytest.approx(
+        sum(each.tokens * each.count for each in alone) / sum(each.count for each in alone), rel=1e-4
+    )
+
+
+def test_logits_that_are_kept_change_nothing(monkeypatch):
+    base = random_model()
+    edited = nudged(base)
+    kept = record(speaker(base), CHATS, batch=2, copy_head=False)
+    assert [len(logits) for logits in kept.logits] == [len(states) for states in kept.states]
+    found = divergence(speaker(edited), CHATS, dataclasses.replace(kept, head=base.get_output_embeddings()), batch=2)
+
+    monkeypatch.setattr(likelihood, "_MOST_KEPT", kept.logits[0].nbytes)
+    some = record(speaker(base), CHATS, batch=2, copy_head=False)
+
+    assert len(some.logits) == 1
+    assert divergence(speaker(edited), CHATS, some, batch=2).tokens == pytest.approx(found.tokens, rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-2, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_divergence_of_logits_is_that_of_float64(scale, dtype):
+    torch.manual_seed(0)
+    ours = (8 * torch.randn(6, 50_000)).to(dtype)
+    theirs = (ours.float() + scale * torch.randn(6, 50_000)).to(dtype)
+    p, q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
+
+    found = likelihood._kl(ours, theirs)
+
+    assert found == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), rel=1e-5, abs=3e-7)
+
+
+def test_tokens_that_a_model_excludes_do_not_count_unless_they_were_likely():
+    ours = torch.tensor([[1.0, 2.0, -math.inf]])
+    assert likelihood._kl(ours, ours) == [0.0]
+    assert likelihood._kl(ours, torch.tensor([[1.0, -math.inf, 2.0]])) == [math.inf]

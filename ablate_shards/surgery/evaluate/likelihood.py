@@ -1,5 +1,6 @@
 """Measures what greedy answers hide: how far the distributions of the next token moved, and how text is predicted."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -27,8 +28,12 @@ __all__ = [
 #: Tokens of a window of text, and how many of them are scored; the others are what comes before.
 _WINDOW = 512
 _STRIDE = 256
-#: Numbers of float64 held at a time for distributions over the vocabulary: 64 MiB each.
+#: Numbers of distributions over the vocabulary that are held at a time.
 _MOST_NUMBERS = 1 << 23
+#: Bytes of logits that a recording keeps, so that they are not computed again for each model compared with it.
+_MOST_KEPT = 1 << 28
+#: Tokens that prompts must have in common for them to be computed once.
+_FEWEST_SHARED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +51,15 @@ class Forced:
     ended: bool
 
     @property
+    def count(self) -> int:
+        """How many predictions there are: of each token of the response, and of its end; the first always is one."""
+        return max(1, len(self.response) + self.ended)
+
+    @property
     def places(self) -> slice:
-        """The positions that predict a token of the response, or its end; the first always is one."""
+        """The positions that predict them."""
         first = len(self.prompt) - 1
-        return slice(first, first + max(1, len(self.response) + self.ended))
+        return slice(first, first + self.count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +71,13 @@ class Recording:
 
     Attributes:
         head: The output head: a copy on the CPU, or the model's own where no edit reaches it.
-        states: What it was given at each place of each response, ``[places, d]`` on the CPU.
+        states: What it was given at each place of some responses, ``[places, d]`` on the CPU.
+        logits: What the model made of them, ``[places, vocabulary]``, for the first of these as far as they were kept.
     """
 
     head: Any
     states: Sequence["torch.Tensor"]
+    logits: Sequence["torch.Tensor"] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +122,8 @@ def record(speaker: Speaker, forced: Sequence[Forced], *, batch: int = 1, copy_h
         speaker: The model.
         forced: The responses.
         batch: How many are computed at a time.
-        copy_head: Keep a copy of the output head, for when the model is gone or its head edited.
+        copy_head: Keep a copy of the output head, for when the model is gone or its head edited; without, some of the
+            logits are kept as well.
 
     Raises:
         EvaluateError: The model has no output head, or fails.
@@ -118,15 +131,25 @@ def record(speaker: Speaker, forced: Sequence[Forced], *, batch: int = 1, copy_h
     import copy
 
     head = _head(speaker)
-    states = [each.cpu() for rows in _cut(forced, batch) for each in _states(speaker, head, rows)]
-    return Recording(copy.deepcopy(head).cpu() if copy_head else head, states)
+    states: list[torch.Tensor] = []
+    kept: list[torch.Tensor] = []
+    hook = head.register_forward_hook(lambda _module, inputs, _output: states.append(inputs[0][0].cpu()))
+    try:
+        left = 0 if copy_head else _MOST_KEPT
+        for _, logits in _predictions(speaker, forced, batch):
+            left -= logits.nbytes
+            if left >= 0:
+                kept.append(logits)
+    finally:
+        hook.remove()
+    return Recording(copy.deepcopy(head).cpu() if copy_head else head, states, kept)
 
 
 def divergence(speaker: Speaker, forced: Sequence[Forced], base: Recording, *, batch: int = 1) -> Divergence | None:
     """Compares a model's distributions with those of the recorded one, over the same responses.
 
     The recorded states go through the recorded head in the place of the model's own, so that whatever the model does
-    to the logits after its head is done to both. Log-softmax and sums in float64.
+    to the logits after its head is done to both.
 
     Args:
         speaker: The model to compare.
@@ -140,8 +163,6 @@ def divergence(speaker: Speaker, forced: Sequence[Forced], base: Recording, *, b
     Raises:
         EvaluateError: The vocabularies differ, or the model fails.
     """
-    import torch
-
     own = _head(speaker)
     if len(own.weight) != len(base.head.weight):
         raise EvaluateError(
@@ -150,16 +171,13 @@ def divergence(speaker: Speaker, forced: Sequence[Forced], base: Recording, *, b
         )
     head = base.head.to(speaker.device)
     first, total, count = 0.0, 0.0, 0
-    recorded = iter(base.states)
-    for rows in _cut(forced, batch):
-        states = _states(speaker, own, rows)
-        before = [next(recorded).to(speaker.device) for _ in rows]
+    before = itertools.zip_longest(base.states, base.logits)
+    for (rows, found), (states, logits) in zip(_predictions(speaker, forced, batch), before, strict=True):
         # Both in products of one shape, so that they are rounded alike.
-        found = _through(speaker, own, own, torch.cat(states))
-        expected = _through(speaker, own, head, torch.cat(before))
+        expected = _through(speaker, own, head, states.to(speaker.device)) if logits is None else logits
         values = iter(_kl(expected, found))
-        for each in states:
-            moved = list(itertools.islice(values, len(each)))
+        for row in rows:
+            moved = list(itertools.islice(values, forced[row].count))
             first += moved[0]
             total += math.fsum(moved)
             count += len(moved)
@@ -208,8 +226,7 @@ def perplexity(speaker: Speaker, text: str) -> Perplexity | None:
 def log_likelihoods(speaker: Speaker, forced: Sequence[Forced], *, batch: int) -> list[float | None]:
     """Returns how likely a model finds each response, whether or not it would have given it.
 
-    Padded on the right: what follows a token never reaches it. Only what predicts a token of a response goes through
-    the output head.
+    Only what predicts a token of a response goes through the output head.
 
     Args:
         speaker: The model.
@@ -235,16 +252,9 @@ def token_log_likelihoods(speaker: Speaker, forced: Sequence[Forced], *, batch: 
     import torch
 
     found: dict[int, torch.Tensor] = {}
-    # Of one length, as far as possible.
-    order = sorted(range(len(forced)), key=lambda row: -len(forced[row].prompt + forced[row].response))
-    for at in range(0, len(order), batch):
-        rows = [forced[row] for row in order[at : at + batch]]
-        ids, mask = _padded(speaker, rows)
-        predicts = torch.zeros_like(ids, dtype=torch.bool)
-        for line, each in enumerate(rows):
-            predicts[line, len(each.prompt) - 1 : len(each.prompt) + len(each.response) - 1] = True
-        logits = _logits(speaker, ids, mask, predicts)[0]
-        wanted = torch.cat([torch.tensor(each.response) for each in rows])
+    responses = [dataclasses.replace(each, ended=False) for each in forced]
+    for rows, logits in _predictions(speaker, responses, batch):
+        wanted = torch.cat([torch.tensor(forced[row].response) for row in rows])
         scores = torch.cat(
             [
                 (part.gather(-1, targets[:, None])[:, 0] - part.logsumexp(-1)).cpu().double()
@@ -253,8 +263,8 @@ def token_log_likelihoods(speaker: Speaker, forced: Sequence[Forced], *, batch: 
                 )
             ]
         )
-        parts = torch.split(scores, [len(each.response) for each in rows])
-        found.update(zip(order[at : at + batch], parts, strict=True))
+        parts = torch.split(scores, [responses[row].count for row in rows])
+        found.update(zip(rows, parts, strict=True))
     return [found[row] for row in range(len(forced))]
 
 
@@ -265,40 +275,79 @@ def _head(speaker: Speaker) -> Any:
     return head
 
 
-def _states(speaker: Speaker, head: Any, forced: Sequence[Forced]) -> "list[torch.Tensor]":
-    """Returns what the output head is given at the places of each response, ``[places, d]``; padded on the right."""
-    import torch
+def _predictions(
+    speaker: Speaker, forced: Sequence[Forced], batch: int
+) -> "Iterator[tuple[Sequence[int], torch.Tensor]]":
+    """Yields some rows at a time, with the logits of their predictions, ``[places, vocabulary]``, row after row.
 
-    ids, mask = _padded(speaker, forced)
-    one = torch.zeros_like(mask, dtype=torch.bool)
-    one[0, 0] = True
-    seen: list[torch.Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-    try:
-        _logits(speaker, ids, mask, one)
-    finally:
-        hook.remove()
-    return [seen[0][row, each.places] for row, each in enumerate(forced)]
+    Those of about one length together, padded on the right. What all prompts begin with is computed once, where the
+    model keeps nothing of it but keys and values.
+    """
+    order = sorted(range(len(forced)), key=lambda row: -len(forced[row].prompt + forced[row].response))
+    shared = _Shared.of(speaker, forced)
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        ids, mask, chosen = _padded(speaker, [forced[row] for row in rows])
+        yield rows, _logits(speaker, ids, mask, chosen, shared)[0]
 
 
-def _padded(speaker: Speaker, forced: Sequence[Forced]) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """Returns prompts with their responses, ``[rows, tokens]``, and ones where there is a token."""
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What some prompts begin with, as a model has read it.
+
+    Attributes:
+        tokens: How many tokens it is.
+        cache: Their keys and values, of one row; None where there are none.
+    """
+
+    tokens: int = 0
+    cache: Any = None
+
+    @classmethod
+    def of(cls, speaker: Speaker, forced: Sequence[Forced]) -> "_Shared":
+        """Reads what prompts have in common, without the last token of any, if that is worth it."""
+        import torch
+        from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+        # Of the smallest and the largest, as they are ordered, all others begin with what both begin with.
+        least, most = min(each.prompt for each in forced), max(each.prompt for each in forced)
+        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(least, most, strict=False))
+        common = min(sum(1 for _ in alike), min(len(each.prompt) for each in forced) - 1)
+        if len(forced) < 2 or common < _FEWEST_SHARED:
+            return cls()
+        ids = torch.tensor([least[:common]], device=speaker.device)
+        with speaker.computing():
+            cache = speaker.network.base_model(input_ids=ids, use_cache=True).get("past_key_values")
+        keeps = type(cache) is DynamicCache and all(
+            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+        )
+        return cls(common, cache) if keeps else cls()
+
+    def rows(self, count: int) -> Any:
+        """Returns the keys and values for some rows that go on from them."""
+        import copy
+
+        if self.cache is None:
+            return None
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(count)
+        return cache
+
+
+def _padded(speaker: Speaker, forced: Sequence[Forced]) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
+    """Returns prompts with their responses, ``[rows, tokens]``, ones where there is a token, and which predict."""
     import torch
 
     width = max(len(each.prompt) + len(each.response) for each in forced)
     ids = torch.full((len(forced), width), speaker.pad)
     mask = torch.zeros_like(ids)
+    chosen = torch.zeros_like(ids, dtype=torch.bool)
     for line, each in enumerate(forced):
         tokens = each.prompt + each.response
         ids[line, : len(tokens)] = torch.tensor(tokens)
         mask[line, : len(tokens)] = 1
-    return ids, mask
-
-
-def _cut(forced: Sequence[Forced], batch: int) -> Iterator[Sequence[Forced]]:
-    """Yields responses in their order, some at a time."""
-    for start in range(0, len(forced), batch):
-        yield forced[start : start + batch]
+        chosen[line, each.places] = True
+    return ids, mask, chosen
 
 
 def _through(speaker: Speaker, own: Any, head: Any, states: "torch.Tensor") -> "torch.Tensor":
@@ -323,7 +372,13 @@ def _logits_of(speaker: Speaker, forced: Forced, places: slice) -> "torch.Tensor
     return _logits(speaker, ids, torch.ones_like(ids), chosen)[0]
 
 
-def _logits(speaker: Speaker, ids: "torch.Tensor", mask: "torch.Tensor", chosen: "torch.Tensor") -> "torch.Tensor":
+def _logits(
+    speaker: Speaker,
+    ids: "torch.Tensor",
+    mask: "torch.Tensor",
+    chosen: "torch.Tensor",
+    shared: _Shared = _Shared(),
+) -> "torch.Tensor":
     """Returns the logits of the chosen places alone, ``[1, chosen, vocabulary]``, row after row.
 
     Args:
@@ -331,15 +386,20 @@ def _logits(speaker: Speaker, ids: "torch.Tensor", mask: "torch.Tensor", chosen:
         ids: Tokens, ``[rows, tokens]``.
         mask: Ones where there is a token.
         chosen: Whose logits are wanted.
+        shared: What all rows begin with, and where no place is chosen.
     """
     head = speaker.network.get_output_embeddings()
-    chosen = chosen.to(speaker.device)
+    chosen = chosen[:, shared.tokens :].to(speaker.device)
+    cache = shared.rows(len(ids))
     # Of a vocabulary of 150,000, the head is a quarter of a small model's work.
     hook = head and head.register_forward_pre_hook(lambda _module, inputs: (inputs[0][chosen][None], *inputs[1:]))
     try:
         with speaker.computing():
             logits: torch.Tensor = speaker.network(
-                input_ids=ids.to(speaker.device), attention_mask=mask.to(speaker.device), use_cache=False
+                input_ids=ids[:, shared.tokens :].to(speaker.device),
+                attention_mask=mask.to(speaker.device),
+                use_cache=cache is not None,
+                past_key_values=cache,
             ).logits
     finally:
         if hook is not None:
@@ -348,13 +408,18 @@ def _logits(speaker: Speaker, ids: "torch.Tensor", mask: "torch.Tensor", chosen:
 
 
 def _kl(expected: "torch.Tensor", found: "torch.Tensor") -> list[float]:
-    """Returns KL(expected ‖ found) of each row of logits, in nats."""
+    """Returns KL(expected ‖ found) of each row of logits, in nats.
+
+    In float32, but of differences: of each logit to the other's, and of each to the largest of its row. These are exact
+    or nearly so, and the sums of their exponentials are the only numbers that are rounded, by parts in 1e7.
+    """
     values: list[float] = []
     for ours, theirs in _split(expected, found):
-        logp, logq = _logarithms(ours), _logarithms(theirs)
-        p = logp.exp()
-        # Where p is zero, so is its part, even if both logarithms are infinite.
-        values += (p * (logp - logq)).where(p > 0, 0.0).sum(-1).clamp(min=0).tolist()
+        x, y = (each.float() - each.max(-1, keepdim=True).values.float() for each in (ours, theirs))
+        weights = x.exp()
+        whole = weights.sum(-1)
+        moved = (weights * (x - y)).where(weights > 0, 0.0).sum(-1) / whole
+        values += (moved + y.exp().sum(-1).log() - whole.log()).clamp(min=0).tolist()
     return values
 
 
