@@ -181,6 +181,24 @@ def test_the_candidates_are_as_on_the_terminal(searched):
     assert "and 0.25 nats a token lost by the words that answers repeat from their questions." in Page(page).text
 
 
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ("effect", "The largest effect within the budget was chosen: at most 0.05 nats a token"),
+        (
+            "cost",
+            "Of what does at least what the plain edit does, the least divergence within the budget was chosen: at",
+        ),
+        (None, "One within the budget was chosen: at most"),
+    ],
+)
+def test_the_page_says_by_which_rule_was_chosen(tmp_path, rule, says):
+    folder = make_search(tmp_path).parent
+    assert record_in(folder)["options"]["choose"] == "effect"
+    altered(folder, lambda record: record["options"].update(choose=rule))
+    assert says in Page(shown(folder)).text
+
+
 def test_a_search_without_the_subject_is_shown_and_says_so(tmp_path):
     folder = make_search(tmp_path, repeats=False).parent
     page = shown(folder)

@@ -26,7 +26,7 @@ from ablate_shards.surgery.report.measures import (
 )
 from ablate_shards.surgery.report.provenance import facts, rebuilt_recipe
 from ablate_shards.surgery.report.search_record import Given, Search
-from ablate_shards.surgery.report.searches import asked, candidate_rows, in_budget, space_rows, told
+from ablate_shards.surgery.report.searches import asked, candidate_rows, chosen_by, space_rows, told
 
 __all__ = ["render"]
 
@@ -211,7 +211,7 @@ def _searched(number: int, search: Search) -> dict[str, Any]:
         "name": search.name,
         "record": search.record,
         "told": told(search),
-        "budget": in_budget(search.record),
+        "chosen_by": chosen_by(search.record),
         "candidates": candidate_rows(search.record),
         "asked": shown,
         "importance": [

@@ -116,11 +116,15 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How was searched; ``limit`` is the divergence above which a trial was not measured further."""
+    """How was searched; ``limit`` is the divergence above which a trial was not measured further.
+
+    Earlier searches did not say by which rule they chose; see ``search.choice.Rule``.
+    """
 
     seed: int
     limit: Finite
     budget: Budget
+    choose: Literal["effect", "cost"] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from ablate_shards.surgery.report.frame import GAP, figure, percent
 from ablate_shards.surgery.report.search_record import Given, Record, Search, Trial
 from ablate_shards.surgery.search.worth import beside_plain
 
-__all__ = ["asked", "candidate_rows", "in_budget", "setting_lines", "space_rows", "told"]
+__all__ = ["asked", "candidate_rows", "chosen_by", "setting_lines", "space_rows", "told"]
 
 _SHARES = ("slanted", "neutral", "broken", "right")
 
@@ -26,8 +26,15 @@ def told(search: Search) -> str:
     )
 
 
-def in_budget(record: Record) -> str:
-    """Returns in words what the chosen edit was allowed to cost."""
+_RULES = {
+    "effect": "The largest effect within the budget was chosen",
+    "cost": "Of what does at least what the plain edit does, the least divergence within the budget was chosen",
+    None: "One within the budget was chosen",
+}
+
+
+def chosen_by(record: Record) -> str:
+    """Returns in words by which rule was chosen, and what the chosen edit was allowed to cost."""
     budget, nats = record.options.budget, "nats a token"
     parts = [
         f"at most {budget.kl:g} {nats} on unrelated answers",
@@ -39,7 +46,7 @@ def in_budget(record: Record) -> str:
         parts.append(f"{budget.subject:g} {nats} lost by the words that answers repeat from their questions")
     elif budget.subject is not None:
         missing = " No answer repeats a word of its question, so that none shows whether it keeps to what was asked."
-    return f"{', '.join(parts[:-1])}, and {parts[-1]}.{missing}"
+    return f"{_RULES[record.options.choose]}: {', '.join(parts[:-1])}, and {parts[-1]}.{missing}"
 
 
 def candidate_rows(record: Record) -> list[dict[str, Any]]:

@@ -178,7 +178,18 @@ def record_of(found: Found, places: Places) -> dict[str, Any]:
         "options": {
             **{
                 name: getattr(job.options, name)
-                for name in ("trials", "timeout", "seed", "limit", "front", "length", "dtype", "device", "workers")
+                for name in (
+                    "trials",
+                    "timeout",
+                    "seed",
+                    "limit",
+                    "front",
+                    "choose",
+                    "length",
+                    "dtype",
+                    "device",
+                    "workers",
+                )
             },
             "budget": dataclasses.asdict(job.options.budget),
             "asking": dataclasses.asdict(job.options.asking),

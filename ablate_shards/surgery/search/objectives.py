@@ -59,7 +59,7 @@ class Asking:
     references: int | None = 1
     beginning: int | None = 16
     questions: int | None = 10
-    unrelated: int | None = 40
+    unrelated: int | None = 100
     batch: int = 16
 
     def thorough(self) -> "Asking":
