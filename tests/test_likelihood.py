@@ -272,6 +272,10 @@ def test_what_prompts_begin_with_is_computed_once(name, shared):
     assert any(tuple(ids.shape) == (1, len(BEGINNING)) for ids in seen)
 
 
+def test_of_nothing_nothing_is_measured():
+    assert log_likelihoods(speaker(random_model()), [], batch=2) == []
+
+
 def test_a_beginning_that_is_shared_does_not_change_the_divergence():
     base = random_model()
     edited = nudged(base)

@@ -309,11 +309,13 @@ class _Shared:
         import torch
         from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+        if len(forced) < 2:
+            return cls()
         # Of the smallest and the largest, as they are ordered, all others begin with what both begin with.
         least, most = min(each.prompt for each in forced), max(each.prompt for each in forced)
         alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(least, most, strict=False))
         common = min(sum(1 for _ in alike), min(len(each.prompt) for each in forced) - 1)
-        if len(forced) < 2 or common < _FEWEST_SHARED:
+        if common < _FEWEST_SHARED:
             return cls()
         ids = torch.tensor([least[:common]], device=speaker.device)
         with speaker.computing():
