@@ -436,8 +436,10 @@ class TestSpace:
         starts = space().starts({"a": (5, 7)})
         assert starts[0] == space().plain()
         tried = [(start["contrast"], start["source"], start.get("source-layer")) for start in starts]
-        assert tried == 2 * [("a", "own", None), ("a", "one", 5.0), ("a", "one", 7.0), ("b", "own", None)]
-        for start, coefficient in zip(starts, 4 * [1.0] + 4 * [1.25], strict=True):
+        first = [("a", "own", None), ("a", "one", 5.0), ("a", "one", 7.0)]
+        among = [("a", "one", layer) for layer in (3.3, 4.6, 5.8)]
+        assert tried == [*first, *among, ("b", "own", None), *first, ("b", "own", None)]
+        for start, coefficient in zip(starts, 7 * [1.0] + 4 * [1.25], strict=True):
             profiles = space().edit(start).options.profiles
             assert {each.coefficient(layer) for each in profiles for layer in range(8)} == {coefficient}
         assert space({"source": "one", "source-layer": 3.5}).starts({})[0]["source-layer"] == 3.5

@@ -40,6 +40,11 @@ class Number:
     high: float
     step: float
 
+    @property
+    def quarters(self) -> tuple[float, ...]:
+        """What divides it into four."""
+        return tuple(self.low + part / 4 * (self.high - self.low) for part in (1, 2, 3))
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -151,7 +156,8 @@ class Space:
     def starts(self, best: Mapping[str, Sequence[int]]) -> tuple[Setting, ...]:
         """Returns what is tried first: each contrast alike at all depths, from each layer's own direction and from one.
 
-        A sampler that meets one of two sources only with odd profiles at first gives it up.
+        A sampler that meets one of two sources only with odd profiles at first gives it up. The layer that separates
+        best need not be the one whose direction costs least, so that others are tried as well.
 
         Args:
             best: The layers of contrasts that are worth a try as the source of all, as far as these are known.
@@ -166,8 +172,9 @@ class Space:
                 common["contrast"] = contrast
                 if "own" in sources and "+" not in contrast:
                     tried.append({**common, "source": "own"})
-                if "one" in sources and isinstance(layers, Number):
-                    for layer in best.get(contrast, ()):
+                if "one" in sources and isinstance(layers, Number) and contrast in best:
+                    among = layers.quarters if coefficient == _FIRST[0] else ()
+                    for layer in (*best[contrast], *among):
                         near = _on_step(min(max(float(layer), layers.low), layers.high), layers)
                         tried.append({**common, "source": "one", "source-layer": near})
         return tuple(setting for number, setting in enumerate(tried) if setting not in tried[:number])
