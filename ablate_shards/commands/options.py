@@ -13,6 +13,7 @@ from ablate_shards.commands.startup import one_blas_thread
 from ablate_shards.terminal.encoding import speaks_unicode
 
 __all__ = [
+    "COMMAND",
     "PATH",
     "SOURCE",
     "adapter_rank",
@@ -111,6 +112,8 @@ def _keep_one_blas_thread(_ctx: click.Context, _param: click.Parameter, value: A
     return value
 
 
+#: Where a context keeps the words of the command line.
+COMMAND = "ablate_shards.command"
 PATH = click.Path(path_type=Path)
 SOURCE = _Source()
 cache_flag = click.option(

@@ -1,0 +1,241 @@
+"""The part of an operation that one of several ranks does, and how the parts of all of them become one output.
+
+A rank's part is an output like any other, with its own shards, and those files beside them that belong to rank 0. Its
+receipt says what of the whole receipt this rank measured, and what all ranks have to agree on.
+"""
+
+import collections
+import dataclasses
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ablate_shards.errors import ExecuteError, VerifyError
+from ablate_shards.names import RECEIPT_NAMES
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, size_of
+from ablate_shards.surgery.checkpoint.files import Files, leaves_folder
+from ablate_shards.surgery.edit.operation import Operation
+from ablate_shards.surgery.edit.receipt import read_sealed, seal
+from ablate_shards.surgery.machine.ranks import WorkerRank, deal
+from ablate_shards.validation import checked
+
+__all__ = ["Joined", "Part", "agreed_on", "join", "lacking", "part_of", "read_part"]
+
+PART_FORMAT = "ablate-shards.part/1"
+
+_RANK_OPTIONS = ("--worker-rank", "--world-size")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a rank did, as its receipt says.
+
+    Attributes:
+        rank: Its number.
+        count: How many ranks there are.
+        identity: What must be equal for the parts of all ranks to make one output, by the names that errors use.
+        files: What the part holds, and the size of each.
+        command: The words of the command that made it, without what says which rank it is.
+        receipt_name: The file in the output that says what was done.
+        receipt: What it says, without what other ranks measured.
+    """
+
+    rank: int
+    count: int
+    identity: Mapping[str, str]
+    files: Mapping[str, int]
+    command: tuple[str, ...]
+    receipt_name: str
+    receipt: Mapping[str, Any]
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder, among those of other ranks."""
+        return f"{self.rank}-of-{self.count}"
+
+    def command_of(self, rank: int) -> str:
+        """Returns the command line of a rank."""
+        return f"ablate-shards {shlex.join(self.command)} --worker-rank {rank} --world-size {self.count}"
+
+    def unlike(self, identity: Mapping[str, str], count: int) -> list[str]:
+        """Returns what is not as another rank has it."""
+        number = ["the number of ranks"] if self.count != count else []
+        return number + _differing(self.identity, identity)
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """What the parts of all ranks make.
+
+    Attributes:
+        identity: What they agree on.
+        files: The folder that each file is in, and its size.
+        receipt_name: The receipt's file.
+        receipt: Its text.
+    """
+
+    identity: Mapping[str, str]
+    files: Mapping[str, tuple[str, int]]
+    receipt_name: str
+    receipt: str
+
+
+@dataclass(frozen=True, slots=True)
+class _MeasuredElsewhere:
+    """What a rank knows of the tensors of others."""
+
+
+def part_of(
+    operation: Operation[Any, Any], checkpoint: Checkpoint, rank: WorkerRank, command: Sequence[str]
+) -> Operation[Any, Any]:
+    """Returns what a rank does of an operation on a checkpoint.
+
+    Shards are dealt out by their bytes, and edited bytes count twice; what lies beside the shards is rank 0's.
+
+    Args:
+        operation: What all ranks do together.
+        checkpoint: The source.
+        rank: The rank.
+        command: The words of the command line, for those who have to run it again.
+    """
+    whole = operation.amend(checkpoint)
+    edited: collections.Counter[str] = collections.Counter()
+    for edit in operation.edits:
+        edited[edit.shard] += edit.end - edit.start
+    mine = deal({shard.name: shard.size + edited[shard.name] for shard in whole.shards}, rank.count)[rank.index]
+    part = dataclasses.replace(
+        whole,
+        shards=tuple(shard for shard in whole.shards if shard.name in mine),
+        sidecars=whole.sidecars if rank.index == 0 else (),
+    )
+    sizes = {shard.name: shard.size for shard in part.shards} | {name: size_of(whole, name) for name in part.sidecars}
+    measured_elsewhere = dict.fromkeys((edit.name for edit in operation.edits), _MeasuredElsewhere())
+
+    def receipt(source: Checkpoint, results: Mapping[str, Any], arithmetic: Mapping[str, str]) -> str:
+        text = operation.receipt(source, measured_elsewhere | dict(results), arithmetic)
+        return seal(
+            {
+                "format": PART_FORMAT,
+                "rank": rank.index,
+                "count": rank.count,
+                "identity": agreed_on(operation, source),
+                "files": sizes,
+                "command": _without_rank(command),
+                "receipt": json.loads(text),
+            }
+        )
+
+    return dataclasses.replace(
+        operation,
+        edits=tuple(edit for edit in operation.edits if edit.shard in mine),
+        amend=lambda _: part,
+        receipt=receipt,
+    )
+
+
+def agreed_on(operation: Operation[Any, Any], checkpoint: Checkpoint) -> dict[str, str]:
+    """Returns what must be equal for the parts of all ranks to make one output.
+
+    That is what a resumed run has to have, but that a commit is the same on every machine, whenever it was fetched.
+    """
+    repo, revision = checkpoint.origin or (None, None)
+    commit = {"the source": f"{repo}@{revision}"} if revision else {}
+    return {"the command": operation.receipt_name, **operation.identity_on(checkpoint), **commit}
+
+
+def read_part(files: Files) -> Part:
+    """Reads what a rank did, from the folder of its part.
+
+    Raises:
+        ExecuteError: It is not what a rank wrote.
+    """
+    name = next((name for name in RECEIPT_NAMES if files.has(name)), RECEIPT_NAMES[0])
+    try:
+        content, altered = read_sealed(files, name, PART_FORMAT)
+        part = checked({**content, "receipt_name": name}, Part, name)
+    except (VerifyError, ValueError) as error:
+        raise ExecuteError(
+            f"{files.name}: is not what a rank wrote ({error}); remove it and run that rank again"
+        ) from error
+    if altered or any(map(leaves_folder, part.files)):
+        raise ExecuteError(
+            f"{files.shown(name)}: was changed after it was written; remove {files.name} and run that rank again"
+        )
+    return part
+
+
+def join(out: object, place: object, parts: Iterable[Part]) -> Joined:
+    """Joins the parts of all ranks; nothing of their shards is read.
+
+    Args:
+        out: The output, as messages call it.
+        place: Where the parts are.
+        parts: Those that are complete.
+
+    Raises:
+        ExecuteError: A rank is missing, or two do not fit together.
+    """
+    found = sorted(parts, key=lambda part: (part.count, part.rank))
+    if not found:
+        raise ExecuteError(
+            f"{out}: no rank is complete in {place}; run each with --worker-rank I --world-size N and this OUT first"
+        )
+    first = found[0]
+    for part in found:
+        if wrong := part.unlike(first.identity, first.count):
+            raise ExecuteError(_unfitting(out, first, part, wrong))
+    if missing := sorted({*range(first.count)} - {part.rank for part in found}):
+        several = len(missing) > 1
+        raise ExecuteError(
+            f"{out}: {'ranks' if several else 'rank'} {', '.join(map(str, missing))} of {first.count} "
+            f"{'are' if several else 'is'} not complete; run `{first.command_of(missing[0])}`"
+            f"{' and the same for the others' if several else ''}, then finish again"
+        )
+    for part in found:
+        if wrong := [
+            f'"{key}" in the receipt'
+            for key in _differing(first.receipt, part.receipt)
+            if key not in ("tensors", "sha256")
+        ]:
+            raise ExecuteError(_unfitting(out, first, part, wrong))
+    holder = {name: part for part in found for name in part.files}
+    receipt = {key: value for key, value in first.receipt.items() if key != "sha256"}
+    if "tensors" in receipt:
+        receipt["tensors"] = [
+            holder[record["shard"]].receipt["tensors"][number] for number, record in enumerate(receipt["tensors"])
+        ]
+    files = {name: (part.folder, part.files[name]) for name, part in holder.items()}
+    return Joined(first.identity, files, first.receipt_name, seal(receipt))
+
+
+def lacking(path: object, size: int, found: int | None) -> ExecuteError:
+    """Returns the error of a part in which a file is not what its rank wrote."""
+    what = "is gone" if found is None else f"has {found} bytes, expected {size}"
+    return ExecuteError(f"{path}: {what}, although its rank is complete; remove that rank's folder and run it again")
+
+
+def _unfitting(out: object, first: Part, part: Part, wrong: Sequence[str]) -> str:
+    return (
+        f"{out}: rank {part.rank} of {part.count} does not fit rank {first.rank} of {first.count}, because "
+        f"{' and '.join(wrong)} differ{'s' if len(wrong) == 1 else ''}; run all ranks with the same source, "
+        "options and number, and add --overwrite to those that are to be made again"
+    )
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [key for key in {**one, **other} if one.get(key) != other.get(key)]
+
+
+def _without_rank(command: Sequence[str]) -> list[str]:
+    """Returns the words of a command without the options that say which rank it is."""
+    words, skip = [], False
+    for word in command:
+        if skip:
+            skip = False
+        elif word in _RANK_OPTIONS:
+            skip = True
+        elif word.partition("=")[0] not in _RANK_OPTIONS:
+            words.append(word)
+    return words
