@@ -15,9 +15,10 @@ from coded_checkpoints import write_basis, write_fp8
 from command_line import checked, run
 from hypothesis import given
 from hypothesis import strategies as st
-from raw_checkpoints import hidden, snapshot, write_adapter, write_directions, write_llama
+from raw_checkpoints import flip, hidden, snapshot, write_adapter, write_directions, write_llama
 
 from ablate_shards.errors import UsageError
+from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.edit import folder as folder_room
 from ablate_shards.surgery.machine.ranks import WorkerRank, deal, find_rank
 from ablate_shards.surgery.machine.staging import Staging
@@ -366,3 +367,53 @@ def test_stages_of_a_recipe_are_whole(case, monkeypatch):
     )
     checked("run", recipe)
     assert snapshot(folder / "out").keys() >= snapshot(folder / "whole").keys()
+
+
+def verified(folder, count, *more):
+    """What each rank says of the whole, as its exit code and the JSON that it prints."""
+    results = [
+        run(
+            "verify", folder / "source", folder / "whole", "--json", *more, "--worker-rank", rank, "--world-size", count
+        )
+        for rank in range(count)
+    ]
+    return [(result.exit_code, json.loads(result.stdout)) for result in results]
+
+
+def test_ranks_verify_their_shares(case):
+    folder, _ = case
+    alone = json.loads(checked("verify", folder / "source", folder / "whole", "--json").stdout)
+    shares = verified(folder, 3)
+    for what in ("edited", "identical", "untouched_bytes"):
+        assert sum(found[what] for _, found in shares) == alone[what]
+    assert all(code == 0 and found["edited"] for code, found in shares)
+    said = run("verify", folder / "source", folder / "whole", "--worker-rank", 1, "--world-size", 3).stdout
+    assert f"the share of rank 1 of 3 in {folder / 'whole'} is what its receipt says" in " ".join(said.split())
+    tensors = open_checkpoint(folder / "whole").tensors
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.5.mlp.up_proj.weight", "tokenizer.json"):
+        tensor = tensors.get(name)
+        path = folder / "whole" / (tensor.shard if tensor else name)
+        flip(path, tensor.start + 101 if tensor else 0, 6)
+        shares = verified(folder, 3)
+        assert [each["where"] for _, found in shares for each in found["differences"]] == [name]
+        assert sorted(code for code, _ in shares) == [0, 0, 1]
+        assert tensor or shares[0][0] == 1
+        flip(path, tensor.start + 101 if tensor else 0, 6)
+
+
+def test_ranks_verify_what_was_dequantised(tmp_path):
+    source = write_fp8(tmp_path / "source")
+    checked("dequantise", source, tmp_path / "whole")
+    alone = json.loads(checked("verify", source, tmp_path / "whole", "--json").stdout)
+    shares = verified(tmp_path, 2)
+    assert [code for code, _ in shares] == [0, 0]
+    assert sum(found["dequantised"] for _, found in shares) == alone["dequantised"] > 0
+
+
+def test_what_one_process_must_verify(case):
+    folder, _ = case
+    (folder / "texts.txt").write_text("Hello.\n")
+    ranks = ("--worker-rank", 0, "--world-size", 2)
+    refused = run("verify", folder / "source", folder / "whole", "--run", folder / "texts.txt", *ranks)
+    assert refused.exit_code == 2
+    assert "--run runs the models by one process, and this is rank 0 of 2" in refused.stderr

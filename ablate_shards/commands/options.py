@@ -2,15 +2,19 @@
 
 import functools
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ablate_shards.commands.startup import one_blas_thread
 from ablate_shards.terminal.encoding import speaks_unicode
+
+if TYPE_CHECKING:
+    from ablate_shards.surgery.machine.ranks import WorkerRank
 
 __all__ = [
     "COMMAND",
@@ -30,6 +34,8 @@ __all__ = [
     "print_json",
     "private_flag",
     "quiet_flag",
+    "rank_flags",
+    "rank_given",
     "recipe_flag",
     "resources",
     "sync_flag",
@@ -198,6 +204,22 @@ resources = _options(
         help="Tensors, or parts of large ones, edited at a time.  [default: one per core; 2 on a GPU]",
     ),
 )
+#: Which of several processes this one is; :func:`rank_given` says what they and the launcher's variables mean.
+rank_flags = _options(
+    click.option(
+        "--worker-rank",
+        type=click.IntRange(min=0),
+        metavar="I",
+        help="Do the share of process I of N, counted from 0.  [default: what torchrun, SLURM, SkyPilot or Kubernetes "
+        "says]",
+    ),
+    click.option(
+        "--world-size",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="How many processes share the work; 1: this one does all of it, whatever a launcher says.",
+    ),
+)
 estimation = _options(
     click.option(
         "--estimator",
@@ -228,6 +250,17 @@ estimation = _options(
         help="Make each layer's directions orthogonal to those of this directions file; may be repeated.",
     ),
 )
+
+
+def rank_given(worker_rank: int | None, world_size: int | None) -> "WorkerRank | None":
+    """Returns which of several processes this one is, None where it is the only one.
+
+    Raises:
+        UsageError: The options and variables do not say which.
+    """
+    from ablate_shards.surgery.machine.ranks import find_rank
+
+    return find_rank(worker_rank, world_size, os.environ)
 
 
 def print_json(content: Any) -> None:

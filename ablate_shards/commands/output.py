@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,8 @@ from ablate_shards.commands.options import (
     print_json,
     private_flag,
     quiet_flag,
+    rank_flags,
+    rank_given,
     resources,
     sync_flag,
 )
@@ -37,19 +38,7 @@ _OPTIONS = (
     private_flag,
     click.option("--link", is_flag=True, help="Hard-link shards that stay as they are; they share their bytes."),
     sync_flag,
-    click.option(
-        "--worker-rank",
-        type=click.IntRange(min=0),
-        metavar="I",
-        help="Do a part of the work: that of process I of N, counted from 0; `finish OUT` joins the parts.  "
-        "[default: what torchrun, SLURM, SkyPilot or Kubernetes says]",
-    ),
-    click.option(
-        "--world-size",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="How many processes share the work; 1: this one does all of it, whatever a launcher says.",
-    ),
+    rank_flags,
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--resume", is_flag=True, help="Go on with an interrupted run."),
     click.option("--overwrite", is_flag=True, help="Replace a folder that an earlier run made."),
@@ -96,7 +85,7 @@ class OutputOptions:
                 f"{out}: an adapter is made in a folder of this machine; name one, and publish it with "
                 "`ablate-shards push`"
             )
-        if (rank := self._rank()) is not None:
+        if (rank := rank_given(self.worker_rank, self.world_size)) is not None:
             raise UsageError(
                 f"--adapter: an adapter is made by one process, and this is {rank} ({rank.said_by}); leave them out, "
                 "or add --world-size 1"
@@ -127,7 +116,7 @@ class OutputOptions:
             overwrite=self.overwrite,
             link=self.link,
             sync=self.sync,
-            rank=self._rank(),
+            rank=rank_given(self.worker_rank, self.world_size),
             command=click.get_current_context().meta.get(COMMAND, ()),
         )
         given = [path for path in inputs if path is not None]
@@ -145,11 +134,6 @@ class OutputOptions:
             print_json({**made(out, None, results), "rank": rank.index, "world_size": rank.count})
         elif not self.quiet:
             click.echo(f"{rank} is complete; once all are: ablate-shards finish {shlex.quote(str(out))}")
-
-    def _rank(self) -> "WorkerRank | None":
-        from ablate_shards.surgery.machine.ranks import find_rank
-
-        return find_rank(self.worker_rank, self.world_size, os.environ)
 
 
 def made(out: Path | str, url: str | None, results: Mapping[str, Any]) -> dict[str, Any]:

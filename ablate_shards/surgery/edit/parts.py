@@ -10,7 +10,7 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ablate_shards.errors import ExecuteError, VerifyError
 from ablate_shards.names import RECEIPT_NAMES
@@ -19,9 +19,12 @@ from ablate_shards.surgery.checkpoint.files import Files, leaves_folder
 from ablate_shards.surgery.edit.operation import Operation
 from ablate_shards.surgery.edit.receipt import read_sealed, seal
 from ablate_shards.surgery.machine.ranks import WorkerRank, deal
+from ablate_shards.surgery.plan.edits import Edit
 from ablate_shards.validation import checked
 
-__all__ = ["Joined", "Part", "agreed_on", "join", "lacking", "part_of", "read_part"]
+__all__ = ["Joined", "Part", "agreed_on", "join", "lacking", "part_of", "read_part", "share_of"]
+
+_E = TypeVar("_E", bound=Edit)
 
 PART_FORMAT = "ablate-shards.part/1"
 
@@ -87,12 +90,27 @@ class _MeasuredElsewhere:
     """What a rank knows of the tensors of others."""
 
 
+def share_of(checkpoint: Checkpoint, edits: Sequence[_E], rank: WorkerRank) -> tuple[Checkpoint, tuple[_E, ...]]:
+    """Returns a rank's share of a checkpoint, and the edits in it.
+
+    Shards are dealt out by their bytes, and edited bytes count twice; what lies beside the shards is rank 0's.
+    """
+    work = collections.Counter({shard.name: shard.size for shard in checkpoint.shards})
+    for edit in edits:
+        work[edit.shard] += edit.end - edit.start
+    mine = deal(work, rank.count)[rank.index]
+    share = dataclasses.replace(
+        checkpoint,
+        shards=tuple(shard for shard in checkpoint.shards if shard.name in mine),
+        sidecars=checkpoint.sidecars if rank.index == 0 else (),
+    )
+    return share, tuple(edit for edit in edits if edit.shard in mine)
+
+
 def part_of(
     operation: Operation[Any, Any], checkpoint: Checkpoint, rank: WorkerRank, command: Sequence[str]
 ) -> Operation[Any, Any]:
     """Returns what a rank does of an operation on a checkpoint.
-
-    Shards are dealt out by their bytes, and edited bytes count twice; what lies beside the shards is rank 0's.
 
     Args:
         operation: What all ranks do together.
@@ -101,15 +119,7 @@ def part_of(
         command: The words of the command line, for those who have to run it again.
     """
     whole = operation.amend(checkpoint)
-    edited: collections.Counter[str] = collections.Counter()
-    for edit in operation.edits:
-        edited[edit.shard] += edit.end - edit.start
-    mine = deal({shard.name: shard.size + edited[shard.name] for shard in whole.shards}, rank.count)[rank.index]
-    part = dataclasses.replace(
-        whole,
-        shards=tuple(shard for shard in whole.shards if shard.name in mine),
-        sidecars=whole.sidecars if rank.index == 0 else (),
-    )
+    part, edits = share_of(whole, operation.edits, rank)
     sizes = {shard.name: shard.size for shard in part.shards} | {name: size_of(whole, name) for name in part.sidecars}
     measured_elsewhere = dict.fromkeys((edit.name for edit in operation.edits), _MeasuredElsewhere())
 
@@ -129,7 +139,7 @@ def part_of(
 
     return dataclasses.replace(
         operation,
-        edits=tuple(edit for edit in operation.edits if edit.shard in mine),
+        edits=edits,
         amend=lambda _: part,
         receipt=receipt,
     )
