@@ -296,9 +296,11 @@ def translate(demo, fresh, line):
     if name == "ablate" and not {"directions", "activations", "recipe"} & set(given):
         taken += ["-d", demo / "directions.safetensors"]
     if name == "finish":
+        made = ["ablate", demo / "source", taken[0], "-d", demo / "directions.safetensors"]
+        if taken[0].suffix == ".safetensors":
+            made = ["capture", demo / "source", taken[0], "--pairs", demo / "pairs.jsonl"]
         for rank in ("0", "1"):
-            ablated = ["ablate", demo / "source", taken[0], "-d", demo / "directions.safetensors"]
-            checked(*ablated, "--worker-rank", rank, "--world-size", "2")
+            checked(*made, "--worker-rank", rank, "--world-size", "2")
     if name == "finetune" and "epochs" not in given:
         taken += ["--epochs", "1"]
     return [name, *(str(word) for word in taken)], reason

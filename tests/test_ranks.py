@@ -212,20 +212,20 @@ def test_ranks_that_do_not_do_the_same(case, different):
     other, count = arguments, 2
     if different == "plan":
         other = [*arguments, "--coefficient", "2"]
-        words = "because the plan differs"
+        words = "the plan"
     elif different == "source":
         os.utime(folder / "source" / "tokenizer.json", ns=(1, 1))
-        words = "because the source differs"
+        words = "the source"
     elif different == "number":
-        count, words = 3, "because the number of ranks differs"
+        count, words = 3, "the number of ranks"
     else:
         adapter = write_adapter(folder / "adapter", layers=range(3), hidden=64)
         other = ["merge", arguments[1], adapter]
-        words = "because the command and the plan differ"
+        words = "the command and the plan"
     into = (lambda out: [*other, out]) if different == "command" else (lambda out: [*other[:2], out, *other[3:]])
     refused = part(into(folder / "out"), 1, count)
     assert refused.exit_code == 1
-    assert f"rank 0 of 2 is of another run, {words}" in refused.stderr
+    assert f"rank 0 of 2 is of another run, which differs in {words};" in refused.stderr
     assert refused.stderr.count("error:") == 1
     # What is thrown away is only what does not fit.
     all_parts([*into(folder / "out"), "--overwrite"], count)
@@ -246,7 +246,7 @@ def test_parts_that_do_not_fit_are_not_joined(case, monkeypatch):
     (folder / "aside").rename(parts / "1-of-2")
     refused = run("finish", folder / "out")
     assert refused.exit_code == 1
-    assert "rank 1 of 2 does not fit rank 0 of 2, because the plan differs" in refused.stderr
+    assert "rank 1 of 2 does not fit rank 0 of 2: they differ in the plan;" in refused.stderr
     # Another arithmetic may give other bits.
     subprocess.run(["rm", "-r", parts / "0-of-2"], check=True)
     (folder / "first").rename(parts / "0-of-2")
@@ -254,7 +254,7 @@ def test_parts_that_do_not_fit_are_not_joined(case, monkeypatch):
     monkeypatch.setattr("ablate_shards.surgery.edit.blocks.BlockEditor.identity", lambda self: {"device": "cuda"})
     assert part(arguments, 1, 2).exit_code == 0
     refused = run("finish", folder / "out")
-    assert 'because "device" in the receipt differs' in refused.stderr
+    assert 'they differ in "device" in the receipt;' in refused.stderr
     assert not (folder / "out").exists()
 
 

@@ -19,8 +19,8 @@ __all__ = ["finish"]
 def finish(out: Path | str, *, overwrite: bool, as_json: bool, quiet: bool) -> None:
     """Join what ranks made with --worker-rank and --world-size, and publish it as OUT.
 
-    OUT is the folder, or the folder of an object store, that all ranks named. It gets the bytes and
-    the receipt that one process would have written. Where a rank is not complete, or two did not do
+    OUT is the folder, the dump, or the folder of an object store that all ranks named. It gets the
+    bytes and the receipt that one process would have written. Where a rank is not complete, or two did not do
     the same, nothing is published, and the command to run again is printed.
     """
     from ablate_shards.surgery.hub.ranks import finish as join_ranks
@@ -28,9 +28,9 @@ def finish(out: Path | str, *, overwrite: bool, as_json: bool, quiet: bool) -> N
 
     progress = show_progress(quiet=quiet or as_json)
     with progress:
-        joined = join_ranks(out, overwrite=overwrite, progress=progress)
+        finished = join_ranks(out, overwrite=overwrite, progress=progress)
     if as_json:
-        print_json({"out": str(out), "files": len(joined.files) + 1})
+        print_json({"out": str(out), "holds": finished.holds})
     elif not quiet:
-        click.echo(f"{out} is complete, with {joined.receipt_name} and {len(joined.files)} other files of all ranks")
-        click.echo(f"check it with: ablate-shards verify SOURCE {shlex.quote(str(out))}")
+        click.echo(f"{out} is complete, with {finished.holds}")
+        click.echo(f"go on with: ablate-shards {shlex.join(finished.next)}")

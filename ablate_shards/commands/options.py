@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,10 +33,12 @@ __all__ = [
     "parse_memory",
     "parsed",
     "print_json",
+    "print_rank",
     "private_flag",
     "quiet_flag",
     "rank_flags",
     "rank_given",
+    "rank_record",
     "recipe_flag",
     "resources",
     "sync_flag",
@@ -261,6 +264,16 @@ def rank_given(worker_rank: int | None, world_size: int | None) -> "WorkerRank |
     from ablate_shards.surgery.machine.ranks import find_rank
 
     return find_rank(worker_rank, world_size, os.environ)
+
+
+def rank_record(rank: "WorkerRank | None") -> dict[str, int]:
+    """Returns what ``--json`` prints of a rank, nothing where there is only one process."""
+    return {} if rank is None else {"rank": rank.index, "world_size": rank.count}
+
+
+def print_rank(rank: "WorkerRank", out: Path | str) -> None:
+    """Prints that a rank is complete, and what ends the work of all."""
+    click.echo(f"{rank} is complete; once all are: ablate-shards finish {shlex.quote(str(out))}")
 
 
 def print_json(content: Any) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,12 @@ from ablate_shards.commands.options import (
     cache_flag,
     debug_flag,
     print_json,
+    print_rank,
     private_flag,
     quiet_flag,
     rank_flags,
     rank_given,
+    rank_record,
     resources,
     sync_flag,
 )
@@ -131,9 +132,9 @@ class OutputOptions:
     def print_part(self, rank: "WorkerRank", out: Path | str, results: Mapping[str, Any]) -> None:
         """Prints what a rank did, and what ends the work of all."""
         if self.as_json:
-            print_json({**made(out, None, results), "rank": rank.index, "world_size": rank.count})
+            print_json({**made(out, None, results), **rank_record(rank)})
         elif not self.quiet:
-            click.echo(f"{rank} is complete; once all are: ablate-shards finish {shlex.quote(str(out))}")
+            print_rank(rank, out)
 
 
 def made(out: Path | str, url: str | None, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,10 +85,13 @@ def test_xargs(desk, s3):
 
 
 def test_torchrun(desk):
-    (script,) = blocks("torchrun")
+    script, on_gpus = blocks("torchrun")
     assert "this is rank 3 of 4, as RANK and WORLD_SIZE say" in bash(script)
     assert snapshot(desk / "out") == snapshot(desk / "plain")
     assert hidden(desk) == []
+    bash("rm -r out")
+    bash(on_gpus.replace("cuda:$LOCAL_RANK", "cpu").replace("node 4", "node 2"))
+    assert len(list((desk / ".out.ablate-ranks").iterdir())) == 2
 
 
 def test_slurm(desk):

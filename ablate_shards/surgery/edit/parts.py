@@ -7,7 +7,6 @@ receipt says what of the whole receipt this rank measured, and what all ranks ha
 import collections
 import dataclasses
 import json
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,54 +17,31 @@ from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, size_of
 from ablate_shards.surgery.checkpoint.files import Files, leaves_folder
 from ablate_shards.surgery.edit.operation import Operation
 from ablate_shards.surgery.edit.receipt import read_sealed, seal
+from ablate_shards.surgery.machine.parts import Part, differing, fitting, unfitting, without_rank
 from ablate_shards.surgery.machine.ranks import WorkerRank, deal
 from ablate_shards.surgery.plan.edits import Edit
 from ablate_shards.validation import checked
 
-__all__ = ["Joined", "Part", "agreed_on", "join", "lacking", "part_of", "read_part", "share_of"]
+__all__ = ["EditedPart", "Joined", "agreed_on", "join", "lacking", "part_of", "read_part", "share_of"]
 
 _E = TypeVar("_E", bound=Edit)
 
 PART_FORMAT = "ablate-shards.part/1"
 
-_RANK_OPTIONS = ("--worker-rank", "--world-size")
-
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """What a rank did, as its receipt says.
+class EditedPart(Part):
+    """What a rank did of an operation, as its receipt says.
 
     Attributes:
-        rank: Its number.
-        count: How many ranks there are.
-        identity: What must be equal for the parts of all ranks to make one output, by the names that errors use.
         files: What the part holds, and the size of each.
-        command: The words of the command that made it, without what says which rank it is.
         receipt_name: The file in the output that says what was done.
         receipt: What it says, without what other ranks measured.
     """
 
-    rank: int
-    count: int
-    identity: Mapping[str, str]
     files: Mapping[str, int]
-    command: tuple[str, ...]
     receipt_name: str
     receipt: Mapping[str, Any]
-
-    @property
-    def folder(self) -> str:
-        """The name of its folder, among those of other ranks."""
-        return f"{self.rank}-of-{self.count}"
-
-    def command_of(self, rank: int) -> str:
-        """Returns the command line of a rank."""
-        return f"ablate-shards {shlex.join(self.command)} --worker-rank {rank} --world-size {self.count}"
-
-    def unlike(self, identity: Mapping[str, str], count: int) -> list[str]:
-        """Returns what is not as another rank has it."""
-        number = ["the number of ranks"] if self.count != count else []
-        return number + _differing(self.identity, identity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +108,7 @@ def part_of(
                 "count": rank.count,
                 "identity": agreed_on(operation, source),
                 "files": sizes,
-                "command": _without_rank(command),
+                "command": without_rank(command),
                 "receipt": json.loads(text),
             }
         )
@@ -155,7 +131,7 @@ def agreed_on(operation: Operation[Any, Any], checkpoint: Checkpoint) -> dict[st
     return {"the command": operation.receipt_name, **operation.identity_on(checkpoint), **commit}
 
 
-def read_part(files: Files) -> Part:
+def read_part(files: Files) -> EditedPart:
     """Reads what a rank did, from the folder of its part.
 
     Raises:
@@ -164,7 +140,7 @@ def read_part(files: Files) -> Part:
     name = next((name for name in RECEIPT_NAMES if files.has(name)), RECEIPT_NAMES[0])
     try:
         content, altered = read_sealed(files, name, PART_FORMAT)
-        part = checked({**content, "receipt_name": name}, Part, name)
+        part = checked({**content, "place": files.name, "receipt_name": name}, EditedPart, name)
     except (VerifyError, ValueError) as error:
         raise ExecuteError(
             f"{files.name}: is not what a rank wrote ({error}); remove it and run that rank again"
@@ -176,7 +152,7 @@ def read_part(files: Files) -> Part:
     return part
 
 
-def join(out: object, place: object, parts: Iterable[Part]) -> Joined:
+def join(out: object, place: object, parts: Iterable[EditedPart]) -> Joined:
     """Joins the parts of all ranks; nothing of their shards is read.
 
     Args:
@@ -187,29 +163,15 @@ def join(out: object, place: object, parts: Iterable[Part]) -> Joined:
     Raises:
         ExecuteError: A rank is missing, or two do not fit together.
     """
-    found = sorted(parts, key=lambda part: (part.count, part.rank))
-    if not found:
-        raise ExecuteError(
-            f"{out}: no rank is complete in {place}; run each with --worker-rank I --world-size N and this OUT first"
-        )
+    found = fitting(out, place, parts)
     first = found[0]
-    for part in found:
-        if wrong := part.unlike(first.identity, first.count):
-            raise ExecuteError(_unfitting(out, first, part, wrong))
-    if missing := sorted({*range(first.count)} - {part.rank for part in found}):
-        several = len(missing) > 1
-        raise ExecuteError(
-            f"{out}: {'ranks' if several else 'rank'} {', '.join(map(str, missing))} of {first.count} "
-            f"{'are' if several else 'is'} not complete; run `{first.command_of(missing[0])}`"
-            f"{' and the same for the others' if several else ''}, then finish again"
-        )
     for part in found:
         if wrong := [
             f'"{key}" in the receipt'
-            for key in _differing(first.receipt, part.receipt)
+            for key in differing(first.receipt, part.receipt)
             if key not in ("tensors", "sha256")
         ]:
-            raise ExecuteError(_unfitting(out, first, part, wrong))
+            raise unfitting(out, first, part, wrong)
     holder = {name: part for part in found for name in part.files}
     receipt = {key: value for key, value in first.receipt.items() if key != "sha256"}
     if "tensors" in receipt:
@@ -224,28 +186,3 @@ def lacking(path: object, size: int, found: int | None) -> ExecuteError:
     """Returns the error of a part in which a file is not what its rank wrote."""
     what = "is gone" if found is None else f"has {found} bytes, expected {size}"
     return ExecuteError(f"{path}: {what}, although its rank is complete; remove that rank's folder and run it again")
-
-
-def _unfitting(out: object, first: Part, part: Part, wrong: Sequence[str]) -> str:
-    return (
-        f"{out}: rank {part.rank} of {part.count} does not fit rank {first.rank} of {first.count}, because "
-        f"{' and '.join(wrong)} differ{'s' if len(wrong) == 1 else ''}; run all ranks with the same source, "
-        "options and number, and add --overwrite to those that are to be made again"
-    )
-
-
-def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    return [key for key in {**one, **other} if one.get(key) != other.get(key)]
-
-
-def _without_rank(command: Sequence[str]) -> list[str]:
-    """Returns the words of a command without the options that say which rank it is."""
-    words, skip = [], False
-    for word in command:
-        if skip:
-            skip = False
-        elif word in _RANK_OPTIONS:
-            skip = True
-        elif word.partition("=")[0] not in _RANK_OPTIONS:
-            words.append(word)
-    return words

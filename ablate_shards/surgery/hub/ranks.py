@@ -4,22 +4,25 @@ import dataclasses
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ablate_shards.errors import ExecuteError, UsageError
+from ablate_shards.errors import UsageError
 from ablate_shards.names import RECEIPT_NAMES
+from ablate_shards.surgery.capture.ranks import join_dump
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.files import Files, Folder
 from ablate_shards.surgery.checkpoint.stores import hub_repository, open_files
 from ablate_shards.surgery.edit.folder import join_in_folder, perform_in_folder
 from ablate_shards.surgery.edit.operation import Operation, RunOptions
 from ablate_shards.surgery.edit.parts import Joined, agreed_on, join, part_of, read_part
+from ablate_shards.surgery.machine.parts import is_complete
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.ranks import WorkerRank
 from ablate_shards.surgery.machine.staging import OutFolder, beside
 
-__all__ = ["finish", "perform_part"]
+__all__ = ["Finished", "finish", "perform_part"]
 
 _PART = re.compile(r"\d+-of-\d+")
 _PARTS = "ranks"
@@ -57,36 +60,37 @@ def perform_part(
     parts.check(checkpoint)
     progress.note(f"this is {rank}, as {rank.said_by} say")
     agreed = agreed_on(operation, checkpoint)
-    complete = False
-    for files in parts.complete():
-        other = read_part(files)
-        if not (wrong := other.unlike(agreed, rank.count)):
-            complete = complete or other.rank == rank.index
-        elif run.overwrite:
-            parts.remove(other.folder)
-        else:
-            raise ExecuteError(
-                f"{files.name}: rank {other.rank} of {other.count} is of another run, because {' and '.join(wrong)} "
-                f"differ{'s' if len(wrong) == 1 else ''}; run all ranks with the same source, options and number, or "
-                "add --overwrite to throw such parts away"
-            )
-    if complete:
+    remove = (lambda part: parts.remove(part.folder)) if run.overwrite else None
+    if is_complete(rank, agreed, map(read_part, parts.complete()), remove=remove):
         progress.note("it was complete already")
         return {}
     part = part_of(operation, checkpoint, rank, run.command)
-    name = f"{rank.index}-of-{rank.count}"
-    return parts.perform(name, checkpoint, part, dataclasses.replace(run, resume=True), progress)
+    return parts.perform(rank.folder, checkpoint, part, dataclasses.replace(run, resume=True), progress)
 
 
-def finish(out: Path | str, *, overwrite: bool, progress: Progress) -> Joined:
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What the parts of all ranks became.
+
+    Attributes:
+        holds: What it holds, in words.
+        next: The words of a command that goes on with it.
+    """
+
+    holds: str
+    next: tuple[str, ...]
+
+
+def finish(out: Path | str, *, overwrite: bool, progress: Progress) -> Finished:
     """Joins what all ranks made, and gives it the name OUT.
 
     Args:
-        out: The folder that they make, or a URL that fsspec writes.
-        overwrite: Whether a folder that an earlier run made is replaced.
+        out: The folder that they make, the dump that they capture, or a URL that fsspec writes.
+        overwrite: Whether what an earlier run made is replaced.
         progress: Receives how far it has come.
 
     Raises:
+        CaptureError: A dump is in the way.
         ExecuteError: A rank is missing, two do not fit together, or OUT is in the way.
         HubError: The object store cannot be read or written.
         Interrupted: Ctrl-C or SIGTERM.
@@ -94,11 +98,15 @@ def finish(out: Path | str, *, overwrite: bool, progress: Progress) -> Joined:
     """
     if hub_repository(out) is not None:
         raise UsageError(f"{out}: ranks make a folder or a folder of an object store; name that one")
+    if isinstance(out, Path) and (captured := join_dump(out, overwrite=overwrite)) is not None:
+        pairs, layers = captured
+        return Finished(f"{layers} layers of {pairs} pairs", ("directions", str(out), "directions.safetensors"))
     parts = _parts_of(OutFolder(out, overwrite) if isinstance(out, Path) else out, overwrite=overwrite)
     joined = join(out, parts.place, map(read_part, parts.complete()))
     parts.join(joined, progress)
     parts.remove("")
-    return joined
+    holds = f"{joined.receipt_name} and {len(joined.files)} other files"
+    return Finished(holds, ("verify", "SOURCE", str(out)))
 
 
 class _Parts(Protocol):

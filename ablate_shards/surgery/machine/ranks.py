@@ -3,10 +3,13 @@
 import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ablate_shards.errors import UsageError
 
 __all__ = ["WorkerRank", "deal", "find_rank"]
+
+_K = TypeVar("_K", str, int)
 
 #: The variables of launchers: the number of this process, and of how many. What starts processes last comes first.
 _LAUNCHERS = (
@@ -32,6 +35,11 @@ class WorkerRank:
     index: int
     count: int
     said_by: str = field(default="--worker-rank and --world-size", compare=False)
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder of its part, among those of other ranks."""
+        return f"{self.index}-of-{self.count}"
 
     def __str__(self) -> str:
         return f"rank {self.index} of {self.count}"
@@ -72,17 +80,17 @@ def find_rank(index: int | None, count: int | None, environment: Mapping[str, st
     return None
 
 
-def deal(work: Mapping[str, int], count: int) -> tuple[frozenset[str], ...]:
-    """Deals files out to ranks, the largest first, each to the one that has least; the same files, the same deal.
+def deal(work: Mapping[_K, int], count: int) -> tuple[frozenset[_K], ...]:
+    """Deals pieces of work out to ranks, the largest first, each to the one with least; always in the same way.
 
     Args:
-        work: The bytes of work that each file is.
+        work: How much each piece is.
         count: How many ranks there are.
 
     Returns:
-        The files of each rank, none where there are too few.
+        The pieces of each rank, none where there are too few.
     """
-    dealt: list[set[str]] = [set() for _ in range(count)]
+    dealt: list[set[_K]] = [set() for _ in range(count)]
     loads = [(0, rank) for rank in range(count)]
     for name in sorted(work, key=lambda name: (-work[name], name)):
         load, rank = loads[0]
