@@ -15,7 +15,16 @@ from coded_checkpoints import write_basis, write_fp8
 from command_line import checked, run
 from hypothesis import given
 from hypothesis import strategies as st
-from raw_checkpoints import flip, hidden, snapshot, write_adapter, write_directions, write_llama
+from raw_checkpoints import (
+    flip,
+    hidden,
+    llama_tensors,
+    snapshot,
+    write_adapter,
+    write_directions,
+    write_llama,
+    write_shard,
+)
 
 from ablate_shards.errors import UsageError
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
@@ -172,6 +181,19 @@ def killing(self, shard, content):
 Staging.record = killing
 main(sys.argv[1:])
 """
+
+
+def test_a_single_file_and_files_that_are_called_as_receipts_are(tmp_path):
+    source = write_llama(tmp_path / "source", shards=2)
+    (source / "extra" / "merge.json").write_text("{}")
+    directions = write_directions(tmp_path / "d.safetensors")
+    single = tmp_path / "single.safetensors"
+    write_shard(single, llama_tensors())
+    for place in (source, single):
+        checked("ablate", place, tmp_path / "whole", "-d", directions, "--overwrite")
+        all_parts(["ablate", place, tmp_path / "out", "-d", directions, "--overwrite"], 2)
+        checked("finish", tmp_path / "out", "--overwrite")
+        assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
 def test_a_rank_that_is_killed_goes_on_with_the_same_command(case, monkeypatch):

@@ -149,6 +149,21 @@ def test_what_is_in_the_way_stays(in_store, made):
     assert held(in_store, "/bucket/edited") == snapshot(made / "expected")
 
 
+def test_ranks_agree_on_a_commit_of_the_hub(on_hub):
+    hub, folder = on_hub
+    assert ablate("org/model", "out", "--worker-rank", "0", "--world-size", "2", "--cache").exit_code == 0
+    # Fetched at another time, or not at all, the files of a commit are the same.
+    assert ablate("org/model", "out", "--worker-rank", "1", "--world-size", "2").exit_code == 0
+    assert run("finish", "out").exit_code == 0
+    assert snapshot(folder / "out") == snapshot(folder / "ablated")
+    assert ablate("org/model", "out", "--worker-rank", "0", "--world-size", "2", "--overwrite").exit_code == 0
+    write_llama(folder / "other", seed=5, hidden=128, shards=4)
+    hub.add("org/model", folder / "other")
+    refused = ablate("org/model", "out", "--worker-rank", "1", "--world-size", "2", "--overwrite")
+    assert refused.exit_code == 0
+    assert "rank 0 of 2 is not complete" in run("finish", "out", "--overwrite").stderr
+
+
 #: A rank that tells when it has sent a shard, and then waits to be killed.
 HELD_UP = """
 import sys, time

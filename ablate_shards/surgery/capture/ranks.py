@@ -109,13 +109,13 @@ def join_dump(dump: Path, *, overwrite: bool) -> tuple[int, int] | None:
         CaptureError: The dump may not be replaced, or something else is being captured into it.
         ExecuteError: A rank is missing, two do not fit together, or a part was changed.
     """
+    place = beside(dump, "ranks")
+    if not (found := list(_read_parts(place))):
+        return None
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    place = beside(dump, "ranks")
-    if not (found := list(_read_parts(place))):
-        return None
     parts = fitting(dump, place, found)
     first = parts[0]
     total = sum(len(part.rows) for part in parts)

@@ -136,8 +136,8 @@ def check_in_store(checkpoint: Checkpoint, url: str, *, overwrite: bool) -> None
 def complete_in_store(place: str) -> list[str]:
     """Returns the folders of ranks that are complete, as URLs."""
     entries = _Target(place).entries()
-    holding = {name.rpartition("/")[0] for name in entries if name.rpartition("/")[2] in RECEIPT_NAMES}
-    return [f"{place}/{folder}" for folder in sorted(holding) if folder and f"{folder}/{UNFINISHED}" not in entries]
+    found = {folder for folder, _, name in (entry.partition("/") for entry in entries) if name in RECEIPT_NAMES}
+    return [f"{place}/{folder}" for folder in sorted(found) if f"{folder}/{UNFINISHED}" not in entries]
 
 
 def remove_from_store(url: str) -> None:
