@@ -213,8 +213,8 @@ rank_flags = _options(
         "--worker-rank",
         type=click.IntRange(min=0),
         metavar="I",
-        help="Do the share of process I of N, counted from 0.  [default: what torchrun, SLURM, SkyPilot or Kubernetes "
-        "says]",
+        help="Do the share of process I of N, counted from 0; `finish` joins what all of them write.  [default: what "
+        "torchrun, SLURM, SkyPilot or Kubernetes says]",
     ),
     click.option(
         "--world-size",

@@ -6,6 +6,7 @@ receipt says what of the whole receipt this rank measured, and what all ranks ha
 
 import collections
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ __all__ = ["EditedPart", "Joined", "agreed_on", "join", "lacking", "part_of", "r
 
 _E = TypeVar("_E", bound=Edit)
 
+_TENSORS = "tensors"
+
 PART_FORMAT = "ablate-shards.part/1"
 
 
@@ -36,12 +39,16 @@ class EditedPart(Part):
     Attributes:
         files: What the part holds, and the size of each.
         receipt_name: The file in the output that says what was done.
-        receipt: What it says, without what other ranks measured.
+        digests: Digests of what it says, by its keys, but of the tensors.
+        measured: What it says of the tensors of this rank, by their numbers among all.
+        receipt: What it says, without what other ranks measured; it is large, so rank 0 alone has it.
     """
 
     files: Mapping[str, int]
     receipt_name: str
-    receipt: Mapping[str, Any]
+    digests: Mapping[str, str]
+    measured: tuple[tuple[int, Any], ...]
+    receipt: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +107,9 @@ def part_of(
     measured_elsewhere = dict.fromkeys((edit.name for edit in operation.edits), _MeasuredElsewhere())
 
     def receipt(source: Checkpoint, results: Mapping[str, Any], arithmetic: Mapping[str, str]) -> str:
-        text = operation.receipt(source, measured_elsewhere | dict(results), arithmetic)
+        whole = json.loads(operation.receipt(source, measured_elsewhere | dict(results), arithmetic))
+        del whole["sha256"]
+        tensors = enumerate(whole.get(_TENSORS, ()))
         return seal(
             {
                 "format": PART_FORMAT,
@@ -109,7 +118,9 @@ def part_of(
                 "identity": agreed_on(operation, source),
                 "files": sizes,
                 "command": without_rank(command),
-                "receipt": json.loads(text),
+                "digests": {key: _digest(value) for key, value in whole.items() if key != _TENSORS},
+                "measured": [(number, record) for number, record in tensors if record["name"] in results],
+                **({"receipt": whole} if rank.index == 0 else {}),
             }
         )
 
@@ -166,19 +177,13 @@ def join(out: object, place: object, parts: Iterable[EditedPart]) -> Joined:
     found = fitting(out, place, parts)
     first = found[0]
     for part in found:
-        if wrong := [
-            f'"{key}" in the receipt'
-            for key in differing(first.receipt, part.receipt)
-            if key not in ("tensors", "sha256")
-        ]:
+        if wrong := [f'"{key}" in the receipt' for key in differing(first.digests, part.digests)]:
             raise unfitting(out, first, part, wrong)
-    holder = {name: part for part in found for name in part.files}
-    receipt = {key: value for key, value in first.receipt.items() if key != "sha256"}
-    if "tensors" in receipt:
-        receipt["tensors"] = [
-            holder[record["shard"]].receipt["tensors"][number] for number, record in enumerate(receipt["tensors"])
-        ]
-    files = {name: (part.folder, part.files[name]) for name, part in holder.items()}
+    receipt = dict(first.receipt or {})
+    measured = dict(record for part in found for record in part.measured)
+    if _TENSORS in receipt:
+        receipt[_TENSORS] = [measured[number] for number in range(len(receipt[_TENSORS]))]
+    files = {name: (part.folder, size) for part in found for name, size in part.files.items()}
     return Joined(first.identity, files, first.receipt_name, seal(receipt))
 
 
@@ -186,3 +191,7 @@ def lacking(path: object, size: int, found: int | None) -> ExecuteError:
     """Returns the error of a part in which a file is not what its rank wrote."""
     what = "is gone" if found is None else f"has {found} bytes, expected {size}"
     return ExecuteError(f"{path}: {what}, although its rank is complete; remove that rank's folder and run it again")
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
