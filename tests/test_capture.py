@@ -668,6 +668,30 @@ def test_a_rank_that_was_stopped_goes_on_and_what_is_missing_is_named(llama, tmp
     assert read_all(dump) == read_all(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", ["dump.safetensors", "dump"])
+def test_a_finish_that_was_stopped_goes_on(llama, tmp_path, monkeypatch, name):
+    dump, whole = tmp_path / name, tmp_path / f"whole-{name}"
+    run(llama, whole)
+    for index in range(2):
+        capture_part(llama, dump, index, 2)
+    write = DumpWriter.write
+
+    def stopping(self, layer, tensors):
+        if layer == 1:
+            raise KeyboardInterrupt
+        write(self, layer, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DumpWriter, "write", stopping)
+        stopped = command_line.run("finish", dump)
+    assert stopped.exit_code == 1
+    assert "interrupted; finish again to go on" in stopped.stderr
+    assert not dump.exists()
+    command_line.checked("finish", dump)
+    assert read_all(dump) == read_all(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {name, whole.name}
+
+
 def test_ranks_that_do_not_capture_the_same(llama, tmp_path):
     dump = tmp_path / "dump.safetensors"
     capture_part(llama, dump, 0, 2, batch=2)

@@ -15,8 +15,10 @@ from ablate_shards.surgery.capture.dump import DumpWriter, check_free, shard_nam
 from ablate_shards.surgery.capture.prompts import PromptBatch
 from ablate_shards.surgery.checkpoint.headers import read_header
 from ablate_shards.surgery.directions.activations import LABELS
+from ablate_shards.surgery.edit.operation import ending_early
 from ablate_shards.surgery.machine.parts import Part, fitting, is_complete, without_rank
 from ablate_shards.surgery.machine.ranks import WorkerRank, deal
+from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import beside, locked
 from ablate_shards.validation import checked
 
@@ -108,7 +110,9 @@ def join_dump(dump: Path, *, overwrite: bool) -> tuple[int, int] | None:
     Raises:
         CaptureError: The dump may not be replaced, or something else is being captured into it.
         ExecuteError: A rank is missing, two do not fit together, or a part was changed.
+        Interrupted: Ctrl-C or SIGTERM.
     """
+    dump = dump.resolve() if dump.is_symlink() else dump
     place = beside(dump, "ranks")
     if not (found := list(_read_parts(place))):
         return None
@@ -119,7 +123,7 @@ def join_dump(dump: Path, *, overwrite: bool) -> tuple[int, int] | None:
     parts = fitting(dump, place, found)
     first = parts[0]
     total = sum(len(part.rows) for part in parts)
-    with locked(dump):
+    with sigterm_as_interrupt(), locked(dump), ending_early(dump, lambda: "finish again to go on", lambda: None):
         check_free(dump, overwrite=overwrite)
         writer = DumpWriter(dump, first.dump, first.identity, resume=True, overwrite=overwrite)
         for layer in range(first.layers):
