@@ -81,6 +81,7 @@ def test_half_of_a_pair_means_nothing(environment):
         (None, 8, {}, "--world-size 8: which of them is this one? add --worker-rank I, from 0 to 7"),
         (None, 4, TORCHRUN, "no variable of a launcher of 4 says so"),
         (8, 8, {}, "expected a rank from 0 to 7, found 8"),
+        (8, 10**12, {}, "expected at most 65536 ranks, found 1000000000000"),
         (1, 1, {}, "expected a rank from 0 to 0, found 1"),
         (None, None, TORCHRUN | {"RANK": "8"}, "RANK and WORLD_SIZE: expected a rank from 0 to 7, found 8"),
         (None, None, TORCHRUN | {"RANK": "x"}, "RANK=x: expected a whole number; unset it"),
@@ -293,6 +294,7 @@ def test_what_is_wrong_with_a_part(case):
         (whole.replace('"rank": 1', '"rank": 0'), "was changed after it was written; remove"),
         ("{}", "is not what a rank wrote"),
         (whole.replace('"rank": 1', '"rank": "x"'), "is not what a rank wrote"),
+        (whole.replace('"count": 2', '"count": 200000000000'), "expected a number of ranks, found 200000000000"),
         (whole.replace('"model-', '"../model-'), "was changed after it was written; remove"),
     ):
         receipt.write_text(text)

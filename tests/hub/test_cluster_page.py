@@ -119,8 +119,9 @@ def test_kubernetes(desk, s3):
     assert mounted.keys() == {volume["name"] for volume in pod["volumes"]}
     assert container["workingDir"] == mounted["scratch"]
     words = [word.replace(mounted["input"], str(desk)) for word in container["command"]]
-    for index in range(job["spec"]["completions"]):
-        environment = os.environ | given | {"JOB_COMPLETION_INDEX": str(index)}
+    pods = 3  # all eight would take as long again, and tell no more
+    for index in range(pods):
+        environment = os.environ | given | {"JOB_COMPLETION_INDEX": str(index), "WORLD_SIZE": str(pods)}
         scratch = desk / f"scratch-{index}"
         scratch.mkdir()
         subprocess.run(words, env=environment, cwd=scratch, check=True, capture_output=True)

@@ -3,10 +3,12 @@
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Annotated, TypeVar
+
+import msgspec
 
 from ablate_shards.errors import ExecuteError
-from ablate_shards.surgery.machine.ranks import WorkerRank
+from ablate_shards.surgery.machine.ranks import MOST_RANKS, WorkerRank
 
 __all__ = ["Part", "differing", "fitting", "is_complete", "unfitting", "without_rank"]
 
@@ -27,7 +29,7 @@ class Part:
 
     place: str
     rank: int
-    count: int
+    count: Annotated[int, msgspec.Meta(ge=2, le=MOST_RANKS, description="a number of ranks")]
     identity: Mapping[str, str]
     command: tuple[str, ...]
 
@@ -88,7 +90,8 @@ def fitting(out: object, place: object, parts: Iterable[_P]) -> list[_P]:
     found = sorted(parts, key=lambda part: (part.count, part.rank))
     if not found:
         raise ExecuteError(
-            f"{out}: no rank is complete in {place}; run each with --worker-rank I --world-size N and this OUT first"
+            f"{out}: no rank is complete in {place}; run each with --worker-rank I --world-size N and this OUT first, "
+            "unless it was finished before"
         )
     first = found[0]
     for part in found:

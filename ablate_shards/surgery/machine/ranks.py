@@ -7,10 +7,12 @@ from typing import TypeVar
 
 from ablate_shards.errors import UsageError
 
-__all__ = ["WorkerRank", "deal", "find_rank"]
+__all__ = ["MOST_RANKS", "WorkerRank", "deal", "find_rank"]
 
 _K = TypeVar("_K", str, int)
 
+#: More would each have less than a shard of any checkpoint to do.
+MOST_RANKS = 1 << 16
 #: The variables of launchers: the number of this process, and of how many. What starts processes last comes first.
 _LAUNCHERS = (
     ("RANK", "WORLD_SIZE"),
@@ -105,6 +107,8 @@ def _checked(rank: WorkerRank) -> WorkerRank | None:
             f"{rank.said_by}: expected a rank from 0 to {rank.count - 1}, found {rank.index}; give both --worker-rank "
             "and --world-size"
         )
+    if rank.count > MOST_RANKS:
+        raise UsageError(f"{rank.said_by}: expected at most {MOST_RANKS} ranks, found {rank.count}")
     return rank if rank.count > 1 else None
 
 
