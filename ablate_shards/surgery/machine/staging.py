@@ -23,6 +23,8 @@ _sync_file_range: Any = getattr(_libc, "sync_file_range", None)
 if _sync_file_range is not None:
     _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _SYNC_FILE_RANGE_WRITE = 2
+#: What a file system answers that has no locks.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _JOURNAL = ".journal.jsonl"
 #: The files by which a folder that an earlier run made is known.
 _RECEIPTS = (*RECEIPT_NAMES, ADAPTER_RECEIPT_NAME, TRAINING_NAME)
@@ -98,6 +100,8 @@ def check_free(out: Path, *, overwrite: bool) -> None:
 def locked(out: Path) -> Iterator[None]:
     """Holds the lock on one output folder; the kernel drops it when the process ends, however it ends.
 
+    Where the file system has no locks, as Lustre and NFS may be mounted, nothing is held.
+
     Raises:
         ExecuteError: Another run holds it.
     """
@@ -109,6 +113,10 @@ def locked(out: Path) -> Iterator[None]:
         except BlockingIOError as error:
             os.close(descriptor)
             raise ExecuteError(f"{out}: another run is writing it; wait for that run to end") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(descriptor)
+                raise
         # The holder before us may have removed the file between our open and our lock.
         with suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(descriptor).st_ino:
