@@ -16,9 +16,10 @@ from ablate_shards.commands.diff import diff
 from ablate_shards.commands.directions import directions
 from ablate_shards.commands.evaluate import evaluate
 from ablate_shards.commands.finetune import finetune
+from ablate_shards.commands.finish import finish
 from ablate_shards.commands.inspect import inspect
 from ablate_shards.commands.merge import merge
-from ablate_shards.commands.options import debug_flag
+from ablate_shards.commands.options import COMMAND, debug_flag
 from ablate_shards.commands.push import push
 from ablate_shards.commands.report import report
 from ablate_shards.commands.run import run
@@ -51,6 +52,7 @@ class _Commands(click.Group):
         word = next((arg for arg in args if not arg.startswith("-")), None)
         if args and word not in self.commands and args[0] not in ("-h", "--help", "--version"):
             args = ["ablate", *args]
+        ctx.meta[COMMAND] = tuple(args)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -99,6 +101,7 @@ for command in (
     directions,
     evaluate,
     finetune,
+    finish,
     inspect,
     merge,
     push,

@@ -8,6 +8,7 @@ import command_line
 import pytest
 import torch
 from progress import Heard
+from raw_checkpoints import snapshot
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS, save_tiny_model
 from tokenizers import Tokenizer
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ablate_shards.data import demo
 from ablate_shards.data.demo import behaviour
-from ablate_shards.errors import CaptureError, CheckpointError, Interrupted, UsageError
+from ablate_shards.errors import CaptureError, CheckpointError, ExecuteError, Interrupted, UsageError
 from ablate_shards.surgery.capture import layer_stream as station
 from ablate_shards.surgery.capture.dump import DumpWriter
 from ablate_shards.surgery.capture.forward import CaptureOptions, capture
@@ -25,6 +26,7 @@ from ablate_shards.surgery.capture.prompts import EncodedTurn, encode_turn, make
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.checkpoint.headers import read_header
 from ablate_shards.surgery.directions.activations import open_activations
+from ablate_shards.surgery.machine.ranks import WorkerRank
 from ablate_shards.surgery.model.loading import quiet, read_config
 from ablate_shards.surgery.model.samples import Pair, Turn
 
@@ -614,3 +616,121 @@ def test_a_full_disk_is_noticed_before(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1))
     with pytest.raises(CaptureError, match=r"needs about .* while it is written"):
         run(llama, Path(tmp_path / "dump.safetensors"))
+
+
+# ---------------------------------------------------------------------------------------- several ranks
+
+
+def capture_part(model, dump, index, count, progress=None, **options):
+    command = ("capture", str(model), str(dump), "--worker-rank", str(index))
+    return run(model, dump, progress=progress, rank=WorkerRank(index, count), command=command, **options)
+
+
+def read_all(dump):
+    return snapshot(dump) if dump.is_dir() else dump.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["dump.safetensors", "dump"])
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        (2, {"batch": 2}),
+        (3, {"batch": 1, "offload": "always"}),
+        (9, {"batch": 4}),
+        (4, {"pairs": ANSWERED, "batch": 1}),
+    ],
+)
+def test_any_number_of_ranks_captures_the_same_bytes(llama, tmp_path, name, count, options):
+    run(llama, tmp_path / f"whole-{name}", **options)
+    dump = tmp_path / name
+    for index in reversed(range(count)):
+        capture_part(llama, dump, index, count, **options)
+    assert not dump.exists()
+    done = command_line.checked("finish", dump)
+    assert f"3 layers of {len(options.get('pairs', PAIRS))} pairs" in done.stdout
+    assert read_all(dump) == read_all(tmp_path / f"whole-{name}")
+    assert {path.name for path in tmp_path.iterdir()} == {name, f"whole-{name}"}
+
+
+def test_a_rank_that_was_stopped_goes_on_and_what_is_missing_is_named(llama, tmp_path):
+    run(llama, tmp_path / "whole", batch=1)
+    dump = tmp_path / "dump"
+    with pytest.raises(Interrupted, match="--resume goes on"):
+        capture_part(llama, dump, 1, 2, progress=Stops(after=2), batch=1)
+    capture_part(llama, dump, 0, 2, batch=1)
+    refused = command_line.run("finish", dump)
+    assert f"rank 1 of 2 is not complete; run `ablate-shards capture {llama} {dump} --worker-rank 1" in refused.stderr
+    assert capture_part(llama, dump, 1, 2, batch=1).resumed in (1, 2)
+    heard = Heard()
+    capture_part(llama, dump, 1, 2, progress=heard, batch=1)
+    assert "it was complete already" in heard.notes
+    command_line.checked("finish", dump)
+    assert read_all(dump) == read_all(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["dump.safetensors", "dump"])
+def test_a_finish_that_was_stopped_goes_on(llama, tmp_path, monkeypatch, name):
+    dump, whole = tmp_path / name, tmp_path / f"whole-{name}"
+    run(llama, whole)
+    for index in range(2):
+        capture_part(llama, dump, index, 2)
+    write = DumpWriter.write
+
+    def stopping(self, layer, tensors):
+        if layer == 1:
+            raise KeyboardInterrupt
+        write(self, layer, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DumpWriter, "write", stopping)
+        stopped = command_line.run("finish", dump)
+    assert stopped.exit_code == 1
+    assert "interrupted; finish again to go on" in stopped.stderr
+    assert not dump.exists()
+    command_line.checked("finish", dump)
+    assert read_all(dump) == read_all(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {name, whole.name}
+
+
+def test_ranks_that_do_not_capture_the_same(llama, tmp_path):
+    dump = tmp_path / "dump.safetensors"
+    capture_part(llama, dump, 0, 2, batch=2)
+    with pytest.raises(ExecuteError, match="rank 0 of 2 is of another run, which differs in the options;"):
+        capture_part(llama, dump, 1, 2, batch=1)
+    with pytest.raises(ExecuteError, match="which differs in the prompts;"):
+        capture_part(llama, dump, 1, 2, pairs=PAIRS[:2], batch=2)
+    with pytest.raises(ExecuteError, match="which differs in the number of ranks;"):
+        capture_part(llama, dump, 1, 3, batch=2)
+    capture_part(llama, dump, 1, 2, batch=2)
+    shard = tmp_path / ".dump.safetensors.ablate-ranks" / "1-of-2" / "layer-00001.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-3])
+    broken = command_line.run("finish", dump)
+    assert f"{shard}: is not what rank 1 captured" in broken.stderr
+    assert not dump.exists()
+    shard.write_bytes(content)
+    command_line.checked("finish", dump)
+    run(llama, tmp_path / "whole.safetensors", batch=2)
+    assert read_all(dump) == read_all(tmp_path / "whole.safetensors")
+    for index in range(2):
+        capture_part(llama, dump, index, 2, pairs=PAIRS[:2], batch=2, overwrite=True)
+    assert "already exists; --overwrite replaces it" in command_line.run("finish", dump).stderr
+    command_line.checked("finish", dump, "--overwrite")
+    assert len(load_file(dump)["positive.layers.0"]) == 2
+
+
+def test_the_command_of_a_rank(llama, tmp_path, monkeypatch):
+    pairs = tmp_path / "pairs.jsonl"
+    lines = [{"positive": pair.positive.prompt, "negative": pair.negative.prompt} for pair in PAIRS]
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ["capture", llama, tmp_path / "dump.safetensors", "--pairs", pairs, "--batch", "2"]
+    for rank in ("0", "1"):
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        monkeypatch.setenv("SLURM_NTASKS", "2")
+        made = command_line.checked(*arguments)
+        assert f"rank {rank} of 2 is complete; once all are: ablate-shards finish" in made.stdout
+    command_line.checked("finish", tmp_path / "dump.safetensors")
+    monkeypatch.delenv("SLURM_NTASKS")
+    whole = tmp_path / "whole.safetensors"
+    command_line.checked("capture", llama, whole, *arguments[3:])
+    assert read_all(whole) == read_all(tmp_path / "dump.safetensors")

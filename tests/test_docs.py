@@ -10,7 +10,7 @@ from ablate_shards.cli import cli
 from ablate_shards.surgery.plan.recipe import TABLES, read_recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
-NO_KEY = {"recipe", "json", "quiet", "debug", "help", "adapter", "adapter-rank"}
+NO_KEY = {"recipe", "json", "quiet", "debug", "help", "adapter", "adapter-rank", "worker-rank", "world-size"}
 SPECIFICATION = importlib.util.spec_from_file_location("generate_cli", DOCS / "generate_cli.py")
 GENERATE = importlib.util.module_from_spec(SPECIFICATION)
 SPECIFICATION.loader.exec_module(GENERATE)

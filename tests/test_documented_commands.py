@@ -30,7 +30,7 @@ _INLINE = re.compile(
 )
 _DESCRIBED = re.compile(r"\s{3,}|\s+#\s")
 #: A word for an option's value that stands for any value.
-_PLACEHOLDERS = {"N": "1", "LAYERS": "1"}
+_PLACEHOLDERS = {"N": "1", "I": "0", "LAYERS": "1", "$SLURM_CPUS_PER_TASK": "2"}
 
 
 def written(text):
@@ -240,6 +240,7 @@ OUTPUTS = {
     "directions": {"file"},
     "finetune": {"adapter"},
     "merge": {"out"},
+    "finish": {"out"},
     "evaluate": {"out"},
     "search": {"out"},
     "diff": {"report", "adapter"},
@@ -294,6 +295,12 @@ def translate(demo, fresh, line):
         taken += [*([] if "length" in given else ["--length", "8"]), *([] if "asked" in given else ["Is it?"])]
     if name == "ablate" and not {"directions", "activations", "recipe"} & set(given):
         taken += ["-d", demo / "directions.safetensors"]
+    if name == "finish":
+        made = ["ablate", demo / "source", taken[0], "-d", demo / "directions.safetensors"]
+        if taken[0].suffix == ".safetensors":
+            made = ["capture", demo / "source", taken[0], "--pairs", demo / "pairs.jsonl"]
+        for rank in ("0", "1"):
+            checked(*made, "--worker-rank", rank, "--world-size", "2")
     if name == "finetune" and "epochs" not in given:
         taken += ["--epochs", "1"]
     return [name, *(str(word) for word in taken)], reason
@@ -368,7 +375,7 @@ def test_a_documented_command_works(things, tmp_path, monkeypatch, page, line):
         done = run(*words)
         allowed = {0, 1} if "--exit-code" in words else {0}
         assert done.exit_code in allowed, f"{page}: ablate-shards {line}\nran as {shlex.join(words)}\n{done.output}"
-        if "--dry-run" not in words:
+        if not {"--dry-run", "--worker-rank"} & set(words):
             assert all(Path(word).exists() for word in words if word.startswith(str(fresh)))
     _DONE[key] = True
 

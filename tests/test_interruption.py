@@ -1,5 +1,7 @@
 """A run that is killed, stopped or refused leaves the source intact and OUT absent, and can go on."""
 
+import errno
+import fcntl
 import os
 import random
 import signal
@@ -139,6 +141,24 @@ def test_two_runs_into_one_folder(case):
     assert "another run" in blocked.output
     assert run(*arguments).exit_code == 0
     assert snapshot(folder / "out") == snapshot(folder / "whole")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks(case, monkeypatch, code):
+    folder, arguments = case
+
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    result = run(*arguments)
+    if code == errno.EIO:
+        assert result.exit_code == 1
+        assert "Input/output error" in result.stderr
+        return
+    assert result.exit_code == 0, result.stderr
+    assert snapshot(folder / "out") == snapshot(folder / "whole")
+    assert hidden(folder) == []
 
 
 def test_a_lock_left_by_a_killed_run_blocks_nobody(case):

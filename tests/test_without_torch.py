@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 from coded_checkpoints import write_coded
-from raw_checkpoints import HIDDEN, llama_tensors, snapshot, write_directions, write_shard
+from raw_checkpoints import HIDDEN, llama_tensors, snapshot, write_directions, write_llama, write_shard
 
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.edit.ablation_editor import AblationEditor
@@ -47,6 +47,16 @@ def test_ablate_resume_and_verify(tmp_path, dtype):
     content[open_checkpoint(out).tensors["model.layers.0.mlp.down_proj.weight"].end - 1] ^= 0x20
     shard.write_bytes(content)
     assert "element [31, 71]" in run_without_torch("verify", source, out, "--device", "cpu", code=1)
+
+
+def test_ranks(tmp_path):
+    source = write_llama(tmp_path / "source", shards=2)
+    options = ("-d", write_directions(tmp_path / "d.safetensors"), "--source-layer", 1, "--device", "cpu")
+    run_without_torch(source, tmp_path / "whole", *options)
+    for rank in (0, 1):
+        run_without_torch(source, tmp_path / "out", *options, "--worker-rank", rank, "--world-size", 2)
+    run_without_torch("finish", tmp_path / "out")
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
 def test_merge_and_verify(tmp_path):

@@ -199,7 +199,9 @@ def ablate(
         results, url = prepared.perform(
             ablation(checkpoint, plan, found, options, dequantisation, force=force), progress
         )
-    if output.as_json:
+    if (worker := prepared.run.rank) is not None:
+        output.print_part(worker, out, results)
+    elif output.as_json:
         print_json(made(out, url, results))
     elif not output.quiet:
         from ablate_shards.terminal.results import print_results

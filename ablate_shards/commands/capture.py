@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ablate_shards.commands.options import (
+    COMMAND,
     PATH,
     as_json_flag,
     debug_flag,
@@ -15,7 +16,11 @@ from ablate_shards.commands.options import (
     parse_memory,
     parsed,
     print_json,
+    print_rank,
     quiet_flag,
+    rank_flags,
+    rank_given,
+    rank_record,
 )
 
 __all__ = ["capture"]
@@ -57,16 +62,28 @@ __all__ = ["capture"]
     help="Most that the weights may take before --offload auto streams them.  [default: most of what is free]",
 )
 @device_flag
+@rank_flags
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @click.option("--overwrite", is_flag=True, help="Replace DUMP if it exists.")
 @as_json_flag
 @quiet_flag
 @debug_flag
-def capture(model: Path, dump: Path, *, pairs: Path, as_json: bool, quiet: bool, **settings: Any) -> None:
+def capture(
+    model: Path,
+    dump: Path,
+    *,
+    pairs: Path,
+    worker_rank: int | None,
+    world_size: int | None,
+    as_json: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
     """Run MODEL on pairs of prompts and write the residual stream after every layer to DUMP.
 
     MODEL is a checkpoint folder with its tokenizer; DUMP is a .safetensors file, or a folder of one
-    shard per layer. It appears only when complete.
+    shard per layer. It appears only when complete. With --worker-rank and --world-size, a process
+    captures its share of the prompts, and `finish DUMP` joins them.
     """
     from ablate_shards.surgery.capture.forward import CaptureOptions
     from ablate_shards.surgery.capture.forward import capture as capture_stream
@@ -75,10 +92,14 @@ def capture(model: Path, dump: Path, *, pairs: Path, as_json: bool, quiet: bool,
 
     progress = show_progress(quiet=quiet or as_json)
     prompts = load_pairs(pairs)
+    rank = rank_given(worker_rank, world_size)
+    options = CaptureOptions(**settings, rank=rank, command=click.get_current_context().meta.get(COMMAND, ()))
     with progress:
-        captured = capture_stream(model, dump, prompts, CaptureOptions(**settings), progress)
+        captured = capture_stream(model, dump, prompts, options, progress)
     if as_json:
-        print_json({**dataclasses.asdict(captured), "dump": str(captured.dump)})
+        print_json({**dataclasses.asdict(captured), "dump": str(captured.dump), **rank_record(rank)})
+    elif rank is not None and not quiet:
+        print_rank(rank, dump)
     elif not quiet:
         where = "last token" if captured.position == "last" else "mean over the response"
         click.echo(

@@ -41,8 +41,10 @@ def dequantise(source: Path | str, out: Path | str, *, output: OutputOptions) ->
             print_dequantisation_plan(checkpoint, dequantisation)
         return
     with progress:
-        _, url = prepared.perform(dequantising(dequantisation), progress)
-    if output.as_json:
+        results, url = prepared.perform(dequantising(dequantisation), progress)
+    if (worker := prepared.run.rank) is not None:
+        output.print_part(worker, out, results)
+    elif output.as_json:
         print_json({**made(out, url, {}), **dequantisation.as_dict()})
     elif not output.quiet:
         from ablate_shards.terminal.results import print_dequantisation

@@ -65,7 +65,9 @@ def merge(
         return
     with progress:
         results, url = prepared.perform(merging(read, plan, dequantisation), progress)
-    if output.as_json:
+    if (worker := prepared.run.rank) is not None:
+        output.print_part(worker, out, results)
+    elif output.as_json:
         print_json(made(out, url, results))
     elif not output.quiet:
         from ablate_shards.terminal.results import print_merge

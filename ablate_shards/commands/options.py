@@ -2,17 +2,23 @@
 
 import functools
 import json
+import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ablate_shards.commands.startup import one_blas_thread
 from ablate_shards.terminal.encoding import speaks_unicode
 
+if TYPE_CHECKING:
+    from ablate_shards.surgery.machine.ranks import WorkerRank
+
 __all__ = [
+    "COMMAND",
     "PATH",
     "SOURCE",
     "adapter_rank",
@@ -27,8 +33,12 @@ __all__ = [
     "parse_memory",
     "parsed",
     "print_json",
+    "print_rank",
     "private_flag",
     "quiet_flag",
+    "rank_flags",
+    "rank_given",
+    "rank_record",
     "recipe_flag",
     "resources",
     "sync_flag",
@@ -111,6 +121,8 @@ def _keep_one_blas_thread(_ctx: click.Context, _param: click.Parameter, value: A
     return value
 
 
+#: Where a context keeps the words of the command line.
+COMMAND = "ablate_shards.command"
 PATH = click.Path(path_type=Path)
 SOURCE = _Source()
 cache_flag = click.option(
@@ -195,6 +207,22 @@ resources = _options(
         help="Tensors, or parts of large ones, edited at a time.  [default: one per core; 2 on a GPU]",
     ),
 )
+#: Which of several processes this one is; :func:`rank_given` says what they and the launcher's variables mean.
+rank_flags = _options(
+    click.option(
+        "--worker-rank",
+        type=click.IntRange(min=0),
+        metavar="I",
+        help="Do the share of process I of N, counted from 0; `finish` joins what all of them write.  [default: what "
+        "torchrun, SLURM, SkyPilot or Kubernetes says]",
+    ),
+    click.option(
+        "--world-size",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="How many processes share the work; 1: this one does all of it, whatever a launcher says.",
+    ),
+)
 estimation = _options(
     click.option(
         "--estimator",
@@ -225,6 +253,27 @@ estimation = _options(
         help="Make each layer's directions orthogonal to those of this directions file; may be repeated.",
     ),
 )
+
+
+def rank_given(worker_rank: int | None, world_size: int | None) -> "WorkerRank | None":
+    """Returns which of several processes this one is, None where it is the only one.
+
+    Raises:
+        UsageError: The options and variables do not say which.
+    """
+    from ablate_shards.surgery.machine.ranks import find_rank
+
+    return find_rank(worker_rank, world_size, os.environ)
+
+
+def rank_record(rank: "WorkerRank | None") -> dict[str, int]:
+    """Returns what ``--json`` prints of a rank, nothing where there is only one process."""
+    return {} if rank is None else {"rank": rank.index, "world_size": rank.count}
+
+
+def print_rank(rank: "WorkerRank", out: Path | str) -> None:
+    """Prints that a rank is complete, and what ends the work of all."""
+    click.echo(f"{rank} is complete; once all are: ablate-shards finish {shlex.quote(str(out))}")
 
 
 def print_json(content: Any) -> None:

@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ablate_shards.commands.options import (
+    COMMAND,
     as_json_flag,
     cache_flag,
     debug_flag,
+    print_json,
+    print_rank,
     private_flag,
     quiet_flag,
+    rank_flags,
+    rank_given,
+    rank_record,
     resources,
     sync_flag,
 )
@@ -23,6 +29,7 @@ from ablate_shards.terminal.progress import ScreenProgress, show_progress
 
 if TYPE_CHECKING:
     from ablate_shards.surgery.hub.outputs import Prepared
+    from ablate_shards.surgery.machine.ranks import WorkerRank
 
 __all__ = ["OutputOptions", "made", "output_options"]
 
@@ -32,6 +39,7 @@ _OPTIONS = (
     private_flag,
     click.option("--link", is_flag=True, help="Hard-link shards that stay as they are; they share their bytes."),
     sync_flag,
+    rank_flags,
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--resume", is_flag=True, help="Go on with an interrupted run."),
     click.option("--overwrite", is_flag=True, help="Replace a folder that an earlier run made."),
@@ -52,6 +60,8 @@ class OutputOptions:
     private: bool
     link: bool
     sync: bool
+    worker_rank: int | None
+    world_size: int | None
     dry_run: bool
     resume: bool
     overwrite: bool
@@ -75,6 +85,11 @@ class OutputOptions:
             raise UsageError(
                 f"{out}: an adapter is made in a folder of this machine; name one, and publish it with "
                 "`ablate-shards push`"
+            )
+        if (rank := rank_given(self.worker_rank, self.world_size)) is not None:
+            raise UsageError(
+                f"--adapter: an adapter is made by one process, and this is {rank} ({rank.said_by}); leave them out, "
+                "or add --world-size 1"
             )
         if self.link:
             raise UsageError("--link: an adapter holds no shard of SOURCE; leave it out")
@@ -102,6 +117,8 @@ class OutputOptions:
             overwrite=self.overwrite,
             link=self.link,
             sync=self.sync,
+            rank=rank_given(self.worker_rank, self.world_size),
+            command=click.get_current_context().meta.get(COMMAND, ()),
         )
         given = [path for path in inputs if path is not None]
         prepared = prepare(source, out, run, inputs=given, cache=self.cache, private=self.private, dry_run=self.dry_run)
@@ -111,6 +128,13 @@ class OutputOptions:
         if self.cache or hub_repository(out) is not None:
             quieten_hub(bars=self.quiet or self.as_json or not sys.stderr.isatty())
         return prepared
+
+    def print_part(self, rank: "WorkerRank", out: Path | str, results: Mapping[str, Any]) -> None:
+        """Prints what a rank did, and what ends the work of all."""
+        if self.as_json:
+            print_json({**made(out, None, results), **rank_record(rank)})
+        elif not self.quiet:
+            print_rank(rank, out)
 
 
 def made(out: Path | str, url: str | None, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,10 +88,12 @@ def run(
             print_stages(stages, found)
         return
 
-    program = click.get_current_context().find_root().command
+    program: Any = click.get_current_context().find_root().command
 
     def call(arguments: Sequence[str]) -> None:
         words = [*arguments, "--quiet"] if as_json else list(arguments)
+        if any(option.name == "world_size" for option in program.commands[words[0]].params):
+            words += ["--world-size", "1"]  # a stage needs all of the one before, whatever launched this
         program.main(words, prog_name="ablate-shards", standalone_mode=False)
 
     def tell(number: int, stage: "Stage", status: str) -> None:

@@ -14,9 +14,12 @@ from ablate_shards.commands.options import (
     debug_flag,
     print_json,
     quiet_flag,
+    rank_flags,
+    rank_given,
     resources,
 )
 from ablate_shards.commands.startup import one_blas_thread
+from ablate_shards.errors import UsageError
 from ablate_shards.names import ADAPTER_RECEIPT_NAME
 
 __all__ = ["verify"]
@@ -33,6 +36,7 @@ __all__ = ["verify"]
     help="Text with a prompt a line: run both on them as well, and show what layers still add along the directions.",
 )
 @resources
+@rank_flags
 @cache_flag
 @as_json_flag
 @quiet_flag
@@ -46,6 +50,8 @@ def verify(
     device: str,
     memory: int,
     jobs: int | None,
+    worker_rank: int | None,
+    world_size: int | None,
     cache: bool,
     as_json: bool,
     quiet: bool,
@@ -61,6 +67,9 @@ def verify(
     Either may be elsewhere: a repository on the Hub (org/name[@revision], hub:org/name) or a folder
     of an object store, which is read by byte ranges, and nothing of it is kept here. The exit code
     is 1 when anything differs.
+
+    With --worker-rank and --world-size, a process compares its share of the shards, and rank 0 the
+    files beside them too; OUT is what its receipt says if the exit code of all ranks is 0.
     """
     one_blas_thread()
     from ablate_shards.surgery.checkpoint.stores import cached, open_files, open_source
@@ -70,7 +79,12 @@ def verify(
 
     progress = show_progress(quiet=quiet or as_json)
     texts = None if prompts is None else _texts(prompts, source, out, adapter)
-    run = RunOptions(device=device, memory=memory, jobs=jobs)
+    rank = rank_given(worker_rank, world_size)
+    is_adapter = isinstance(out, Path) and (out / ADAPTER_RECEIPT_NAME).is_file() and adapter is None
+    if rank is not None and (is_adapter or texts is not None):
+        what = "an adapter is verified" if is_adapter else "--run runs the models"
+        raise UsageError(f"{what} by one process, and this is {rank} ({rank.said_by}); add --world-size 1")
+    run = RunOptions(device=device, memory=memory, jobs=jobs, rank=rank)
     checkpoint = open_source(source)
     files = open_files(out)
     for each in (checkpoint.files, files):
@@ -78,8 +92,8 @@ def verify(
             progress.note(f"{each.name} is commit {each.revision}")
     if cache:
         checkpoint = cached(checkpoint)
-    if isinstance(out, Path) and (out / ADAPTER_RECEIPT_NAME).is_file() and adapter is None:
-        _verify_adapter(checkpoint, out, run, progress, as_json=as_json, quiet=quiet)
+    if is_adapter:
+        _verify_adapter(checkpoint, Path(out), run, progress, as_json=as_json, quiet=quiet)
         return
     with progress:
         verification = verify_checkpoint(checkpoint, files, run, progress, adapter=adapter)
@@ -89,7 +103,7 @@ def verify(
     elif verification.differences or not quiet:
         from ablate_shards.terminal.results import print_run, print_verification
 
-        print_verification(verification, source, out)
+        print_verification(verification, source, out if rank is None else f"the share of {rank} in {out}")
         if shown is not None:
             print_run(shown)
     if verification.differences:
@@ -98,7 +112,6 @@ def verify(
 
 def _texts(prompts: Path, source: Path | str, out: Path | str, adapter: Path | None) -> list[str]:
     """Returns the prompts to run, where source and output can be run."""
-    from ablate_shards.errors import UsageError
     from ablate_shards.names import RECEIPT_NAME
     from ablate_shards.surgery.verify.run_proof import read_prompts
 

@@ -1,54 +1,18 @@
 """SOURCE and OUT in S3, as s3fs speaks to it: against moto's server."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
 
-import pytest
 import s3fs
 from command_line import run
 from hub.edits import OPTIONS, SHARDS, ablate
-from hub.object_store import fill, held
-from moto.server import ThreadedMotoServer
+from hub.object_store import held
 from raw_checkpoints import snapshot
 
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.hub import objects
-
-
-@pytest.fixture(scope="module")
-def endpoint():
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def s3(endpoint, made, tmp_path, monkeypatch):
-    """A bucket that holds the model, and a working folder that holds all that was made."""
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "nobody",
-        "AWS_SECRET_ACCESS_KEY": "nothing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
-    s3fs.S3FileSystem.clear_instance_cache()
-    store = s3fs.S3FileSystem()
-    if store.exists("bucket"):
-        store.rm("bucket", recursive=True)
-    store.mkdir("bucket")
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    fill(store, "bucket/model", made / "local")
-    yield store
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def weights(content):

@@ -17,7 +17,7 @@ from ablate_shards.surgery.machine.staging import Staging
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DumpWriter", "check_disk", "check_dump"]
+__all__ = ["DumpWriter", "check_disk", "check_dump", "check_free", "shard_name"]
 
 _STREAM_FORMAT = "ablate-shards.stream/1"
 _STREAM = "stream.safetensors"
@@ -138,7 +138,12 @@ class DumpWriter:
         return True
 
     def _shard(self, layer: int) -> Path:
-        return self._staging.folder / f"layer-{layer:05}.safetensors"
+        return self._staging.folder / shard_name(layer)
+
+
+def shard_name(layer: int) -> str:
+    """Returns the file that a layer has in a dump that is a folder."""
+    return f"layer-{layer:05}.safetensors"
 
 
 def _order(name: str) -> tuple[int, str]:
@@ -183,6 +188,15 @@ def check_dump(model: Path, dump: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{dump}: holds the model; name another file or folder")
     if dump.is_dir() and dump.suffix == ".safetensors":
         raise UsageError(f"{dump}: is a folder; name a folder without .safetensors")
+    check_free(dump, overwrite=overwrite)
+
+
+def check_free(dump: Path, *, overwrite: bool) -> None:
+    """Refuses a dump that exists and may not be replaced.
+
+    Raises:
+        CaptureError: It is one.
+    """
     if not _is_taken(dump):
         return
     if not _is_dump(dump):

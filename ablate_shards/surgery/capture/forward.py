@@ -1,5 +1,6 @@
 """Captures the residual stream after every decoder layer, one layer at a time with all prompts through it."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -12,10 +13,12 @@ from ablate_shards.errors import CaptureError, Interrupted
 from ablate_shards.surgery.capture.dump import DumpWriter, check_disk, check_dump
 from ablate_shards.surgery.capture.layer_stream import Network, load_whole, open_streamed, run_layers
 from ablate_shards.surgery.capture.prompts import EncodedTurn, Position, encode_pairs, make_batches
+from ablate_shards.surgery.capture.ranks import is_captured, metadata_of_part, part_of_dump, share_of_batches
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.directions.activations import ACTIVATIONS_FORMAT, LABELS
 from ablate_shards.surgery.machine.devices import resolve_device, torch_dtype
 from ablate_shards.surgery.machine.progress import Steps
+from ablate_shards.surgery.machine.ranks import WorkerRank
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.sizes import size_text
 from ablate_shards.surgery.machine.staging import locked
@@ -58,6 +61,8 @@ class CaptureOptions:
         memory: Bytes that loaded weights may take with ``auto``, most of the free memory if None.
         resume: Go on with an interrupted run.
         overwrite: Replace an existing dump.
+        rank: Which of several processes that share the prompts this one is, None where it is the only one.
+        command: The words of the command line, for those who have to run another rank.
     """
 
     position: Position | Literal["auto"] = "auto"
@@ -69,6 +74,8 @@ class CaptureOptions:
     memory: int | None = None
     resume: bool = False
     overwrite: bool = False
+    rank: WorkerRank | None = None
+    command: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +111,8 @@ def capture(model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOpti
     """Writes the residual stream after every decoder layer, at one position of each prompt, to ``dump``.
 
     No code from the checkpoint runs, and nothing is unpickled. The dump appears complete or not at all, and its
-    bytes depend on the model, the pairs and the options alone.
+    bytes depend on the model, the pairs and the options alone. One of several ranks captures its share of the prompts
+    into a hidden folder beside the dump.
 
     Args:
         model: A checkpoint folder with tokenizer.
@@ -134,7 +142,9 @@ def capture(model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOpti
         raise CaptureError("there are no pairs to capture; expected at least one")
     checkpoint = open_folder(model, CaptureError)
     device = resolve_device(options.device)
-    with quiet(), sigterm_as_interrupt(), locked(dump), torch.inference_mode():
+    rank = options.rank
+    place = dump if rank is None else part_of_dump(dump, rank)
+    with quiet(), sigterm_as_interrupt(), locked(place), torch.inference_mode():
         config = read_config(model, CaptureError)
         if getattr(config, "is_encoder_decoder", False):
             raise CaptureError(f"{model}: {config.model_type} has an encoder; expected a decoder-only language model")
@@ -161,15 +171,45 @@ def capture(model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOpti
             "hidden_size": str(text.hidden_size),
             "inputs": _inputs_digest(checkpoint, prompts, how),
         }
-        identity = _identity(checkpoint, prompts, how, device)
-        writer = DumpWriter(dump, metadata, identity, resume=options.resume, overwrite=options.overwrite)
+        identity = _identity(checkpoint, prompts, how, str(device))
+        batches = make_batches(prompts, options.batch, _pad(text))
+        captured = Captured(
+            dump=dump,
+            pairs=len(pairs),
+            layers=text.num_hidden_layers,
+            hidden_size=text.hidden_size,
+            position=position,
+            dtype=dtype,
+            device=str(device),
+            streamed=streamed,
+            resumed=0,
+            longest=max(len(prompt.tokens) for prompt in prompts),
+        )
+        if rank is not None:
+            progress.note(f"this is {rank}, as {rank.said_by} say")
+            agreed = _identity(checkpoint, prompts, how, device.type)
+            if is_captured(place, rank, agreed, overwrite=options.overwrite):
+                progress.note("it was complete already")
+                return captured
+            batches = share_of_batches(batches, rank)
+            metadata = metadata_of_part(metadata, agreed, batches, captured.layers, rank, options.command)
+        resume = options.resume or rank is not None
+        writer = DumpWriter(place, metadata, identity, resume=resume, overwrite=options.overwrite)
         try:
-            kind = torch_dtype(dtype)
-            network = open_streamed(checkpoint, config, kind, device) if streamed else load_whole(model, kind, device)
-            loaded = "streamed from the shards, a layer at a time" if streamed else "loaded whole"
-            progress.note(f"weights: {size_text(weights)} as {dtype} on {device}, {loaded}")
-            _check_tokens(model, network, prompts)
-            resumed = run_layers(network, make_batches(prompts, options.batch, _pad(text)), writer, position, progress)
+            resumed = 0
+            if batches:
+                kind = torch_dtype(dtype)
+                network = (
+                    open_streamed(checkpoint, config, kind, device) if streamed else load_whole(model, kind, device)
+                )
+                loaded = "streamed from the shards, a layer at a time" if streamed else "loaded whole"
+                progress.note(f"weights: {size_text(weights)} as {dtype} on {device}, {loaded}")
+                _check_tokens(model, network, prompts)
+                resumed = run_layers(network, batches, writer, position, progress)
+            else:
+                for layer in range(captured.layers):
+                    nothing = torch.empty(0, text.hidden_size)
+                    writer.write(layer, {f"{label}.layers.{layer}": nothing for label in LABELS})
             writer.publish()
         except KeyboardInterrupt as error:
             raise Interrupted(f"{dump}: interrupted; {writer.kept}") from error
@@ -182,18 +222,7 @@ def capture(model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOpti
             # After a success it is gone already.
             if not writer.useful:
                 writer.discard()
-    return Captured(
-        dump=dump,
-        pairs=len(pairs),
-        layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        position=position,
-        dtype=dtype,
-        device=str(device),
-        streamed=streamed,
-        resumed=resumed,
-        longest=max(len(prompt.tokens) for prompt in prompts),
-    )
+    return dataclasses.replace(captured, resumed=resumed)
 
 
 def _position_of(pairs: Sequence[Pair], wanted: Position | Literal["auto"]) -> Position:
@@ -263,7 +292,7 @@ def _inputs_digest(checkpoint: Checkpoint, prompts: Sequence[EncodedTurn], how: 
 
 
 def _identity(
-    checkpoint: Checkpoint, prompts: Sequence[EncodedTurn], how: tuple[Position, int, str], device: "torch.device"
+    checkpoint: Checkpoint, prompts: Sequence[EncodedTurn], how: tuple[Position, int, str], device: str
 ) -> dict[str, str]:
     """Returns what must be equal for a resumed run to give the same bytes, by what to call it."""
     import torch
@@ -275,7 +304,7 @@ def _identity(
     return {
         "the model": _digest([headers, stats, checkpoint.config]),
         "the prompts": _digest(prompts),
-        "the options": _digest([*how, str(device)]),
+        "the options": _digest([*how, device]),
         "the version of ablate-shards, transformers or torch": _digest(versions),
     }
 

@@ -395,7 +395,7 @@ class _Rows:
             self._rows[row] = taken[-1].clone() if self._position == "last" else taken.double().mean(0).float()
 
     def tensors(self, layer: int, decoder: Any) -> dict[str, "torch.Tensor"]:
-        """Returns the dump's tensors of a layer, each ``[pairs, d]``.
+        """Returns the dump's tensors of a layer, each ``[pairs, d]``; of a rank's share of rows, half of these each.
 
         Raises:
             CaptureError: The model overflowed.
@@ -408,4 +408,4 @@ class _Rows:
                 f"layer {layer} of {type(decoder).__name__}: its output is not finite; "
                 + ("use --dtype bfloat16 or float32" if rows.dtype == torch.float16 else "the weights are damaged")
             )
-        return {f"{label}.layers.{layer}": half for label, half in zip(LABELS, rows.chunk(2), strict=True)}
+        return {f"{label}.layers.{layer}": half for label, half in zip(LABELS, rows.tensor_split(2), strict=True)}

@@ -10,6 +10,7 @@ from ablate_shards import __version__
 from ablate_shards.errors import ExecuteError, HubError, Interrupted
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, fingerprint
 from ablate_shards.surgery.edit.blocks import BlockEditor
+from ablate_shards.surgery.machine.ranks import WorkerRank
 from ablate_shards.surgery.machine.staging import Staging
 from ablate_shards.surgery.plan.edits import Edit
 
@@ -34,6 +35,8 @@ class RunOptions:
         overwrite: Replace a folder that an earlier run made.
         link: Make shards without an edit hard links to the source's, which share their bytes for good.
         sync: End only when everything is on the disk; otherwise as ``cp`` does, and a power failure may lose OUT.
+        rank: Which of several processes that share the work this one is, None where it is the only one.
+        command: The words of the command line, for those who have to run another rank.
     """
 
     device: str = "auto"
@@ -43,6 +46,8 @@ class RunOptions:
     overwrite: bool = False
     link: bool = False
     sync: bool = True
+    rank: WorkerRank | None = None
+    command: tuple[str, ...] = ()
 
 
 def as_it_is(checkpoint: Checkpoint) -> Checkpoint:

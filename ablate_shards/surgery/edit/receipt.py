@@ -352,7 +352,7 @@ def edit_record(edit: TensorEdit) -> dict[str, Any]:
 
 def _record(edit: TensorEdit, result: TensorResult) -> dict[str, Any]:
     record, measured = edit_record(edit), dataclasses.asdict(result)
-    if edit.scales is not None and measured["undone"] is None:
+    if measured.get("undone", 0) is None:
         del measured["undone"]
     said = {key: record.pop(key) for key in ("stored_as", "scales") if key in record}
     return record | measured | said

@@ -5,7 +5,9 @@ import functools
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, size_of
 from ablate_shards.surgery.checkpoint.object_store import UNFINISHED, FsspecFaults, entry_of, listing, open_system
 from ablate_shards.surgery.checkpoint.remote import Entry, patiently
 from ablate_shards.surgery.edit.operation import Operation, RunOptions, check_unchanged, ending_early
+from ablate_shards.surgery.edit.parts import Joined, lacking
 from ablate_shards.surgery.edit.queue import Work
 from ablate_shards.surgery.edit.shard_writer import ShardWriter
 from ablate_shards.surgery.machine.progress import Progress
@@ -25,10 +28,12 @@ from ablate_shards.surgery.machine.sizes import size_text
 from ablate_shards.surgery.machine.staging import Staging, locked
 from ablate_shards.surgery.plan.edits import Edit
 
-__all__ = ["perform_in_store"]
+__all__ = ["check_in_store", "complete_in_store", "join_in_store", "perform_in_store", "remove_from_store"]
 
 _INDEX = ".safetensors.index.json"
 _CONFIG = "config.json"
+#: Files that the store copies at a time.
+_COPIES = 8
 
 _E = TypeVar("_E", bound=Edit)
 _T = TypeVar("_T")
@@ -113,6 +118,89 @@ def perform_in_store(
     return results
 
 
+def check_in_store(checkpoint: Checkpoint, url: str, *, overwrite: bool) -> None:
+    """Refuses a folder of an object store that may not be written.
+
+    Raises:
+        ExecuteError: OUT is in the way.
+        HubError: The store cannot be read.
+        UsageError: OUT is SOURCE, or lies inside it, or is no folder of an object store.
+    """
+    target = _Target(url)
+    target.path_of(checkpoint)
+    entries = target.entries()
+    if UNFINISHED not in entries:
+        _check_free(target, entries, overwrite=overwrite)
+
+
+def complete_in_store(place: str) -> list[str]:
+    """Returns the folders of ranks that are complete, as URLs."""
+    entries = _Target(place).entries()
+    found = {folder for folder, _, name in (entry.partition("/") for entry in entries) if name in RECEIPT_NAMES}
+    return [f"{place}/{folder}" for folder in sorted(found) if f"{folder}/{UNFINISHED}" not in entries]
+
+
+def remove_from_store(url: str) -> None:
+    """Removes a folder, that by which a rank is known to be complete last."""
+    target = _Target(url)
+    target.remove(sorted(target.entries(), key=lambda name: (_found_first(name), name)))
+
+
+def join_in_store(joined: Joined, place: str, url: str, *, overwrite: bool, progress: Progress) -> None:
+    """Makes the parts of all ranks one folder; the store itself copies their files.
+
+    What was interrupted goes on when it is done again. The order of the files is that of :func:`perform_in_store`.
+
+    Args:
+        joined: What the parts make.
+        place: The folder of the parts.
+        url: The folder to make.
+        overwrite: Whether a folder that an earlier run made is replaced.
+        progress: Receives how far it has come.
+
+    Raises:
+        ExecuteError: OUT is in the way, or a file of a part is gone or has another size.
+        HubError: The store cannot be written.
+        Interrupted: Ctrl-C or SIGTERM.
+    """
+    target, parts = _Target(url), _Target(place)
+    with sigterm_as_interrupt(), ending_early(target.url, lambda: "finish again to go on", lambda: None):
+        if target.holds(joined.receipt_name, joined.receipt.encode()):
+            return
+        journal = _open_journal(target, RunOptions(resume=True, overwrite=overwrite), joined.identity)
+        held = parts.entries()
+        for name, (folder, size) in joined.files.items():
+            path = f"{folder}/{name}"
+            if (found := held[path].size if path in held else None) != size:
+                raise lacking(f"{place}/{path}", size, found)
+        progress.begin(sum(size for _, size in joined.files.values()))
+        journal.keep(target)
+        target.remove(name for name in journal.replaced if _found_first(name))
+
+        keeping = threading.Lock()
+
+        def copy(name: str) -> None:
+            folder, size = joined.files[name]
+            stamp = target.copy(f"{parts.root}/{folder}/{name}", name, size)
+            with keeping:
+                journal.sent[name] = _Sent(stamp, {})
+                journal.keep(target)
+            progress.advance(size)
+
+        with ThreadPoolExecutor(_COPIES) as pool:
+            todo = [name for name in joined.files if name not in journal.sent and not _found_first(name)]
+            try:
+                for copied in [pool.submit(copy, name) for name in todo]:
+                    copied.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+        for name in filter(_found_first, joined.files):
+            copy(name)
+        target.write(joined.receipt_name, joined.receipt.encode())
+        target.remove(name for name in journal.replaced if name not in {joined.receipt_name, *joined.files})
+        target.remove([UNFINISHED])
+
+
 @dataclass(frozen=True, slots=True)
 class _Sent:
     """A shard that has arrived.
@@ -152,8 +240,6 @@ def _open_journal(target: "_Target", run: RunOptions, identity: Mapping[str, str
         ExecuteError: The folder is in the way.
     """
     entries = target.entries()
-    if "" in entries:
-        raise ExecuteError(f"{target.url}: is a file; name a folder")
     fresh = _Journal(dict(identity), tuple(name for name in entries if name != UNFINISHED))
     if UNFINISHED in entries:
         if run.resume:
@@ -177,14 +263,25 @@ def _open_journal(target: "_Target", run: RunOptions, identity: Mapping[str, str
                 "--overwrite starts again (make sure that no other run is writing it)"
             )
         return fresh
+    _check_free(target, entries, overwrite=run.overwrite)
+    return fresh
+
+
+def _check_free(target: "_Target", entries: Mapping[str, Entry], *, overwrite: bool) -> None:
+    """Refuses a folder that exists and may not be replaced.
+
+    Raises:
+        ExecuteError: It is one.
+    """
+    if "" in entries:
+        raise ExecuteError(f"{target.url}: is a file; name a folder")
     if entries and not any(name in entries for name in RECEIPT_NAMES):
         raise ExecuteError(
             f"{target.url}: already exists and holds no {' or '.join(RECEIPT_NAMES)}, so it is not replaced; name "
             "another folder"
         )
-    if entries and not run.overwrite:
+    if entries and not overwrite:
         raise ExecuteError(f"{target.url}: already exists; --overwrite replaces it, or name another folder")
-    return fresh
 
 
 def _read(target: "_Target") -> _Journal:
@@ -236,6 +333,10 @@ class _Target:
     Args:
         url: The folder.
 
+    Attributes:
+        url: The folder, as messages call it.
+        root: The folder, as the store calls it.
+
     Raises:
         UsageError: It is no folder of an object store.
     """
@@ -247,7 +348,7 @@ class _Target:
             raise UsageError(f"{url}: is a folder here; name it without {protocol}://")
         if protocol == "hf":
             raise UsageError(f"{url}: a repository gets one commit; name it as hub:org/name")
-        self._system, self._root = open_system(self.url)
+        self._system, self.root = open_system(self.url)
         self._faults = FsspecFaults(self.url, writing=True)
 
     def path_of(self, checkpoint: Checkpoint) -> str | None:
@@ -261,7 +362,7 @@ class _Target:
         system, root = open_system(checkpoint.remote.name)
         if system is not self._system:
             return None
-        if f"{root}/".startswith(f"{self._root}/") or f"{self._root}/".startswith(f"{root}/"):
+        if f"{root}/".startswith(f"{self.root}/") or f"{self.root}/".startswith(f"{root}/"):
             raise UsageError(
                 f"{self.url}: OUT and SOURCE may not be the same or lie inside each other; name another folder"
             )
@@ -270,7 +371,7 @@ class _Target:
     def entries(self) -> dict[str, Entry]:
         """Returns its files as they are now."""
         try:
-            return self._patiently(lambda: listing(self._system, self._root))
+            return self._patiently(lambda: listing(self._system, self.root))
         except HubError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise HubError(f"{self.url}: there is no such bucket; make it first") from error
@@ -278,26 +379,31 @@ class _Target:
 
     def read(self, name: str) -> bytes:
         """Returns a small file's content."""
-        return bytes(self._patiently(lambda: self._system.cat_file(f"{self._root}/{name}")))
+        return bytes(self._patiently(lambda: self._system.cat_file(f"{self.root}/{name}")))
+
+    def holds(self, name: str, content: bytes) -> bool:
+        """Returns whether the folder is complete and a small file in it has this content."""
+        entries = self.entries()
+        return UNFINISHED not in entries and name in entries and self.read(name) == content
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a small file."""
-        self._patiently(lambda: self._system.pipe_file(f"{self._root}/{name}", content))
+        self._patiently(lambda: self._system.pipe_file(f"{self.root}/{name}", content))
 
     def send(self, path: Path, name: str) -> str:
         """Writes a file from this disk; returns what the store calls its state."""
-        self._patiently(lambda: self._system.put_file(str(path), f"{self._root}/{name}", **self._parts()))
+        self._patiently(lambda: self._system.put_file(str(path), f"{self.root}/{name}", **self._parts()))
         return self._arrived(name, path.stat().st_size)
 
     def copy(self, source: str, name: str, size: int) -> str:
         """Has the store copy a file that it holds; returns the copy's state as the store names it."""
-        self._patiently(lambda: self._system.cp_file(source, f"{self._root}/{name}"))
+        self._patiently(lambda: self._system.cp_file(source, f"{self.root}/{name}"))
         return self._arrived(name, size)
 
     def remove(self, names: Iterable[str]) -> None:
         """Removes files; a file that is already gone is no error."""
         for name in names:
-            self._patiently(functools.partial(self._gone, f"{self._root}/{name}"))
+            self._patiently(functools.partial(self._gone, f"{self.root}/{name}"))
 
     def _gone(self, path: str) -> None:
         with suppress(FileNotFoundError):
@@ -306,7 +412,7 @@ class _Target:
     def state(self, name: str) -> Entry:
         """Returns what the store knows of a file now; a listing may word it otherwise."""
         self._system.invalidate_cache()
-        return entry_of(self._patiently(lambda: self._system.info(f"{self._root}/{name}")))
+        return entry_of(self._patiently(lambda: self._system.info(f"{self.root}/{name}")))
 
     def _arrived(self, name: str, size: int) -> str:
         entry = self.state(name)

@@ -56,7 +56,11 @@ class Prepared:
             UsageError: The source is to be cached and is not from the Hub.
         """
         checkpoint = self.source()
-        # What writes elsewhere than to this machine is imported where it is needed.
+        # What writes elsewhere than to this machine, or not alone, is imported where it is needed.
+        if self.run.rank is not None:
+            from ablate_shards.surgery.hub.ranks import perform_part
+
+            return perform_part(checkpoint, operation, self.out, self.run, self.run.rank, progress), None
         if isinstance(self.out, OutFolder):
             return perform_in_folder(checkpoint, operation, self.out, self.run, progress), None
         if (repo := hub_repository(self.out)) is not None:
@@ -99,6 +103,11 @@ def prepare(
     """
     checkpoint = open_source(source)
     _check_options(checkpoint, out, link=run.link, cache=cache, private=private)
+    if run.rank is not None and hub_repository(out) is not None:
+        raise UsageError(
+            f"{out}: a repository gets one commit by one process, and this is {run.rank} ({run.rank.said_by}); name a "
+            "folder that all ranks share and publish it with `ablate-shards push`, or add --world-size 1"
+        )
     # Looking for the best device may import torch, which can wait until the copying has begun.
     if run.device != "auto":
         find_device(run.device)

@@ -16,13 +16,15 @@ from ablate_shards.errors import ExecuteError, UsageError
 from ablate_shards.names import ADAPTER_RECEIPT_NAME, RECEIPT_NAMES, TRAINING_NAME
 from ablate_shards.surgery.machine.files import append_lines, fsync_folder
 
-__all__ = ["OutFolder", "Staging", "check_out", "locked"]
+__all__ = ["OutFolder", "Staging", "beside", "check_free", "check_out", "locked"]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _sync_file_range: Any = getattr(_libc, "sync_file_range", None)
 if _sync_file_range is not None:
     _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _SYNC_FILE_RANGE_WRITE = 2
+#: What a file system answers that has no locks.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _JOURNAL = ".journal.jsonl"
 #: The files by which a folder that an earlier run made is known.
 _RECEIPTS = (*RECEIPT_NAMES, ADAPTER_RECEIPT_NAME, TRAINING_NAME)
@@ -70,6 +72,19 @@ def check_out(
             raise UsageError(f"{out}: {file} is a link into OUT, which would be replaced; name another folder")
     if not there.parent.is_dir():
         raise ExecuteError(f"{there.parent}: the folder that OUT would lie in does not exist; make it first")
+    check_free(out, overwrite=overwrite)
+    for path in inputs:
+        if there in (path.resolve(), *path.resolve().parents):
+            raise UsageError(f"{out}: holds {path}, which would be replaced; name another folder")
+    return OutFolder(there if out.is_symlink() else out, overwrite)
+
+
+def check_free(out: Path, *, overwrite: bool) -> None:
+    """Refuses an output folder that exists and may not be replaced.
+
+    Raises:
+        ExecuteError: It is one.
+    """
     empty = out.is_dir() and not any(out.iterdir())
     if (out.exists() or out.is_symlink()) and not empty:
         if not _made_by_a_run(out):
@@ -79,20 +94,18 @@ def check_out(
             )
         if not overwrite:
             raise ExecuteError(f"{out}: already exists; --overwrite replaces it, or name another folder")
-    for path in inputs:
-        if there in (path.resolve(), *path.resolve().parents):
-            raise UsageError(f"{out}: holds {path}, which would be replaced; name another folder")
-    return OutFolder(there if out.is_symlink() else out, overwrite)
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Holds the lock on one output folder; the kernel drops it when the process ends, however it ends.
 
+    Where the file system has no locks, as Lustre and NFS may be mounted, nothing is held.
+
     Raises:
         ExecuteError: Another run holds it.
     """
-    path = _beside(out, "lock")
+    path = beside(out, "lock")
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -100,6 +113,10 @@ def locked(out: Path) -> Iterator[None]:
         except BlockingIOError as error:
             os.close(descriptor)
             raise ExecuteError(f"{out}: another run is writing it; wait for that run to end") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(descriptor)
+                raise
         # The holder before us may have removed the file between our open and our lock.
         with suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(descriptor).st_ino:
@@ -157,7 +174,7 @@ class Staging:
         Raises:
             ExecuteError: An interrupted run is in the way, or is not of this plan and source.
         """
-        staging = cls(out, _beside(out, "staging"), overwrite, sync)
+        staging = cls(out, beside(out, "staging"), overwrite, sync)
         journal = staging.folder / _JOURNAL
         if journal.is_file():
             if resume:
@@ -261,7 +278,8 @@ def _made_by_a_run(folder: Path) -> bool:
     return folder.is_dir() and any((folder / name).is_file() for name in _RECEIPTS)
 
 
-def _beside(out: Path, what: str) -> Path:
+def beside(out: Path, what: str) -> Path:
+    """Returns the hidden name beside an output folder for what belongs to the making of it."""
     out = out.resolve()
     return out.with_name(f".{out.name}.ablate-{what}")
 
@@ -276,7 +294,7 @@ def _exchange(new: Path, old: Path) -> None:
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(code, os.strerror(code), str(old))
-    aside = _beside(old, "replaced")
+    aside = beside(old, "replaced")
     if aside.exists():
         shutil.rmtree(aside)
     old.replace(aside)

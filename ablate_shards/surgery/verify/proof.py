@@ -41,6 +41,7 @@ from ablate_shards.surgery.edit.dequantise import (
     read_dequantisation_receipt,
 )
 from ablate_shards.surgery.edit.operation import RunOptions
+from ablate_shards.surgery.edit.parts import share_of
 from ablate_shards.surgery.edit.receipt import Receipt, read_receipt
 from ablate_shards.surgery.machine.devices import cores
 from ablate_shards.surgery.machine.progress import Progress
@@ -123,13 +124,15 @@ def verify(
     the same form, if the weights are what that edit gives, and have a missing file pass for one that the source
     gained later, which is a note.
 
+    Of several ranks each compares its share of the shards, and rank 0 what is beside them as well.
+
     A merge's receipt does not hold the adapter. Without it, what the merge changed is compared with the receipt's
     digests alone, which says no more than that nothing changed since.
 
     Args:
         checkpoint: The source.
         out: The folder to verify, or its files wherever they are.
-        run: Where to recompute, and in how much memory.
+        run: Where to recompute, in how much memory, and which rank this is.
         progress: Receives how far it has come.
         adapter: What was merged, to compute the changed tensors again.
 
@@ -145,9 +148,16 @@ def verify(
     differences = []
     if recorded.altered:
         differences.append(Difference(recorded.receipt_name, "changed after it was written (its digest does not hold)"))
-    unknown, notes = _compare_names(checkpoint, files, recorded, own, {*source.sidecars} - {*checkpoint.sidecars})
+    beside: list[Difference] = []
+    notes: list[str] = []
+    if run.rank is None or run.rank.index == 0:
+        beside, notes = _compare_names(checkpoint, files, recorded, own, {*source.sidecars} - {*checkpoint.sidecars})
+        beside += _compare_given(files, recorded)
+    if run.rank is not None:
+        checkpoint, edits = share_of(checkpoint, recorded.edits, run.rank)
+        recorded = dataclasses.replace(recorded, checkpoint=checkpoint, edits=edits)
     with _Examiner(checkpoint, files, recorded, run, progress) as examiner:
-        differences += unknown + _compare_given(files, recorded) + examiner.examine(own)
+        differences += beside + examiner.examine(own)
         notes += examiner.notes
         if differences and (moved := _moved(source, recorded.revision)):
             notes.append(moved)
@@ -162,7 +172,9 @@ def verify(
             ),
             notes=tuple(notes),
             recomputed=recorded.editor is not None,
-            dequantised=len(recorded.dequantised),
+            dequantised=sum(
+                tensor.name in recorded.dequantised for shard in checkpoint.shards for tensor in shard.tensors
+            ),
         )
 
 

@@ -1,0 +1,210 @@
+"""An output that several ranks make: each its part, hidden beside the output, and the end that joins them."""
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ablate_shards.errors import UsageError
+from ablate_shards.names import RECEIPT_NAMES
+from ablate_shards.surgery.capture.ranks import join_dump
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.checkpoint.files import Files, Folder
+from ablate_shards.surgery.checkpoint.stores import hub_repository, open_files
+from ablate_shards.surgery.edit.folder import join_in_folder, perform_in_folder
+from ablate_shards.surgery.edit.operation import Operation, RunOptions
+from ablate_shards.surgery.edit.parts import Joined, agreed_on, join, part_of, read_part
+from ablate_shards.surgery.machine.parts import is_complete
+from ablate_shards.surgery.machine.progress import Progress
+from ablate_shards.surgery.machine.ranks import WorkerRank
+from ablate_shards.surgery.machine.staging import OutFolder, beside
+
+__all__ = ["Finished", "finish", "perform_part"]
+
+_PART = re.compile(r"\d+-of-\d+")
+_PARTS = "ranks"
+
+
+def perform_part(
+    checkpoint: Checkpoint,
+    operation: Operation[Any, Any],
+    out: OutFolder | Path | str,
+    run: RunOptions,
+    rank: WorkerRank,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Does what one rank does of an operation, into a hidden folder beside OUT; nothing has OUT's name before the end.
+
+    A rank that was interrupted goes on, and one that is complete is left as it is.
+
+    Args:
+        checkpoint: The source.
+        operation: What all ranks do together.
+        out: The folder that all of them make, or a URL that fsspec writes.
+        run: How to run; ``overwrite`` throws away what ranks did of another operation.
+        rank: Which rank this is.
+        progress: Receives how far it has come.
+
+    Returns:
+        The result of each edit that the rank did in this run, by tensor.
+
+    Raises:
+        ExecuteError: Another rank did a part of something else; and what one process alone may meet.
+        HubError: The object store cannot be read or written.
+        Interrupted: Ctrl-C or SIGTERM.
+    """
+    parts = _parts_of(out, overwrite=run.overwrite)
+    parts.check(checkpoint)
+    progress.note(f"this is {rank}, as {rank.said_by} say")
+    agreed = agreed_on(operation, checkpoint)
+    remove = (lambda part: parts.remove(part.folder)) if run.overwrite else None
+    if is_complete(rank, agreed, map(read_part, parts.complete()), remove=remove):
+        progress.note("it was complete already")
+        return {}
+    part = part_of(operation, checkpoint, rank, run.command)
+    return parts.perform(rank.folder, checkpoint, part, dataclasses.replace(run, resume=True), progress)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What the parts of all ranks became.
+
+    Attributes:
+        holds: What it holds, in words.
+        next: The words of a command that goes on with it.
+    """
+
+    holds: str
+    next: tuple[str, ...]
+
+
+def finish(out: Path | str, *, overwrite: bool, progress: Progress) -> Finished:
+    """Joins what all ranks made, and gives it the name OUT.
+
+    Args:
+        out: The folder that they make, the dump that they capture, or a URL that fsspec writes.
+        overwrite: Whether what an earlier run made is replaced.
+        progress: Receives how far it has come.
+
+    Raises:
+        CaptureError: A dump is in the way.
+        ExecuteError: A rank is missing, two do not fit together, or OUT is in the way.
+        HubError: The object store cannot be read or written.
+        Interrupted: Ctrl-C or SIGTERM.
+        UsageError: OUT is a repository.
+    """
+    if hub_repository(out) is not None:
+        raise UsageError(f"{out}: ranks make a folder or a folder of an object store; name that one")
+    if isinstance(out, Path) and (captured := join_dump(out, overwrite=overwrite)) is not None:
+        pairs, layers = captured
+        return Finished(f"{layers} layers of {pairs} pairs", ("directions", str(out), "directions.safetensors"))
+    parts = _parts_of(OutFolder(out, overwrite) if isinstance(out, Path) else out, overwrite=overwrite)
+    joined = join(out, parts.place, map(read_part, parts.complete()))
+    parts.join(joined, progress)
+    parts.remove("")
+    holds = f"{joined.receipt_name} and {len(joined.files)} other files"
+    return Finished(holds, ("verify", "SOURCE", str(out)))
+
+
+class _Parts(Protocol):
+    """Where the parts of an output are: each in a folder of its own."""
+
+    @property
+    def place(self) -> Path | str:
+        """The folder of all of them."""
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Refuses an output that may not be written."""
+
+    def complete(self) -> Iterator[Files]:
+        """Yields the parts whose ranks are complete."""
+
+    def perform(
+        self, name: str, checkpoint: Checkpoint, part: Operation[Any, Any], run: RunOptions, progress: Progress
+    ) -> dict[str, Any]:
+        """Makes a part."""
+
+    def join(self, joined: Joined, progress: Progress) -> None:
+        """Makes the output."""
+
+    def remove(self, name: str) -> None:
+        """Removes a part, or all if the name is empty."""
+
+
+class _PartsInFolder:
+    def __init__(self, out: OutFolder) -> None:
+        path = out.path.resolve() if out.path.is_symlink() else out.path
+        self._out = OutFolder(path, out.overwrite)
+        self._place = beside(path, _PARTS)
+
+    @property
+    def place(self) -> Path | str:
+        return self._place
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Does nothing: whoever made an ``OutFolder`` has checked it."""
+
+    def complete(self) -> Iterator[Files]:
+        found = sorted(self._place.iterdir()) if self._place.is_dir() else []
+        for path in found:
+            if _PART.fullmatch(path.name) and any((path / name).is_file() for name in RECEIPT_NAMES):
+                yield Folder(path)
+
+    def perform(
+        self, name: str, checkpoint: Checkpoint, part: Operation[Any, Any], run: RunOptions, progress: Progress
+    ) -> dict[str, Any]:
+        self._place.mkdir(exist_ok=True)
+        return perform_in_folder(checkpoint, part, OutFolder(self._place / name, run.overwrite), run, progress)
+
+    def join(self, joined: Joined, progress: Progress) -> None:
+        join_in_folder(joined, self._place, self._out)
+
+    def remove(self, name: str) -> None:
+        shutil.rmtree(self._place / name, ignore_errors=True)
+
+
+class _PartsInStore:
+    def __init__(self, url: str, *, overwrite: bool) -> None:
+        self._out, self._overwrite = url.rstrip("/"), overwrite
+        above, _, name = self._out.rpartition("/")
+        if not name or above.endswith("/"):
+            raise UsageError(f"{url}: ranks make a folder in a bucket, with their parts beside it; name one in it")
+        self._place = f"{above}/.{name}.ablate-{_PARTS}"
+
+    @property
+    def place(self) -> Path | str:
+        return self._place
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        from ablate_shards.surgery.hub.objects import check_in_store
+
+        check_in_store(checkpoint, self._out, overwrite=self._overwrite)
+
+    def complete(self) -> Iterator[Files]:
+        from ablate_shards.surgery.hub.objects import complete_in_store
+
+        return map(open_files, complete_in_store(self._place))
+
+    def perform(
+        self, name: str, checkpoint: Checkpoint, part: Operation[Any, Any], run: RunOptions, progress: Progress
+    ) -> dict[str, Any]:
+        from ablate_shards.surgery.hub.objects import perform_in_store
+
+        return perform_in_store(checkpoint, part, f"{self._place}/{name}", run, progress)
+
+    def join(self, joined: Joined, progress: Progress) -> None:
+        from ablate_shards.surgery.hub.objects import join_in_store
+
+        join_in_store(joined, self._place, self._out, overwrite=self._overwrite, progress=progress)
+
+    def remove(self, name: str) -> None:
+        from ablate_shards.surgery.hub.objects import remove_from_store
+
+        remove_from_store(f"{self._place}/{name}")
+
+
+def _parts_of(out: OutFolder | Path | str, *, overwrite: bool) -> _Parts:
+    return _PartsInFolder(out) if isinstance(out, OutFolder) else _PartsInStore(str(out), overwrite=overwrite)
