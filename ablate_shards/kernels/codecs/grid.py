@@ -158,7 +158,8 @@ class Grid:
         less = np.sign(along).astype(np.int16)
         if self.kind in ("affine", "table"):
             less *= np.sign(scales).astype(np.int16)
-        return np.clip(levels - less, self.lowest, self.highest)
+        beside: np.ndarray = np.clip(levels - less, self.lowest, self.highest)
+        return beside
 
 
 def _between(ordered: np.ndarray, zero: int) -> np.ndarray:

@@ -10,7 +10,7 @@ __all__ = ["grid_named"]
 
 
 def grid_named(name: str) -> Grid:
-    """Return a grid: ``E4M3``, ``E2M1``, ``NF4``, ``FP4``, ``signed8``, ``int2`` to ``int8``, ``uint2`` to ``uint8``."""
+    """Return a grid: ``E4M3``, ``E2M1``, ``NF4``, ``FP4``, ``signed8``, ``int2`` to ``int8``, ``uint2`` to 8."""
     known = {grid.name: grid for grid in (E4M3, E2M1, NF4, FP4, SIGNED)}
     if name in known:
         return known[name]

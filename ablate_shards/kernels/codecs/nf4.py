@@ -1,4 +1,4 @@
-"""The codes of bitsandbytes in four bits: sixteen values from a table, of the normal distribution (NF4) or few (FP4)."""
+"""The codes of bitsandbytes in four bits: values from a table, quantiles of the normal distribution (NF4), or FP4."""
 
 import numpy as np
 

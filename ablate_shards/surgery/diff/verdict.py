@@ -320,7 +320,8 @@ def _noun(name: str) -> str:
         return "MTP tensor"
     if any("visual" in part or "vision" in part for part in parts):
         return "vision tensor"
-    if is_beside_codes(parts[-1]) or re.search(r"_scale(?:_inv)?$", parts[-1]):
+    beside = any(is_beside_codes(".".join(parts[-count:])) for count in (1, 2, 3))
+    if beside or re.search(r"_scale(?:_inv)?$", parts[-1]):
         return "tensor of scales"
     return "head tensor" if "lm_head" in parts else "tensor"
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from ablate_shards.errors import ArchitectureError, PlanError
 from ablate_shards.surgery.anatomy.architecture import dissect, head_of
-from ablate_shards.surgery.anatomy.scales import Scales, ending_of, find_scales, is_codes, quantisation_of
+from ablate_shards.surgery.anatomy.scales import Scales, ending_of, is_codes, quantisation_of
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range, read_vector
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
+from ablate_shards.surgery.dequantise.decoding import read_scales
 from ablate_shards.surgery.edit.receipt import source_record
 from ablate_shards.surgery.extract.matrices import ChangedMatrix, Pair, ReadInto, StoredMatrix, count_matrices
 from ablate_shards.surgery.extract.modules import ModuleNames
@@ -160,7 +161,7 @@ def _scales_of(checkpoint: Checkpoint) -> Mapping[str, Scales]:
     for name, tensor in checkpoint.tensors.items():
         if is_codes(tensor, ending_of(name)) and tensor.dtype not in ITEM_BYTES:
             try:
-                found[name] = find_scales(tensor, checkpoint.tensors, config)
+                found[name] = read_scales(tensor, checkpoint.tensors, config, functools.partial(read_range, checkpoint))
             except ArchitectureError:
                 continue
     return found
