@@ -355,11 +355,12 @@ def store_affine(values: torch.Tensor, form: str) -> dict[str, tuple[str, torch.
     (bits, size), rows = AFFINE[form], len(values)
     grouped = values.reshape(rows, -1, size)
     low, high = grouped.amin(-1), grouped.amax(-1)
-    scales = ((high - low) / ((1 << bits) - 1) * torch.where(low.abs() > high.abs(), 1, -1)).bfloat16()
-    offsets = torch.where(low.abs() > high.abs(), low, high).bfloat16()
+    kind, dtype = ("F32", torch.float32) if bits == 8 else ("BF16", torch.bfloat16)
+    scales = ((high - low) / ((1 << bits) - 1) * torch.where(low.abs() > high.abs(), 1, -1)).to(dtype)
+    offsets = torch.where(low.abs() > high.abs(), low, high).to(dtype)
     codes = torch.round((grouped - offsets.float()[..., None]) / scales.float()[..., None]).clamp(0, (1 << bits) - 1)
     words = packed(codes.reshape(rows, -1).to(torch.int64), bits)
-    return {"weight": ("U32", words), "scales": ("BF16", scales), "biases": ("BF16", offsets)}
+    return {"weight": ("U32", words), "scales": (kind, scales), "biases": (kind, offsets)}
 
 
 def store_line(values: torch.Tensor, form: str) -> dict[str, tuple[str, torch.Tensor]]:
@@ -406,13 +407,12 @@ def store(values: torch.Tensor, form: str) -> dict[str, tuple[str, torch.Tensor]
     if form in LINES:
         return store_line(values, form)
     if form in MODES:
-        parts = store(values, "NVFP4 (ModelOpt)" if form.startswith("NVFP4") else form.partition(" ")[0])
+        parts = store(values, "NVFP4 (one scale)" if form.startswith("NVFP4") else form.partition(" ")[0])
         codes = (parts.get("weight") or parts["weight_packed"])[1].view(torch.uint8)
-        if form.startswith("NVFP4"):
-            # MLX has no number that all scales are multiplied by.
-            scales = (parts["weight_scale"][1].float() * parts["weight_scale_2"][1] * 8).to(torch.float8_e4m3fn)
-            return {"weight": ("U32", codes.view(torch.int32)), "scales": ("U8", scales.view(torch.uint8))}
-        return {"weight": ("U32", codes.view(torch.int32)), "scales": ("U8", parts["weight_scale"][1])}
+        return {
+            "weight": ("U32", codes.view(torch.int32)),
+            "scales": ("U8", parts["weight_scale"][1].view(torch.uint8)),
+        }
     if form == LLM_INT8:
         largest = values.abs().amax(-1)
         codes = torch.round(values * (127 / largest)[:, None]).to(torch.int8)
@@ -420,12 +420,12 @@ def store(values: torch.Tensor, form: str) -> dict[str, tuple[str, torch.Tensor]
         return {"weight": ("I8", codes), "SCB": ("F32", largest), "weight_format": ("U8", layout)}
     if form == UNEVEN_BYTES:
         low, high = values.amin(-1, keepdim=True).clamp(max=0), values.amax(-1, keepdim=True).clamp(min=0)
-        scales = ((high - low) / 255).bfloat16()
-        zeros = (-128 - torch.round(low / scales.float())).clamp(-128, 127)
-        codes = (torch.round(values / scales.float()) + zeros).clamp(-128, 127).to(torch.int8)
+        scales = (high - low) / 255
+        zeros = (-128 - torch.round(low / scales)).clamp(-128, 127)
+        codes = (torch.round(values / scales) + zeros).clamp(-128, 127).to(torch.int8)
         return {
             "weight": ("I8", codes),
-            "weight_scale": ("BF16", scales),
+            "weight_scale": ("F32", scales),
             "weight_zero_point": ("I8", zeros.to(torch.int8)),
         }
     if form == BYTES:
@@ -468,7 +468,8 @@ def store(values: torch.Tensor, form: str) -> dict[str, tuple[str, torch.Tensor]
         deepseek = form == "MXFP4 (DeepSeek)"
         parts = {"scale" if deepseek else "weight_scale": ("F8_E8M0" if deepseek else "U8", stored)}
     else:
-        second = largest.max() / (6 * 448)
+        # MLX has no number that all scales are multiplied by.
+        second = torch.tensor(1.0) if "one scale" in form else largest.max() / (6 * 448)
         stored = (largest / 6 / second).to(torch.float8_e4m3fn)
         if form == "NVFP4":
             parts = {"weight_scale": ("F8_E4M3", stored), "weight_global_scale": ("F32", (1 / second).reshape(1))}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from coded_checkpoints import (
+    AFFINE,
     FORMS,
     direction_of,
     inner_of,
@@ -51,7 +52,7 @@ def coded(tensors, form):
             found[name] = values
             continue
         for rest, (dtype, part) in store(values.float(), form).items():
-            kinds = {"U8": torch.uint8, "I8": torch.int8}
+            kinds = {"U8": torch.uint8, "I8": torch.int8, "U32": torch.uint32}
             found[f"{name.removesuffix('.weight')}.{rest}"] = part.view(kinds[dtype]) if dtype in kinds else part
             if dtype == "F8_E8M0":
                 found[f"{name.removesuffix('.weight')}.{rest}"] = part.view(torch.float8_e8m0fnu)
@@ -153,15 +154,22 @@ def test_one_code_is_one_step(case, tmp_path):
 def test_other_scales_are_compared_by_value(case, tmp_path):
     folder, form, _ = case
     tensors = load_file(folder / "coded" / "model.safetensors")
-    name = next(name for name in tensors if name.endswith((".scale", ".scales", "weight_scale")))
-    scales = tensors[name]
-    tensors[name] = (
-        scales.view(torch.uint8).add(1).view(scales.dtype)
-        if scales.dtype in (torch.uint8, torch.float8_e8m0fnu)
-        else (scales.float() * 2).to(scales.dtype)
-    )
+    ends = (".scale", ".scales", "weight_scale", ".absmax", ".SCB")
+    name = next(name for name in tensors if name.endswith(ends) and "o_proj" in name)
+    parts = [name]
+    if form in AFFINE:
+        parts.append(f"{name.removesuffix('scales')}biases")
+    if "quantised as well" in form:  # scales that are codes are not doubled by doubling these
+        return
+    for part in parts:
+        scales = tensors[part]
+        tensors[part] = (
+            scales.view(torch.uint8).add(8 if form == "NVFP4 (MLX)" else 1).view(scales.dtype)
+            if scales.dtype in (torch.uint8, torch.float8_e8m0fnu)
+            else (scales.float() * 2).to(scales.dtype)
+        )
     found = differences(folder / "coded", write(tmp_path / "other", tensors, form))
-    assert kinds(found) == {"scaled": 1, "scales": 1}
+    assert kinds(found) == {"scaled": 1, "scales": len(parts)}
     assert next(t for t in found["tensors"] if t["kind"] == "scaled")["relative"] == pytest.approx(
         1, rel=0.2
     )  # the greatest may not be doubled
