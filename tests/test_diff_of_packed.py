@@ -20,6 +20,10 @@ from command_line import checked
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
+from ablate_shards.kernels.codecs.grids import grid_named
+from ablate_shards.kernels.codecs.packing import pack, unpack
+from ablate_shards.kernels.rounding.directed import round_directed
+
 HIDDEN, LAYERS, MODULES = 256, 2, 4
 
 
@@ -107,8 +111,7 @@ def test_a_checkpoint_and_its_own_quantisation_differ_by_rounding(case, turned):
 def test_codes_on_one_grid_are_counted_and_the_edit_is_found(case):
     folder, form, _ = case
     found = differences(folder / "coded", folder / "coded-ablated", "-d", folder / "d.safetensors")
-    # In four bits and fewer most of the change lies in the rows where the direction is largest.
-    assert kinds(found).keys() <= ({"ablation"} if "8" in form else {"ablation", "low-rank"})
+    assert kinds(found) == {"ablation": MODULES}
     receipt = json.loads((folder / "coded-ablated" / "ablation.json").read_text())
     changed = {record["name"]: record["changed"] for record in receipt["tensors"]}
     for tensor in found["tensors"]:
@@ -119,6 +122,30 @@ def test_codes_on_one_grid_are_counted_and_the_edit_is_found(case):
     kind = form.partition(" ")[0]
     start = f"{sum(changed.values())} codes of 4 tensors in {kind} changed ("
     assert any(line.startswith(start) for line in found["verdict"]), found["verdict"]
+    assert "4 residual writers" in found["verdict"][0]
+    assert "consistent with directional ablation (coefficient" in found["verdict"][0]
+    assert "directions differ" not in found["verdict"][0]
+    # In four bits and fewer most of the change lies in the rows where the direction is largest.
+    for tensor in found["tensors"]:
+        assert tensor["ablation"]["coefficient"] == pytest.approx(1, abs=0.05 if "8" in form else 0.4)
+
+
+def test_codes_that_were_chosen_together_for_another_update_are_no_ablation(case, tmp_path):
+    folder, form, _ = case
+    if form != "MXFP4":  # one form tells it
+        return
+    tensors = load_file(folder / "coded" / "model.safetensors")
+    grid, along = grid_named("E2M1"), direction_of(HIDDEN)
+    across = np.random.default_rng(8).standard_normal((1, inner_of(form)))
+    for module in {name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")}:
+        codes = unpack(tensors[f"{module}.weight_packed"].numpy(), 4, inner_of(form))
+        scales = (2.0 ** (tensors[f"{module}.weight_scale"].float() - 127)).repeat_interleave(32, 1).numpy()
+        values = grid.values_of(grid.levels_of(codes), scales)
+        target = (values + 0.05 * along.T @ across).astype(np.float32)
+        round_directed(grid, target, codes, scales, along)
+        pack(codes, 4, tensors[f"{module}.weight_packed"].numpy())
+    found = differences(folder / "coded", write(tmp_path / "other", tensors, form))
+    assert kinds(found) == {"low-rank": MODULES}
 
 
 def test_an_edit_is_told_beneath_the_rounding(case):
