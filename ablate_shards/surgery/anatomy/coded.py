@@ -56,52 +56,29 @@ words of codes of several inputs (GPTQ) or several outputs (AWQ).
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A tensor beside the codes and the scales of a weight.
+class Part(TensorInfo):
+    """A tensor beside the codes and the scales of a weight, perhaps in another shard than these.
 
     Attributes:
         role: What it is: a number that all scales are multiplied or divided by, the zero points of the scales' blocks
             or one less than these, what is added to products of theirs (MLX), the group of each column, or the rows and
             columns of the weight. Of bitsandbytes: JSON with these and more, the values of codes, scales and values of
             scales that are codes themselves, and a number that says how bytes lie.
-        name: The tensor.
-        shard: The shard that holds it, which may be another than that of the codes.
-        dtype: Its safetensors dtype.
-        shape: Its shape as stored.
-        start: Offset of its first byte in the shard.
-        end: Offset one past its last byte.
     """
 
     role: Role
-    name: str
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
     @classmethod
     def of(cls, role: Role, tensor: TensorInfo) -> "Part":
         """Returns a tensor as a part."""
-        return cls(role, tensor.name, tensor.shard, tensor.dtype, tensor.shape, tensor.start, tensor.end)
-
-    @property
-    def tensor(self) -> TensorInfo:
-        """Where it lies."""
-        return TensorInfo(self.name, self.dtype, self.shape, self.shard, self.start, self.end)
+        return cls(*_fields(tensor), role)
 
 
 @dataclass(frozen=True, slots=True)
-class Scales:
-    """The scales of a weight's codes.
+class Scales(TensorInfo):
+    """The scales of a weight's codes, perhaps in another shard than these.
 
     Attributes:
-        name: Their tensor.
-        shard: The shard that holds it, which may be another than that of the codes.
-        dtype: Its safetensors dtype.
-        shape: Its shape as stored.
-        start: Offset of its first byte in the shard.
-        end: Offset one past its last byte.
         block: Rows and columns of a matrix that one scale is for.
         codes: What the codes are: ``E4M3``, ``E2M1``, ``NF4``, ``FP4``, ``signed8`` (bytes), or ``int4`` and others of
             2 to 8 bits, ``uint4`` and others where they have offsets instead of zero points.
@@ -110,22 +87,11 @@ class Scales:
         rows: Rows of the weight where codes lie in one line, whose shape does not say it; else 0.
     """
 
-    name: str
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
     block: tuple[int, int]
     codes: str = "E4M3"
     parts: tuple[Part, ...] = ()
     order: Order = "rows"
     rows: int = 0
-
-    @property
-    def tensor(self) -> TensorInfo:
-        """Where they lie."""
-        return TensorInfo(self.name, self.dtype, self.shape, self.shard, self.start, self.end)
 
     def part(self, *roles: Role) -> Part | None:
         """Returns the part that has one of the roles."""
@@ -203,8 +169,11 @@ def scales_of(
     rows: int = 0,
 ) -> Scales:
     """Returns a tensor as scales."""
-    where = (tensor.name, tensor.shard, tensor.dtype, tensor.shape, tensor.start, tensor.end)
-    return Scales(*where, block=block, codes=codes, parts=tuple(parts), order=order, rows=rows)
+    return Scales(*_fields(tensor), block, codes, tuple(parts), order, rows)
+
+
+def _fields(tensor: TensorInfo) -> tuple[str, str, tuple[int, ...], str, int, int]:
+    return tensor.name, tensor.dtype, tensor.shape, tensor.shard, tensor.start, tensor.end
 
 
 def only_scales(names: Sequence[str], tensors: Mapping[str, TensorInfo], what: str) -> TensorInfo:

@@ -347,8 +347,8 @@ def _fp4(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: Any) -> S
         )
     else:
         size = 16
-        check_dtype(parts[0].tensor, ("F32",))
-        check_shape(parts[0].tensor, batch[:-1], (*batch[:-1], 1), *(() if batch[:-1] else ((),)))
+        check_dtype(parts[0], ("F32",))
+        check_shape(parts[0], batch[:-1], (*batch[:-1], 1), *(() if batch[:-1] else ((),)))
     check_shape(scales, (*batch, -(-cols // size)))
     stated = [each for each in _groups(config) if each.get("num_bits") == 4 and each.get("type") == "float"]
     if _groups(config) and not any(each.get("group_size") in (size, None) for each in stated):

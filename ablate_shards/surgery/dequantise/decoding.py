@@ -117,7 +117,7 @@ class CodedWeight:
             raise self.refused(0, f"{whole and whole.name} says {found}, but its codes are {[self.rows, most]}")
         if (part := self._scales.part("shape")) is None:
             return most
-        said = np.frombuffer(self._read(part.tensor), {"I64": "<i8", "I32": "<i4"}[part.dtype]).tolist()
+        said = np.frombuffer(self._read(part), {"I64": "<i8", "I32": "<i4"}[part.dtype]).tolist()
         expected = [*self._scales.leading(self._codes.shape), said[-1]]
         if said != expected or -(-said[-1] * bits // 32) * 4 != self.row_bytes:
             raise self.refused(
@@ -140,10 +140,10 @@ class CodedWeight:
         if self._scales.part("nested scales") is not None:
             values = self._nested()
         else:
-            values = decode_scales(self._read_own(self._scales.tensor, number), self._scales.meant_as)
+            values = decode_scales(self._read_own(self._scales, number), self._scales.meant_as)
         self._check_table(grid)
         if (part := self._scales.part("multiplier", "divisor")) is not None:
-            factor = decode_scales(self._read_own(part.tensor, number), part.dtype)
+            factor = decode_scales(self._read_own(part, number), part.dtype)
             with np.errstate(all="ignore"):
                 values = values * factor if part.role == "multiplier" else values / factor
         signed = grid.kind in ("affine", "table")
@@ -240,15 +240,15 @@ class CodedWeight:
         from ablate_shards.kernels.codecs.scales import decode_scales
 
         if (part := self._scales.part("offsets")) is not None:
-            offsets = decode_scales(self._read_own(part.tensor, number), part.dtype)
+            offsets = decode_scales(self._read_own(part, number), part.dtype)
             if not np.isfinite(offsets).all():
                 raise self.refused(number, f"its offsets {part.name} hold NaN or infinite values")
             return offsets.reshape(-1, groups)
         if (part := self._scales.part("zero points", "zero points less one")) is None:
             return None
         if part.dtype == "I8":
-            return np.frombuffer(self._read_own(part.tensor, number), np.int8).reshape(-1, groups)
-        words = np.frombuffer(self._read_own(part.tensor, number), "<i4")
+            return np.frombuffer(self._read_own(part, number), np.int8).reshape(-1, groups)
+        words = np.frombuffer(self._read_own(part, number), "<i4")
         lines = np.ascontiguousarray(words.reshape(-1, groups).T) if self.by_rows else words.reshape(groups, -1)
         codes = unpack(lines.view(np.uint8), grid.bits, self.rows)
         if self._scales.order == "outputs":
@@ -265,7 +265,7 @@ class CodedWeight:
         if (part := self._scales.part("state")) is None:
             return None
         try:
-            state = read_state(part.name, self._read(part.tensor))
+            state = read_state(part.name, self._read(part))
         except ArchitectureError as error:
             raise self.refused(0, str(error)) from error
         nested = self._scales.part("nested scales") is not None
@@ -284,10 +284,10 @@ class CodedWeight:
         state = self._state()
         if scales is None or table is None or state is None or state.offset is None:
             raise RuntimeError(f"{self._codes.name}: its scales are no codes")
-        codes = np.frombuffer(self._read(self._scales.tensor), np.uint8)
-        values = np.frombuffer(self._read(table.tensor), "<f4")[codes]
+        codes = np.frombuffer(self._read(self._scales), np.uint8)
+        values = np.frombuffer(self._read(table), "<f4")[codes]
         with np.errstate(all="ignore"):
-            values *= np.frombuffer(self._read(scales.tensor), "<f4").repeat(NESTED)[: len(codes)]
+            values *= np.frombuffer(self._read(scales), "<f4").repeat(NESTED)[: len(codes)]
             values += np.float32(state.offset)
         return values
 
@@ -298,16 +298,16 @@ class CodedWeight:
             ExecuteError: They are others.
         """
         table, layout = self._scales.part("table"), self._scales.part("layout")
-        if table is not None and not np.array_equal(np.frombuffer(self._read(table.tensor), "<f4"), grid.values):
+        if table is not None and not np.array_equal(np.frombuffer(self._read(table), "<f4"), grid.values):
             raise self.refused(0, f"{table.name} holds other values than those of {grid.name}")
-        if layout is not None and any(self._read(layout.tensor)):
+        if layout is not None and any(self._read(layout)):
             raise self.refused(0, f"{layout.name} says that its bytes do not lie row by row")
 
     def _groups(self, number: int, count: int) -> np.ndarray | None:
         """Returns the group of each column, where the checkpoint says it."""
         if (part := self._scales.part("groups")) is None:
             return None
-        groups = np.frombuffer(self._read(part.tensor), {"I64": "<i8", "I32": "<i4"}[part.dtype])
+        groups = np.frombuffer(self._read(part), {"I64": "<i8", "I32": "<i4"}[part.dtype])
         columns = self.columns()
         if (groups == _UNORDERED).any():
             return None

@@ -93,11 +93,7 @@ class _Differences:
         self._first, self._second, self._family = first, second, family
         self._names = ModuleNames(first.tensors, first.config, family)
         self._scales = tuple(_scales_of(checkpoint) for checkpoint in (first, second))
-        self._beside = {
-            part.name
-            for scales in self._scales[0].values()
-            for part in (scales.tensor, *(each.tensor for each in scales.parts))
-        }
+        self._beside = {part.name for scales in self._scales[0].values() for part in (scales, *scales.parts)}
 
     def of(self, tensor: TensorInfo) -> Change | str | None:
         """Returns what an adapter changes of a tensor, why it does not, or None where nothing differs."""
@@ -151,7 +147,7 @@ class _Differences:
         """Compares a tensor, and what says what its codes mean."""
         parts = [tensor]
         if (scales := self._scales[0].get(tensor.name)) is not None:
-            parts += [scales.tensor, *(part.tensor for part in scales.parts)]
+            parts += [scales, *scales.parts]
         return any(not _same_bytes(self._first, self._second, part.name) for part in parts)
 
 
