@@ -90,8 +90,9 @@ class Grid:
 
     def has_nan(self, codes: np.ndarray) -> bool:
         """Return whether a code of any shape, uint8, is NaN."""
-        strange = np.flatnonzero(np.isnan(self.values))
-        return len(strange) > 0 and bool(np.isin(codes, strange).any())
+        strange = np.flatnonzero(np.isnan(self.values)).astype(np.uint8)
+        # Bytes are compared many at a time, as np.isin does not.
+        return any(bool((codes == code).any()) for code in strange)
 
     def levels_of(self, codes: np.ndarray) -> np.ndarray:
         """Return the levels, int16, of codes of any shape, uint8, none of which is NaN."""
