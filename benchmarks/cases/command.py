@@ -130,7 +130,9 @@ def memory_of_codes(bench: Bench) -> None:
     job = Job.prepared(layout, bench.work)
     codes = max((name for name in layout.tensors if layout.dtype(name) == "F8_E4M3"), key=layout.size)
     title = f"{job.title}, one of {amount(layout.size(codes))}"
-    bench.race(title, [job.edit(f"--jobs {jobs}", "--jobs", jobs) for jobs in ("1", "2")], size=job.size)
+    edits = [job.edit(f"--jobs {jobs}", "--jobs", jobs) for jobs in ("1", "2")]
+    copy = copying(job.source, bench.work / "copied", against="--jobs 2", sync=True)
+    bench.race(title, [*edits, copy], size=job.size)
 
 
 @case("scaling", runs=3, long=True)
