@@ -481,6 +481,6 @@ int ablate_vector_width(void) {
 
 /* Counts up when the arguments of a function change: a library that was built before is not used. */
 #ifndef VERSION
-#define VERSION 12
+#define VERSION 13
 #endif
 const int ablate_version = VERSION;

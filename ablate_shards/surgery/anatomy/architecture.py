@@ -12,6 +12,7 @@ from ablate_shards.surgery.anatomy.advice import advise
 from ablate_shards.surgery.anatomy.families import FAMILIES, TIED_BY_DEFAULT, Axis, Component, Family, Layout, Module
 from ablate_shards.surgery.anatomy.roles import is_lone_bias, orientation, role_of, split_stack
 from ablate_shards.surgery.anatomy.rules import NONE, OR, Hit, Rule, read_gain, sort_out
+from ablate_shards.surgery.anatomy.scales import quantisation_of
 from ablate_shards.surgery.anatomy.unsupported import reason_for
 from ablate_shards.surgery.anatomy.wrappers import unwrapped
 from ablate_shards.surgery.anatomy.writers import Anatomy, LeftOut, Target, Writer
@@ -66,6 +67,11 @@ class _Settings:
 
     given: bool
     values: tuple[Mapping[str, Any], ...]
+
+    @property
+    def whole(self) -> Mapping[str, Any] | None:
+        """All of it."""
+        return self.values[-1] if self.values else None
 
     @property
     def model_type(self) -> str | None:
@@ -293,7 +299,7 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
         )
     root = next(iter(homes))
     hidden = settings.hidden_size or _length_of(f"{root}{layout.final}.weight", tensors)
-    writers, left_out = sort_out(hits, tensors, hidden, settings.get("quantization_config"))
+    writers, left_out = sort_out(hits, tensors, hidden, quantisation_of(settings.whole))
     # A layer that holds tensors and none that writes is a layer too, so that it is not passed over.
     found = {int(place["layer"]) for name in tensors if (place := in_layer.fullmatch(name)) and place["root"] == root}
     found -= extra
@@ -424,7 +430,7 @@ def _dissect_by_targets(tensors: Mapping[str, TensorInfo], settings: _Settings, 
                     f"{before.rule.pattern.pattern!r} and {target.pattern!r}"
                 )
     hidden = settings.hidden_size or _residual_length(hits.values(), tensors)
-    writers, left_out = sort_out(hits.values(), tensors, hidden, settings.get("quantization_config"))
+    writers, left_out = sort_out(hits.values(), tensors, hidden, quantisation_of(settings.whole))
     could_write = _could_write(tensors, hits, hidden)
     for name in tensors:
         if name in hits or (name not in could_write and _WRITER_LIKE.search(name) is None):

@@ -84,7 +84,7 @@ def sort_out(
             continue
         biases = [hit for hit in parts if hit.rest in (".bias", "_bias")]
         others = [hit for hit in parts if hit not in biases]
-        weights, scales, blocked = _weights_among(others, tensors, quantisation)
+        weights, scales, blocked = _weights_among(others, tensors, hidden, quantisation)
         if blocked is not None:
             left_out.append(blocked)
         writers += [_writer(hit, tensors, hidden, scales) for hit in weights]
@@ -94,11 +94,11 @@ def sort_out(
 
 
 def _weights_among(
-    parts: Sequence[Hit], tensors: Mapping[str, TensorInfo], quantisation: Any
+    parts: Sequence[Hit], tensors: Mapping[str, TensorInfo], hidden: int, quantisation: Any
 ) -> tuple[Sequence[Hit], Scales | None, LeftOut | None]:
     """Returns a module's weights and the scales of their codes, or why there are none that can be edited."""
     codes = next((hit for hit in parts if is_codes(tensors[hit.name], hit.rest)), None)
-    if codes is None or not all(hit is codes or is_beside_codes(hit.rest, codes.rest) for hit in parts):
+    if codes is None or not all(hit is codes or is_beside_codes(hit.rest, tensors[codes.name]) for hit in parts):
         blocked = _blocked(parts, tensors)
         return ([] if blocked else parts), None, blocked
     # Blocks are [experts, out, in] whatever the weight is, and what GPTQ and AWQ store is its transpose.
@@ -107,7 +107,7 @@ def _weights_among(
         why = f"{dtype} is edited as [..., hidden, inputs] only; dequantise the checkpoint to BF16, F16 or F32 first"
         return [], None, _left_out(codes, why)
     try:
-        return [codes], find_scales(tensors[codes.name], tensors, quantisation), None
+        return [codes], find_scales(tensors[codes.name], tensors, quantisation, hidden), None
     except ArchitectureError as error:
         return [], None, _left_out(codes, str(error))
 

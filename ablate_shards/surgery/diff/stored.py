@@ -12,7 +12,6 @@ import numpy as np
 from ablate_shards.errors import ArchitectureError, ExecuteError
 from ablate_shards.surgery.anatomy.scales import (
     ending_of,
-    find_scales,
     is_codes,
     names_of_scales,
     plain_name_of,
@@ -20,7 +19,7 @@ from ablate_shards.surgery.anatomy.scales import (
 )
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
-from ablate_shards.surgery.dequantise.decoding import Kept
+from ablate_shards.surgery.dequantise.decoding import Kept, read_scales
 from ablate_shards.surgery.diff.coded import AnyScales, StoredScales
 from ablate_shards.surgery.diff.packed import PackedScales
 from ablate_shards.surgery.machine.files import pread_into
@@ -169,7 +168,7 @@ def open_tensors(checkpoint: Checkpoint, cleanup: ExitStack) -> dict[str, Stored
         if len(info.shape) < 2 or not (info.dtype == _E4M3 or is_codes(info, ending_of(name))):
             continue
         try:
-            found = find_scales(info, checkpoint.tensors, quantisation)
+            found = read_scales(info, checkpoint.tensors, quantisation, read)
             scales = (
                 StoredScales(
                     found.name,

@@ -9,9 +9,10 @@ import numpy as np
 
 from ablate_shards.errors import ArchitectureError, PlanError
 from ablate_shards.surgery.anatomy.architecture import dissect, head_of
-from ablate_shards.surgery.anatomy.scales import Scales, ending_of, find_scales, is_codes, quantisation_of
+from ablate_shards.surgery.anatomy.scales import Scales, ending_of, is_codes, quantisation_of
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range, read_vector
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
+from ablate_shards.surgery.dequantise.decoding import read_scales
 from ablate_shards.surgery.edit.receipt import source_record
 from ablate_shards.surgery.extract.matrices import ChangedMatrix, Pair, ReadInto, StoredMatrix, count_matrices
 from ablate_shards.surgery.extract.modules import ModuleNames
@@ -92,11 +93,7 @@ class _Differences:
         self._first, self._second, self._family = first, second, family
         self._names = ModuleNames(first.tensors, first.config, family)
         self._scales = tuple(_scales_of(checkpoint) for checkpoint in (first, second))
-        self._beside = {
-            part.name
-            for scales in self._scales[0].values()
-            for part in (scales.tensor, *(each.tensor for each in scales.parts))
-        }
+        self._beside = {part.name for scales in self._scales[0].values() for part in (scales, *scales.parts)}
 
     def of(self, tensor: TensorInfo) -> Change | str | None:
         """Returns what an adapter changes of a tensor, why it does not, or None where nothing differs."""
@@ -150,7 +147,7 @@ class _Differences:
         """Compares a tensor, and what says what its codes mean."""
         parts = [tensor]
         if (scales := self._scales[0].get(tensor.name)) is not None:
-            parts += [scales.tensor, *(part.tensor for part in scales.parts)]
+            parts += [scales, *scales.parts]
         return any(not _same_bytes(self._first, self._second, part.name) for part in parts)
 
 
@@ -160,7 +157,7 @@ def _scales_of(checkpoint: Checkpoint) -> Mapping[str, Scales]:
     for name, tensor in checkpoint.tensors.items():
         if is_codes(tensor, ending_of(name)) and tensor.dtype not in ITEM_BYTES:
             try:
-                found[name] = find_scales(tensor, checkpoint.tensors, config)
+                found[name] = read_scales(tensor, checkpoint.tensors, config, functools.partial(read_range, checkpoint))
             except ArchitectureError:
                 continue
     return found

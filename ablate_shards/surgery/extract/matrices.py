@@ -74,6 +74,7 @@ class StoredMatrix:
         else:
             raw = np.empty((count, self._row_bytes), np.uint8)
             self._read(self._tensor, raw.reshape(-1).data, self._start + first * self._row_bytes)
+            raw = raw if self._weight is None else self._weight.turned(raw)
         if self._weight is not None:
             self._weight.check(self._number, raw)
             return np.ascontiguousarray(self._weight.decode(raw, self._spread, first, self.cols))

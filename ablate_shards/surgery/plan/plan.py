@@ -69,6 +69,8 @@ class Plan:
                 continue
             if edit["scales"]["order"] == "rows":
                 del edit["scales"]["order"]
+            if not edit["scales"]["rows"]:
+                del edit["scales"]["rows"]
             if not edit["scales"]["parts"] and edit["scales"]["codes"] == "E4M3":
                 del edit["scales"]["parts"], edit["scales"]["codes"]
         return content

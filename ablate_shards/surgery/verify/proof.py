@@ -25,11 +25,12 @@ from ablate_shards.names import (
     RECEIPT_NAMES,
     is_report,
 )
-from ablate_shards.surgery.anatomy.scales import find_scales, is_codes, quantisation_of
+from ablate_shards.surgery.anatomy.scales import is_codes, quantisation_of
 from ablate_shards.surgery.checkpoint.amended import amend
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range
 from ablate_shards.surgery.checkpoint.files import Files, Folder
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, Shard
+from ablate_shards.surgery.dequantise.decoding import read_scales
 from ablate_shards.surgery.dequantise.dequantisation import plan_dequantisation
 from ablate_shards.surgery.dequantise.found import DequantisedRecord
 from ablate_shards.surgery.directions.directions import Directions
@@ -626,10 +627,11 @@ def _stored_right(edit: TensorEdit, checkpoint: Checkpoint) -> bool:
     """Returns whether an edit's dtype is one that is edited, and its scales are the source's own."""
     if edit.scales is None:
         return edit.dtype in ITEM_BYTES
-    if (edit.kind, edit.axis) != ("weight", -2) or not is_codes(checkpoint.tensors[edit.name], ".weight"):
+    tensor, read = checkpoint.tensors[edit.name], functools.partial(read_range, checkpoint)
+    if (edit.kind, edit.axis) != ("weight", -2) or not is_codes(tensor, ".weight"):
         return False
     try:
-        found = find_scales(checkpoint.tensors[edit.name], checkpoint.tensors, quantisation_of(checkpoint.config))
+        found = read_scales(tensor, checkpoint.tensors, quantisation_of(checkpoint.config), read)
     except ArchitectureError:
         return False
     return found == edit.scales
