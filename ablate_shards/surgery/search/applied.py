@@ -17,6 +17,7 @@ from ablate_shards.surgery.edit.blocks import Channels
 from ablate_shards.surgery.edit.operation import RunOptions
 from ablate_shards.surgery.machine.devices import torch_dtype
 from ablate_shards.surgery.machine.files import pread_into
+from ablate_shards.surgery.machine.system import open_file
 from ablate_shards.surgery.plan.edits import TensorEdit
 from ablate_shards.surgery.plan.plan import Plan
 
@@ -44,7 +45,7 @@ class EditableModel:
     def __init__(self, checkpoint: Checkpoint, network: Any, run: RunOptions) -> None:
         self._checkpoint, self._run = checkpoint, run
         self._parameters: dict[str, torch.Tensor] = dict(network.named_parameters())
-        self._shards = {shard.name: os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC) for shard in checkpoint.shards}
+        self._shards = {shard.name: open_file(shard.path) for shard in checkpoint.shards}
         self._places: dict[str, torch.Tensor] = {}
         self._edited: dict[str, TensorEdit] = {}
 
