@@ -343,7 +343,7 @@ INLINE void round_strip(const int kind, const Rounding *job, Strip strip, int64_
             round_strip(kind, job, strip, first, least(TOGETHER, job->cols - first)); \
         break;
 
-void ablate_round(const Rounding *job) {
+PUBLIC void ablate_round(const Rounding *job) {
     const int64_t items = job->rows * TOGETHER;
     float *floats = (float *)job->scratch;
     int8_t *bytes = (int8_t *)(floats + 4 * items);
