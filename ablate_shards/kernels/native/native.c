@@ -8,6 +8,10 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if !defined(_WIN32)
+#include <signal.h>
+#include <unistd.h>
+#endif
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -491,8 +495,53 @@ PUBLIC int ablate_vector_width(void) {
     return 4;
 }
 
+/* What a process says as it ends when memory is touched that a file, which was cut short, no longer backs. */
+enum { GUARDS = 128, SENTENCE = 1024 };
+static struct {
+    const char *start, *end;
+    char sentence[SENTENCE];
+} guards[GUARDS];
+
+#if !defined(_WIN32) /* there a file that is mapped cannot be cut short */
+static struct sigaction before;
+
+static void cut_short(int number, siginfo_t *info, void *context) {
+    (void)context;
+    for (int slot = 0; slot < GUARDS; slot++) {
+        const char *touched = info->si_addr, *sentence = guards[slot].sentence;
+        if (touched < guards[slot].start || touched >= guards[slot].end) continue;
+        if (write(STDERR_FILENO, sentence, strlen(sentence)) >= 0) _exit(1);
+        _exit(1);
+    }
+    sigaction(number, &before, NULL); /* the memory is touched again, and the process ends as it would have */
+}
+#endif
+
+/* Guards mapped memory with a sentence, which ends with a line break; returns a number to unguard it by, or -1 if there
+   is no room. One thread at a time may call it. */
+PUBLIC int ablate_guard(const char *start, int64_t size, const char *sentence) {
+    int slot = 0;
+    while (slot < GUARDS && guards[slot].start) slot++;
+    if (slot == GUARDS || strlen(sentence) >= SENTENCE) return -1;
+#if !defined(_WIN32)
+    static int installed;
+    if (!installed) {
+        struct sigaction handled = {.sa_sigaction = cut_short, .sa_flags = SA_SIGINFO};
+        sigemptyset(&handled.sa_mask);
+        if (sigaction(SIGBUS, &handled, &before)) return -1;
+        installed = 1;
+    }
+#endif
+    strcpy(guards[slot].sentence, sentence);
+    guards[slot].end = start + size;
+    guards[slot].start = start;
+    return slot;
+}
+
+PUBLIC void ablate_unguard(int slot) { guards[slot].start = guards[slot].end = NULL; }
+
 /* Counts up when the arguments of a function change: a library that was built before is not used. */
 #ifndef VERSION
-#define VERSION 12
+#define VERSION 13
 #endif
 PUBLIC const int ablate_version = VERSION;
