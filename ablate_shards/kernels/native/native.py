@@ -5,7 +5,9 @@ instruction set, no number of threads and no library, so that a receipt can be c
 """
 
 import ctypes
+import functools
 import math
+import threading
 from collections.abc import Callable, Container
 from contextlib import AbstractContextManager
 from functools import cache
@@ -28,13 +30,14 @@ __all__ = [
     "add_rounded",
     "greatest_bits",
     "group_dots",
+    "guard",
     "is_built",
     "pairs_in_order",
     "round_directed",
 ]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_VERSION = 13
+_VERSION = 14
 _DTYPES = {np.dtype(STORED[name]): number for number, name in enumerate(("BF16", "F16", "F32"))}
 _PRECISIONS: dict[type[np.floating], str] = {np.float32: "single", np.float64: "double"}
 _UNSCALED, _BY_ROW, _BY_COLUMN = range(3)
@@ -44,6 +47,7 @@ _PAIR = 32
 #: Bytes a row: of 16 columns four values in float32, a level, a bucket and a zero point.
 _ROUNDING_SCRATCH = 16 * (5 * 4 + 3)
 _SIGN = np.uint8(0x80)
+_guarding = threading.Lock()
 _KINDS: dict[Kind, int] = {"E4M3": 0, "E2M1": 1, "integer": 2, "affine": 3, "table": 4}
 
 PIECE = 64
@@ -142,6 +146,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.ablate_add.restype = count
     library.ablate_add_exactly.argtypes = (address, shape, address, address, count, address, count, address)
     library.ablate_add_exactly.restype = None
+    library.ablate_guard.argtypes, library.ablate_guard.restype = (address, count, ctypes.c_char_p), flag
+    library.ablate_unguard.argtypes, library.ablate_unguard.restype = (flag,), None
     library.ablate_round.argtypes, library.ablate_round.restype = (ctypes.POINTER(_Rounding),), None
     for precision in _PRECISIONS.values():
         for name, arguments in (("rows", (*columns, address)), ("columns", columns), ("update", update)):
@@ -177,6 +183,27 @@ def pairs_in_order(lower: np.ndarray, higher: np.ndarray) -> int | None:
     if library is None:
         return None
     return int(library.ablate_pairs(lower.ctypes.data, len(lower), higher.ctypes.data, len(higher)))
+
+
+def guard(address: int, size: int, sentence: str) -> Callable[[], None] | None:
+    """Let the process end with a sentence, and exit code 1, when mapped memory is touched that its file has lost.
+
+    Otherwise it ends with a bus error, which no Python sees.
+
+    Args:
+        address: Where the memory begins.
+        size: Bytes of it.
+        sentence: What is written to stderr.
+
+    Returns:
+        What takes the guard away, to be called before the memory is unmapped; None where there can be no guard.
+    """
+    library = _library()
+    if library is None:
+        return None
+    with _guarding:
+        slot = library.ablate_guard(address, size, f"{sentence}\n".encode(errors="replace"))
+    return None if slot < 0 else functools.partial(library.ablate_unguard, slot)
 
 
 def greatest_bits(block: np.ndarray) -> int:

@@ -396,7 +396,7 @@ INLINE void round_strip(
             round_strip(kind, &table, job, strip, first, least(TOGETHER, job->cols - first)); \
         break;
 
-void ablate_round(const Rounding *job) {
+PUBLIC void ablate_round(const Rounding *job) {
     const int64_t items = job->rows * TOGETHER;
     float *floats = (float *)job->scratch;
     int8_t *bytes = (int8_t *)(floats + 5 * items);

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -22,11 +21,11 @@ from ablate_shards.surgery.edit.operation import RunOptions, check_unchanged
 from ablate_shards.surgery.extract.matrices import Pair
 from ablate_shards.surgery.extract.plan import LIMIT, MOST_RANK, RANK, AdapterPlan, Biases, Change, Module
 from ablate_shards.surgery.extract.receipt import Made, ModuleResult
-from ablate_shards.surgery.machine.devices import cores
-from ablate_shards.surgery.machine.files import write_safetensors, write_whole
+from ablate_shards.surgery.machine.files import pread_into, write_safetensors, write_whole
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt, uninterrupted
 from ablate_shards.surgery.machine.staging import OutFolder, Staging, locked
+from ablate_shards.surgery.machine.system import cores
 from ablate_shards.surgery.plan.edits import Edit
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ class Source:
             return
         if tensor.name not in self._fetched:
             self._fetched[tensor.name] = self._fetch(tensor, self._folder)
-        os.preadv(self._fetched[tensor.name].fileno(), [data], offset - tensor.start)
+        pread_into(self._fetched[tensor.name].fileno(), data, offset - tensor.start)
 
     def release(self, module: Module) -> None:
         """Drops what was fetched of a module."""

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ablate_shards.errors import ExecuteError
+from ablate_shards.surgery.machine.system import read_at, sync_file, sync_folder, write_at
 
 __all__ = [
     "append_lines",
     "fsync_files",
-    "fsync_folder",
     "pread_into",
     "pwrite_all",
     "write_safetensors",
@@ -26,7 +26,7 @@ def pread_into(descriptor: int, data: memoryview, offset: int) -> None:
         ExecuteError: The file ends before the buffer is full.
     """
     while data:
-        count = os.preadv(descriptor, [data], offset)
+        count = read_at(descriptor, data, offset)
         if count == 0:
             raise ExecuteError(f"a shard ended {len(data)} bytes early while it was read; it was changed meanwhile")
         data, offset = data[count:], offset + count
@@ -35,21 +35,16 @@ def pread_into(descriptor: int, data: memoryview, offset: int) -> None:
 def pwrite_all(descriptor: int, data: memoryview, offset: int) -> None:
     """Writes a whole buffer at an offset of a file."""
     while data:
-        count = os.pwrite(descriptor, data, offset)
+        count = write_at(descriptor, data, offset)
         data, offset = data[count:], offset + count
-
-
-def fsync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    _fsync(folder)
 
 
 def fsync_files(folder: Path) -> None:
     """Makes the files that a library wrote into a folder, and their names, durable."""
     for path in folder.iterdir():
         if path.is_file():
-            _fsync(path)
-    fsync_folder(folder)
+            sync_file(path)
+    sync_folder(folder)
 
 
 def append_lines(path: Path, records: Iterable[object], *, sync: bool = True) -> None:
@@ -57,7 +52,7 @@ def append_lines(path: Path, records: Iterable[object], *, sync: bool = True) ->
 
     Each begins with a line break, which ends a line that a kill has torn.
     """
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", newline="\n") as file:
         file.writelines(f"\n{json.dumps(record)}\n" for record in records)
         file.flush()
         if sync:
@@ -79,7 +74,7 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
-    fsync_folder(path.absolute().parent)
+    sync_folder(path.absolute().parent)
 
 
 def write_safetensors(
@@ -108,11 +103,3 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     write_whole(path, itertools.chain([len(text).to_bytes(8, "little") + text], data))
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -364,7 +364,7 @@ class _State:
             return None
         whole = hashlib.sha256()
         for file in files:
-            whole.update(f"{file.relative_to(path)}\0{self._file_digest(file)}\n".encode())
+            whole.update(f"{file.relative_to(path).as_posix()}\0{self._file_digest(file)}\n".encode())
         return whole.hexdigest()
 
     def _file_digest(self, file: Path) -> str:

@@ -44,8 +44,8 @@ from ablate_shards.surgery.edit.dequantise import (
 from ablate_shards.surgery.edit.operation import RunOptions
 from ablate_shards.surgery.edit.parts import share_of
 from ablate_shards.surgery.edit.receipt import Receipt, read_receipt
-from ablate_shards.surgery.machine.devices import cores
 from ablate_shards.surgery.machine.progress import Progress
+from ablate_shards.surgery.machine.system import cores
 from ablate_shards.surgery.merge.adapter import read_adapter
 from ablate_shards.surgery.merge.editor import MergeEditor
 from ablate_shards.surgery.merge.plan import plan_merge
