@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from ablate_shards.surgery.anatomy.families import FAMILIES, Family, Layout, Module
+from ablate_shards.surgery.anatomy.families import FAMILIES, Layout, Module
 from ablate_shards.surgery.anatomy.unsupported import REASONS
 
 TARGET = Path(__file__).with_name("architectures.md")
@@ -19,15 +19,15 @@ def families_table() -> str:
     ]
     for family in FAMILIES:
         kinds = ", ".join(f"`{kind}`" for kind in family.model_types)
-        bare = Layout(family.layout.attention, family.layout.mlp, family.layout.embedding)
-        cells = [f"as {first[bare]}"] * 3 + [""] if bare in first else _cells(family)
-        first.setdefault(bare, family.name)
-        lines.append(f"| {family.name} | {kinds} | {' | '.join(cells)} |")
+        for layout, name in zip(family.layouts, (family.name, f"{family.name}, other names"), strict=False):
+            bare = Layout(layout.attention, layout.mlp, layout.embedding)
+            cells = [f"as {first[bare]}"] * 3 + [""] if bare in first else _cells(layout)
+            first.setdefault(bare, name)
+            lines.append(f"| {name} | {kinds} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cells(family: Family) -> list[str]:
-    layout = family.layout
+def _cells(layout: Layout) -> list[str]:
     gains = dict.fromkeys(module.gain for module in (*layout.attention, *layout.mlp) if module.gain)
     refused = [f"with `{key}` = {str(value).lower()}: refused, {why}" for key, value, why in layout.refused]
     parts = [_modules(layout.attention), _modules(layout.mlp), _modules(layout.embedding)]
@@ -39,7 +39,7 @@ def _modules(modules: Iterable[Module]) -> str:
 
 
 def _module(module: Module) -> str:
-    embeds = module.path.rpartition(".")[2].startswith(("embed", "wte", "wpe", "word", "tok", "shared"))
+    embeds = module.path.rpartition(".")[2].startswith(("embed", "new_embed", "wte", "wpe", "word", "tok", "shared"))
     axis = {"either": " *in* or not", "in": "" if embeds and not module.fused else " *in*"}.get(module.axis, "")
     unless = f" (where there is no `{module.unless}`)" if module.unless else ""
     return f"{'fused ' if module.fused else ''}`{module.path.replace('#', 'N')}`{axis}{unless}"

@@ -42,7 +42,7 @@ _MTP_CHILDREN = frozenset({"eh_proj", "enorm", "hnorm", "shared_head", "embed_to
 _MTP_MARK = re.compile(r"(?:eh_proj|enorm|hnorm|shared_head)\.")
 _ALL_MODULES = [
     (module.path.rpartition(".")[2], module in layout.embedding)
-    for layout in {family.layout for family in FAMILIES}
+    for layout in {layout for family in FAMILIES for layout in family.layouts}
     for module in (*layout.attention, *layout.mlp, *layout.embedding)
 ]
 _EMBEDDINGS = rf"(?:{'|'.join(sorted({leaf for leaf, embeds in _ALL_MODULES if embeds}))})"
@@ -136,7 +136,7 @@ def dissect(
     stored = {unwrapped(name): name for name in tensors}
     if len(stored) == len(tensors) and any(plain != name for plain, name in stored.items()):
         return _renamed(dissect({plain: tensors[name] for plain, name in stored.items()}, config), stored)
-    family = _family_of(tensors, settings)
+    family = _in_form(_family_of(tensors, settings), tensors)
     for key, value, why in family.layout.refused:
         if settings.get(key) == value:
             raise ArchitectureError(f"{family.name} with {key} = {str(value).lower()} is refused: {why}")
@@ -180,7 +180,12 @@ def _family_of(tensors: Mapping[str, TensorInfo], settings: _Settings) -> Family
             )
         raise _unknown(tensors, settings, f"config.json: the table does not know model_type {kind!r}")
     names = {_NUMBER.sub("#", name) for name in tensors}
-    fitting = [(family, found) for family in FAMILIES if (found := _modules_by_names(family.layout, names))]
+    fitting = [
+        (family, found)
+        for family in FAMILIES
+        for layout in family.layouts
+        if (found := _modules_by_names(layout, names))
+    ]
     marked = [(family, found) for family, found in fitting if family.layout.marks]
     fitting = marked or fitting
     what = "config.json has no model_type" if settings.given else "there is no config.json"
@@ -194,6 +199,18 @@ def _family_of(tensors: Mapping[str, TensorInfo], settings: _Settings) -> Family
         )
     first = fitting[0][0]
     return first if len(fitting) == 1 else first._replace(name=f"{first.name}-like")
+
+
+def _in_form(family: Family, tensors: Iterable[str]) -> Family:
+    """Returns the family with the one of its layouts in which the tensors name most, the first where none does."""
+    if family.published is None:
+        return family
+    names = [name for name in tensors if _WRITER_LIKE.search(name)]
+    counts = []
+    for layout in family.layouts:
+        rules = _rules_of(layout)
+        counts.append(sum(1 for name in names if _hit(name, rules, frozenset())))
+    return family._replace(layout=family.layouts[counts.index(max(counts))])
 
 
 def _modules_by_names(layout: Layout, names: Set[str]) -> frozenset[Module] | None:
@@ -231,7 +248,8 @@ def _module_of(inner: str, modules: Iterable[Module]) -> Module | None:
 
 def _path_pattern(module: Module) -> str:
     path = r"\.".join(r"[\d#]+" if part == "#" else re.escape(part) for part in module.path.split("."))
-    return path + (r"(?P<rest>(?:[._].+)?)" if module.fused else r"(?P<rest>\..+)")
+    rest = r"(?P<rest>(?:[._].+)?)" if module.fused or module.bare else r"(?P<rest>\..+)"
+    return path + rest
 
 
 def _rules_of(layout: Layout) -> list[Rule]:

@@ -21,6 +21,7 @@ class Module(NamedTuple):
             some layers have it.
         fused: It is one parameter that stacks the matrices of all experts, ``[E, ...]``.
         unless: Where this module exists, the output goes there and not to the stream; a name as ``path`` is.
+        bare: It is a parameter itself, without ``.weight`` after its name.
     """
 
     path: str
@@ -28,6 +29,7 @@ class Module(NamedTuple):
     gain: str = ""
     fused: bool = False
     unless: str = ""
+    bare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +74,40 @@ class Layout:
 
 
 class Family(NamedTuple):
-    """One line of the table: a name, every ``model_type`` it goes by, and its layout."""
+    """One line of the table.
+
+    Attributes:
+        name: What messages call it.
+        model_types: Every ``model_type`` that it goes by.
+        layout: Where its writers lie.
+        published: Where they lie under the names of makers, if transformers converts these to others of its own.
+    """
 
     name: str
     model_types: tuple[str, ...]
     layout: Layout = Layout()
+    published: Layout | None = None
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Its layouts, that of transformers first."""
+        return (self.layout,) if self.published is None else (self.layout, self.published)
 
 
+#: The ``consolidated`` files of Mistral and Meta.
+_CONSOLIDATED = Layout(
+    attention=(Module("attention.wo"),),
+    mlp=(
+        Module("feed_forward.w2"),
+        Module("feed_forward.experts.#.w2"),
+        Module("experts.#.w2"),
+        Module("shared_experts.w2"),
+    ),
+    embedding=(Module("tok_embeddings", "in"),),
+    roots=("",),
+    around=("attention_norm ffn_norm", "attention_norm ffn_norm gate"),
+    beside=("output", "pre_mm_projector_norm"),
+)
 _HYBRID = (Module("self_attn.o_proj"), Module("linear_attn.out_proj"))
 _EXPERTS = (
     Module("mlp.down_proj"),
@@ -296,18 +325,6 @@ _STEP3 = Layout(
     mlp=(*_EXPERTS, _SHARED, Module("moe.down_proj", fused=True), Module("share_expert.down_proj")),
     around=(),
 )
-_MISTRAL_LARGE4 = Layout(
-    attention=(Module("self_attn.o_proj"), Module("attention.wo")),
-    mlp=(
-        *_EXPERTS,
-        _SHARED,
-        Module("feed_forward.w2"),
-        Module("experts.#.w2"),
-        Module("shared_experts.w2"),
-    ),
-    embedding=(Module("embed_tokens", "in"), Module("tok_embeddings", "in")),
-    around=(),
-)
 _BAILING = Layout(
     attention=(Module("self_attn.o_proj"), Module("attention.dense")),
     mlp=(*_EXPERTS, _SHARED),
@@ -371,8 +388,8 @@ _RECURRENT_GEMMA = Layout(
 _MAMBA = Layout(
     attention=(Module("mixer.out_proj"),),
     mlp=(),
-    embedding=(Module("embeddings", "in"),),
-    roots=("backbone.", "model.", ""),
+    embedding=(Module("embeddings", "in"), Module("embedding", "in")),
+    roots=("backbone.", "model.backbone.", "model.", ""),
     final="norm_f",
     around=(),
 )
@@ -437,6 +454,17 @@ _BIOGPT = Layout(
 _NANOCHAT = Layout(mlp=(Module("mlp.fc2"),), around=())
 _MOSHI = Layout(attention=(Module("self_attn.o_proj.linear"),), mlp=(Module("mlp.fc2"),), around=())
 _COSMOS3_EDGE = Layout(mlp=(Module("mlp.fc2"),), around=())
+_COSMOS3_PUBLISHED = Layout(attention=(Module("self_attn.to_out"),), around=())
+#: Its vocabulary is in two parts, of which transformers makes one.
+_MOLMO2_PUBLISHED = Layout(
+    attention=(Module("self_attn.attn_out"),),
+    mlp=(Module("mlp.ff_out"),),
+    embedding=(Module("wte.embedding", "in", bare=True), Module("wte.new_embedding", "in", bare=True)),
+    roots=("model.transformer.", "transformer."),
+    layers="blocks",
+    final="ln_f",
+    around=(),
+)
 _MUSE_GLIMMER = Layout(attention=_GEMMA2.attention, mlp=_GEMMA2.mlp, around=())
 
 # ---------------------------------------------------------------------------------------- decoders beside an encoder
@@ -469,13 +497,13 @@ _T5 = Layout(
     around=(),
 )
 FAMILIES = (
-    Family("Llama", ("llama",)),
+    Family("Llama", ("llama",), published=_CONSOLIDATED),
     Family("Llama 4", ("llama4_text",), _LLAMA4),
-    Family("Mistral", ("mistral", "ministral", "ministral3")),
-    Family("Mixtral", ("mixtral",), _MIXTRAL),
+    Family("Mistral", ("mistral", "ministral", "ministral3"), published=_CONSOLIDATED),
+    Family("Mixtral", ("mixtral",), _MIXTRAL, _CONSOLIDATED),
     Family("Qwen2", ("qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text")),
     Family("Qwen2-MoE", ("qwen2_moe",), _MOE_SHARED_GATED),
-    Family("Qwen3", ("qwen3", "qwen3_vl_text")),
+    Family("Qwen3", ("qwen3", "qwen3_vl_text"), published=_COSMOS3_PUBLISHED),
     Family("Qwen3-MoE", ("qwen3_moe",), _MOE),
     Family("Qwen3-VL-MoE", ("qwen3_vl_moe_text",), _QWEN3_VL_MOE),
     Family("Qwen3-Next", ("qwen3_next",), _HYBRID_MOE),
@@ -540,13 +568,13 @@ FAMILIES = (
     Family("Granite-Docling", ("granite_docling_text",), _LONE),
     Family("Mllama", ("mllama_text_model",), _LONE),
     Family("Chameleon", ("chameleon",), _LONE),
-    Family("Molmo 2", ("molmo2_text",), _LONE),
+    Family("Molmo 2", ("molmo2_text",), _LONE, _MOLMO2_PUBLISHED),
     Family("VaultGemma", ("vaultgemma",), _LONE),
     Family("Youtu", ("youtu",), _LONE),
     Family("Qwen2.5-Omni", ("qwen2_5_omni_text",), _LONE),
     Family("Qwen3-Omni-MoE", ("qwen3_omni_moe_text",), _MOE),
-    Family("Mistral 4", ("mistral4",), _MOE_SHARED),
-    Family("Mistral Large 4", ("mistral_large4", "mistral_large4_text"), _MISTRAL_LARGE4),
+    Family("Mistral 4", ("mistral4",), _MOE_SHARED, _CONSOLIDATED),
+    Family("Mistral Large 4", ("mistral_large4", "mistral_large4_text"), _MOE_SHARED, _CONSOLIDATED),
     Family("Phi-MoE", ("phimoe",), _MIXTRAL),
     Family("MiniMax-M2", ("minimax_m2",), _MIXTRAL),
     Family("MiniMax-M3", ("minimax_m3_vl_text",), _BLOCK_SPARSE),
@@ -593,7 +621,7 @@ FAMILIES = (
     Family("BioGPT", ("biogpt",), _BIOGPT),
     Family("nanochat", ("nanochat",), _NANOCHAT),
     Family("Moshi", ("moshi",), _MOSHI),
-    Family("Cosmos 3 Edge", ("cosmos3_edge_text",), _COSMOS3_EDGE),
+    Family("Cosmos 3 Edge", ("cosmos3_edge_text",), _COSMOS3_EDGE, _COSMOS3_PUBLISHED),
     Family("Whisper", ("whisper",), _WHISPER),
     Family("Pegasus", ("pegasus", "blenderbot", "bigbird_pegasus"), _PEGASUS),
     Family("T5", ("t5", "mt5", "umt5"), _T5),
