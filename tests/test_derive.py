@@ -23,10 +23,12 @@ UNLISTED = {
     "mpt": _twin("Mpt", _MPT),
     "exaone4": _twin("Exaone4", {**_BASE, "layer_types": ["full_attention", "full_attention"]}),
     "t5": _twin("T5", _T5, "ForConditionalGeneration"),
+    "bloom": TINY_MODELS["bloom"],
+    "gemma4-experts": TINY_MODELS["gemma4-experts"],
     "jetmoe": _twin("JetMoe", {**_BASE, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 KNOWN = ["gpt2", "mixtral", "mixtral-fused", "qwen3-next", "gpt-oss", "gemma2", "gemma4", "olmo2", "nemotron-h"]
-KNOWN += ["lfm2", "opt", "llama-bare", "llava", "falcon-h1", "granite-hybrid-moe"]
+KNOWN += ["bloom", "gemma4-experts", "lfm2", "opt", "llama-bare", "llava", "falcon-h1", "granite-hybrid-moe"]
 LEFT = {
     "bart": (_twin("Bart", _TWO_STACKS, "ForConditionalGeneration"), r"multiplies what a mean was subtracted from"),
     "bert": (_twin("Bert", {**_BASE, "is_decoder": True}, "LMHeadModel"), r"multiplies what a mean was subtracted"),
@@ -53,6 +55,7 @@ def test_what_is_saved_is_complete_on_the_checkpoint(name: str, tmp_path: Path) 
 
     assert max(shares(stream_of(tiny.load(tmp_path / "out"), recipe), direction)) < 1e-5
     assert "could write to the stream" not in said
+    checked("verify", source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", KNOWN)

@@ -12,6 +12,7 @@ _ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
 GIVEN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "head_dim": 64},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "longcat_flash": {"zero_expert_num": 0},
     "chameleon": {"vocabulary_map": {"<image>": 3}},
     "emu3": {"vocabulary_map": {"<image>": 3}},
     "granite4_vision": {"deepstack_layer_map": [[0, 1]], "spatial_vision_layers": []},

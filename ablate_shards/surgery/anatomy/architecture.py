@@ -10,6 +10,7 @@ from ablate_shards.errors import ArchitectureError
 from ablate_shards.surgery.anatomy.absent import PARTS, Absent, counted_by, missing_beside, stated_by
 from ablate_shards.surgery.anatomy.advice import advise
 from ablate_shards.surgery.anatomy.families import FAMILIES, TIED_BY_DEFAULT, Axis, Component, Family, Layout, Module
+from ablate_shards.surgery.anatomy.gains import with_names
 from ablate_shards.surgery.anatomy.roles import is_lone_bias, orientation, role_of, split_stack
 from ablate_shards.surgery.anatomy.rules import NONE, OR, Hit, Rule, read_gain, sort_out
 from ablate_shards.surgery.anatomy.unsupported import reason_for
@@ -41,7 +42,7 @@ _MTP_ROOT = "mtp."
 _MTP_CHILDREN = frozenset({"eh_proj", "enorm", "hnorm", "shared_head", "embed_tokens"})
 _MTP_MARK = re.compile(r"(?:eh_proj|enorm|hnorm|shared_head)\.")
 _ALL_MODULES = [
-    (module.path.rpartition(".")[2], module in layout.embedding)
+    (re.escape(module.leaf), module in layout.embedding)
     for layout in {layout for family in FAMILIES for layout in family.layouts}
     for module in (*layout.attention, *layout.mlp, *layout.embedding)
 ]
@@ -138,8 +139,9 @@ def dissect(
         return _renamed(dissect({plain: tensors[name] for plain, name in stored.items()}, config), stored)
     family = _in_form(_family_of(tensors, settings), tensors)
     for key, value, why in family.layout.refused:
-        if settings.get(key) == value:
-            raise ArchitectureError(f"{family.name} with {key} = {str(value).lower()} is refused: {why}")
+        found = settings.get(key)
+        if bool(found) if value is True else found == value:
+            raise ArchitectureError(f"{family.name} with {key} = {str(found).lower()} is refused: {why}")
     return _dissect_by_family(tensors, settings, family)
 
 
@@ -150,7 +152,11 @@ def _renamed(anatomy: Anatomy, names: Mapping[str, str]) -> Anatomy:
     return replace(
         anatomy,
         writers=tuple(
-            replace(writer, name=names[writer.name], gain=None if writer.gain is None else names[writer.gain])
+            replace(
+                writer,
+                name=names[writer.name],
+                gain=None if writer.gain is None else with_names(writer.gain, names.__getitem__),
+            )
             for writer in anatomy.writers
         ),
         left_out=tuple(replace(item, name=names[item.name]) for item in anatomy.left_out),
@@ -235,6 +241,7 @@ def _modules_by_names(layout: Layout, names: Set[str]) -> frozenset[Module] | No
         outer = {name.removeprefix(root).rpartition(".")[0] for name in names if name.startswith(root)}
         if {name for name in outer if name and "." not in name} - flat:
             continue
+        inner = {name for name in inner if name.split(".")[0] not in layout.within}
         found = [_module_of(name, own) for name in inner if _WRITER_LIKE.search(name)]
         modules = frozenset(module for module in found if module is not None)
         if None not in found and modules & {*layout.attention} and modules & {*layout.mlp}:
@@ -247,6 +254,8 @@ def _module_of(inner: str, modules: Iterable[Module]) -> Module | None:
 
 
 def _path_pattern(module: Module) -> str:
+    if module.path.endswith(".bias"):
+        return re.escape(module.path.removesuffix(".bias")) + r"(?P<rest>\.bias)"
     path = r"\.".join(r"[\d#]+" if part == "#" else re.escape(part) for part in module.path.split("."))
     rest = r"(?P<rest>(?:[._].+)?)" if module.fused or module.bare else r"(?P<rest>\..+)"
     return path + rest
@@ -269,14 +278,19 @@ def _rules_of(layout: Layout) -> list[Rule]:
         for module in modules:
             gain, offset = read_gain(module.gain)
             if gain:
-                home = f"{{root}}{layout.layers}.{{layer}}."
-                gain = OR.join(one if one == NONE else f"{home}{one}.weight" for one in gain.split(OR))
+                home = "{root}" if place is root else f"{{root}}{layout.layers}.{{layer}}."
+                gain = OR.join(one if one == NONE else _placed(one, home) for one in gain.split(OR))
             pattern = re.compile(place + _path_pattern(module))
             unless = module.unless and (
                 f"{{root}}{module.unless}" if place is root else f"{{root}}{layout.layers}.{{layer}}.{module.unless}"
             )
             rules.append(Rule(pattern, component, module.axis, gain, offset, module.fused, unless))
     return rules
+
+
+def _placed(gain: str, home: str) -> str:
+    """Returns a gain of norms in a place as one of tensors."""
+    return with_names(gain, lambda norm: f"{home}{norm}.weight")
 
 
 def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, family: Family) -> Anatomy:

@@ -13,12 +13,14 @@ class Module(NamedTuple):
     """A module whose output is added to the residual stream.
 
     Attributes:
-        path: Its name relative to a layer (an embedding's: to the decoder); ``#`` is an expert's number.
+        path: Its name relative to a layer (an embedding's: to the decoder); ``#`` is an expert's number. With
+            ``.bias`` at its end only that of the module writes, as of a LayerNorm.
         axis: ``out`` for ``[..., d, n]`` as in nn.Linear, ``in`` for ``[..., n, d]`` as in embeddings; ``either`` where
             checkpoints have both, which their shapes tell.
         gain: The norm of the same layer that its output passes through; ``1 + NAME`` where that norm
-            multiplies by one plus its weight, ``NAME | OTHER`` where it goes by two names, ``NAME | none`` where only
-            some layers have it.
+            multiplies by one plus its weight, ``centred NAME`` where it subtracts the mean, ``NAME | OTHER`` where it
+            goes by two names, ``NAME | none`` where only some layers have it, ``NAME * NEXT`` where another one
+            follows. An embedding's lies beside it.
         fused: It is one parameter that stacks the matrices of all experts, ``[E, ...]``.
         unless: Where this module exists, the output goes there and not to the stream; a name as ``path`` is.
         bare: It is a parameter itself, without ``.weight`` after its name.
@@ -30,6 +32,11 @@ class Module(NamedTuple):
     fused: bool = False
     unless: str = ""
     bare: bool = False
+
+    @property
+    def leaf(self) -> str:
+        """The last part of its name; the whole where only the bias of a module writes."""
+        return self.path if self.path.endswith(".bias") else self.path.rpartition(".")[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,8 @@ class Layout:
         marks: Tensors of a layer that only this layout has.
         within: Modules of a layer that are called like writers, and whose output stays within the layer.
         beside: What the decoder holds beside its embeddings, layers and final norm.
-        refused: Settings of config.json (key, value, why) under which the writers cannot be edited.
+        refused: Settings of config.json (key, value, why) under which the writers cannot be edited; True stands for
+            all but zero and nothing.
     """
 
     attention: tuple[Module, ...] = (Module("self_attn.o_proj"),)
@@ -142,18 +150,28 @@ _GEMMA2 = Layout(
     mlp=(Module("mlp.down_proj", gain="1 + post_feedforward_layernorm"),),
     around=(_SANDWICH,),
 )
+_EXPERTS_OF_GEMMA4 = "post_feedforward_layernorm * post_feedforward_layernorm_2"
 _GEMMA4 = Layout(
     attention=(Module("self_attn.o_proj", gain="post_attention_layernorm"),),
     mlp=(
-        Module("mlp.down_proj", gain="post_feedforward_layernorm"),
+        Module(
+            "mlp.down_proj",
+            gain="post_feedforward_layernorm * post_feedforward_layernorm_1 | post_feedforward_layernorm",
+        ),
+        Module("experts.#.down_proj", gain=_EXPERTS_OF_GEMMA4),
+        Module("experts.down_proj", gain=_EXPERTS_OF_GEMMA4, fused=True),
         Module("per_layer_projection", gain="post_per_layer_input_norm"),
     ),
-    around=(
-        f"{_SANDWICH} layer_scalar",
-        f"{_SANDWICH} layer_scalar per_layer_input_gate post_per_layer_input_norm",
+    around=tuple(
+        f"{_SANDWICH} layer_scalar{inputs}{experts}"
+        for inputs in ("", " per_layer_input_gate post_per_layer_input_norm")
+        for experts in (
+            "",
+            " router post_feedforward_layernorm_1 post_feedforward_layernorm_2 pre_feedforward_layernorm_2",
+        )
     ),
+    within=("router",),
     beside=("embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm"),
-    refused=(("enable_moe_block", True, "the sum of MLP and experts passes through a second norm"),),
 )
 _OLMO2 = Layout(
     attention=(Module("self_attn.o_proj", gain="post_attention_layernorm"),),
@@ -324,6 +342,21 @@ _MIMO = Layout(mlp=_EXPERTS, around=())
 _STEP3 = Layout(
     mlp=(*_EXPERTS, _SHARED, Module("moe.down_proj", fused=True), Module("share_expert.down_proj")),
     around=(),
+)
+#: Two sublayers of each kind a layer, and experts beside them.
+_LONGCAT = Layout(
+    attention=(Module("self_attn.#.o_proj"),),
+    mlp=(Module("mlps.#.down_proj"), *_EXPERTS[1:]),
+    around=(),
+    refused=(
+        (
+            "zero_expert_num",
+            True,
+            "its experts without weights add the normalised stream, multiplied coordinate by coordinate, so a "
+            "direction comes back; `ablate-shards inspect SOURCE --derive` prints the lines of its writers and says "
+            "how much",
+        ),
+    ),
 )
 _BAILING = Layout(
     attention=(Module("self_attn.o_proj"), Module("attention.dense")),
@@ -496,6 +529,69 @@ _T5 = Layout(
     final="decoder.final_layer_norm",
     around=(),
 )
+
+# ---------------------------------------------------------------------------------------- a norm after the embedding
+
+_BLOOM = Layout(
+    attention=(Module("self_attention.dense"),),
+    mlp=(Module("mlp.dense_4h_to_h"),),
+    embedding=(
+        Module("word_embeddings", "in", gain="centred word_embeddings_layernorm"),
+        Module("word_embeddings_layernorm.bias", "in"),
+    ),
+    roots=("transformer.", ""),
+    layers="h",
+    final="ln_f",
+    beside=("word_embeddings_layernorm",),
+    refused=(
+        (
+            "apply_residual_connection_post_layernorm",
+            True,
+            "the stream itself is normalised before every addition, so a direction comes back",
+        ),
+    ),
+)
+_MBART = Layout(
+    attention=_CROSS,
+    mlp=(Module("fc2"),),
+    embedding=(
+        Module("shared", "in", gain="centred decoder.layernorm_embedding"),
+        Module("decoder.embed_tokens", "in", gain="centred decoder.layernorm_embedding"),
+        Module("decoder.embed_positions", "in", gain="centred decoder.layernorm_embedding"),
+        Module("decoder.layernorm_embedding.bias", "in"),
+    ),
+    roots=("model.", ""),
+    layers="decoder.layers",
+    final="decoder.layer_norm",
+    around=(),
+)
+_MODERNBERT = Layout(
+    attention=(Module("attn.Wo"),),
+    mlp=(Module("mlp.Wo"),),
+    embedding=(
+        Module("embeddings.tok_embeddings", "in", gain="centred embeddings.norm"),
+        Module("embeddings.norm.bias", "in"),
+    ),
+    roots=("model.", ""),
+    final="final_norm",
+    around=(),
+)
+_ROBERTA_NORM = "centred embeddings.LayerNorm"
+_ROBERTA_PRELAYERNORM = Layout(
+    attention=(Module("attention.output.dense"), Module("crossattention.output.dense")),
+    mlp=(Module("output.dense"),),
+    embedding=(
+        Module("embeddings.word_embeddings", "in", gain=_ROBERTA_NORM),
+        Module("embeddings.position_embeddings", "in", gain=_ROBERTA_NORM),
+        Module("embeddings.token_type_embeddings", "in", gain=_ROBERTA_NORM),
+        Module("embeddings.LayerNorm.bias", "in"),
+    ),
+    roots=("roberta_prelayernorm.", ""),
+    within=("intermediate",),
+    layers="encoder.layer",
+    final="LayerNorm",
+    around=(),
+)
 FAMILIES = (
     Family("Llama", ("llama",), published=_CONSOLIDATED),
     Family("Llama 4", ("llama4_text",), _LLAMA4),
@@ -597,6 +693,7 @@ FAMILIES = (
     Family("Flint", ("flint",), _MOE_SHARED_GATED),
     Family("Laguna", ("laguna",), _MOE_SHARED_EITHER),
     Family("Step 3.5", ("step3p5",), _STEP3),
+    Family("LongCat-Flash", ("longcat_flash",), _LONGCAT),
     Family("Bailing", ("bailing_hybrid",), _BAILING),
     Family("AFMoE", ("afmoe",), _AFMOE),
     Family("Beam", ("beam",), _BEAM),
@@ -625,6 +722,10 @@ FAMILIES = (
     Family("Whisper", ("whisper",), _WHISPER),
     Family("Pegasus", ("pegasus", "blenderbot", "bigbird_pegasus"), _PEGASUS),
     Family("T5", ("t5", "mt5", "umt5"), _T5),
+    Family("BLOOM", ("bloom",), _BLOOM),
+    Family("mBART", ("mbart",), _MBART),
+    Family("ModernBERT decoder", ("modernbert-decoder",), _MODERNBERT),
+    Family("RoBERTa-PreLayerNorm", ("roberta-prelayernorm",), _ROBERTA_PRELAYERNORM),
 )
 
 #: Those whose class in transformers ties the output head where config.json does not say.
@@ -633,6 +734,7 @@ TIED_BY_DEFAULT = frozenset(
         "bigbird_pegasus",
         "biogpt",
         "blenderbot",
+        "bloom",
         "cohere",
         "cohere2",
         "cohere2_moe",
@@ -659,13 +761,16 @@ TIED_BY_DEFAULT = frozenset(
         "lfm2_moe",
         "lfm3",
         "mamba",
+        "mbart",
         "minicpm3",
+        "modernbert-decoder",
         "mpt",
         "mt5",
         "opt",
         "paddleocr_vl_text",
         "pegasus",
         "recurrent_gemma",
+        "roberta-prelayernorm",
         "smollm3",
         "starcoder2",
         "t5",

@@ -13,7 +13,7 @@ __all__ = ["Role", "Stack", "is_lone_bias", "orientation", "role_of", "split_sta
 Role = Literal["writer", "unknown", "none"]
 
 _LEAVES = {
-    module.path.rpartition(".")[2]
+    module.leaf
     for layout in {layout for family in FAMILIES for layout in family.layouts}
     for module in (*layout.attention, *layout.mlp)
 }

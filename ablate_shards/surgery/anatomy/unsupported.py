@@ -34,7 +34,6 @@ REASONS = (
             "florence2",
             "git",
             "marian",
-            "minimax",
             "moss_transcribe_diarize_text",
             "mvp",
             "openai-gpt",
@@ -54,29 +53,39 @@ REASONS = (
         ),
     ),
     Reason(
-        "a norm that subtracts the mean stands between the embedding and the stream, so a direction comes back",
-        ("bloom", "mbart", "modernbert-decoder", "roberta-prelayernorm", "rwkv"),
-    ),
-    Reason(
         "positions are computed and added to the embedding, and no tensor holds them",
         ("ctrl", "kosmos-2", "kosmos-2.5", "musicgen", "musicgen_melody", "xglm"),
     ),
-    Reason("vectors multiply the stream coordinate by coordinate, so a direction comes back", ("doge", "zaya")),
+    Reason(
+        "vectors multiply the stream coordinate by coordinate, so a direction comes back",
+        ("doge", "muse_spark", "muse_spark_text", "zaya"),
+    ),
     Reason(
         "a convolution along the tokens, with weights of its own for each coordinate, follows the writers",
         ("inkling2", "inkling2_text", "inkling_mm_model", "inkling_text"),
     ),
     Reason(
-        "experts without weights add the normalised stream, multiplied coordinate by coordinate",
-        ("longcat_flash",),
+        "its LAuReL blocks add the normalised stream, multiplied coordinate by coordinate, so a direction comes back",
+        ("gemma3n", "gemma3n_text"),
     ),
     Reason(
-        "an output passes through two gains before it is added",
-        ("diffusion_gemma", "muse_spark", "muse_spark_text"),
+        "its layers multiply the stream itself by the gains of their norms before each addition, so a direction comes "
+        "back as another one",
+        ("minimax",),
+    ),
+    Reason(
+        "its channel mixing multiplies what it adds, coordinate by coordinate, by a gate that each token sets, so a "
+        "direction comes back",
+        ("rwkv",),
+    ),
+    Reason(
+        "it denoises blocks of text, and what its self-conditioning adds to the stream was not proven; `ablate-shards "
+        "inspect SOURCE --derive` finds the lines of a recipe for all else",
+        ("diffusion_gemma",),
     ),
     Reason(
         "several streams are added up in ways that an edit of writers does not reach",
-        ("blt", "gemma3n", "gemma3n_text", "hrm_text", "reformer"),
+        ("blt", "hrm_text", "reformer"),
     ),
     Reason(
         "what it stores cannot be described by a line of the table; `ablate-shards inspect SOURCE --derive` finds the "

@@ -20,7 +20,8 @@ class Writer:
         component: The part of the layer it belongs to.
         axis: The residual axis, negative: -2 or -1 of a matrix or a stack of them, -1 of a bias.
         kind: A weight, or the bias added to its output.
-        gain: The norm weight that the output is multiplied by before it is added to the stream.
+        gain: The norm weight that the output is multiplied by before it is added to the stream; several with ``*``
+            between them, and ``centred`` before it where the norm subtracts the mean.
         gain_offset: 1.0 where that norm multiplies by one plus its weight, else 0.0.
         mtp: Whether it belongs to a multi-token-prediction layer.
         scales: What its codes are multiplied by, None where it is no quantised weight.
@@ -68,7 +69,7 @@ class Target:
         axis: ``out`` for ``[..., d, n]`` as in nn.Linear, ``in`` for ``[..., n, d]`` as in Conv1D.
         gain: Name of the post-norm gain, with the pattern's groups in braces, such as
             ``model.layers.{layer}.post_feedforward_layernorm.weight``; preceded by ``1 +`` where the norm
-            multiplies by one plus its weight.
+            multiplies by one plus its weight, or ``centred`` where it subtracts the mean; several with ``*`` between.
     """
 
     pattern: str

@@ -11,6 +11,8 @@ from typing import Any
 
 from ablate_shards.errors import ArchitectureError, reason
 from ablate_shards.surgery.anatomy.architecture import Target, dissect
+from ablate_shards.surgery.anatomy.gains import with_names
+from ablate_shards.surgery.anatomy.rules import read_gain
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.derive.derive import Derivation, derive, where
 from ablate_shards.surgery.derive.twin import Twin, build_twin
@@ -90,11 +92,7 @@ def _renamed(target: Target, names: Iterable[str]) -> Target:
         # Multi-token prediction has a layer or two that are called alike.
         if found and (len(found) == 1 or found[0][1] > found[1][1]):
             beginning = found[0][0]
-            gain = target.gain
-            if gain is not None:
-                offset, _, path = gain.rpartition(" ")
-                own = beginning + ".".join(path.split(".")[dropped:])
-                gain = f"{offset} {own}" if offset else own
+            gain = None if target.gain is None else _moved(target.gain, dropped, beginning)
             return replace(target, pattern=re.escape(beginning) + rest, gain=gain)
         if found or "(?P<layer>" in parts[dropped]:
             break
@@ -102,6 +100,13 @@ def _renamed(target: Target, names: Iterable[str]) -> Target:
         f"no tensor of the checkpoint is called {target.pattern!r}, as transformers calls a writer of the "
         "architecture; config.json or the shards are another model's"
     )
+
+
+def _moved(gain: str, dropped: int, beginning: str) -> str:
+    """Returns a gain with another beginning in place of the first parts of its names."""
+    names, offset = read_gain(gain)
+    own = with_names(names, lambda name: beginning + ".".join(name.split(".")[dropped:]))
+    return f"1 + {own}" if offset else own
 
 
 def leaks_of(found: Derivation) -> list[str]:

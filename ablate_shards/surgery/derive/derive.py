@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ablate_shards.surgery.anatomy.architecture import Anatomy, Component, Target, Writer, dissect
+from ablate_shards.surgery.anatomy.gains import CENTRED, factors_of, is_centred, with_names
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 from ablate_shards.surgery.derive.twin import State, Twin, find_unreached
 from ablate_shards.surgery.derive.writers import Kind, find_gain, find_mixing, find_writers, match_gain, numbers_of
@@ -117,7 +118,8 @@ def _described(twin: Twin, kinds: Sequence[Kind]) -> list[Target]:
             component = "attention" if like.mixes else "mlp"
         gain = None
         if chief.gain is not None:
-            gain = ("1 + " if chief.offset else "") + chief.gain.replace("#", "{layer}", 1)
+            start = CENTRED if chief.centred else "1 + " if chief.offset else ""
+            gain = start + with_names(chief.gain, lambda name: name.replace("#", "{layer}", 1))
         endings = [kind.name.removeprefix(stem) for kind in members]
         ending = r"\.(?:weight|bias)" if len(members) > 1 else re.escape(endings[0])
         pattern = _pattern(stem, ending, [name for kind in members for name in kind.tensors], twin.state, inside=inside)
@@ -183,7 +185,9 @@ def left_in(twin: Twin, anatomy: Anatomy) -> list[float]:
 
 def _without(state: Mapping[str, "torch.Tensor"], writer: Writer, direction: "torch.Tensor") -> "torch.Tensor":
     if writer.gain is not None:
-        direction = direction * (state[writer.gain].double().reshape(-1) + writer.gain_offset)
+        for name in factors_of(writer.gain):
+            direction = direction * (state[name].double().reshape(-1) + writer.gain_offset)
+        direction = direction - direction.mean() if is_centred(writer.gain) else direction
         direction = direction / direction.norm()
     tensor = state[writer.name].double().movedim(writer.axis, -1)
     tensor = tensor - (tensor @ direction)[..., None] * direction

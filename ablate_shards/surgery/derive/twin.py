@@ -154,10 +154,12 @@ def _calls(network: Any) -> Iterator[dict[str, Any]]:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(10, VOCABULARY - 28, (1, _TOKENS), generator=generator).expand(SEQUENCES, -1).clone()
     tokens[1, 0] = tokens[0, 0] + 1
-    yield {"input_ids": tokens, "use_cache": False}
     encoded = tokens[0].flip(0).expand(SEQUENCES, -1).clone()
     encoded[2] = encoded[2].roll(1)
-    yield {"input_ids": encoded, "decoder_input_ids": tokens, "use_cache": False}
+    plain = {"input_ids": tokens, "use_cache": False}
+    paired = {"input_ids": encoded, "decoder_input_ids": tokens, "use_cache": False}
+    # Some make what their decoder is given from what their encoder is, with a token more before it.
+    yield from (paired, plain) if network.config.is_encoder_decoder else (plain, paired)
     yield {"input_ids": tokens}
     if network.main_input_name == "input_features":
         shape = (SEQUENCES, network.config.num_mel_bins, 2 * network.config.max_source_positions)
@@ -191,7 +193,11 @@ def _find_stack(network: Any) -> tuple[str, int, int]:
     import torch
     from torch import nn
 
-    lists = {name: part for name, part in network.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
+    lists = {
+        name: part
+        for name, part in network.named_modules()
+        if isinstance(part, nn.ModuleList) and any(layer is not None for each in part for layer in each.children())
+    }
     calls: dict[str, dict[int, list[tuple[Any, Any]]]] = {name: {} for name in lists}
     order: list[str] = []
 
