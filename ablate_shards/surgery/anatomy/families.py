@@ -434,6 +434,16 @@ _ZAMBA = Layout(
     final="final_layernorm",
     around=(),
 )
+_MLLAMA = Layout(attention=(Module("self_attn.o_proj"), Module("cross_attn.o_proj")), around=())
+_CPMANT = Layout(
+    attention=(Module("self_att.self_attention.attention_out"),),
+    mlp=(Module("ffn.ffn.w_out"),),
+    embedding=(Module("input_embedding", "in"), Module("segment_embedding", "in")),
+    roots=("cpmant.", ""),
+    layers="encoder.layers",
+    final="encoder.output_layernorm",
+    around=(),
+)
 _XLSTM = Layout(
     attention=(Module("mlstm_layer.out_proj"),),
     mlp=(Module("ffn.proj_down"),),
@@ -592,6 +602,14 @@ _ROBERTA_PRELAYERNORM = Layout(
     final="LayerNorm",
     around=(),
 )
+_PIX2STRUCT = Layout(
+    attention=(Module("self_attention.attention.output"), Module("encoder_decoder_attention.attention.output")),
+    mlp=(Module("mlp.DenseReluDense.wo"),),
+    roots=("decoder.", ""),
+    layers="layer",
+    final="final_layer_norm",
+    around=(),
+)
 FAMILIES = (
     Family("Llama", ("llama",), published=_CONSOLIDATED),
     Family("Llama 4", ("llama4_text",), _LLAMA4),
@@ -661,9 +679,11 @@ FAMILIES = (
     Family("Jais 2", ("jais2",), _LONE),
     Family("MiniCPM3", ("minicpm3",), _LONE),
     Family("Granite-SWA", ("granite_swa",), _LONE),
+    Family("Granite 4 Vision", ("granite4_vision_text",), _LONE),
     Family("Granite-Docling", ("granite_docling_text",), _LONE),
-    Family("Mllama", ("mllama_text_model",), _LONE),
+    Family("Mllama", ("mllama_text_model",), _MLLAMA),
     Family("Chameleon", ("chameleon",), _LONE),
+    Family("Emu 3", ("emu3_text_model",), _LONE),
     Family("Molmo 2", ("molmo2_text",), _LONE, _MOLMO2_PUBLISHED),
     Family("VaultGemma", ("vaultgemma",), _LONE),
     Family("Youtu", ("youtu",), _LONE),
@@ -678,7 +698,7 @@ FAMILIES = (
     Family("dots.llm1", ("dots1", "dots3_note_text"), _MOE_SHARED),
     Family("DeepSeek-V3.2", ("deepseek_v32",), _MOE_SHARED),
     Family("DeepSeek-V4", ("deepseek_v4",), _DEEPSEEK_V4),
-    Family("DeepSeek-OCR", ("unlimited_ocr_text",), _MOE_SHARED),
+    Family("DeepSeek-OCR", ("deepseek_ocr2_text", "unlimited_ocr_text"), _MOE_SHARED),
     Family("GLM-MoE-DSA", ("glm_moe_dsa",), _MOE_SHARED),
     Family("GLM-5-Next", ("glm5_next_text",), _MOE_SHARED),
     Family("GLM-4-MoE-lite", ("glm4_moe_lite",), _MOE_SHARED),
@@ -721,7 +741,9 @@ FAMILIES = (
     Family("Cosmos 3 Edge", ("cosmos3_edge_text",), _COSMOS3_EDGE, _COSMOS3_PUBLISHED),
     Family("Whisper", ("whisper",), _WHISPER),
     Family("Pegasus", ("pegasus", "blenderbot", "bigbird_pegasus"), _PEGASUS),
-    Family("T5", ("t5", "mt5", "umt5"), _T5),
+    Family("T5", ("t5", "mt5", "umt5", "udop"), _T5),
+    Family("Pix2Struct", ("pix2struct_text_model",), _PIX2STRUCT),
+    Family("CPM-Ant", ("cpmant",), _CPMANT),
     Family("BLOOM", ("bloom",), _BLOOM),
     Family("mBART", ("mbart",), _MBART),
     Family("ModernBERT decoder", ("modernbert-decoder",), _MODERNBERT),
@@ -739,6 +761,7 @@ TIED_BY_DEFAULT = frozenset(
         "cohere2",
         "cohere2_moe",
         "cohere_compass_text",
+        "cpmant",
         "ernie4_5",
         "ernie4_5_moe",
         "ernie4_5_vl_moe_text",
@@ -774,6 +797,7 @@ TIED_BY_DEFAULT = frozenset(
         "smollm3",
         "starcoder2",
         "t5",
+        "udop",
         "umt5",
         "vaultgemma",
         "whisper",

@@ -34,7 +34,10 @@ COMPONENT_OF: Mapping[Part, Component] = {
 }
 #: What stands in place of attention or beside it, by the module's name; the first that is found counts.
 _INSTEAD: tuple[tuple[Part, re.Pattern[str]], ...] = (
-    ("cross-attention", re.compile(r"encoder_attn|EncDecAttention|cross_?att", re.IGNORECASE)),
+    (
+        "cross-attention",
+        re.compile(r"encoder_attn|EncDecAttention|encoder_decoder_attention|cross_?att", re.IGNORECASE),
+    ),
     ("mamba", re.compile(r"(?:^|\.)(?:mamba|mixer(?!\.o_proj)|ssm)\.")),
     ("convolution", re.compile(r"(?:^|\.)(?:short_?)?conv\.")),
     ("linear-attention", re.compile(r"(?:^|\.)(?:linear_attn|mlstm_layer|temporal_block\.linear_out)(?:\.|$)")),

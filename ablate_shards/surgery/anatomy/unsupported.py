@@ -90,27 +90,22 @@ REASONS = (
     Reason(
         "what it stores cannot be described by a line of the table; `ablate-shards inspect SOURCE --derive` finds the "
         "lines of a recipe for it",
-        ("dbrx", "gpt_neox_japanese", "jetmoe", "megatron-bert", "t5gemma2", "xlm-roberta-xl"),
+        ("dbrx", "gpt_neox_japanese", "idefics", "jetmoe", "megatron-bert", "t5gemma2", "xlm-roberta-xl"),
     ),
     Reason(
-        "it runs on images, boxes or states beside the text, without which its writers were not proven; "
-        "`ablate-shards inspect SOURCE --derive` says what it finds",
-        ("evolla", "idefics", "pi0", "pix2struct", "pix2struct_text_model", "udop"),
+        "its adapters read proteins beside the text, and transformers builds no twin that could be given any, so its "
+        "writers were not proven",
+        ("evolla",),
     ),
-    Reason("its layers could not be followed one by one, so its writers were not proven", ("cpmant",)),
     Reason(
-        "transformers builds no model of its default configuration, so it was not proven; `ablate-shards inspect "
-        "SOURCE --derive` finds the lines of a recipe from that of a checkpoint",
-        (
-            "deepseek_ocr2",
-            "deepseek_ocr2_text",
-            "emu3",
-            "emu3_text_model",
-            "granite4_vision",
-            "granite4_vision_text",
-            "qwen4_exp",
-            "qwen4_exp_text",
-        ),
+        "it generates actions of a robot in a stream of their own, which starts from states and noise; what it takes "
+        "from its language model are keys and values",
+        ("pi0",),
+    ),
+    Reason(
+        "its n-gram embeddings pass through a convolution with weights of its own for each coordinate before they are "
+        "added, and several streams lie side by side in one vector",
+        ("qwen4_exp", "qwen4_exp_text"),
     ),
     Reason(
         "it is a head over the states of another model, with no decoder of its own to edit",

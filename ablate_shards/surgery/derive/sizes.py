@@ -168,6 +168,11 @@ def _kept_layers(values: Mapping[str, Any]) -> list[int]:
     ]
     lists += numbered
     if lists:
+        lists += [
+            [layer in value for layer in range(depth)]
+            for key, value in values.items()
+            if isinstance(value, list) and value and _NUMBERED.fullmatch(key) and _all_numbers(value)
+        ]
         kinds: dict[tuple[str, ...], int] = {}
         for layer, kind in enumerate(zip(*lists, strict=True)):
             kinds.setdefault(tuple(map(str, kind)), layer)

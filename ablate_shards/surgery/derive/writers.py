@@ -169,20 +169,26 @@ def _restored(twin: Twin, kinds: Sequence[Kind], knocked: Sequence[Kind]) -> tup
 def find_mixing(twin: Twin, writers: Sequence[Kind]) -> list[Kind]:
     """Returns the writers with whether they mix tokens.
 
-    Within layers, nothing but the kind writes, so what it first adds depends on the embedded tokens alone, and the two
-    sequences differ in the first.
+    Within layers, nothing but the kind writes, so what it first adds depends on the stream before the first layer
+    alone. Where that is the same in two sequences and what is added is not, tokens are mixed.
     """
     inside = [kind for kind in writers if kind.first > 0]
     found: list[Kind] = []
     for kind in writers:
         if kind.first > 0 and not kind.vector:
-            state = twin.stream(silence(twin.state, [each for each in inside if each != kind]))[kind.first]
-            one, other, encoded = state.reshape(-1, SEQUENCES, *state.shape[-2:]).unbind(1)
-            most = _MIXED * float(one.abs().amax())
-            crosses = bool((one - encoded).abs().amax() > most)
-            kind = replace(kind, crosses=crosses, mixes=crosses or bool((one - other).abs()[:, 1:].amax() > most))
+            states = twin.stream(silence(twin.state, [each for each in inside if each != kind]))[[0, kind.first]]
+            before, after = states.reshape(2, -1, SEQUENCES, *states.shape[-2:])
+            crosses = _depends(before, after, 2)
+            kind = replace(kind, crosses=crosses, mixes=crosses or _depends(before, after, 1))
         found.append(kind)
     return found
+
+
+def _depends(before: "torch.Tensor", after: "torch.Tensor", other: int) -> bool:
+    """Tells whether a state differs between the first sequence and another one where that before it does not."""
+    same = (before[:, 0] == before[:, other]).all(dim=-1)
+    apart = (after[:, 0] - after[:, other]).abs().amax(dim=-1) > _MIXED * float(after.abs().amax())
+    return bool(apart[same].any())
 
 
 def silence(state: State, kinds: Iterable[Kind]) -> dict[str, "torch.Tensor"]:
