@@ -81,6 +81,45 @@ def test_what_cannot_be_described_is_said_by_layer(name: str, tmp_path: Path) ->
     assert not (tmp_path / "recipe.toml").exists()
 
 
+PARTS = {
+    "granite-hybrid-moe": ["embedding", "attention", "mamba", "experts", "shared-experts"],
+    "falcon-h1": ["embedding", "attention", "mamba", "mlp"],
+    "lfm2-moe": ["embedding", "attention", "convolution", "experts", "mlp"],
+    "qwen3.5-text": ["embedding", "attention", "linear-attention", "mlp"],
+    "qwen3-next": ["embedding", "attention", "linear-attention", "experts", "shared-experts"],
+    "deepseek-v3": ["embedding", "attention", "experts", "mlp", "shared-experts"],
+    "deepseek-v3-fused": ["embedding", "attention", "experts", "mlp", "shared-experts"],
+    "gemma4-experts": ["embedding", "attention", "experts", "mlp"],
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_parts_of_layers_are_told(name: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(TINY_MODELS[name], tmp_path / "model")
+    lines = checked("inspect", folder, "--derive").stdout
+    assert sorted(set(re.findall(r'component = "(.+)"', lines))) == sorted(PARTS[name])
+
+
+def test_attention_to_an_encoder_is_told(tmp_path: Path) -> None:
+    lines = checked("inspect", save_tiny_model(UNLISTED["t5"], tmp_path / "model"), "--derive").stdout
+    assert 'EncDecAttention\\.o\\.weight\'\ncomponent = "cross-attention"' in lines
+
+
+def test_a_part_that_a_target_names_is_selected_by_it(tmp_path: Path) -> None:
+    source = save_tiny_model(TINY_MODELS["falcon-h1"], tmp_path / "source")
+    recipe = tmp_path / "recipe.toml"
+    checked("inspect", source, "--derive", "--save", recipe)
+    lines = recipe.read_text()
+    assert 'component = "mamba"' in lines
+    recipe.write_text(lines.replace('component = "mlp"', 'component = "experts"'))
+    ablate(source, tmp_path / "out", random_direction(32), 2, recipe, "--components", "mamba,experts")
+    names = {edit["name"] for edit in json.loads((tmp_path / "out" / "ablation.json").read_text())["tensors"]}
+    assert {re.sub(r".*\.\d+\.", "", name) for name in names} == {
+        "mamba.out_proj.weight",
+        "feed_forward.down_proj.weight",
+    }
+
+
 def test_the_error_for_an_unknown_architecture_names_the_command(tmp_path: Path) -> None:
     folder = save_tiny_model(UNLISTED["jetmoe"], tmp_path / "model")
     assert "inspect SOURCE --derive" in checked("inspect", folder, code=1).stderr

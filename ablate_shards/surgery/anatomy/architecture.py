@@ -11,6 +11,7 @@ from ablate_shards.surgery.anatomy.absent import PARTS, Absent, counted_by, miss
 from ablate_shards.surgery.anatomy.advice import advise
 from ablate_shards.surgery.anatomy.families import FAMILIES, TIED_BY_DEFAULT, Axis, Component, Family, Layout, Module
 from ablate_shards.surgery.anatomy.gains import with_names
+from ablate_shards.surgery.anatomy.parts import COMPONENT_OF
 from ablate_shards.surgery.anatomy.roles import is_lone_bias, orientation, role_of, split_stack
 from ablate_shards.surgery.anatomy.rules import NONE, OR, Hit, Rule, read_gain, sort_out
 from ablate_shards.surgery.anatomy.unsupported import reason_for
@@ -515,7 +516,7 @@ def _not_described(
             found.setdefault(writer.layer, set()).add(writer.component)
     told = {(part.layer, part.component) for part in known}
     open_layers = set(could_write.values())
-    described = {target.component for target in targets}
+    described = {COMPONENT_OF[target.component] for target in targets}
     for layer in layers:
         for part in PARTS:
             without = part in described and part not in found.get(layer, {part}) and (layer, part) not in told
@@ -533,7 +534,9 @@ def _rule_of(target: Target) -> Rule:
             f"target {target.pattern!r} has no group for the layer; write its number as (?P<layer>\\d+)"
         )
     gain, offset = read_gain(target.gain or "")
-    return Rule(pattern, target.component, target.axis, gain, offset)
+    component = COMPONENT_OF[target.component]
+    part = None if target.component == component else target.component
+    return Rule(pattern, component, target.axis, gain, offset, part=part)
 
 
 def _layer_of(target: Target, name: str, groups: Mapping[str, str]) -> int | None:

@@ -3,10 +3,21 @@
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["FAMILIES", "TIED_BY_DEFAULT", "Axis", "Component", "Family", "Layout", "Module"]
+__all__ = ["FAMILIES", "TIED_BY_DEFAULT", "Axis", "Component", "Family", "Layout", "Module", "Part"]
 
 Axis = Literal["out", "in"]
 Component = Literal["attention", "mlp", "embedding"]
+Part = Literal[
+    "attention",
+    "linear-attention",
+    "mamba",
+    "convolution",
+    "cross-attention",
+    "mlp",
+    "shared-experts",
+    "routed-experts",
+    "embedding",
+]
 
 
 class Module(NamedTuple):

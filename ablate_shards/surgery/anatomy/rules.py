@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from ablate_shards.errors import ArchitectureError
-from ablate_shards.surgery.anatomy.families import Axis, Component
+from ablate_shards.surgery.anatomy.families import Axis, Component, Part
 from ablate_shards.surgery.anatomy.gains import factors_of
 from ablate_shards.surgery.anatomy.scales import Scales, find_scales, is_beside_codes, is_codes
 from ablate_shards.surgery.anatomy.writers import LeftOut, Writer
@@ -29,6 +29,7 @@ class Rule(NamedTuple):
         gain_offset: What is added to the gain.
         fused: Whether it stacks matrices; None where it may.
         unless: The module that reads its output, where there is one.
+        part: The part of the component, where the description says so.
     """
 
     pattern: re.Pattern[str]
@@ -38,6 +39,7 @@ class Rule(NamedTuple):
     gain_offset: float = 0.0
     fused: bool | None = None
     unless: str = ""
+    part: Part | None = None
 
 
 class Hit(NamedTuple):
@@ -131,7 +133,7 @@ def _blocked(parts: Sequence[Hit], tensors: Mapping[str, TensorInfo]) -> LeftOut
 
 
 def _left_out(hit: Hit, why: str) -> LeftOut:
-    return LeftOut(hit.name, hit.layer, hit.rule.component, why, blocked=True, mtp=hit.mtp)
+    return LeftOut(hit.name, hit.layer, hit.rule.component, why, blocked=True, mtp=hit.mtp, part=hit.rule.part)
 
 
 def _writer(hit: Hit, tensors: Mapping[str, TensorInfo], hidden: int, scales: Scales | None = None) -> Writer:
@@ -155,7 +157,7 @@ def _writer(hit: Hit, tensors: Mapping[str, TensorInfo], hidden: int, scales: Sc
     gain = _gain_of(hit, tensors, hidden) if rule.gain else None
     kind: Literal["weight", "bias"] = "bias" if bias else "weight"
     offset = 0.0 if gain is None else rule.gain_offset
-    return Writer(hit.name, hit.layer, rule.component, axis, kind, gain, offset, hit.mtp, scales)
+    return Writer(hit.name, hit.layer, rule.component, axis, kind, gain, offset, hit.mtp, scales, rule.part)
 
 
 def _oriented(hit: Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> Rule:

@@ -123,8 +123,9 @@ def recipe_lines(targets: Iterable[Target]) -> str:
     lines = []
     for target in targets:
         gain = f'\ngain = "{target.gain}"' if target.gain else ""
+        component = "experts" if target.component == "routed-experts" else target.component
         lines.append(
-            f"[[ablate.target]]\npattern = '{target.pattern}'\ncomponent = \"{target.component}\"\n"
+            f"[[ablate.target]]\npattern = '{target.pattern}'\ncomponent = \"{component}\"\n"
             f'axis = "{target.axis}"{gain}\n'
         )
     return "\n".join(lines)

@@ -5,7 +5,7 @@ import inspect
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,21 +57,43 @@ class Twin:
         import torch
 
         with quiet(), torch.no_grad():
-            network, report = type(self.network).from_pretrained(
-                None,
-                config=copy.deepcopy(self.network.config),
-                state_dict={name: tensor.clone() for name, tensor in state.items()},
-                dtype=torch.float32,
-                attn_implementation="eager",
-                output_loading_info=True,
-            )
-            network.eval()
-            if report["missing_keys"]:
-                raise ArchitectureError(
-                    "transformers saves its tiny twin in a form that it does not load again: "
-                    f"{min(report['missing_keys'])} is missing"
-                )
+            network = self._loaded(state)
             return torch.stack(_states(network, dict(network.named_modules())[self.stack]))
+
+    def owners(self, tensors: Collection[str]) -> list[tuple[Any, ...]]:
+        """Returns for each parameter that some tensors are read into the modules of its layer that it lies in."""
+        import torch
+
+        with quiet(), torch.no_grad():
+            changed = self._loaded({**self.state, **{name: self.state[name] * 0 for name in tensors}})
+        own = dict(self.network.named_parameters())
+        modules = dict(self.network.named_modules())
+        layer = len(self.stack.split(".")) + 1
+        paths = [
+            name.split(".")[:-1]
+            for name, each in changed.named_parameters()
+            if name.startswith(f"{self.stack}.") and not torch.equal(each, own[name])
+        ]
+        return [tuple(modules[".".join(path[:depth])] for depth in range(layer + 1, len(path) + 1)) for path in paths]
+
+    def _loaded(self, state: State) -> Any:
+        """Returns the model with other tensors."""
+        import torch
+
+        network, report = type(self.network).from_pretrained(
+            None,
+            config=copy.deepcopy(self.network.config),
+            state_dict={name: tensor.clone() for name, tensor in state.items()},
+            dtype=torch.float32,
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+        if report["missing_keys"]:
+            raise ArchitectureError(
+                "transformers saves its tiny twin in a form that it does not load again: "
+                f"{min(report['missing_keys'])} is missing"
+            )
+        return network.eval()
 
 
 def build_twin(config: Any, *, original: bool = True, seed: int = 0, **changed: Any) -> Twin:

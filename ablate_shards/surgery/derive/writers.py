@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ablate_shards.surgery.anatomy.gains import TIMES
+from ablate_shards.surgery.anatomy.parts import Part
 from ablate_shards.surgery.derive.twin import SEQUENCES, State, Twin
 
 if TYPE_CHECKING:
@@ -54,11 +55,13 @@ class Kind:
         vector: Whether they have about as many elements as the stream has coordinates.
         first: The state that first shows what they write: 0 is before the first layer, 1 after it.
         mixes: Whether what they write at one token depends on other tokens.
+        reach: How many tokens show that another one differs.
         crosses: Whether it depends on what an encoder is given.
         centres: Whether it multiplies what a mean was subtracted from, which brings back what was removed.
         gain: The kind of vector that their output is multiplied by before it is added, if there is one.
         offset: What is added to that vector first.
         centred: Whether a mean is subtracted from their output before that.
+        part: The part of a component that they are, where something tells.
     """
 
     name: str
@@ -67,11 +70,13 @@ class Kind:
     vector: bool
     first: int = 0
     mixes: bool = False
+    reach: int = 0
     crosses: bool = False
     centres: bool = False
     gain: str | None = None
     offset: float = 0.0
     centred: bool = False
+    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,17 +183,17 @@ def find_mixing(twin: Twin, writers: Sequence[Kind]) -> list[Kind]:
         if kind.first > 0 and not kind.vector:
             states = twin.stream(silence(twin.state, [each for each in inside if each != kind]))[[0, kind.first]]
             before, after = states.reshape(2, -1, SEQUENCES, *states.shape[-2:])
-            crosses = _depends(before, after, 2)
-            kind = replace(kind, crosses=crosses, mixes=crosses or _depends(before, after, 1))
+            crosses, reach = _reach(before, after, 2) > 0, _reach(before, after, 1)
+            kind = replace(kind, crosses=crosses, mixes=crosses or reach > 0, reach=reach)
         found.append(kind)
     return found
 
 
-def _depends(before: "torch.Tensor", after: "torch.Tensor", other: int) -> bool:
-    """Tells whether a state differs between the first sequence and another one where that before it does not."""
+def _reach(before: "torch.Tensor", after: "torch.Tensor", other: int) -> int:
+    """Returns how many tokens of a state differ between the first sequence and another where those before it do not."""
     same = (before[:, 0] == before[:, other]).all(dim=-1)
     apart = (after[:, 0] - after[:, other]).abs().amax(dim=-1) > _MIXED * float(after.abs().amax())
-    return bool(apart[same].any())
+    return int((apart & same).sum(dim=-1).amax())
 
 
 def silence(state: State, kinds: Iterable[Kind]) -> dict[str, "torch.Tensor"]:
