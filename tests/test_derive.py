@@ -12,10 +12,15 @@ from safetensors.torch import load_file, save_file
 from test_advice import _MPT, _NEO, _RWKV, _T5, _TWO_STACKS, _twin, ablate, stream_of
 from test_every_architecture import random_direction, read_anatomy, shares
 from tiny_models import _BASE, TINY_MODELS, TinyModel, save_tiny_model
+from tiny_registry import SMALL
+from transformers import CONFIG_MAPPING
 
+from ablate_shards.errors import ArchitectureError
 from ablate_shards.surgery.anatomy.architecture import dissect
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
-from ablate_shards.surgery.derive import derive_checkpoint
+from ablate_shards.surgery.derive import derive_checkpoint, leaks_of
+from ablate_shards.surgery.derive.derive import derive
+from ablate_shards.surgery.derive.twin import build_twin, find_unreached
 
 UNLISTED = {
     "gpt-j": _twin("GPTJ", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
@@ -153,8 +158,66 @@ def _of_other_size(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
 
 
+def _of_fewer_layers(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+
+
+def _of_more_layers(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+
+
+def _with_a_branch_more(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.adapter.up_proj.weight"] = torch.zeros(32, 8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _that_needs_a_package(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "fast_vlm"}))
+
+
+def _that_contradicts_itself(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "none_such"}))
+
+
 def _with_nothing_known(folder: Path) -> None:
     save_file({"a.b": torch.zeros(2, 2)}, folder / "model.safetensors")
+
+
+def test_a_writer_that_no_text_reaches_is_named() -> None:
+    twin = build_twin(CONFIG_MAPPING["ernie4_5_vl_moe"](), original=False, **SMALL["ernie4_5_vl_moe"])
+    found = derive(twin)
+    assert not found.complete
+    (said,) = [leak for leak in leaks_of(found) if leak.startswith("no text reaches")]
+    assert "mlp.vision_moe.experts.down_proj" in said
+    assert "text_moe" not in said
+
+
+def test_experts_that_no_token_is_routed_to_are_named() -> None:
+    twin = build_twin(CONFIG_MAPPING["qwen3_moe"](), original=False)
+    # With the same choice for all tokens, and the experts that are never chosen in tensors of their own.
+    assert not find_unreached(twin)
+    for layer in twin.network.model.layers:
+        layer.mlp.experts.register_parameter("idle", torch.nn.Parameter(torch.ones(2, twin.hidden, 24)))
+    assert find_unreached(twin) == ["model.layers.#.mlp.experts.idle"]
+
+
+def test_a_stream_that_cannot_be_followed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fourfold(layer: Any, state: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return state.repeat(1, 1, 1, 1)
+
+    monkeypatch.setattr("transformers.models.gpt2.modeling_gpt2.GPT2Block.forward", fourfold)
+    with pytest.raises(ArchitectureError, match="no list of layers was found whose layers all take and return"):
+        build_twin(CONFIG_MAPPING["gpt2"]())
+
+
+def test_a_twin_that_is_too_large_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ablate_shards.surgery.derive.twin._MOST_PARAMETERS", 1000)
+    with pytest.raises(ArchitectureError, match=r"a tiny twin of 'gpt2' would have \d+ parameters, more than 1000"):
+        build_twin(CONFIG_MAPPING["gpt2"]())
 
 
 @pytest.mark.parametrize(
@@ -164,6 +227,11 @@ def _with_nothing_known(folder: Path) -> None:
         (_of_no_type, r"does not know model_type 'brand_new'"),
         (_called_otherwise, r"no tensor of the checkpoint is called .*self_attn"),
         (_of_other_size, r"expected the hidden size 64"),
+        (_of_fewer_layers, r"config\.json counts 1 layers, but the last that the checkpoint holds .* is layer 1"),
+        (_of_more_layers, r"config\.json counts 3 layers, but the last that the checkpoint holds .* is layer 1"),
+        (_with_a_branch_more, r"model\.layers\.1\.adapter\.up_proj\.weight: by its shape it could write"),
+        (_that_needs_a_package, r"a tiny twin of 'fast_vlm' cannot be built: .* requires the timm library"),
+        (_that_contradicts_itself, r"a tiny twin of 'llama' cannot be built: .*none_such"),
         (_with_nothing_known, r"none of the checkpoint's tensors, such as a\.b,"),
     ],
 )

@@ -30,6 +30,7 @@ __all__ = [
     "dissect",
     "family_names",
     "head_of",
+    "marks_prediction",
     "split_layer",
 ]
 
@@ -94,6 +95,11 @@ class _Settings:
                 raise ArchitectureError(f"config.json: expected {key} from 1 to {most}, found {found!r}")
             return found
         return None
+
+
+def marks_prediction(inner: str) -> bool:
+    """Tells whether a tensor, by its name within its layer, is of a layer of multi-token prediction alone."""
+    return _MTP_MARK.match(inner) is not None
 
 
 def split_layer(name: str) -> tuple[int | None, str]:
@@ -300,7 +306,7 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
     roots = "|".join(map(re.escape, layout.roots))
     in_layer = re.compile(rf"(?P<root>{roots}){layout.layers}\.{_LAYER}\.(?P<inner>.+)")
     places = ((name, in_layer.fullmatch(name)) for name in tensors)
-    extra = {int(place["layer"]) for _, place in places if place and _MTP_MARK.match(place["inner"])}
+    extra = {int(place["layer"]) for _, place in places if place and marks_prediction(place["inner"])}
     depth = settings.depth
     hits: list[Hit] = []
     strays: list[LeftOut] = []
