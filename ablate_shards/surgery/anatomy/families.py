@@ -455,6 +455,28 @@ _CPMANT = Layout(
     final="encoder.output_layernorm",
     around=(),
 )
+_DBRX = Layout(
+    attention=(Module("norm_attn_norm.attn.out_proj"),),
+    mlp=(Module("ffn.experts.mlp.w2", "in", bare=True),),
+    embedding=(Module("wte", "in"),),
+    roots=("transformer.", ""),
+    layers="blocks",
+    final="norm_f",
+    around=(),
+)
+_JETMOE = Layout(
+    attention=(Module("self_attention.experts.output_linear", fused=True), Module("self_attention.experts.bias")),
+    mlp=(Module("mlp.output_linear", fused=True), Module("mlp.bias")),
+    around=(),
+)
+_GPT_NEOX_JAPANESE = Layout(
+    attention=(Module("attention.dense", bare=True),),
+    mlp=(Module("mlp.dense_4h_to_h"),),
+    embedding=(Module("embed_in", "in"),),
+    roots=("gpt_neox_japanese.", ""),
+    final="final_layer_norm",
+    around=(),
+)
 _XLSTM = Layout(
     attention=(Module("mlstm_layer.out_proj"),),
     mlp=(Module("ffn.proj_down"),),
@@ -595,6 +617,20 @@ _MODERNBERT = Layout(
     ),
     roots=("model.", ""),
     final="final_norm",
+    around=(),
+)
+_BERT_LAYERS = Layout(
+    attention=(Module("attention.output.dense"), Module("crossattention.output.dense")),
+    mlp=(Module("output.dense"),),
+    embedding=(
+        Module("embeddings.word_embeddings", "in"),
+        Module("embeddings.position_embeddings", "in"),
+        Module("embeddings.token_type_embeddings", "in"),
+    ),
+    roots=("bert.", "roberta.", ""),
+    within=("intermediate",),
+    layers="encoder.layer",
+    final="encoder.ln",
     around=(),
 )
 _ROBERTA_NORM = "centred embeddings.LayerNorm"
@@ -755,6 +791,10 @@ FAMILIES = (
     Family("T5", ("t5", "mt5", "umt5", "udop"), _T5),
     Family("Pix2Struct", ("pix2struct_text_model",), _PIX2STRUCT),
     Family("CPM-Ant", ("cpmant",), _CPMANT),
+    Family("DBRX", ("dbrx",), _DBRX),
+    Family("JetMoE", ("jetmoe",), _JETMOE),
+    Family("GPT-NeoX-Japanese", ("gpt_neox_japanese",), _GPT_NEOX_JAPANESE),
+    Family("Megatron-BERT", ("megatron-bert", "xlm-roberta-xl"), _BERT_LAYERS),
     Family("BLOOM", ("bloom",), _BLOOM),
     Family("mBART", ("mbart",), _MBART),
     Family("ModernBERT decoder", ("modernbert-decoder",), _MODERNBERT),
@@ -788,14 +828,17 @@ TIED_BY_DEFAULT = frozenset(
         "gpt2",
         "gpt_bigcode",
         "gpt_neo",
+        "gpt_neox_japanese",
         "granite_docling_text",
         "granite_swa",
         "hunyuan_vl_text",
+        "jetmoe",
         "lfm2",
         "lfm2_moe",
         "lfm3",
         "mamba",
         "mbart",
+        "megatron-bert",
         "minicpm3",
         "modernbert-decoder",
         "mpt",
@@ -812,6 +855,7 @@ TIED_BY_DEFAULT = frozenset(
         "umt5",
         "vaultgemma",
         "whisper",
+        "xlm-roberta-xl",
         "youtu",
         "zamba",
         "zamba2",

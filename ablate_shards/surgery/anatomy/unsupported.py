@@ -90,7 +90,7 @@ REASONS = (
     Reason(
         "what it stores cannot be described by a line of the table; `ablate-shards inspect SOURCE --derive` finds the "
         "lines of a recipe for it",
-        ("dbrx", "gpt_neox_japanese", "idefics", "jetmoe", "megatron-bert", "t5gemma2", "xlm-roberta-xl"),
+        ("idefics", "t5gemma2"),
     ),
     Reason(
         "its adapters read proteins beside the text, and transformers builds no twin that could be given any, so its "
