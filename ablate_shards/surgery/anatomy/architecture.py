@@ -189,7 +189,9 @@ def _family_of(tensors: Mapping[str, TensorInfo], settings: _Settings) -> Family
                 return family
         if (why := reason_for(kind)) is not None:
             raise ArchitectureError(
-                f"config.json: model_type {kind!r} is refused: {why}; {_DESCRIBE} to edit it all the same"
+                f"config.json: model_type {kind!r} is refused: {why}; to edit it all the same, describe its writers "
+                "with [[ablate.target]] in a recipe: `ablate-shards inspect SOURCE --derive` prints such lines and "
+                "says how much of a direction they leave"
             )
         raise _unknown(tensors, settings, f"config.json: the table does not know model_type {kind!r}")
     names = {_NUMBER.sub("#", name) for name in tensors}

@@ -364,8 +364,8 @@ _LONGCAT = Layout(
             "zero_expert_num",
             True,
             "its experts without weights add the normalised stream, multiplied coordinate by coordinate, so a "
-            "direction comes back; `ablate-shards inspect SOURCE --derive` prints the lines of its writers and says "
-            "how much",
+            "direction comes back; to edit it all the same, take the lines that `ablate-shards inspect SOURCE "
+            "--derive` prints, which says how much they leave",
         ),
     ),
 )

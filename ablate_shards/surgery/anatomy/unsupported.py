@@ -79,8 +79,7 @@ REASONS = (
         ("rwkv",),
     ),
     Reason(
-        "it denoises blocks of text, and what its self-conditioning adds to the stream was not proven; `ablate-shards "
-        "inspect SOURCE --derive` finds the lines of a recipe for all else",
+        "it denoises blocks of text, and what its self-conditioning adds to the stream was not proven",
         ("diffusion_gemma",),
     ),
     Reason(
@@ -88,13 +87,16 @@ REASONS = (
         ("blt", "hrm_text", "reformer"),
     ),
     Reason(
-        "what it stores cannot be described by a line of the table; `ablate-shards inspect SOURCE --derive` finds the "
-        "lines of a recipe for it",
-        ("idefics", "t5gemma2"),
+        "its attention to images lies in a list of layers of its own, which a line of the table cannot describe",
+        ("idefics",),
     ),
     Reason(
-        "its adapters read proteins beside the text, and transformers builds no twin that could be given any, so its "
-        "writers were not proven",
+        "its decoder reads an embedding of the encoder, with a vector of its own for the end of an image that no text "
+        "reaches",
+        ("t5gemma2",),
+    ),
+    Reason(
+        "its adapters read proteins beside the text, which no twin was given, so its writers were not proven",
         ("evolla",),
     ),
     Reason(
