@@ -206,3 +206,17 @@ def test_codes_of_consolidated_files_are_refused_with_the_way_out(tmp_path: Path
         said.split()
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_an_adapter_of_published_names_is_refused(told: bool, tmp_path: Path) -> None:
+    twin = twin_of("mistral", original=False)
+    published = {renamed(name, PUBLISHED["mistral"]): tensor for name, tensor in twin.state.items()}
+    config = json.loads(twin.network.config.to_json_string(use_diff=False)) if told else None
+    source = write(tmp_path / "source", published, config, "consolidated.safetensors")
+    directions = write_directions(tmp_path / "d.safetensors", layers=twin.layers, hidden=twin.hidden)
+    options = ("-d", directions, "--source-layer", 1)
+    said = checked(source, tmp_path / "adapter", *options, "--adapter", code=1).stderr
+    assert "attention.wo.weight is called as its makers publish it" in " ".join(said.split())
+    checked(source, tmp_path / "out", *options)
+    checked("verify", source, tmp_path / "out")

@@ -30,6 +30,7 @@ __all__ = [
     "dissect",
     "family_names",
     "head_of",
+    "is_published_form",
     "marks_prediction",
     "split_layer",
 ]
@@ -55,6 +56,8 @@ _WRITER_LIKE = re.compile(
     r"|self_attn\.linear_attn"
     r"|eh_proj|fc|linear_2|linear_fc2|output_linear|proj|wo)(?=\.|$|_bias$|_blocks$|_scales$)"
 )
+#: After the name of a family that is the first of several that fit.
+_LIKE = "-like"
 _DESCRIBE = "describe every writer with [[ablate.target]] in a recipe"
 _PROJECTOR = re.compile(r"projector|merger|embed_vision|embed_audio")
 _ATTENTION = re.compile(r"attn|attention")
@@ -213,7 +216,7 @@ def _family_of(tensors: Mapping[str, TensorInfo], settings: _Settings) -> Family
             "differently; put the model's config.json beside the shards"
         )
     first = fitting[0][0]
-    return first if len(fitting) == 1 else first._replace(name=f"{first.name}-like")
+    return first if len(fitting) == 1 else first._replace(name=first.name + _LIKE)
 
 
 def _in_form(family: Family, tensors: Iterable[str]) -> Family:
@@ -226,6 +229,12 @@ def _in_form(family: Family, tensors: Iterable[str]) -> Family:
         rules = _rules_of(layout)
         counts.append(sum(1 for name in names if _hit(name, rules, frozenset())))
     return family._replace(layout=family.layouts[counts.index(max(counts))])
+
+
+def is_published_form(tensors: Iterable[str], family: str) -> bool:
+    """Tells whether tensors of a family go by the names of its makers, which transformers has no modules of."""
+    row = next((row for row in FAMILIES if row.name == family.removesuffix(_LIKE)), None)
+    return row is not None and _in_form(row, tensors).layout is row.published
 
 
 def _modules_by_names(layout: Layout, names: Set[str]) -> frozenset[Module] | None:
