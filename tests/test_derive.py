@@ -188,6 +188,12 @@ def _with_nothing_known(folder: Path) -> None:
     save_file({"a.b": torch.zeros(2, 2)}, folder / "model.safetensors")
 
 
+def test_attention_to_images_in_a_list_of_its_own_is_followed() -> None:
+    found = derive(build_twin(CONFIG_MAPPING["idefics"]()))
+    assert found.complete
+    assert any("gated_cross_attn_layers" in target.pattern for target in found.targets)
+
+
 def test_a_writer_that_no_text_reaches_is_named() -> None:
     twin = build_twin(CONFIG_MAPPING["ernie4_5_vl_moe"](), original=False, **SMALL["ernie4_5_vl_moe"])
     found = derive(twin)
