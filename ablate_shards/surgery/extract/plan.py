@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ablate_shards.errors import PlanError, UsageError
+from ablate_shards.surgery.anatomy.architecture import is_published_form
 from ablate_shards.surgery.anatomy.scales import Scales
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
@@ -223,13 +224,20 @@ def make_adapter_plan(
         left_out: What is left out already.
 
     Raises:
-        PlanError: There is nothing that an adapter could carry, or a module is named twice.
+        PlanError: There is nothing that an adapter could carry, a module is named twice, or the names are not those of
+            transformers.
         UsageError: The rank is less than that of the directions.
     """
     most = max((len(change.basis) for change in changes if change.basis is not None), default=1)
     if rank is not None and rank < most:
         raise UsageError(
             f"--adapter-rank {rank}: there are {most} directions per layer, which take as many; give at least {most}"
+        )
+    if family is not None and is_published_form(checkpoint.tensors, family):
+        raise PlanError(
+            f"{checkpoint.name}: {changes[0].name} is called as its makers publish it, and an adapter needs the names "
+            "of modules of transformers; write a checkpoint instead, or take the model in the form that transformers "
+            "loads"
         )
     names = ModuleNames(checkpoint.tensors, checkpoint.config, family)
     refused = _REFUSED_BESIDE_MAMBA if _model_type(checkpoint) in _MAMBA else frozenset()

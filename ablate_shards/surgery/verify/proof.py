@@ -25,6 +25,7 @@ from ablate_shards.names import (
     RECEIPT_NAMES,
     is_report,
 )
+from ablate_shards.surgery.anatomy.gains import factors_of
 from ablate_shards.surgery.anatomy.scales import is_codes, quantisation_of
 from ablate_shards.surgery.checkpoint.amended import amend
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range
@@ -611,7 +612,7 @@ def _describes(edit: TensorEdit, checkpoint: Checkpoint, directions: Directions)
     ):
         return False
     hidden = directions.basis[neighbours(key.source_layer)[0]].shape[1:]
-    gain = None if key.gain is None else checkpoint.tensors.get(key.gain)
+    gains = [] if key.gain is None else [checkpoint.tensors.get(name) for name in factors_of(key.gain)]
     return (
         (tensor.shard, tensor.dtype, tensor.shape, tensor.start, tensor.end)
         == (edit.shard, edit.dtype, edit.shape, edit.start, edit.end)
@@ -619,7 +620,7 @@ def _describes(edit: TensorEdit, checkpoint: Checkpoint, directions: Directions)
         and shape[edit.axis] == hidden[0]
         and all(layer in directions.reference for layer in key.references)
         and all(directions.reference[layer].shape == hidden for layer in key.references)
-        and (key.gain is None or (gain is not None and gain.shape == hidden))
+        and all(gain is not None and gain.shape == hidden for gain in gains)
     )
 
 
