@@ -352,7 +352,31 @@ def perturbed(base, out, *, kept=("norm", "ln_")):
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", "qwen2", "qwen3-moe-fused", "mixtral-fused", "gpt-oss", "gpt2", "gemma2", "phi", "deepseek-v3-fused"],
+    [
+        "llama",
+        "qwen2",
+        "qwen3-moe-fused",
+        "mixtral-fused",
+        "gpt-oss",
+        "gpt2",
+        "gemma2",
+        "phi",
+        "deepseek-v3-fused",
+        "qwen3-moe",
+        "mixtral",
+        "olmoe",
+        "deepseek-v2",
+        "deepseek-v3",
+        "glm4-moe",
+        "qwen2-moe",
+        "qwen3-next",
+        "lfm2-moe",
+        "jamba",
+        "nemotron-h",
+        "qwen3.5-moe",
+        "granite-hybrid-moe",
+        "llama4",
+    ],
 )
 def test_peft_makes_the_second_checkpoint_of_the_first(tmp_path, name):
     tiny = TINY_MODELS[name]
@@ -367,6 +391,31 @@ def test_peft_makes_the_second_checkpoint_of_the_first(tmp_path, name):
         assert (second - first).norm() > 1e-2 * second.norm()
         torch.testing.assert_close(found, second, rtol=1e-4, atol=1e-3 * float(second.abs().max()))
     assert "with the digests it records" in checked("verify", base, tmp_path / "adapter").output
+
+
+@pytest.mark.parametrize("kind", ["gate_proj", "up_proj", "down_proj"])
+def test_experts_that_do_not_differ_are_carried_along(tmp_path, kind):
+    """transformers makes one parameter of all experts, so that one that differs takes the others with it."""
+    tiny = TINY_MODELS["qwen3-moe"]
+    base = save_tiny_model(tiny, tmp_path / "base")
+    shutil.copytree(base, tmp_path / "other")
+    tensors = load_file(base / "model.safetensors")
+    name = f"model.layers.1.mlp.experts.2.{kind}.weight"
+    noise = np.random.default_rng(7).standard_normal(tensors[name].shape).astype(np.float32)
+    save_file(tensors | {name: tensors[name] + noise}, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    checked("diff", base, tmp_path / "other", "--adapter", tmp_path / "adapter", "--adapter-rank", 32, "--quiet")
+    [record] = receipt_of(tmp_path / "adapter")["modules"]
+    assert len(record["tensors"]) == (4 if kind == "down_proj" else 8)
+    model, said = adapted(tiny, base, tmp_path / "adapter")
+    assert not [text for text in said if "missing adapter keys" in text]
+    with torch.no_grad():
+        found, wanted = model(input_ids=TOKENS).logits, tiny.load(tmp_path / "other")(input_ids=TOKENS).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+    checked("merge", base, tmp_path / "adapter", tmp_path / "merged", "--quiet")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    np.testing.assert_allclose(merged[name], tensors[name] + noise, atol=1e-5)
+    others = [each for each in tensors if each != name]
+    assert all(np.allclose(merged[each], tensors[each], atol=1e-6) for each in others)
 
 
 def test_extracting_undoes_a_merge(tmp_path):

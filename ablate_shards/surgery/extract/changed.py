@@ -17,6 +17,7 @@ from ablate_shards.surgery.extract.matrices import ChangedMatrix, Pair, ReadInto
 from ablate_shards.surgery.extract.modules import ModuleNames
 from ablate_shards.surgery.extract.plan import AdapterPlan, Change, make_adapter_plan
 from ablate_shards.surgery.extract.receipt import Made, adapter_receipt_text
+from ablate_shards.surgery.machine.files import same_bytes
 from ablate_shards.surgery.plan.edits import Edit, Skip
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["difference_receipt", "plan_difference_adapter"]
 
-_PIECE = 1 << 22
 _EXPERTS = ".experts."
 #: Families whose linear weights, and those whose stacks of experts, are stored as ``[in, out]``.
 _CONV1D, _MARKED = frozenset({"GPT-2"}), frozenset({"gpt-oss"})
@@ -52,11 +52,11 @@ def plan_difference_adapter(first: Checkpoint, second: Checkpoint, rank: int | N
     differences = _Differences(first, second, family)
     changes: list[Change] = []
     left_out: list[Skip] = []
-    for tensor in first.tensors.values():
+    for tensor in differences.found():
         found = differences.of(tensor)
         if isinstance(found, Change):
             changes.append(found)
-        elif found is not None:
+        else:
             left_out.append(Skip(tensor.name, None, None, found))
     if not changes and not left_out:
         raise PlanError(f"{second.name}: holds the same weights as {first.name}, so that there is nothing to extract")
@@ -98,10 +98,20 @@ class _Differences:
             for part in (scales.tensor, *(each.tensor for each in scales.parts))
         }
 
-    def of(self, tensor: TensorInfo) -> Change | str | None:
-        """Returns what an adapter changes of a tensor, why it does not, or None where nothing differs."""
-        if tensor.name in self._beside or not self._differs(tensor):
-            return None
+    def found(self) -> list[TensorInfo]:
+        """Returns the tensors that differ, and all experts of those that the model makes one parameter of."""
+        tensors = [tensor for name, tensor in self._first.tensors.items() if name not in self._beside]
+        places = {tensor.name: self._names.place(tensor) for tensor in tensors}
+        differing = {tensor.name for tensor in tensors if self._differs(tensor)}
+        stacks = {place.path for name in differing if (place := places[name]) is not None and place.expert is not None}
+        return [
+            tensor
+            for tensor in tensors
+            if tensor.name in differing or ((place := places[tensor.name]) is not None and place.path in stacks)
+        ]
+
+    def of(self, tensor: TensorInfo) -> Change | str:
+        """Returns what an adapter changes of a tensor that differs, or why it does not."""
         other, scales = self._second.tensors[tensor.name], self._scales[0].get(tensor.name)
         coded = scales is not None and tensor.name in self._scales[1]
         if not coded and not {tensor.dtype, other.dtype} <= ITEM_BYTES.keys():
@@ -119,8 +129,11 @@ class _Differences:
         if (len(tensor.shape) > 2 and not stacked and not coded) or 0 in tensor.shape:
             return "is no matrix, nor a stack of those of experts"
         place = self._names.place(tensor)
+        alone = place is not None and place.form == "parameter" and place.expert is None and not stacked
+        if alone and place is not None and not place.path.endswith(".weight"):
+            return "is a parameter beside other weights of its module, which peft would wrap as one"
         if place is None:
-            return "is half of what transformers makes one parameter of; fuse the experts of both checkpoints first"
+            return "is a part of what transformers makes one parameter of"
         axis = -1 if place.form == "embedding" else -2
         if not coded and self._family in (_MARKED if stacked else _CONV1D) and place.path != "lm_head":
             axis = -1
@@ -171,13 +184,12 @@ def _same_bytes(first: Checkpoint, second: Checkpoint, name: str) -> bool:
     if one.dtype != other.dtype or one.end - one.start != other.end - other.start:
         return False
     never = threading.Event()
-    for done in range(0, one.end - one.start, _PIECE):
-        pieces = [bytearray(min(_PIECE, one.end - one.start - done)) for _ in range(2)]
-        for checkpoint, tensor, piece in zip((first, second), (one, other), pieces, strict=True):
-            checkpoint.files.read_into(tensor.shard, memoryview(piece), tensor.start + done, never)
-        if pieces[0] != pieces[1]:
-            return False
-    return True
+
+    def fill(checkpoint: Checkpoint, tensor: TensorInfo, data: memoryview, offset: int) -> None:
+        checkpoint.files.read_into(tensor.shard, data, tensor.start + offset, never)
+
+    fills = (functools.partial(fill, first, one), functools.partial(fill, second, other))
+    return same_bytes(*fills, one.end - one.start)
 
 
 def _vectors(
