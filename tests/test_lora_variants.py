@@ -18,6 +18,15 @@ LINEAR = ["q_proj", "o_proj", "down_proj"]
 CONV1D = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The last bits of a decomposition of peft's, and so of what is left of a base, depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def trained(tiny, folder, settings, *, rows=None, load=None, dtype=None):
     """Saves a base and an adapter of it, every trained value moved."""
     if not (folder / "base").exists():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ablate_shards.errors import ArchitectureError
+from ablate_shards.surgery.checkpoint.checkpoint import text_part
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
 __all__ = [
@@ -239,8 +240,8 @@ def names_of_activations(module: str) -> list[str]:
 def quantisation_of(config: Mapping[str, Any] | None) -> Any:
     """Returns the ``quantization_config`` of a config.json, of the decoder's own part before the rest."""
     whole = config or {}
-    text = whole.get("text_config")
-    places = (text, whole) if isinstance(text, Mapping) else (whole,)
+    part = text_part(whole)
+    places = (whole,) if part is None else (part[1], whole)
     return next((place[_KEY] for place in places if place.get(_KEY) is not None), None)
 
 

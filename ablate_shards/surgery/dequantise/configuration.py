@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ablate_shards.errors import PlanError, reason
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, text_part
 
 __all__ = ["Changes", "exempting", "without_quantisation"]
 
@@ -71,7 +71,8 @@ def exempting(checkpoint: Checkpoint, modules: Sequence[str], experts: Sequence[
     """
     changes = Changes()
     config = _config(checkpoint)
-    for path, place in (("", config), ("text_config.", config.get("text_config"))):
+    part = text_part(config)
+    for path, place in (("", config), *([(f"{part[0]}.", part[1])] if part else [])):
         if isinstance(place, Mapping) and isinstance(place.get(_KEY), Mapping):
             method = str(place[_KEY].get("quant_method"))
             changes.config[f"{path}{_KEY}"] = _exempt(place[_KEY], method, modules, experts)

@@ -18,7 +18,8 @@ from ablate_shards.kernels.merge.taken import Taken
 from ablate_shards.names import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from ablate_shards.surgery.anatomy.wrappers import unwrapped
 from ablate_shards.surgery.checkpoint.files import pointed_at
-from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo, read_header
+from ablate_shards.surgery.checkpoint.headers import TensorInfo, read_header
+from ablate_shards.surgery.checkpoint.stores import is_hub_id
 from ablate_shards.validation import Finite, checked
 
 __all__ = ["Adapter", "LoraSettings", "LowRank", "TokenRows", "read_adapter"]
@@ -29,7 +30,7 @@ _MLX_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|tok_em
 _WITH_MLX = "fuse it with `mlx_lm.fuse`"
 _FACTOR = re.compile(
     r"(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\."
-    r"(?:lora_(?P<factor>[AB])\.(?:[^.]+\.)?(?P<what>weight|bias)|lora_embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
+    r"(?:lora_(?P<factor>[AB])(?:\.(?:[^.]+\.)?(?P<what>weight|bias))?|lora_embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
 )
 _MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(?:\.[^.]+){0,2}")
 #: What training alone needs: the projection of VeLoRA's backward pass, the sampler of MonteCLoRA.
@@ -39,6 +40,7 @@ _TOKENS = re.compile(r"(?P<module>.+?)\.token_adapter\.trainable_tokens_delta(?:
 #: As peft keeps a parameter that is trained whole, and the one that it began as, where it saves all of a module.
 _SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save\.(?:[^.]+\.)?(?P<what>weight|bias)")
 _UNTRAINED = re.compile(r"(?P<module>.+?)\.original_module\.(?P<what>weight|bias)")
+_KOHYA, _KOHYA_FACTORS = re.compile(r"\.lora_(?P<factor>down|up)(?:\.|$)"), {"down": "A", "up": "B"}
 _NOT_PLAIN = re.compile(r"(?:^|\.)(?P<what>lora_\w+|token_adapter|trainable_tokens\w*|modules_to_save)(?:\.|$)")
 
 #: Keys of the configuration that change what a weight becomes, and that the merge takes into account.
@@ -51,7 +53,8 @@ _USED = {
 _IRRELEVANT = {
     "alpha", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
-    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
+    "megatron_core", "merge_weights", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "target_modules",
 }  # fmt: skip
 _BESIDE = "load it with peft beside the base instead"
 #: Why, and the way out.
@@ -69,6 +72,7 @@ _REFUSED = {
 _TRAINING_ONLY = {"velora_config", "monteclora_config"}
 #: Initialisations that leave the base as it is.
 _PLAIN_INITIALISATIONS = {True, False, None, "gaussian", "eva", "orthogonal", "mica"}
+_STORED: dict[str, type[np.generic]] = {**STORED, "F64": np.float64}
 #: Those that subtract from it what they start with, and that it tells again.
 _TAKEN: Mapping[Any, Taken] = {"pissa": "pissa", "olora": "olora"}
 
@@ -212,12 +216,13 @@ class Adapter:
         """
         info = self.tensors[name]
         wanted = math.prod(info.shape) if count is None else count
-        stored = np.empty(wanted, STORED[info.dtype])
+        stored = np.empty(wanted, _STORED[info.dtype])
         with (self.path / self.weights).open("rb") as file:
             file.seek(info.start + first * stored.itemsize)
             if file.readinto(stored.data.cast("B") if wanted else bytearray()) != stored.nbytes:
                 raise AdapterError(f"{self.path / self.weights}: ended early while {name} was read; it was changed")
-        values = decoded(stored, np.float32)
+        with np.errstate(over="ignore"):
+            values = stored.astype(np.float32) if info.dtype == "F64" else decoded(stored, np.float32)
         if not math.isfinite(float(values.sum(dtype=np.float64))):
             raise AdapterError(f"{self.path / self.weights}: {name} holds NaN or infinite values; train it again")
         return values.reshape(info.shape) if count is None else values
@@ -244,13 +249,16 @@ def read_adapter(path: Path) -> Adapter:
     mlx = (path / _MLX_WEIGHTS).is_file() and not (path / WEIGHTS_NAME).is_file()
     weights = path / (_MLX_WEIGHTS if mlx else WEIGHTS_NAME)
     if not path.is_dir():
-        raise AdapterError(f"{path}: expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, found none")
+        found = "a file; name the folder that it is in" if path.is_file() else "none"
+        repo = str(path) if not path.is_file() and is_hub_id(str(path)) else ""
+        way_out = f"; if it is on the Hub, fetch it with `hf download {repo} --local-dir FOLDER`" if repo else ""
+        raise AdapterError(f"{path}: expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, found {found}{way_out}")
     if not config_path.is_file():
         below = pointed_at(file.relative_to(path).as_posix() for file in sorted(path.glob(f"**/{CONFIG_NAME}")))
-        raise AdapterError(f"{path}: holds no {CONFIG_NAME}{below or ', so it is not a peft adapter'}")
+        raise AdapterError(f"{path}: holds no {CONFIG_NAME}{below or '; name the folder that peft saved it in'}")
     if not weights.is_file():
-        pickled = (path / "adapter_model.bin").is_file()
-        hint = "; only safetensors are read, so save the adapter again with a current peft" if pickled else ""
+        others = sorted(file.name for file in path.glob("adapter_model*.*"))
+        hint = f", but {others[0]}; save it again with a current peft, in one file of safetensors" if others else ""
         raise AdapterError(f"{path}: holds no {WEIGHTS_NAME}{hint}")
     raw = config_path.read_bytes()
     content = _object(config_path, raw)
@@ -261,8 +269,11 @@ def read_adapter(path: Path) -> Adapter:
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
     for tensor in shard.tensors:
-        if tensor.dtype not in ITEM_BYTES:
-            raise AdapterError(f"{weights}: {tensor.name}: expected BF16, F16 or F32, found {tensor.dtype}")
+        if tensor.dtype not in _STORED:
+            raise AdapterError(
+                f"{weights}: {tensor.name}: expected BF16, F16, F32 or F64, found {tensor.dtype}; save the adapter in "
+                "one of them"
+            )
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     sort = _sort_mlx if mlx else _sort
@@ -362,7 +373,7 @@ def _checked(config: Mapping[str, Any], path: Path) -> LoraSettings:
                 f"{path}: {key} is set to {value!r}, which this version does not know; merge it with peft itself"
             )
     start = config.get("init_lora_weights")
-    if not isinstance(start, bool | str | None) or (start not in _PLAIN_INITIALISATIONS and _taken_by(start) is None):
+    if isinstance(start, str) and start not in _PLAIN_INITIALISATIONS and _taken_by(start) is None:
         raise AdapterError(f"{path}: init_lora_weights is {start!r}, {_why_not_again(start)}")
 
     try:
@@ -371,15 +382,14 @@ def _checked(config: Mapping[str, Any], path: Path) -> LoraSettings:
         raise AdapterError(f"{path}: {error}") from error
 
 
-def _why_not_again(start: Any) -> str:
+def _why_not_again(start: str) -> str:
     """Returns why what an initialisation took out of the base is not found again, and the way out."""
     if start == "loftq":
         return (
             "which puts codes in the base's place; save the base as it was trained, without the adapter, and merge "
             "into that, with init_lora_weights true"
         )
-    random = isinstance(start, str) and start.startswith("pissa_niter_")
-    how = "by a random method" if random else "by means that only the training had"
+    how = "by a random method" if start.startswith("pissa_niter_") else "by means that only the training had"
     return (
         f"which subtracts from the base what it starts with, found {how}; save the adapter again where it was trained, "
         "with path_initial_model_for_weight_conversion, which makes it a plain one"
@@ -421,7 +431,8 @@ def _sort(tensors: tuple[TensorInfo, ...], path: Path, config: LoraSettings) -> 
             raise AdapterError(f"{path}: {tensor.name}: LoRA has no bias of A")
         if role != "bias" and (len(tensor.shape) < 2 or 0 in tensor.shape):
             raise AdapterError(
-                f"{path}: {tensor.name}: expected 2 dimensions, found {list(tensor.shape)}; it was saved in pieces"
+                f"{path}: {tensor.name}: expected 2 dimensions, found {list(tensor.shape)}; it was saved in pieces, "
+                "so save it again with all of them gathered, as stage3_gather_16bit_weights_on_model_save does"
             )
         key = (match["module"], match["nested"].count(".base_layer"), kind)
         if (other := factors.setdefault(key, {}).setdefault(role, tensor.name)) != tensor.name:
@@ -464,6 +475,11 @@ def _sort(tensors: tuple[TensorInfo, ...], path: Path, config: LoraSettings) -> 
         elif match := _BASE_COPY.fullmatch(inner):
             trained = match["what"] == "bias" and config.bias != "none"
             (replaced if trained else copies)[f"{match['module']}.{match['what']}"] = name
+        elif match := _KOHYA.search(inner):
+            raise AdapterError(
+                f"{path}: {name}: peft calls this factor lora_{_KOHYA_FACTORS[match['factor']]}; rename the tensors, "
+                "lora_down to lora_A and lora_up to lora_B"
+            )
         elif match := _NOT_PLAIN.search(inner):
             raise AdapterError(f"{path}: {name}: {match['what']} cannot be merged here; merge it with peft itself")
         else:

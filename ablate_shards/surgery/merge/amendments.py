@@ -16,7 +16,7 @@ from ablate_shards.errors import AdapterError, ExecuteError, PlanError
 from ablate_shards.surgery.anatomy.architecture import Anatomy, head_of
 from ablate_shards.surgery.anatomy.tied import stored_head
 from ablate_shards.surgery.checkpoint.amended import CONFIG, Amendments, NewTensor
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, text_part
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES
 from ablate_shards.surgery.merge.adapter import Adapter, LowRank, TokenRows
 
@@ -285,9 +285,9 @@ class _Finder:
                 )
             self._begins_as |= {part.name: other.copy for part in (one, other) if part.name}
         self._config[_TIE] = False
-        text = (self._checkpoint.config or {}).get("text_config")
-        if isinstance(text, Mapping) and _TIE in text:
-            self._config[f"text_config.{_TIE}"] = False
+        part = text_part(self._checkpoint.config or {})
+        if part is not None and _TIE in part[1]:
+            self._config[f"{part[0]}.{_TIE}"] = False
         return [one, other]
 
     def _rows_of(self, part: _Part, height: int) -> int:
@@ -317,10 +317,10 @@ class _Finder:
             if path.endswith("lm_head.bias") and self._adapter.shape(source) == (rows,) and (name := self._find(path)):
                 self._stretch(name, rows)
         config = self._checkpoint.config or {}
-        text = config.get("text_config")
-        inner = isinstance(text, Mapping) and ("vocab_size" in text or "vocab_size" not in config)
-        if inner:
-            self._config["text_config.vocab_size"] = rows
+        text = text_part(config)
+        inner = text is not None and ("vocab_size" in text[1] or "vocab_size" not in config)
+        if text is not None and inner:
+            self._config[f"{text[0]}.vocab_size"] = rows
         if "vocab_size" in config or not inner:
             self._config["vocab_size"] = rows
 

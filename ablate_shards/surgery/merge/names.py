@@ -13,7 +13,7 @@ __all__ = ["Names"]
 _MOST_CANDIDATES = 6
 
 #: Prefixes that differ between a model, its text part and its checkpoint.
-_OUTER = frozenset({"base_model", "language_model", "model", "text_model", "transformer"})
+_OUTER = frozenset({"base_model", "language_model", "llm", "model", "text_model", "transformer"})
 #: What one module is called in a model and in its checkpoint, either way round.
 _SPELLINGS = (
     (".mlp.", ".block_sparse_moe."),

@@ -277,7 +277,7 @@ class _Planner:
 
         Rows for new tokens are not the base's.
         """
-        theirs = STORED[self._adapter.tensors[source].dtype]
+        theirs = STORED.get(self._adapter.tensors[source].dtype, np.float32)  # F64 is read as float32
         new = {each.name: each.begins_as or "" for each in self.found.amendments.tensors}
         known = self._source.tensors.get(new.get(tensor.name, tensor.name), tensor)
         count, never = min(math.prod(known.shape), math.prod(tensor.shape)), threading.Event()
