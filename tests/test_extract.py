@@ -416,6 +416,50 @@ def test_experts_that_do_not_differ_are_carried_along(tmp_path, kind):
     assert all(np.allclose(merged[each], tensors[each], atol=1e-6) for each in others)
 
 
+def dropped(word):
+    return lambda tensors: {name: values for name, values in tensors.items() if word not in name}
+
+
+def head_stored(tensors):
+    return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}
+
+
+def with_buffers(tensors):
+    return tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+
+
+DISPENSABLE = {
+    "no multi-token prediction": ("qwen3.5", dropped("mtp."), "first checkpoint holds it, and it is no part of"),
+    "no layer of its own for it": ("deepseek-v3", dropped("model.layers.3."), "and it is no part of the decoder"),
+    "no vision tower": ("qwen3.5", dropped("visual"), "and it is no part of the decoder"),
+    "a tied head stored too": ("qwen2", head_stored, "second checkpoint holds it, a copy of the embedding"),
+    "buffers": ("llama", with_buffers, "and loaders compute it"),
+}
+
+
+@pytest.mark.parametrize("case", DISPENSABLE)
+def test_what_the_decoder_does_without_may_be_in_one_of_two_checkpoints(tmp_path, case):
+    name, change, reason = DISPENSABLE[case]
+    tiny = TINY_MODELS[name]
+    base = save_tiny_model(tiny, tmp_path / "base")
+    shutil.copytree(base, tmp_path / "other")
+    tensors = load_file(base / "model.safetensors")
+    changed = next(
+        each
+        for each in tensors
+        if each.endswith("layers.1.self_attn.o_proj.weight") or "1.linear_attn.out_proj" in each
+    )
+    noise = np.random.default_rng(7).standard_normal(tensors[changed].shape).astype(np.float32)
+    other = change(tensors | {changed: tensors[changed] + noise})
+    save_file(other, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    checked("diff", base, tmp_path / "other", "--adapter", tmp_path / "adapter", "--adapter-rank", 32, "--quiet")
+    receipt = receipt_of(tmp_path / "adapter")
+    assert [record["tensors"][0]["name"] for record in receipt["modules"]] == [changed]
+    assert receipt["left_out"]
+    assert all(reason in skip["reason"] for skip in receipt["left_out"])
+    assert str(tmp_path) not in json.dumps(receipt)
+
+
 def test_extracting_undoes_a_merge(tmp_path):
     base = write_llama(tmp_path / "base", dtype="F32")
     adapter = write_adapter(tmp_path / "adapter", layers=range(3), rank=4)

@@ -326,3 +326,91 @@ def test_a_weight_of_another_layer_is_no_head(tmp_path):
     save_file(load_file(file) | {lost: torch.zeros(3, 32)}, file)
     said = " ".join(checked("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out", code=1).output.split())
     assert f"{lost} matches no weight of" in said
+
+
+# ------------------------------------------------------------------------------------ encoders, alone and with decoders
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+BART = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+}  # fmt: skip
+ENCODERS = {
+    # What saved the base, what was trained, and the class of that.
+    "Bert": ("Bert", "Model", "ForSequenceClassification", {**SIZES, "max_position_embeddings": 64}, "query"),
+    "Roberta": ("Roberta", "Model", "ForSequenceClassification", {**SIZES, "max_position_embeddings": 64}, "query"),
+    "XLM": ("XLMRoberta", "Model", "ForTokenClassification", {**SIZES, "max_position_embeddings": 64}, "value"),
+    "DistilBert": (
+        "DistilBert", "Model", "ForSequenceClassification", {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2},
+        "q_lin",
+    ),
+    "T5": ("T5", "ForConditionalGeneration", "ForConditionalGeneration", T5, "wo"),
+    "Bart": ("Bart", "ForConditionalGeneration", "ForConditionalGeneration", BART, "fc2"),
+}  # fmt: skip
+
+
+def encoder(name, folder):
+    """Saves a base without the prefix of a classifier, and returns what loads it as what is trained."""
+    import transformers
+
+    stem, saved, trained_as, sizes, _ = ENCODERS[name]
+    config = getattr(transformers, f"{stem}Config")(vocab_size=VOCAB, **sizes)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        getattr(transformers, f"{stem}{saved}")(config).save_pretrained(folder / "base")
+    return getattr(transformers, f"{stem}{trained_as}").from_pretrained
+
+
+def logits_of_encoder(model):
+    more = {"decoder_input_ids": IDS[:, :5]} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model.double().eval()(input_ids=IDS, **more).logits
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_base_may_lack_the_prefix_of_its_classifier(tmp_path, name):
+    load = encoder(name, tmp_path)
+    task = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}.get(ENCODERS[name][2])
+    settings = {"target_modules": [ENCODERS[name][4]], "task_type": task or "SEQ_2_SEQ_LM"}
+    trained(None, tmp_path, settings, load=load)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = logits_of_encoder(peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter"))
+        checked_merge(tmp_path)
+        found = logits_of_encoder(load(tmp_path / "out"))
+        before = logits_of_encoder(load(tmp_path / "base"))
+    assert (before - expected).abs().max() > 1e-2 * expected.abs().max()
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+SHARED = {
+    "T5, embedding": ("T5", {"modules_to_save": ["shared"]}),
+    "Bart, embedding": ("Bart", {"modules_to_save": ["shared"]}),
+    "Bart, head": ("Bart", {"target_modules": ["fc2", "lm_head"]}),
+    "T5, head": ("T5", {"modules_to_save": ["lm_head"]}),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_what_several_weights_are_tied_to_is_not_changed_apart(tmp_path, case):
+    name, settings = SHARED[case]
+    load = encoder(name, tmp_path)
+    trained(None, tmp_path, {"target_modules": [ENCODERS[name][4]], **settings}, load=load)
+    said = " ".join(checked("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out", code=1).output.split())
+    assert "other weights of" in said
+    assert "are tied; peft trained it apart from them" in said
+    assert "load it with peft beside the base instead" in said
+
+
+def test_a_shared_embedding_that_was_saved_and_not_trained_changes_nothing(tmp_path):
+    load = encoder("T5", tmp_path)
+    trained(None, tmp_path, {"target_modules": ["wo"], "modules_to_save": ["shared"]}, load=load)
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    save_file(load_file(weights) | {"base_model.model.shared.weight": base["shared.weight"].clone()}, weights)
+    checked_merge(tmp_path)
+    receipt = assert_the_rest_stays(tmp_path)
+    assert "amendments" not in receipt
+    assert all(".wo." in record["name"] for record in receipt["tensors"])

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ablate_shards.errors import ArchitectureError, PlanError
-from ablate_shards.surgery.anatomy.architecture import dissect, head_of
+from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect, head_of, split_layer
 from ablate_shards.surgery.anatomy.scales import Scales, ending_of, find_scales, is_codes, quantisation_of
+from ablate_shards.surgery.anatomy.tied import stored_head
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range, read_vector
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
 from ablate_shards.surgery.edit.receipt import source_record
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["difference_receipt", "plan_difference_adapter"]
 
-_EXPERTS = ".experts."
+_EXPERTS, _COMPUTED = ".experts.", ".rotary_emb.inv_freq"
 #: Families whose linear weights, and those whose stacks of experts, are stored as ``[in, out]``.
 _CONV1D, _MARKED = frozenset({"GPT-2"}), frozenset({"gpt-oss"})
 _MOST_NAMES = 3
@@ -43,15 +44,11 @@ def plan_difference_adapter(first: Checkpoint, second: Checkpoint, rank: int | N
         PlanError: The checkpoints do not hold the same tensors in the same shapes, they do not differ, or in nothing
             that an adapter could carry.
     """
-    _check_shapes(first, second)
-    try:
-        anatomy = dissect(first.tensors, first.config)
-    except ArchitectureError:
-        anatomy = None
+    anatomy = _anatomy_of(first)
     family = None if anatomy is None else anatomy.family
+    left_out = _left_behind(first, second)
     differences = _Differences(first, second, family)
     changes: list[Change] = []
-    left_out: list[Skip] = []
     for tensor in differences.found():
         found = differences.of(tensor)
         if isinstance(found, Change):
@@ -70,19 +67,52 @@ def difference_receipt(first: Checkpoint, second: Checkpoint, made: Made) -> str
     return adapter_receipt_text(made, origin)
 
 
-def _check_shapes(first: Checkpoint, second: Checkpoint) -> None:
-    for one, other in ((first, second), (second, first)):
-        if lacking := [name for name in one.tensors if name not in other.tensors]:
+def _anatomy_of(checkpoint: Checkpoint) -> Anatomy | None:
+    try:
+        return dissect(checkpoint.tensors, checkpoint.config)
+    except ArchitectureError:
+        return None
+
+
+def _left_behind(first: Checkpoint, second: Checkpoint) -> list[Skip]:
+    """Returns what only one of the checkpoints holds and the decoder does without.
+
+    Raises:
+        PlanError: One of them lacks a part of the decoder, or a tensor has another shape.
+    """
+    left: list[Skip] = []
+    for one, other, which in ((first, second, "first"), (second, first, "second")):
+        alone = [name for name in one.tensors if name not in other.tensors]
+        anatomy = _anatomy_of(one) if alone else None
+        reasons = {name: _why_dispensable(one, name, anatomy) for name in alone}
+        if lacking := [name for name in alone if reasons[name] is None]:
             raise PlanError(
                 f"{other.name}: lacks {_names(lacking)}, which {one.name} holds, and an adapter neither adds nor "
                 "removes tensors; compare two checkpoints of the same model, in the same form"
             )
+        left += [Skip(name, None, None, f"only the {which} checkpoint holds it, {reasons[name]}") for name in alone]
     for name, tensor in first.tensors.items():
-        if tensor.shape != second.tensors[name].shape:
+        if name in second.tensors and tensor.shape != second.tensors[name].shape:
             raise PlanError(
                 f"{name}: is {list(tensor.shape)} in {first.name} and {list(second.tensors[name].shape)} in "
                 f"{second.name}, and an adapter changes no shape; compare two checkpoints of the same model"
             )
+    return left
+
+
+def _why_dispensable(one: Checkpoint, name: str, anatomy: Anatomy | None) -> str | None:
+    """Returns why a decoder does without a tensor, None where it does not."""
+    if name.endswith(_COMPUTED):
+        return "and loaders compute it"
+    if anatomy is None:
+        return None
+    predicting = {writer.layer for writer in anatomy.writers if writer.mtp}
+    outside = not ModuleNames(one.tensors, one.config, anatomy.family).holds(name)
+    if outside or split_layer(name)[0] in predicting:
+        return "and it is no part of the decoder"
+    head = stored_head(one, anatomy)
+    copied = head is not None and head.tensor.name == name and head.embedding is not None
+    return "a copy of the embedding that it is tied to" if copied else None
 
 
 class _Differences:
@@ -100,7 +130,11 @@ class _Differences:
 
     def found(self) -> list[TensorInfo]:
         """Returns the tensors that differ, and all experts of those that the model makes one parameter of."""
-        tensors = [tensor for name, tensor in self._first.tensors.items() if name not in self._beside]
+        tensors = [
+            tensor
+            for name, tensor in self._first.tensors.items()
+            if name not in self._beside and name in self._second.tensors
+        ]
         places = {tensor.name: self._names.place(tensor) for tensor in tensors}
         differing = {tensor.name for tensor in tensors if self._differs(tensor)}
         stacks = {place.path for name in differing if (place := places[name]) is not None and place.expert is not None}

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ablate_shards.errors import AdapterError, ExecuteError, PlanError
+from ablate_shards.kernels.codecs.plain import STORED, decoded
 from ablate_shards.surgery.anatomy.architecture import Anatomy, head_of
 from ablate_shards.surgery.anatomy.tied import stored_head
 from ablate_shards.surgery.checkpoint.amended import CONFIG, Amendments, NewTensor
@@ -25,6 +27,10 @@ __all__ = ["Found", "find_amendments", "read_files"]
 _T = TypeVar("_T")
 
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
+#: Embeddings and heads, of encoders and of encoders with a decoder too.
+_SHARED = re.compile(
+    r"(?:^|\.)(?:shared|embed_tokens|wte|word_embeddings|lm_head|embed_out|predictions\.decoder)\.weight$"
+)
 _POSITIONS = re.compile(r"(?:^|[._])(?:wpe|positions?|position_embeddings)\.weight$")
 _LM_HEAD = "lm_head.weight"
 #: Elements of a tensor that are compared at a time.
@@ -170,6 +176,9 @@ class _Finder:
     def look_at_embeddings(self) -> None:
         """Finds whether the head parts from the embedding, and whether either has rows for more or fewer tokens."""
         embedding = self._embedding()
+        several = bool((self._checkpoint.config or {}).get("is_encoder_decoder"))
+        if embedding is None or several:
+            self._check_shared(several=several)
         if embedding is None:
             return
         stored = head_of(self._checkpoint.tensors)
@@ -192,6 +201,45 @@ class _Finder:
             self._resize(parts, rows, height)
         if rows != height or one.rows or other.rows:
             self._take_tokenizer()
+
+    def _check_shared(self, *, several: bool) -> None:
+        """Refuses changes of what other weights are tied to, where not all of those are known.
+
+        peft trains one of them by itself, and loaders make the others the same. What was saved and never trained,
+        because the model does not use it under that name, changes nothing.
+
+        Args:
+            several: Whether the model has an encoder and a decoder, whose embeddings are one even if the head is not.
+        """
+        tied = (self._checkpoint.config or {}).get(_TIE, True) is not False
+        updates = {f"{update.module}.weight": update.up for update in self._adapter.updates}
+        rows = {f"{rows.module}.weight": rows.rows for rows in self._adapter.token_rows}
+        for path, source in {**updates, **self._adapter.replaced, **rows}.items():
+            name = self._find(path)
+            apart = name is not None or not tied if _HEAD.search(path) else not (tied or several)
+            if apart or not _SHARED.search(path) or self._is_classifier():
+                continue
+            if name is not None and path in self._adapter.replaced and self._is_still(source, name):
+                self._same.add(source)
+                continue
+            raise AdapterError(
+                f"{self._file}: {source} is of {path}, to which other weights of {self._checkpoint.name} are tied; "
+                "peft trained it apart from them, and no checkpoint that loaders tie holds that; load it with peft "
+                "beside the base instead"
+            )
+
+    def _is_still(self, source: str, name: str) -> bool:
+        """Returns whether a tensor of the adapter holds the numbers of a weight of the base."""
+        tensor, files = self._checkpoint.tensors[name], self._checkpoint.files
+        if tensor.dtype not in ITEM_BYTES or self._adapter.shape(source) != tensor.shape:
+            return False
+        never, count = threading.Event(), math.prod(tensor.shape)
+        for first in range(0, count, _PIECE):
+            stored = np.empty(min(_PIECE, count - first), STORED[tensor.dtype])
+            files.read_into(tensor.shard, stored.data.cast("B"), tensor.start + first * stored.itemsize, never)
+            if not np.array_equal(decoded(stored, np.float32), self._adapter.read(source, first, len(stored))):
+                return False
+        return True
 
     def _is_classifier(self) -> bool:
         """Returns whether the trained model has another head than that of a language model."""
@@ -219,7 +267,7 @@ class _Finder:
             name = path and ".".join(path.split(".")[-2:])
 
         def said(sources: Mapping[str, _T]) -> _T | None:
-            return next((source for path, source in sources.items() if means(path)), None)
+            return next((source for path, source in sources.items() if means(path) and source not in self._same), None)
 
         return _Part(name, said(updates), said(adapter.replaced), said(rows), said(adapter.copies))
 

@@ -14,6 +14,8 @@ _MOST_CANDIDATES = 6
 
 #: Prefixes that differ between a model, its text part and its checkpoint.
 _OUTER = frozenset({"base_model", "language_model", "llm", "model", "text_model", "transformer"})
+#: What transformers calls an encoder in its classifiers, where that is not the type of the model.
+_BASE_PREFIXES = {"camembert": "roberta", "xlm-roberta": "roberta", "xlm-roberta-xl": "roberta"}
 #: What one module is called in a model and in its checkpoint, either way round.
 _SPELLINGS = (
     (".mlp.", ".block_sparse_moe."),
@@ -35,9 +37,11 @@ class Names:
     def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy | None, file: Path) -> None:
         self._checkpoint, self._file = checkpoint, file
         self._roots = () if anatomy is None else _roots_of(anatomy)
+        kind = str((checkpoint.config or {}).get("model_type", ""))
+        self._outer = _OUTER | {_BASE_PREFIXES.get(kind, kind.replace("-", "_"))}
         self._by_core: defaultdict[str, list[str]] = defaultdict(list)
         for name in checkpoint.tensors:
-            self._by_core[_core(name)].append(name)
+            self._by_core[self._core(name)].append(name)
 
     def find(self, path: str) -> str | None:
         """Returns the tensor that a parameter of the trained model is stored as.
@@ -55,7 +59,7 @@ class Names:
     def _find_as_spelled(self, path: str) -> str | None:
         if path in self._checkpoint.tensors:
             return path
-        core = _core(path)
+        core = self._core(path)
         found = self._by_core.get(core, [])
         if len(found) != 1:
             among = found or [name for name in self._checkpoint.tensors if name.endswith(f".{core}")]
@@ -69,6 +73,13 @@ class Names:
             )
         return found[0] if found else None
 
+    def _core(self, name: str) -> str:
+        """Returns a name without the prefixes that differ between a model, its text part and its checkpoint."""
+        parts = unwrapped(name).split(".")
+        while len(parts) > 1 and parts[0] in self._outer:
+            del parts[0]
+        return ".".join(parts)
+
 
 def _roots_of(anatomy: Anatomy) -> tuple[str, ...]:
     """Returns what the names of the decoder's tensors start with."""
@@ -78,11 +89,3 @@ def _roots_of(anatomy: Anatomy) -> tuple[str, ...]:
         if writer.layer is not None and not writer.mtp
     )
     return tuple(f"{mark}." if mark else "" for mark in dict.fromkeys(marks))
-
-
-def _core(name: str) -> str:
-    """Returns a name without the prefixes that differ between a model, its text part and its checkpoint."""
-    parts = unwrapped(name).split(".")
-    while len(parts) > 1 and parts[0] in _OUTER:
-        del parts[0]
-    return ".".join(parts)
