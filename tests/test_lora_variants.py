@@ -414,3 +414,41 @@ def test_a_shared_embedding_that_was_saved_and_not_trained_changes_nothing(tmp_p
     receipt = assert_the_rest_stays(tmp_path)
     assert "amendments" not in receipt
     assert all(".wo." in record["name"] for record in receipt["tensors"])
+
+
+# ------------------------------------------------------------------------------------ other methods of peft
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_an_adapter_of_tokens_alone(tmp_path, name):
+    tiny = TINY_MODELS[name]
+    base = save_tiny_model(tiny, tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[1, 7])
+        model = peft.get_peft_model(tiny.load(base), config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.5)
+        model.save_pretrained(tmp_path / "adapter")
+        expected = logits_of(peft.PeftModel.from_pretrained(tiny.load(base), tmp_path / "adapter"), IDS)
+    checked_merge(tmp_path)
+    assert_computes(tmp_path, expected, ids=IDS)
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING", "XLORA"])
+def test_what_not_even_peft_merges_is_to_be_loaded_beside_the_base(tmp_path, kind):
+    trained(TINY_MODELS["llama"], tmp_path, {"target_modules": ["q_proj"]})
+    change_config(tmp_path / "adapter", peft_type=kind)
+    said = " ".join(checked("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out", code=1).output.split())
+    assert f"found {kind}; load it with peft beside the base instead" in said
+
+
+def test_a_layout_that_only_the_configuration_claims_is_not_taken(tmp_path):
+    """A square weight: peft sets fan_in_fan_out back where the module is linear."""
+    trained(TINY_MODELS["llama"], tmp_path, {"target_modules": ["q_proj"]})
+    change_config(tmp_path / "adapter", fan_in_fan_out=True)
+    expected = loaded(TINY_MODELS["llama"], tmp_path)
+    checked_merge(tmp_path)
+    assert_computes(tmp_path, expected, ids=IDS)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from ablate_shards.surgery.anatomy.families import FAMILIES, Layout
 from ablate_shards.surgery.anatomy.scales import plain_name_of
 from ablate_shards.surgery.anatomy.wrappers import unwrapped
+from ablate_shards.surgery.checkpoint.checkpoint import text_part
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
 __all__ = ["Form", "ModuleNames", "Place"]
@@ -117,7 +118,9 @@ class ModuleNames:
 
     def _root_in_model(self, config: Mapping[str, Any]) -> str:
         """Returns what the names of the decoder begin with in the model."""
-        stored = self._stored or ""
+        stored, part = self._stored or "", text_part(config)
+        if part is not None and part[0] != "text_config":
+            return stored  # a class of its own, with the names of its checkpoint
         if any(config.get(part) is not None for part in _PARTS_BESIDE_TEXT):
             return stored if stored in ("model.text_model.",) else "model.language_model."
         return stored if self.bare else _ROOTS.get(self._layout.roots[0], self._layout.roots[0])

@@ -36,7 +36,7 @@ _MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(?:\.[^.]+){0,2}
 #: What training alone needs: the projection of VeLoRA's backward pass, the sampler of MonteCLoRA.
 _OF_TRAINING = re.compile(r".+\.lora_(?:velora|monteclora)_\w+(?:\..+)?")
 _BASE_COPY = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<what>weight|bias)")
-_TOKENS = re.compile(r"(?P<module>.+?)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
+_TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
 #: As peft keeps a parameter that is trained whole, and the one that it began as, where it saves all of a module.
 _SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save\.(?:[^.]+\.)?(?P<what>weight|bias)")
 _UNTRAINED = re.compile(r"(?P<module>.+?)\.original_module\.(?P<what>weight|bias)")
@@ -57,6 +57,11 @@ _IRRELEVANT = {
     "target_modules",
 }  # fmt: skip
 _BESIDE = "load it with peft beside the base instead"
+#: Methods that add to what a model reads or choose among adapters, which not even peft merges.
+_WITHOUT_WEIGHTS = {
+    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "POLY", "PREFIX_TUNING",
+    "PROMPT_TUNING", "XLORA",
+}  # fmt: skip
 #: Why, and the way out.
 _REFUSED = {
     "alora_invocation_tokens": "activated LoRA acts only on tokens after its invocation, so no weights hold it; "
@@ -298,7 +303,9 @@ def read_adapter(path: Path) -> Adapter:
 def _class_of(config: Mapping[str, Any]) -> str | None:
     """Returns the class that peft notes where the configuration names no task."""
     mapping = config.get("auto_mapping")
-    found = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    if not isinstance(mapping, Mapping) or not str(mapping.get("parent_library")).startswith("transformers."):
+        return None
+    found = mapping.get("base_model_class")
     return found if isinstance(found, str) and found else None
 
 
@@ -361,8 +368,11 @@ def _object(path: Path, raw: bytes) -> dict[str, Any]:
 def _checked(config: Mapping[str, Any], path: Path) -> LoraSettings:
     """Returns what decides the result, checked; refuses by name whatever is not plain LoRA."""
     kind = config.get("peft_type")
-    if kind != "LORA":
-        raise AdapterError(f"{path}: expected a LORA adapter, found {kind}; merge it with peft itself")
+    if kind == "TRAINABLE_TOKENS":
+        config = {"peft_type": "LORA", "trainable_token_indices": config.get("token_indices")}
+    elif kind != "LORA":
+        way_out = _BESIDE if kind in _WITHOUT_WEIGHTS else "merge it with peft itself"
+        raise AdapterError(f"{path}: expected a LORA adapter, found {kind}; {way_out}")
     for key, why in _REFUSED.items():
         if config.get(key):
             raise AdapterError(f"{path}: {key}: {why}")

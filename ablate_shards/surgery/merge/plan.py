@@ -615,6 +615,8 @@ class _Planner:
             }
             if name in axes:
                 return axes[name] == -1
+            # As of its neighbours; peft does not take the adapter's word for it either.
+            return any(axis == -1 for name, axis in axes.items() if len(self._source.tensors[name].shape) == 2)
         return default
 
     def _check_dtype(self, tensor: TensorInfo) -> None:
