@@ -16,12 +16,28 @@ _MOST_CANDIDATES = 6
 _OUTER = frozenset({"base_model", "language_model", "llm", "model", "text_model", "transformer"})
 #: What transformers calls an encoder in its classifiers, where that is not the type of the model.
 _BASE_PREFIXES = {"camembert": "roberta", "xlm-roberta": "roberta", "xlm-roberta-xl": "roberta"}
-#: What one module is called in a model and in its checkpoint, either way round.
+#: What one module is called in the model that transformers builds, and in checkpoints; searched either way round.
 _SPELLINGS = (
     (".mlp.", ".block_sparse_moe."),
-    (".block_sparse_moe.", ".mlp."),
     (".experts.gate_up_proj", ".input_linear.weight"),
     (".experts.down_proj", ".output_linear.weight"),
+    (".experts.gate_up_proj", ".experts.fc1.weight"),
+    (".experts.down_proj", ".experts.fc2.weight"),
+    (".shared_experts.", ".shared_expert."),
+    (".shared_experts.", ".shared_mlp."),
+    (".mlp.shared_experts.", ".share_expert."),
+    (".mlp.gate.", ".mlp.router.gate."),
+    (".gate_proj.", ".linear_gate."),
+    (".mlp.", ".ffn."),
+    (".self_attn.o_proj.", ".attention.dense."),
+    (".self_attn.forget_gate.", ".attention."),
+    (".self_attn.forget_gate.", ".self_attn."),
+    (".self_attn.g_proj.", ".self_attn.gate_proj."),
+    (".self_attn.q_gate_proj.", ".self_attn.q_b_proj."),
+    (".self_attn.", ".attention."),
+    ("layernorm.mlp.fc1.", "layernorm.W_down."),
+    ("layernorm.mlp.fc2.", "layernorm.W_up."),
+    ("embed_tokens.", "word_embeddings."),
 )
 
 
@@ -52,7 +68,8 @@ class Names:
         Raises:
             AdapterError: More than one tensor is meant.
         """
-        spellings = (path.replace(old, new) for old, new in _SPELLINGS if old in path)
+        pairs = (pair for one, other in _SPELLINGS for pair in ((one, other), (other, one)))
+        spellings = (path.replace(old, new) for old, new in pairs if old in path)
         found = (self._find_as_spelled(spelling) for spelling in (path, *spellings))
         return next((name for name in found if name is not None), None)
 
