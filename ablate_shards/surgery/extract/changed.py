@@ -28,7 +28,7 @@ __all__ = ["difference_receipt", "plan_difference_adapter"]
 
 _EXPERTS, _COMPUTED = ".experts.", ".rotary_emb.inv_freq"
 #: Families whose linear weights, and those whose stacks of experts, are stored as ``[in, out]``.
-_CONV1D, _MARKED = frozenset({"GPT-2"}), frozenset({"gpt-oss"})
+_CONV1D, _MARKED = frozenset({"GPT-2"}), frozenset({"Aria", "gpt-oss"})
 _MOST_NAMES = 3
 
 

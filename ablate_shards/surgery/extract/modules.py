@@ -29,12 +29,30 @@ _GATES = {"up_proj": "gate_proj", "w3": "w1"}
 _MISTAKEN = frozenset({"gate", "gate_proj", "router", "up_proj", "down_proj", "w1", "w2", "w3"})
 #: What a module is called in the model where the checkpoint calls it otherwise.
 _RENAMED = (
-    (re.compile(r"\.block_sparse_moe\.experts\."), ".mlp.experts."),
-    (re.compile(r"\.block_sparse_moe\.gate\.weight$"), ".mlp.gate.weight"),
+    (re.compile(r"\.block_sparse_moe\.(?=experts\.\d|shared_experts\.|(?:gate|\w+_proj)\.weight$)"), ".mlp."),
     (re.compile(r"\.block_sparse_moe\.input_linear\.weight$"), ".block_sparse_moe.experts.gate_up_proj"),
     (re.compile(r"\.block_sparse_moe\.output_linear\.weight$"), ".block_sparse_moe.experts.down_proj"),
     (re.compile(r"\.router\.layer\.weight$"), ".router.weight"),
+    (re.compile(r"\.experts\.fc1\.weight$"), ".experts.gate_up_proj"),
+    (re.compile(r"\.experts\.fc2\.weight$"), ".experts.down_proj"),
 )
+#: The same for one type of model, whose names are those of modules elsewhere.
+_RENAMED_IN = {
+    "bailing_hybrid": ((".attention.dense.", ".self_attn.o_proj."),),
+    "deepseek_v4": (
+        (".attn.wo_b.", ".self_attn.o_b_proj."),
+        (".ffn.", ".mlp."),
+        (".shared_experts.w2.", ".shared_experts.down_proj."),
+    ),
+    "hy_v3": ((".shared_mlp.", ".shared_experts."),),
+    "step3p5": ((".moe.down_proj.weight", ".mlp.experts.down_proj"), (".share_expert.", ".mlp.shared_experts.")),
+}
+#: Models around a decoder that lies elsewhere in them than in the others.
+_ROOTS_IN = {
+    "llama4": "language_model.model.",
+    "nemotron_h_omni": "language_model.model.",
+    "phi4_multimodal": "model.",
+}
 #: What the decoder is called in the model where that is not what most checkpoints call it.
 _ROOTS = {"backbone.": "model."}
 _HEAD = "lm_head.weight"
@@ -78,6 +96,8 @@ class ModuleNames:
         architectures = (config or {}).get("architectures")
         self.bare = isinstance(architectures, list) and bool(architectures) and _is_bare(str(architectures[0]))
         self._root = self._root_in_model(config or {})
+        text = text_part(config or {})
+        self._renames = _RENAMED_IN.get(str((text[1] if text else config or {}).get("model_type")), ())
         self._experts = any(_EXPERTS.search(self._renamed(name)) for name in tensors)
 
     def holds(self, name: str) -> bool:
@@ -112,8 +132,10 @@ class ModuleNames:
     def _renamed(self, name: str) -> str:
         if self._stored is not None and name.startswith(self._stored):
             name = self._root + name.removeprefix(self._stored)
-        for old, new in _RENAMED:
-            name = old.sub(new, name)
+        for pattern, new in _RENAMED:
+            name = pattern.sub(new, name)
+        for old, new in self._renames:
+            name = name.replace(old, new)
         return name
 
     def _root_in_model(self, config: Mapping[str, Any]) -> str:
@@ -121,7 +143,9 @@ class ModuleNames:
         stored, part = self._stored or "", text_part(config)
         if part is not None and part[0] != "text_config":
             return stored  # a class of its own, with the names of its checkpoint
-        if any(config.get(part) is not None for part in _PARTS_BESIDE_TEXT):
+        if (root := _ROOTS_IN.get(str(config.get("model_type")))) is not None:
+            return root
+        if part is not None or any(config.get(each) is not None for each in _PARTS_BESIDE_TEXT):
             return stored if stored in ("model.text_model.",) else "model.language_model."
         return stored if self.bare else _ROOTS.get(self._layout.roots[0], self._layout.roots[0])
 

@@ -32,10 +32,15 @@ RANK, LIMIT, MOST_RANK = 32, 0.1, 256
 #: From which version on peft reads stacks of experts in the order in which they are written here.
 PEFT_VERSION = "0.19.1"
 #: What peft refuses to adapt, or adapts without effect, by the type of the model.
-_REFUSED_BESIDE_MAMBA = {"falcon_h1": "out_proj", "nemotron_h": "out_proj", "jamba": "dt_proj"}
+_REFUSED_BESIDE_MAMBA = {
+    **dict.fromkeys(("falcon_h1", "nemotron_h", "nemotron_h_omni", "mamba", "mamba2", "falcon_mamba"), "out_proj"),
+    "jamba": "dt_proj",
+}
+#: Types of which peft renames more of an adapter than it finds, so that a part takes no effect.
+_NOT_LOADED = frozenset({"laguna", "mistral_large4", "unlimited_ocr"})
 _POSITIONS = "embed_positions"
 #: Families whose experts transformers marks as transposed, ``[E, in, out]``.
-_MARKED = frozenset({"gpt-oss"})
+_MARKED = frozenset({"Aria", "gpt-oss"})
 
 
 def _none_to_open(*_: Any) -> Pair:
@@ -245,6 +250,11 @@ def make_adapter_plan(
             f"--adapter-rank {rank}: there are {most} directions per layer, which take as many; give at least {most}"
         )
     names = ModuleNames(checkpoint.tensors, checkpoint.config, family)
+    if _model_type(checkpoint) in _NOT_LOADED:
+        raise PlanError(
+            f"{checkpoint.name}: peft loads only a part of an adapter of a {_model_type(checkpoint)}; write a "
+            "checkpoint instead"
+        )
     refused = _REFUSED_BESIDE_MAMBA.get(_model_type(checkpoint))
     left_out = list(left_out)
     groups: defaultdict[str, list[tuple[Place, Change]]] = defaultdict(list)
@@ -318,6 +328,11 @@ def _module(path: str, found: Iterable[tuple[Place, Change]], family: str | None
         raise PlanError(
             f"{names} {'is' if len(places) == 1 else 'are'} of one parameter of the model, {path}, and not all of it; "
             "write a checkpoint instead of an adapter"
+        )
+    if len({tuple(tensor.shape for tensor in change.tensors) for change in changes}) > 1:
+        raise PlanError(
+            f"{changes[0].name}: the experts beside it have other shapes, and {path} of the model holds only those of "
+            "one; write a checkpoint instead of an adapter"
         )
     stacked = form == "parameter" and (expert is not None or len(changes[0].tensor.shape) > 2)
     return Module(path, form, changes, swapped=stacked and changes[0].axis == -1 and family not in _MARKED)

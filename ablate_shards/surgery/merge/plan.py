@@ -494,7 +494,7 @@ class _Planner:
         if len(self._stored(module, leaf)) == 1 and len(self._checkpoint.tensors[name].shape) == 2:
             return False
         family = None if self._anatomy is None else self._anatomy.family
-        marked = None if family in (None, "gpt-oss") else False
+        marked = None if family in (None, "Aria", "gpt-oss") else False
         if (first := _takes_input_first(self._adapter.peft_version, marked=marked)) is None:
             version = self._adapter.peft_version
             raise AdapterError(
