@@ -40,6 +40,7 @@ _TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_del
 #: As peft keeps a parameter that is trained whole, and the one that it began as, where it saves all of a module.
 _SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save\.(?:[^.]+\.)?(?P<what>weight|bias)")
 _UNTRAINED = re.compile(r"(?P<module>.+?)\.original_module\.(?P<what>weight|bias)")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _KOHYA, _KOHYA_FACTORS = re.compile(r"\.lora_(?P<factor>down|up)(?:\.|$)"), {"down": "A", "up": "B"}
 _NOT_PLAIN = re.compile(r"(?:^|\.)(?P<what>lora_\w+|token_adapter|trainable_tokens\w*|modules_to_save)(?:\.|$)")
 
@@ -178,6 +179,7 @@ class Adapter:
         token_rows: Rows of embeddings that replace those of the base.
         keeps_ties: Whether a head that is tied to the embedding changes with it, as in MLX and where peft was told so.
         trained_class: The class of transformers that was trained, None where the configuration does not name it.
+        trained_on: The repository and commit of its base, each None where the configuration does not name one.
     """
 
     path: Path
@@ -193,6 +195,7 @@ class Adapter:
     token_rows: tuple[TokenRows, ...] = ()
     keeps_ties: bool = False
     trained_class: str | None = None
+    trained_on: tuple[str | None, str | None] = (None, None)
 
     def scaling(self, key: str) -> tuple[int, float]:
         """Returns rank and scale of a module or parameter, by its path in the model that was trained.
@@ -297,6 +300,7 @@ def read_adapter(path: Path) -> Adapter:
         token_rows=token_rows,
         keeps_ties=mlx or config.ensure_weight_tying,
         trained_class=_class_of(content),
+        trained_on=_origin_of(content),
     )
 
 
@@ -307,6 +311,12 @@ def _class_of(config: Mapping[str, Any]) -> str | None:
         return None
     found = mapping.get("base_model_class")
     return found if isinstance(found, str) and found else None
+
+
+def _origin_of(config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Returns the repository and the commit that a configuration names as the base; not folders or branches."""
+    name, revision = str(config.get("base_model_name_or_path")), str(config.get("revision"))
+    return name if is_hub_id(name) else None, revision if _COMMIT.fullmatch(revision) else None
 
 
 def _mlx_settings(config: Mapping[str, Any], path: Path) -> LoraSettings:

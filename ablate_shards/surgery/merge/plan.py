@@ -258,6 +258,7 @@ class _Planner:
                 and not self._holds(source, self._checkpoint.tensors[name])
             ):
                 raise AdapterError(self._other_base(f": its {source} is not {name}"))
+        self._note_origin()
         if self._adapter.base is None:
             return
         found = base_digest(self._source)
@@ -265,6 +266,17 @@ class _Planner:
             self.notes.append(f"whether {self._checkpoint.name} is the adapter's base was not checked: it is remote")
         elif found != self._adapter.base:
             raise AdapterError(self._other_base(""))
+
+    def _note_origin(self) -> None:
+        """Notes where the base is from another repository or commit than the adapter says; that may be meant."""
+        repo, commit = self._source.origin or (None, None)
+        said, revision = self._adapter.trained_on
+        if repo is None or said is None:
+            return
+        if repo.lower() != said.lower():
+            self.notes.append(f"the adapter says that it was trained on {said}, not on {repo}")
+        elif commit is not None and revision is not None and commit != revision:
+            self.notes.append(f"the adapter says that it was trained on commit {revision} of {repo}, not on {commit}")
 
     def _other_base(self, how: str) -> str:
         return (
