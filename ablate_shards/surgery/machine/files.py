@@ -6,8 +6,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from ablate_shards.errors import ExecuteError
 
 __all__ = [
@@ -52,6 +50,8 @@ def same_bytes(one: Callable[[memoryview, int], None], other: Callable[[memoryvi
         other: The same for the second.
         size: Bytes of each.
     """
+    import numpy as np  # --help does without
+
     buffers = tuple(np.empty(min(_PIECE, size), np.uint8) for _ in range(2))
     for done in range(0, size, _PIECE):
         ours, theirs = (buffer[: size - done] for buffer in buffers)
