@@ -661,7 +661,8 @@ def test_other_files_are_no_directions(tmp_path):
     )
     assert "its format is ablate-shards.activations/1 (holds negative.layers.0" in unreadable(write_dump(path))
     model = write_llama(tmp_path / "model") / "model-00001-of-00002.safetensors"
-    assert "its format is pt (holds model.embed_tokens.weight" in unreadable(model)
+    assert "holds model.embed_tokens.weight [48, 32] of BF16" in unreadable(model)
+    assert "not what is the direction of which layer" in unreadable(model)
 
 
 def test_malformed_foreign_directions_are_refused(tmp_path):

@@ -18,6 +18,7 @@ from ablate_shards.surgery.anatomy.scales import quantisation_of
 from ablate_shards.surgery.anatomy.unsupported import reason_for
 from ablate_shards.surgery.anatomy.wrappers import unwrapped
 from ablate_shards.surgery.anatomy.writers import Anatomy, LeftOut, Target, Writer
+from ablate_shards.surgery.checkpoint.checkpoint import text_part
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
 __all__ = [
@@ -69,7 +70,7 @@ _IN_LAYER = re.compile(rf"(?P<head>.*?(?:^|\.)(?:layers?|h|blocks?))\.{_LAYER}\.
 
 @dataclass(frozen=True, slots=True)
 class _Settings:
-    """What config.json says of the decoder, the text_config before the rest."""
+    """What config.json says of the decoder, the part of it alone before the rest."""
 
     given: bool
     values: tuple[Mapping[str, Any], ...]
@@ -183,8 +184,8 @@ def _renamed(anatomy: Anatomy, names: Mapping[str, str]) -> Anatomy:
 def _read_settings(config: Mapping[str, Any] | None) -> _Settings:
     if config is None:
         return _Settings(given=False, values=())
-    text = config.get("text_config")
-    return _Settings(given=True, values=(text, config) if isinstance(text, Mapping) else (config,))
+    part = text_part(config)
+    return _Settings(given=True, values=(config,) if part is None else (part[1], config))
 
 
 # ---------------------------------------------------------------------------------------- by family

@@ -20,6 +20,7 @@ from ablate_shards.surgery.anatomy.coded import (
     scales_of,
 )
 from ablate_shards.surgery.anatomy.mlx import find_mlx, is_mlx
+from ablate_shards.surgery.checkpoint.checkpoint import text_part
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
 __all__ = [
@@ -158,8 +159,8 @@ def quantisation_of(config: Mapping[str, Any] | None) -> Any:
     That of the decoder's own part is taken before that of the rest.
     """
     whole = config or {}
-    text = whole.get("text_config")
-    places = (text, whole) if isinstance(text, Mapping) else (whole,)
+    part = text_part(whole)
+    places = (whole,) if part is None else (part[1], whole)
     return next((place[key] for key in _KEYS for place in places if place.get(key) is not None), None)
 
 

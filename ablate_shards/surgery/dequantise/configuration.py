@@ -7,7 +7,7 @@ from typing import Any
 
 from ablate_shards.errors import PlanError, reason
 from ablate_shards.surgery.anatomy.scales import method_of
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, text_part
 
 __all__ = ["Changes", "exempting", "without_quantisation"]
 
@@ -75,9 +75,10 @@ def exempting(checkpoint: Checkpoint, modules: Sequence[str], experts: Sequence[
     """
     changes = Changes()
     config = _config(checkpoint)
-    for path, place in (("", config), ("text_config.", config.get("text_config"))):
+    part = text_part(config)
+    for path, place in (("", config), *([(f"{part[0]}.", part[1])] if part else [])):
         for key in _SAID:
-            if isinstance(place, Mapping) and isinstance(place.get(key), Mapping):
+            if isinstance(place.get(key), Mapping):
                 changes.config[f"{path}{key}"] = _exempt(place[key], method_of(place[key]) or "", modules, experts)
     if BESIDE in checkpoint.sidecars:
         content = _object(checkpoint, BESIDE)

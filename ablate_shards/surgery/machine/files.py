@@ -3,7 +3,7 @@
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ablate_shards.errors import ExecuteError
@@ -14,9 +14,12 @@ __all__ = [
     "fsync_files",
     "pread_into",
     "pwrite_all",
+    "same_bytes",
     "write_safetensors",
     "write_whole",
 ]
+
+_PIECE = 1 << 20
 
 
 def pread_into(descriptor: int, data: memoryview, offset: int) -> None:
@@ -37,6 +40,29 @@ def pwrite_all(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
         count = write_at(descriptor, data, offset)
         data, offset = data[count:], offset + count
+
+
+def same_bytes(one: Callable[[memoryview, int], None], other: Callable[[memoryview, int], None], size: int) -> bool:
+    """Tells whether two ranges hold the same bytes.
+
+    Args:
+        one: Fills a buffer from an offset within the first range.
+        other: The same for the second.
+        size: Bytes of each.
+    """
+    import numpy as np  # --help does without
+
+    buffers = tuple(np.empty(min(_PIECE, size), np.uint8) for _ in range(2))
+    for done in range(0, size, _PIECE):
+        ours, theirs = (buffer[: size - done] for buffer in buffers)
+        one(ours.data, done)
+        other(theirs.data, done)
+        whole = len(ours) // 8 * 8  # compared eight at a time
+        if not np.array_equal(ours[:whole].view(np.uint64), theirs[:whole].view(np.uint64)):
+            return False
+        if not np.array_equal(ours[whole:], theirs[whole:]):
+            return False
+    return True
 
 
 def fsync_files(folder: Path) -> None:

@@ -63,6 +63,7 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
         **dict.fromkeys(
             ("layers", "components", "coefficient", "preserve", "source-layer", "mtp", "dequantise", "rounding"), _Value
         ),
+        **{"adapter": _Switch, "adapter-rank": _Value},
         **dict.fromkeys(("device", "memory", "jobs"), _Value),
         **dict.fromkeys(
             ("biproject", "cache", "private", "link", "sync", "dry-run", "resume", "overwrite", "force"), _Switch
