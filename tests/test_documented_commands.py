@@ -389,7 +389,7 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path, monkeypatch):
     for line in commands:
         done = run(*shlex.split(line))
         assert done.exit_code == 0, f"ablate-shards {line}\n{done.output}"
-    assert {words_of(line)[0] for line in commands} == set(cli.commands) - {"dequantise", "push", "search"}
+    assert {words_of(line)[0] for line in commands} == set(cli.commands) - {"dequantise", "finish", "push", "search"}
     assert (demo / "result" / "merge.json").is_file()
 
 

@@ -795,11 +795,11 @@ class TestCommand:
                 find_objective("former")(speaker, impartial, Asking(tokens=24))
 
     def test_a_divergence_is_of_more_questions_than_a_lean(self, folder):
-        asked = [Question(f"u-{number}", "en", "unrelated", f"What is {number}?") for number in range(60)]
+        asked = [Question(f"u-{number}", "en", "unrelated", f"What is {number}?") for number in range(120)]
         with speaking(folder / "model", dtype="float32", device="cpu") as speaker:
             counts = [len(find_objective("kl")(speaker, asked, asking)._forced) for asking in (
                 Asking(forced=2, batch=64), Asking(forced=2, batch=64).thorough())]  # fmt: skip
-        assert counts == [40, 60]
+        assert counts == [100, 120]
 
     def test_an_objective_of_ones_own(self, folder, tmp_path, monkeypatch):
         (tmp_path / "mine.py").write_text(

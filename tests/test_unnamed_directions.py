@@ -45,9 +45,25 @@ def test_one_vector_is_the_direction_of_the_layer_that_is_named(tmp_path, base, 
     checked("ablate", base, tmp_path / "out", "-d", path, *how, "--layers", "0-2")
     checked("ablate", base, tmp_path / "named", "-d", named, *how, "--layers", "0-2")
     assert tensor_bytes(tmp_path / "out") == tensor_bytes(tmp_path / "named")
-    for given in ((), how, ("--layers", "0-2")):
+    for given in ((), ("--layers", "0-2")):
         said = " ".join(checked("ablate", base, tmp_path / "other", "-d", path, *given, code=1).output.split())
-        assert "name that with --source-layer N and the layers to edit with --layers" in said
+        assert "name that with `ablate-shards SOURCE OUT --source-layer N`" in said
+
+
+def test_one_direction_for_all_layers_needs_no_list_of_them(tmp_path, base):
+    path, named = tmp_path / "vector.pt", tmp_path / "named.npz"
+    torch.save(TENSOR, path)
+    np.savez(named, **{"direction.layers.1": VECTOR})
+    for number, given in enumerate(([path], [named], [path, "--layers", "0-2"])):
+        checked("ablate", base, tmp_path / str(number), "-d", *given, "--source-layer", 1, "--no-biproject")
+        checked("verify", base, tmp_path / str(number))
+    assert tensor_bytes(tmp_path / "0") == tensor_bytes(tmp_path / "1") == tensor_bytes(tmp_path / "2")
+    # By itself a direction is that of its layer.
+    checked("ablate", base, tmp_path / "own", "-d", named, "--no-biproject")
+    checked("ablate", base, tmp_path / "one", "-d", named, "--layers", "1", "--no-biproject")
+    assert tensor_bytes(tmp_path / "own") == tensor_bytes(tmp_path / "one") != tensor_bytes(tmp_path / "0")
+    said = checked("ablate", base, tmp_path / "far", "-d", path, "--source-layer", 9, "--no-biproject", code=1).output
+    assert "the directions have layer 9, but the checkpoint has layers" in " ".join(said.split())
 
 
 def several(path):

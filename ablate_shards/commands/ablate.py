@@ -51,7 +51,8 @@ def _parse_source_layer(text: str) -> Any:
     "--layers",
     metavar="LAYERS",
     callback=parsed(_parse_layers),
-    help="Decoder layers to edit, such as 1-23,30.  [default: every layer with a direction]",
+    help="Decoder layers to edit, such as 1-23,30.  [default: every layer with a direction, or "
+    "all where --source-layer names the only one]",
 )
 @click.option(
     "--components",
@@ -165,8 +166,8 @@ def ablate(
     prepared = output.prepare(source, out, (directions, activations, *without), progress)
     checkpoint = prepared.checkpoint
     estimation = EstimatorOptions(estimator=estimator, rank=rank, winsorize=winsorize)
-    layer = settings["source_layer"] if settings["layers"] is not None else None
-    found, used = _find_directions(checkpoint, directions, activations, estimation, without, progress, layer)
+    source_layer = settings["source_layer"]
+    found, used = _find_directions(checkpoint, directions, activations, estimation, without, progress, source_layer)
     progress.note(f"directions: {used}")
     options = AblateOptions(
         **settings,

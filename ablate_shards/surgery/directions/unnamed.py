@@ -50,8 +50,7 @@ def only_direction(path: Path, arrays: Mapping[str, np.ndarray], layer: int | No
     if layer is None:
         raise DirectionsError(
             f"{path}: holds {', '.join(held[:_MOST_SHOWN])}, one direction, and does not say of which decoder layer; "
-            "name that with --source-layer N and the layers to edit with --layers, both in `ablate-shards SOURCE OUT`, "
-            f"or {_BY_NAME}"
+            f"name that with `ablate-shards SOURCE OUT --source-layer N`, or {_BY_NAME}"
         )
     return {layer: vectors[0].reshape(1, -1)}
 

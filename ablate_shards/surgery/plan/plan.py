@@ -164,7 +164,9 @@ def _select_layers(existing: Sequence[int], directions: Directions, options: Abl
         way_out = "select them with --layers" if options.layers is None else "leave it out"
         there = layer_ranges(existing) or "none"
         raise PlanError(f"{what} layer {missing[0]}, but the checkpoint has layers {there}; {way_out}")
-    return wanted
+    # One direction that is named as the source of all layers is not of its own layer alone.
+    for_all = len(directions.layers) == 1 and not isinstance(options.source_layer, str)
+    return frozenset(existing) if options.layers is None and for_all else wanted
 
 
 def _why_skipped(writer: Writer | LeftOut, layers: frozenset[int], options: AblateOptions) -> str | None:

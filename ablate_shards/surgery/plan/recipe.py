@@ -126,7 +126,8 @@ class AblateOptions:
     """What to remove, and how.
 
     Attributes:
-        layers: The decoder layers to edit, every layer with a direction if None.
+        layers: The decoder layers to edit; if None, every layer with a direction, or all where ``source_layer`` names
+            the only one.
         components: What to edit in them; ``embedding`` adds the token and position embeddings.
         coefficient: The α of the projection: 1 removes, 2 reflects.
         preserve: Which norms of a weight stay, those of its rows, of its columns, or none.
