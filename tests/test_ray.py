@@ -195,6 +195,24 @@ class TestAddress:
         )
         assert seconds < 10
 
+    @pytest.mark.parametrize(
+        ("answer", "why"), [(b"HTTP/1.1 400 Bad\r\n\r\n", "something else does"), (b"", "timed out")]
+    )
+    def test_something_else_that_answers(self, monkeypatch, answer, why):
+        monkeypatch.setattr(crew_module, "_ANSWER", 1.0)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def serve():
+                with server.accept()[0] as connection:
+                    connection.sendall(answer)
+                    connection.recv(4096)
+                    time.sleep(3)
+
+            threading.Thread(target=serve, daemon=True).start()
+            message, seconds = self.refused(monkeypatch, f"127.0.0.1:{server.getsockname()[1]}")
+        assert f"no cluster of Ray answers there ({why})" in message
+        assert seconds < 10
+
     @pytest.mark.parametrize("address", ["nonsense:port", "no.such.host.invalid:6379"])
     def test_one_that_is_none(self, monkeypatch, address):
         message, _ = self.refused(monkeypatch, address)
@@ -310,6 +328,22 @@ class TestCapture:
         assert dump.read_bytes() == (tmp_path / "here.safetensors").read_bytes()
         assert "24 pairs" in said
         assert sorted(path.name for path in tmp_path.iterdir()) == ["dump.safetensors", "here.safetensors"]
+
+    def test_parts_of_other_ranks_are_in_the_way_of_other_ranks_alone(self, folder, tmp_path):  # noqa: F811
+        words = (folder / "model", tmp_path / "d.safetensors", "--pairs", folder / "pairs.jsonl", "--dtype", "float32")
+        checked("capture", *words, "--worker-rank", 0, "--world-size", 3)
+        said = checked("capture", *words, "--engine", "ray", "--workers", 2, code=1).output
+        assert "of 3" in said
+        assert not (tmp_path / "d.safetensors").exists()
+        checked("capture", *words, "--engine", "ray", "--workers", 2, "--overwrite")
+        assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
+
+    def test_a_disk_that_workers_do_not_share(self, folder, tmp_path, monkeypatch):  # noqa: F811
+        monkeypatch.setattr("pathlib.Path.touch", lambda *_: None)
+        words = ("--pairs", folder / "pairs.jsonl", "--engine", "ray", "--workers", 1)
+        said = checked("capture", folder / "model", tmp_path / "d.safetensors", *words, code=1).output
+        assert "name a DUMP on a disk that all machines share" in said
+        assert not list(tmp_path.iterdir())
 
     def test_ranks_are_refused(self, folder, tmp_path):  # noqa: F811
         words = ("--pairs", folder / "pairs.jsonl", "--engine", "ray", "--worker-rank", 0, "--world-size", 2)

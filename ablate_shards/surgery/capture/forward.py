@@ -271,7 +271,8 @@ def _capture_on_workers(
         token.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # where there are parts
             place.rmdir()
-    join_dump(dump, overwrite=options.overwrite)
+    if count > 1:
+        join_dump(dump, overwrite=options.overwrite)
     return dataclasses.replace(captured, dump=dump)
 
 

@@ -30,6 +30,9 @@ _ANSWER, _START = 5.0, 120.0
 _RETRIES = 2
 #: What has to be the same everywhere: results depend on it.
 _SAME = ("ablate-shards", "torch", "transformers")
+#: How HTTP/2 begins, which Ray speaks: with a line, and a frame of settings from either side.
+_SETTINGS = b"\x04"
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _SETTINGS + b"\0\0\0\0\0"
 _QUIET: Mapping[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
@@ -233,13 +236,11 @@ def _connected(ray: Any) -> Iterator[None]:
             f"RAY_ADDRESS={address}: expected HOST:PORT, such as 10.0.0.1:6379; to run the command in a cluster from "
             "outside, `ray job submit --address ADDRESS -- ablate-shards …`"
         )
-    host, colon, port = address.rpartition(":")
     try:
-        if colon:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
+        _check_answer(address)
         ray.init(address=address, include_dashboard=False if address == "local" else None, **_QUIET)
     except (OSError, ValueError, OverflowError, RuntimeError, SystemExit) as error:
-        why = "it is no cluster" if isinstance(error, SystemExit) else reason(error)
+        why = "it is no cluster" if isinstance(error, SystemExit) else " ".join(str(error).split())
         raise ExecuteError(
             f"RAY_ADDRESS={address}: no cluster of Ray answers there ({why}); start one with `ray start "
             "--head`, correct the address, or unset it to use this machine alone"
@@ -248,6 +249,23 @@ def _connected(ray: Any) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answer(address: str) -> None:
+    """Checks that a server as Ray's is at an address; Ray itself tries for two minutes, and ends the process then.
+
+    Raises:
+        OSError: There is none.
+        ValueError: It is no address.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon:
+        return
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") in ("0", ""):
+            connection.sendall(_GREETING)
+            if connection.recv(4)[3:] != _SETTINGS:
+                raise OSError("something else does")
 
 
 def _shares(nodes: Sequence[Mapping[str, Any]], workers: Workers) -> tuple[int, dict[str, float]]:
