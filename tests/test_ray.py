@@ -28,7 +28,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::ResourceWarni
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     """A cluster of this machine, with room for two workers of one core."""
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    crew_module._import_ray()
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()

@@ -211,9 +211,9 @@ class _Actor:
 
 
 def _import_ray() -> Any:
-    # Nothing is reported to anybody, and a worker without a GPU of its own sees none.
+    # Nothing is reported to anybody, and older versions do not warn of how newer ones treat GPUs that nobody asked for.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
     except ImportError as error:
