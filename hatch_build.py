@@ -5,7 +5,9 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 KERNELS = Path("ablate_shards", "kernels", "native")
 # What the C standard leaves open must not differ between CPUs: no contraction of products and sums.
-FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-
+FLAGS = ("-std=gnu11", "-O3", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+ON_WINDOWS = sys.platform == "win32"
+#: Those that know vectors of a given size, which Microsoft's does not; on Windows GCC misplaces wide ones on the stack.
+COMPILERS = ("clang",) if ON_WINDOWS else ("cc", "gcc", "clang")
 
 # Widths of vectors that a CPU may have; kernels/native/native.py, which knows the names, chooses one when it loads it.
 VARIANTS = {"avx2": ("-mavx2",), "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")}
@@ -35,7 +39,15 @@ class NativeKernels(BuildHookInterface[Any]):
             return
         build_data["artifacts"] += [path.as_posix() for path in built]
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+        build_data["tag"] = wheel_tag(sysconfig.get_platform(), platform.machine())
+
+
+def wheel_tag(system: str, machine: str) -> str:
+    """Return the tag of a wheel for any Python on a system, whose Python may be for more machines than this one."""
+    if system.endswith("universal2"):
+        version = "11.0" if machine == "arm64" else system.split("-")[1]  # the first with such machines
+        system = f"macosx-{version}-{machine}"
+    return f"py3-none-{system.replace('-', '_').replace('.', '_')}"
 
 
 def compile_libraries(root: Path, library: Path) -> tuple[list[Path], str]:
@@ -49,11 +61,9 @@ def compile_libraries(root: Path, library: Path) -> tuple[list[Path], str]:
         (root / path).unlink(missing_ok=True)
     if platform.machine().lower() not in {"x86_64", "amd64"}:
         variants = {library: ()}
-    command = shlex.split(os.environ.get("CC", "")) or next(
-        ([name] for name in ("cc", "gcc", "clang") if shutil.which(name)), None
-    )
+    command = _words("CC") or next(([name] for name in COMPILERS if shutil.which(name)), None)
     if command is None:
-        return [], "no C compiler was found; CC names one"
+        return [], f"no C compiler ({', '.join(COMPILERS)}) was found; CC names one"
     with ThreadPoolExecutor() as pool:
         done = [pool.submit(_compile, command, flags, root, path) for path, flags in variants.items()]
         problems = [future.result() for future in done]
@@ -63,15 +73,22 @@ def compile_libraries(root: Path, library: Path) -> tuple[list[Path], str]:
 
 
 def _compile(command: list[str], flags: tuple[str, ...], root: Path, path: Path) -> str | None:
-    unfinished = root / path.with_suffix(".tmp")
     source = root / KERNELS / "native.c"
-    arguments = [*command, *FLAGS, *flags, *shlex.split(os.environ.get("CFLAGS", "")), str(source), "-o"]
-    try:
-        done = subprocess.run([*arguments, str(unfinished)], capture_output=True, text=True, check=False)
-    except OSError as error:
-        return f"{command[0]}: {error.strerror}"
-    if done.returncode == 0:
-        unfinished.replace(root / path)
-        return None
-    unfinished.unlink(missing_ok=True)
-    return done.stderr.strip() or f"{command[0]} failed"
+    shared = () if ON_WINDOWS else ("-fPIC",)
+    # Some linkers leave more than the library.
+    with tempfile.TemporaryDirectory(dir=(root / path).parent) as folder:
+        made = Path(folder, path.name)
+        arguments = [*command, *FLAGS, *shared, *flags, *_words("ARCHFLAGS"), *_words("CFLAGS"), str(source), "-o"]
+        try:
+            done = subprocess.run([*arguments, str(made)], capture_output=True, text=True, check=False)
+        except OSError as error:
+            return f"{command[0]}: {error.strerror}"
+        if done.returncode != 0:
+            return done.stderr.strip() or f"{command[0]} failed"
+        made.replace(root / path)
+    return None
+
+
+def _words(variable: str) -> list[str]:
+    """Return what an environment variable holds; on Windows a backslash is part of a path."""
+    return shlex.split(os.environ.get(variable, ""), posix=not ON_WINDOWS)

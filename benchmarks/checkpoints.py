@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +13,21 @@ from safetensors.numpy import save_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Layout", "llama", "qwen", "read", "shards", "write", "write_directions"]
+__all__ = ["Layout", "fp8", "llama", "qwen", "read", "scales_of", "shards", "write", "write_directions"]
 
 INDEX = "model.safetensors.index.json"
 FULL_ATTENTION_EVERY = 4
 WRITERS = ("o_proj.weight", "out_proj.weight", "down_proj.weight", "experts.down_proj")
 #: A prime, so that rows and tensors do not repeat it in step.
 BLOCK_ELEMENTS = 4_194_301
+#: Rows and columns of a scale of FP8 codes.
+SCALED = 128
+ITEM_BYTES = {"BF16": 2, "F8_E4M3": 1, "F32": 4}
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a checkpoint consists of; all tensors are bf16.
+    """What a checkpoint consists of.
 
     Attributes:
         hidden: Its hidden size.
@@ -33,6 +36,7 @@ class Layout:
         config: What config.json says.
         file: The name of a shard, with its number and their count to fill in.
         shard_bytes: The most that one shard holds.
+        coded: Whether matrices of layers are FP8 codes with scales in float32; else all tensors are bf16.
     """
 
     hidden: int
@@ -41,17 +45,28 @@ class Layout:
     config: Mapping[str, Any]
     file: str
     shard_bytes: int
+    coded: bool = False
+
+    def dtype(self, name: str) -> str:
+        """Returns the safetensors dtype of a tensor."""
+        if not self.coded or ".layers." not in name or len(self.tensors[name]) < 2:
+            return "BF16"
+        return "F32" if name.endswith("_scale_inv") else "F8_E4M3"
+
+    def size(self, name: str) -> int:
+        """Returns the bytes of a tensor."""
+        return ITEM_BYTES[self.dtype(name)] * int(np.prod(self.tensors[name]))
 
     def shards(self) -> list[list[str]]:
         """Returns the names of the tensors of each shard."""
         found: list[list[str]] = [[]]
         size = 0
-        for name, shape in self.tensors.items():
-            if size and size + _bytes(shape) > self.shard_bytes:
+        for name in self.tensors:
+            if size and size + self.size(name) > self.shard_bytes:
                 found.append([])
                 size = 0
             found[-1].append(name)
-            size += _bytes(shape)
+            size += self.size(name)
         return found
 
     def writers(self, layer: int) -> list[str]:
@@ -145,11 +160,35 @@ def llama(layers: int, *, tiny: bool) -> Layout:
     return Layout(hidden, layers, tensors, config, "model-{:05d}-of-{:05d}.safetensors", limit)
 
 
+def fp8(layout: Layout) -> Layout:
+    """Returns a layout whose matrices of layers are FP8 codes, a scale for each block of 128 x 128."""
+    tensors: dict[str, tuple[int, ...]] = {}
+    for name, shape in layout.tensors.items():
+        tensors[name] = shape
+        if ".layers." in name and len(shape) > 1:
+            *stack, rows, columns = shape
+            tensors[scales_of(name)] = (*stack, -(-rows // SCALED), -(-columns // SCALED))
+    said = {"quant_method": "fp8", "weight_block_size": [SCALED, SCALED]}
+    return replace(layout, tensors=tensors, config={**layout.config, "quantization_config": said}, coded=True)
+
+
+def scales_of(name: str) -> str:
+    """Returns the name of the scales of a tensor of FP8 codes."""
+    return f"{name}_scale_inv"
+
+
 def write(layout: Layout, folder: Path) -> int:
     """Writes a checkpoint with random weights and returns the bytes of its tensors."""
     folder.mkdir(parents=True)
-    values = np.random.default_rng(0).standard_normal(BLOCK_ELEMENTS, np.float32) * 0.02
-    block = (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(BLOCK_ELEMENTS, np.float32) * 0.02
+    contents = {"BF16": (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()}
+    if layout.coded:
+        from ablate_shards.kernels.codecs.e4m3 import E4M3
+
+        levels = E4M3.nearest_levels(values * 5000)
+        contents["F8_E4M3"] = E4M3.codes_of(levels, np.zeros(levels.shape, np.uint8)).tobytes()
+        contents["F32"] = rng.uniform(1e-4, 2e-4, BLOCK_ELEMENTS).astype(np.float32).tobytes()
     parts = layout.shards()
     weight_map: dict[str, str] = {}
     total = 0
@@ -158,14 +197,20 @@ def write(layout: Layout, folder: Path) -> int:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name in names:
-            shape = layout.tensors[name]
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end := end + _bytes(shape)]}
+            place = [end, end := end + layout.size(name)]
+            header[name] = {"dtype": layout.dtype(name), "shape": layout.tensors[name], "data_offsets": place}
         raw = json.dumps(header).encode()
         raw += b" " * (-len(raw) % 8)
         with (folder / file).open("wb") as shard:
             shard.write(len(raw).to_bytes(8, "little") + raw)
-            for start in range(0, end, len(block)):
-                shard.write(block[: min(len(block), end - start)])
+            for name in names:
+                block = contents[layout.dtype(name)]
+                start, stop = header[name]["data_offsets"]
+                while start < stop:
+                    inside = start % len(block)
+                    part = block[inside : inside + stop - start]
+                    shard.write(part)
+                    start += len(part)
         weight_map |= dict.fromkeys(names, file)
         total += end
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.checkpoints import Layout, read
+from benchmarks.checkpoints import SCALED, Layout, read, scales_of
 from benchmarks.processes import TOOL
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ __all__ = ["against_exact", "edit", "first_of", "verified"]
 
 #: What is promised of 16-bit weights; docs/math.md.
 CORRECTLY_ROUNDED = 0.999
+#: What is promised of codes, relative to the component before.
+ALONG = 1e-3
 
 
 def against_exact(found: "Tensor", exact: "Tensor") -> str | None:
@@ -51,11 +53,29 @@ def edit(layout: Layout, source: Path, directions: Path, source_layer: int, out:
             direction = direction - span @ (span.mT @ direction)
         basis = (direction / direction.norm())[None]
         names = layout.writers(layer)
-        for (name, before), (_, after) in zip(read(source, names), read(out, names), strict=True):
+        scales = [scales_of(name) for name in names] if layout.coded else []
+        blocks = [blocks for _, blocks in read(source, scales)]
+        for number, ((name, before), (_, after)) in enumerate(zip(read(source, names), read(out, names), strict=True)):
+            if layout.coded:
+                before, after = (_decoded(codes, blocks[number]) for codes in (before, after))
             exact, _ = reference.ablate(before, basis, preserve="rows")
-            if fault := against_exact(after, exact):
+            fault = _along(before, after, exact, basis) if layout.coded else against_exact(after, exact)
+            if fault:
                 return f"{name}: {fault}"
     return None
+
+
+def _decoded(codes: "Tensor", scales: "Tensor") -> "Tensor":
+    """Returns what FP8 codes stand for."""
+    rows, columns = codes.shape[-2:]
+    wide = scales.repeat_interleave(SCALED, -2).repeat_interleave(SCALED, -1)[..., :rows, :columns]
+    return codes.float() * wide
+
+
+def _along(before: "Tensor", after: "Tensor", exact: "Tensor", basis: "Tensor") -> str | None:
+    """Compares the component along a basis with that of the exact edit."""
+    off = float((basis @ (after.double() - exact)).norm() / (basis @ before.double()).norm())
+    return None if off <= ALONG else f"{off:.1e} of the component is not what it should be"
 
 
 def first_of(checks: Iterable[Callable[[], str | None]]) -> str | None:

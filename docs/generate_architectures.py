@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from ablate_shards.surgery.anatomy.families import FAMILIES, Family, Layout, Module
+from ablate_shards.surgery.anatomy.families import FAMILIES, Layout, Module
+from ablate_shards.surgery.anatomy.gains import factors_of, is_centred
 from ablate_shards.surgery.anatomy.unsupported import REASONS
 
 TARGET = Path(__file__).with_name("architectures.md")
@@ -19,35 +20,41 @@ def families_table() -> str:
     ]
     for family in FAMILIES:
         kinds = ", ".join(f"`{kind}`" for kind in family.model_types)
-        bare = Layout(family.layout.attention, family.layout.mlp, family.layout.embedding)
-        cells = [f"as {first[bare]}"] * 3 + [""] if bare in first else _cells(family)
-        first.setdefault(bare, family.name)
-        lines.append(f"| {family.name} | {kinds} | {' | '.join(cells)} |")
+        for layout, name in zip(family.layouts, (family.name, f"{family.name}, other names"), strict=False):
+            bare = Layout(layout.attention, layout.mlp, layout.embedding)
+            cells = [f"as {first[bare]}"] * 3 + [""] if bare in first else _cells(layout)
+            first.setdefault(bare, name)
+            lines.append(f"| {name} | {kinds} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cells(family: Family) -> list[str]:
-    layout = family.layout
-    gains = dict.fromkeys(module.gain for module in (*layout.attention, *layout.mlp) if module.gain)
-    refused = [f"with `{key}` = {str(value).lower()}: refused, {why}" for key, value, why in layout.refused]
-    parts = [_modules(layout.attention), _modules(layout.mlp), _modules(layout.embedding)]
+def _cells(layout: Layout) -> list[str]:
+    gains = dict.fromkeys(module.gain for module in (*layout.attention, *layout.mlp, *layout.embedding) if module.gain)
+    refused = [
+        f"with `{key}`{'' if value is True else f' = {str(value).lower()}'}: refused, {why}"
+        for key, value, why in layout.refused
+    ]
+    parts = [_modules(layout.attention), _modules(layout.mlp), _modules(layout.embedding, embed=True)]
     return [*parts, "; ".join([", ".join(map(_gain, gains)), *refused]).strip("; ")]
 
 
-def _modules(modules: Iterable[Module]) -> str:
-    return ", ".join(map(_module, modules))
+def _modules(modules: Iterable[Module], *, embed: bool = False) -> str:
+    return ", ".join(_module(module, embeds=embed) for module in modules)
 
 
-def _module(module: Module) -> str:
-    embeds = module.path.rpartition(".")[2].startswith(("embed", "wte", "wpe", "word", "tok", "shared"))
-    axis = {"either": " *in* or not", "in": "" if embeds and not module.fused else " *in*"}.get(module.axis, "")
+def _module(module: Module, *, embeds: bool) -> str:
+    axis = {"either": " *in* or not", "in": "" if embeds else " *in*"}.get(module.axis, "")
     unless = f" (where there is no `{module.unless}`)" if module.unless else ""
     return f"{'fused ' if module.fused else ''}`{module.path.replace('#', 'N')}`{axis}{unless}"
 
 
 def _gain(gain: str) -> str:
     offset, name = ("1 + ", gain[4:]) if gain.startswith("1 + ") else ("", gain)
-    return " or ".join("none" if one == "none" else f"{offset}`{one}`" for one in name.split(" | "))
+    return " or ".join("none" if one == "none" else offset + _product(one) for one in name.split(" | "))
+
+
+def _product(gain: str) -> str:
+    return ("centred " if is_centred(gain) else "") + " times ".join(f"`{name}`" for name in factors_of(gain))
 
 
 def reasons_table() -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -197,11 +198,42 @@ FLOATS = {
     "MXFP4": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
     "NVFP4": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
 }
+#: Bits and size of groups of what MLX adds offsets to, and the modes of MLX that have none.
+AFFINE = {"MLX int4 in groups of 64": (4, 64), "MLX int3 in groups of 32": (3, 32), "MLX int8 in groups of 64": (8, 64)}
+MODES = {"MXFP4 (MLX)": (4, 32), "MXFP8 (MLX)": (8, 32), "NVFP4 (MLX)": (4, 16)}
+LINES = {
+    "NF4 in blocks of 64": ("nf4", False),
+    "NF4 in blocks of 64, their scales quantised as well": ("nf4", True),
+    "FP4 of bitsandbytes in blocks of 64": ("fp4", False),
+}
+TABLES = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": (
+        *(0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25),
+        *(
+            0.0,
+            -0.0052083334885537624,
+            -0.6666666865348816,
+            -1.0,
+            -0.3333333432674408,
+            -0.5,
+            -0.1666666716337204,
+            -0.25,
+        ),
+    ),
+}
+LLM_INT8 = "LLM.int8 per channel"
 #: What follows the module's name in that of the codes.
 CODES = ("weight", "weight_packed", "qweight")
 #: How a writer is stored, by a name; its own names are those that `inspect` shows, with the spelling in brackets.
 BYTES = "int8 per channel (bytes)"
-FORMS = (*GROUPS, *TRANSPOSED, BYTES, "MXFP8", "MXFP4", "NVFP4", "NVFP4 (ModelOpt)", "MXFP4 (DeepSeek)")
+UNEVEN_BYTES = "int8 per channel, with zero points (bytes)"
+FORMS = (*GROUPS, *TRANSPOSED, BYTES, UNEVEN_BYTES, "MXFP8", "MXFP4", "NVFP4", "NVFP4 (ModelOpt)", "MXFP4 (DeepSeek)")
+FORMS = (*FORMS, *AFFINE, *MODES, *LINES, LLM_INT8)
 
 
 def inner_of(form: str) -> int:
@@ -215,8 +247,17 @@ def quantisation_as(form: str) -> dict:
         return {"quant_method": "modelopt", "quant_algo": "NVFP4"}
     if form == "MXFP4 (DeepSeek)":
         return {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    if form == BYTES:
-        weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    if form in AFFINE or form in MODES:
+        bits, size = (AFFINE | MODES)[form]
+        return {"group_size": size, "bits": bits, "mode": form.partition(" ")[0].lower() if form in MODES else "affine"}
+    if form in LINES:
+        kind, nested = LINES[form]
+        more = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested}
+        return {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, **more}
+    if form == LLM_INT8:
+        return {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True}
+    if form in (BYTES, UNEVEN_BYTES):
+        weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": form == BYTES}
         return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
     if form in TRANSPOSED:
         bits, size, more = TRANSPOSED[form]
@@ -309,10 +350,84 @@ def transposed_value(parts: dict[str, torch.Tensor], form: str) -> torch.Tensor:
     return (codes - zeros[groups].T) * scales[groups].T
 
 
+def store_affine(values: torch.Tensor, form: str) -> dict[str, tuple[str, torch.Tensor]]:
+    """The parts of a writer ``[out, in]`` as MLX stores it, with scales of either sign."""
+    (bits, size), rows = AFFINE[form], len(values)
+    grouped = values.reshape(rows, -1, size)
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    kind, dtype = ("F32", torch.float32) if bits == 8 else ("BF16", torch.bfloat16)
+    scales = ((high - low) / ((1 << bits) - 1) * torch.where(low.abs() > high.abs(), 1, -1)).to(dtype)
+    offsets = torch.where(low.abs() > high.abs(), low, high).to(dtype)
+    codes = torch.round((grouped - offsets.float()[..., None]) / scales.float()[..., None]).clamp(0, (1 << bits) - 1)
+    words = packed(codes.reshape(rows, -1).to(torch.int64), bits)
+    return {"weight": ("U32", words), "scales": (kind, scales), "biases": (kind, offsets)}
+
+
+def store_line(values: torch.Tensor, form: str) -> dict[str, tuple[str, torch.Tensor]]:
+    """The parts of a writer ``[out, in]`` as bitsandbytes stores it: all codes in one line, the first in high bits."""
+    kind, nested = LINES[form]
+    table = torch.tensor(TABLES[kind])
+    blocks = values.reshape(-1, 64)
+    largest = blocks.abs().amax(-1)
+    said = {"quant_type": kind, "blocksize": 64, "dtype": "bfloat16", "shape": list(values.shape)}
+    parts = {"weight.absmax": ("F32", largest), "weight.quant_map": ("F32", table)}
+    if nested:
+        offset, steps = largest.mean(), torch.linspace(-1, 1, 256)
+        rest = torch.nn.functional.pad(largest - offset, (0, -len(largest) % 256)).reshape(-1, 256)
+        second = rest.abs().amax(-1)
+        codes = (rest / second[:, None]).flatten()[: len(largest), None].sub(steps).abs().argmin(-1).to(torch.uint8)
+        largest = steps[codes.long()] * second.repeat_interleave(256)[: len(largest)] + offset
+        said |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset.item()}
+        parts |= {"weight.absmax": ("U8", codes), "weight.nested_absmax": ("F32", second)}
+        parts["weight.nested_quant_map"] = ("F32", steps)
+    codes = (blocks / largest[:, None])[..., None].sub(table).abs().argmin(-1).to(torch.uint8).flatten()
+    state = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
+    both = (codes[::2] << 4 | codes[1::2])[:, None]
+    return {"weight": ("U8", both), **parts, f"weight.quant_state.bitsandbytes__{kind}": ("U8", state)}
+
+
+def line_value(parts: dict[str, torch.Tensor], form: str) -> torch.Tensor:
+    """What the parts of :func:`store_line` stand for."""
+    kind, nested = LINES[form]
+    said = json.loads(parts[f"weight.quant_state.bitsandbytes__{kind}"].numpy().tobytes())
+    largest = parts["weight.absmax"]
+    if nested:
+        wide = parts["weight.nested_absmax"].repeat_interleave(256)[: len(largest)]
+        largest = parts["weight.nested_quant_map"][largest.long()] * wide + torch.tensor(said["nested_offset"])
+    codes = torch.stack([parts["weight"].flatten() >> 4, parts["weight"].flatten() & 15], -1)
+    return (parts["weight.quant_map"][codes.flatten().long()].reshape(-1, 64) * largest[:, None]).reshape(said["shape"])
+
+
 def store(values: torch.Tensor, form: str) -> dict[str, tuple[str, torch.Tensor]]:
     """The parts of a writer ``[out, in]``, by what follows the module's name: dtype and tensor."""
     if form in TRANSPOSED:
         return store_transposed(values, form)
+    if form in AFFINE:
+        return store_affine(values, form)
+    if form in LINES:
+        return store_line(values, form)
+    if form in MODES:
+        parts = store(values, "NVFP4 (one scale)" if form.startswith("NVFP4") else form.partition(" ")[0])
+        codes = (parts.get("weight") or parts["weight_packed"])[1].view(torch.uint8)
+        return {
+            "weight": ("U32", codes.view(torch.int32)),
+            "scales": ("U8", parts["weight_scale"][1].view(torch.uint8)),
+        }
+    if form == LLM_INT8:
+        largest = values.abs().amax(-1)
+        codes = torch.round(values * (127 / largest)[:, None]).to(torch.int8)
+        layout = torch.zeros((), dtype=torch.uint8)
+        return {"weight": ("I8", codes), "SCB": ("F32", largest), "weight_format": ("U8", layout)}
+    if form == UNEVEN_BYTES:
+        low, high = values.amin(-1, keepdim=True).clamp(max=0), values.amax(-1, keepdim=True).clamp(min=0)
+        scales = (high - low) / 255
+        zeros = (-128 - torch.round(low / scales)).clamp(-128, 127)
+        codes = (torch.round(values / scales) + zeros).clamp(-128, 127).to(torch.int8)
+        return {
+            "weight": ("I8", codes),
+            "weight_scale": ("F32", scales),
+            "weight_zero_point": ("I8", zeros.to(torch.int8)),
+        }
     if form == BYTES:
         scales = (values.abs().amax(-1, keepdim=True) / 127.5).bfloat16()
         codes = torch.round(values / scales.float()).clamp(-128, 127).to(torch.int8)
@@ -353,7 +468,8 @@ def store(values: torch.Tensor, form: str) -> dict[str, tuple[str, torch.Tensor]
         deepseek = form == "MXFP4 (DeepSeek)"
         parts = {"scale" if deepseek else "weight_scale": ("F8_E8M0" if deepseek else "U8", stored)}
     else:
-        second = largest.max() / (6 * 448)
+        # MLX has no number that all scales are multiplied by.
+        second = torch.tensor(1.0) if "one scale" in form else largest.max() / (6 * 448)
         stored = (largest / 6 / second).to(torch.float8_e4m3fn)
         if form == "NVFP4":
             parts = {"weight_scale": ("F8_E4M3", stored), "weight_global_scale": ("F32", (1 / second).reshape(1))}
@@ -372,6 +488,25 @@ def value_of(parts: dict[str, torch.Tensor], form: str) -> torch.Tensor:
     """What the parts of a writer stand for, float32, computed by the format's definition."""
     if form in TRANSPOSED:
         return transposed_value(parts, form)
+    if form in AFFINE:
+        (bits, size), words = AFFINE[form], parts["weight"]
+        codes = unpacked(words, bits, words.shape[1] * 32 // bits).float()
+        scales, offsets = (parts[rest].float().repeat_interleave(size, 1) for rest in ("scales", "biases"))
+        return codes * scales + offsets
+    if form in LINES:
+        return line_value(parts, form)
+    if form in MODES:
+        raw, scales = parts["weight"].view(torch.uint8), parts["scales"]
+        if form.startswith("MXFP8"):
+            return value_of({"weight": raw.view(torch.float8_e4m3fn), "weight_scale": scales}, "MXFP8")
+        if form.startswith("MXFP4"):
+            return value_of({"weight_packed": raw, "weight_scale": scales}, "MXFP4")
+        one = {"weight_scale": scales.view(torch.float8_e4m3fn), "weight_scale_2": torch.tensor(1.0)}
+        return value_of({"weight": raw, **one}, "NVFP4 (ModelOpt)")
+    if form == LLM_INT8:
+        return parts["weight"].float() * parts["SCB"][:, None] * 7.874015718698502e-3
+    if form == UNEVEN_BYTES:
+        return (parts["weight"].float() - parts["weight_zero_point"].float()) * parts["weight_scale"].float()
     if form == BYTES:
         return parts["weight"].float() * parts["weight_scale"].float()
     if form in GROUPS:
@@ -431,11 +566,11 @@ def write_coded(
 def parts_of(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The parts of the writers of :func:`write_coded`, as stored, by module and what follows its name."""
     checkpoint = open_checkpoint(folder)
-    kinds = TORCH | {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+    kinds = TORCH | {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "U32": torch.int32, "I64": torch.int64}
     found: dict[str, dict[str, torch.Tensor]] = {}
     for name, info in checkpoint.tensors.items():
-        module, _, rest = name.rpartition(".")
-        if module.endswith(("o_proj", "down_proj")):
+        if (place := re.match(r"(.*(?:o_proj|down_proj))\.(.+)", name)) is not None:
+            module, rest = place.groups()
             raw = bytearray(read_range(checkpoint, info))
             found.setdefault(module, {})[rest] = torch.frombuffer(raw, dtype=kinds[info.dtype]).reshape(info.shape)
     return found

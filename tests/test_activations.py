@@ -3,6 +3,9 @@
 import io
 import itertools
 import pickle
+import signal
+import subprocess
+import sys
 import tracemalloc
 import zipfile
 
@@ -13,6 +16,7 @@ from raw_checkpoints import decode, encode, write_llama, write_shard
 from safetensors.numpy import save_file
 
 from ablate_shards.errors import ActivationsError
+from ablate_shards.kernels.native.native import is_built
 from ablate_shards.surgery.directions import activations
 from ablate_shards.surgery.directions.activations import LABELS, Kept, open_activations, read_npz, read_pickled_tensors
 
@@ -262,6 +266,76 @@ def test_a_file_that_shrinks_meanwhile_is_refused(tmp_path):
     for room in (0, 1 << 20):
         with pytest.raises(ActivationsError, match=r"ended inside positive\.layers\.1"):
             read(dump, 1, "positive", kept=Kept(room))
+
+
+CUT_SHORT = """
+import os, sys
+from ablate_shards.surgery.directions import activations
+from ablate_shards.cli import main
+
+mapped = activations._mapped
+if sys.argv[1] == "without":
+    activations.guard = lambda *_: lambda: None
+
+def cut(array, start):
+    found = mapped(array, start)
+    os.truncate(array.path, int(sys.argv[2]))
+    return found
+
+activations._mapped = cut
+main(sys.argv[3:])
+"""
+
+
+def after_a_cut(tmp_path, guarded, left):
+    path = write(tmp_path / "dump.safetensors", arrays(prompts=4000))
+    arguments = [guarded, left, "directions", path, tmp_path / "out.safetensors", "--quiet"]
+    command = [sys.executable, "-c", CUT_SHORT, *map(str, arguments)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert not (tmp_path / "out.safetensors").exists()
+    return path, found
+
+
+@pytest.mark.skipif(not is_built(), reason="without the native form nothing is mapped")
+def test_a_file_that_is_cut_short_while_it_is_mapped_ends_in_a_sentence(tmp_path):
+    path, found = after_a_cut(tmp_path, "with", 100_000)
+    assert found.returncode == 1
+    sentence = found.stderr.strip().splitlines()[-1]
+    assert sentence.startswith(f"error: {path}: ended inside ")
+    assert sentence.endswith("it was changed while it was read, so start again")
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not is_built(), reason="needs memory that is mapped, and its end")
+def test_nothing_else_would_have_said_so(tmp_path):
+    _, found = after_a_cut(tmp_path, "without", 100_000)
+    assert found.returncode == -signal.SIGBUS
+
+
+def test_a_file_that_loses_less_than_a_page_is_refused_too(tmp_path):
+    # What is left of the page reads as zeros.
+    size = write(tmp_path / "dump.safetensors", arrays(prompts=4000)).stat().st_size
+    path, found = after_a_cut(tmp_path, "with", size - 8)
+    assert found.returncode == 1
+    assert f"{path}: ended inside " in found.stderr
+
+
+def test_without_a_guard_what_is_kept_is_read(tmp_path, monkeypatch):
+    path = write(tmp_path / "dump.safetensors", arrays())
+    expected = read(open_activations(path), 1, "positive")
+    monkeypatch.setattr(activations, "guard", lambda *_: None)
+    kept = Kept(1 << 20)
+    assert np.array_equal(read(open_activations(path), 1, "positive", kept=kept), expected)
+    assert kept.arrays[0].flags.owndata
+
+
+def test_guards_are_given_back(tmp_path):
+    path = write(tmp_path / "dump.safetensors", arrays())
+    dump = open_activations(path)
+    for _ in range(300):
+        kept = Kept(1 << 20)
+        read(dump, 1, "positive", kept=kept)
+        assert kept.arrays[0].flags.owndata != is_built()  # what is mapped has a guard
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -119,14 +119,14 @@ def advice_for(folder: Path, tmp_path: Path) -> tuple[str, Path]:
     return said, tmp_path / "recipe.toml"
 
 
-def ablate(source: Path, out: Path, direction: torch.Tensor, layers: int, recipe: Path) -> str:
+def ablate(source: Path, out: Path, direction: torch.Tensor, layers: int, recipe: Path, *more: str) -> str:
     file = source.parent / "directions.safetensors"
     vector = direction.float().numpy()[None]
     arrays = {"direction.layers.0": vector, "reference.layers.0": np.zeros_like(vector[0])}
     save_arrays(arrays, file, metadata={"format": "ablate-shards.directions/1"})
-    components = ",".join(dict.fromkeys(re.findall(r'component = "(\w+)"', recipe.read_text())))
+    components = ",".join(dict.fromkeys(re.findall(r'component = "([\w-]+)"', recipe.read_text())))
     options = ["-d", file, "--layers", f"0-{layers - 1}", "--source-layer", 0, "--no-biproject", "--recipe", recipe]
-    return checked(source, out, *options, "--preserve", "columns", "--components", components).stderr
+    return checked(source, out, *options, "--preserve", "columns", "--components", components, *more).stderr
 
 
 def stream_of(model: torch.nn.Module, recipe: Path) -> list[torch.Tensor]:

@@ -419,7 +419,7 @@ def test_a_head_of_an_unknown_kind_is_refused(tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"task_type": None}))
     said = " ".join(checked("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out", code=1).output.split())
     assert "holds score.weight" in said
-    assert "write SEQ_CLS or TOKEN_CLS as task_type into" in said
+    assert "write SEQ_CLS, TOKEN_CLS or QUESTION_ANS as task_type into" in said
 
 
 # ------------------------------------------------------------------------------------ the machinery

@@ -133,7 +133,8 @@ class TestFamilies:
         [
             ({"model_type": "opt", "do_layer_norm_before": False}, "do_layer_norm_before = false is refused"),
             ({"model_type": "gpt2", "add_cross_attention": True}, "cross-attention writes to the stream"),
-            ({"model_type": "gemma4_text", "enable_moe_block": True}, "passes through a second norm"),
+            ({"model_type": "longcat_flash", "zero_expert_num": 256}, "zero_expert_num = 256 is refused: its experts"),
+            ({"model_type": "bloom", "apply_residual_connection_post_layernorm": True}, "the stream itself"),
             ({"model_type": "bert"}, "the stream itself is normalised after each addition"),
         ],
     )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hub.hub_server import Server
 
-from benchmarks import checks, processes, record
+from benchmarks import checks, machine, processes, record
 from benchmarks.__main__ import main
 from benchmarks.cases import command as command_cases
 from benchmarks.cases import diff as diff_cases
@@ -148,7 +148,7 @@ def test_a_right_result_gets_a_speed(registered, tmp_path, capsys):
 def test_every_case_runs_at_tiny_size(name, tmp_path):
     # The default is a relative path too.
     words = [name, "--tiny", "--runs", "1", "--work", os.path.relpath(tmp_path / "work"), "--json", str(tmp_path)]
-    if name == "kernels-gpu":
+    if name in ("kernels-gpu", "sweep-gpu"):
         # Triton decides at import whether it interprets.
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         subprocess.run([sys.executable, "-m", "benchmarks", *words], cwd=ROOT, env=environment, check=True)
@@ -203,12 +203,38 @@ def test_a_quoted_table_is_that_of_the_result(page):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(machine.gpu() is not None, reason="tries everything without a GPU")
+def test_the_script_for_a_gpu_runs_dry_and_says_how_each_step_ended(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = ["bash", "benchmarks/gpu.sh"]
+    refused = subprocess.run([*command, tmp_path / "no"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "sees no GPU; --dry tries everything without one" in refused.stderr
+    subprocess.run([*command, "--dry", tmp_path / "out"], cwd=ROOT, env=environment, check=True, capture_output=True)
+    steps = ("tests", "kernels-gpu", "command-gpu", "sweep-gpu")
+    lines = (tmp_path / "out" / "steps.txt").read_text().splitlines()
+    assert [line.partition(" after ")[0] for line in lines] == [f"{name}: exit code 0" for name in steps]
+    for name in steps[1:]:
+        assert json.loads((tmp_path / "out" / f"{name}.json").read_text())["machine"]["packages"]["torch"]
+    assert "skipped" in (tmp_path / "out" / "tests.txt").read_text()
+
+
+def test_a_step_that_takes_too_long_is_ended_and_the_script_fails(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable, "GPU_SECONDS": "0"}
+    found = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", "--dry", tmp_path], cwd=ROOT, env=environment, capture_output=True
+    )
+    assert found.returncode == 1
+    assert "kernels-gpu: exit code 124" in (tmp_path / "steps.txt").read_text()
+
+
 def test_without_a_gpu_its_cases_are_refused_in_one_sentence(tmp_path, capsys):
     assert main(["--gpu", "--work", str(tmp_path)]) == 1
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err == (
-        "benchmarks: command-gpu, kernels-gpu: expected a GPU, and torch sees none; the other cases need none\n"
+        "benchmarks: command-gpu, kernels-gpu, sweep-gpu: expected a GPU, and torch sees none; "
+        "the other cases need none\n"
     )
 
 

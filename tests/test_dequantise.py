@@ -572,7 +572,7 @@ def test_writers_without_codes_are_refused(tmp_path):
     assert "none of the weights that would be edited" in output
 
 
-@pytest.mark.parametrize("method", ["hqq", "bitsandbytes", None])
+@pytest.mark.parametrize("method", ["hqq", "torchao", None])
 def test_other_formats_are_refused_by_name(tmp_path, method):
     source = write_fp8(tmp_path / "source", quantisation={"quant_method": method})
     output = refuse(tmp_path, "dequantise", source, tmp_path / "out")

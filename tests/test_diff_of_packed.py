@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from coded_checkpoints import (
+    AFFINE,
     FORMS,
     direction_of,
     inner_of,
@@ -18,6 +19,10 @@ from coded_checkpoints import (
 from command_line import checked
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
+
+from ablate_shards.kernels.codecs.grids import grid_named
+from ablate_shards.kernels.codecs.packing import pack, unpack
+from ablate_shards.kernels.rounding.directed import round_directed
 
 HIDDEN, LAYERS, MODULES = 256, 2, 4
 
@@ -51,7 +56,7 @@ def coded(tensors, form):
             found[name] = values
             continue
         for rest, (dtype, part) in store(values.float(), form).items():
-            kinds = {"U8": torch.uint8, "I8": torch.int8}
+            kinds = {"U8": torch.uint8, "I8": torch.int8, "U32": torch.uint32}
             found[f"{name.removesuffix('.weight')}.{rest}"] = part.view(kinds[dtype]) if dtype in kinds else part
             if dtype == "F8_E8M0":
                 found[f"{name.removesuffix('.weight')}.{rest}"] = part.view(torch.float8_e8m0fnu)
@@ -106,8 +111,7 @@ def test_a_checkpoint_and_its_own_quantisation_differ_by_rounding(case, turned):
 def test_codes_on_one_grid_are_counted_and_the_edit_is_found(case):
     folder, form, _ = case
     found = differences(folder / "coded", folder / "coded-ablated", "-d", folder / "d.safetensors")
-    # In four bits and fewer most of the change lies in the rows where the direction is largest.
-    assert kinds(found).keys() <= ({"ablation"} if "8" in form else {"ablation", "low-rank"})
+    assert kinds(found) == {"ablation": MODULES}
     receipt = json.loads((folder / "coded-ablated" / "ablation.json").read_text())
     changed = {record["name"]: record["changed"] for record in receipt["tensors"]}
     for tensor in found["tensors"]:
@@ -118,6 +122,30 @@ def test_codes_on_one_grid_are_counted_and_the_edit_is_found(case):
     kind = form.partition(" ")[0]
     start = f"{sum(changed.values())} codes of 4 tensors in {kind} changed ("
     assert any(line.startswith(start) for line in found["verdict"]), found["verdict"]
+    assert "4 residual writers" in found["verdict"][0]
+    assert "consistent with directional ablation (coefficient" in found["verdict"][0]
+    assert "directions differ" not in found["verdict"][0]
+    # In four bits and fewer most of the change lies in the rows where the direction is largest.
+    for tensor in found["tensors"]:
+        assert tensor["ablation"]["coefficient"] == pytest.approx(1, abs=0.05 if "8" in form else 0.4)
+
+
+def test_codes_that_were_chosen_together_for_another_update_are_no_ablation(case, tmp_path):
+    folder, form, _ = case
+    if form != "MXFP4":  # one form tells it
+        return
+    tensors = load_file(folder / "coded" / "model.safetensors")
+    grid, along = grid_named("E2M1"), direction_of(HIDDEN)
+    across = np.random.default_rng(8).standard_normal((1, inner_of(form)))
+    for module in {name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")}:
+        codes = unpack(tensors[f"{module}.weight_packed"].numpy(), 4, inner_of(form))
+        scales = (2.0 ** (tensors[f"{module}.weight_scale"].float() - 127)).repeat_interleave(32, 1).numpy()
+        values = grid.values_of(grid.levels_of(codes), scales)
+        target = (values + 0.05 * along.T @ across).astype(np.float32)
+        round_directed(grid, target, codes, scales, along)
+        pack(codes, 4, tensors[f"{module}.weight_packed"].numpy())
+    found = differences(folder / "coded", write(tmp_path / "other", tensors, form))
+    assert kinds(found) == {"low-rank": MODULES}
 
 
 def test_an_edit_is_told_beneath_the_rounding(case):
@@ -153,15 +181,22 @@ def test_one_code_is_one_step(case, tmp_path):
 def test_other_scales_are_compared_by_value(case, tmp_path):
     folder, form, _ = case
     tensors = load_file(folder / "coded" / "model.safetensors")
-    name = next(name for name in tensors if name.endswith((".scale", ".scales", "weight_scale")))
-    scales = tensors[name]
-    tensors[name] = (
-        scales.view(torch.uint8).add(1).view(scales.dtype)
-        if scales.dtype in (torch.uint8, torch.float8_e8m0fnu)
-        else (scales.float() * 2).to(scales.dtype)
-    )
+    ends = (".scale", ".scales", "weight_scale", ".absmax", ".SCB")
+    name = next(name for name in tensors if name.endswith(ends) and "o_proj" in name)
+    parts = [name]
+    if form in AFFINE:
+        parts.append(f"{name.removesuffix('scales')}biases")
+    if "quantised as well" in form:  # scales that are codes are not doubled by doubling these
+        return
+    for part in parts:
+        scales = tensors[part]
+        tensors[part] = (
+            scales.view(torch.uint8).add(8 if form == "NVFP4 (MLX)" else 1).view(scales.dtype)
+            if scales.dtype in (torch.uint8, torch.float8_e8m0fnu)
+            else (scales.float() * 2).to(scales.dtype)
+        )
     found = differences(folder / "coded", write(tmp_path / "other", tensors, form))
-    assert kinds(found) == {"scaled": 1, "scales": 1}
+    assert kinds(found) == {"scaled": 1, "scales": len(parts)}
     assert next(t for t in found["tensors"] if t["kind"] == "scaled")["relative"] == pytest.approx(
         1, rel=0.2
     )  # the greatest may not be doubled

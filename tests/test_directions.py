@@ -432,16 +432,18 @@ def test_a_direction_along_the_reference_is_refused():
 
 
 @pytest.mark.parametrize("rank", [1, 3])
-def test_the_gain_is_carried_through(rank):
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_gain_is_carried_through(rank, centred):
     """A norm multiplies what a weight writes by g, so R diag(g) is what must vanish from the weight."""
     basis, gain = orthonormal(normal(rank, HIDDEN)), 1 + normal(HIDDEN, seed=1)
     weight, inputs = normal(HIDDEN, 40, seed=2), normal(40, 9, seed=3)
 
     def left(axes):
         edited = weight - axes.T @ (axes @ weight)
-        return np.abs(basis @ (gain[:, None] * (edited @ inputs))).max()
+        written = edited @ inputs
+        return np.abs(basis @ (gain[:, None] * (written - centred * written.mean(axis=0)))).max()
 
-    carried = apply_gain(basis, gain)
+    carried = apply_gain(basis, gain, centred=centred)
     np.testing.assert_allclose(carried @ carried.T, np.eye(rank), atol=1e-13)
     assert left(carried) < 1e-11
     assert left(basis) > 0.1
@@ -659,7 +661,8 @@ def test_other_files_are_no_directions(tmp_path):
     )
     assert "its format is ablate-shards.activations/1 (holds negative.layers.0" in unreadable(write_dump(path))
     model = write_llama(tmp_path / "model") / "model-00001-of-00002.safetensors"
-    assert "its format is pt (holds model.embed_tokens.weight" in unreadable(model)
+    assert "holds model.embed_tokens.weight [48, 32] of BF16" in unreadable(model)
+    assert "not what is the direction of which layer" in unreadable(model)
 
 
 def test_malformed_foreign_directions_are_refused(tmp_path):

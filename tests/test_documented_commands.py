@@ -280,7 +280,7 @@ def translate(demo, fresh, line):
         value = given[parameter.name]
         if parameter.name in OUTPUTS.get(name, ()):
             value = value if str(value).startswith("hub:") else fresh / called(name, value)
-        elif parameter.name in places and not (shipped and parameter.name == "recipe"):
+        elif value is not True and parameter.name in places and not (shipped and parameter.name == "recipe"):
             value = places[parameter.name]
         elif isinstance(value, str) and value in _PLACEHOLDERS:
             value = _PLACEHOLDERS[value]

@@ -244,15 +244,13 @@ def test_a_run_that_ends_early_leaves_nothing(tmp_path, base, monkeypatch, error
     ("words", "said"),
     [
         (["out", "--adapter-rank", 4], "add --adapter"),
-        (["hub:me/model", "--adapter"], "`ablate-shards push`"),
         (["out", "--adapter", "--link"], "--link"),
         (["out", "--adapter", "--device", "cuda"], "computed on the CPU"),
     ],
 )
 def test_what_says_nothing_about_an_adapter_is_refused(tmp_path, base, words, said):
     out, *rest = words
-    out = out if ":" in out else tmp_path / out
-    assert said in checked("ablate", base, out, *edit_of(tmp_path), *rest, code=2).output
+    assert said in checked("ablate", base, tmp_path / out, *edit_of(tmp_path), *rest, code=2).output
 
 
 # ------------------------------------------------------------------------------------------- what is left out
@@ -352,7 +350,31 @@ def perturbed(base, out, *, kept=("norm", "ln_")):
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", "qwen2", "qwen3-moe-fused", "mixtral-fused", "gpt-oss", "gpt2", "gemma2", "phi", "deepseek-v3-fused"],
+    [
+        "llama",
+        "qwen2",
+        "qwen3-moe-fused",
+        "mixtral-fused",
+        "gpt-oss",
+        "gpt2",
+        "gemma2",
+        "phi",
+        "deepseek-v3-fused",
+        "qwen3-moe",
+        "mixtral",
+        "olmoe",
+        "deepseek-v2",
+        "deepseek-v3",
+        "glm4-moe",
+        "qwen2-moe",
+        "qwen3-next",
+        "lfm2-moe",
+        "jamba",
+        "nemotron-h",
+        "qwen3.5-moe",
+        "granite-hybrid-moe",
+        "llama4",
+    ],
 )
 def test_peft_makes_the_second_checkpoint_of_the_first(tmp_path, name):
     tiny = TINY_MODELS[name]
@@ -367,6 +389,75 @@ def test_peft_makes_the_second_checkpoint_of_the_first(tmp_path, name):
         assert (second - first).norm() > 1e-2 * second.norm()
         torch.testing.assert_close(found, second, rtol=1e-4, atol=1e-3 * float(second.abs().max()))
     assert "with the digests it records" in checked("verify", base, tmp_path / "adapter").output
+
+
+@pytest.mark.parametrize("kind", ["gate_proj", "up_proj", "down_proj"])
+def test_experts_that_do_not_differ_are_carried_along(tmp_path, kind):
+    """transformers makes one parameter of all experts, so that one that differs takes the others with it."""
+    tiny = TINY_MODELS["qwen3-moe"]
+    base = save_tiny_model(tiny, tmp_path / "base")
+    shutil.copytree(base, tmp_path / "other")
+    tensors = load_file(base / "model.safetensors")
+    name = f"model.layers.1.mlp.experts.2.{kind}.weight"
+    noise = np.random.default_rng(7).standard_normal(tensors[name].shape).astype(np.float32)
+    save_file(tensors | {name: tensors[name] + noise}, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    checked("diff", base, tmp_path / "other", "--adapter", tmp_path / "adapter", "--adapter-rank", 32, "--quiet")
+    [record] = receipt_of(tmp_path / "adapter")["modules"]
+    assert len(record["tensors"]) == (4 if kind == "down_proj" else 8)
+    model, said = adapted(tiny, base, tmp_path / "adapter")
+    assert not [text for text in said if "missing adapter keys" in text]
+    with torch.no_grad():
+        found, wanted = model(input_ids=TOKENS).logits, tiny.load(tmp_path / "other")(input_ids=TOKENS).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+    checked("merge", base, tmp_path / "adapter", tmp_path / "merged", "--quiet")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    np.testing.assert_allclose(merged[name], tensors[name] + noise, atol=1e-5)
+    others = [each for each in tensors if each != name]
+    assert all(np.allclose(merged[each], tensors[each], atol=1e-6) for each in others)
+
+
+def dropped(word):
+    return lambda tensors: {name: values for name, values in tensors.items() if word not in name}
+
+
+def head_stored(tensors):
+    return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}
+
+
+def with_buffers(tensors):
+    return tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+
+
+DISPENSABLE = {
+    "no multi-token prediction": ("qwen3.5", dropped("mtp."), "first checkpoint holds it, and it is no part of"),
+    "no layer of its own for it": ("deepseek-v3", dropped("model.layers.3."), "and it is no part of the decoder"),
+    "no vision tower": ("qwen3.5", dropped("visual"), "and it is no part of the decoder"),
+    "a tied head stored too": ("qwen2", head_stored, "second checkpoint holds it, a copy of the embedding"),
+    "buffers": ("llama", with_buffers, "and loaders compute it"),
+}
+
+
+@pytest.mark.parametrize("case", DISPENSABLE)
+def test_what_the_decoder_does_without_may_be_in_one_of_two_checkpoints(tmp_path, case):
+    name, change, reason = DISPENSABLE[case]
+    tiny = TINY_MODELS[name]
+    base = save_tiny_model(tiny, tmp_path / "base")
+    shutil.copytree(base, tmp_path / "other")
+    tensors = load_file(base / "model.safetensors")
+    changed = next(
+        each
+        for each in tensors
+        if each.endswith("layers.1.self_attn.o_proj.weight") or "1.linear_attn.out_proj" in each
+    )
+    noise = np.random.default_rng(7).standard_normal(tensors[changed].shape).astype(np.float32)
+    other = change(tensors | {changed: tensors[changed] + noise})
+    save_file(other, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    checked("diff", base, tmp_path / "other", "--adapter", tmp_path / "adapter", "--adapter-rank", 32, "--quiet")
+    receipt = receipt_of(tmp_path / "adapter")
+    assert [record["tensors"][0]["name"] for record in receipt["modules"]] == [changed]
+    assert receipt["left_out"]
+    assert all(reason in skip["reason"] for skip in receipt["left_out"])
+    assert str(tmp_path) not in json.dumps(receipt)
 
 
 def test_extracting_undoes_a_merge(tmp_path):

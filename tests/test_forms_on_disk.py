@@ -153,6 +153,9 @@ def as_mistral_names_it(tensors):
     names = {
         "model.": "",
         "embed_tokens": "tok_embeddings",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "lm_head": "output",
         "self_attn.o_proj": "attention.wo",
         "mlp.down_proj": "feed_forward.w2",
         "self_attn.": "attention.",
@@ -205,12 +208,7 @@ def test_consolidated_weights_alone_are_the_weights(tmp_path, sharded):
     base.mkdir()
     write_consolidated(base, sharded=sharded)
     directions = write_directions(tmp_path / "d.safetensors")
-    said = checked("ablate", base, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1).output
-    assert "the tensor names are not those of an architecture in the table" in " ".join(said.split())
-    lines = said.partition("[[ablate.target]]")
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text("".join(lines[1:]))
-    checked("ablate", base, tmp_path / "out", "-d", directions, "--source-layer", 1, "--recipe", recipe)
+    checked("ablate", base, tmp_path / "out", "-d", directions, "--source-layer", 1)
     llama = write_llama(tmp_path / "llama", shards=1)
     checked("ablate", llama, tmp_path / "other", "-d", directions, "--source-layer", 1)
     assert tensor_bytes(tmp_path / "out") == as_mistral_names_it(tensor_bytes(tmp_path / "other"))
@@ -223,6 +221,37 @@ def test_an_index_of_shards_that_are_not_here_is_what_is_out_of_place(tmp_path):
     assert "nothing of what it names is here, but model.safetensors is; remove the index" in said
     (base / "model.safetensors.index.json").unlink()
     checked("inspect", base)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.fp16.safetensors", "model.ema-2.safetensors", "diffusion_pytorch_model.safetensors"]
+)
+def test_the_same_weights_in_another_dtype_stay_behind(tmp_path, name):
+    """Loaders take model.safetensors, unless they are told of a variant."""
+    base = write_llama(tmp_path / "base", shards=1)
+    (base / "model.safetensors.index.json").unlink()
+    (base / "model-00001-of-00001.safetensors").rename(base / "model.safetensors")
+    directions = write_directions(tmp_path / "d.safetensors")
+    checked("ablate", base, tmp_path / "alone", "-d", directions, "--source-layer", 1)
+    shutil.copy(base / "model.safetensors", base / name)
+    assert "a variant of the weights, unedited" in " ".join(checked("inspect", base).output.split())
+    checked("ablate", base, tmp_path / "out", "-d", directions, "--source-layer", 1)
+    assert not (tmp_path / "out" / name).exists()
+    assert tensor_bytes(tmp_path / "out") == tensor_bytes(tmp_path / "alone")
+    checked("verify", base, tmp_path / "out")
+
+
+@pytest.mark.parametrize("key", ["text_config", "llm_config", "language_config"])
+def test_a_decoder_that_is_described_by_itself_is_known(tmp_path, key):
+    base = write_llama(tmp_path / "base", dtype="F32")
+    directions = write_directions(tmp_path / "d.safetensors")
+    checked("ablate", base, tmp_path / "alone", "-d", directions, "--source-layer", 1)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(
+        json.dumps({"model_type": "my_chat", key: config, "vision_config": {"hidden_size": 8}})
+    )
+    checked("ablate", base, tmp_path / "out", "-d", directions, "--source-layer", 1)
+    assert tensor_bytes(tmp_path / "out") == tensor_bytes(tmp_path / "alone")
 
 
 # ------------------------------------------------------------------------------------------- names of wrappers
@@ -382,7 +411,8 @@ def test_plain_numbers_are_not_called_quantised(tmp_path):
     assert "found F64; convert the checkpoint to one of them first" in " ".join(said.split())
 
 
-def test_the_chat_template_of_a_processor_is_used(tmp_path):
+@pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
+def test_the_chat_template_of_a_processor_is_used(tmp_path, name):
     folder = tmp_path / "model"
     shutil.copytree(MODEL, folder)
     pairs = tmp_path / "pairs.jsonl"
@@ -395,10 +425,10 @@ def test_the_chat_template_of_a_processor_is_used(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     said = checked("capture", folder, tmp_path / "none.safetensors", "--pairs", pairs, code=1).output
     assert "has no chat template" in " ".join(said.split())
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    (folder / name).write_text(json.dumps({"chat_template": template}))
     checked("capture", folder, tmp_path / "after.safetensors", "--pairs", pairs)
     before, after = (load_file(tmp_path / f"{name}.safetensors") for name in ("before", "after"))
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(before[each], after[each]) for each in before)
 
 
 # ------------------------------------------------------------------------------------------- adapters of MLX

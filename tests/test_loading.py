@@ -149,6 +149,12 @@ def test_a_prompt_that_may_stand_elsewhere_by_chance_is_missed_too(copy, prompt)
         assert render_chat(tokenizer, told, "pair 1", CaptureError) == f"Honey, be brief.|{prompt}|"
 
 
+def test_a_template_that_writes_capitals_drops_nothing(copy):
+    template = "{% for message in messages %}{{ message['content'] | upper }}|{% endfor %}"
+    (copy / "chat_template.jinja").write_text(template)
+    assert render_chat(read_tokenizer(copy, CaptureError), [{"role": "user", "content": "warm"}], "x", CaptureError)
+
+
 def test_a_system_message_that_a_template_drops_is_missed(copy):
     template = (copy / "chat_template.jinja").read_text()
     (copy / "chat_template.jinja").write_text(

@@ -310,14 +310,6 @@ def test_a_full_disk_is_found_before_the_first_byte(tmp_path, source, directions
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_copying_without_copy_file_range(tmp_path, source, directions, monkeypatch):
-    checked(source, tmp_path / "a", "-d", directions, "--source-layer", 1)
-    monkeypatch.delattr("os.copy_file_range")
-    monkeypatch.delattr("os.posix_fallocate")
-    checked(source, tmp_path / "b", "-d", directions, "--source-layer", 1)
-    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
-
-
 def test_link_shares_only_what_is_not_edited(tmp_path, source, directions):
     arguments = ("-d", directions, "--source-layer", 1, "--layers", "2")
     checked(source, tmp_path / "copied", *arguments)

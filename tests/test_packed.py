@@ -181,7 +181,7 @@ def test_inspect_and_dry_run_say_how_codes_are_stored(case):
     name = form.partition(" (")[0]
     assert f"4 writers in {name}: codes are edited" in " ".join(checked("inspect", source).output.split())
     plan = checked(source, folder / "out", *options(folder, "--dry-run")).output
-    kind = re.sub(r" (?:in groups|per channel).*", "", name)
+    kind = re.sub(r" (?:in groups|in blocks|per channel).*", "", name)
     assert f"4 tensors in {kind}: codes would be edited" in plan
 
 
@@ -384,7 +384,7 @@ def test_columns_whose_groups_are_in_another_order_have_the_scales_of_theirs(tmp
     assert records(tmp_path / "plain")[module]["before"] == pytest.approx(left(weight, basis), rel=1e-4)
 
 
-def test_zero_points_beside_bytes_are_refused_by_name(tmp_path):
+def test_zero_points_beside_bytes_that_are_said_to_be_symmetric_are_refused_by_name(tmp_path):
     source = write_coded(tmp_path / "source", "int8 per channel (bytes)", layers=1)
     write_basis(tmp_path, 256)
     index = json.loads((source / "model.safetensors.index.json").read_text())
@@ -399,7 +399,7 @@ def test_zero_points_beside_bytes_are_refused_by_name(tmp_path):
         output = " ".join(checked(*words, code=1).output.split())
         assert "down_proj.weight: " in output
         assert "dequantise the checkpoint" in output
-    assert f"has zero points ({name})" in output
+        assert "integers of 8 bits that are not symmetric, found none" in output
 
 
 @pytest.mark.parametrize("groups", [torch.arange(192), torch.zeros(7), torch.arange(192) - 200])

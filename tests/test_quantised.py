@@ -337,32 +337,37 @@ def test_nan_is_refused_by_name(case, where):
     assert not (folder / "out").exists()
 
 
-def test_the_direction_is_absent_from_every_hidden_state_of_a_loaded_model(tmp_path):
-    from transformers import FineGrainedFP8Config, Qwen3Config, Qwen3ForCausalLM
+@pytest.mark.parametrize(("kind", "layout"), [("Qwen3", "block"), ("Mistral", "tensor")])
+def test_the_direction_is_absent_from_every_hidden_state_of_a_loaded_model(tmp_path, kind, layout):
+    import transformers
+    from transformers import FineGrainedFP8Config
 
     torch.manual_seed(0)
+    described, loaded = (getattr(transformers, f"{kind}{what}") for what in ("Config", "ForCausalLM"))
     sizes = {"vocab_size": 64, "hidden_size": 512, "intermediate_size": 640, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 64}
-    Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, pad_token_id=0)).save_pretrained(tmp_path / "source")
+    loaded(described(**sizes, **heads, pad_token_id=0)).save_pretrained(tmp_path / "source")
     file = tmp_path / "source" / "model.safetensors"
     tensors = {}
     for name, weight in load_file(file).items():
         tensors[name] = weight.float()
         if name.endswith("proj.weight"):
-            tensors[name], tensors[f"{name}_scale_inv"] = quantise(weight.float(), "block", "BF16")
+            tensors[name], tensors[f"{name}_scale_inv"] = quantise(weight.float(), layout, "BF16")
+            if layout == "tensor":
+                tensors[f"{name.removesuffix('weight')}activation_scale"] = torch.ones((), dtype=torch.bfloat16)
     save_file(tensors, file, metadata={"format": "pt"})
     config = json.loads((tmp_path / "source" / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": "fp8",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
+        "activation_scheme": "dynamic" if layout == "block" else "static",
+        "weight_block_size": [128, 128] if layout == "block" else None,
     }
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))
     basis = write_basis(tmp_path, 512)
 
     def shares(folder):
         told = FineGrainedFP8Config(dequantize=True)
-        model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=told).eval()
+        model = loaded.from_pretrained(folder, dtype=torch.float32, quantization_config=told).eval()
         stream = capture_stream(model)
         return [float(((basis @ state.double().mT).abs() / state.double().norm(dim=-1)).max()) for state in stream]
 

@@ -14,11 +14,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ablate_shards.errors import ArchitectureError
-from ablate_shards.surgery.anatomy.architecture import dissect
+from ablate_shards.surgery.anatomy.architecture import Target, dissect
 from ablate_shards.surgery.anatomy.families import FAMILIES, TIED_BY_DEFAULT
 from ablate_shards.surgery.anatomy.unsupported import REASONS, reason_for
 from ablate_shards.surgery.derive import recipe_lines
-from ablate_shards.surgery.derive.derive import derive, headers_of, left_in
+from ablate_shards.surgery.derive.derive import derive, headers_of, left_after, left_in
 from ablate_shards.surgery.derive.twin import Twin, build_twin
 from ablate_shards.surgery.derive.writers import find_writers
 
@@ -83,6 +83,46 @@ def test_an_architecture_with_a_reason_is_refused_with_it(reason: object) -> Non
         with pytest.raises(ArchitectureError) as refusal:
             dissect({}, {"model_type": kind})
         assert why in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("bart", {}),
+        ("doge", {}),
+        ("gemma3n_text", {}),
+        ("longcat_flash", {"zero_expert_num": 2}),
+        ("minimax", {}),
+        ("muse_spark_text", {}),
+        ("rwkv", {}),
+        ("xglm", {}),
+    ],
+)
+def test_where_a_direction_is_said_to_come_back_it_does(kind: str, given: dict[str, int]) -> None:
+    """What is found to write is edited, and a state after a layer keeps a part of the direction."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = derive(build_twin(CONFIG_MAPPING[kind](**given), **SMALL.get(kind, {})))
+    assert found.targets
+    assert max(found.left[1:]) > 1e-3
+
+
+def test_what_laurel_adds_is_all_that_brings_a_direction_back_in_gemma_3n() -> None:
+    """Every other writer of it can be described, and where the gain that LAuReL multiplies by is even, none is left."""
+    twin = build_twin(CONFIG_MAPPING["gemma3n_text"](), original=False, **SMALL["gemma3n_text"])
+    layer, norm = r"model\.layers\.(?P<layer>\d+)\.", "model.layers.{{layer}}.{}.weight"
+    targets = [
+        Target(r"model\.embed_tokens\.weight", "embedding", "in"),
+        Target(r"model\.altup_projections\.\d+\.weight", "embedding", "out"),
+        Target(rf"{layer}self_attn\.o_proj\.weight", "attention", "out", norm.format("post_attention_layernorm")),
+        Target(rf"{layer}laurel\.linear_right\.weight", "mlp", "out", norm.format("laurel.post_laurel_norm")),
+        Target(rf"{layer}mlp\.down_proj\.weight", "mlp", "out", norm.format("post_feedforward_layernorm")),
+        Target(rf"{layer}per_layer_projection\.weight", "mlp", "out", norm.format("post_per_layer_input_norm")),
+    ]
+    assert min(left_after(twin, targets)[1:]) > 1e-2
+    for number in range(twin.layers):
+        twin.state[f"model.layers.{number}.input_layernorm.weight"].fill_(1.5)
+    assert max(left_after(twin, targets)) < 1e-5
 
 
 @pytest.mark.parametrize("kind", [kind for kind in (*REGISTERED, *BESIDE) if kind == decoder_type(kind) in LISTED])

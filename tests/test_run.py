@@ -104,6 +104,60 @@ def test_each_table_adds_its_stages(place):
     assert alone[-1].output == place / "out"
 
 
+ADAPTER = """
+[directions]
+directions = "directions.safetensors"
+
+[ablate]
+adapter = true
+adapter-rank = 8
+"""
+
+
+def test_the_edit_may_be_an_adapter(place):
+    [alone] = planned(place, ADAPTER)
+    assert (alone.output, alone.makes_checkpoint) == (place / "out", False)
+    assert alone.command[-3:] == ("--adapter", "--adapter-rank", "8")
+    source, ablate, merge, evaluate = planned(place, ADAPTER + '[evaluate]\nquestions = "questions.jsonl"\n')
+    assert [source.name, ablate.name, merge.name, evaluate.name] == [
+        "evaluate source",
+        "ablate",
+        "merge",
+        "evaluate ablated",
+    ]
+    assert ablate.output == merge.adapter == place / "out"
+    assert (merge.model, merge.output, merge.makes_checkpoint) == (place / "source", place / "work" / "ablated", True)
+    assert (evaluate.model, evaluate.gated) == (merge.output, "ablate")
+    searched = planned(place, ADAPTER + '[search]\nquestions = "questions.jsonl"\n')
+    assert "--adapter-rank" in searched[-1].command
+    with pytest.raises(RecipeError, match="remove one of the two"):
+        planned(place, ADAPTER + '[lora]\ndata = "instructions.jsonl"\n')
+
+
+def test_a_recipe_makes_an_adapter(tmp_path):
+    from raw_checkpoints import write_directions, write_llama
+
+    write_llama(tmp_path / "source")
+    write_directions(tmp_path / "directions.safetensors")
+    recipe = ADAPTER + 'source-layer = 1\n[source]\nsource = "source"\nout = "out"\n[publish]\nrepo = "me/adapter"\n'
+    (tmp_path / "recipe.toml").write_text(recipe)
+    shown = checked("run", tmp_path / "recipe.toml").output
+    assert "an adapter of 6 modules" in shown
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "adapter.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert "ablate-shards report" not in shown
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 8
+    assert "done before" in checked("run", tmp_path / "recipe.toml").output
+    flags = checked("ablate", tmp_path / "source", tmp_path / "again", "--recipe", tmp_path / "recipe.toml", "--quiet")
+    assert not flags.output
+    assert (tmp_path / "again" / "adapter_config.json").read_bytes() == (
+        tmp_path / "out" / "adapter_config.json"
+    ).read_bytes()
+
+
 def test_keys_become_flags_of_the_command_they_belong_to(place):
     commands = {stage.name: " ".join(stage.command) for stage in planned(place)}
     assert "--position mean" in commands["capture"]

@@ -39,6 +39,7 @@ from ablate_shards.surgery.search.study import Trial, best_of
 
 PARTS = ("attention", "linear-attention", "mlp")
 HIDDEN = 64
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
 def space(table=None, **given):
@@ -384,6 +385,32 @@ class TestEditableModel:
                 changed += not torch.equal(found, before[name])
             assert changed == 16
         assert all(torch.equal(parameter, before[name]) for name, parameter in loaded.named_parameters())
+
+    @pytest.mark.parametrize("room", ["for all", "for some"])
+    @pytest.mark.parametrize(
+        "device",
+        ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif("not torch.cuda.is_available()")])],
+    )
+    def test_what_is_kept_on_the_host_is_not_read_again(self, folder, loaded, tmp_path, device, room):
+        shutil.copytree(folder / "model", tmp_path / "model")
+        checkpoint = open_checkpoint(tmp_path / "model")
+        plan = make_plan(checkpoint, read_directions(folder / "cue.directions.safetensors"), AblateOptions())
+        keep = sum(edit.end - edit.start for edit in plan.edits) - (room == "for some")
+        loaded.to(device)
+        before = {name: parameter.clone() for name, parameter in loaded.named_parameters()}
+        with EditableModel(checkpoint, loaded, RunOptions(device=device), keep=keep) as model:
+            first = digest_of(model.apply(plan))
+            assert all(kept.is_pinned() == (device == "cuda") for kept in model._kept.values())
+            shard = checkpoint.shards[0].path
+            content = bytearray(shard.read_bytes())
+            for edit in plan.edits:
+                content[edit.start : edit.end] = bytes(edit.end - edit.start)
+            with shard.open("r+b") as file:  # the same file, which is open
+                file.write(content)
+            second = digest_of(model.apply(plan))
+        assert (second == first) == (room == "for all")
+        changed = {name for name, parameter in loaded.named_parameters() if not torch.equal(parameter, before[name])}
+        assert len(changed) == (room == "for some")
 
     def test_in_another_type_it_is_converted(self, folder):
         from transformers import AutoModelForCausalLM

@@ -64,6 +64,15 @@ OTHERS = {
     "layers.npy": (lambda path: np.save(path, np.ones((3, 32))), "holds an array [3, 32] of float64"),
     "means.pt": (lambda path: torch.save(torch.ones(2, 3, 32), path), "holds a tensor [2, 3, 32] of float64"),
     "list.pt": (lambda path: torch.save([TENSOR], path), "found list; save them in a dictionary"),
+    "layers.safetensors": (
+        lambda path: save_file({f"layer_{number}": VECTOR for number in range(2)}, path),
+        "holds layer_0 [32] of F32, layer_1 [32] of F32, and not what is the direction of which layer; save what is",
+    ),
+    "numbers.safetensors": (
+        lambda path: save_file({str(number): VECTOR[None] for number in range(6)}, path),
+        "3 [1, 32] of F32 and 2 more, and not what is the direction of which layer",
+    ),
+    "folder.safetensors": (lambda path: path.mkdir(), "expected a file of directions, found a folder"),
     "whole.npy": (lambda path: np.save(path, np.arange(32)), "holds an array [32] of int64"),
     "objects.npy": (lambda path: np.save(path, {"a": VECTOR}, allow_pickle=True), "not an array of numbers"),
     "vector.json": (lambda path: path.write_text(json.dumps({"12": VECTOR.tolist()})), "is text (JSON), not tensors"),

@@ -12,9 +12,24 @@ _ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
 GIVEN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "head_dim": 64},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "longcat_flash": {"zero_expert_num": 0},
+    "deepseek_ocr2": {
+        "vision_config": {"sam_config": {"downsample_channels": [64, 64]}},
+        "text_config": {
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "mlp_layer_types": ["dense", *["sparse"] * 31],
+        },
+    },
     "chameleon": {"vocabulary_map": {"<image>": 3}},
     "emu3": {"vocabulary_map": {"<image>": 3}},
-    "granite4_vision": {"deepstack_layer_map": [[0, 1]], "spatial_vision_layers": []},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 1]],
+        "spatial_target_layers": [],
+        "downsample_rate": "1/2",
+        "image_grid_pinpoints": [[32, 32]],
+    },
     "bamba": {"attn_layer_indices": [1]},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 8, "moe_topk": [2] * 32},
@@ -55,6 +70,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**_MROPE, "mrope_section": [3, 3, 2]}}},
     "glm5_next": {"text_config": {"index_kpool": 1}},
+    "emu3": {"vq_config": {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "codebook_size": 64}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "step3p7": {"text_config": {"sliding_window": 16}},
     "hunyuan_vl": {"text_config": {"head_dim": 16, "rope_parameters": {**_MROPE, "mrope_section": [2, 2, 2, 2]}}},

@@ -114,7 +114,7 @@ def _parse_source_layer(text: str) -> Any:
 )
 @click.option("--force", is_flag=True, help="Keep a result of which --rounding nearest undoes more than 1 %.")
 @recipe_flag
-@making_adapter("--adapter", "as_adapter", is_flag=True, help="Make OUT a LoRA adapter that does what the edit does.")
+@making_adapter("--adapter", is_flag=True, help="Make OUT a LoRA adapter that does what the edit does.")
 @adapter_rank
 @output_options
 def ablate(
@@ -130,7 +130,7 @@ def ablate(
     dequantise: Any,
     force: bool,
     recipe: Any,
-    as_adapter: bool,
+    adapter: bool,
     adapter_rank: int | None,
     output: OutputOptions,
     **settings: Any,
@@ -142,7 +142,7 @@ def ablate(
     gets one commit, or a folder of an object store such as s3://bucket/name. Without -d or -a,
     directions.safetensors or activations.safetensors beside the weights is used.
 
-    With --adapter, OUT is a folder that peft loads as an adapter of SOURCE, and no weight is written.
+    With --adapter, OUT is a folder or a repository that peft loads as an adapter of SOURCE, and no weight is written.
     """
     if activations is None:
         one_blas_thread()
@@ -151,9 +151,9 @@ def ablate(
     from ablate_shards.surgery.plan.plan import make_plan
     from ablate_shards.surgery.plan.recipe import AblateOptions
 
-    if adapter_rank is not None and not as_adapter:
+    if adapter_rank is not None and not adapter:
         raise UsageError("--adapter-rank is the rank of an adapter; add --adapter, or leave it out")
-    if as_adapter:
+    if adapter:
         output.check_for_adapter(out)
         if dequantise is not None or settings["rounding"] != "directed":
             raise UsageError(
@@ -182,7 +182,7 @@ def ablate(
     plan = make_plan(checkpoint, found, options)
     for note in plan.notes:
         progress.note(note)
-    if as_adapter:
+    if adapter:
         _make_adapter(prepared, plan, found, options, adapter_rank, out, output, progress)
         return
     if output.dry_run:
@@ -239,7 +239,6 @@ def _make_adapter(
     progress: Any,
 ) -> None:
     from ablate_shards.surgery.extract.ablated import ablation_receipt, plan_ablation_adapter
-    from ablate_shards.surgery.extract.extraction import extract_adapter
     from ablate_shards.terminal.adapters import print_adapter, print_adapter_plan
 
     checkpoint = prepared.source()
@@ -253,18 +252,16 @@ def _make_adapter(
             print_adapter_plan(adapter)
         return
     with progress:
-        results = extract_adapter(
-            checkpoint,
-            adapter,
-            lambda made: ablation_receipt(checkpoint, plan, options, directions, made),
-            prepared.out,
-            prepared.run,
-            progress,
+        results, url = prepared.make_adapter(
+            adapter, lambda made: ablation_receipt(checkpoint, plan, options, directions, made), progress
         )
     if output.as_json:
-        print_json({"out": str(out), "modules": {path: dataclasses.asdict(found) for path, found in results.items()}})
+        print_json(
+            {"out": url or str(out), "modules": {path: dataclasses.asdict(found) for path, found in results.items()}}
+        )
     elif not output.quiet:
-        print_adapter(adapter, results, out, "@".join(part for part in checkpoint.origin or (checkpoint.name,) if part))
+        source = "@".join(part for part in checkpoint.origin or (checkpoint.name,) if part)
+        print_adapter(adapter, results, out, source, url)
 
 
 def _one_source(directions: Path | None, activations: Path | None) -> tuple[Path | None, Path | None]:

@@ -16,6 +16,7 @@ from ablate_shards.commands.options import (
     parse_memory,
     parsed,
     print_json,
+    private_flag,
     quiet_flag,
 )
 from ablate_shards.errors import UsageError
@@ -58,8 +59,9 @@ __all__ = ["diff"]
 @click.option("--all", "show_all", is_flag=True, help="Print every row and every name, however many there are.")
 @click.option("--report", type=PATH, metavar="FOLDER", help="Write diff.html and its plots there too.")
 @click.option("--open", "show", is_flag=True, help="Open that page in the browser.")
-@making_adapter("--adapter", type=PATH, metavar="OUT", help="Make a LoRA adapter of A that brings it about.")
+@making_adapter("--adapter", type=SOURCE, metavar="OUT", help="Make a LoRA adapter of A that brings it about.")
 @adapter_rank
+@private_flag
 @click.option("--overwrite", is_flag=True, help="Replace an adapter that an earlier run made.")
 @click.option("--exit-code", is_flag=True, help="Exit with 1 if anything differs, as `git diff --exit-code` does.")
 @as_json_flag
@@ -76,8 +78,9 @@ def diff(
     show_all: bool,
     report: Path | None,
     show: bool,
-    adapter: Path | None,
+    adapter: Path | str | None,
     adapter_rank: int | None,
+    private: bool,
     overwrite: bool,
     exit_code: bool,
     as_json: bool,
@@ -103,12 +106,15 @@ def diff(
             memory=memory,
             jobs=jobs,
             overwrite=overwrite,
+            private=private,
             as_json=as_json,
             quiet=quiet,
         )
         return
-    if adapter_rank is not None or overwrite:
-        raise UsageError("--adapter-rank and --overwrite are about an adapter; add --adapter OUT, or leave them out")
+    if adapter_rank is not None or overwrite or private:
+        raise UsageError(
+            "--adapter-rank, --overwrite and --private are about an adapter; add --adapter OUT, or leave them out"
+        )
     from ablate_shards.surgery.diff.survey import DiffOptions
     from ablate_shards.surgery.diff.survey import diff as compare
     from ablate_shards.surgery.directions.formats import read_directions
@@ -134,43 +140,52 @@ def diff(
 def _make_adapter(
     first: Path | str,
     second: Path | str,
-    out: Path,
+    out: Path | str,
     rank: int | None,
     *,
     memory: int,
     jobs: int | None,
     overwrite: bool,
+    private: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
     from ablate_shards.surgery.checkpoint.checkpoint import files_of
+    from ablate_shards.surgery.checkpoint.stores import hub_repository
     from ablate_shards.surgery.edit.operation import RunOptions
     from ablate_shards.surgery.extract.changed import difference_receipt, plan_difference_adapter
-    from ablate_shards.surgery.extract.extraction import extract_adapter
-    from ablate_shards.surgery.machine.staging import check_out
+    from ablate_shards.surgery.hub.adapters import make_adapter
+    from ablate_shards.surgery.machine.staging import OutFolder, check_out
     from ablate_shards.terminal.adapters import print_adapter
     from ablate_shards.terminal.progress import show_progress
 
     one, other = _open(first), _open(second)
     files = [*files_of(one), *files_of(other)]
-    place = check_out(one.path, files, out, overwrite=overwrite, inputs=[other.path])
+    place: OutFolder | Path | str = out
+    if (repo := hub_repository(out)) is None and isinstance(out, Path):
+        place = check_out(one.path, files, out, overwrite=overwrite, inputs=[other.path])
+    if private and repo is None:
+        raise UsageError(f"--private: {out} is no repository; name one, such as hub:me/adapter")
     progress = show_progress(quiet=quiet or as_json)
     plan = plan_difference_adapter(one, other, rank)
     for note in plan.notes:
         progress.note(note)
     with progress:
-        results = extract_adapter(
+        results, url = make_adapter(
             one,
             plan,
             lambda made: difference_receipt(one, other, made),
             place,
             RunOptions(memory=memory, jobs=jobs, overwrite=overwrite),
             progress,
+            private=private,
         )
     if as_json:
-        print_json({"out": str(out), "modules": {path: dataclasses.asdict(found) for path, found in results.items()}})
+        print_json(
+            {"out": url or str(out), "modules": {path: dataclasses.asdict(found) for path, found in results.items()}}
+        )
     elif not quiet:
-        print_adapter(plan, results, out, one.name, directed=False)
+        print_adapter(plan, results, out, one.name, url, directed=False)
 
 
 def _write_page(found: "Diff", folder: Path, directions: Path | None, *, show: bool, quiet: bool) -> None:

@@ -15,6 +15,8 @@ from ablate_shards.commands.startup import one_blas_thread
 from ablate_shards.terminal.encoding import speaks_unicode
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from ablate_shards.surgery.machine.ranks import WorkerRank
 
 __all__ = [
@@ -115,6 +117,11 @@ class _Source(click.ParamType[Path | str]):
 
     def convert(self, value: Any, _param: click.Parameter | None, _ctx: click.Context | None) -> Path | str:
         return value if "://" in str(value) else Path(value)
+
+    def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="file")]
 
 
 def _keep_one_blas_thread(_ctx: click.Context, _param: click.Parameter, value: Any) -> Any:

@@ -73,7 +73,7 @@ class OutputOptions:
         return show_progress(quiet=self.quiet or self.as_json)
 
     def check_for_adapter(self, out: Path | str) -> None:
-        """Refuses an OUT that no adapter is made in, and options that say nothing about one.
+        """Refuses an OUT in an object store, which no adapter is made in, and options that say nothing about one.
 
         Raises:
             UsageError: One does.
@@ -81,10 +81,10 @@ class OutputOptions:
         from ablate_shards.errors import UsageError
         from ablate_shards.surgery.checkpoint.stores import hub_repository
 
-        if not isinstance(out, Path) or hub_repository(out) is not None:
+        if not isinstance(out, Path) and hub_repository(out) is None:
             raise UsageError(
-                f"{out}: an adapter is made in a folder of this machine; name one, and publish it with "
-                "`ablate-shards push`"
+                f"{out}: an adapter is made in a folder of this machine or in a repository; name one, such as "
+                "hub:me/adapter, or copy the folder there"
             )
         if (rank := rank_given(self.worker_rank, self.world_size)) is not None:
             raise UsageError(

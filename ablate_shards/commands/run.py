@@ -123,7 +123,11 @@ def run(
     else:
         if evaluations:
             print_course(evaluations, limits)
-        click.echo(f"see it with: ablate-shards report {shlex.quote(str(out))} --work {shlex.quote(str(work))} --open")
+        # An adapter has no page of its own; the checkpoint that was made of it to measure it has.
+        if (seen := next((stage.output for stage in reversed(stages) if stage.makes_checkpoint), None)) is not None:
+            click.echo(
+                f"see it with: ablate-shards report {shlex.quote(str(seen))} --work {shlex.quote(str(work))} --open"
+            )
     if publish:
         settings = {key: value for key, value in tables.tables["publish"].items() if key != "repo"}
         made = next(stage for stage in stages if stage.output == out)

@@ -40,7 +40,13 @@ def print_adapter_plan(plan: "AdapterPlan") -> None:
 
 
 def print_adapter(
-    plan: "AdapterPlan", results: Mapping[str, "ModuleResult"], out: Path | str, source: str, *, directed: bool = True
+    plan: "AdapterPlan",
+    results: Mapping[str, "ModuleResult"],
+    out: Path | str,
+    source: str,
+    url: str | None = None,
+    *,
+    directed: bool = True,
 ) -> None:
     """Prints what was measured of the modules with their updates.
 
@@ -49,6 +55,7 @@ def print_adapter(
         results: What was measured.
         out: What the user named.
         source: What it is an adapter of.
+        url: The commit, where OUT is a repository.
         directed: Whether it was made of an ablation, so that there are directions.
     """
     screen = output()
@@ -71,6 +78,9 @@ def print_adapter(
     say(screen, told, "dim")
     worst = max((result.error for result in results.values()), default=0.0)
     say(screen, f"an adapter of {counted(len(plan.modules), 'module')} lacks at most {worst:.2%} of a module's change")
+    if url is not None:
+        screen.print(f"published at {url}, with its receipt in {ADAPTER_RECEIPT_NAME}", soft_wrap=True)
+        return
     screen.print(f"written to {out}, receipt in {out}/{ADAPTER_RECEIPT_NAME}", soft_wrap=True)
     if directed:
         command = shlex.join(["ablate-shards", "verify", source, str(out)])

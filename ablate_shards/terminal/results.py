@@ -14,6 +14,7 @@ from ablate_shards.errors import DirectionsError
 from ablate_shards.names import DEQUANTISATION_RECEIPT_NAME, MERGE_RECEIPT_NAME, RECEIPT_NAME
 from ablate_shards.surgery.anatomy.absent import Absent
 from ablate_shards.surgery.anatomy.architecture import Anatomy, Writer, split_layer
+from ablate_shards.surgery.anatomy.gains import with_names
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 from ablate_shards.surgery.directions.directions import Directions, score_row, score_table
@@ -356,7 +357,7 @@ def _print_writers(screen: Console, checkpoint: Checkpoint, anatomy: Anatomy) ->
     looks = {**_PARTS, "embedding": ("▒", "green"), "rest": ("░", "bright_black")}
     screen.print(Stack([(share, *looks[part]) for part, share in shares.items()], 1.0), width=min(screen.width, _WIDE))
     print_key(screen, [(f"{part} {share:.1%}", *looks[part]) for part, share in shares.items()])
-    if gains := sorted({_short_names([writer.gain]) for writer in anatomy.writers if writer.gain}):
+    if gains := sorted({with_names(writer.gain, _short_name) for writer in anatomy.writers if writer.gain}):
         say(screen, f"post-norm gains taken into account: {', '.join(gains)}")
     forms = Counter(form for writer in anatomy.writers if (form := _form_of(writer, checkpoint)))
     for form, count in forms.items():
@@ -669,6 +670,10 @@ def _layer_name(item: TensorEdit | Writer) -> str:
 def _short_names(names: Iterable[str]) -> str:
     """Returns names within their layer, such as ``128 x mlp.experts.*.down_proj``."""
     return _fold(_numbers_folded(split_layer(name)[1]) for name in names)
+
+
+def _short_name(name: str) -> str:
+    return _short_names([name])
 
 
 def _leaves_of(names: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import checks
-from benchmarks.checkpoints import Layout, llama, qwen, write, write_directions
+from benchmarks.checkpoints import Layout, fp8, llama, qwen, write, write_directions
 from benchmarks.harness import Bench, Contender, Race, amount, case, mebibytes
 from benchmarks.processes import EAGER, TOOL, copying, remove, unsynced, writing
 
@@ -114,6 +114,25 @@ def command_of_four_gigabytes(bench: Bench) -> None:
     """Whole command, Llama layout of 4 GB: 53 layers, hidden 2048, intermediate 4096, five shards."""
     job = Job.prepared(llama(3 if bench.tiny else 53, tiny=bench.tiny), bench.work)
     bench.race(job.title, job.both(), size=job.size)
+
+
+@case("command-codes", runs=3)
+def command_of_codes(bench: Bench) -> None:
+    """Whole command, 4 GB in FP8 blocks: the Llama layout with 106 layers, whose codes are chosen."""
+    job = Job.prepared(fp8(llama(3 if bench.tiny else 106, tiny=bench.tiny)), bench.work)
+    bench.race(job.title, job.both(), size=job.size)
+
+
+@case("memory-codes", runs=1, long=True)
+def memory_of_codes(bench: Bench) -> None:
+    """Peak memory of editing codes, with a fused-expert tensor of 2 GiB of FP8: in one job and in two."""
+    layout = fp8(qwen(tiny=bench.tiny, experts_bytes=400_000 if bench.tiny else 2**32))
+    job = Job.prepared(layout, bench.work)
+    codes = max((name for name in layout.tensors if layout.dtype(name) == "F8_E4M3"), key=layout.size)
+    title = f"{job.title}, one of {amount(layout.size(codes))}"
+    edits = [job.edit(f"--jobs {jobs}", "--jobs", jobs) for jobs in ("1", "2")]
+    copy = copying(job.source, bench.work / "copied", against="--jobs 2", sync=True)
+    bench.race(title, [*edits, copy], size=job.size)
 
 
 @case("scaling", runs=3, long=True)

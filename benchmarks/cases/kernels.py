@@ -6,13 +6,14 @@ and one write of every byte, so that ``ours/this`` of 1.25 beside the copy means
 runs must agree to the bit.
 """
 
+import contextlib
 import functools
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -32,6 +33,30 @@ __all__: list[str] = []
 
 REPEATS = 10
 COPY = "copy on the device"
+IN_USE = "in use"
+#: What else the constants of ``resident_triton`` may be, for columns and for rows.
+SWEPT: "dict[Preserve, list[dict[str, Any]]]" = {
+    "columns": [
+        {},
+        {"COLUMNS_TILE": (128, 32), "COLUMNS_STEP": 32},
+        {"COLUMNS_TILE": (256, 32), "COLUMNS_STEP": 64},
+        {"COLUMNS_TILE": (512, 16), "COLUMNS_STEP": 64},
+        {"COLUMNS_TILE": (512, 32), "COLUMNS_STEP": 64, "WARPS": 8},
+        {"COLUMNS_TILE": (1024, 16), "COLUMNS_STEP": 64, "WARPS": 8},
+        {"COLUMNS_TILE": (256, 64), "COLUMNS_STEP": 32, "WARPS": 8},
+        {"COLUMNS_REGISTERS": 96},
+        {"COLUMNS_REGISTERS": 168},
+    ],
+    "rows": [
+        {},
+        {"ROWS_ALONE": 4, "ROWS_SHARED": 4},
+        {"ROWS_ALONE": 4, "ROWS_SHARED": 8, "WARPS": 8},
+        {"ROWS_WIDTH": 512},
+        {"ROWS_WIDTH": 2048, "ROWS_SHARED": 4, "WARPS": 8},
+        {"CHUNK": 128},
+        {"CHUNK": 32},
+    ],
+}
 
 
 @case("kernels", runs=9)
@@ -61,6 +86,19 @@ def kernels_on_gpu(bench: Bench) -> None:
                 shares.append(1 / ratio)
         if shares:
             bench.note(f"{preserve}: {min(shares):.0%} to {max(shares):.0%} of the copy bandwidth")
+
+
+@case("sweep-gpu", runs=5, gpu=True)
+def sweep_on_gpu(bench: Bench) -> None:
+    """Tile sizes, warps and registers of the Triton kernels against the copy bandwidth; those in use come first."""
+    if bench.tiny:
+        shapes, device, pool_bytes = [(1, 16, 32)], "cuda" if machine.gpu() else "cpu", 2**10
+    else:
+        shapes = [(1, 1024, 2048), (1, 4096, 14336), (1, 8192, 28672), (64, 2048, 1408)]
+        device, pool_bytes = "cuda", 2**29
+    for preserve, settings in SWEPT.items():
+        for shape in shapes:
+            tuned(bench, shape, preserve, device, settings[:2] if bench.tiny else settings, pool_bytes=pool_bytes)
 
 
 def contest(bench: Bench, shape: tuple[int, int, int], preserve: "Preserve", device: str, *, pool_bytes: int) -> None:
@@ -114,6 +152,58 @@ def contest_in_place(
                 Contender(COPY, pool.at_once(pool.restore), ours, moved=pool.moved),
             ],
         )
+
+
+def tuned(
+    bench: Bench,
+    shape: tuple[int, int, int],
+    preserve: "Preserve",
+    device: str,
+    settings: list[dict[str, Any]],
+    *,
+    pool_bytes: int,
+) -> None:
+    """Races ``project_`` with one set of constants after the other against the copy; arguments as above."""
+    from ablate_shards.kernels.ablate.resident import InPlaceAblation
+
+    task = Task(shape, preserve, device)
+    with Pool(task.weight, 1, pool_bytes) as pool:
+        contenders = []
+        for constants in settings:
+            with setting(constants):
+                ablation = InPlaceAblation(pool.targets, task.basis, task.options, form="triton")
+            run = with_constants(constants, pool.at_once(ablation.launch))
+            name = ", ".join(f"{key} {value}" for key, value in constants.items()) or IN_USE
+            check = functools.partial(first_of, (functools.partial(unfinished, ablation), lambda: task.accuracy(pool)))
+            against = IN_USE if constants else None
+            contenders.append(Contender(name, run, against, check, before=pool.restore, moved=pool.moved))
+        contenders.append(Contender(COPY, pool.at_once(pool.restore), IN_USE, moved=pool.moved))
+        bench.race(f"bf16 {task.size}, {preserve}, on {device}, {len(pool.targets)} at once", contenders)
+
+
+@contextlib.contextmanager
+def setting(constants: Mapping[str, Any]) -> Iterator[None]:
+    """Gives the kernels other constants, which they read when they are planned and launched."""
+    from ablate_shards.kernels.ablate import resident_triton
+
+    before = {name: getattr(resident_triton, name) for name in constants}
+    try:
+        for name, value in constants.items():
+            setattr(resident_triton, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(resident_triton, name, value)
+
+
+def with_constants(constants: Mapping[str, Any], run: Callable[[], Sample]) -> Callable[[], Sample]:
+    """Returns what runs with these constants."""
+
+    def changed() -> Sample:
+        with setting(constants):
+            return run()
+
+    return changed
 
 
 class Task:

@@ -239,3 +239,24 @@ def test_an_interrupted_store_with_a_grown_vocabulary_is_resumed(grown, store, m
     assert set(held(store, "/bucket/merged")) == {UNFINISHED, *SHARDS[:2]}
     assert merge("org/model", STORE, "--resume").exit_code == 0
     assert_grown(held(store, "/bucket/merged"), folder)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"base_model_name_or_path": "org/other"}, "was trained on org/other, not on org/model"),
+        ({"revision": "0" * 40}, f"was trained on commit {'0' * 40} of org/model, not on "),
+        ({"revision": "main"}, None),
+        ({"base_model_name_or_path": "ORG/Model"}, None),
+        ({"base_model_name_or_path": "/home/me/model"}, None),
+    ],
+)
+def test_another_base_than_the_adapter_names_is_noted(case, tmp_path, said, expected):
+    shutil.copytree("adapter", tmp_path / "named")
+    config = tmp_path / "named" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | said))
+    result = merge("org/model", tmp_path / "noted", adapter=tmp_path / "named")
+    assert result.exit_code == 0, result.stderr
+    shown = " ".join(result.stderr.split())
+    assert ("the adapter says" in shown) == (expected is not None)
+    assert expected is None or expected in shown

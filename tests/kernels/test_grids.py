@@ -20,7 +20,7 @@ from ablate_shards.kernels.rounding.directed import round_directed
 from ablate_shards.kernels.rounding.reference import round_by_definition
 
 ORACLES = json.loads((Path(__file__).parent / "decoded_by_oracles.json").read_text())
-GRIDS = ["E4M3", "E2M1", "int2", "int3", "int4", "int8"]
+GRIDS = ["E4M3", "E2M1", "NF4", "FP4", "int2", "int3", "int4", "int8", "uint3", "uint4", "uint8"]
 
 
 def single(raw):
@@ -108,22 +108,34 @@ def test_nearest_rounds_halves_to_even():
 
 
 def problem(name, rows, cols, *, count=1, zeros=False):
-    """Random codes on their grid, their scales and zero points, the matrix without the directions, and these."""
+    """Random codes on their grid, their scales and zero points, the matrix without the directions, and these.
+
+    Of grids that take scales of either sign there are both.
+    """
     grid, rng = grid_named(name), np.random.default_rng(rows)
     basis = direction_of(rows, count, rows)
     weights = rng.standard_normal((rows, cols)).astype(np.float32)
     scales = rng.uniform(0.8, 1.25, (rows, cols)).astype(np.float32) * np.float32(2.8 / np.nanmax(grid.values))
     around = rng.integers(-2, 3, (rows, cols)).astype(np.int8) if zeros else None
-    wide = None if around is None else around.astype(np.int16)
-    levels = grid.nearest_levels(weights / scales, wide)
+    if grid.kind in ("affine", "table"):
+        scales *= rng.choice(np.array([-1, 1], np.float32), scales.shape)
+    if grid.kind == "affine":
+        scales *= 2
+        around = -scales * grid.values.max() * rng.uniform(0.4, 0.6, scales.shape).astype(np.float32)
+    wide = levels_of_zeros(grid, around)
+    levels = grid.levels_nearest_to(weights, np.zeros(weights.shape, np.int16), scales, wide)
     codes = grid.codes_of(levels, np.zeros(levels.shape, np.uint8))
     values = grid.values_of(levels, scales, wide).astype(np.float64)
     target = (values - basis.T @ (basis @ values)).astype(np.float32)
     return grid, codes, scales, around, values, target, basis
 
 
+def levels_of_zeros(grid, zeros):
+    return zeros if zeros is None or grid.kind == "affine" else zeros.astype(np.int16)
+
+
 def component(grid, codes, scales, zeros, basis):
-    wide = None if zeros is None else zeros.astype(np.int16)
+    wide = levels_of_zeros(grid, zeros)
     return np.linalg.norm(basis @ grid.values_of(grid.levels_of(codes), scales, wide).astype(np.float64))
 
 

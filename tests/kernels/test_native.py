@@ -1,20 +1,22 @@
 """The native form alone: it rounds as torch does, and neither the CPU nor a thread count shows in a result."""
 
-import hashlib
 import importlib.util
-import itertools
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from same_bytes import EXPECTED, digest_of_results
 
 from ablate_shards.kernels import reference
 from ablate_shards.kernels.ablate.memory import project
 from ablate_shards.kernels.ablate.options import ProjectOptions
 from ablate_shards.kernels.choose import choose_form
-from ablate_shards.kernels.codecs.plain import STORED, decoded, encode
+from ablate_shards.kernels.codecs.plain import decoded, encode
 from ablate_shards.kernels.native import native
 from ablate_shards.kernels.native.native import NativeForm, is_built
 
@@ -98,32 +100,6 @@ def test_float64_is_rounded_once_and_stays_finite(encoded, kind, dtype):
     assert np.isfinite(decoded(out, np.float64)).all()
 
 
-def digest_of_results() -> str:
-    """Of the bytes of edits in many shapes, and of the sums that measures and directions are made of."""
-    digest = hashlib.sha256()
-    rng = np.random.default_rng(0)
-    shapes, counts = ((300, 901), (10, 9001), (1500, 33), (1, 6)), (1, 5)
-    for dtype, (rows, cols), axis, count in itertools.product(STORED, shapes, (-2, -1), counts):
-        hidden = (rows, cols)[axis + 2]
-        basis = np.zeros((min(count, hidden), hidden))
-        for line in range(len(basis)):
-            basis[line, line :: len(basis)] = len(basis[line, line :: len(basis)]) ** -0.5
-        values = rng.standard_normal((rows, cols), np.float32)
-        weight = np.empty((rows, cols), STORED[dtype])
-        encode(values.astype(np.float64), weight)
-        for preserve, coefficient in itertools.product(("rows", "columns"), (1.0, 2.5)):
-            result, report = project(weight, basis, ProjectOptions(coefficient, preserve, axis))
-            digest.update(result.data)
-            digest.update(report.before.norms.data)
-        sums = np.zeros((7, cols))
-        assert native.add_group_sums(weight, 3, sums)
-        digest.update(sums.data)
-        products = np.empty(rows)
-        assert native.group_dots(weight, 3, sums, sums[:, 0], products)
-        digest.update(products.data)
-    return digest.hexdigest()
-
-
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
     """Compiles the library anew, for every CPU alone, and uses it."""
@@ -150,6 +126,22 @@ def compiled(monkeypatch, tmp_path):
 def test_the_library_is_built_here():
     assert is_built()
     assert choose_form("cpu", on_cpu="native")[0] == "native"
+
+
+def test_the_bytes_are_those_of_every_machine():
+    assert digest_of_results() == EXPECTED
+
+
+@pytest.mark.parametrize("blas", ["Nehalem", "Haswell"])
+def test_neither_numpy_nor_its_blas_shows(blas):
+    # On wider vectors NumPy takes powers, and its BLAS takes sums, in other ways.
+    names = ("AVX512F", "AVX512CD", "AVX512_SKX", "AVX512_CLX", "AVX512_CNL", "AVX512_ICL", "AVX512_SPR")
+    settings = {"OPENBLAS_CORETYPE": blas, "NPY_DISABLE_CPU_FEATURES": " ".join(names), "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", ROOT / "tests/same_bytes.py"], capture_output=True, text=True,
+        env=os.environ | settings,
+    )  # fmt: skip
+    assert (found.returncode, found.stdout.strip()) == (0, EXPECTED), found.stderr
 
 
 def test_the_vectors_of_a_cpu_do_not_show(monkeypatch):

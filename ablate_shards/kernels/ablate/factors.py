@@ -74,7 +74,8 @@ def heights(basis: Array, gram: Array, xp: ModuleType) -> Array:
 
 def inverse(squares: Array, xp: ModuleType) -> Array:
     """Return one over the norms, 0 for a norm of 0."""
-    return xp.where(squares > 0, squares**-0.5, 0.0)
+    # A root and a division are rounded alike by every library and CPU; a power is not.
+    return xp.where(squares > 0, 1 / xp.sqrt(squares), 0.0)
 
 
 def _factors(

@@ -46,6 +46,9 @@ ROWS_WIDTH = 1024
 ROWS_ALONE, ROWS_SHARED = 2, 8
 #: Rows whose share of Q one program adds up.
 CHUNK = 64
+WARPS = 4
+#: The most registers that a thread of columns_kernel takes on a device of NVIDIA's.
+COLUMNS_REGISTERS = 128
 MIXED_WIDTH, PROBE_TILE = 128, (64, 64)
 
 
@@ -550,7 +553,7 @@ class Resident:
                 self._rows, self._half, row_tiles, col_tiles, alpha, 2 * alpha - alpha**2, *self._limits,
                 STAGE=stage, RESCALE=self._options.preserve == "columns",
                 EVEN=self._rows % block_m == 0 and self._half % block_n == 0, STEP=COLUMNS_STEP,
-                **self._common(row_tiles, block_m, block_n), **({"maxnreg": 128} if self._ptx else {}),
+                **self._common(row_tiles, block_m, block_n), **({"maxnreg": COLUMNS_REGISTERS} if self._ptx else {}),
             )  # fmt: skip
 
     def _plan_rows(self, device: torch.device) -> None:
@@ -622,7 +625,7 @@ class Resident:
             "PARTS": parts,
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
-            "num_warps": 4,
+            "num_warps": WARPS,
             "enable_fp_fusion": True,
         }
 

@@ -60,8 +60,9 @@ class Spread(NamedTuple):
         grid: What the codes mean.
         block: Rows and columns that one scale is for.
         scales: ``[blocks down, blocks across]`` float32.
-        zeros: The same of levels, int8; None where zero is zero.
+        zeros: The same of levels, int8; None where zero is zero. Of affine codes the offsets, float32.
         groups: ``[cols]`` integers, the block of each column; None where they follow each other.
+        factor: What products with scales are multiplied by.
     """
 
     grid: Grid
@@ -69,11 +70,13 @@ class Spread(NamedTuple):
     scales: np.ndarray
     zeros: np.ndarray | None = None
     groups: np.ndarray | None = None
+    factor: float = 1.0
 
     def part(self, rows: slice, columns: slice) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the scale and the zero point of each element in a part of the matrix: :func:`spread`."""
         zeros = None if self.zeros is None else spread(self.zeros, self.block, rows, columns, self.groups)
-        return spread(self.scales, self.block, rows, columns, self.groups), zeros
+        scales = spread(self.scales, self.block, rows, columns, self.groups)
+        return scales if self.factor == 1 else scales * np.float32(self.factor), zeros
 
     def decode_rows(self, codes: np.ndarray, first: int) -> np.ndarray:
         """Return what whole rows of the matrix stand for, float32.
@@ -84,13 +87,18 @@ class Spread(NamedTuple):
         """
         values: np.ndarray = self.grid.values[codes]
         rows, columns = slice(first, first + len(codes)), slice(0, codes.shape[1])
-        if self.zeros is not None:
-            values -= spread(self.zeros, self.block, rows, columns, self.groups)
+        zeros = None if self.zeros is None else spread(self.zeros, self.block, rows, columns, self.groups)
+        if zeros is not None and self.grid.kind != "affine":
+            values -= zeros
         with np.errstate(over="ignore", under="ignore"):
             if self.block[1] < _WIDE or self.groups is not None:
                 values *= spread(self.scales, self.block, rows, columns, self.groups)
-                return values
-            down = self.scales[np.arange(rows.start, rows.stop) // self.block[0]]
-            for number in range(self.scales.shape[1]):
-                values[:, number * self.block[1] : (number + 1) * self.block[1]] *= down[:, number, None]
+            else:
+                down = self.scales[np.arange(rows.start, rows.stop) // self.block[0]]
+                for number in range(self.scales.shape[1]):
+                    values[:, number * self.block[1] : (number + 1) * self.block[1]] *= down[:, number, None]
+            if self.factor != 1:
+                values *= np.float32(self.factor)
+            if zeros is not None and self.grid.kind == "affine":
+                values += zeros
         return values

@@ -41,6 +41,8 @@ _EDGE = 1.1
 _FLOOR = 1e-6
 _PROMISING = 0.8
 _CHIEF = 0.85
+_ABLATION = 0.9
+_ABLATION_IN_CODES, _ABOVE_CHANCE = 0.4, 4.0
 _EXPONENT = 0x7F800000
 _NORM_NOISE = 16.0
 _NORM_FLOOR = 2e-6
@@ -93,12 +95,16 @@ class Projection:
         coefficient: ``α``; negative where the direction was added.
         cosine: Of the low-rank part and the best such ablation.
         basis: ``R``, ``[k, d]`` float64, orthonormal rows.
+        explains: ``exactly`` where the cosine is near one. Where codes were chosen together a change of few bits lies
+            in the rows where ``R`` is largest, and these are all of it that is seen; a cosine that is only well above
+            what an edit of another kind has by chance explains it ``in codes``. ``no`` else.
     """
 
     axis: Literal[-2, -1]
     coefficient: float
     cosine: float
     basis: Tensor
+    explains: Literal["exactly", "in codes", "no"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +223,6 @@ def compare_matrix(blocks: Blocks, shape: tuple[int, int], unit: Steps, rank: in
         blocks = partial(_finite, blocks)
     fit = _best_fit(blocks, sums, _orthonormal(gram))
     kept = sums.drifts()
-    edit = replace(fit, rank=_chief(fit)) if unit.directed else fit
     return Change(
         **{name: getattr(change, name) for name in _TALLIED},
         row_drift=kept[0][0],
@@ -225,7 +230,7 @@ def compare_matrix(blocks: Blocks, shape: tuple[int, int], unit: Steps, rank: in
         rows_kept=kept[0][1],
         columns_kept=kept[1][1],
         fit=fit,
-        projection=_projection(blocks, sums, edit) if fit.form != "full" and 0 < edit.rank <= _SCALED else None,
+        projection=_projection_in_codes(blocks, sums, fit) if unit.directed else _projection(blocks, sums, fit),
     )
 
 
@@ -506,7 +511,22 @@ def _orthonormal(columns: Tensor) -> Tensor:
     return basis
 
 
-def _projection(blocks: Blocks, sums: _Sums, fit: Fit) -> Projection | None:
+def _projection_in_codes(blocks: Blocks, sums: _Sums, fit: Fit) -> Projection | None:
+    """Tests whether what holds nearly all of the low-rank part is an ablation, or one singular vector of it.
+
+    Codes that were chosen together add a pattern of their own, in the rows where the direction is largest.
+    """
+    count = _chief(fit)
+    found = _projection(blocks, sums, replace(fit, rank=count), in_codes=True)
+    for number in range(count if count > 1 and found is not None and found.explains != "exactly" else 0):
+        one = slice(number, number + 1)
+        values, left, right = fit.values[one], fit.left[:, one], fit.right[:, one]
+        alone = replace(fit, rank=1, values=values, left=left, right=right)
+        found = max(found, _projection(blocks, sums, alone, in_codes=True), key=lambda each: each.cosine if each else 0)
+    return found
+
+
+def _projection(blocks: Blocks, sums: _Sums, fit: Fit, *, in_codes: bool = False) -> Projection | None:
     """Tests whether the low-rank part is an ablation of the old matrix, from either side.
 
     With ``E = U Σ Vᵀ`` what is left once ``S`` and ``T`` are undone, an ablation of the columns has
@@ -514,6 +534,8 @@ def _projection(blocks: Blocks, sums: _Sums, fit: Fit) -> Projection | None:
     normalised rows. ``R`` spans ``H⁻¹ U``, so ``Σ Vᵀ`` is compared with ``R H⁻¹ S A T``. Rows alike.
     """
     k = fit.rank
+    if fit.form == "full" or not 0 < k <= _SCALED:
+        return None
     values = fit.values[:k]
     sides = []
     for number, (vectors, scales, totals) in enumerate(
@@ -535,6 +557,9 @@ def _projection(blocks: Blocks, sums: _Sums, fit: Fit) -> Projection | None:
         from_rows += old.T @ on_rows[rows]
         from_columns[rows] = old @ on_columns
     seen = [side.narrow(1, start, k) for side in (from_rows, from_columns.double()) for start in (0, k)]
+    # How much of the old matrix lies along the other side's vectors, which a side seen by chance would have as well.
+    before = float(sums.rows[0].sum()) ** 0.5
+    chances = [float(seen[2].norm()) / before, float(seen[0].norm()) / before]
     best = None
     for (number, basis, _, expected), image in zip(sides, seen, strict=True):
         image = image * (fit.columns if number == 0 else fit.rows)[:, None]
@@ -543,5 +568,8 @@ def _projection(blocks: Blocks, sums: _Sums, fit: Fit) -> Projection | None:
             continue
         cosine = abs(shared) / (square**0.5 * float(expected.norm()))
         if best is None or cosine > best.cosine:
-            best = Projection(-2 if number == 0 else -1, -shared / square, cosine, basis.T.contiguous())
+            least = max(_ABLATION_IN_CODES, _ABOVE_CHANCE * chances[number])
+            how: Literal["exactly", "in codes", "no"]
+            how = "exactly" if cosine > _ABLATION else "in codes" if in_codes and cosine > least else "no"
+            best = Projection(-2 if number == 0 else -1, -shared / square, cosine, basis.T.contiguous(), how)
     return best

@@ -8,6 +8,13 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if !defined(_WIN32)
+#include <signal.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -15,6 +22,12 @@
 #pragma GCC diagnostic ignored "-Wpsabi" /* no vector leaves this file */
 
 #define INLINE static inline __attribute__((always_inline))
+/* What native.py calls. */
+#if defined(_WIN32)
+#define PUBLIC __declspec(dllexport)
+#else
+#define PUBLIC
+#endif
 
 enum { BF16, F16, F32 };
 enum { UNSCALED, BY_ROW, BY_COLUMN };
@@ -246,7 +259,7 @@ INLINE int64_t move_of(int dtype, void *block, const Shape *shape, int is_double
 /* Takes the squared norms of rows [matrices, rows], and adds to R W [matrices, count, cols]: with `mixed` to
    [matrices, 2 * count, cols], whose second half is Q = R W / |W_i|. `basis` is R [count, rows] from the block's first
    row on, as are the norms; `chunk` is the number of rows that a block is a multiple of. */
-void ablate_mix(int dtype, const void *block, const Shape *shape, int64_t chunk, int is_double,
+PUBLIC void ablate_mix(int dtype, const void *block, const Shape *shape, int64_t chunk, int is_double,
                        const double *basis, int64_t rows, int64_t count, int mixed, double *squares, double *into) {
 #define CALL(kind) mix_of(kind, block, shape, chunk, is_double, basis, rows, count, mixed, squares, into)
     FOR_EACH_DTYPE(CALL)
@@ -255,7 +268,7 @@ void ablate_mix(int dtype, const void *block, const Shape *shape, int64_t chunk,
 
 /* Removes from every row its share of Q, and gives it back its norm; returns how many were too close to the directions
    for that. What float32 cannot carry is done in float64. */
-int64_t ablate_move(int dtype, void *block, const Shape *shape, int is_double, const Move *move) {
+PUBLIC int64_t ablate_move(int dtype, void *block, const Shape *shape, int is_double, const Move *move) {
     int64_t parallel = 0;
 #define CALL(kind) parallel = move_of(kind, block, shape, is_double, move)
     FOR_EACH_DTYPE(CALL)
@@ -355,8 +368,8 @@ INLINE void groups_of(int dtype, int weighted, const void *block, const Shape *s
 
 /* Adds rows to the sums of their groups [groups, cols]: row i is in group (first + i) mod groups. `scratch` has room
    for them with whole PAIRs of columns. */
-void ablate_group_sums(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups, double *into,
-                       double *scratch) {
+PUBLIC void ablate_group_sums(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups,
+                              double *into, double *scratch) {
     const int64_t whole = whole_pairs(shape->cols);
     arranged_double(dtype, into, groups, shape->cols, scratch);
 #define CALL(kind) groups_of(kind, 0, block, shape, first, groups, scratch, NULL)
@@ -372,8 +385,8 @@ void ablate_group_sums(int dtype, const void *block, const Shape *shape, int64_t
 
 /* Takes the product of each row with the weight of its group [groups, cols], less its group's offset; `scratch` as
    above. */
-void ablate_group_dots(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups,
-                       const double *weights, const double *offsets, double *scratch, double *out) {
+PUBLIC void ablate_group_dots(int dtype, const void *block, const Shape *shape, int64_t first, int64_t groups,
+                              const double *weights, const double *offsets, double *scratch, double *out) {
     arranged_double(dtype, weights, groups, shape->cols, scratch);
 #define CALL(kind) groups_of(kind, 1, block, shape, first, groups, scratch, out)
     FOR_EACH_DTYPE(CALL)
@@ -384,7 +397,7 @@ void ablate_group_dots(int dtype, const void *block, const Shape *shape, int64_t
 
 /* Counts the pairs of a lower value of the one and a higher value of the other, both ascending: twice, and equal ones
    once. */
-int64_t ablate_pairs(const double *lower, int64_t count, const double *higher, int64_t others) {
+PUBLIC int64_t ablate_pairs(const double *lower, int64_t count, const double *higher, int64_t others) {
     int64_t below = 0, above = 0, upto = 0, twice = 0;
     while (below < count && above < others) { /* which of the two goes on is a coin toss, so not a branch */
         const int64_t is_below = lower[below] < higher[above];
@@ -401,7 +414,7 @@ int64_t ablate_pairs(const double *lower, int64_t count, const double *higher, i
 }
 
 /* Tells the bits of the greatest magnitude among bfloat16 or float16 values. */
-int ablate_greatest(const uint16_t *block, const Shape *shape) {
+PUBLIC int ablate_greatest(const uint16_t *block, const Shape *shape) {
     uint16_t most = 0;
     for (int64_t row = 0; row < shape->rows; row++) {
         const uint16_t *values = block + row * shape->row_stride;
@@ -417,7 +430,7 @@ int ablate_greatest(const uint16_t *block, const Shape *shape) {
    of the margin are rounded apart: returns how many these are, and ends early once there are more than `most`; up to
    PIECE more are listed. native.py says what the margin is made of. Rows of what is added begin `stride` after each
    other. Adds up the squares of the values. */
-int64_t ablate_add(const uint16_t *block, const Shape *shape, const float *added, int64_t stride,
+PUBLIC int64_t ablate_add(const uint16_t *block, const Shape *shape, const float *added, int64_t stride,
                           const float *row_margin, const float *column_margin, float slope, float margin, uint16_t *out,
                           int64_t *unsure, int64_t most, double *squares) {
     float values[STRIP];
@@ -454,8 +467,8 @@ int64_t ablate_add(const uint16_t *block, const Shape *shape, const float *added
 
 /* Adds to the bfloat16 values that a list names what a row of the left factor [rows, rank] and one of the right
    [cols, rank] make together, in float64. */
-void ablate_add_exactly(const uint16_t *block, const Shape *shape, const double *left, const double *right,
-                        int64_t rank, const int64_t *places, int64_t count, uint16_t *out) {
+PUBLIC void ablate_add_exactly(const uint16_t *block, const Shape *shape, const double *left, const double *right,
+                               int64_t rank, const int64_t *places, int64_t count, uint16_t *out) {
     for (int64_t i = 0; i < count; i++) {
         const int64_t row = places[i] / shape->cols, col = places[i] % shape->cols;
         const double *one = left + row * rank, *other = right + col * rank;
@@ -468,19 +481,67 @@ void ablate_add_exactly(const uint16_t *block, const Shape *shape, const double 
 #include "native_codes.h"
 
 /* Tells how many float32 values a vector of the CPU it runs on has, of the widths that this file is compiled for. */
-int ablate_vector_width(void) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return 16;
-    if (__builtin_cpu_supports("avx2")) return 8;
+PUBLIC int ablate_vector_width(void) {
+#if defined(__x86_64__) /* __builtin_cpu_supports needs a library that not every linker of Windows adds */
+    enum { AVX2 = 1 << 5, F = 1 << 16, DQ = 1 << 17, BW = 1 << 30, SAVES = 1 << 27, YMM = 0x06, ZMM = 0xE6 };
+    const unsigned avx512 = F | DQ | BW | 1u << 31; /* the last is VL */
+    unsigned a, b, c, d, saved;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & SAVES)) return 4;
+    __asm__("xgetbv" : "=a"(saved), "=d"(d) : "c"(0)); /* the registers that the system keeps for a thread */
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 4;
+    if ((saved & ZMM) == ZMM && (b & avx512) == avx512) return 16;
+    if ((saved & YMM) == YMM && b & AVX2) return 8;
 #endif
     return 4;
 }
 
+/* What a process says as it ends when memory is touched that a file, which was cut short, no longer backs. */
+enum { GUARDS = 128, SENTENCE = 1024 };
+static struct {
+    const char *start, *end;
+    char sentence[SENTENCE];
+} guards[GUARDS];
+
+#if !defined(_WIN32) /* there a file that is mapped cannot be cut short */
+static struct sigaction before;
+
+static void cut_short(int number, siginfo_t *info, void *context) {
+    (void)context;
+    for (int slot = 0; slot < GUARDS; slot++) {
+        const char *touched = info->si_addr, *sentence = guards[slot].sentence;
+        if (touched < guards[slot].start || touched >= guards[slot].end) continue;
+        if (write(STDERR_FILENO, sentence, strlen(sentence)) >= 0) _exit(1);
+        _exit(1);
+    }
+    sigaction(number, &before, NULL); /* the memory is touched again, and the process ends as it would have */
+}
+#endif
+
+/* Guards mapped memory with a sentence, which ends with a line break; returns a number to unguard it by, or -1 if there
+   is no room. One thread at a time may call it. */
+PUBLIC int ablate_guard(const char *start, int64_t size, const char *sentence) {
+    int slot = 0;
+    while (slot < GUARDS && guards[slot].start) slot++;
+    if (slot == GUARDS || strlen(sentence) >= SENTENCE) return -1;
+#if !defined(_WIN32)
+    static int installed;
+    if (!installed) {
+        struct sigaction handled = {.sa_sigaction = cut_short, .sa_flags = SA_SIGINFO};
+        sigemptyset(&handled.sa_mask);
+        if (sigaction(SIGBUS, &handled, &before)) return -1;
+        installed = 1;
+    }
+#endif
+    strcpy(guards[slot].sentence, sentence);
+    guards[slot].end = start + size;
+    guards[slot].start = start;
+    return slot;
+}
+
+PUBLIC void ablate_unguard(int slot) { guards[slot].start = guards[slot].end = NULL; }
+
 /* Counts up when the arguments of a function change: a library that was built before is not used. */
 #ifndef VERSION
-#define VERSION 12
+#define VERSION 14
 #endif
-const int ablate_version = VERSION;
+PUBLIC const int ablate_version = VERSION;

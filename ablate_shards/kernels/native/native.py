@@ -5,7 +5,9 @@ instruction set, no number of threads and no library, so that a receipt can be c
 """
 
 import ctypes
+import functools
 import math
+import threading
 from collections.abc import Callable, Container
 from contextlib import AbstractContextManager
 from functools import cache
@@ -28,13 +30,14 @@ __all__ = [
     "add_rounded",
     "greatest_bits",
     "group_dots",
+    "guard",
     "is_built",
     "pairs_in_order",
     "round_directed",
 ]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_VERSION = 12
+_VERSION = 14
 _DTYPES = {np.dtype(STORED[name]): number for number, name in enumerate(("BF16", "F16", "F32"))}
 _PRECISIONS: dict[type[np.floating], str] = {np.float32: "single", np.float64: "double"}
 _UNSCALED, _BY_ROW, _BY_COLUMN = range(3)
@@ -42,9 +45,10 @@ _UNSCALED, _BY_ROW, _BY_COLUMN = range(3)
 _VARIANTS = {8: "avx2", 16: "avx512"}
 _PAIR = 32
 #: Bytes a row: of 16 columns four values in float32, a level, a bucket and a zero point.
-_ROUNDING_SCRATCH = 16 * (4 * 4 + 3)
+_ROUNDING_SCRATCH = 16 * (5 * 4 + 3)
 _SIGN = np.uint8(0x80)
-_KINDS: dict[Kind, int] = {"E4M3": 0, "E2M1": 1, "integer": 2}
+_guarding = threading.Lock()
+_KINDS: dict[Kind, int] = {"E4M3": 0, "E2M1": 1, "integer": 2, "affine": 3, "table": 4}
 
 PIECE = 64
 """Elements that :func:`add_rounded` looks at together."""
@@ -66,13 +70,23 @@ class _Move(ctypes.Structure):
     )
 
 
+class _Table(ctypes.Structure):
+    """Codes whose values are looked up: ``Table`` in ``native_codes.h``."""
+
+    _fields_ = (
+        *((name, ctypes.c_float * 16) for name in ("values", "below")),
+        *((name, ctypes.c_int32 * 16) for name in ("levels", "codes")),
+        ("greatest", ctypes.c_int32),
+    )
+
+
 class _Rounding(ctypes.Structure):
     """A matrix that is rounded to codes: ``Rounding`` in ``native_codes.h``."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("kind", "bits", "rows", "cols", "target_stride", "code_stride")),
         *((name, ctypes.c_int64) for name in ("scale_row", "scale_col", "zero_row", "zero_col", "count")),
-        *((name, ctypes.c_void_p) for name in ("target", "codes", "scales", "zeros", "basis", "heights")),
+        *((name, ctypes.c_void_p) for name in ("target", "codes", "scales", "zeros", "table", "basis", "heights")),
         *((name, ctypes.c_void_p) for name in ("measures", "scratch")),
         ("nothing", ctypes.c_double),
     )
@@ -132,6 +146,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.ablate_add.restype = count
     library.ablate_add_exactly.argtypes = (address, shape, address, address, count, address, count, address)
     library.ablate_add_exactly.restype = None
+    library.ablate_guard.argtypes, library.ablate_guard.restype = (address, count, ctypes.c_char_p), flag
+    library.ablate_unguard.argtypes, library.ablate_unguard.restype = (flag,), None
     library.ablate_round.argtypes, library.ablate_round.restype = (ctypes.POINTER(_Rounding),), None
     for precision in _PRECISIONS.values():
         for name, arguments in (("rows", (*columns, address)), ("columns", columns), ("update", update)):
@@ -167,6 +183,27 @@ def pairs_in_order(lower: np.ndarray, higher: np.ndarray) -> int | None:
     if library is None:
         return None
     return int(library.ablate_pairs(lower.ctypes.data, len(lower), higher.ctypes.data, len(higher)))
+
+
+def guard(address: int, size: int, sentence: str) -> Callable[[], None] | None:
+    """Let the process end with a sentence, and exit code 1, when mapped memory is touched that its file has lost.
+
+    Otherwise it ends with a bus error, which no Python sees.
+
+    Args:
+        address: Where the memory begins.
+        size: Bytes of it.
+        sentence: What is written to stderr.
+
+    Returns:
+        What takes the guard away, to be called before the memory is unmapped; None where there can be no guard.
+    """
+    library = _library()
+    if library is None:
+        return None
+    with _guarding:
+        slot = library.ablate_guard(address, size, f"{sentence}\n".encode(errors="replace"))
+    return None if slot < 0 else functools.partial(library.ablate_unguard, slot)
 
 
 def greatest_bits(block: np.ndarray) -> int:
@@ -453,7 +490,7 @@ def round_directed(
         target: ``[d, n]`` float32, adjacent columns.
         codes: ``[d, n]`` uint8, adjacent columns; receives the result.
         scales: ``[d, n]`` float32.
-        zeros: ``[d, n]`` int8, or None; of integers only.
+        zeros: ``[d, n]`` int8, or None, of integers; float32 of affine codes.
         basis: ``[k, d]`` float64.
         measures: ``[6, n]`` float64, receives what :class:`~.directed.Rounded` holds.
     """
@@ -463,11 +500,13 @@ def round_directed(
     basis = np.ascontiguousarray(basis)
     heights = (basis**2).sum(axis=0)
     scratch = np.empty(len(target) * _ROUNDING_SCRATCH, np.uint8)
+    table = _Table(*grid.table()) if grid.kind == "table" else None
     job = _Rounding(
         _KINDS[grid.kind], grid.bits, *target.shape, target.strides[0] // target.itemsize, codes.strides[0],
-        *(stride // scales.itemsize for stride in scales.strides), *((0, 0) if zeros is None else zeros.strides),
+        *(stride // scales.itemsize for stride in scales.strides),
+        *((0, 0) if zeros is None else (stride // zeros.itemsize for stride in zeros.strides)),
         len(basis), *(each.ctypes.data for each in (target, codes, scales)),
-        None if zeros is None else zeros.ctypes.data,
+        None if zeros is None else zeros.ctypes.data, None if table is None else ctypes.addressof(table),
         *(each.ctypes.data for each in (basis, heights, measures, scratch)), grid.nothing,
     )  # fmt: skip
     # The library counts integers from the smallest one on.

@@ -2,7 +2,7 @@
  * NumPy, to the bit. Some columns are taken together, from the first row to the last as often as it needs.
  */
 
-enum { E4M3, E2M1, INTEGER }; /* what codes mean: codecs/grid.py */
+enum { E4M3, E2M1, INTEGER, AFFINE, TABLE }; /* what codes mean: codecs/grid.py */
 
 enum {
     TOGETHER = 16,    /* columns */
@@ -14,6 +14,13 @@ enum {
 };
 #define MUCH 1e-5
 
+/* Codes whose values are looked up: levels are counted from the smallest value on. */
+typedef struct {
+    float values[16], below[16];   /* of each level; the greatest that is nearest to it, of the last infinite */
+    int32_t levels[16], codes[16]; /* of each code; of each level */
+    int32_t greatest;
+} Table;
+
 /* A matrix and what it is rounded with. Scales and zero points are read with strides, in elements, which may be 0. */
 typedef struct {
     int64_t kind, bits; /* of a code */
@@ -21,16 +28,17 @@ typedef struct {
     const float *target;
     uint8_t *codes;
     const float *scales;
-    const int8_t *zeros; /* of integers, or NULL */
+    const void *zeros;  /* of integers, int8_t or NULL; of affine codes what is added, float */
+    const Table *table; /* of codes that have one */
     const double *basis, *heights; /* [count, rows]; the sum of their squares, [rows] */
     double *measures;              /* [6, cols]: what Rounded has */
-    char *scratch;                 /* 19 bytes for each of TOGETHER columns of all rows */
+    char *scratch;                 /* 23 bytes for each of TOGETHER columns of all rows */
     double nothing;                /* a residual, relative to the norm of the column, that is as good as none */
 } Rounding;
 
 /* Columns on their way: each [rows][TOGETHER]. */
 typedef struct {
-    float (*target)[TOGETHER], (*scale)[TOGETHER], (*value)[TOGETHER], (*step)[TOGETHER];
+    float (*target)[TOGETHER], (*scale)[TOGETHER], (*value)[TOGETHER], (*step)[TOGETHER], (*offset)[TOGETHER];
     int8_t (*level)[TOGETHER], (*zero)[TOGETHER];
     uint8_t (*bucket)[TOGETHER];
 } Strip;
@@ -39,23 +47,36 @@ typedef struct {
 #define MANTISSA(kind) ((kind) == E4M3 ? 3 : 1)
 #define BIAS(kind) ((kind) == E4M3 ? 7 : 1)
 #define GREATEST(kind, bits) ((kind) == E4M3 ? 126 : (kind) == E2M1 ? 7 : (1 << ((bits)-1)) - 1)
-#define LEAST(kind, bits) ((kind) == INTEGER ? -(1 << ((bits)-1)) : -GREATEST(kind, bits))
+#define LEAST(kind, bits) ((kind) == INTEGER || (kind) == AFFINE ? -(1 << ((bits)-1)) : -GREATEST(kind, bits))
+/* Whether a scale may be negative. */
+#define MIRRORED(kind) ((kind) == AFFINE || (kind) == TABLE)
+#define PRESENT(kind, scale) (MIRRORED(kind) ? (scale) != 0 : (scale) > 0)
 /* The step between the values next to zero. */
 #define FINEST(kind) ((kind) == E4M3 ? 0x1p-9f : 0x1p-1f)
 
-INLINE float value_of(const int kind, int32_t level, int32_t zero, float scale) {
+INLINE float value_of(
+    const int kind, int bits, const Table *table, int32_t level, int32_t zero, float scale, float offset
+) {
     if (kind == INTEGER) return (float)(level - zero) * scale;
+    if (kind == AFFINE) return (float)(level + (1 << (bits - 1))) * scale + offset;
+    if (kind == TABLE) return table->values[level] * scale;
     const int32_t size = level < 0 ? -level : level;
     const float normal = from_bits((uint32_t)(size + ((127 - BIAS(kind)) << MANTISSA(kind))) << (23 - MANTISSA(kind)));
     const float value = size < 1 << MANTISSA(kind) ? (float)size * FINEST(kind) : normal;
     return (level < 0 ? -value : value) * scale;
 }
 
-INLINE int32_t nearest_level(const int kind, int bits, float value, int32_t zero) {
-    if (kind == INTEGER) {
+INLINE int32_t nearest_level(const int kind, int bits, const Table *table, float value, int32_t zero) {
+    if (kind == TABLE) {
+        int32_t level = 0;
+        for (int k = 0; k < 15; k++) level += value > table->below[k];
+        return level;
+    }
+    if (kind == INTEGER || kind == AFFINE) {
         const float near = value > 512.0f ? 512.0f : value < -512.0f ? -512.0f : value;
         /* Added to it, a number rounds to a whole one, ties to even, which is then in the lowest bits. */
-        const int32_t level = (int32_t)(to_bits(near + 0x1.8p23f) & 0x7FFFFF) - 0x400000 + zero;
+        const int32_t from = kind == INTEGER ? zero : -(1 << (bits - 1));
+        const int32_t level = (int32_t)(to_bits(near + 0x1.8p23f) & 0x7FFFFF) - 0x400000 + from;
         return level > GREATEST(kind, bits) ? GREATEST(kind, bits) : level < LEAST(kind, bits) ? LEAST(kind, bits) : level;
     }
     const float greatest = kind == E4M3 ? 448.0f : 6.0f, least_normal = FINEST(kind) * (1 << MANTISSA(kind));
@@ -70,15 +91,17 @@ INLINE int32_t nearest_level(const int kind, int bits, float value, int32_t zero
 }
 
 /* The highest bit of a code is its sign; of integers it is what is added so that none is negative. */
-INLINE int32_t level_of(const int kind, int bits, uint8_t code) {
+INLINE int32_t level_of(const int kind, int bits, const Table *table, uint8_t code) {
     const int32_t high = 1 << (bits - 1);
-    if (kind == INTEGER) return code - high;
+    if (kind == TABLE) return table->levels[code & 15];
+    if (kind == INTEGER || kind == AFFINE) return code - high;
     return code & high ? -(code & (high - 1)) : code;
 }
 
-INLINE int32_t code_of(const int kind, int bits, int32_t level) {
+INLINE int32_t code_of(const int kind, int bits, const Table *table, int32_t level) {
     const int32_t high = 1 << (bits - 1);
-    return kind == INTEGER ? level + high : level < 0 ? high - level : level;
+    if (kind == TABLE) return table->codes[level];
+    return kind == INTEGER || kind == AFFINE ? level + high : level < 0 ? high - level : level;
 }
 
 /* Adds what weights make of the directions at a row to nothing. */
@@ -88,15 +111,30 @@ INLINE void along_row(const Rounding *job, int64_t row, const double weights[][T
         for (int c = 0; c < TOGETHER; c++) along[c] += job->basis[k * job->rows + row] * weights[k][c];
 }
 
-/* Returns the level beside one, against what points along. */
-INLINE int32_t moved(const int kind, int bits, int32_t level, double along) {
+/* Returns the level beside one whose value is against what points along. */
+INLINE int32_t moved(const int kind, int bits, const Table *table, int32_t level, double along, float scale) {
+    if (MIRRORED(kind)) along = scale < 0 ? -along : along;
     const int32_t next = level - (along > 0) + (along < 0);
+    if (kind == TABLE) return next > table->greatest ? table->greatest : next < 0 ? 0 : next;
     return next > GREATEST(kind, bits) ? GREATEST(kind, bits) : next < LEAST(kind, bits) ? LEAST(kind, bits) : next;
 }
 
 /* Returns the zero point of an element: only integers have them. */
 INLINE int32_t zero_of(const int kind, Strip strip, int64_t row, int64_t col) {
     return kind == INTEGER ? strip.zero[row][col] : 0;
+}
+
+/* Returns what is added to an element: only affine codes have it. */
+INLINE float offset_of(const int kind, Strip strip, int64_t row, int64_t col) {
+    return kind == AFFINE ? strip.offset[row][col] : 0;
+}
+
+/* Returns what a level stands for at a place. */
+INLINE float value_at(
+    const int kind, int bits, const Table *table, Strip strip, int64_t row, int64_t col, int32_t level
+) {
+    const int32_t zero = zero_of(kind, strip, row, col);
+    return value_of(kind, bits, table, level, zero, strip.scale[row][col], offset_of(kind, strip, row, col));
 }
 
 INLINE int32_t bucket_of(float step, float off, double gain, double norm) {
@@ -116,8 +154,8 @@ INLINE void sizes_of(int64_t count, const double residual[][TOGETHER], double si
 
 /* Takes moves by bucket, then by row, until the residual is covered; returns whether a column needed it. */
 INLINE int take_round(
-    const int kind, const Rounding *job, Strip strip, double residual[][TOGETHER], double weights[][TOGETHER], double norm[TOGETHER],
-    double reach[TOGETHER]
+    const int kind, const Table *table, const Rounding *job, Strip strip, double residual[][TOGETHER],
+    double weights[][TOGETHER], double norm[TOGETHER], double reach[TOGETHER]
 ) {
     double size[TOGETHER], sums[BUCKETS + 1][TOGETHER], along[TOGETHER], left[TOGETHER], within[TOGETHER] = {0};
     int32_t border[TOGETHER];
@@ -139,8 +177,8 @@ INLINE int take_round(
         along_row(job, row, (const double(*)[TOGETHER])weights, along);
         for (int c = 0; c < TOGETHER; c++) {
             const float value = strip.value[row][c];
-            const int32_t next = moved(kind, bits, strip.level[row][c], along[c]);
-            const float step = value_of(kind, next, zero_of(kind, strip, row, c), strip.scale[row][c]) - value;
+            const int32_t next = moved(kind, bits, table, strip.level[row][c], along[c], strip.scale[row][c]);
+            const float step = value_at(kind, bits, table, strip, row, c, next) - value;
             gains[c] = fabs(along[c]) * (double)fabsf(step);
             most[c] = gains[c] > most[c] ? gains[c] : most[c];
             buckets[c] = bucket_of(step, value - strip.target[row][c], gains[c], norm[c]);
@@ -168,15 +206,18 @@ INLINE int take_round(
     for (int64_t row = 0; row < job->rows; row++) {
         double steps[TOGETHER];
         along_row(job, row, (const double(*)[TOGETHER])weights, along);
+/* Nothing of another column is written. */
+#pragma GCC ivdep
         for (int c = 0; c < TOGETHER; c++) {
             const int32_t bucket = strip.bucket[row][c];
             const float step = strip.step[row][c];
             within[c] += bucket == border[c] ? fabs(along[c]) * (double)fabsf(step) : 0.0;
             const int fits = (bucket == border[c]) & (within[c] <= left[c]);
             const int taken = ((bucket < border[c]) | fits) & (bucket < BUCKETS);
-            const int32_t level = taken ? moved(kind, bits, strip.level[row][c], along[c]) : strip.level[row][c];
+            const int32_t stays = strip.level[row][c];
+            const int32_t level = taken ? moved(kind, bits, table, stays, along[c], strip.scale[row][c]) : stays;
             strip.level[row][c] = (int8_t)level;
-            strip.value[row][c] = value_of(kind, level, zero_of(kind, strip, row, c), strip.scale[row][c]);
+            strip.value[row][c] = value_at(kind, bits, table, strip, row, c, level);
             steps[c] = taken ? (double)step : 0.0;
         }
         for (int64_t k = 0; k < job->count; k++)
@@ -190,8 +231,8 @@ INLINE int take_round(
 /* Makes the single move of each column that lowers the residual the most, unless what is left is enough, relative to
  * the norm; returns whether one was made. */
 INLINE int polish(
-    const int kind, const Rounding *job, Strip strip, double residual[][TOGETHER], const double norm[TOGETHER],
-    double enough
+    const int kind, const Table *table, const Rounding *job, Strip strip, double residual[][TOGETHER],
+    const double norm[TOGETHER], double enough
 ) {
     const int bits = (int)job->bits;
     double size[TOGETHER], along[TOGETHER], best[TOGETHER];
@@ -209,8 +250,8 @@ INLINE int polish(
         const double height = job->heights[row];
         along_row(job, row, (const double(*)[TOGETHER])residual, along);
         for (int c = 0; c < TOGETHER; c++) {
-            const int32_t next = moved(kind, bits, strip.level[row][c], along[c]);
-            const float value = value_of(kind, next, zero_of(kind, strip, row, c), strip.scale[row][c]);
+            const int32_t next = moved(kind, bits, table, strip.level[row][c], along[c], strip.scale[row][c]);
+            const float value = value_at(kind, bits, table, strip, row, c, next);
             const double step = (double)(value - strip.value[row][c]);
             const double change = step * (2 * along[c] + step * height);
             where[c] = change < best[c] ? row : where[c];
@@ -222,8 +263,8 @@ INLINE int polish(
         const int64_t row = where[c];
         double toward = job->basis[row] * residual[0][c];
         for (int64_t k = 1; k < job->count; k++) toward += job->basis[k * job->rows + row] * residual[k][c];
-        const int32_t next = moved(kind, bits, strip.level[row][c], toward);
-        const float value = value_of(kind, next, zero_of(kind, strip, row, c), strip.scale[row][c]);
+        const int32_t next = moved(kind, bits, table, strip.level[row][c], toward, strip.scale[row][c]);
+        const float value = value_at(kind, bits, table, strip, row, c, next);
         const double step = (double)(value - strip.value[row][c]);
         strip.level[row][c] = (int8_t)next;
         strip.value[row][c] = value;
@@ -258,7 +299,9 @@ INLINE void load_row(
 }
 
 /* Rounds columns from `first` on, `size` of them. */
-INLINE void round_strip(const int kind, const Rounding *job, Strip strip, int64_t first, int64_t size) {
+INLINE void round_strip(
+    const int kind, const Table *table, const Rounding *job, Strip strip, int64_t first, int64_t size
+) {
     const int64_t rows = job->rows, count = job->count;
     const int bits = (int)job->bits;
     double dots[count][TOGETHER], residual[count][TOGETHER], weights[count][TOGETHER];
@@ -273,18 +316,27 @@ INLINE void round_strip(const int kind, const Rounding *job, Strip strip, int64_
         if (kind == INTEGER)
             for (int c = 0; c < TOGETHER; c++) {
                 const int64_t col = first + (c < size ? c : 0);
-                strip.zero[row][c] = job->zeros ? job->zeros[row * job->zero_row + col * job->zero_col] : 0;
+                const int64_t place = row * job->zero_row + col * job->zero_col;
+                strip.zero[row][c] = job->zeros ? ((const int8_t *)job->zeros)[place] : 0;
+            }
+        if (kind == AFFINE)
+            for (int c = 0; c < TOGETHER; c++) {
+                const int64_t col = first + (c < size ? c : 0);
+                strip.offset[row][c] = ((const float *)job->zeros)[row * job->zero_row + col * job->zero_col];
             }
         int32_t level[TOGETHER];
         const float *target = strip.target[row], *scale = strip.scale[row];
         for (int c = 0; c < TOGETHER; c++) {
-            const float unscaled = target[c] / (scale[c] > 0 ? scale[c] : 1);
-            const int32_t near = nearest_level(kind, bits, unscaled, zero_of(kind, strip, row, c));
-            level[c] = scale[c] > 0 ? near : level_of(kind, bits, codes[c]);
+            const float scaled = kind == AFFINE ? target[c] - strip.offset[row][c] : target[c];
+            const float unscaled = scaled / (PRESENT(kind, scale[c]) ? scale[c] : 1);
+            const int32_t near = nearest_level(kind, bits, table, unscaled, zero_of(kind, strip, row, c));
+            level[c] = PRESENT(kind, scale[c]) ? near : level_of(kind, bits, table, codes[c]);
         }
         for (int c = 0; c < TOGETHER; c++) {
             strip.level[row][c] = (int8_t)level[c];
-            strip.value[row][c] = value_of(kind, level[c], zero_of(kind, strip, row, c), scale[c]);
+            strip.value[row][c] = value_of(
+                kind, bits, table, level[c], zero_of(kind, strip, row, c), scale[c], offset_of(kind, strip, row, c)
+            );
         }
         for (int c = 0; c < TOGETHER; c++) {
             wide[c] = (double)target[c];
@@ -308,10 +360,11 @@ INLINE void round_strip(const int kind, const Rounding *job, Strip strip, int64_
             nearest[c] += both * both;
         }
     }
-    for (int round = 0; round < MOST_ROUNDS && take_round(kind, job, strip, residual, weights, norm, reach); round++) {}
+    for (int round = 0; round < MOST_ROUNDS; round++)
+        if (!take_round(kind, table, job, strip, residual, weights, norm, reach)) break;
     for (int64_t step = 0; step < MOST_POLISHES * count; step++) {
         const double enough = step < POLISHES * count ? job->nothing : MUCH;
-        if (!polish(kind, job, strip, residual, norm, enough)) break;
+        if (!polish(kind, table, job, strip, residual, norm, enough)) break;
     }
     for (int64_t row = 0; row < rows; row++) {
         for (int c = 0; c < TOGETHER; c++) {
@@ -324,8 +377,8 @@ INLINE void round_strip(const int kind, const Rounding *job, Strip strip, int64_
         memcpy(chosen, codes, size);
         for (int c = 0; c < TOGETHER; c++) {
             const int32_t level = strip.level[row][c];
-            stays[c] = level == level_of(kind, bits, chosen[c]);
-            code[c] = code_of(kind, bits, level);
+            stays[c] = level == level_of(kind, bits, table, chosen[c]);
+            code[c] = code_of(kind, bits, table, level);
         }
         for (int c = 0; c < TOGETHER; c++) chosen[c] = (uint8_t)(stays[c] ? chosen[c] : code[c]);
         for (int c = 0; c < TOGETHER; c++) changed[c] += (double)(1 - stays[c]);
@@ -340,25 +393,29 @@ INLINE void round_strip(const int kind, const Rounding *job, Strip strip, int64_
 #define ROUND_COLUMNS(kind)                                                       \
     case kind:                                                                    \
         for (int64_t first = 0; first < job->cols; first += TOGETHER)             \
-            round_strip(kind, job, strip, first, least(TOGETHER, job->cols - first)); \
+            round_strip(kind, &table, job, strip, first, least(TOGETHER, job->cols - first)); \
         break;
 
-void ablate_round(const Rounding *job) {
+PUBLIC void ablate_round(const Rounding *job) {
     const int64_t items = job->rows * TOGETHER;
     float *floats = (float *)job->scratch;
-    int8_t *bytes = (int8_t *)(floats + 4 * items);
+    int8_t *bytes = (int8_t *)(floats + 5 * items);
     const Strip strip = {
         .target = (void *)floats,
         .scale = (void *)(floats + items),
         .value = (void *)(floats + 2 * items),
         .step = (void *)(floats + 3 * items),
+        .offset = (void *)(floats + 4 * items),
         .level = (void *)bytes,
         .bucket = (void *)(bytes + items),
         .zero = (void *)(bytes + 2 * items),
     };
+    const Table table = job->table ? *job->table : (Table){.greatest = 0};
     switch (job->kind) {
         ROUND_COLUMNS(E4M3)
         ROUND_COLUMNS(E2M1)
         ROUND_COLUMNS(INTEGER)
+        ROUND_COLUMNS(AFFINE)
+        ROUND_COLUMNS(TABLE)
     }
 }

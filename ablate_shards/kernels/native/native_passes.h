@@ -289,21 +289,21 @@ PASS int NAME(move_row)(int dtype, void *block, const Shape *shape, int64_t entr
     return 0;
 }
 
-void NAME(ablate_rows)(int dtype, const void *block, const Shape *shape, const REAL *weights, int64_t stride,
+PUBLIC void NAME(ablate_rows)(int dtype, const void *block, const Shape *shape, const REAL *weights, int64_t stride,
                               int64_t count, int squares, REAL *scratch, double *out) {
 #define CALL(kind) NAME(rows_of)(kind, block, shape, weights, stride, count, squares, scratch, out)
     FOR_THE_DTYPE(CALL)
 #undef CALL
 }
 
-void NAME(ablate_columns)(int dtype, const void *block, const Shape *shape, const REAL *weights, int64_t stride,
+PUBLIC void NAME(ablate_columns)(int dtype, const void *block, const Shape *shape, const REAL *weights, int64_t stride,
                                  int64_t count, int squares, double *into) {
 #define CALL(kind) NAME(columns_of)(kind, block, shape, weights, stride, count, squares, into)
     FOR_THE_DTYPE(CALL)
 #undef CALL
 }
 
-void NAME(ablate_update)(int dtype, void *block, const Shape *shape, const void *source, const Shape *from,
+PUBLIC void NAME(ablate_update)(int dtype, void *block, const Shape *shape, const void *source, const Shape *from,
                                 const REAL *scale, int scaled, const REAL *row_factor, int64_t row_stride,
                                 const REAL *column_factor, int64_t column_stride, int64_t count, REAL *scratch) {
 #define CALL(kind)                                                                                        \

@@ -76,7 +76,7 @@ def round_nearest(
     with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
         for start in range(0, target.shape[1], width):
             part = slice(start, start + width)
-            around = None if zeros is None else zeros[:, part].astype(np.int16)
+            around = _around(grid, zeros, part)
             kept = grid.levels_of(codes[:, part])
             columns = _Columns(grid, target[:, part], kept, scales[:, part], around, basis)
             before = grid.values_of(kept, scales[:, part], around)
@@ -100,9 +100,10 @@ def round_directed(
         grid: What the codes mean.
         target: ``[d, n]`` float32, the edited matrix.
         codes: ``[d, n]`` uint8, those of the source, none NaN; receives the result.
-        scales: ``[d, n]`` float32, broadcast or not, finite and not negative.
+        scales: ``[d, n]`` float32, broadcast or not, finite; negative ones of affine codes and tables only.
         basis: ``[k, d]`` float64, orthonormal rows.
-        zeros: ``[d, n]`` int8, broadcast or not, the levels of the zero points; None where they are 0.
+        zeros: ``[d, n]`` int8, broadcast or not, the levels of the zero points; None where they are 0. Of affine codes
+            the offsets, float32.
     """
     scales = np.broadcast_to(scales, target.shape)
     zeros = None if zeros is None else np.broadcast_to(zeros, target.shape)
@@ -112,9 +113,16 @@ def round_directed(
         with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
             for start in range(0, target.shape[1], width):
                 part = slice(start, start + width)
-                around = None if zeros is None else zeros[:, part].astype(np.int16)
+                around = _around(grid, zeros, part)
                 measures[:, part] = _round(grid, target[:, part], codes[:, part], scales[:, part], around, basis)
     return Rounded(*measures)
+
+
+def _around(grid: Grid, zeros: np.ndarray | None, part: slice) -> np.ndarray | None:
+    """Return the zero points of some columns, such that levels and they can be subtracted."""
+    if zeros is None or grid.kind == "affine":
+        return None if zeros is None else zeros[:, part]
+    return zeros[:, part].astype(np.int16)
 
 
 def _round(
@@ -155,7 +163,7 @@ class _Columns:
         grid: What the codes mean.
         target: ``[d, n]`` float32.
         scales: Likewise.
-        zeros: ``[d, n]`` int16, the levels of the zero points; None where they are 0.
+        zeros: ``[d, n]`` int16, the levels of the zero points; None where they are 0. Of affine codes float32.
         basis: ``[k, d]`` float64.
         levels: ``[d, n]`` int16.
         values: ``[d, n]`` float32, what the levels stand for.
@@ -175,11 +183,7 @@ class _Columns:
         basis: np.ndarray,
     ) -> None:
         self.grid, self.target, self.scales, self.zeros, self.basis = grid, target, scales, zeros, basis
-        if scales.all():
-            self.levels = grid.nearest_levels(target / scales, zeros)
-        else:
-            present = scales > 0
-            self.levels = np.where(present, grid.nearest_levels(target / np.where(present, scales, 1), zeros), kept)
+        self.levels = grid.levels_nearest_to(target, kept, scales, zeros)
         self.values = grid.values_of(self.levels, scales, zeros)
         wide = target.astype(np.float64)
         self.along, self.total = _dots(basis, wide), _sum(wide * wide)
@@ -198,10 +202,10 @@ class _Columns:
 
     def moves(self, along: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return for some columns the levels beside theirs against what points along, and their values."""
-        moved = self.levels[:, which] - np.sign(along).astype(np.int16)
-        np.clip(moved, self.grid.lowest, self.grid.highest, out=moved)
+        scales = self.scales[:, which]
+        moved = self.grid.levels_beside(self.levels[:, which], along, scales)
         zeros = None if self.zeros is None else self.zeros[:, which]
-        return moved, self.grid.values_of(moved, self.scales[:, which], zeros)
+        return moved, self.grid.values_of(moved, scales, zeros)
 
 
 def _take_rounds(columns: _Columns) -> None:

@@ -50,16 +50,18 @@ def round_by_definition(
         grid: What the codes mean.
         target: ``[d, n]`` float32.
         codes: ``[d, n]`` uint8, those of the source; a column whose scale is 0 keeps them.
-        scales: ``[d, n]`` float32, finite and not negative.
+        scales: ``[d, n]`` float32, finite; negative ones of affine codes and tables only.
         basis: ``[k, d]`` float64, orthonormal rows.
-        zeros: ``[d, n]`` int8, the levels of the zero points; None where they are 0.
+        zeros: ``[d, n]`` int8, the levels of the zero points; None where they are 0. Of affine codes the offsets,
+            float32.
     """
     result = np.empty(target.shape, np.int16)
     for column in range(target.shape[1]):
         t, s = target[:, column], scales[:, column]
-        z = None if zeros is None else zeros[:, column].astype(np.int16)
-        start = np.where(s > 0, grid.nearest_levels(t / np.where(s > 0, s, 1), z), grid.levels_of(codes[:, column]))
-        result[:, column] = _round_column(grid, t, start.astype(np.int16), s, z, basis)
+        z = None if zeros is None else zeros[:, column]
+        z = z if z is None or grid.kind == "affine" else z.astype(np.int16)
+        start = grid.levels_nearest_to(t, grid.levels_of(codes[:, column]), s, z)
+        result[:, column] = _round_column(grid, t, start, s, z, basis)
     return result
 
 
@@ -77,8 +79,7 @@ def _round_column(
         return grid.values_of(levels, scales, zeros).astype(np.float64)
 
     def beside(along: np.ndarray) -> np.ndarray:
-        moved: np.ndarray = levels - np.sign(along).astype(np.int16)
-        return moved.clip(grid.lowest, grid.highest)
+        return grid.levels_beside(levels, along, scales)
 
     def residual() -> np.ndarray:
         found: np.ndarray = basis @ (values(levels) - t)

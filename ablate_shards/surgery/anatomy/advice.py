@@ -15,7 +15,7 @@ _TOWER = re.compile(r"(?:^|[._])(?:visual|vision|vit|image|video|audio|speech)(?
 _ENCODER = re.compile(r"(?:^|[._])encoder(?:$|[._])")
 _ATTENTION = re.compile(r"att(?:n|ention)|encdec|mixer|mamba|ssm|conv|recurrent|temporal", re.IGNORECASE)
 _EMBEDDINGS = frozenset(
-    {module.path.rpartition(".")[2] for family in FAMILIES for module in family.layout.embedding}
+    {module.leaf for family in FAMILIES for layout in family.layouts for module in layout.embedding}
     | {"shared", "tok_embeddings", "position_embeddings", "token_type_embeddings", "embed_position", "embedding"}
     | {"tokens_embed", "positions_embed", "word_embedding"}
 )

@@ -10,11 +10,15 @@ from ablate_shards.errors import ArchitectureError
 from ablate_shards.surgery.anatomy.absent import PARTS, Absent, counted_by, missing_beside, stated_by
 from ablate_shards.surgery.anatomy.advice import advise
 from ablate_shards.surgery.anatomy.families import FAMILIES, TIED_BY_DEFAULT, Axis, Component, Family, Layout, Module
+from ablate_shards.surgery.anatomy.gains import with_names
+from ablate_shards.surgery.anatomy.parts import COMPONENT_OF
 from ablate_shards.surgery.anatomy.roles import is_lone_bias, orientation, role_of, split_stack
 from ablate_shards.surgery.anatomy.rules import NONE, OR, Hit, Rule, read_gain, sort_out
+from ablate_shards.surgery.anatomy.scales import quantisation_of
 from ablate_shards.surgery.anatomy.unsupported import reason_for
 from ablate_shards.surgery.anatomy.wrappers import unwrapped
 from ablate_shards.surgery.anatomy.writers import Anatomy, LeftOut, Target, Writer
+from ablate_shards.surgery.checkpoint.checkpoint import text_part
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
 __all__ = [
@@ -28,6 +32,8 @@ __all__ = [
     "dissect",
     "family_names",
     "head_of",
+    "is_published_form",
+    "marks_prediction",
     "split_layer",
 ]
 
@@ -41,8 +47,8 @@ _MTP_ROOT = "mtp."
 _MTP_CHILDREN = frozenset({"eh_proj", "enorm", "hnorm", "shared_head", "embed_tokens"})
 _MTP_MARK = re.compile(r"(?:eh_proj|enorm|hnorm|shared_head)\.")
 _ALL_MODULES = [
-    (module.path.rpartition(".")[2], module in layout.embedding)
-    for layout in {family.layout for family in FAMILIES}
+    (re.escape(module.leaf), module in layout.embedding)
+    for layout in {layout for family in FAMILIES for layout in family.layouts}
     for module in (*layout.attention, *layout.mlp, *layout.embedding)
 ]
 _EMBEDDINGS = rf"(?:{'|'.join(sorted({leaf for leaf, embeds in _ALL_MODULES if embeds}))})"
@@ -52,6 +58,8 @@ _WRITER_LIKE = re.compile(
     r"|self_attn\.linear_attn"
     r"|eh_proj|fc|linear_2|linear_fc2|output_linear|proj|wo)(?=\.|$|_bias$|_blocks$|_scales$)"
 )
+#: After the name of a family that is the first of several that fit.
+_LIKE = "-like"
 _DESCRIBE = "describe every writer with [[ablate.target]] in a recipe"
 _PROJECTOR = re.compile(r"projector|merger|embed_vision|embed_audio")
 _ATTENTION = re.compile(r"attn|attention")
@@ -62,10 +70,15 @@ _IN_LAYER = re.compile(rf"(?P<head>.*?(?:^|\.)(?:layers?|h|blocks?))\.{_LAYER}\.
 
 @dataclass(frozen=True, slots=True)
 class _Settings:
-    """What config.json says of the decoder, the text_config before the rest."""
+    """What config.json says of the decoder, the part of it alone before the rest."""
 
     given: bool
     values: tuple[Mapping[str, Any], ...]
+
+    @property
+    def whole(self) -> Mapping[str, Any] | None:
+        """All of it."""
+        return self.values[-1] if self.values else None
 
     @property
     def model_type(self) -> str | None:
@@ -92,6 +105,11 @@ class _Settings:
                 raise ArchitectureError(f"config.json: expected {key} from 1 to {most}, found {found!r}")
             return found
         return None
+
+
+def marks_prediction(inner: str) -> bool:
+    """Tells whether a tensor, by its name within its layer, is of a layer of multi-token prediction alone."""
+    return _MTP_MARK.match(inner) is not None
 
 
 def split_layer(name: str) -> tuple[int | None, str]:
@@ -136,10 +154,11 @@ def dissect(
     stored = {unwrapped(name): name for name in tensors}
     if len(stored) == len(tensors) and any(plain != name for plain, name in stored.items()):
         return _renamed(dissect({plain: tensors[name] for plain, name in stored.items()}, config), stored)
-    family = _family_of(tensors, settings)
+    family = _in_form(_family_of(tensors, settings), tensors)
     for key, value, why in family.layout.refused:
-        if settings.get(key) == value:
-            raise ArchitectureError(f"{family.name} with {key} = {str(value).lower()} is refused: {why}")
+        found = settings.get(key)
+        if bool(found) if value is True else found == value:
+            raise ArchitectureError(f"{family.name} with {key} = {str(found).lower()} is refused: {why}")
     return _dissect_by_family(tensors, settings, family)
 
 
@@ -150,7 +169,11 @@ def _renamed(anatomy: Anatomy, names: Mapping[str, str]) -> Anatomy:
     return replace(
         anatomy,
         writers=tuple(
-            replace(writer, name=names[writer.name], gain=None if writer.gain is None else names[writer.gain])
+            replace(
+                writer,
+                name=names[writer.name],
+                gain=None if writer.gain is None else with_names(writer.gain, names.__getitem__),
+            )
             for writer in anatomy.writers
         ),
         left_out=tuple(replace(item, name=names[item.name]) for item in anatomy.left_out),
@@ -161,8 +184,8 @@ def _renamed(anatomy: Anatomy, names: Mapping[str, str]) -> Anatomy:
 def _read_settings(config: Mapping[str, Any] | None) -> _Settings:
     if config is None:
         return _Settings(given=False, values=())
-    text = config.get("text_config")
-    return _Settings(given=True, values=(text, config) if isinstance(text, Mapping) else (config,))
+    part = text_part(config)
+    return _Settings(given=True, values=(config,) if part is None else (part[1], config))
 
 
 # ---------------------------------------------------------------------------------------- by family
@@ -176,11 +199,18 @@ def _family_of(tensors: Mapping[str, TensorInfo], settings: _Settings) -> Family
                 return family
         if (why := reason_for(kind)) is not None:
             raise ArchitectureError(
-                f"config.json: model_type {kind!r} is refused: {why}; {_DESCRIBE} to edit it all the same"
+                f"config.json: model_type {kind!r} is refused: {why}; to edit it all the same, describe its writers "
+                "with [[ablate.target]] in a recipe: `ablate-shards inspect SOURCE --derive` prints such lines and "
+                "says how much of a direction they leave"
             )
         raise _unknown(tensors, settings, f"config.json: the table does not know model_type {kind!r}")
     names = {_NUMBER.sub("#", name) for name in tensors}
-    fitting = [(family, found) for family in FAMILIES if (found := _modules_by_names(family.layout, names))]
+    fitting = [
+        (family, found)
+        for family in FAMILIES
+        for layout in family.layouts
+        if (found := _modules_by_names(layout, names))
+    ]
     marked = [(family, found) for family, found in fitting if family.layout.marks]
     fitting = marked or fitting
     what = "config.json has no model_type" if settings.given else "there is no config.json"
@@ -193,7 +223,25 @@ def _family_of(tensors: Mapping[str, TensorInfo], settings: _Settings) -> Family
             "differently; put the model's config.json beside the shards"
         )
     first = fitting[0][0]
-    return first if len(fitting) == 1 else first._replace(name=f"{first.name}-like")
+    return first if len(fitting) == 1 else first._replace(name=first.name + _LIKE)
+
+
+def _in_form(family: Family, tensors: Iterable[str]) -> Family:
+    """Returns the family with the one of its layouts in which the tensors name most, the first where none does."""
+    if family.published is None:
+        return family
+    names = [name for name in tensors if _WRITER_LIKE.search(name)]
+    counts = []
+    for layout in family.layouts:
+        rules = _rules_of(layout)
+        counts.append(sum(1 for name in names if _hit(name, rules, frozenset())))
+    return family._replace(layout=family.layouts[counts.index(max(counts))])
+
+
+def is_published_form(tensors: Iterable[str], family: str) -> bool:
+    """Tells whether tensors of a family go by the names of its makers, which transformers has no modules of."""
+    row = next((row for row in FAMILIES if row.name == family.removesuffix(_LIKE)), None)
+    return row is not None and _in_form(row, tensors).layout is row.published
 
 
 def _modules_by_names(layout: Layout, names: Set[str]) -> frozenset[Module] | None:
@@ -218,6 +266,7 @@ def _modules_by_names(layout: Layout, names: Set[str]) -> frozenset[Module] | No
         outer = {name.removeprefix(root).rpartition(".")[0] for name in names if name.startswith(root)}
         if {name for name in outer if name and "." not in name} - flat:
             continue
+        inner = {name for name in inner if name.split(".")[0] not in layout.within}
         found = [_module_of(name, own) for name in inner if _WRITER_LIKE.search(name)]
         modules = frozenset(module for module in found if module is not None)
         if None not in found and modules & {*layout.attention} and modules & {*layout.mlp}:
@@ -230,8 +279,11 @@ def _module_of(inner: str, modules: Iterable[Module]) -> Module | None:
 
 
 def _path_pattern(module: Module) -> str:
+    if module.path.endswith(".bias"):
+        return re.escape(module.path.removesuffix(".bias")) + r"(?P<rest>\.bias)"
     path = r"\.".join(r"[\d#]+" if part == "#" else re.escape(part) for part in module.path.split("."))
-    return path + (r"(?P<rest>(?:[._].+)?)" if module.fused else r"(?P<rest>\..+)")
+    rest = r"(?P<rest>(?:[._].+)?)" if module.fused or module.bare else r"(?P<rest>\..+)"
+    return path + rest
 
 
 def _rules_of(layout: Layout) -> list[Rule]:
@@ -251,8 +303,8 @@ def _rules_of(layout: Layout) -> list[Rule]:
         for module in modules:
             gain, offset = read_gain(module.gain)
             if gain:
-                home = f"{{root}}{layout.layers}.{{layer}}."
-                gain = OR.join(one if one == NONE else f"{home}{one}.weight" for one in gain.split(OR))
+                home = "{root}" if place is root else f"{{root}}{layout.layers}.{{layer}}."
+                gain = OR.join(one if one == NONE else _placed(one, home) for one in gain.split(OR))
             pattern = re.compile(place + _path_pattern(module))
             unless = module.unless and (
                 f"{{root}}{module.unless}" if place is root else f"{{root}}{layout.layers}.{{layer}}.{module.unless}"
@@ -261,13 +313,18 @@ def _rules_of(layout: Layout) -> list[Rule]:
     return rules
 
 
+def _placed(gain: str, home: str) -> str:
+    """Returns a gain of norms in a place as one of tensors."""
+    return with_names(gain, lambda norm: f"{home}{norm}.weight")
+
+
 def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, family: Family) -> Anatomy:
     layout = family.layout
     rules = _rules_of(layout)
     roots = "|".join(map(re.escape, layout.roots))
     in_layer = re.compile(rf"(?P<root>{roots}){layout.layers}\.{_LAYER}\.(?P<inner>.+)")
     places = ((name, in_layer.fullmatch(name)) for name in tensors)
-    extra = {int(place["layer"]) for _, place in places if place and _MTP_MARK.match(place["inner"])}
+    extra = {int(place["layer"]) for _, place in places if place and marks_prediction(place["inner"])}
     depth = settings.depth
     hits: list[Hit] = []
     strays: list[LeftOut] = []
@@ -293,7 +350,7 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
         )
     root = next(iter(homes))
     hidden = settings.hidden_size or _length_of(f"{root}{layout.final}.weight", tensors)
-    writers, left_out = sort_out(hits, tensors, hidden, settings.get("quantization_config"))
+    writers, left_out = sort_out(hits, tensors, hidden, quantisation_of(settings.whole))
     # A layer that holds tensors and none that writes is a layer too, so that it is not passed over.
     found = {int(place["layer"]) for name in tensors if (place := in_layer.fullmatch(name)) and place["root"] == root}
     found -= extra
@@ -424,7 +481,7 @@ def _dissect_by_targets(tensors: Mapping[str, TensorInfo], settings: _Settings, 
                     f"{before.rule.pattern.pattern!r} and {target.pattern!r}"
                 )
     hidden = settings.hidden_size or _residual_length(hits.values(), tensors)
-    writers, left_out = sort_out(hits.values(), tensors, hidden, settings.get("quantization_config"))
+    writers, left_out = sort_out(hits.values(), tensors, hidden, quantisation_of(settings.whole))
     could_write = _could_write(tensors, hits, hidden)
     for name in tensors:
         if name in hits or (name not in could_write and _WRITER_LIKE.search(name) is None):
@@ -483,7 +540,7 @@ def _not_described(
             found.setdefault(writer.layer, set()).add(writer.component)
     told = {(part.layer, part.component) for part in known}
     open_layers = set(could_write.values())
-    described = {target.component for target in targets}
+    described = {COMPONENT_OF[target.component] for target in targets}
     for layer in layers:
         for part in PARTS:
             without = part in described and part not in found.get(layer, {part}) and (layer, part) not in told
@@ -501,7 +558,9 @@ def _rule_of(target: Target) -> Rule:
             f"target {target.pattern!r} has no group for the layer; write its number as (?P<layer>\\d+)"
         )
     gain, offset = read_gain(target.gain or "")
-    return Rule(pattern, target.component, target.axis, gain, offset)
+    component = COMPONENT_OF[target.component]
+    part = None if target.component == component else target.component
+    return Rule(pattern, component, target.axis, gain, offset, part=part)
 
 
 def _layer_of(target: Target, name: str, groups: Mapping[str, str]) -> int | None:

@@ -3,24 +3,38 @@
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["FAMILIES", "TIED_BY_DEFAULT", "Axis", "Component", "Family", "Layout", "Module"]
+__all__ = ["FAMILIES", "TIED_BY_DEFAULT", "Axis", "Component", "Family", "Layout", "Module", "Part"]
 
 Axis = Literal["out", "in"]
 Component = Literal["attention", "mlp", "embedding"]
+Part = Literal[
+    "attention",
+    "linear-attention",
+    "mamba",
+    "convolution",
+    "cross-attention",
+    "mlp",
+    "shared-experts",
+    "routed-experts",
+    "embedding",
+]
 
 
 class Module(NamedTuple):
     """A module whose output is added to the residual stream.
 
     Attributes:
-        path: Its name relative to a layer (an embedding's: to the decoder); ``#`` is an expert's number.
+        path: Its name relative to a layer (an embedding's: to the decoder); ``#`` is an expert's number. With
+            ``.bias`` at its end only that of the module writes, as of a LayerNorm.
         axis: ``out`` for ``[..., d, n]`` as in nn.Linear, ``in`` for ``[..., n, d]`` as in embeddings; ``either`` where
             checkpoints have both, which their shapes tell.
         gain: The norm of the same layer that its output passes through; ``1 + NAME`` where that norm
-            multiplies by one plus its weight, ``NAME | OTHER`` where it goes by two names, ``NAME | none`` where only
-            some layers have it.
+            multiplies by one plus its weight, ``centred NAME`` where it subtracts the mean, ``NAME | OTHER`` where it
+            goes by two names, ``NAME | none`` where only some layers have it, ``NAME * NEXT`` where another one
+            follows. An embedding's lies beside it.
         fused: It is one parameter that stacks the matrices of all experts, ``[E, ...]``.
         unless: Where this module exists, the output goes there and not to the stream; a name as ``path`` is.
+        bare: It is a parameter itself, without ``.weight`` after its name.
     """
 
     path: str
@@ -28,6 +42,12 @@ class Module(NamedTuple):
     gain: str = ""
     fused: bool = False
     unless: str = ""
+    bare: bool = False
+
+    @property
+    def leaf(self) -> str:
+        """The last part of its name; the whole where only the bias of a module writes."""
+        return self.path if self.path.endswith(".bias") else self.path.rpartition(".")[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +66,8 @@ class Layout:
         marks: Tensors of a layer that only this layout has.
         within: Modules of a layer that are called like writers, and whose output stays within the layer.
         beside: What the decoder holds beside its embeddings, layers and final norm.
-        refused: Settings of config.json (key, value, why) under which the writers cannot be edited.
+        refused: Settings of config.json (key, value, why) under which the writers cannot be edited; True stands for
+            all but zero and nothing.
     """
 
     attention: tuple[Module, ...] = (Module("self_attn.o_proj"),)
@@ -72,13 +93,40 @@ class Layout:
 
 
 class Family(NamedTuple):
-    """One line of the table: a name, every ``model_type`` it goes by, and its layout."""
+    """One line of the table.
+
+    Attributes:
+        name: What messages call it.
+        model_types: Every ``model_type`` that it goes by.
+        layout: Where its writers lie.
+        published: Where they lie under the names of makers, if transformers converts these to others of its own.
+    """
 
     name: str
     model_types: tuple[str, ...]
     layout: Layout = Layout()
+    published: Layout | None = None
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Its layouts, that of transformers first."""
+        return (self.layout,) if self.published is None else (self.layout, self.published)
 
 
+#: The ``consolidated`` files of Mistral and Meta.
+_CONSOLIDATED = Layout(
+    attention=(Module("attention.wo"),),
+    mlp=(
+        Module("feed_forward.w2"),
+        Module("feed_forward.experts.#.w2"),
+        Module("experts.#.w2"),
+        Module("shared_experts.w2"),
+    ),
+    embedding=(Module("tok_embeddings", "in"),),
+    roots=("",),
+    around=("attention_norm ffn_norm", "attention_norm ffn_norm gate"),
+    beside=("output", "pre_mm_projector_norm"),
+)
 _HYBRID = (Module("self_attn.o_proj"), Module("linear_attn.out_proj"))
 _EXPERTS = (
     Module("mlp.down_proj"),
@@ -113,18 +161,28 @@ _GEMMA2 = Layout(
     mlp=(Module("mlp.down_proj", gain="1 + post_feedforward_layernorm"),),
     around=(_SANDWICH,),
 )
+_EXPERTS_OF_GEMMA4 = "post_feedforward_layernorm * post_feedforward_layernorm_2"
 _GEMMA4 = Layout(
     attention=(Module("self_attn.o_proj", gain="post_attention_layernorm"),),
     mlp=(
-        Module("mlp.down_proj", gain="post_feedforward_layernorm"),
+        Module(
+            "mlp.down_proj",
+            gain="post_feedforward_layernorm * post_feedforward_layernorm_1 | post_feedforward_layernorm",
+        ),
+        Module("experts.#.down_proj", gain=_EXPERTS_OF_GEMMA4),
+        Module("experts.down_proj", gain=_EXPERTS_OF_GEMMA4, fused=True),
         Module("per_layer_projection", gain="post_per_layer_input_norm"),
     ),
-    around=(
-        f"{_SANDWICH} layer_scalar",
-        f"{_SANDWICH} layer_scalar per_layer_input_gate post_per_layer_input_norm",
+    around=tuple(
+        f"{_SANDWICH} layer_scalar{inputs}{experts}"
+        for inputs in ("", " per_layer_input_gate post_per_layer_input_norm")
+        for experts in (
+            "",
+            " router post_feedforward_layernorm_1 post_feedforward_layernorm_2 pre_feedforward_layernorm_2",
+        )
     ),
+    within=("router",),
     beside=("embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm"),
-    refused=(("enable_moe_block", True, "the sum of MLP and experts passes through a second norm"),),
 )
 _OLMO2 = Layout(
     attention=(Module("self_attn.o_proj", gain="post_attention_layernorm"),),
@@ -296,17 +354,20 @@ _STEP3 = Layout(
     mlp=(*_EXPERTS, _SHARED, Module("moe.down_proj", fused=True), Module("share_expert.down_proj")),
     around=(),
 )
-_MISTRAL_LARGE4 = Layout(
-    attention=(Module("self_attn.o_proj"), Module("attention.wo")),
-    mlp=(
-        *_EXPERTS,
-        _SHARED,
-        Module("feed_forward.w2"),
-        Module("experts.#.w2"),
-        Module("shared_experts.w2"),
-    ),
-    embedding=(Module("embed_tokens", "in"), Module("tok_embeddings", "in")),
+#: Two sublayers of each kind a layer, and experts beside them.
+_LONGCAT = Layout(
+    attention=(Module("self_attn.#.o_proj"),),
+    mlp=(Module("mlps.#.down_proj"), *_EXPERTS[1:]),
     around=(),
+    refused=(
+        (
+            "zero_expert_num",
+            True,
+            "its experts without weights add the normalised stream, multiplied coordinate by coordinate, so a "
+            "direction comes back; to edit it all the same, take the lines that `ablate-shards inspect SOURCE "
+            "--derive` prints, which says how much they leave",
+        ),
+    ),
 )
 _BAILING = Layout(
     attention=(Module("self_attn.o_proj"), Module("attention.dense")),
@@ -371,8 +432,8 @@ _RECURRENT_GEMMA = Layout(
 _MAMBA = Layout(
     attention=(Module("mixer.out_proj"),),
     mlp=(),
-    embedding=(Module("embeddings", "in"),),
-    roots=("backbone.", "model.", ""),
+    embedding=(Module("embeddings", "in"), Module("embedding", "in")),
+    roots=("backbone.", "model.backbone.", "model.", ""),
     final="norm_f",
     around=(),
 )
@@ -382,6 +443,38 @@ _ZAMBA = Layout(
     mlp=(),
     within=("shared_transf", "shared_transformer"),
     final="final_layernorm",
+    around=(),
+)
+_MLLAMA = Layout(attention=(Module("self_attn.o_proj"), Module("cross_attn.o_proj")), around=())
+_CPMANT = Layout(
+    attention=(Module("self_att.self_attention.attention_out"),),
+    mlp=(Module("ffn.ffn.w_out"),),
+    embedding=(Module("input_embedding", "in"), Module("segment_embedding", "in")),
+    roots=("cpmant.", ""),
+    layers="encoder.layers",
+    final="encoder.output_layernorm",
+    around=(),
+)
+_DBRX = Layout(
+    attention=(Module("norm_attn_norm.attn.out_proj"),),
+    mlp=(Module("ffn.experts.mlp.w2", "in", bare=True),),
+    embedding=(Module("wte", "in"),),
+    roots=("transformer.", ""),
+    layers="blocks",
+    final="norm_f",
+    around=(),
+)
+_JETMOE = Layout(
+    attention=(Module("self_attention.experts.output_linear", fused=True), Module("self_attention.experts.bias")),
+    mlp=(Module("mlp.output_linear", fused=True), Module("mlp.bias")),
+    around=(),
+)
+_GPT_NEOX_JAPANESE = Layout(
+    attention=(Module("attention.dense", bare=True),),
+    mlp=(Module("mlp.dense_4h_to_h"),),
+    embedding=(Module("embed_in", "in"),),
+    roots=("gpt_neox_japanese.", ""),
+    final="final_layer_norm",
     around=(),
 )
 _XLSTM = Layout(
@@ -437,6 +530,17 @@ _BIOGPT = Layout(
 _NANOCHAT = Layout(mlp=(Module("mlp.fc2"),), around=())
 _MOSHI = Layout(attention=(Module("self_attn.o_proj.linear"),), mlp=(Module("mlp.fc2"),), around=())
 _COSMOS3_EDGE = Layout(mlp=(Module("mlp.fc2"),), around=())
+_COSMOS3_PUBLISHED = Layout(attention=(Module("self_attn.to_out"),), around=())
+#: Its vocabulary is in two parts, of which transformers makes one.
+_MOLMO2_PUBLISHED = Layout(
+    attention=(Module("self_attn.attn_out"),),
+    mlp=(Module("mlp.ff_out"),),
+    embedding=(Module("wte.embedding", "in", bare=True), Module("wte.new_embedding", "in", bare=True)),
+    roots=("model.transformer.", "transformer."),
+    layers="blocks",
+    final="ln_f",
+    around=(),
+)
 _MUSE_GLIMMER = Layout(attention=_GEMMA2.attention, mlp=_GEMMA2.mlp, around=())
 
 # ---------------------------------------------------------------------------------------- decoders beside an encoder
@@ -468,14 +572,99 @@ _T5 = Layout(
     final="decoder.final_layer_norm",
     around=(),
 )
+
+# ---------------------------------------------------------------------------------------- a norm after the embedding
+
+_BLOOM = Layout(
+    attention=(Module("self_attention.dense"),),
+    mlp=(Module("mlp.dense_4h_to_h"),),
+    embedding=(
+        Module("word_embeddings", "in", gain="centred word_embeddings_layernorm"),
+        Module("word_embeddings_layernorm.bias", "in"),
+    ),
+    roots=("transformer.", ""),
+    layers="h",
+    final="ln_f",
+    beside=("word_embeddings_layernorm",),
+    refused=(
+        (
+            "apply_residual_connection_post_layernorm",
+            True,
+            "the stream itself is normalised before every addition, so a direction comes back",
+        ),
+    ),
+)
+_MBART = Layout(
+    attention=_CROSS,
+    mlp=(Module("fc2"),),
+    embedding=(
+        Module("shared", "in", gain="centred decoder.layernorm_embedding"),
+        Module("decoder.embed_tokens", "in", gain="centred decoder.layernorm_embedding"),
+        Module("decoder.embed_positions", "in", gain="centred decoder.layernorm_embedding"),
+        Module("decoder.layernorm_embedding.bias", "in"),
+    ),
+    roots=("model.", ""),
+    layers="decoder.layers",
+    final="decoder.layer_norm",
+    around=(),
+)
+_MODERNBERT = Layout(
+    attention=(Module("attn.Wo"),),
+    mlp=(Module("mlp.Wo"),),
+    embedding=(
+        Module("embeddings.tok_embeddings", "in", gain="centred embeddings.norm"),
+        Module("embeddings.norm.bias", "in"),
+    ),
+    roots=("model.", ""),
+    final="final_norm",
+    around=(),
+)
+_BERT_LAYERS = Layout(
+    attention=(Module("attention.output.dense"), Module("crossattention.output.dense")),
+    mlp=(Module("output.dense"),),
+    embedding=(
+        Module("embeddings.word_embeddings", "in"),
+        Module("embeddings.position_embeddings", "in"),
+        Module("embeddings.token_type_embeddings", "in"),
+    ),
+    roots=("bert.", "roberta.", ""),
+    within=("intermediate",),
+    layers="encoder.layer",
+    final="encoder.ln",
+    around=(),
+)
+_ROBERTA_NORM = "centred embeddings.LayerNorm"
+_ROBERTA_PRELAYERNORM = Layout(
+    attention=(Module("attention.output.dense"), Module("crossattention.output.dense")),
+    mlp=(Module("output.dense"),),
+    embedding=(
+        Module("embeddings.word_embeddings", "in", gain=_ROBERTA_NORM),
+        Module("embeddings.position_embeddings", "in", gain=_ROBERTA_NORM),
+        Module("embeddings.token_type_embeddings", "in", gain=_ROBERTA_NORM),
+        Module("embeddings.LayerNorm.bias", "in"),
+    ),
+    roots=("roberta_prelayernorm.", ""),
+    within=("intermediate",),
+    layers="encoder.layer",
+    final="LayerNorm",
+    around=(),
+)
+_PIX2STRUCT = Layout(
+    attention=(Module("self_attention.attention.output"), Module("encoder_decoder_attention.attention.output")),
+    mlp=(Module("mlp.DenseReluDense.wo"),),
+    roots=("decoder.", ""),
+    layers="layer",
+    final="final_layer_norm",
+    around=(),
+)
 FAMILIES = (
-    Family("Llama", ("llama",)),
+    Family("Llama", ("llama",), published=_CONSOLIDATED),
     Family("Llama 4", ("llama4_text",), _LLAMA4),
-    Family("Mistral", ("mistral", "ministral", "ministral3")),
-    Family("Mixtral", ("mixtral",), _MIXTRAL),
+    Family("Mistral", ("mistral", "ministral", "ministral3"), published=_CONSOLIDATED),
+    Family("Mixtral", ("mixtral",), _MIXTRAL, _CONSOLIDATED),
     Family("Qwen2", ("qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text")),
     Family("Qwen2-MoE", ("qwen2_moe",), _MOE_SHARED_GATED),
-    Family("Qwen3", ("qwen3", "qwen3_vl_text")),
+    Family("Qwen3", ("qwen3", "qwen3_vl_text"), published=_COSMOS3_PUBLISHED),
     Family("Qwen3-MoE", ("qwen3_moe",), _MOE),
     Family("Qwen3-VL-MoE", ("qwen3_vl_moe_text",), _QWEN3_VL_MOE),
     Family("Qwen3-Next", ("qwen3_next",), _HYBRID_MOE),
@@ -537,16 +726,18 @@ FAMILIES = (
     Family("Jais 2", ("jais2",), _LONE),
     Family("MiniCPM3", ("minicpm3",), _LONE),
     Family("Granite-SWA", ("granite_swa",), _LONE),
+    Family("Granite 4 Vision", ("granite4_vision_text",), _LONE),
     Family("Granite-Docling", ("granite_docling_text",), _LONE),
-    Family("Mllama", ("mllama_text_model",), _LONE),
+    Family("Mllama", ("mllama_text_model",), _MLLAMA),
     Family("Chameleon", ("chameleon",), _LONE),
-    Family("Molmo 2", ("molmo2_text",), _LONE),
+    Family("Emu 3", ("emu3_text_model",), _LONE),
+    Family("Molmo 2", ("molmo2_text",), _LONE, _MOLMO2_PUBLISHED),
     Family("VaultGemma", ("vaultgemma",), _LONE),
     Family("Youtu", ("youtu",), _LONE),
     Family("Qwen2.5-Omni", ("qwen2_5_omni_text",), _LONE),
     Family("Qwen3-Omni-MoE", ("qwen3_omni_moe_text",), _MOE),
-    Family("Mistral 4", ("mistral4",), _MOE_SHARED),
-    Family("Mistral Large 4", ("mistral_large4", "mistral_large4_text"), _MISTRAL_LARGE4),
+    Family("Mistral 4", ("mistral4",), _MOE_SHARED, _CONSOLIDATED),
+    Family("Mistral Large 4", ("mistral_large4", "mistral_large4_text"), _MOE_SHARED, _CONSOLIDATED),
     Family("Phi-MoE", ("phimoe",), _MIXTRAL),
     Family("MiniMax-M2", ("minimax_m2",), _MIXTRAL),
     Family("MiniMax-M3", ("minimax_m3_vl_text",), _BLOCK_SPARSE),
@@ -554,7 +745,7 @@ FAMILIES = (
     Family("dots.llm1", ("dots1", "dots3_note_text"), _MOE_SHARED),
     Family("DeepSeek-V3.2", ("deepseek_v32",), _MOE_SHARED),
     Family("DeepSeek-V4", ("deepseek_v4",), _DEEPSEEK_V4),
-    Family("DeepSeek-OCR", ("unlimited_ocr_text",), _MOE_SHARED),
+    Family("DeepSeek-OCR", ("deepseek_ocr2_text", "unlimited_ocr_text"), _MOE_SHARED),
     Family("GLM-MoE-DSA", ("glm_moe_dsa",), _MOE_SHARED),
     Family("GLM-5-Next", ("glm5_next_text",), _MOE_SHARED),
     Family("GLM-4-MoE-lite", ("glm4_moe_lite",), _MOE_SHARED),
@@ -569,6 +760,7 @@ FAMILIES = (
     Family("Flint", ("flint",), _MOE_SHARED_GATED),
     Family("Laguna", ("laguna",), _MOE_SHARED_EITHER),
     Family("Step 3.5", ("step3p5",), _STEP3),
+    Family("LongCat-Flash", ("longcat_flash",), _LONGCAT),
     Family("Bailing", ("bailing_hybrid",), _BAILING),
     Family("AFMoE", ("afmoe",), _AFMOE),
     Family("Beam", ("beam",), _BEAM),
@@ -593,10 +785,20 @@ FAMILIES = (
     Family("BioGPT", ("biogpt",), _BIOGPT),
     Family("nanochat", ("nanochat",), _NANOCHAT),
     Family("Moshi", ("moshi",), _MOSHI),
-    Family("Cosmos 3 Edge", ("cosmos3_edge_text",), _COSMOS3_EDGE),
+    Family("Cosmos 3 Edge", ("cosmos3_edge_text",), _COSMOS3_EDGE, _COSMOS3_PUBLISHED),
     Family("Whisper", ("whisper",), _WHISPER),
     Family("Pegasus", ("pegasus", "blenderbot", "bigbird_pegasus"), _PEGASUS),
-    Family("T5", ("t5", "mt5", "umt5"), _T5),
+    Family("T5", ("t5", "mt5", "umt5", "udop"), _T5),
+    Family("Pix2Struct", ("pix2struct_text_model",), _PIX2STRUCT),
+    Family("CPM-Ant", ("cpmant",), _CPMANT),
+    Family("DBRX", ("dbrx",), _DBRX),
+    Family("JetMoE", ("jetmoe",), _JETMOE),
+    Family("GPT-NeoX-Japanese", ("gpt_neox_japanese",), _GPT_NEOX_JAPANESE),
+    Family("Megatron-BERT", ("megatron-bert", "xlm-roberta-xl"), _BERT_LAYERS),
+    Family("BLOOM", ("bloom",), _BLOOM),
+    Family("mBART", ("mbart",), _MBART),
+    Family("ModernBERT decoder", ("modernbert-decoder",), _MODERNBERT),
+    Family("RoBERTa-PreLayerNorm", ("roberta-prelayernorm",), _ROBERTA_PRELAYERNORM),
 )
 
 #: Those whose class in transformers ties the output head where config.json does not say.
@@ -605,10 +807,12 @@ TIED_BY_DEFAULT = frozenset(
         "bigbird_pegasus",
         "biogpt",
         "blenderbot",
+        "bloom",
         "cohere",
         "cohere2",
         "cohere2_moe",
         "cohere_compass_text",
+        "cpmant",
         "ernie4_5",
         "ernie4_5_moe",
         "ernie4_5_vl_moe_text",
@@ -624,26 +828,34 @@ TIED_BY_DEFAULT = frozenset(
         "gpt2",
         "gpt_bigcode",
         "gpt_neo",
+        "gpt_neox_japanese",
         "granite_docling_text",
         "granite_swa",
         "hunyuan_vl_text",
+        "jetmoe",
         "lfm2",
         "lfm2_moe",
         "lfm3",
         "mamba",
+        "mbart",
+        "megatron-bert",
         "minicpm3",
+        "modernbert-decoder",
         "mpt",
         "mt5",
         "opt",
         "paddleocr_vl_text",
         "pegasus",
         "recurrent_gemma",
+        "roberta-prelayernorm",
         "smollm3",
         "starcoder2",
         "t5",
+        "udop",
         "umt5",
         "vaultgemma",
         "whisper",
+        "xlm-roberta-xl",
         "youtu",
         "zamba",
         "zamba2",

@@ -2,23 +2,11 @@
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Literal
 
-from ablate_shards.surgery.anatomy.architecture import Component
+from ablate_shards.surgery.anatomy.families import Component, Part
+from ablate_shards.surgery.anatomy.writers import LeftOut, Writer
 
 __all__ = ["COMPONENT_OF", "Part", "belongs_to", "part_of"]
-
-Part = Literal[
-    "attention",
-    "linear-attention",
-    "mamba",
-    "convolution",
-    "cross-attention",
-    "mlp",
-    "shared-experts",
-    "routed-experts",
-    "embedding",
-]
 
 #: The component that each part belongs to: attention is all that mixes tokens, mlp all that does not.
 COMPONENT_OF: Mapping[Part, Component] = {
@@ -34,22 +22,26 @@ COMPONENT_OF: Mapping[Part, Component] = {
 }
 #: What stands in place of attention or beside it, by the module's name; the first that is found counts.
 _INSTEAD: tuple[tuple[Part, re.Pattern[str]], ...] = (
-    ("cross-attention", re.compile(r"encoder_attn|EncDecAttention|cross_?att", re.IGNORECASE)),
+    (
+        "cross-attention",
+        re.compile(r"encoder_attn|EncDecAttention|encoder_decoder_attention|cross_?att", re.IGNORECASE),
+    ),
     ("mamba", re.compile(r"(?:^|\.)(?:mamba|mixer(?!\.o_proj)|ssm)\.")),
     ("convolution", re.compile(r"(?:^|\.)(?:short_?)?conv\.")),
     ("linear-attention", re.compile(r"(?:^|\.)(?:linear_attn|mlstm_layer|temporal_block\.linear_out)(?:\.|$)")),
 )
 _SHARED = re.compile(r"\.shared_?(?:experts?|mlp)\b|\.share_expert\b")
-_ROUTED = re.compile(r"\.experts\.|\.moe\.|block_sparse_moe\.output_linear")
+_ROUTED = re.compile(r"\.experts\.|\.moe\.|(?:block_sparse_moe|(?<![a-z_])mlp)\.output_linear")
 
 
-def part_of(name: str, component: Component) -> Part:
-    """Returns the part that a writer belongs to.
+def part_of(writer: Writer | LeftOut) -> Part | None:
+    """Returns the part that a writer belongs to: what its description says, else what its name tells.
 
-    Args:
-        name: The tensor.
-        component: The component that it belongs to.
+    None is that of what belongs to no component.
     """
+    name, component = writer.name, writer.component
+    if component is None or writer.part is not None:
+        return writer.part
     if component == "attention":
         return next((part for part, pattern in _INSTEAD if pattern.search(name)), "attention")
     if component == "mlp":
@@ -57,12 +49,11 @@ def part_of(name: str, component: Component) -> Part:
     return component
 
 
-def belongs_to(name: str, component: Component, selected: Collection[Part]) -> bool:
+def belongs_to(writer: Writer | LeftOut, selected: Collection[Part]) -> bool:
     """Tells whether a writer's component or its part is among those selected.
 
     Args:
-        name: The tensor.
-        component: The component that it belongs to.
+        writer: The writer.
         selected: Parts; ``attention`` and ``mlp`` stand for all that belongs to them.
     """
-    return component in selected or part_of(name, component) in selected
+    return writer.component in selected or part_of(writer) in selected

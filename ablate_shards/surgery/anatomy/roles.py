@@ -13,8 +13,8 @@ __all__ = ["Role", "Stack", "is_lone_bias", "orientation", "role_of", "split_sta
 Role = Literal["writer", "unknown", "none"]
 
 _LEAVES = {
-    module.path.rpartition(".")[2]
-    for layout in {family.layout for family in FAMILIES}
+    module.leaf
+    for layout in {layout for family in FAMILIES for layout in family.layouts}
     for module in (*layout.attention, *layout.mlp)
 }
 #: What modules are called whose output is added to the stream.

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from ablate_shards.errors import ArchitectureError
-from ablate_shards.surgery.anatomy.families import Axis, Component
+from ablate_shards.surgery.anatomy.families import Axis, Component, Part
+from ablate_shards.surgery.anatomy.gains import factors_of
 from ablate_shards.surgery.anatomy.scales import Scales, find_scales, is_beside_codes, is_codes
 from ablate_shards.surgery.anatomy.writers import LeftOut, Writer
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
@@ -24,10 +25,11 @@ class Rule(NamedTuple):
         pattern: What the whole name of a tensor must match.
         component: What it belongs to.
         axis: Along which axis it writes; ``either`` where its shape tells.
-        gain: The names that its post-norm gain may have, between :data:`OR`, with the pattern's groups in braces.
+        gain: What its post-norm gain may be (see ``gains.py``), between :data:`OR`, the pattern's groups in braces.
         gain_offset: What is added to the gain.
         fused: Whether it stacks matrices; None where it may.
         unless: The module that reads its output, where there is one.
+        part: The part of the component, where the description says so.
     """
 
     pattern: re.Pattern[str]
@@ -37,6 +39,7 @@ class Rule(NamedTuple):
     gain_offset: float = 0.0
     fused: bool | None = None
     unless: str = ""
+    part: Part | None = None
 
 
 class Hit(NamedTuple):
@@ -84,7 +87,7 @@ def sort_out(
             continue
         biases = [hit for hit in parts if hit.rest in (".bias", "_bias")]
         others = [hit for hit in parts if hit not in biases]
-        weights, scales, blocked = _weights_among(others, tensors, quantisation)
+        weights, scales, blocked = _weights_among(others, tensors, hidden, quantisation)
         if blocked is not None:
             left_out.append(blocked)
         writers += [_writer(hit, tensors, hidden, scales) for hit in weights]
@@ -94,11 +97,11 @@ def sort_out(
 
 
 def _weights_among(
-    parts: Sequence[Hit], tensors: Mapping[str, TensorInfo], quantisation: Any
+    parts: Sequence[Hit], tensors: Mapping[str, TensorInfo], hidden: int, quantisation: Any
 ) -> tuple[Sequence[Hit], Scales | None, LeftOut | None]:
     """Returns a module's weights and the scales of their codes, or why there are none that can be edited."""
     codes = next((hit for hit in parts if is_codes(tensors[hit.name], hit.rest)), None)
-    if codes is None or not all(hit is codes or is_beside_codes(hit.rest, codes.rest) for hit in parts):
+    if codes is None or not all(hit is codes or is_beside_codes(hit.rest, tensors[codes.name]) for hit in parts):
         blocked = _blocked(parts, tensors)
         return ([] if blocked else parts), None, blocked
     # Blocks are [experts, out, in] whatever the weight is, and what GPTQ and AWQ store is its transpose.
@@ -107,7 +110,7 @@ def _weights_among(
         why = f"{dtype} is edited as [..., hidden, inputs] only; dequantise the checkpoint to BF16, F16 or F32 first"
         return [], None, _left_out(codes, why)
     try:
-        return [codes], find_scales(tensors[codes.name], tensors, quantisation), None
+        return [codes], find_scales(tensors[codes.name], tensors, quantisation, hidden), None
     except ArchitectureError as error:
         return [], None, _left_out(codes, str(error))
 
@@ -130,7 +133,7 @@ def _blocked(parts: Sequence[Hit], tensors: Mapping[str, TensorInfo]) -> LeftOut
 
 
 def _left_out(hit: Hit, why: str) -> LeftOut:
-    return LeftOut(hit.name, hit.layer, hit.rule.component, why, blocked=True, mtp=hit.mtp)
+    return LeftOut(hit.name, hit.layer, hit.rule.component, why, blocked=True, mtp=hit.mtp, part=hit.rule.part)
 
 
 def _writer(hit: Hit, tensors: Mapping[str, TensorInfo], hidden: int, scales: Scales | None = None) -> Writer:
@@ -154,7 +157,7 @@ def _writer(hit: Hit, tensors: Mapping[str, TensorInfo], hidden: int, scales: Sc
     gain = _gain_of(hit, tensors, hidden) if rule.gain else None
     kind: Literal["weight", "bias"] = "bias" if bias else "weight"
     offset = 0.0 if gain is None else rule.gain_offset
-    return Writer(hit.name, hit.layer, rule.component, axis, kind, gain, offset, hit.mtp, scales)
+    return Writer(hit.name, hit.layer, rule.component, axis, kind, gain, offset, hit.mtp, scales, rule.part)
 
 
 def _oriented(hit: Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> Rule:
@@ -183,13 +186,14 @@ def _gain_of(hit: Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> str | 
             f"gain {hit.rule.gain!r} of {hit.name}: expected groups of its pattern ({known}), found {{{min(strange)}}}"
         )
     gains = re.sub(r"\{(.*?)\}", lambda brace: hit.groups[brace[1]], hit.rule.gain).split(OR)
-    gain = next((gain for gain in gains if gain in tensors or gain == NONE), gains[0])
+    gain = next((gain for gain in gains if gain == NONE or tensors.keys() >= {*factors_of(gain)}), gains[0])
     if gain == NONE:
         return None
-    if gain not in tensors:
-        raise ArchitectureError(f"{hit.name}: its output passes through {gain}, which the checkpoint does not hold")
-    if tensors[gain].shape != (hidden,):
-        raise ArchitectureError(
-            f"{gain}: expected [{hidden}], the gain of {hit.name}, found {list(tensors[gain].shape)}"
-        )
+    for name in factors_of(gain):
+        if name not in tensors:
+            raise ArchitectureError(f"{hit.name}: its output passes through {name}, which the checkpoint does not hold")
+        if tensors[name].shape != (hidden,):
+            raise ArchitectureError(
+                f"{name}: expected [{hidden}], the gain of {hit.name}, found {list(tensors[name].shape)}"
+            )
     return gain

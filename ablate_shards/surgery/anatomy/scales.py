@@ -3,10 +3,24 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ablate_shards.errors import ArchitectureError
+from ablate_shards.surgery.anatomy.bitsandbytes import find_bytes, find_line
+from ablate_shards.surgery.anatomy.coded import (
+    POWERS,
+    WAY_OUT,
+    WORD,
+    Part,
+    Scales,
+    check_dtype,
+    check_shape,
+    leading_of,
+    only_scales,
+    scales_of,
+)
+from ablate_shards.surgery.anatomy.mlx import find_mlx, is_mlx
+from ablate_shards.surgery.checkpoint.checkpoint import text_part
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
 __all__ = [
@@ -16,28 +30,34 @@ __all__ = [
     "find_scales",
     "is_beside_codes",
     "is_codes",
+    "method_of",
     "names_of_activations",
     "names_of_scales",
     "plain_name_of",
     "quantisation_of",
 ]
 
-_KEY = "quantization_config"
-_POWERS = ("F8_E8M0", "U8")
-_DTYPES = ("F32", "BF16", "F16", *_POWERS)
+#: The last is that of MLX.
+_KEYS = ("quantization_config", "quantization")
+_DTYPES = ("F32", "BF16", "F16", *POWERS)
 #: Of a module, after ``weight``; the last stands in its place.
 _ENDINGS = ("_scale_inv", "_scale")
 #: How names of codes end that are no plain weights, by dtype.
 _CODES = {
-    ".weight": ("F8_E4M3", "U8", "I8"),
+    ".weight": ("F8_E4M3", "U8", "I8", "U32"),
     ".weight_packed": ("I32", "U8"),
     ".qweight": ("I32",),
     "_blocks": ("U8",),
 }
 #: What may stand beside codes that are called so, by what follows the module's name.
 _SCALES = ("weight_scale_inv", "weight_scale", "scale", "scale_inv")
+_BITSANDBYTES = (
+    *("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
+    *("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4", "SCB", "weight_format"),
+)
+_MLX = ("scales", "biases")
 _BESIDE = {
-    ".weight": (*_SCALES, "weight_scale_2"),
+    ".weight": (*_SCALES, "weight_scale_2", "weight_zero_point", *_BITSANDBYTES),
     "": _SCALES,
     ".weight_packed": ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale"),
     ".qweight": ("scales", "qzeros", "g_idx"),
@@ -45,124 +65,7 @@ _BESIDE = {
 }
 #: What activations are multiplied by at run time, which does not touch the weight.
 _ACTIVATIONS = frozenset({"input_scale", "activation_scale", "input_global_scale", "input_zero_point"})
-_WAY_OUT = "dequantise the checkpoint with the library that wrote it first"
 _FEWEST_BITS, _MOST_BITS = 2, 8
-#: Bits of a word that codes are packed into.
-_WORD = 32
-#: Dimensions of a stack; codes may have one more, which cuts each row into blocks.
-_STACKED = 3
-
-Role = Literal["multiplier", "divisor", "zero points", "zero points less one", "groups", "shape"]
-Order = Literal["rows", "inputs", "outputs"]
-"""How codes lie: row by row, or transposed, in words of codes of several inputs (GPTQ) or several outputs (AWQ)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A tensor beside the codes and the scales of a weight.
-
-    Attributes:
-        role: What it is: a number that all scales are multiplied or divided by, the zero points of the scales' blocks
-            or one less than these, the group of each column, or the rows and columns of the weight.
-        name: The tensor.
-        shard: The shard that holds it, which may be another than that of the codes.
-        dtype: Its safetensors dtype.
-        shape: Its shape as stored.
-        start: Offset of its first byte in the shard.
-        end: Offset one past its last byte.
-    """
-
-    role: Role
-    name: str
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @classmethod
-    def of(cls, role: Role, tensor: TensorInfo) -> "Part":
-        """Returns a tensor as a part."""
-        return cls(role, tensor.name, tensor.shard, tensor.dtype, tensor.shape, tensor.start, tensor.end)
-
-    @property
-    def tensor(self) -> TensorInfo:
-        """Where it lies."""
-        return TensorInfo(self.name, self.dtype, self.shape, self.shard, self.start, self.end)
-
-
-@dataclass(frozen=True, slots=True)
-class Scales:
-    """The scales of a weight's codes.
-
-    Attributes:
-        name: Their tensor.
-        shard: The shard that holds it, which may be another than that of the codes.
-        dtype: Its safetensors dtype.
-        shape: Its shape as stored.
-        start: Offset of its first byte in the shard.
-        end: Offset one past its last byte.
-        block: Rows and columns of a matrix that one scale is for.
-        codes: What the codes are: ``E4M3``, ``E2M1``, ``signed8`` (bytes), or ``int4`` and others of 2 to 8 bits.
-        parts: What else says what they mean.
-        order: How they lie; transposed ones have transposed scales and zero points.
-    """
-
-    name: str
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-    block: tuple[int, int]
-    codes: str = "E4M3"
-    parts: tuple[Part, ...] = ()
-    order: Order = "rows"
-
-    @property
-    def tensor(self) -> TensorInfo:
-        """Where they lie."""
-        return TensorInfo(self.name, self.dtype, self.shape, self.shard, self.start, self.end)
-
-    def part(self, *roles: Role) -> Part | None:
-        """Returns the part that has one of the roles."""
-        return next((part for part in self.parts if part.role in roles), None)
-
-    def leading(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Returns the shape of a weight without its columns, ``[rows]`` or ``[matrices, rows]``, from that of codes."""
-        if self.order == "rows":
-            return _leading(shape)
-        return (shape[-1] * (1 if self.order == "inputs" else _WORD // self.bits),)
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code."""
-        return {"E4M3": 8, "E2M1": 4, "signed8": 8}.get(self.codes) or int(self.codes.removeprefix("int"))
-
-    @property
-    def format(self) -> str:
-        """What the format is called."""
-        if self.codes == "E2M1":
-            return "NVFP4" if self.part("multiplier", "divisor") else "MXFP4"
-        if self.codes == "E4M3":
-            return "MXFP8" if self.block == (1, 32) and self.dtype in _POWERS else "FP8"
-        return {"rows": "", "inputs": "GPTQ ", "outputs": "AWQ "}[self.order] + self.codes.replace("signed", "int")
-
-    def form(self, shape: Sequence[int]) -> str:
-        """Returns how the codes of a weight of a shape are stored, in words."""
-        if self.format in ("MXFP4", "MXFP8", "NVFP4"):
-            return self.format
-        zeros = ", with zero points" if self.part("zero points", "zero points less one") else ""
-        if self.block == tuple(shape[-2:]):
-            reach = "per tensor"
-        elif self.codes != "E4M3":
-            groups = self.shape[0 if self.order != "rows" else -1] if len(self.shape) > 1 else 1
-            reach = "per channel" if groups == 1 else f"in groups of {self.block[1]}"
-        elif self.block == (1, shape[-1]):
-            reach = "per channel"
-        else:
-            reach = f"in blocks of {self.block[0]} x {self.block[1]}"
-        return f"{self.format} {reach}{zeros}"
 
 
 def ending_of(codes: str) -> str:
@@ -183,24 +86,28 @@ def is_codes(tensor: TensorInfo, rest: str) -> bool:
     return any(tensor.name.endswith(ending) and tensor.dtype in dtypes for ending, dtypes in _CODES.items())
 
 
-def is_beside_codes(rest: str, codes: str | None = None) -> bool:
+def is_beside_codes(rest: str, codes: TensorInfo | None = None) -> bool:
     """Tells whether a part of a module is no part of a weight but says what its codes mean.
 
     Args:
         rest: How its name ends, after the module's.
-        codes: How that of the codes ends; None for codes of any name.
+        codes: The codes; None for any.
     """
-    named = itertools.chain.from_iterable(_BESIDE.values()) if codes is None else _BESIDE.get(codes, ())
+    if codes is None:
+        named: tuple[str, ...] = (*itertools.chain.from_iterable(_BESIDE.values()), *_MLX)
+    else:
+        named = _MLX if codes.dtype == "U32" else _BESIDE[ending_of(codes.name)]
     return rest.lstrip("._") in {*named, *_ACTIVATIONS}
 
 
-def find_scales(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: Any) -> Scales:
+def find_scales(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: Any, rows: int | None = None) -> Scales:
     """Finds the scales of a quantised weight by name and checks them, and what else belongs to it.
 
     Args:
         codes: The weight.
         tensors: What the checkpoint holds.
         config: The ``quantization_config`` of its config.json, None where there is none.
+        rows: Rows of the weight, for codes whose shape does not say it (of bitsandbytes).
 
     Raises:
         ArchitectureError: There are none or two, or they do not fit; the message does not name the weight.
@@ -209,14 +116,24 @@ def find_scales(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: An
         return _packed_integers(codes, tensors, config)
     if codes.name.endswith(".qweight"):
         return _transposed_integers(codes, tensors, config)
-    if codes.dtype == "I8" and isinstance(config, Mapping) and config.get("quant_method") == "compressed-tensors":
+    if codes.dtype == "U32":
+        return find_mlx(codes, tensors, config)
+    if codes.dtype == "U8" and (f"{codes.name}.absmax" in tensors or method_of(config) == "bitsandbytes"):
+        return find_line(codes, tensors, config, rows)
+    if codes.dtype == "I8" and (
+        f"{codes.name.removesuffix('weight')}SCB" in tensors or method_of(config) == "bitsandbytes"
+    ):
+        return find_bytes(codes, tensors, config)
+    if codes.dtype == "I8" and method_of(config) == "compressed-tensors":
         return _bytes_of_integers(codes, tensors, config)
     if codes.dtype in ("U8", "I8"):
         return _fp4(codes, tensors, config)
-    scales = _only_scales(codes, tensors, "FP8 codes")
-    _check_dtype(scales, _DTYPES)
+    if f"{codes.name}_zero_point" in tensors:
+        raise ArchitectureError(f"expected no {codes.name}_zero_point beside FP8 codes; {WAY_OUT}")
+    scales = only_scales(names_of_scales(codes.name), tensors, "FP8 codes")
+    check_dtype(scales, _DTYPES)
     _check_method(config, "FP8 codes", ("fp8", "compressed-tensors", "modelopt", "quark"))
-    return _scales(scales, _block_of(scales.name, scales.shape, codes.shape, _said_block(config)))
+    return scales_of(scales, _block_of(scales.name, scales.shape, codes.shape, _said_block(config)))
 
 
 def names_of_scales(codes: str) -> list[str]:
@@ -237,67 +154,33 @@ def names_of_activations(module: str) -> list[str]:
 
 
 def quantisation_of(config: Mapping[str, Any] | None) -> Any:
-    """Returns the ``quantization_config`` of a config.json, of the decoder's own part before the rest."""
+    """Returns the ``quantization_config`` of a config.json, or of MLX ``quantization``.
+
+    That of the decoder's own part is taken before that of the rest.
+    """
     whole = config or {}
-    text = whole.get("text_config")
-    places = (text, whole) if isinstance(text, Mapping) else (whole,)
-    return next((place[_KEY] for place in places if place.get(_KEY) is not None), None)
+    part = text_part(whole)
+    places = (whole,) if part is None else (part[1], whole)
+    return next((place[key] for key in _KEYS for place in places if place.get(key) is not None), None)
 
 
-def _leading(codes: Sequence[int]) -> tuple[int, ...]:
-    return tuple(codes[:-2] if len(codes) > _STACKED else codes[:-1])
-
-
-def _scales(
-    tensor: TensorInfo,
-    block: tuple[int, int],
-    codes: str = "E4M3",
-    parts: Sequence[Part] = (),
-    order: Order = "rows",
-) -> Scales:
-    where = (tensor.name, tensor.shard, tensor.dtype, tensor.shape, tensor.start, tensor.end)
-    return Scales(*where, block=block, codes=codes, parts=tuple(parts), order=order)
-
-
-def _only_scales(codes: TensorInfo, tensors: Mapping[str, TensorInfo], what: str) -> TensorInfo:
-    """Returns the one tensor that is called as the scales of codes are."""
-    names = names_of_scales(codes.name)
-    found = [tensors[name] for name in names if name in tensors]
-    if len(found) != 1:
-        have = " and ".join(tensor.name for tensor in found) or "none"
-        one = f"in one of {', '.join(names)}" if len(names) > 1 else f"in {names[0]}"
-        raise ArchitectureError(
-            f"expected the scales of {what} {one}, found {have}; fetch the shards that hold them, or {_WAY_OUT}"
-        )
-    return found[0]
-
-
-def _check_dtype(tensor: TensorInfo, expected: Sequence[str]) -> None:
-    if tensor.dtype not in expected:
-        raise ArchitectureError(f"expected {', '.join(expected)} as {tensor.name}, found {tensor.dtype}; {_WAY_OUT}")
-
-
-def _check_shape(tensor: TensorInfo, *expected: tuple[int, ...]) -> None:
-    if tensor.shape not in expected:
-        wanted = " or ".join(str(list(shape)) for shape in expected)
-        raise ArchitectureError(
-            f"expected {wanted} as {tensor.name}, found {list(tensor.shape)}; restore the config.json that came with "
-            f"the shards, or {_WAY_OUT}"
-        )
+def method_of(config: Any) -> str | None:
+    """Returns the ``quant_method`` of a configuration of quantised weights; ``mlx`` of MLX, which states none."""
+    if is_mlx(config):
+        return "mlx"
+    return config.get("quant_method") if isinstance(config, Mapping) else None
 
 
 def _check_method(config: Any, what: str, methods: Sequence[str]) -> None:
     if not isinstance(config, Mapping):
         raise ArchitectureError(
             f"holds {what}, but config.json has no quantization_config to say how they are read; restore the "
-            f"config.json that came with the shards, or {_WAY_OUT}"
+            f"config.json that came with the shards, or {WAY_OUT}"
         )
     if (method := config.get("quant_method")) not in methods:
-        raise ArchitectureError(
-            f"expected {', '.join(methods)} as quant_method of {what}, found {method!r}; {_WAY_OUT}"
-        )
+        raise ArchitectureError(f"expected {', '.join(methods)} as quant_method of {what}, found {method!r}; {WAY_OUT}")
     if config.get("transform_config"):
-        raise ArchitectureError(f"its values are rotated (transform_config), which is not undone here; {_WAY_OUT}")
+        raise ArchitectureError(f"its values are rotated (transform_config), which is not undone here; {WAY_OUT}")
 
 
 # ---------------------------------------------------------------------------------------- four bits and fewer
@@ -307,9 +190,9 @@ def _packed_integers(codes: TensorInfo, tensors: Mapping[str, TensorInfo], confi
     """Returns the scales of integers that compressed-tensors packed into words of 32 bits."""
     what, stem = "packed integers", codes.name.removesuffix("_packed")
     _check_method(config, what, ("compressed-tensors",))
-    scales = _only_scales(codes, tensors, what)
-    _check_dtype(scales, ("F32", "BF16", "F16"))
-    batch, words = _leading(codes.shape), codes.shape[-1]
+    scales = only_scales(names_of_scales(codes.name), tensors, what)
+    check_dtype(scales, ("F32", "BF16", "F16"))
+    batch, words = leading_of(codes.shape), codes.shape[-1]
     fitting = {
         (bits, size, symmetric)
         for bits, size, symmetric in _integer_schemes(config)
@@ -321,13 +204,13 @@ def _packed_integers(codes: TensorInfo, tensors: Mapping[str, TensorInfo], confi
         )
         raise ArchitectureError(
             f"expected one group of config_groups to say what {words} words a row and scales of {list(scales.shape)} "
-            f"are, found {found or 'none that fits'}; restore the config.json that came with the shards, or {_WAY_OUT}"
+            f"are, found {found or 'none that fits'}; restore the config.json that came with the shards, or {WAY_OUT}"
         )
     bits, size, symmetric = fitting.pop()
     if (shape := tensors.get(f"{stem}_shape")) is None:
         raise ArchitectureError(f"expected {stem}_shape beside {what}, found none; fetch the shards again")
-    _check_dtype(shape, ("I64", "I32"))
-    _check_shape(shape, (len(codes.shape),))
+    check_dtype(shape, ("I64", "I32"))
+    check_shape(shape, (len(codes.shape),))
     parts = [Part.of("shape", shape)]
     zeros = tensors.get(f"{stem}_zero_point")
     if (zeros is None) != symmetric:
@@ -335,37 +218,42 @@ def _packed_integers(codes: TensorInfo, tensors: Mapping[str, TensorInfo], confi
         have = "none" if zeros is None else zeros.name
         raise ArchitectureError(
             f"config.json says that its integers are {said}, but its zero points are {have}; restore the config.json "
-            f"that came with the shards, or {_WAY_OUT}"
+            f"that came with the shards, or {WAY_OUT}"
         )
     if zeros is not None:
-        _check_dtype(zeros, ("I32",))
-        _check_shape(zeros, (*batch[:-1], -(-batch[-1] * bits // 32), scales.shape[-1]))
+        check_dtype(zeros, ("I32",))
+        check_shape(zeros, (*batch[:-1], -(-batch[-1] * bits // 32), scales.shape[-1]))
         parts.append(Part.of("zero points", zeros))
     if (groups := tensors.get(f"{stem}_g_idx")) is not None:
-        _check_dtype(groups, ("I32", "I64"))
+        check_dtype(groups, ("I32", "I64"))
         parts.append(Part.of("groups", groups))
-    return _scales(scales, (1, size or words * 32 // bits), f"int{bits}", parts)
+    return scales_of(scales, (1, size or words * 32 // bits), f"int{bits}", parts)
 
 
 def _bytes_of_integers(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: Any) -> Scales:
     """Returns the scales of integers that compressed-tensors stores as bytes (``int-quantized``)."""
     what = "integers of 8 bits"
     _check_method(config, what, ("compressed-tensors",))
-    scales = _only_scales(codes, tensors, what)
-    _check_dtype(scales, ("F32", "BF16", "F16"))
-    zeros = f"{codes.name}_zero_point"
-    if zeros in tensors:
-        raise ArchitectureError(f"has zero points ({zeros}), which are read of packed integers only; {_WAY_OUT}")
-    if not any(each.get("num_bits") == 8 and each.get("type") == "int" for each in _groups(config)):
+    scales = only_scales(names_of_scales(codes.name), tensors, what)
+    check_dtype(scales, ("F32", "BF16", "F16"))
+    zeros = tensors.get(f"{codes.name}_zero_point")
+    stated = [each for each in _groups(config) if each.get("num_bits") == 8 and each.get("type") == "int"]
+    if not any((each.get("symmetric") is False) == (zeros is not None) for each in stated):
+        how = "symmetric" if zeros is None else "not symmetric"
         raise ArchitectureError(
-            f"expected one group of config_groups to have integers of 8 bits, found none; restore the config.json that "
-            f"came with the shards, or {_WAY_OUT}"
+            f"expected one group of config_groups to have integers of 8 bits that are {how}, found none; restore the "
+            f"config.json that came with the shards, or {WAY_OUT}"
         )
+    parts = []
+    if zeros is not None:
+        check_dtype(zeros, ("I8",))
+        check_shape(zeros, scales.shape)
+        parts.append(Part.of("zero points", zeros))
     rows, cols = codes.shape[-2:]
     sizes = [size for bits, size, _ in _integer_schemes(config) if bits == 8 and size is not None]
     said = next((size for size in sizes if scales.shape == (*codes.shape[:-2], rows, -(-cols // size))), None)
     block = _block_of(scales.name, scales.shape, codes.shape, None if said is None else (1, said))
-    return _scales(scales, block, "signed8")
+    return scales_of(scales, block, "signed8", parts)
 
 
 def _transposed_integers(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: Any) -> Scales:
@@ -376,31 +264,31 @@ def _transposed_integers(codes: TensorInfo, tensors: Mapping[str, TensorInfo], c
     key, known = ("checkpoint_format", ("gptq", "gptq_v2")) if gptq else ("version", ("gemm",))
     form = str(config.get(key, known[0])).lower()
     if form not in known:
-        raise ArchitectureError(f"expected {' or '.join(known)} as {key} of {what}, found {form!r}; {_WAY_OUT}")
+        raise ArchitectureError(f"expected {' or '.join(known)} as {key} of {what}, found {form!r}; {WAY_OUT}")
     bits, size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
     if bits not in ((2, 3, 4, 8) if gptq else (4,)) or type(size) is not int or not (size > 0 or size == -1):
         raise ArchitectureError(
             f"quantization_config: expected bits of {what} and their group_size, found {bits} and {size}; restore the "
-            f"config.json that came with the shards, or {_WAY_OUT}"
+            f"config.json that came with the shards, or {WAY_OUT}"
         )
     if len(codes.shape) != 2:
-        raise ArchitectureError(f"expected {what} in two dimensions, found {list(codes.shape)}; {_WAY_OUT}")
+        raise ArchitectureError(f"expected {what} in two dimensions, found {list(codes.shape)}; {WAY_OUT}")
     down, across = codes.shape
-    inputs, outputs = (down * _WORD // bits, across) if gptq else (down, across * _WORD // bits)
-    scales = _only_scales(codes, tensors, what)
-    _check_dtype(scales, ("F16", "BF16", "F32"))
+    inputs, outputs = (down * WORD // bits, across) if gptq else (down, across * WORD // bits)
+    scales = only_scales(names_of_scales(codes.name), tensors, what)
+    check_dtype(scales, ("F16", "BF16", "F32"))
     size = inputs if size == -1 else size
-    _check_shape(scales, (-(-inputs // size), outputs))
+    check_shape(scales, (-(-inputs // size), outputs))
     if (zeros := tensors.get(f"{stem}qzeros")) is None:
         raise ArchitectureError(f"expected {stem}qzeros beside {what}, found none; fetch the shards again")
-    _check_dtype(zeros, ("I32",))
-    _check_shape(zeros, (scales.shape[0], -(-outputs * bits // _WORD)))
+    check_dtype(zeros, ("I32",))
+    check_shape(zeros, (scales.shape[0], -(-outputs * bits // WORD)))
     parts = [Part.of("zero points less one" if form == "gptq" else "zero points", zeros)]
     if (groups := tensors.get(f"{stem}g_idx")) is not None:
-        _check_dtype(groups, ("I32", "I64"))
-        _check_shape(groups, (inputs,))
+        check_dtype(groups, ("I32", "I64"))
+        check_shape(groups, (inputs,))
         parts.append(Part.of("groups", groups))
-    return _scales(scales, (1, size), f"int{bits}", parts, "inputs" if gptq else "outputs")
+    return scales_of(scales, (1, size), f"int{bits}", parts, "inputs" if gptq else "outputs")
 
 
 def _integer_schemes(config: Mapping[str, Any]) -> list[tuple[int, int | None, bool]]:
@@ -431,7 +319,7 @@ def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _fp4(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: Any) -> Scales:
     """Returns the scales of FP4 codes, two in a byte: MXFP4 has powers of two for 32, NVFP4 two numbers for 16."""
     what, stem = "FP4 codes", codes.name.removesuffix("_packed")
-    scales = _only_scales(codes, tensors, what)
+    scales = only_scales(names_of_scales(codes.name), tensors, what)
     if codes.name.endswith("_blocks"):
         methods: tuple[str, ...] = ("mxfp4",)
     elif codes.name.endswith("_packed"):
@@ -440,36 +328,36 @@ def _fp4(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: Any) -> S
         methods = ("fp8",) if codes.dtype == "I8" else ("modelopt", "quark")
     _check_method(config, what, methods)
     if f"{stem}_zero_point" in tensors:
-        raise ArchitectureError(f"expected no {stem}_zero_point beside {what}; {_WAY_OUT}")
+        raise ArchitectureError(f"expected no {stem}_zero_point beside {what}; {WAY_OUT}")
     if any(f"{codes.name.rpartition('.')[0]}.{part}" in tensors for part in ("svdquant_lora_a", "svdquant_lora_b")):
-        raise ArchitectureError(f"a side branch (svdquant_lora) adds to what it writes; {_WAY_OUT}")
-    batch = _leading(codes.shape)
+        raise ArchitectureError(f"a side branch (svdquant_lora) adds to what it writes; {WAY_OUT}")
+    batch = leading_of(codes.shape)
     cols = 2 * math.prod(codes.shape[len(batch) :])
     second = {"multiplier": tensors.get(f"{stem}_scale_2"), "divisor": tensors.get(f"{stem}_global_scale")}
     parts = [Part.of(role, tensor) for role, tensor in second.items() if tensor is not None]  # type: ignore[arg-type]
     if scales.dtype != "F8_E4M3":
-        _check_dtype(scales, _POWERS)
+        check_dtype(scales, POWERS)
         if parts:
-            raise ArchitectureError(f"expected no {parts[0].name} beside powers of two as {scales.name}; {_WAY_OUT}")
+            raise ArchitectureError(f"expected no {parts[0].name} beside powers of two as {scales.name}; {WAY_OUT}")
         size = 32
     elif len(parts) != 1:
         found = " and ".join(part.name for part in parts) or "none"
         raise ArchitectureError(
             f"expected one of {stem}_scale_2 and {stem}_global_scale beside {scales.name}, found {found}; fetch the "
-            f"shards that hold it, or {_WAY_OUT}"
+            f"shards that hold it, or {WAY_OUT}"
         )
     else:
         size = 16
-        _check_dtype(parts[0].tensor, ("F32",))
-        _check_shape(parts[0].tensor, batch[:-1], (*batch[:-1], 1), *(() if batch[:-1] else ((),)))
-    _check_shape(scales, (*batch, -(-cols // size)))
+        check_dtype(parts[0], ("F32",))
+        check_shape(parts[0], batch[:-1], (*batch[:-1], 1), *(() if batch[:-1] else ((),)))
+    check_shape(scales, (*batch, -(-cols // size)))
     stated = [each for each in _groups(config) if each.get("num_bits") == 4 and each.get("type") == "float"]
     if _groups(config) and not any(each.get("group_size") in (size, None) for each in stated):
         raise ArchitectureError(
             f"expected config_groups to have floats of 4 bits in groups of {size} for {scales.name} of "
-            f"{list(scales.shape)}, found none; restore the config.json that came with the shards, or {_WAY_OUT}"
+            f"{list(scales.shape)}, found none; restore the config.json that came with the shards, or {WAY_OUT}"
         )
-    return _scales(scales, (1, size), "E2M1", parts)
+    return scales_of(scales, (1, size), "E2M1", parts)
 
 
 # ---------------------------------------------------------------------------------------- blocks of FP8
@@ -510,5 +398,5 @@ def _block_of(
     )
     raise ArchitectureError(
         f"the scales {name} are {list(scales)}, which is neither one per row ({[*batch, rows, 1]}) nor one per matrix, "
-        f"and {blocks}; restore the config.json that came with the shards, or {_WAY_OUT}"
+        f"and {blocks}; restore the config.json that came with the shards, or {WAY_OUT}"
     )

@@ -2,14 +2,14 @@
 
 import threading
 from dataclasses import dataclass
+from functools import partial
 
 from ablate_shards.surgery.anatomy.architecture import Anatomy, head_of
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
+from ablate_shards.surgery.machine.files import same_bytes
 
 __all__ = ["StoredHead", "stored_head"]
-
-_PIECE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +59,8 @@ def _equal(checkpoint: Checkpoint, one: TensorInfo, other: TensorInfo) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     never = threading.Event()
-    for first in range(0, one.end - one.start, _PIECE):
-        pieces = [bytearray(min(_PIECE, one.end - one.start - first)) for _ in range(2)]
-        for tensor, piece in zip((one, other), pieces, strict=True):
-            checkpoint.files.read_into(tensor.shard, memoryview(piece), tensor.start + first, never)
-        if pieces[0] != pieces[1]:
-            return False
-    return True
+
+    def fill(tensor: TensorInfo, data: memoryview, offset: int) -> None:
+        checkpoint.files.read_into(tensor.shard, data, tensor.start + offset, never)
+
+    return same_bytes(partial(fill, one), partial(fill, other), one.end - one.start)

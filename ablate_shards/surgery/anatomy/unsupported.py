@@ -34,7 +34,6 @@ REASONS = (
             "florence2",
             "git",
             "marian",
-            "minimax",
             "moss_transcribe_diarize_text",
             "mvp",
             "openai-gpt",
@@ -54,54 +53,61 @@ REASONS = (
         ),
     ),
     Reason(
-        "a norm that subtracts the mean stands between the embedding and the stream, so a direction comes back",
-        ("bloom", "mbart", "modernbert-decoder", "roberta-prelayernorm", "rwkv"),
-    ),
-    Reason(
         "positions are computed and added to the embedding, and no tensor holds them",
         ("ctrl", "kosmos-2", "kosmos-2.5", "musicgen", "musicgen_melody", "xglm"),
     ),
-    Reason("vectors multiply the stream coordinate by coordinate, so a direction comes back", ("doge", "zaya")),
+    Reason(
+        "vectors multiply the stream coordinate by coordinate, so a direction comes back",
+        ("doge", "muse_spark", "muse_spark_text", "zaya"),
+    ),
     Reason(
         "a convolution along the tokens, with weights of its own for each coordinate, follows the writers",
         ("inkling2", "inkling2_text", "inkling_mm_model", "inkling_text"),
     ),
     Reason(
-        "experts without weights add the normalised stream, multiplied coordinate by coordinate",
-        ("longcat_flash",),
+        "its LAuReL blocks add the normalised stream, multiplied coordinate by coordinate, so a direction comes back",
+        ("gemma3n", "gemma3n_text"),
     ),
     Reason(
-        "an output passes through two gains before it is added",
-        ("diffusion_gemma", "muse_spark", "muse_spark_text"),
+        "its layers multiply the stream itself by the gains of their norms before each addition, so a direction comes "
+        "back as another one",
+        ("minimax",),
+    ),
+    Reason(
+        "its channel mixing multiplies what it adds, coordinate by coordinate, by a gate that each token sets, so a "
+        "direction comes back",
+        ("rwkv",),
+    ),
+    Reason(
+        "it denoises blocks of text, and what its self-conditioning adds to the stream was not proven",
+        ("diffusion_gemma",),
     ),
     Reason(
         "several streams are added up in ways that an edit of writers does not reach",
-        ("blt", "gemma3n", "gemma3n_text", "hrm_text", "reformer"),
+        ("blt", "hrm_text", "reformer"),
     ),
     Reason(
-        "what it stores cannot be described by a line of the table; `ablate-shards inspect SOURCE --derive` finds the "
-        "lines of a recipe for it",
-        ("dbrx", "gpt_neox_japanese", "jetmoe", "megatron-bert", "t5gemma2", "xlm-roberta-xl"),
+        "its attention to images lies in a list of layers of its own, which a line of the table cannot describe",
+        ("idefics",),
     ),
     Reason(
-        "it runs on images, boxes or states beside the text, without which its writers were not proven; "
-        "`ablate-shards inspect SOURCE --derive` says what it finds",
-        ("evolla", "idefics", "pi0", "pix2struct", "pix2struct_text_model", "udop"),
+        "its decoder reads an embedding of the encoder, with a vector of its own for the end of an image that no text "
+        "reaches",
+        ("t5gemma2",),
     ),
-    Reason("its layers could not be followed one by one, so its writers were not proven", ("cpmant",)),
     Reason(
-        "transformers builds no model of its default configuration, so it was not proven; `ablate-shards inspect "
-        "SOURCE --derive` finds the lines of a recipe from that of a checkpoint",
-        (
-            "deepseek_ocr2",
-            "deepseek_ocr2_text",
-            "emu3",
-            "emu3_text_model",
-            "granite4_vision",
-            "granite4_vision_text",
-            "qwen4_exp",
-            "qwen4_exp_text",
-        ),
+        "its adapters read proteins beside the text, which no twin was given, so its writers were not proven",
+        ("evolla",),
+    ),
+    Reason(
+        "it generates actions of a robot in a stream of their own, which starts from states and noise; what it takes "
+        "from its language model are keys and values",
+        ("pi0",),
+    ),
+    Reason(
+        "its n-gram embeddings pass through a convolution with weights of its own for each coordinate before they are "
+        "added, and several streams lie side by side in one vector",
+        ("qwen4_exp", "qwen4_exp_text"),
     ),
     Reason(
         "it is a head over the states of another model, with no decoder of its own to edit",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ablate_shards.surgery.anatomy.absent import Absent
-from ablate_shards.surgery.anatomy.families import Axis, Component
+from ablate_shards.surgery.anatomy.families import Axis, Component, Part
 from ablate_shards.surgery.anatomy.scales import Scales
 
 __all__ = ["Anatomy", "LeftOut", "Target", "Writer"]
@@ -20,10 +20,12 @@ class Writer:
         component: The part of the layer it belongs to.
         axis: The residual axis, negative: -2 or -1 of a matrix or a stack of them, -1 of a bias.
         kind: A weight, or the bias added to its output.
-        gain: The norm weight that the output is multiplied by before it is added to the stream.
+        gain: The norm weight that the output is multiplied by before it is added to the stream; several with ``*``
+            between them, and ``centred`` before it where the norm subtracts the mean.
         gain_offset: 1.0 where that norm multiplies by one plus its weight, else 0.0.
         mtp: Whether it belongs to a multi-token-prediction layer.
         scales: What its codes are multiplied by, None where it is no quantised weight.
+        part: The part of its component, where a target says so; else its name tells.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Writer:
     gain_offset: float
     mtp: bool
     scales: Scales | None = None
+    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,7 @@ class LeftOut:
         reason: Why it is left out, and what to do about it if there is something.
         blocked: It writes to the stream, or may, and cannot be edited: selecting it must be refused.
         mtp: Whether it belongs to a multi-token-prediction layer.
+        part: The part of its component, where a target says so.
     """
 
     name: str
@@ -56,6 +60,7 @@ class LeftOut:
     reason: str
     blocked: bool = False
     mtp: bool = False
+    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +69,15 @@ class Target:
 
     Attributes:
         pattern: Regular expression that must match the whole tensor name; its group ``layer`` is the layer.
-        component: The part of the layer it belongs to.
+        component: The component that it belongs to, or a part of it.
         axis: ``out`` for ``[..., d, n]`` as in nn.Linear, ``in`` for ``[..., n, d]`` as in Conv1D.
         gain: Name of the post-norm gain, with the pattern's groups in braces, such as
             ``model.layers.{layer}.post_feedforward_layernorm.weight``; preceded by ``1 +`` where the norm
-            multiplies by one plus its weight.
+            multiplies by one plus its weight, or ``centred`` where it subtracts the mean; several with ``*`` between.
     """
 
     pattern: str
-    component: Component
+    component: Part
     axis: Axis
     gain: str | None = None
 

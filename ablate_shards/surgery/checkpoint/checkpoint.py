@@ -26,6 +26,7 @@ __all__ = [
     "read_range",
     "read_vector",
     "size_of",
+    "text_part",
 ]
 
 _OWN_FORMAT = "ablate-shards."
@@ -45,6 +46,12 @@ _OTHER_WEIGHTS = {
 _CONSOLIDATED = "consolidated"
 _QUANTISATION, _BESIDE = "quantization_config", "hf_quant_config.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
+#: The name that loaders look for first, and those of the same weights in another dtype beside it.
+_MODEL, _VARIANT = "model.safetensors", re.compile(r"model\.[\w-]+\.safetensors|diffusion_pytorch_model\.safetensors")
+#: What models around a decoder call its part of their configuration: transformers, InternVL and DeepSeek-VL.
+_TEXT_PARTS = ("text_config", "llm_config", "language_config")
+#: What peft puts into a model that it adapts.
+_ADAPTED = re.compile(r"\.(?:lora_[AB]|lora_embedding_[AB]|base_layer)(?:\.|$)")
 _MLX_ADAPTER = re.compile(r"(?:\d+_)?adapters\.safetensors")
 _NUMBERED = re.compile(r"^(?P<stem>.*?)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
 
@@ -157,6 +164,8 @@ def assemble(files: Files, remote: Remote | None = None) -> Checkpoint:
             shard, metadata = files.header(name)
             if metadata.get("format", "").startswith(_OWN_FORMAT):
                 left_out.append((name, "activations or directions, not weights"))
+            elif index is None and _MODEL in here and _VARIANT.fullmatch(name):
+                left_out.append((name, "a variant of the weights, unedited"))
             elif aside and name.startswith(_CONSOLIDATED):
                 left_out.append((name, "holds the weights in another layout, unedited"))
             elif "/" in name or name == WEIGHTS_NAME or (with_adapter and _MLX_ADAPTER.fullmatch(name)):
@@ -255,6 +264,11 @@ def _checkpoint(
                     f"{tensor.name}: is in both {other.shard} and {shard.name}; remove the stale shard"
                 )
             tensors[tensor.name] = tensor
+    if (adapted := next((name for name in tensors if _ADAPTED.search(name)), None)) is not None:
+        raise CheckpointError(
+            f"{adapted}: belongs to an adapter, so {tensors[adapted].shard} is of a model saved with it inside; load "
+            "it as it was saved, and save it again after peft's merge_and_unload()"
+        )
     return Checkpoint(
         path=path,
         root=Path(files.name),
@@ -363,6 +377,11 @@ def _check_numbering(files: Files, names: list[str]) -> None:
                     raise CheckpointError(f"{files.shown(wanted)}: missing, although {name} is here; download it")
 
 
+def text_part(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
+    """Returns what a config.json says of the decoder alone and the key of it, None where all of it is about that."""
+    return next(((key, config[key]) for key in _TEXT_PARTS if isinstance(config.get(key), Mapping)), None)
+
+
 def read_config(files: Files) -> dict[str, Any] | None:
     """Returns config.json, with what ModelOpt says of quantised weights beside it where it says nothing of them.
 
@@ -372,8 +391,8 @@ def read_config(files: Files) -> dict[str, Any] | None:
     if not files.has("config.json"):
         return None
     config = _read_json(files, "config.json")
-    text = config.get("text_config")
-    said = any(isinstance(place, dict) and place.get(_QUANTISATION) is not None for place in (config, text))
+    part = text_part(config)
+    said = any(place.get(_QUANTISATION) is not None for place in (config, *([part[1]] if part else [])))
     if said or not files.has(_BESIDE):
         return config
     quantisation = _read_json(files, _BESIDE).get("quantization")

@@ -4,7 +4,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Protocol
 
 from ablate_shards.errors import CheckpointError, HubError
@@ -217,4 +217,11 @@ def pointed_at(names: Iterable[str]) -> str:
 def leaves_folder(name: str) -> bool:
     """Returns whether a relative name is none, or would be looked for outside its folder."""
     path = PurePosixPath(name)
-    return path.is_absolute() or ".." in path.parts or "\0" in name or "\\" in name or not path.name
+    return (
+        path.is_absolute()
+        or ".." in path.parts
+        or "\0" in name
+        or "\\" in name
+        or not path.name
+        or bool(PurePath(name).drive)
+    )

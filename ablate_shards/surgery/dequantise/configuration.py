@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ablate_shards.errors import PlanError, reason
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.anatomy.scales import method_of
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, text_part
 
 __all__ = ["Changes", "exempting", "without_quantisation"]
 
 CONFIG, BESIDE = "config.json", "hf_quant_config.json"
 _KEY = "quantization_config"
+#: The last is that of MLX.
+_SAID = (_KEY, "quantization")
 #: What says how weights are stored: the last is DeepSeek's word on the experts.
-_KEYS = (_KEY, "compression_config", "expert_dtype")
+_KEYS = (_KEY, "quantization", "compression_config", "expert_dtype")
 #: The lists of modules that are not quantised, by method; where none is there, the first is made.
 _LISTS = {
     "fp8": ("modules_to_not_convert", "ignored_layers"),
@@ -22,6 +25,7 @@ _LISTS = {
     "mxfp4": ("modules_to_not_convert",),
     "quark": ("exclude",),
     "awq": ("modules_to_not_convert",),
+    "bitsandbytes": ("llm_int8_skip_modules",),
 }
 
 
@@ -71,10 +75,11 @@ def exempting(checkpoint: Checkpoint, modules: Sequence[str], experts: Sequence[
     """
     changes = Changes()
     config = _config(checkpoint)
-    for path, place in (("", config), ("text_config.", config.get("text_config"))):
-        if isinstance(place, Mapping) and isinstance(place.get(_KEY), Mapping):
-            method = str(place[_KEY].get("quant_method"))
-            changes.config[f"{path}{_KEY}"] = _exempt(place[_KEY], method, modules, experts)
+    part = text_part(config)
+    for path, place in (("", config), *([(f"{part[0]}.", part[1])] if part else [])):
+        for key in _SAID:
+            if isinstance(place.get(key), Mapping):
+                changes.config[f"{path}{key}"] = _exempt(place[key], method_of(place[key]) or "", modules, experts)
     if BESIDE in checkpoint.sidecars:
         content = _object(checkpoint, BESIDE)
         if not isinstance(said := content.get("quantization"), Mapping):
@@ -95,6 +100,8 @@ def _exempt(
     else:
         names = [*modules, *experts]
     changed = dict(said)
+    if method == "mlx":
+        return {**changed, **dict.fromkeys(names, False)}
     if method == "gptq":
         patterns = [*(re.escape(name) for name in modules), *(f"{re.escape(name)}\\..*" for name in experts)]
         changed["dynamic"] = {**(said.get("dynamic") or {}), **{f"-:^{pattern}$": {} for pattern in patterns}}
@@ -102,7 +109,8 @@ def _exempt(
     lists = _LISTS.get(method, _LISTS["fp8"])
     keys = [key for key in lists if said.get(key) is not None] or [usual or lists[0]]
     for key in keys:
-        there = list(said.get(key) or ())
+        # Where bitsandbytes is told nothing it leaves out the output head, which it then has to be told.
+        there = list(said.get(key) or (("lm_head",) if method == "bitsandbytes" else ()))
         changed[key] = [*there, *(name for name in names if name not in there)]
     if isinstance(layers := said.get("quantized_layers"), Mapping):
         below = tuple(f"{module}." for module in experts)

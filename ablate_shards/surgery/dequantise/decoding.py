@@ -2,20 +2,21 @@
 
 import math
 import threading
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ablate_shards.errors import ExecuteError
-from ablate_shards.surgery.anatomy.scales import Scales
+from ablate_shards.errors import ArchitectureError, ExecuteError
+from ablate_shards.surgery.anatomy.bitsandbytes import NESTED, State, read_state, state_of
+from ablate_shards.surgery.anatomy.scales import Scales, find_scales
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
 if TYPE_CHECKING:
     from ablate_shards.kernels.codecs.grid import Grid
     from ablate_shards.kernels.codecs.scales import Spread
 
-__all__ = ["CodedWeight", "Kept", "ReadRange", "pieces"]
+__all__ = ["CodedWeight", "Kept", "ReadRange", "pieces", "read_scales"]
 
 ReadRange = Callable[[TensorInfo], bytes]
 """Returns the bytes of a tensor of the source, or of a part of one, from whichever shard it lies in."""
@@ -41,6 +42,23 @@ def pieces(height: int, first: int, last: int) -> Iterator[tuple[int, slice]]:
         stop = min(height, row + last - first)
         yield number, slice(row, stop)
         first += stop - row
+
+
+def read_scales(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: Any, read: ReadRange) -> Scales:
+    """Finds the scales of any quantised weight: ``find_scales``, with what has to be read for it.
+
+    Args:
+        codes: The weight.
+        tensors: What the checkpoint holds.
+        config: The ``quantization_config`` of its config.json, None where there is none.
+        read: Reads from the source.
+
+    Raises:
+        ArchitectureError: There are none or two, or they do not fit; the message does not name the weight.
+    """
+    state = state_of(codes, tensors)
+    rows = None if state is None else read_state(state.name, read(state)).shape[0]
+    return find_scales(codes, tensors, config, rows)
 
 
 class _Codes(Protocol):
@@ -82,7 +100,7 @@ class CodedWeight:
         *stack, self.rows = scales.leading(codes.shape)
         self.matrices = math.prod(stack)
         self.size = (codes.end - codes.start) // max(1, self.matrices)
-        self.by_rows = scales.order == "rows"
+        self.by_rows = scales.order in ("rows", "line")
         bits = scales.bits
         self._most = self.size * 8 // bits // max(1, self.rows)
         self.row_bytes = self.size // max(1, self.rows) if self.by_rows else -(-self._most * bits // 8)
@@ -94,9 +112,12 @@ class CodedWeight:
             ExecuteError: The part says what its bytes do not hold.
         """
         bits, most = self._scales.bits, self._most
+        if (state := self._state()) is not None and state.shape != (self.rows, most):
+            found, whole = list(state.shape), self._scales.part("state")
+            raise self.refused(0, f"{whole and whole.name} says {found}, but its codes are {[self.rows, most]}")
         if (part := self._scales.part("shape")) is None:
             return most
-        said = np.frombuffer(self._read(part.tensor), {"I64": "<i8", "I32": "<i4"}[part.dtype]).tolist()
+        said = np.frombuffer(self._read(part), {"I64": "<i8", "I32": "<i4"}[part.dtype]).tolist()
         expected = [*self._scales.leading(self._codes.shape), said[-1]]
         if said != expected or -(-said[-1] * bits // 32) * 4 != self.row_bytes:
             raise self.refused(
@@ -116,20 +137,27 @@ class CodedWeight:
         from ablate_shards.kernels.codecs.scales import Spread, decode_scales
 
         grid, block = grid_named(self._scales.codes), self._scales.block
-        values = decode_scales(self._read_own(self._scales.tensor, number), self._scales.dtype)
+        if self._scales.part("nested scales") is not None:
+            values = self._nested()
+        else:
+            values = decode_scales(self._read_own(self._scales, number), self._scales.meant_as)
+        self._check_table(grid)
         if (part := self._scales.part("multiplier", "divisor")) is not None:
-            factor = decode_scales(self._read_own(part.tensor, number), part.dtype)
+            factor = decode_scales(self._read_own(part, number), part.dtype)
             with np.errstate(all="ignore"):
                 values = values * factor if part.role == "multiplier" else values / factor
-        if not (np.isfinite(values) & (values >= 0)).all():
+        signed = grid.kind in ("affine", "table")
+        if not (np.isfinite(values) & (signed | (values >= 0))).all():
             name = self._scales.name if part is None else f"{self._scales.name} and {part.name}"
-            raise self.refused(number, f"its scales {name} hold NaN, infinite or negative values")
+            kinds = "NaN or infinite" if signed else "NaN, infinite or negative"
+            raise self.refused(number, f"its scales {name} hold {kinds} values")
         if self.by_rows:
             values = values.reshape(-(-self.rows // block[0]), -1)
         else:
             values = np.ascontiguousarray(values.reshape(-1, self.rows).T)
         count = values.shape[1]
-        return Spread(grid, block, values, self._zeros(grid, number, count), self._groups(number, count))
+        zeros = self._zeros(grid, number, count)
+        return Spread(grid, block, values, zeros, self._groups(number, count), self._scales.factor)
 
     def read_rows(self, number: int, rows: slice) -> np.ndarray:
         """Reads rows of a matrix of codes, ``[rows, row_bytes]`` uint8; where it is not stored so, all is read."""
@@ -139,23 +167,29 @@ class CodedWeight:
             start, end = start + rows.start * self.row_bytes, start + rows.stop * self.row_bytes
         where = TensorInfo(self._codes.name, self._codes.dtype, (), self._codes.shard, start, end)
         raw = np.frombuffer(self._read(where), np.uint8)
-        return raw.reshape(-1, self.row_bytes) if self.by_rows else self.turned(raw)[rows]
+        return self.turned(raw) if self.by_rows else self.turned(raw)[rows]
 
     def turned(self, stored: np.ndarray) -> np.ndarray:
-        """Returns the codes of a matrix row by row, ``[rows, row_bytes]``, from its bytes, uint8."""
+        """Returns the codes of a matrix row by row, ``[rows, row_bytes]``, from its bytes, uint8.
+
+        Of those that are stored by rows, any number of rows is taken.
+        """
         from ablate_shards.kernels.codecs.orders import to_rows
 
         if self.by_rows:
-            return stored.reshape(self.rows, self.row_bytes)
+            return self._nibbles_turned(stored).reshape(-1, self.row_bytes)
         return to_rows(stored, self._scales.order, self._scales.bits, self.rows)
 
     def turned_back(self, codes: np.ndarray) -> np.ndarray:
         """Returns the bytes that the codes of a matrix are stored as, uint8: the reverse of :meth:`turned`."""
         from ablate_shards.kernels.codecs.orders import from_rows
 
-        return (
-            codes.reshape(-1) if self.by_rows else from_rows(codes, self._scales.order, self._scales.bits, self._most)
-        )
+        if self.by_rows:
+            return self._nibbles_turned(codes.reshape(-1))
+        return from_rows(codes, self._scales.order, self._scales.bits, self._most)
+
+    def _nibbles_turned(self, stored: np.ndarray) -> np.ndarray:
+        return stored << 4 | stored >> 4 if self._scales.order == "line" else stored
 
     def kept_spread(self, number: int, kept: Kept) -> "Spread":
         """Returns what :meth:`spread` does, read once for rows that follow each other."""
@@ -200,13 +234,21 @@ class CodedWeight:
         return ExecuteError(f"{where}: {why}; {self._way_out}")
 
     def _zeros(self, grid: "Grid", number: int, groups: int) -> np.ndarray | None:
-        """Returns the levels of a matrix's zero points, ``[rows, groups]`` int8, where it has some."""
+        """Returns the levels of a matrix's zero points, ``[rows, groups]`` int8, or its offsets, float32, or none."""
         from ablate_shards.kernels.codecs.orders import outputs_in_order
         from ablate_shards.kernels.codecs.packing import unpack
+        from ablate_shards.kernels.codecs.scales import decode_scales
 
+        if (part := self._scales.part("offsets")) is not None:
+            offsets = decode_scales(self._read_own(part, number), part.dtype)
+            if not np.isfinite(offsets).all():
+                raise self.refused(number, f"its offsets {part.name} hold NaN or infinite values")
+            return offsets.reshape(-1, groups)
         if (part := self._scales.part("zero points", "zero points less one")) is None:
             return None
-        words = np.frombuffer(self._read_own(part.tensor, number), "<i4")
+        if part.dtype == "I8":
+            return np.frombuffer(self._read_own(part, number), np.int8).reshape(-1, groups)
+        words = np.frombuffer(self._read_own(part, number), "<i4")
         lines = np.ascontiguousarray(words.reshape(-1, groups).T) if self.by_rows else words.reshape(groups, -1)
         codes = unpack(lines.view(np.uint8), grid.bits, self.rows)
         if self._scales.order == "outputs":
@@ -214,11 +256,58 @@ class CodedWeight:
         levels = grid.levels_of(codes) + (part.role == "zero points less one")
         return np.ascontiguousarray(levels.T.astype(np.int8))
 
+    def _state(self) -> State | None:
+        """Returns what the state of a weight of bitsandbytes says.
+
+        Raises:
+            ExecuteError: It does not fit the codes.
+        """
+        if (part := self._scales.part("state")) is None:
+            return None
+        try:
+            state = read_state(part.name, self._read(part))
+        except ArchitectureError as error:
+            raise self.refused(0, str(error)) from error
+        nested = self._scales.part("nested scales") is not None
+        said = (state.kind, state.block, state.offset is not None)
+        if said != (self._scales.codes, self._scales.block[1], nested):
+            raise self.refused(
+                0,
+                f"{part.name} says {state.kind} in blocks of {state.block}, {'with' if said[2] else 'without'} an "
+                f"offset of scales, but its parts are {self._scales.form(())}",
+            )
+        return state
+
+    def _nested(self) -> np.ndarray:
+        """Returns scales that are codes themselves, float32: of a table, times scales, plus an offset."""
+        scales, table = self._scales.part("nested scales"), self._scales.part("nested table")
+        state = self._state()
+        if scales is None or table is None or state is None or state.offset is None:
+            raise RuntimeError(f"{self._codes.name}: its scales are no codes")
+        codes = np.frombuffer(self._read(self._scales), np.uint8)
+        values = np.frombuffer(self._read(table), "<f4")[codes]
+        with np.errstate(all="ignore"):
+            values *= np.frombuffer(self._read(scales), "<f4").repeat(NESTED)[: len(codes)]
+            values += np.float32(state.offset)
+        return values
+
+    def _check_table(self, grid: "Grid") -> None:
+        """Compares the values of codes, and how bytes lie, with what is known.
+
+        Raises:
+            ExecuteError: They are others.
+        """
+        table, layout = self._scales.part("table"), self._scales.part("layout")
+        if table is not None and not np.array_equal(np.frombuffer(self._read(table), "<f4"), grid.values):
+            raise self.refused(0, f"{table.name} holds other values than those of {grid.name}")
+        if layout is not None and any(self._read(layout)):
+            raise self.refused(0, f"{layout.name} says that its bytes do not lie row by row")
+
     def _groups(self, number: int, count: int) -> np.ndarray | None:
         """Returns the group of each column, where the checkpoint says it."""
         if (part := self._scales.part("groups")) is None:
             return None
-        groups = np.frombuffer(self._read(part.tensor), {"I64": "<i8", "I32": "<i4"}[part.dtype])
+        groups = np.frombuffer(self._read(part), {"I64": "<i8", "I32": "<i4"}[part.dtype])
         columns = self.columns()
         if (groups == _UNORDERED).any():
             return None

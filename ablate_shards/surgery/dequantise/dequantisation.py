@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ablate_shards.errors import PlanError
-from ablate_shards.surgery.anatomy.scales import quantisation_of
+from ablate_shards.surgery.anatomy.scales import method_of, quantisation_of
 from ablate_shards.surgery.checkpoint.amended import Amendments, NewTensor, amend
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.dequantise.configuration import exempting, without_quantisation
@@ -101,7 +101,11 @@ def plan_dequantisation(checkpoint: Checkpoint, names: Collection[str] | None = 
             f"{checkpoint.name}: holds no quantised weights (its tensors are {dtypes}), so there is nothing to "
             "dequantise; use it as it is"
         )
-    changes = without_quantisation(checkpoint) if whole else exempting(checkpoint, *modules_and_experts(weights))
+    if whole:
+        changes = without_quantisation(checkpoint)
+    else:
+        together = method_of(quantisation_of(checkpoint.config)) != "mlx"
+        changes = exempting(checkpoint, *modules_and_experts(weights, together=together))
     amendments = Amendments(
         tensors=tuple(NewTensor(weight.name, weight.codes.shard, "BF16", weight.shape) for weight in weights),
         config=changes.config,

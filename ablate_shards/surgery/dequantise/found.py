@@ -2,22 +2,22 @@
 
 import functools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from ablate_shards.errors import ArchitectureError, UsageError
 from ablate_shards.surgery.anatomy.scales import (
     Scales,
     ending_of,
-    find_scales,
     is_codes,
+    method_of,
     names_of_activations,
     plain_name_of,
     quantisation_of,
 )
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
-from ablate_shards.surgery.dequantise.decoding import CodedWeight
+from ablate_shards.surgery.dequantise.decoding import CodedWeight, read_scales
 
 __all__ = [
     "DequantisedRecord",
@@ -29,7 +29,7 @@ __all__ = [
     "with_their_experts",
 ]
 
-_METHODS = ("fp8", "compressed-tensors", "modelopt", "mxfp4", "quark", "gptq", "awq")
+_METHODS = ("fp8", "compressed-tensors", "modelopt", "mxfp4", "quark", "gptq", "awq", "bitsandbytes", "mlx")
 #: Dimensions of a matrix; codes with more are those of a stack of experts.
 _MATRIX = 2
 _WAY_OUT = "dequantise it with the library that wrote it"
@@ -96,7 +96,7 @@ def find_quantised(checkpoint: Checkpoint, names: Collection[str] | None = None)
         ExecuteError: A part says another shape than the codes have.
     """
     config = quantisation_of(checkpoint.config)
-    method = config.get("quant_method") if isinstance(config, Mapping) else None
+    method = method_of(config)
     if config is not None and method not in _METHODS:
         raise ArchitectureError(
             f"{checkpoint.name}: expected {', '.join(_METHODS)} as quant_method, found {method!r}, which is not "
@@ -106,7 +106,7 @@ def find_quantised(checkpoint: Checkpoint, names: Collection[str] | None = None)
     for tensor in checkpoint.tensors.values():
         if is_codes(tensor, ending_of(tensor.name)) and (names is None or tensor.name in names):
             try:
-                scales = find_scales(tensor, checkpoint.tensors, config)
+                scales = read_scales(tensor, checkpoint.tensors, config, functools.partial(read_range, checkpoint))
             except ArchitectureError as error:
                 raise ArchitectureError(f"{tensor.name}: {error}") from error
             found.append(_quantised(checkpoint, tensor, scales))
@@ -183,8 +183,13 @@ def with_their_experts(checkpoint: Checkpoint, names: Collection[str]) -> set[st
     return chosen
 
 
-def modules_and_experts(weights: Sequence[QuantisedWeight]) -> tuple[list[str], list[str]]:
-    """Returns the modules of weights that stand alone, and those of routed experts, each once."""
-    experts = [_experts_of(weight.codes) for weight in weights]
+def modules_and_experts(weights: Sequence[QuantisedWeight], *, together: bool) -> tuple[list[str], list[str]]:
+    """Returns the modules of weights that stand alone, and those of routed experts, each once.
+
+    Args:
+        weights: The weights.
+        together: Whether a layer's experts are called by one name; else each weight stands alone.
+    """
+    experts = [_experts_of(weight.codes) if together else None for weight in weights]
     alone = [_module_of(weight.codes.name) for weight, among in zip(weights, experts, strict=True) if among is None]
     return alone, list(dict.fromkeys(module for module in experts if module is not None))

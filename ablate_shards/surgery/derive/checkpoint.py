@@ -4,13 +4,16 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ablate_shards.errors import ArchitectureError, reason
-from ablate_shards.surgery.anatomy.architecture import Target, dissect
+from ablate_shards.surgery.anatomy.architecture import Target, dissect, marks_prediction, split_layer
+from ablate_shards.surgery.anatomy.gains import with_names
+from ablate_shards.surgery.anatomy.roles import split_stack
+from ablate_shards.surgery.anatomy.rules import read_gain
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.derive.derive import Derivation, derive, where
 from ablate_shards.surgery.derive.twin import Twin, build_twin
@@ -50,8 +53,38 @@ def derive_checkpoint(checkpoint: Checkpoint) -> Derivation:
         )
     found = derive(best[1])
     targets = tuple(_renamed(target, checkpoint.tensors) for target in found.targets)
-    dissect(checkpoint.tensors, checkpoint.config, targets)
+    _check(checkpoint, targets, best[1])
     return replace(found, targets=targets)
+
+
+def _check(checkpoint: Checkpoint, targets: Sequence[Target], twin: Twin) -> None:
+    """Refuses a checkpoint whose layers are not those that its configuration describes.
+
+    Raises:
+        ArchitectureError: It has more layers or fewer, tensors of other shapes, or some that could write and that the
+            twin has none of.
+    """
+    anatomy = dissect(checkpoint.tensors, checkpoint.config, targets)
+    way_out = "restore the config.json that came with the shards"
+    heads = {place.head for writer in anatomy.writers if (place := split_stack(writer.name))}
+    inner: dict[int, list[str]] = {}
+    for name in checkpoint.tensors:
+        if (place := split_stack(name)) is not None and place.head in heads:
+            inner.setdefault(place.layer, []).append(place.inner)
+    counted = len(anatomy.layers)
+    last = max(layer for layer, names in inner.items() if layer < counted or not any(map(marks_prediction, names)))
+    if last != counted - 1:
+        raise ArchitectureError(
+            f"config.json counts {counted} layers, but the last that the checkpoint holds tensors of is layer {last}, "
+            f"counted from 0; {way_out}"
+        )
+    known = {_ending(name) for name in twin.state}
+    open_yet = [name for name in anatomy.unplaced if (split_layer(name)[0] or 0) < counted]
+    if strange := next((name for name in open_yet if _ending(name) not in known), None):
+        raise ArchitectureError(
+            f"{strange}: by its shape it could write to the stream, but the model that config.json describes has no "
+            f"tensor of this name; {way_out}"
+        )
 
 
 def _ending(name: str) -> str:
@@ -90,11 +123,7 @@ def _renamed(target: Target, names: Iterable[str]) -> Target:
         # Multi-token prediction has a layer or two that are called alike.
         if found and (len(found) == 1 or found[0][1] > found[1][1]):
             beginning = found[0][0]
-            gain = target.gain
-            if gain is not None:
-                offset, _, path = gain.rpartition(" ")
-                own = beginning + ".".join(path.split(".")[dropped:])
-                gain = f"{offset} {own}" if offset else own
+            gain = None if target.gain is None else _moved(target.gain, dropped, beginning)
             return replace(target, pattern=re.escape(beginning) + rest, gain=gain)
         if found or "(?P<layer>" in parts[dropped]:
             break
@@ -102,6 +131,13 @@ def _renamed(target: Target, names: Iterable[str]) -> Target:
         f"no tensor of the checkpoint is called {target.pattern!r}, as transformers calls a writer of the "
         "architecture; config.json or the shards are another model's"
     )
+
+
+def _moved(gain: str, dropped: int, beginning: str) -> str:
+    """Returns a gain with another beginning in place of the first parts of its names."""
+    names, offset = read_gain(gain)
+    own = with_names(names, lambda name: beginning + ".".join(name.split(".")[dropped:]))
+    return f"1 + {own}" if offset else own
 
 
 def leaks_of(found: Derivation) -> list[str]:
@@ -118,8 +154,9 @@ def recipe_lines(targets: Iterable[Target]) -> str:
     lines = []
     for target in targets:
         gain = f'\ngain = "{target.gain}"' if target.gain else ""
+        component = "experts" if target.component == "routed-experts" else target.component
         lines.append(
-            f"[[ablate.target]]\npattern = '{target.pattern}'\ncomponent = \"{target.component}\"\n"
+            f"[[ablate.target]]\npattern = '{target.pattern}'\ncomponent = \"{component}\"\n"
             f'axis = "{target.axis}"{gain}\n'
         )
     return "\n".join(lines)

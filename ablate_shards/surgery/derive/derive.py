@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ablate_shards.surgery.anatomy.architecture import Anatomy, Component, Target, Writer, dissect
+from ablate_shards.surgery.anatomy.architecture import Anatomy, Target, Writer, dissect
+from ablate_shards.surgery.anatomy.gains import CENTRED, factors_of, is_centred, with_names
+from ablate_shards.surgery.anatomy.parts import COMPONENT_OF, Part
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
+from ablate_shards.surgery.derive.parts import find_parts
 from ablate_shards.surgery.derive.twin import State, Twin, find_unreached
 from ablate_shards.surgery.derive.writers import Kind, find_gain, find_mixing, find_writers, match_gain, numbers_of
 
@@ -61,7 +64,7 @@ def derive(twin: Twin) -> Derivation:
             "that are computed and added"
             for state, share in sorted(found.leaks.items())[:1]
         ]
-    kinds = find_mixing(twin, [kind for kind in found.writers if not kind.centres])
+    kinds = find_parts(twin, find_mixing(twin, [kind for kind in found.writers if not kind.centres]))
     left = left_after(twin, _described(twin, kinds))
     if max(left) >= _ABSENT:
         kinds, gains = _with_gains(twin, kinds)
@@ -108,21 +111,22 @@ def _described(twin: Twin, kinds: Sequence[Kind]) -> list[Target]:
     targets = []
     for (stem, inside), members in by_stem.items():
         chief = next((kind for kind in members if not kind.vector), members[0])
-        component: Component = "embedding"
+        component: Part = "embedding"
         if inside:
             # What belongs to no weight goes with the weight whose name begins like its own.
             like = (
                 chief if not chief.vector else max(weights, key=lambda one: _in_common(one.name, stem), default=chief)
             )
-            component = "attention" if like.mixes else "mlp"
+            component = like.part or ("attention" if like.mixes else "mlp")
         gain = None
         if chief.gain is not None:
-            gain = ("1 + " if chief.offset else "") + chief.gain.replace("#", "{layer}", 1)
+            start = CENTRED if chief.centred else "1 + " if chief.offset else ""
+            gain = start + with_names(chief.gain, lambda name: name.replace("#", "{layer}", 1))
         endings = [kind.name.removeprefix(stem) for kind in members]
         ending = r"\.(?:weight|bias)" if len(members) > 1 else re.escape(endings[0])
         pattern = _pattern(stem, ending, [name for kind in members for name in kind.tensors], twin.state, inside=inside)
         targets.append(Target(pattern, component, "out" if chief.axis == -2 else "in", gain))
-    return sorted(targets, key=lambda target: ("embedding", "attention", "mlp").index(target.component))
+    return sorted(targets, key=lambda target: ("embedding", "attention", "mlp").index(COMPONENT_OF[target.component]))
 
 
 def _in_common(one: str, other: str) -> int:
@@ -183,7 +187,9 @@ def left_in(twin: Twin, anatomy: Anatomy) -> list[float]:
 
 def _without(state: Mapping[str, "torch.Tensor"], writer: Writer, direction: "torch.Tensor") -> "torch.Tensor":
     if writer.gain is not None:
-        direction = direction * (state[writer.gain].double().reshape(-1) + writer.gain_offset)
+        for name in factors_of(writer.gain):
+            direction = direction * (state[name].double().reshape(-1) + writer.gain_offset)
+        direction = direction - direction.mean() if is_centred(writer.gain) else direction
         direction = direction / direction.norm()
     tensor = state[writer.name].double().movedim(writer.axis, -1)
     tensor = tensor - (tensor @ direction)[..., None] * direction

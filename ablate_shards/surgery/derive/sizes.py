@@ -156,23 +156,26 @@ def _depth(values: Mapping[str, Any]) -> int | None:
 def _kept_layers(values: Mapping[str, Any]) -> list[int]:
     """Returns the layers that stand for all: one of each kind where lists name the kinds, else the first few."""
     depth = _depth(values)
-    lists = [
-        value for value in values.values() if isinstance(value, list) and len(value) == depth and depth > _FEWEST_LAYERS
-    ]
     if depth is None:
         return [0, 1]
+    lists = [value for value in values.values() if isinstance(value, list) and len(value) == depth > 1]
     numbered = [
         [value.get(layer, value.get(str(layer))) for layer in range(depth)]
-        for value in values.values()
-        if isinstance(value, Mapping) and value and all(str(each).isdecimal() for each in value)
+        for key, value in values.items()
+        if key not in _OTHERS and isinstance(value, Mapping) and value and all(str(each).isdecimal() for each in value)
     ]
     lists += numbered
     if lists:
+        lists += [
+            [layer in value for layer in range(depth)]
+            for key, value in values.items()
+            if isinstance(value, list) and value and _NUMBERED.fullmatch(key) and _all_numbers(value)
+        ]
         kinds: dict[tuple[str, ...], int] = {}
         for layer, kind in enumerate(zip(*lists, strict=True)):
             kinds.setdefault(tuple(map(str, kind)), layer)
         kept = sorted(kinds.values())[:_MOST_LAYERS]
-        return kept if len(kept) > 1 else list(range(_FEWEST_LAYERS - 1))
+        return kept if len(kept) > 1 else list(range(min(depth, _FEWEST_LAYERS - 1)))
     count = _FEWEST_LAYERS - 1
     for key, value in values.items():
         if isinstance(value, bool):

@@ -1,10 +1,11 @@
 """A tiny model with random weights and the structure of a given one, and the stream that runs through its layers."""
 
 import copy
+import inspect
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 
 from ablate_shards.errors import ArchitectureError, reason
-from ablate_shards.surgery.derive.sizes import VOCABULARY, shrink
+from ablate_shards.surgery.derive.sizes import HIDDEN, VOCABULARY, shrink
 from ablate_shards.surgery.model.loading import UNUSABLE, quiet
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ __all__ = ["SEQUENCES", "State", "Twin", "build_twin", "find_unreached"]
 State = Mapping[str, "torch.Tensor"]
 
 _TOKENS = 48
+#: States of an image.
+_SEEN = 7
 #: The second differs from the first in its first token, the third in what an encoder is given, if there is one.
 SEQUENCES = 3
 _MOST_PARAMETERS = 50_000_000
@@ -54,21 +57,43 @@ class Twin:
         import torch
 
         with quiet(), torch.no_grad():
-            network, report = type(self.network).from_pretrained(
-                None,
-                config=copy.deepcopy(self.network.config),
-                state_dict={name: tensor.clone() for name, tensor in state.items()},
-                dtype=torch.float32,
-                attn_implementation="eager",
-                output_loading_info=True,
-            )
-            network.eval()
-            if report["missing_keys"]:
-                raise ArchitectureError(
-                    "transformers saves its tiny twin in a form that it does not load again: "
-                    f"{min(report['missing_keys'])} is missing"
-                )
+            network = self._loaded(state)
             return torch.stack(_states(network, dict(network.named_modules())[self.stack]))
+
+    def owners(self, tensors: Collection[str]) -> list[tuple[Any, ...]]:
+        """Returns for each parameter that some tensors are read into the modules of its layer that it lies in."""
+        import torch
+
+        with quiet(), torch.no_grad():
+            changed = self._loaded({**self.state, **{name: self.state[name] * 0 for name in tensors}})
+        own = dict(self.network.named_parameters())
+        modules = dict(self.network.named_modules())
+        layer = len(self.stack.split(".")) + 1
+        paths = [
+            name.split(".")[:-1]
+            for name, each in changed.named_parameters()
+            if name.startswith(f"{self.stack}.") and not torch.equal(each, own[name])
+        ]
+        return [tuple(modules[".".join(path[:depth])] for depth in range(layer + 1, len(path) + 1)) for path in paths]
+
+    def _loaded(self, state: State) -> Any:
+        """Returns the model with other tensors."""
+        import torch
+
+        network, report = type(self.network).from_pretrained(
+            None,
+            config=copy.deepcopy(self.network.config),
+            state_dict={name: tensor.clone() for name, tensor in state.items()},
+            dtype=torch.float32,
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+        if report["missing_keys"]:
+            raise ArchitectureError(
+                "transformers saves its tiny twin in a form that it does not load again: "
+                f"{min(report['missing_keys'])} is missing"
+            )
+        return network.eval()
 
 
 def build_twin(config: Any, *, original: bool = True, seed: int = 0, **changed: Any) -> Twin:
@@ -148,17 +173,34 @@ def _saved(network: Any, *, original: bool) -> State:
 
 
 def _calls(network: Any) -> Iterator[dict[str, Any]]:
-    """Yields the arguments that may run a model without images or sound, in the order of trying."""
+    """Yields the arguments that may run a model without images or sound, in the order of trying.
+
+    What an encoder of images would give a decoder is random.
+    """
     import torch
+    from transformers.modeling_outputs import BaseModelOutput
 
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(10, VOCABULARY - 28, (1, _TOKENS), generator=generator).expand(SEQUENCES, -1).clone()
     tokens[1, 0] = tokens[0, 0] + 1
-    yield {"input_ids": tokens, "use_cache": False}
     encoded = tokens[0].flip(0).expand(SEQUENCES, -1).clone()
     encoded[2] = encoded[2].roll(1)
-    yield {"input_ids": encoded, "decoder_input_ids": tokens, "use_cache": False}
+    seen = torch.randn((SEQUENCES, _SEEN, HIDDEN), generator=generator)
+    seen[1] = seen[0]
+    takes = inspect.signature(network.forward).parameters
+    images = {"cross_attention_states": seen} if "cross_attention_states" in takes else {}
+    plain = {"input_ids": tokens, "use_cache": False, **images}
+    paired = {"input_ids": encoded, "decoder_input_ids": tokens, "use_cache": False}
+    # Some make what their decoder is given from what their encoder is, with a token more before it.
+    yield from (paired, plain) if network.config.is_encoder_decoder else (plain, paired)
     yield {"input_ids": tokens}
+    if "encoder_outputs" in takes:
+        encoder = BaseModelOutput(seen)
+        encoder["attention_mask"] = torch.ones((SEQUENCES, _SEEN), dtype=torch.long)
+        yield {"encoder_outputs": encoder, "decoder_input_ids": tokens, "use_cache": False}
+    if "image_encoder_embeddings" in takes:
+        mask = torch.ones((SEQUENCES, _TOKENS, 1), dtype=torch.long)
+        yield {**plain, "image_encoder_embeddings": seen[:, None], "image_attention_mask": mask}
     if network.main_input_name == "input_features":
         shape = (SEQUENCES, network.config.num_mel_bins, 2 * network.config.max_source_positions)
         heard = torch.randn(shape, generator=generator)
@@ -191,7 +233,11 @@ def _find_stack(network: Any) -> tuple[str, int, int]:
     import torch
     from torch import nn
 
-    lists = {name: part for name, part in network.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
+    lists = {
+        name: part
+        for name, part in network.named_modules()
+        if isinstance(part, nn.ModuleList) and any(layer is not None for each in part for layer in each.children())
+    }
     calls: dict[str, dict[int, list[tuple[Any, Any]]]] = {name: {} for name in lists}
     order: list[str] = []
 
@@ -220,7 +266,7 @@ def _find_stack(network: Any) -> tuple[str, int, int]:
             return False
         shapes = {tuple(state.shape) for state in states}
         shape = next(iter(shapes))
-        return len(shapes) == 1 and len(shape) >= 3 and _TOKENS in shape
+        return len(shapes) == 1 and len(shape) >= 3 and max(shape[1:-1]) >= _TOKENS
 
     fitting = [name for name in lists if fits(name)]
     outer = [name for name in fitting if not any(name.startswith(f"{other}.") for other in fitting if other != name)]

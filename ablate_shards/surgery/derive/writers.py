@@ -7,11 +7,14 @@ that axis; a kind that reads, or whose output another tensor takes, cannot chang
 kind, so that one run decides about as many kinds as coordinates are knocked out.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from ablate_shards.surgery.anatomy.gains import TIMES
+from ablate_shards.surgery.anatomy.parts import Part
 from ablate_shards.surgery.derive.twin import SEQUENCES, State, Twin
 
 if TYPE_CHECKING:
@@ -52,10 +55,13 @@ class Kind:
         vector: Whether they have about as many elements as the stream has coordinates.
         first: The state that first shows what they write: 0 is before the first layer, 1 after it.
         mixes: Whether what they write at one token depends on other tokens.
+        reach: How many tokens show that another one differs.
         crosses: Whether it depends on what an encoder is given.
         centres: Whether it multiplies what a mean was subtracted from, which brings back what was removed.
         gain: The kind of vector that their output is multiplied by before it is added, if there is one.
         offset: What is added to that vector first.
+        centred: Whether a mean is subtracted from their output before that.
+        part: The part of a component that they are, where something tells.
     """
 
     name: str
@@ -64,10 +70,13 @@ class Kind:
     vector: bool
     first: int = 0
     mixes: bool = False
+    reach: int = 0
     crosses: bool = False
     centres: bool = False
     gain: str | None = None
     offset: float = 0.0
+    centred: bool = False
+    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +114,24 @@ def find_writers(twin: Twin) -> Found:
     biases, leaks = _restored(twin, vectors, knocked=kinds)
     writers, more = _restored(twin, matrices, knocked=[*matrices, *biases])
     leaks = {state: max(leaks.get(state, 0.0), more.get(state, 0.0)) for state in {*leaks, *more}}
+    norms = [kind for kind in biases if kind.centres and kind.first == 0]
+    if len(norms) == 1:
+        biases = [kind for kind in biases if kind is not norms[0]]
+        writers += _normalised_by(twin, norms[0], matrices, biases)
     return Found((*writers, *biases), leaks)
+
+
+def _normalised_by(twin: Twin, norm: Kind, matrices: Sequence[Kind], biases: Sequence[Kind]) -> list[Kind]:
+    """Returns the kinds whose output a norm before the first layer takes: each alone brings a state back.
+
+    There a coordinate shows nothing, since the mean that is subtracted has a part in each.
+    """
+    silent = silence(twin.state, [*matrices, *biases])
+    return [
+        replace(kind, gain=norm.name, centred=True)
+        for kind in matrices
+        if bool(twin.stream({**silent, **{name: twin.state[name] for name in kind.tensors}})[0].any())
+    ]
 
 
 def _candidates(twin: Twin) -> list[Kind]:
@@ -148,20 +174,26 @@ def _restored(twin: Twin, kinds: Sequence[Kind], knocked: Sequence[Kind]) -> tup
 def find_mixing(twin: Twin, writers: Sequence[Kind]) -> list[Kind]:
     """Returns the writers with whether they mix tokens.
 
-    Within layers, nothing but the kind writes, so what it first adds depends on the embedded tokens alone, and the two
-    sequences differ in the first.
+    Within layers, nothing but the kind writes, so what it first adds depends on the stream before the first layer
+    alone. Where that is the same in two sequences and what is added is not, tokens are mixed.
     """
     inside = [kind for kind in writers if kind.first > 0]
     found: list[Kind] = []
     for kind in writers:
         if kind.first > 0 and not kind.vector:
-            state = twin.stream(silence(twin.state, [each for each in inside if each != kind]))[kind.first]
-            one, other, encoded = state.reshape(-1, SEQUENCES, *state.shape[-2:]).unbind(1)
-            most = _MIXED * float(one.abs().amax())
-            crosses = bool((one - encoded).abs().amax() > most)
-            kind = replace(kind, crosses=crosses, mixes=crosses or bool((one - other).abs()[:, 1:].amax() > most))
+            states = twin.stream(silence(twin.state, [each for each in inside if each != kind]))[[0, kind.first]]
+            before, after = states.reshape(2, -1, SEQUENCES, *states.shape[-2:])
+            crosses, reach = _reach(before, after, 2) > 0, _reach(before, after, 1)
+            kind = replace(kind, crosses=crosses, mixes=crosses or reach > 0, reach=reach)
         found.append(kind)
     return found
+
+
+def _reach(before: "torch.Tensor", after: "torch.Tensor", other: int) -> int:
+    """Returns how many tokens of a state differ between the first sequence and another where those before it do not."""
+    same = (before[:, 0] == before[:, other]).all(dim=-1)
+    apart = (after[:, 0] - after[:, other]).abs().amax(dim=-1) > _MIXED * float(after.abs().amax())
+    return int((apart & same).sum(dim=-1).amax())
 
 
 def silence(state: State, kinds: Iterable[Kind]) -> dict[str, "torch.Tensor"]:
@@ -193,18 +225,25 @@ def find_gain(twin: Twin, writers: Sequence[Kind], kind: Kind) -> "torch.Tensor 
 
 
 def match_gain(twin: Twin, kind: Kind, gain: "torch.Tensor") -> tuple[str, float] | None:
-    """Returns the kind of vector that a gain is proportional to, and what is added to it; None where there is none."""
+    """Returns the kind of vector that a gain is proportional to, and what is added to it; None where there is none.
+
+    Where no vector alone is, two of the layer may be, one after the other.
+    """
     import torch
 
     layer = str(kind.first - 1)
-    for name, tensor in twin.state.items():
-        numbers = numbers_of(name)
-        if tensor.numel() != twin.hidden or not tensor.is_floating_point() or (numbers and numbers[0] != layer):
-            continue
+    vectors = {
+        name: tensor.double().reshape(-1)
+        for name, tensor in twin.state.items()
+        if tensor.numel() == twin.hidden
+        and tensor.is_floating_point()
+        and (not (numbers := numbers_of(name)) or numbers[0] == layer)
+    }
+    for names in itertools.chain(zip(vectors, strict=True), itertools.combinations(vectors, 2)):
         for offset in (0.0, 1.0):
-            value = tensor.double().reshape(-1) + offset
+            value = torch.stack([vectors[name] + offset for name in names]).prod(dim=0)
             if bool(torch.allclose(value / value.norm(), gain / gain.norm() * torch.sign(gain @ value), atol=_SAME)):
-                return kind_of(name), offset
+                return TIMES.join(map(kind_of, names)), offset
     return None
 
 

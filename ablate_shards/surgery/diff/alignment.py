@@ -7,7 +7,8 @@ import numpy as np
 
 from ablate_shards.errors import DirectionsError
 from ablate_shards.surgery.anatomy.architecture import Anatomy, Writer
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_vector
+from ablate_shards.surgery.anatomy.gains import is_centred, vector_of
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.diff.differences import Alignment, TensorDiff
 from ablate_shards.surgery.directions.directions import Directions, apply_gain, biproject
 
@@ -57,8 +58,8 @@ class GivenDirections:
                     return None
                 basis, _ = biproject(basis, [references[source], references[target]])
             if writer is not None and writer.gain is not None:
-                gain = read_vector(self._checkpoint, self._checkpoint.tensors[writer.gain])
-                basis = apply_gain(basis, gain + writer.gain_offset)
+                gain = vector_of(self._checkpoint, writer.gain, writer.gain_offset)
+                basis = apply_gain(basis, gain, centred=is_centred(writer.gain))
         except DirectionsError:
             return None
         return basis

@@ -37,7 +37,7 @@ class _Floats(NamedTuple):
     least_normal: float
 
 
-#: On other grids, those of integers, neighbours are one apart.
+#: On grids of integers neighbours are one apart; of tables they are looked up.
 _FLOATS = {"E4M3": _Floats(3, 448.0, 2.0**-9, 2.0**-6), "E2M1": _Floats(1, 6.0, 0.5, 1.0)}
 
 
@@ -121,38 +121,69 @@ def _scales(stored: AnyScales, first: int, like: "Tensor") -> "Tensor":
     return found.abs_().nan_to_num_(nan=1.0, posinf=1.0).clamp_(min=_TINY).view_as(like)
 
 
-def _codes(values: "Tensor", scales: "Tensor", grid: str) -> "Tensor":
+def _steps_at(values: "Tensor", others: "Tensor", scales: "Tensor", grid: str) -> "Tensor":
+    """Returns the distance from the codes of values to their neighbours on the side of others, scaled.
+
+    Args:
+        values: Decoded codes.
+        others: What they are compared with.
+        scales: Their scales, positive.
+        grid: What the codes are.
+    """
+    import torch
+
+    if (floats := _FLOATS.get(grid)) is not None:
+        codes = _codes(values, scales, floats)
+        return _steps(codes, (others / scales).abs_(), floats).mul_(scales)
+    if (table := _table(grid)) is None:
+        return scales.clone()
+    found = torch.from_numpy(table)
+    unscaled = values / scales
+    levels = torch.bucketize(unscaled, (found[1:] + found[:-1]) / 2)
+    beside = (levels + torch.where(others < values, -1, 1)).clamp_(0, len(table) - 1)
+    beside = torch.where(beside == levels, (levels - 1).clamp_(min=1), beside)
+    return (found[beside] - found[levels]).abs_().mul_(scales)
+
+
+def _table(grid: str) -> np.ndarray | None:
+    """Returns the values of the levels of a grid, where they are looked up."""
+    from ablate_shards.kernels.codecs.grids import grid_named
+
+    found = grid_named(grid)
+    return np.unique(found.values) if found.kind == "table" else None
+
+
+def _codes(values: "Tensor", scales: "Tensor", floats: _Floats) -> "Tensor":
     """Returns the sizes of the codes that decoded values have, exactly: the division may be off in its last bit."""
     import torch
 
-    if (floats := _FLOATS.get(grid)) is None:
-        return (values / scales).abs_().round_()
     sizes = (values / scales).abs_().clamp_(max=floats.greatest)
     # Half of what follows the bits of a code's mantissa, and what keeps those.
     half, kept = 1 << (_MANTISSA - floats.bits - 1), -1 << (_MANTISSA - floats.bits)
     return sizes.view(torch.int32).add_(half).bitwise_and_(kept).view(torch.float32)
 
 
-def _steps(codes: "Tensor", others: "Tensor", grid: str) -> "Tensor":
+def _steps(codes: "Tensor", others: "Tensor", floats: _Floats) -> "Tensor":
     """Returns the distance from codes to their neighbours on the side of other values, both as sizes, unscaled."""
     import torch
 
-    if (floats := _FLOATS.get(grid)) is None:
-        return torch.ones_like(codes)
     powers, relative = codes.clone(), 2.0**-floats.bits
     powers.view(torch.int32).bitwise_and_(_EXPONENT)
     halved = (codes == powers) & (powers > floats.least_normal) & (others < codes)
     return torch.where(halved, powers * (relative / 2), powers * relative).clamp_(min=floats.least)
 
 
-def _levels(values: "Tensor", grid: str) -> np.ndarray:
-    """Returns the levels of unscaled values on their grid, as float32 that differ by one between neighbours."""
+def _apart(before: "Tensor", after: "Tensor", grid: str) -> "Tensor":
+    """Returns how many levels lie between unscaled values, float32."""
+    import torch
+
     from ablate_shards.kernels.codecs.grids import grid_named
 
-    if grid in _FLOATS:
-        return grid_named(grid).nearest_levels(values.numpy()).astype(np.float32)
-    levels: np.ndarray = np.rint(values.numpy())
-    return levels
+    found = grid_named(grid)
+    if found.kind in ("integer", "affine"):
+        return (after - before).abs_().round_()
+    levels = [found.nearest_levels(each.numpy()).astype(np.float32) for each in (before, after)]
+    return torch.from_numpy(np.abs(levels[1] - levels[0]))
 
 
 class OneCoded:
@@ -172,9 +203,7 @@ class OneCoded:
         """Returns the step at each value from a row on."""
         scales = _scales(self._scales, self._first + first * self._columns, old)
         both = old, old + added
-        coded, other = both[self._new], both[not self._new]
-        grid = self._scales.grid
-        return _steps(_codes(coded, scales, grid), (other / scales).abs_(), grid).mul_(scales)
+        return _steps_at(both[self._new], both[not self._new], scales, self._scales.grid)
 
 
 class TwoCoded:
@@ -194,8 +223,7 @@ class TwoCoded:
         found = []
         for stored, values in zip(self._sides, (old, old + added), strict=True):
             scales = _scales(stored, self._first + first * self._columns, old)
-            codes = _codes(values, scales, stored.grid)
-            found.append(_steps(codes, codes, stored.grid).mul_(scales))
+            found.append(_steps_at(values, values, scales, stored.grid))
         return torch.maximum(*found)
 
 
@@ -216,7 +244,5 @@ class EqualScales:
         grid = self._scales.grid
         scales = _scales(self._scales, self._first + first * self._columns, old)
         before, after = (torch.nan_to_num(values / scales) for values in (old, old + added))
-        levels = [torch.from_numpy(_levels(each, grid)) for each in (before, after)]
-        apart = (levels[1] - levels[0]).abs_()
-        codes = _codes(old, scales, grid)
-        return torch.where(apart > 0, added.abs() / apart.clamp(min=1.0), _steps(codes, codes, grid).mul_(scales))
+        apart = _apart(before, after, grid)
+        return torch.where(apart > 0, added.abs() / apart.clamp(min=1.0), _steps_at(old, old, scales, grid))

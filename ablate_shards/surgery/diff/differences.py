@@ -34,12 +34,14 @@ class AblationFit:
         coefficient: How much of the component was removed; 1 removes it, negative where it was added.
         cosine: Of the difference, scales undone, and that ablation.
         same_direction: Cosine with the direction of the first ablated tensor.
+        in_codes: Whether codes were chosen for it together, in which the direction shows only where it is largest.
     """
 
     axis: int
     coefficient: float
     cosine: float
     same_direction: float
+    in_codes: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Explained", "explain"]
 
-#: Least cosine with an ablation of what is one.
-_ABLATION = 0.9
 #: What share of the values is few, and how many are in any tensor but a short vector.
 _FEW, _FEW_ANYWAY, _SHORT = 1e-3, 4, 64
 #: Least share of the energy in the first singular values where these make a pattern.
@@ -174,7 +172,7 @@ def _ablation(moved: Sequence[_Moved]) -> AblationFit | None:
     explained = [(one.projection, one.energy) for one in low_rank if one.projection is not None]
     if best is None or len(explained) < len(low_rank):
         return None
-    if not all(found.axis == best.axis and found.cosine > _ABLATION for found, _ in explained):
+    if not all(found.axis == best.axis and found.explains != "no" for found, _ in explained):
         return None
     coefficients, weights = zip(*((found.coefficient, energy) for found, energy in explained), strict=True)
     return AblationFit(
@@ -182,6 +180,7 @@ def _ablation(moved: Sequence[_Moved]) -> AblationFit | None:
         coefficient=float(np.average(coefficients, weights=weights)),
         cosine=min(found.cosine for found, _ in explained),
         same_direction=1.0,
+        in_codes=any(found.explains == "in codes" for found, _ in explained),
     )
 
 

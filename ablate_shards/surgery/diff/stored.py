@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -12,7 +13,6 @@ import numpy as np
 from ablate_shards.errors import ArchitectureError, ExecuteError
 from ablate_shards.surgery.anatomy.scales import (
     ending_of,
-    find_scales,
     is_codes,
     names_of_scales,
     plain_name_of,
@@ -20,9 +20,10 @@ from ablate_shards.surgery.anatomy.scales import (
 )
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
-from ablate_shards.surgery.dequantise.decoding import Kept
+from ablate_shards.surgery.dequantise.decoding import Kept, read_scales
 from ablate_shards.surgery.diff.coded import AnyScales, StoredScales
 from ablate_shards.surgery.diff.packed import PackedScales
+from ablate_shards.surgery.machine import files
 from ablate_shards.surgery.machine.files import pread_into
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def open_tensors(checkpoint: Checkpoint, cleanup: ExitStack) -> dict[str, Stored
         if len(info.shape) < 2 or not (info.dtype == _E4M3 or is_codes(info, ending_of(name))):
             continue
         try:
-            found = find_scales(info, checkpoint.tensors, quantisation)
+            found = read_scales(info, checkpoint.tensors, quantisation, read)
             scales = (
                 StoredScales(
                     found.name,
@@ -198,19 +199,8 @@ def same_bytes(one: StoredTensor, other: StoredTensor, size: int, start: int = 0
     """Tells whether two tensors hold the same ``size`` bytes from an offset within each."""
     if one.inode == other.inode and one.start + start == other.start + other_start:
         return True
-    buffers = tuple(np.empty(min(CHUNK_BYTES, size), np.uint8) for _ in range(2))
-    for done in range(0, size, CHUNK_BYTES):
-        ours, theirs = (buffer[: size - done] for buffer in buffers)
-        one.read_into(ours, start + done)
-        other.read_into(theirs, other_start + done)
-        if not _equal(ours, theirs):
-            return False
-    return True
 
+    def fill(tensor: StoredTensor, begin: int, data: memoryview, offset: int) -> None:
+        pread_into(tensor.file, data, tensor.start + begin + offset)
 
-def _equal(one: np.ndarray, other: np.ndarray) -> bool:
-    """Compares bytes, eight at a time."""
-    whole = len(one) // 8 * 8
-    return np.array_equal(one[:whole].view(np.uint64), other[:whole].view(np.uint64)) and np.array_equal(
-        one[whole:], other[whole:]
-    )
+    return files.same_bytes(partial(fill, one, start), partial(fill, other, other_start), size)

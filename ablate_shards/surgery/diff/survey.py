@@ -25,8 +25,8 @@ from ablate_shards.surgery.diff.sidecars import compare_files, compare_metadata
 from ablate_shards.surgery.diff.stored import StoredTensor, open_tensors
 from ablate_shards.surgery.diff.verdict import describe
 from ablate_shards.surgery.directions.directions import Directions
-from ablate_shards.surgery.machine.devices import cores
 from ablate_shards.surgery.machine.progress import Progress
+from ablate_shards.surgery.machine.system import cores
 
 __all__ = ["DiffOptions", "diff"]
 

@@ -16,6 +16,8 @@ __all__ = ["describe"]
 
 #: Least cosine of directions that are called one.
 _SAME = 0.95
+#: The same where only their largest entries are seen.
+_SAME_IN_CODES = 0.6
 #: Coefficients that differ by less are called one.
 _SAME_COEFFICIENT = 0.05
 #: What share of the tensors is nearly all.
@@ -63,7 +65,8 @@ def _say_ablation(tensors: Sequence[TensorDiff]) -> str:
         coefficient = f"coefficient {statistics.median(coefficients):.2f}"
     else:
         coefficient = f"coefficients {low:.2f} to {high:.2f}"
-    facts = [coefficient, _kept(tensors), _same_direction(tensors), _along(tensors)]
+    rounded = "up to rounding to codes" if any(item.in_codes for item in ablations) else ""
+    facts = [coefficient, rounded, _kept(tensors), _same_direction(tensors), _along(tensors)]
     return (
         f"{_ranks(tensors)} edit{'' if len(tensors) == 1 else 's'} of {_count(len(tensors), noun)}{_where(tensors)}, "
         f"consistent with directional ablation ({', '.join(fact for fact in facts if fact)})"
@@ -84,8 +87,11 @@ def _same_direction(tensors: Sequence[TensorDiff]) -> str:
     cosines = [tensor.ablation.same_direction for tensor in tensors if tensor.ablation is not None]
     if len(cosines) < 2:
         return ""
-    if min(cosines) >= _SAME:
+    in_codes = any(tensor.ablation.in_codes for tensor in tensors if tensor.ablation is not None)
+    if min(cosines) >= (_SAME_IN_CODES if in_codes else _SAME):
         return f"one direction in all, cosines at least {min(cosines):.2f}"
+    if in_codes:
+        return ""
     return f"directions differ, cosines with the first down to {min(cosines):.2f}"
 
 
@@ -320,7 +326,8 @@ def _noun(name: str) -> str:
         return "MTP tensor"
     if any("visual" in part or "vision" in part for part in parts):
         return "vision tensor"
-    if is_beside_codes(parts[-1]) or re.search(r"_scale(?:_inv)?$", parts[-1]):
+    beside = any(is_beside_codes(".".join(parts[-count:])) for count in (1, 2, 3))
+    if beside or re.search(r"_scale(?:_inv)?$", parts[-1]):
         return "tensor of scales"
     return "head tensor" if "lm_head" in parts else "tensor"
 

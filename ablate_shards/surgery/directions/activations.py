@@ -5,6 +5,7 @@ import math
 import mmap
 import os
 import re
+import weakref
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast
 import numpy as np
 
 from ablate_shards.errors import ActivationsError, CheckpointError
+from ablate_shards.kernels.native.native import guard
 from ablate_shards.surgery.checkpoint.headers import read_header
 
 __all__ = [
@@ -170,6 +172,8 @@ class ActivationDump:
                     yield values
                     filled = (filled + count) % most if rows else 0
                     done += count
+            if kept.fits:
+                kept.check(array, number)
 
 
 class Kept:
@@ -191,15 +195,30 @@ class Kept:
         self._key: object = None
         self.fits = False
         self.arrays: list[np.ndarray] = []
+        self._mapped: list[mmap.mmap | None] = []
 
     def take(self, key: object, arrays: Iterable[_Array]) -> None:
         """Reads arrays if they fit and are not those that it holds by this key."""
         if key == self._key:
             return
-        self._key, self.arrays, self.fits = None, [], sum(_size(array) for array in arrays) <= self._room
+        self._key, self.arrays, self._mapped = None, [], []
+        self.fits = sum(_size(array) for array in arrays) <= self._room
         if self.fits:
-            self.arrays = [_whole(array) for array in arrays]
+            for array in arrays:
+                values, mapped = _whole(array)
+                self.arrays.append(values)
+                self._mapped.append(mapped)
             self._key = key
+
+    def check(self, array: _Array, number: int) -> None:
+        """Refuses an array, by its number, whose file lost its end: of a page of that, the rest reads as zeros.
+
+        Raises:
+            ActivationsError: It did.
+        """
+        mapped = self._mapped[number]
+        if mapped is not None and mapped.size() < (array.start or 0) + _size(array):
+            raise _ended(array)
 
     def scratch(self, use: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         """Returns memory that the next call for the same use returns again: new memory costs as much as reading."""
@@ -470,28 +489,32 @@ def _size(array: _Array) -> int:
     return math.prod(array.shape) * np.dtype(_DTYPES[array.dtype]).itemsize
 
 
-def _whole(array: _Array) -> np.ndarray:
-    """Returns an array as stored: mapped, or read where its file is not a plain one."""
-    if array.start is not None:
-        return _mapped(array, array.start)
+def _whole(array: _Array) -> tuple[np.ndarray, mmap.mmap | None]:
+    """Returns an array as stored, and what maps it: read where its file is not plain or nothing can guard it."""
+    if array.start is not None and _size(array) and (mapped := _mapped(array, array.start)) is not None:
+        return mapped
     values = np.empty(array.shape, _DTYPES[array.dtype])
     with array.open() as stream:
         _read_into(stream, values, array)
-    return values
+    return values, None
 
 
-def _mapped(array: _Array, start: int) -> np.ndarray:
-    """Returns an array of a plain file where the page cache holds it, without a copy."""
+def _mapped(array: _Array, start: int) -> tuple[np.ndarray, mmap.mmap] | None:
+    """Returns an array of a plain file where the page cache holds it, without a copy; None where nothing can guard it.
+
+    What touches it after the file was cut short ends the process with the sentence of the error.
+    """
     low, end = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY, start + _size(array)
-    if start == end:
-        return np.empty(array.shape, _DTYPES[array.dtype])
     with array.path.open("rb") as file:
-        # To touch what is no longer in the file would end the process.
         if os.fstat(file.fileno()).st_size < end:
             raise _ended(array)
         window = mmap.mmap(file.fileno(), end - low, access=mmap.ACCESS_READ, offset=low)
+    unguard = guard(np.frombuffer(window, np.uint8).ctypes.data, len(window), f"\nerror: {_ended(array)}")
+    if unguard is None:
+        return None
+    weakref.finalize(window, unguard)
     count = math.prod(array.shape)
-    return np.frombuffer(window, _DTYPES[array.dtype], count, start - low).reshape(array.shape)
+    return np.frombuffer(window, _DTYPES[array.dtype], count, start - low).reshape(array.shape), window
 
 
 def _ended(array: _Array) -> ActivationsError:

@@ -143,12 +143,13 @@ def biproject(basis: np.ndarray, references: Sequence[np.ndarray]) -> tuple[np.n
     return found, left
 
 
-def apply_gain(basis: np.ndarray, gain: np.ndarray) -> np.ndarray:
+def apply_gain(basis: np.ndarray, gain: np.ndarray, *, centred: bool = False) -> np.ndarray:
     """Carries directions backwards through a norm's gain: ``R diag(g)``, orthonormal again.
 
     Args:
         basis: ``[k, d]`` float64, orthonormal rows.
         gain: ``[d]`` float64, what the norm multiplies by.
+        centred: Whether it subtracts the mean first, as LayerNorm does; then each row loses its own mean.
 
     Returns:
         ``[k, d]`` float64, orthonormal rows.
@@ -157,6 +158,8 @@ def apply_gain(basis: np.ndarray, gain: np.ndarray) -> np.ndarray:
         DirectionsError: The gain is zero along a direction.
     """
     carried = basis * gain
+    if centred:
+        carried -= carried.mean(axis=1, keepdims=True)
     if smallest_singular_value(carried) <= NOTHING_LEFT * float(np.abs(gain).max(initial=0)):
         raise DirectionsError(
             "the post-norm gain is zero along a direction, so its output never carries it; leave it out with --layers"

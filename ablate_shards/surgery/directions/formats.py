@@ -17,7 +17,7 @@ from ablate_shards.surgery.directions.activations import (
     read_pickled_tensors,
 )
 from ablate_shards.surgery.directions.directions import Directions, LayerScore, score_by_means, score_table
-from ablate_shards.surgery.directions.unnamed import only_direction, read_npy
+from ablate_shards.surgery.directions.unnamed import no_layers, only_direction, read_npy
 from ablate_shards.surgery.directions.vectors import LARGEST, NOTHING_LEFT, orthonormal, smallest_singular_value, unit
 from ablate_shards.surgery.machine.files import write_safetensors
 from ablate_shards.validation import checked
@@ -67,6 +67,8 @@ def read_directions(path: Path, layer: int | None = None) -> Directions:
     Raises:
         DirectionsError: The file is missing, malformed, or holds no usable directions.
     """
+    if path.is_dir():
+        raise DirectionsError(f"{path}: expected a file of directions, found a folder; name the file in it")
     try:
         if path.suffix in MEASUREMENT_SUFFIXES:
             return _read_measurements(path, layer)
@@ -90,6 +92,10 @@ def _read_own(path: Path, layer: int | None) -> Directions:
     shard, metadata = read_header(path)
     if "ablate-shards" not in metadata.get("format", "") and len(shard.tensors) == 1:
         return _read_only_tensor(path, shard.tensors[0], layer)
+    if "ablate-shards" not in metadata.get("format", "") and not any(
+        _NAME.fullmatch(each.name) for each in shard.tensors
+    ):
+        raise no_layers(path, [f"{tensor.name} {list(tensor.shape)} of {tensor.dtype}" for tensor in shard.tensors])
     if (found := metadata.get("format", "not given")) != DIRECTIONS_FORMAT:
         names = ", ".join(tensor.name for tensor in shard.tensors[:2]) or "no tensors"
         raise DirectionsError(

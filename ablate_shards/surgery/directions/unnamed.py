@@ -1,13 +1,13 @@
 """A direction that a file holds without saying of which decoder layer, as many scripts save it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ablate_shards.errors import DirectionsError, reason
 
-__all__ = ["only_direction", "read_npy"]
+__all__ = ["no_layers", "only_direction", "read_npy"]
 
 _BY_NAME = "save what is meant as direction.layers.N of shape [d] in an .npz file (numpy.savez), N the decoder layer"
 _MOST_SHOWN = 4
@@ -43,18 +43,26 @@ def only_direction(path: Path, arrays: Mapping[str, np.ndarray], layer: int | No
     Raises:
         DirectionsError: It holds none, or several, or the layer is not named.
     """
-    shown = ", ".join(
-        f"{name} {list(array.shape)} of {array.dtype}" for name, array in list(arrays.items())[:_MOST_SHOWN]
-    )
-    more = f" and {len(arrays) - _MOST_SHOWN} more" if len(arrays) > _MOST_SHOWN else ""
+    held = [f"{name} {list(array.shape)} of {array.dtype}" for name, array in arrays.items()]
     vectors = [array for array in arrays.values() if array.size > 1]
     if len(vectors) != 1 or vectors[0].dtype.kind != "f" or vectors[0].size != vectors[0].shape[-1]:
-        raise DirectionsError(
-            f"{path}: holds {shown or 'nothing'}{more}, and not what is the direction of which layer; {_BY_NAME}"
-        )
+        raise no_layers(path, held)
     if layer is None:
         raise DirectionsError(
-            f"{path}: holds {shown}, one direction, and does not say of which decoder layer; name that with "
-            f"--source-layer N and the layers to edit with --layers, both in `ablate-shards SOURCE OUT`, or {_BY_NAME}"
+            f"{path}: holds {', '.join(held[:_MOST_SHOWN])}, one direction, and does not say of which decoder layer; "
+            "name that with --source-layer N and the layers to edit with --layers, both in `ablate-shards SOURCE OUT`, "
+            f"or {_BY_NAME}"
         )
     return {layer: vectors[0].reshape(1, -1)}
+
+
+def no_layers(path: Path, held: Sequence[str]) -> DirectionsError:
+    """Returns the error of a file whose names do not tell which layer each direction is of.
+
+    Args:
+        path: The file.
+        held: What it holds: names, shapes and dtypes.
+    """
+    more = f" and {len(held) - _MOST_SHOWN} more" if len(held) > _MOST_SHOWN else ""
+    shown = ", ".join(held[:_MOST_SHOWN]) or "nothing"
+    return DirectionsError(f"{path}: holds {shown}{more}, and not what is the direction of which layer; {_BY_NAME}")

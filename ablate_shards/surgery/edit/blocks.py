@@ -14,7 +14,8 @@ import numpy as np
 from blake3 import blake3
 
 from ablate_shards.surgery.edit.sections import Section
-from ablate_shards.surgery.machine.devices import cores, find_device
+from ablate_shards.surgery.machine.devices import find_device
+from ablate_shards.surgery.machine.system import cores
 from ablate_shards.surgery.plan.edits import Edit
 
 if TYPE_CHECKING:

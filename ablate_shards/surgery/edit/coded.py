@@ -177,7 +177,7 @@ class CodedMatrix:
     def measure(self, raw: np.ndarray, offset: int) -> None:
         """Takes a block as it was written."""
         if self._weight.by_rows:
-            self._meter_rows(raw.reshape(-1, self._row_bytes), (offset - self.start) // self._row_bytes)
+            self._meter_rows(self._weight.turned(raw), (offset - self.start) // self._row_bytes)
             return
         if not len(self._written):
             self._written = np.empty(self._weight.size, np.uint8)

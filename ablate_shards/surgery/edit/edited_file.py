@@ -22,6 +22,7 @@ from ablate_shards.surgery.checkpoint.headers import Shard
 from ablate_shards.surgery.edit.blocks import BlockEditor
 from ablate_shards.surgery.edit.sections import Section
 from ablate_shards.surgery.machine.files import pread_into
+from ablate_shards.surgery.machine.system import open_file
 from ablate_shards.surgery.plan.edits import Edit, untouched
 
 if TYPE_CHECKING:
@@ -330,7 +331,7 @@ class _Source:
 
     def __init__(self, checkpoint: Checkpoint, shard: Shard) -> None:
         self._file, self._remote = shard.name, checkpoint.fetched(shard.name)
-        self._descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC) if self._remote is None else -1
+        self._descriptor = open_file(shard.path) if self._remote is None else -1
         self._chunks: Iterator[bytes] = iter(())
         self._left, self._position = memoryview(b""), 0
 

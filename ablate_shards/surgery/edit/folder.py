@@ -68,7 +68,7 @@ def perform_in_folder(
         with ShardWriter(amended, operation, staging, progress, link=run.link) as writer:
             results, identity = writer.write(run)
         check_unchanged(checkpoint)
-        with (staging.folder / operation.receipt_name).open("w", encoding="utf-8") as file:
+        with (staging.folder / operation.receipt_name).open("w", encoding="utf-8", newline="\n") as file:
             file.write(operation.receipt(checkpoint, results, identity))
             file.flush()
             staging.fsync(file.fileno())

@@ -360,9 +360,10 @@ def _record(edit: TensorEdit, result: TensorResult) -> dict[str, Any]:
 
 def _record_scales(scales: Scales) -> dict[str, Any]:
     record = _with_bytes(dataclasses.asdict(scales))
-    parts, codes, order = record.pop("parts"), record.pop("codes"), record.pop("order")
     # FP8, row by row, is what is meant where nothing is said.
-    said = ({} if codes == "E4M3" else {"codes": codes}) | ({} if order == "rows" else {"order": order})
+    usual = {"codes": "E4M3", "order": "rows", "rows": 0}
+    parts, said = record.pop("parts"), {key: record.pop(key) for key in usual}
+    said = {key: value for key, value in said.items() if value != usual[key]}
     return record | said | ({"parts": [_with_bytes(part) for part in parts]} if parts else {})
 
 

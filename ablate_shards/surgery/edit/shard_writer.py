@@ -16,10 +16,10 @@ from ablate_shards.surgery.edit.blocks import BlockEditor, Channels, Portion, St
 from ablate_shards.surgery.edit.operation import Operation, RunOptions
 from ablate_shards.surgery.edit.queue import Task, UnderWay, Work
 from ablate_shards.surgery.machine.copying import allocate, clone, copy_range, link
-from ablate_shards.surgery.machine.devices import cores
 from ablate_shards.surgery.machine.files import pread_into, pwrite_all
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.staging import Staging
+from ablate_shards.surgery.machine.system import cores, open_file
 from ablate_shards.surgery.plan.edits import Edit, by_shard, untouched
 
 if TYPE_CHECKING:
@@ -126,11 +126,11 @@ class ShardWriter(Generic[_E, _R]):
             return self._start_fetch(shard, path, [(edit.start, edit.end) for edit in edits], copiers)
         path.unlink(missing_ok=True)
         linked = not edits and self._link and link(shard.path, path)
-        source = self._hold(os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC))
+        source = self._hold(open_file(shard.path))
         if linked:
             self._progress.advance(shard.size)
-            return Work(shard, source, self._hold(os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
-        target = self._hold(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+            return Work(shard, source, self._hold(open_file(path)))
+        target = self._hold(open_file(path, new=True))
         ranges = list(untouched(shard, edits))
         work: Work[_R] = Work(shard, source, target)
         if clone(source, target):
@@ -152,8 +152,8 @@ class ShardWriter(Generic[_E, _R]):
     def _start_fetch(
         self, shard: Shard, path: Path, edited: list[tuple[int, int]], copiers: ThreadPoolExecutor
     ) -> Work[_R]:
-        target = self._hold(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
-        source = self._hold(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        target = self._hold(open_file(path, write=True))
+        source = self._hold(open_file(path))
         fetched = copiers.submit(self._fetch, shard.name, path, edited)
         return Work(shard, source, target, [fetched], fetched=fetched)
 
@@ -218,7 +218,7 @@ class ShardWriter(Generic[_E, _R]):
         path.parent.mkdir(parents=True, exist_ok=True)
         if self._checkpoint.fetched(name) is not None:
             self._fetch(name, path, [])
-            with path.open("rb") as target:
+            with path.open("r+b") as target:
                 self._staging.fsync(target.fileno())
             return
         with (self._checkpoint.root / name).open("rb") as source, path.open("wb") as target:

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ablate_shards.errors import ArchitectureError, PlanError
-from ablate_shards.surgery.anatomy.architecture import dissect, head_of
-from ablate_shards.surgery.anatomy.scales import Scales, ending_of, find_scales, is_codes, quantisation_of
+from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect, head_of, split_layer
+from ablate_shards.surgery.anatomy.scales import Scales, ending_of, is_codes, quantisation_of
+from ablate_shards.surgery.anatomy.tied import stored_head
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range, read_vector
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
+from ablate_shards.surgery.dequantise.decoding import read_scales
 from ablate_shards.surgery.edit.receipt import source_record
 from ablate_shards.surgery.extract.matrices import ChangedMatrix, Pair, ReadInto, StoredMatrix, count_matrices
 from ablate_shards.surgery.extract.modules import ModuleNames
 from ablate_shards.surgery.extract.plan import AdapterPlan, Change, make_adapter_plan
 from ablate_shards.surgery.extract.receipt import Made, adapter_receipt_text
+from ablate_shards.surgery.machine.files import same_bytes
 from ablate_shards.surgery.plan.edits import Edit, Skip
 
 if TYPE_CHECKING:
@@ -24,10 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["difference_receipt", "plan_difference_adapter"]
 
-_PIECE = 1 << 22
-_EXPERTS = ".experts."
+_EXPERTS, _COMPUTED = ".experts.", ".rotary_emb.inv_freq"
 #: Families whose linear weights, and those whose stacks of experts, are stored as ``[in, out]``.
-_CONV1D, _MARKED = frozenset({"GPT-2"}), frozenset({"gpt-oss"})
+_CONV1D, _MARKED = frozenset({"GPT-2"}), frozenset({"Aria", "gpt-oss"})
 _MOST_NAMES = 3
 
 
@@ -43,20 +45,16 @@ def plan_difference_adapter(first: Checkpoint, second: Checkpoint, rank: int | N
         PlanError: The checkpoints do not hold the same tensors in the same shapes, they do not differ, or in nothing
             that an adapter could carry.
     """
-    _check_shapes(first, second)
-    try:
-        anatomy = dissect(first.tensors, first.config)
-    except ArchitectureError:
-        anatomy = None
+    anatomy = _anatomy_of(first)
     family = None if anatomy is None else anatomy.family
+    left_out = _left_behind(first, second)
     differences = _Differences(first, second, family)
     changes: list[Change] = []
-    left_out: list[Skip] = []
-    for tensor in first.tensors.values():
+    for tensor in differences.found():
         found = differences.of(tensor)
         if isinstance(found, Change):
             changes.append(found)
-        elif found is not None:
+        else:
             left_out.append(Skip(tensor.name, None, None, found))
     if not changes and not left_out:
         raise PlanError(f"{second.name}: holds the same weights as {first.name}, so that there is nothing to extract")
@@ -70,19 +68,52 @@ def difference_receipt(first: Checkpoint, second: Checkpoint, made: Made) -> str
     return adapter_receipt_text(made, origin)
 
 
-def _check_shapes(first: Checkpoint, second: Checkpoint) -> None:
-    for one, other in ((first, second), (second, first)):
-        if lacking := [name for name in one.tensors if name not in other.tensors]:
+def _anatomy_of(checkpoint: Checkpoint) -> Anatomy | None:
+    try:
+        return dissect(checkpoint.tensors, checkpoint.config)
+    except ArchitectureError:
+        return None
+
+
+def _left_behind(first: Checkpoint, second: Checkpoint) -> list[Skip]:
+    """Returns what only one of the checkpoints holds and the decoder does without.
+
+    Raises:
+        PlanError: One of them lacks a part of the decoder, or a tensor has another shape.
+    """
+    left: list[Skip] = []
+    for one, other, which in ((first, second, "first"), (second, first, "second")):
+        alone = [name for name in one.tensors if name not in other.tensors]
+        anatomy = _anatomy_of(one) if alone else None
+        reasons = {name: _why_dispensable(one, name, anatomy) for name in alone}
+        if lacking := [name for name in alone if reasons[name] is None]:
             raise PlanError(
                 f"{other.name}: lacks {_names(lacking)}, which {one.name} holds, and an adapter neither adds nor "
                 "removes tensors; compare two checkpoints of the same model, in the same form"
             )
+        left += [Skip(name, None, None, f"only the {which} checkpoint holds it, {reasons[name]}") for name in alone]
     for name, tensor in first.tensors.items():
-        if tensor.shape != second.tensors[name].shape:
+        if name in second.tensors and tensor.shape != second.tensors[name].shape:
             raise PlanError(
                 f"{name}: is {list(tensor.shape)} in {first.name} and {list(second.tensors[name].shape)} in "
                 f"{second.name}, and an adapter changes no shape; compare two checkpoints of the same model"
             )
+    return left
+
+
+def _why_dispensable(one: Checkpoint, name: str, anatomy: Anatomy | None) -> str | None:
+    """Returns why a decoder does without a tensor, None where it does not."""
+    if name.endswith(_COMPUTED):
+        return "and loaders compute it"
+    if anatomy is None:
+        return None
+    predicting = {writer.layer for writer in anatomy.writers if writer.mtp}
+    outside = not ModuleNames(one.tensors, one.config, anatomy.family).holds(name)
+    if outside or split_layer(name)[0] in predicting:
+        return "and it is no part of the decoder"
+    head = stored_head(one, anatomy)
+    copied = head is not None and head.tensor.name == name and head.embedding is not None
+    return "a copy of the embedding that it is tied to" if copied else None
 
 
 class _Differences:
@@ -92,16 +123,26 @@ class _Differences:
         self._first, self._second, self._family = first, second, family
         self._names = ModuleNames(first.tensors, first.config, family)
         self._scales = tuple(_scales_of(checkpoint) for checkpoint in (first, second))
-        self._beside = {
-            part.name
-            for scales in self._scales[0].values()
-            for part in (scales.tensor, *(each.tensor for each in scales.parts))
-        }
+        self._beside = {part.name for scales in self._scales[0].values() for part in (scales, *scales.parts)}
 
-    def of(self, tensor: TensorInfo) -> Change | str | None:
-        """Returns what an adapter changes of a tensor, why it does not, or None where nothing differs."""
-        if tensor.name in self._beside or not self._differs(tensor):
-            return None
+    def found(self) -> list[TensorInfo]:
+        """Returns the tensors that differ, and all experts of those that the model makes one parameter of."""
+        tensors = [
+            tensor
+            for name, tensor in self._first.tensors.items()
+            if name not in self._beside and name in self._second.tensors
+        ]
+        places = {tensor.name: self._names.place(tensor) for tensor in tensors}
+        differing = {tensor.name for tensor in tensors if self._differs(tensor)}
+        stacks = {place.path for name in differing if (place := places[name]) is not None and place.expert is not None}
+        return [
+            tensor
+            for tensor in tensors
+            if tensor.name in differing or ((place := places[tensor.name]) is not None and place.path in stacks)
+        ]
+
+    def of(self, tensor: TensorInfo) -> Change | str:
+        """Returns what an adapter changes of a tensor that differs, or why it does not."""
         other, scales = self._second.tensors[tensor.name], self._scales[0].get(tensor.name)
         coded = scales is not None and tensor.name in self._scales[1]
         if not coded and not {tensor.dtype, other.dtype} <= ITEM_BYTES.keys():
@@ -119,8 +160,11 @@ class _Differences:
         if (len(tensor.shape) > 2 and not stacked and not coded) or 0 in tensor.shape:
             return "is no matrix, nor a stack of those of experts"
         place = self._names.place(tensor)
+        alone = place is not None and place.form == "parameter" and place.expert is None and not stacked
+        if alone and place is not None and not place.path.endswith(".weight"):
+            return "is a parameter beside other weights of its module, which peft would wrap as one"
         if place is None:
-            return "is half of what transformers makes one parameter of; fuse the experts of both checkpoints first"
+            return "is a part of what transformers makes one parameter of"
         axis = -1 if place.form == "embedding" else -2
         if not coded and self._family in (_MARKED if stacked else _CONV1D) and place.path != "lm_head":
             axis = -1
@@ -150,7 +194,7 @@ class _Differences:
         """Compares a tensor, and what says what its codes mean."""
         parts = [tensor]
         if (scales := self._scales[0].get(tensor.name)) is not None:
-            parts += [scales.tensor, *(part.tensor for part in scales.parts)]
+            parts += [scales, *scales.parts]
         return any(not _same_bytes(self._first, self._second, part.name) for part in parts)
 
 
@@ -160,7 +204,7 @@ def _scales_of(checkpoint: Checkpoint) -> Mapping[str, Scales]:
     for name, tensor in checkpoint.tensors.items():
         if is_codes(tensor, ending_of(name)) and tensor.dtype not in ITEM_BYTES:
             try:
-                found[name] = find_scales(tensor, checkpoint.tensors, config)
+                found[name] = read_scales(tensor, checkpoint.tensors, config, functools.partial(read_range, checkpoint))
             except ArchitectureError:
                 continue
     return found
@@ -171,13 +215,12 @@ def _same_bytes(first: Checkpoint, second: Checkpoint, name: str) -> bool:
     if one.dtype != other.dtype or one.end - one.start != other.end - other.start:
         return False
     never = threading.Event()
-    for done in range(0, one.end - one.start, _PIECE):
-        pieces = [bytearray(min(_PIECE, one.end - one.start - done)) for _ in range(2)]
-        for checkpoint, tensor, piece in zip((first, second), (one, other), pieces, strict=True):
-            checkpoint.files.read_into(tensor.shard, memoryview(piece), tensor.start + done, never)
-        if pieces[0] != pieces[1]:
-            return False
-    return True
+
+    def fill(checkpoint: Checkpoint, tensor: TensorInfo, data: memoryview, offset: int) -> None:
+        checkpoint.files.read_into(tensor.shard, data, tensor.start + offset, never)
+
+    fills = (functools.partial(fill, first, one), functools.partial(fill, second, other))
+    return same_bytes(*fills, one.end - one.start)
 
 
 def _vectors(

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -22,11 +21,11 @@ from ablate_shards.surgery.edit.operation import RunOptions, check_unchanged
 from ablate_shards.surgery.extract.matrices import Pair
 from ablate_shards.surgery.extract.plan import LIMIT, MOST_RANK, RANK, AdapterPlan, Biases, Change, Module
 from ablate_shards.surgery.extract.receipt import Made, ModuleResult
-from ablate_shards.surgery.machine.devices import cores
-from ablate_shards.surgery.machine.files import write_safetensors, write_whole
+from ablate_shards.surgery.machine.files import pread_into, write_safetensors, write_whole
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt, uninterrupted
 from ablate_shards.surgery.machine.staging import OutFolder, Staging, locked
+from ablate_shards.surgery.machine.system import cores
 from ablate_shards.surgery.plan.edits import Edit
 
 if TYPE_CHECKING:
@@ -82,13 +81,14 @@ class Source:
             return
         if tensor.name not in self._fetched:
             self._fetched[tensor.name] = self._fetch(tensor, self._folder)
-        os.preadv(self._fetched[tensor.name].fileno(), [data], offset - tensor.start)
+        pread_into(self._fetched[tensor.name].fileno(), data, offset - tensor.start)
 
     def release(self, module: Module) -> None:
         """Drops what was fetched of a module."""
         for change in module.changes:
-            if (file := self._fetched.pop(change.name, None)) is not None:
-                file.close()
+            for tensor in change.tensors:
+                if (file := self._fetched.pop(tensor.name, None)) is not None:
+                    file.close()
 
     def _fetch(self, tensor: Edit, folder: Path) -> IO[bytes]:
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed when its module is done
@@ -186,7 +186,7 @@ def _compute_all(
     stop = threading.Event()
     source = Source(checkpoint, stop, folder)
     local = threading.local()
-    progress.begin(sum(change.tensor.end - change.tensor.start for each in plan.modules for change in each.changes))
+    progress.begin(sum(change.size for each in plan.modules for change in each.changes))
 
     def compute(module: Module) -> _Factors:
         if not hasattr(local, "matrices"):
@@ -195,7 +195,7 @@ def _compute_all(
             return _compute(module, plan.rank, local.matrices, biases=plan.biases, tied=plan.keeps_ties)
         finally:
             source.release(module)
-            progress.advance(sum(change.tensor.end - change.tensor.start for change in module.changes))
+            progress.advance(sum(change.size for change in module.changes))
 
     with ThreadPoolExecutor(jobs_of(plan, run)) as pool, contextlib.ExitStack() as cleanup:
         cleanup.callback(pool.shutdown, wait=False, cancel_futures=True)
@@ -205,7 +205,9 @@ def _compute_all(
 
 def jobs_of(plan: AdapterPlan, run: RunOptions) -> int:
     """Returns how many modules are computed at a time: as many as the memory allows."""
-    sides = max(sum(change.tensor.shape[-2:]) for module in plan.modules for change in module.changes)
+    sides = max(
+        sum(sum(tensor.shape[-2:]) for tensor in change.tensors) for module in plan.modules for change in module.changes
+    )
     each = _SKETCH_BYTES * sides * (plan.rank or RANK)
     return max(1, min(run.jobs or cores(), run.memory // max(1, each)))
 

@@ -16,7 +16,7 @@ from ablate_shards.surgery.plan.edits import Edit, TensorEdit
 if TYPE_CHECKING:
     from ablate_shards.kernels.ablate.project import Workspace
 
-__all__ = ["AblatedMatrix", "ChangedMatrix", "Pair", "ReadInto", "StoredMatrix", "count_matrices"]
+__all__ = ["AblatedMatrix", "ChangedMatrix", "JoinedMatrix", "Pair", "ReadInto", "StoredMatrix", "count_matrices"]
 
 #: Values that are decoded at a time.
 _ROOM = 1 << 18
@@ -74,6 +74,7 @@ class StoredMatrix:
         else:
             raw = np.empty((count, self._row_bytes), np.uint8)
             self._read(self._tensor, raw.reshape(-1).data, self._start + first * self._row_bytes)
+            raw = raw if self._weight is None else self._weight.turned(raw)
         if self._weight is not None:
             self._weight.check(self._number, raw)
             return np.ascontiguousarray(self._weight.decode(raw, self._spread, first, self.cols))
@@ -180,6 +181,29 @@ class ChangedMatrix(Pair):
             raise ExecuteError(
                 f"{self._name}: holds NaN or infinite values, which no adapter can bring about; fetch its shard again"
             )
+        return before, after
+
+
+class JoinedMatrix(Pair):
+    """Two matrices of which the model makes one, the rows of the second below those of the first.
+
+    Args:
+        upper: The first, before and after.
+        lower: The second, of as many columns.
+    """
+
+    def __init__(self, upper: Pair, lower: Pair) -> None:
+        self.rows, self.cols = upper.rows + lower.rows, upper.cols
+        self._parts = (0, upper), (upper.rows, lower)
+        self._step = max(1, _ROOM // max(1, self.cols))
+
+    def _block(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        made = []
+        for start, pair in self._parts:
+            low, high = max(first, start), min(first + count, start + pair.rows)
+            if low < high:
+                made.append(pair._block(low - start, high - low))
+        before, after = (np.concatenate(blocks) for blocks in zip(*made, strict=True))
         return before, after
 
 

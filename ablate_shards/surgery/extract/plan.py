@@ -1,6 +1,7 @@
 """Which modules of a model an adapter changes, and what of the edit it cannot carry."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ablate_shards.errors import PlanError, UsageError
+from ablate_shards.surgery.anatomy.architecture import is_published_form
 from ablate_shards.surgery.anatomy.scales import Scales
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
-from ablate_shards.surgery.extract.matrices import Pair, ReadInto
+from ablate_shards.surgery.extract.matrices import JoinedMatrix, Pair, ReadInto
 from ablate_shards.surgery.extract.modules import Form, ModuleNames, Place
 from ablate_shards.surgery.plan.edits import Skip
 
@@ -30,11 +32,16 @@ Biases = Literal["none", "added", "replaced"]
 RANK, LIMIT, MOST_RANK = 32, 0.1, 256
 #: From which version on peft reads stacks of experts in the order in which they are written here.
 PEFT_VERSION = "0.19.1"
-#: What peft refuses to adapt, by name, and in which models.
-_MAMBA, _REFUSED_BESIDE_MAMBA = frozenset({"falcon_h1", "nemotron_h"}), frozenset({"out_proj"})
+#: What peft refuses to adapt, or adapts without effect, by the type of the model.
+_REFUSED_BESIDE_MAMBA = {
+    **dict.fromkeys(("falcon_h1", "nemotron_h", "nemotron_h_omni", "mamba", "mamba2", "falcon_mamba"), "out_proj"),
+    "jamba": "dt_proj",
+}
+#: Types of which peft renames more of an adapter than it finds, so that a part takes no effect.
+_NOT_LOADED = frozenset({"laguna", "mistral_large4", "unlimited_ocr"})
 _POSITIONS = "embed_positions"
 #: Families whose experts transformers marks as transposed, ``[E, in, out]``.
-_MARKED = frozenset({"gpt-oss"})
+_MARKED = frozenset({"Aria", "gpt-oss"})
 
 
 def _none_to_open(*_: Any) -> Pair:
@@ -56,6 +63,7 @@ class Change:
         vector: Returns a bias before and after the edit, ``[d]`` float64 each.
         scales: What its codes are multiplied by, None where it holds plain numbers.
         mtp: Whether it belongs to a multi-token-prediction layer.
+        below: The tensor whose rows the model has below those of this one, in the same parameter.
     """
 
     tensor: TensorInfo
@@ -68,6 +76,17 @@ class Change:
     vector: Callable[[], tuple[np.ndarray, np.ndarray]] | None = field(default=None, repr=False, compare=False)
     scales: Scales | None = None
     mtp: bool = False
+    below: TensorInfo | None = None
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """The tensor, and the one below it."""
+        return (self.tensor,) if self.below is None else (self.tensor, self.below)
+
+    @property
+    def size(self) -> int:
+        """Bytes of both."""
+        return sum(tensor.end - tensor.start for tensor in self.tensors)
 
     @property
     def name(self) -> str:
@@ -156,7 +175,7 @@ class AdapterPlan:
                 {
                     "path": module.path,
                     "form": module.form,
-                    "tensors": [change.name for change in module.changes],
+                    "tensors": [tensor.name for change in module.changes for tensor in change.tensors],
                     **({"bias": module.bias.name} if module.bias else {}),
                 }
                 for module in self.modules
@@ -223,7 +242,8 @@ def make_adapter_plan(
         left_out: What is left out already.
 
     Raises:
-        PlanError: There is nothing that an adapter could carry, or a module is named twice.
+        PlanError: There is nothing that an adapter could carry, a module is named twice, or the names are not those of
+            transformers.
         UsageError: The rank is less than that of the directions.
     """
     most = max((len(change.basis) for change in changes if change.basis is not None), default=1)
@@ -231,8 +251,19 @@ def make_adapter_plan(
         raise UsageError(
             f"--adapter-rank {rank}: there are {most} directions per layer, which take as many; give at least {most}"
         )
+    if family is not None and is_published_form(checkpoint.tensors, family):
+        raise PlanError(
+            f"{checkpoint.name}: {changes[0].name} is called as its makers publish it, and an adapter needs the names "
+            "of modules of transformers; write a checkpoint instead, or take the model in the form that transformers "
+            "loads"
+        )
     names = ModuleNames(checkpoint.tensors, checkpoint.config, family)
-    refused = _REFUSED_BESIDE_MAMBA if _model_type(checkpoint) in _MAMBA else frozenset()
+    if _model_type(checkpoint) in _NOT_LOADED:
+        raise PlanError(
+            f"{checkpoint.name}: peft loads only a part of an adapter of a {_model_type(checkpoint)}; write a "
+            "checkpoint instead"
+        )
+    refused = _REFUSED_BESIDE_MAMBA.get(_model_type(checkpoint))
     left_out = list(left_out)
     groups: defaultdict[str, list[tuple[Place, Change]]] = defaultdict(list)
     biases: dict[str, Change] = {}
@@ -246,8 +277,10 @@ def make_adapter_plan(
             left_out.append(_skip(change, "tied to the token embedding, with which it changes"))
         elif (place := names.place(change.tensor)) is None:
             left_out.append(_skip(change, "is a part of what transformers makes one parameter of"))
-        elif place.path.rpartition(".")[2] in refused:
-            left_out.append(_skip(change, "peft adapts no module of this name in models with Mamba layers"))
+        elif place.path.removesuffix(".weight").rpartition(".")[2] == refused:
+            left_out.append(
+                _skip(change, "no adapter of a module of this name takes effect in this model's Mamba layers")
+            )
         elif place.path.rpartition(".")[2] == _POSITIONS:
             left_out.append(_skip(change, "its module counts the positions itself, which peft does not know of"))
         else:
@@ -295,16 +328,44 @@ _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
 
 
 def _module(path: str, found: Iterable[tuple[Place, Change]], family: str | None) -> Module:
-    places = sorted(found, key=lambda each: each[0].expert or 0)
+    places = _joined(sorted(found, key=lambda each: (each[0].expert or 0, each[0].part)))
     form, expert = places[0][0].form, places[0][0].expert
     changes = tuple(change for _, change in places)
-    if len(places) > 1 and (expert is None or [place.expert for place, _ in places] != list(range(len(places)))):
+    if (len(places) > 1 or expert) and [place.expert for place, _ in places] != list(range(len(places))):
+        names = " and ".join(change.name for change in changes[:2])
         raise PlanError(
-            f"{changes[0].name} and {changes[1].name} are one parameter of the model, {path}, and not all of it; "
+            f"{names} {'is' if len(places) == 1 else 'are'} of one parameter of the model, {path}, and not all of it; "
             "write a checkpoint instead of an adapter"
+        )
+    if len({tuple(tensor.shape for tensor in change.tensors) for change in changes}) > 1:
+        raise PlanError(
+            f"{changes[0].name}: the experts beside it have other shapes, and {path} of the model holds only those of "
+            "one; write a checkpoint instead of an adapter"
         )
     stacked = form == "parameter" and (expert is not None or len(changes[0].tensor.shape) > 2)
     return Module(path, form, changes, swapped=stacked and changes[0].axis == -1 and family not in _MARKED)
+
+
+def _joined(places: Sequence[tuple[Place, Change]]) -> list[tuple[Place, Change]]:
+    """Makes one change of the two matrices that an expert's parameter is made of."""
+    joined: list[tuple[Place, Change]] = []
+    for place, change in places:
+        if place.part == 0:
+            joined.append((place, change))
+            continue
+        above = joined[-1][1] if joined and joined[-1][0].expert == place.expert else None
+        if above is None or above.below is not None:
+            raise PlanError(
+                f"{change.name} is a part of the parameter {place.path} of the model, and the other part is not there; "
+                "write a checkpoint instead of an adapter"
+            )
+        both = dataclasses.replace(above, below=change.tensor, open=functools.partial(_open_both, above, change))
+        joined[-1] = joined[-1][0], both
+    return joined
+
+
+def _open_both(upper: Change, lower: Change, read: ReadInto, number: int, workspace: "Workspace") -> Pair:
+    return JoinedMatrix(upper.open(read, number, workspace), lower.open(read, number, workspace))
 
 
 def _nested(modules: Sequence[Module]) -> list[Module]:
@@ -316,14 +377,14 @@ def _nested(modules: Sequence[Module]) -> list[Module]:
     }
     return [
         dataclasses.replace(module, depth=1)
-        if module.path.endswith(".gate_up_proj") and module.path.rpartition(".")[0] in last
+        if module.path.endswith((".gate_up_proj", ".experts.up_proj")) and module.path.rpartition(".")[0] in last
         else module
         for module in modules
     ]
 
 
-def _model_type(checkpoint: Checkpoint) -> Any:
-    return (checkpoint.config or {}).get("model_type")
+def _model_type(checkpoint: Checkpoint) -> str:
+    return str((checkpoint.config or {}).get("model_type"))
 
 
 def _skip(change: Change, reason: str) -> Skip:

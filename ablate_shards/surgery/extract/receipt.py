@@ -107,8 +107,9 @@ def adapter_receipt_text(made: Made, origin: Mapping[str, Any]) -> str:
                     "path": module.path,
                     "form": module.form,
                     "tensors": [
-                        {"name": change.name, "dtype": change.tensor.dtype, "shape": list(change.tensor.shape)}
+                        {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
                         for change in module.changes
+                        for tensor in change.tensors
                     ],
                     **({"bias": module.bias.name} if module.bias else {}),
                     **asdict(made.results[module.path]),

@@ -106,7 +106,7 @@ def perform_in_store(
                 results, device = sender.write(run)
             check_unchanged(checkpoint)
             receipt = staging.folder / operation.receipt_name
-            receipt.write_text(operation.receipt(checkpoint, results, device), encoding="utf-8")
+            receipt.write_text(operation.receipt(checkpoint, results, device), encoding="utf-8", newline="\n")
             for name in [*sorted(amended.sidecars, key=_found_first), operation.receipt_name]:
                 target.send(staging.folder / name, name)
             ours = {operation.receipt_name, *(shard.name for shard in amended.shards), *amended.sidecars}

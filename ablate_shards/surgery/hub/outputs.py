@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ablate_shards.errors import UsageError
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, files_of
@@ -13,6 +13,10 @@ from ablate_shards.surgery.edit.operation import Operation, RunOptions
 from ablate_shards.surgery.machine.devices import find_device
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.staging import OutFolder, check_out
+
+if TYPE_CHECKING:
+    from ablate_shards.surgery.extract.plan import AdapterPlan
+    from ablate_shards.surgery.extract.receipt import Describe, ModuleResult
 
 __all__ = ["Prepared", "prepare"]
 
@@ -71,6 +75,14 @@ class Prepared:
         from ablate_shards.surgery.hub.objects import perform_in_store
 
         return perform_in_store(checkpoint, operation, str(self.out), self.run, progress), None
+
+    def make_adapter(
+        self, plan: "AdapterPlan", describe: "Describe", progress: Progress
+    ) -> "tuple[dict[str, ModuleResult], str | None]":
+        """Makes an adapter of the source; see :func:`ablate_shards.surgery.hub.adapters.make_adapter`."""
+        from ablate_shards.surgery.hub.adapters import make_adapter
+
+        return make_adapter(self.source(), plan, describe, self.out, self.run, progress, private=self.private)
 
 
 def prepare(

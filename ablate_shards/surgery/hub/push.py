@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ablate_shards.errors import AblateError, HubError, UsageError
+from ablate_shards.names import WEIGHTS_NAME
 from ablate_shards.surgery.checkpoint.hub_store import HubFaults, HubStore, explain_hub, hub_pause
 from ablate_shards.surgery.checkpoint.remote import Entry, Patience, RemoteFiles, patiently
 from ablate_shards.surgery.checkpoint.stores import is_hub_id, open_source
@@ -26,6 +27,7 @@ __all__ = [
     "PushPlan",
     "Pushed",
     "card_of",
+    "check_place_of_adapter",
     "commit",
     "explained",
     "open_for_writing",
@@ -36,6 +38,7 @@ __all__ = [
 
 _CHUNK = 1 << 20
 _MOST_NAMES = 3
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +252,37 @@ def commit(
             patience.wait(error)
 
 
+def check_place_of_adapter(repo: str, options: PushOptions, *, overwrite: bool) -> None:
+    """Refuses a repository that an adapter cannot be put in, before the adapter is made.
+
+    Args:
+        repo: ``org/name``.
+        options: How to publish.
+        overwrite: Whether an adapter that is there may be replaced.
+
+    Raises:
+        HubError: It may not be written, or holds an adapter, or the weights of a model.
+    """
+    _require_token(repo)
+    store = _repository(repo, options)
+    _refuse_model(repo, store)
+    if store is not None and WEIGHTS_NAME in store.entries and not overwrite:
+        raise HubError(f"{repo}: holds an adapter already; --overwrite replaces it, in one commit")
+
+
+def _refuse_model(repo: str, store: HubStore | None) -> None:
+    """Refuses to put an adapter beside the weights of a model."""
+    names = () if store is None else sorted(store.entries)
+    weights = next(
+        (name for name in names if name.endswith(_WEIGHTS) and "/" not in name and name != WEIGHTS_NAME), None
+    )
+    if weights is not None:
+        raise HubError(
+            f"{repo}: holds {weights}, and transformers adds an adapter that lies beside a model whenever it loads "
+            "that; name another repository"
+        )
+
+
 def _spare_base(published: Published, repo: str, options: PushOptions) -> None:
     """Refuses to put an edited model where its own base is, unless a branch or a pull request is asked for."""
     own = published.base is not None and repo.lower() == published.base.lower()
@@ -391,14 +425,15 @@ def _base_metadata(base: str, revision: str | None) -> Mapping[str, Any]:
 
 def _to_delete(published: Published, repo: str, options: PushOptions, store: HubStore | None) -> tuple[str, ...]:
     """Returns weights of the repository that a loader would take for those of the folder."""
-    if store is None or published.kind == "adapter":
+    if published.kind == "adapter":
+        _refuse_model(repo, store)
+        return ()
+    if store is None:
         return ()
     left = tuple(
         name
         for name in sorted(store.entries)
-        if "/" not in name
-        and name.endswith((".safetensors", ".safetensors.index.json"))
-        and name not in published.files
+        if "/" not in name and name.endswith(_WEIGHTS) and name not in published.files
     )
     if left and not options.replace:
         raise HubError(

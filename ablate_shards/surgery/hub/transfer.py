@@ -112,7 +112,7 @@ def perform_on_hub(
         check_unchanged(checkpoint)
         results = ledger.results(operation)
         receipt = staging.folder / operation.receipt_name
-        receipt.write_text(operation.receipt(checkpoint, results, device), encoding="utf-8")
+        receipt.write_text(operation.receipt(checkpoint, results, device), encoding="utf-8", newline="\n")
         card = card_of(_published(staging.folder, checkpoint, operation.receipt_name, options), repo, options, store)
         made = [
             CommitOperationAdd(CARD, card.encode()),

@@ -1,16 +1,15 @@
 """Copies files and parts of files: as links, as shared blocks, or byte for byte."""
 
 import errno
-import fcntl
 import os
 from pathlib import Path
 
 from ablate_shards.surgery.machine.files import pread_into, pwrite_all
+from ablate_shards.surgery.machine.system import copy_in_kernel, reserve, share_blocks
 
 __all__ = ["allocate", "clone", "copy_range", "link"]
 
 _FALLBACK_CHUNK = 1 << 20
-_FICLONE = 0x40049409
 _NOT_HERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
@@ -28,7 +27,7 @@ def link(source: Path, target: Path) -> bool:
 def clone(source: int, target: int) -> bool:
     """Makes an empty file share another's blocks until either is written to; False where the filesystem cannot."""
     try:
-        fcntl.ioctl(target, _FICLONE, source)
+        share_blocks(source, target)
     except OSError as error:
         if error.errno not in {*_NOT_HERE, errno.ENOTTY}:
             raise
@@ -38,9 +37,9 @@ def clone(source: int, target: int) -> bool:
 
 def allocate(descriptor: int, size: int) -> None:
     """Gives a file its size, and its blocks where the filesystem can."""
-    if size and hasattr(os, "posix_fallocate"):
+    if size:
         try:
-            os.posix_fallocate(descriptor, 0, size)
+            reserve(descriptor, size)
         except OSError as error:
             if error.errno not in _NOT_HERE:
                 raise
@@ -51,16 +50,15 @@ def allocate(descriptor: int, size: int) -> None:
 
 def copy_range(source: int, target: int, start: int, end: int) -> None:
     """Copies the bytes from one offset to another to the same place in another file, by the kernel where it can."""
-    if hasattr(os, "copy_file_range"):
-        try:
-            while start < end:
-                count = os.copy_file_range(source, target, end - start, start, start)
-                if count == 0:
-                    break
-                start += count
-        except OSError as error:
-            if error.errno not in _NOT_HERE:
-                raise
+    try:
+        while start < end:
+            count = copy_in_kernel(source, target, start, end)
+            if count == 0:
+                break
+            start += count
+    except OSError as error:
+        if error.errno not in _NOT_HERE:
+            raise
     buffer = memoryview(bytearray(min(_FALLBACK_CHUNK, end - start)))
     while start < end:
         data = buffer[: end - start]

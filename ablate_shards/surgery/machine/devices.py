@@ -1,6 +1,5 @@
 """Cores and devices that this process may use, found without importing torch where that is possible."""
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["computes_bfloat16", "cores", "find_device", "resolve_device", "torch_dtype"]
+__all__ = ["computes_bfloat16", "find_device", "resolve_device", "torch_dtype"]
 
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
 
@@ -23,11 +22,6 @@ def torch_dtype(name: str) -> "torch.dtype":
     import torch
 
     return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[name]
-
-
-def cores() -> int:
-    """Returns how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def find_device(name: str) -> str:

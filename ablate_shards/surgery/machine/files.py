@@ -3,20 +3,23 @@
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ablate_shards.errors import ExecuteError
+from ablate_shards.surgery.machine.system import read_at, sync_file, sync_folder, write_at
 
 __all__ = [
     "append_lines",
     "fsync_files",
-    "fsync_folder",
     "pread_into",
     "pwrite_all",
+    "same_bytes",
     "write_safetensors",
     "write_whole",
 ]
+
+_PIECE = 1 << 20
 
 
 def pread_into(descriptor: int, data: memoryview, offset: int) -> None:
@@ -26,7 +29,7 @@ def pread_into(descriptor: int, data: memoryview, offset: int) -> None:
         ExecuteError: The file ends before the buffer is full.
     """
     while data:
-        count = os.preadv(descriptor, [data], offset)
+        count = read_at(descriptor, data, offset)
         if count == 0:
             raise ExecuteError(f"a shard ended {len(data)} bytes early while it was read; it was changed meanwhile")
         data, offset = data[count:], offset + count
@@ -35,21 +38,39 @@ def pread_into(descriptor: int, data: memoryview, offset: int) -> None:
 def pwrite_all(descriptor: int, data: memoryview, offset: int) -> None:
     """Writes a whole buffer at an offset of a file."""
     while data:
-        count = os.pwrite(descriptor, data, offset)
+        count = write_at(descriptor, data, offset)
         data, offset = data[count:], offset + count
 
 
-def fsync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    _fsync(folder)
+def same_bytes(one: Callable[[memoryview, int], None], other: Callable[[memoryview, int], None], size: int) -> bool:
+    """Tells whether two ranges hold the same bytes.
+
+    Args:
+        one: Fills a buffer from an offset within the first range.
+        other: The same for the second.
+        size: Bytes of each.
+    """
+    import numpy as np  # --help does without
+
+    buffers = tuple(np.empty(min(_PIECE, size), np.uint8) for _ in range(2))
+    for done in range(0, size, _PIECE):
+        ours, theirs = (buffer[: size - done] for buffer in buffers)
+        one(ours.data, done)
+        other(theirs.data, done)
+        whole = len(ours) // 8 * 8  # compared eight at a time
+        if not np.array_equal(ours[:whole].view(np.uint64), theirs[:whole].view(np.uint64)):
+            return False
+        if not np.array_equal(ours[whole:], theirs[whole:]):
+            return False
+    return True
 
 
 def fsync_files(folder: Path) -> None:
     """Makes the files that a library wrote into a folder, and their names, durable."""
     for path in folder.iterdir():
         if path.is_file():
-            _fsync(path)
-    fsync_folder(folder)
+            sync_file(path)
+    sync_folder(folder)
 
 
 def append_lines(path: Path, records: Iterable[object], *, sync: bool = True) -> None:
@@ -57,7 +78,7 @@ def append_lines(path: Path, records: Iterable[object], *, sync: bool = True) ->
 
     Each begins with a line break, which ends a line that a kill has torn.
     """
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", newline="\n") as file:
         file.writelines(f"\n{json.dumps(record)}\n" for record in records)
         file.flush()
         if sync:
@@ -79,7 +100,7 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
-    fsync_folder(path.absolute().parent)
+    sync_folder(path.absolute().parent)
 
 
 def write_safetensors(
@@ -108,11 +129,3 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     write_whole(path, itertools.chain([len(text).to_bytes(8, "little") + text], data))
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,8 +1,6 @@
 """Builds an output folder under a hidden name: locked, with a journal, and named only when complete."""
 
-import ctypes
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -14,17 +12,18 @@ from typing import Any
 
 from ablate_shards.errors import ExecuteError, UsageError
 from ablate_shards.names import ADAPTER_RECEIPT_NAME, RECEIPT_NAMES, TRAINING_NAME
-from ablate_shards.surgery.machine.files import append_lines, fsync_folder
+from ablate_shards.surgery.machine.files import append_lines
+from ablate_shards.surgery.machine.system import (
+    exchange_folders,
+    exclusive,
+    name_folder,
+    start_writing,
+    sync,
+    sync_folder,
+)
 
 __all__ = ["OutFolder", "Staging", "beside", "check_free", "check_out", "locked"]
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_sync_file_range: Any = getattr(_libc, "sync_file_range", None)
-if _sync_file_range is not None:
-    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-_SYNC_FILE_RANGE_WRITE = 2
-#: What a file system answers that has no locks.
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _JOURNAL = ".journal.jsonl"
 #: The files by which a folder that an earlier run made is known.
 _RECEIPTS = (*RECEIPT_NAMES, ADAPTER_RECEIPT_NAME, TRAINING_NAME)
@@ -98,36 +97,17 @@ def check_free(out: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Holds the lock on one output folder; the kernel drops it when the process ends, however it ends.
+    """Holds the lock on one output folder; the system drops it when the process ends, however it ends.
 
-    Where the file system has no locks, as Lustre and NFS may be mounted, nothing is held.
+    A disk without locks, as Lustre and NFS may be mounted, holds none.
 
     Raises:
         ExecuteError: Another run holds it.
     """
-    path = beside(out, "lock")
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise ExecuteError(f"{out}: another run is writing it; wait for that run to end") from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                os.close(descriptor)
-                raise
-        # The holder before us may have removed the file between our open and our lock.
-        with suppress(FileNotFoundError):
-            if path.stat().st_ino == os.fstat(descriptor).st_ino:
-                break
-        os.close(descriptor)
-    try:
+    with exclusive(beside(out, "lock")) as held:
+        if not held:
+            raise ExecuteError(f"{out}: another run is writing it; wait for that run to end")
         yield
-    finally:
-        with suppress(FileNotFoundError):
-            path.unlink()
-        os.close(descriptor)
 
 
 @dataclass(slots=True)
@@ -212,17 +192,17 @@ class Staging:
     def fsync(self, descriptor: int) -> None:
         """Waits until a file is on the disk."""
         if self.sync:
-            os.fsync(descriptor)
+            sync(descriptor)
 
     def fsync_folder(self, folder: Path) -> None:
         """Waits until the names in a folder are on the disk."""
         if self.sync:
-            fsync_folder(folder)
+            sync_folder(folder)
 
     def start_writing(self, descriptor: int, start: int, end: int) -> None:
         """Starts writing a range of a file to the disk, where the system can, without waiting for it."""
-        if self.sync and _sync_file_range is not None and start < end:
-            _sync_file_range(descriptor, start, end - start, _SYNC_FILE_RANGE_WRITE)
+        if self.sync:
+            start_writing(descriptor, start, end)
 
     def record(self, shard: str, content: Any) -> None:
         """Writes down, durably, that a shard is complete."""
@@ -245,10 +225,10 @@ class Staging:
             raise FileExistsError(errno.EEXIST, "appeared during the run and is not replaced", str(self.out))
         (self.folder / _JOURNAL).unlink()
         if taken:
-            _exchange(self.folder, self.out)
+            exchange_folders(self.folder, self.out, beside(self.out, "replaced"))
             shutil.rmtree(self.folder)
         else:
-            self.folder.replace(self.out)
+            name_folder(self.folder, self.out)
         self.fsync_folder(self.out.parent)
 
     def discard(self) -> None:
@@ -282,21 +262,3 @@ def beside(out: Path, what: str) -> Path:
     """Returns the hidden name beside an output folder for what belongs to the making of it."""
     out = out.resolve()
     return out.with_name(f".{out.name}.ablate-{what}")
-
-
-def _exchange(new: Path, old: Path) -> None:
-    """Swaps two folders, atomically where the system can (renameat2, Linux 3.15)."""
-    swap = 2  # RENAME_EXCHANGE
-    at_cwd = -100
-    if hasattr(_libc, "renameat2"):
-        if _libc.renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), swap) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOSYS):
-            raise OSError(code, os.strerror(code), str(old))
-    aside = beside(old, "replaced")
-    if aside.exists():
-        shutil.rmtree(aside)
-    old.replace(aside)
-    new.replace(old)
-    aside.replace(new)

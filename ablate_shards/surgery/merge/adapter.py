@@ -14,10 +14,12 @@ from msgspec import Meta
 
 from ablate_shards.errors import AdapterError, CheckpointError
 from ablate_shards.kernels.codecs.plain import STORED, decoded
+from ablate_shards.kernels.merge.taken import Taken
 from ablate_shards.names import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from ablate_shards.surgery.anatomy.wrappers import unwrapped
 from ablate_shards.surgery.checkpoint.files import pointed_at
-from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo, read_header
+from ablate_shards.surgery.checkpoint.headers import TensorInfo, read_header
+from ablate_shards.surgery.checkpoint.stores import is_hub_id
 from ablate_shards.validation import Finite, checked
 
 __all__ = ["Adapter", "LoraSettings", "LowRank", "TokenRows", "read_adapter"]
@@ -28,42 +30,57 @@ _MLX_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|tok_em
 _WITH_MLX = "fuse it with `mlx_lm.fuse`"
 _FACTOR = re.compile(
     r"(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\."
-    r"(?:lora_(?P<factor>[AB])\.(?:[^.]+\.)?(?P<what>weight|bias)|lora_embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
+    r"(?:lora_(?P<factor>[AB])(?:\.(?:[^.]+\.)?(?P<what>weight|bias))?|lora_embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
 )
 _MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(?:\.[^.]+){0,2}")
+#: What training alone needs: the projection of VeLoRA's backward pass, the sampler of MonteCLoRA.
+_OF_TRAINING = re.compile(r".+\.lora_(?:velora|monteclora)_\w+(?:\..+)?")
 _BASE_COPY = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<what>weight|bias)")
-_TOKENS = re.compile(r"(?P<module>.+?)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
+_TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
 #: As peft keeps a parameter that is trained whole, and the one that it began as, where it saves all of a module.
 _SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save\.(?:[^.]+\.)?(?P<what>weight|bias)")
 _UNTRAINED = re.compile(r"(?P<module>.+?)\.original_module\.(?P<what>weight|bias)")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_KOHYA, _KOHYA_FACTORS = re.compile(r"\.lora_(?P<factor>down|up)(?:\.|$)"), {"down": "A", "up": "B"}
 _NOT_PLAIN = re.compile(r"(?:^|\.)(?P<what>lora_\w+|token_adapter|trainable_tokens\w*|modules_to_save)(?:\.|$)")
 
 #: Keys of the configuration that change what a weight becomes, and that the merge takes into account.
 _USED = {
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
     "target_parameters", "init_lora_weights", "bias", "lora_bias", "modules_to_save", "ensure_weight_tying",
-    "use_dora", "trainable_token_indices", "task_type",
+    "use_dora", "trainable_token_indices", "task_type", "auto_mapping", "use_qalora",
 }  # fmt: skip
 #: Keys that say where an adapter came from, how it was trained, or what the names of its tensors say as well.
 _IRRELEVANT = {
-    "alpha", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
+    "alpha", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
-    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
+    "megatron_core", "merge_weights", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "target_modules",
 }  # fmt: skip
+_BESIDE = "load it with peft beside the base instead"
+#: Methods that add to what a model reads or choose among adapters, which not even peft merges.
+_WITHOUT_WEIGHTS = {
+    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "POLY", "PREFIX_TUNING",
+    "PROMPT_TUNING", "XLORA",
+}  # fmt: skip
+#: Why, and the way out.
 _REFUSED = {
-    "use_qalora": "QALoRA",
-    "alora_invocation_tokens": "activated LoRA, which cannot be merged at all",
-    "layer_replication": "layer replication",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "arrow_config": "Arrow",
-    "use_bdlora": "block-diagonal LoRA",
-    "megatron_config": "Megatron layers",
+    "alora_invocation_tokens": "activated LoRA acts only on tokens after its invocation, so no weights hold it; "
+    f"{_BESIDE}",
+    "layer_replication": f"layers are used several times, each with an update of its own, and one weight cannot hold "
+    f"them; {_BESIDE}, or merge it into a checkpoint that stores every copy",
+    "arrow_config": f"Arrow chooses among adapters for every token, so no weights hold it; {_BESIDE}",
+    "kasa_config": "KaSA is not merged here; merge it with peft itself",
+    "use_bdlora": "block-diagonal factors are not merged here; merge it with peft itself",
+    "megatron_config": "Megatron's parallel layers are not those of a checkpoint; merge it with peft itself",
 }
-#: A backward pass of its own, whose forward pass and merge are those of LoRA.
-_TRAINING_ONLY = {"velora_config"}
-#: Initialisations that leave the base as it is; the others subtract from it what they start with.
+#: A backward pass of their own; their forward pass and merge are those of LoRA.
+_TRAINING_ONLY = {"velora_config", "monteclora_config"}
+#: Initialisations that leave the base as it is.
 _PLAIN_INITIALISATIONS = {True, False, None, "gaussian", "eva", "orthogonal", "mica"}
+_STORED: dict[str, type[np.generic]] = {**STORED, "F64": np.float64}
+#: Those that subtract from it what they start with, and that it tells again.
+_TAKEN: Mapping[Any, Taken] = {"pissa": "pissa", "olora": "olora"}
 
 #: The largest integer up to which a float holds every one.
 _EXACT = 2**53
@@ -95,6 +112,8 @@ class LoraSettings:
     ensure_weight_tying: bool = False
     use_dora: bool = False
     task_type: str | None = None
+    init_lora_weights: bool | str = True
+    use_qalora: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +127,8 @@ class LowRank:
         bias: The bias of B, if it has one.
         kind: Of an embedding of peft and of a linear module of MLX, A and B are of the transposed weight.
         depth: How many adapters lie around it on the same module, which is so where peft wraps its parameters.
-        magnitude: Of DoRA, the norms ``[out]`` that the rows of ``W + s·B·A`` are given.
+        magnitude: Of DoRA, the norms ``[out]`` that what ``W + s·B·A`` writes to each output is given.
+        taken: What the training took out of the weight before it began.
     """
 
     module: str
@@ -118,11 +138,12 @@ class LowRank:
     kind: Literal["linear", "embedding", "transposed"]
     depth: int
     magnitude: str | None = None
+    taken: Taken | None = None
 
     @property
     def plain(self) -> bool:
         """Whether it is the update of a linear module's weight and nothing else."""
-        return self.kind == "linear" and self.bias is None and self.magnitude is None
+        return self.kind == "linear" and self.bias is self.magnitude is self.taken is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +178,8 @@ class Adapter:
         weights: The file that holds its tensors.
         token_rows: Rows of embeddings that replace those of the base.
         keeps_ties: Whether a head that is tied to the embedding changes with it, as in MLX and where peft was told so.
+        trained_class: The class of transformers that was trained, None where the configuration does not name it.
+        trained_on: The repository and commit of its base, each None where the configuration does not name one.
     """
 
     path: Path
@@ -171,6 +194,8 @@ class Adapter:
     weights: str = WEIGHTS_NAME
     token_rows: tuple[TokenRows, ...] = ()
     keeps_ties: bool = False
+    trained_class: str | None = None
+    trained_on: tuple[str | None, str | None] = (None, None)
 
     def scaling(self, key: str) -> tuple[int, float]:
         """Returns rank and scale of a module or parameter, by its path in the model that was trained.
@@ -199,12 +224,13 @@ class Adapter:
         """
         info = self.tensors[name]
         wanted = math.prod(info.shape) if count is None else count
-        stored = np.empty(wanted, STORED[info.dtype])
+        stored = np.empty(wanted, _STORED[info.dtype])
         with (self.path / self.weights).open("rb") as file:
             file.seek(info.start + first * stored.itemsize)
             if file.readinto(stored.data.cast("B") if wanted else bytearray()) != stored.nbytes:
                 raise AdapterError(f"{self.path / self.weights}: ended early while {name} was read; it was changed")
-        values = decoded(stored, np.float32)
+        with np.errstate(over="ignore"):
+            values = stored.astype(np.float32) if info.dtype == "F64" else decoded(stored, np.float32)
         if not math.isfinite(float(values.sum(dtype=np.float64))):
             raise AdapterError(f"{self.path / self.weights}: {name} holds NaN or infinite values; train it again")
         return values.reshape(info.shape) if count is None else values
@@ -231,13 +257,16 @@ def read_adapter(path: Path) -> Adapter:
     mlx = (path / _MLX_WEIGHTS).is_file() and not (path / WEIGHTS_NAME).is_file()
     weights = path / (_MLX_WEIGHTS if mlx else WEIGHTS_NAME)
     if not path.is_dir():
-        raise AdapterError(f"{path}: expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, found none")
+        found = "a file; name the folder that it is in" if path.is_file() else "none"
+        repo = str(path) if not path.is_file() and is_hub_id(str(path)) else ""
+        way_out = f"; if it is on the Hub, fetch it with `hf download {repo} --local-dir FOLDER`" if repo else ""
+        raise AdapterError(f"{path}: expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, found {found}{way_out}")
     if not config_path.is_file():
         below = pointed_at(file.relative_to(path).as_posix() for file in sorted(path.glob(f"**/{CONFIG_NAME}")))
-        raise AdapterError(f"{path}: holds no {CONFIG_NAME}{below or ', so it is not a peft adapter'}")
+        raise AdapterError(f"{path}: holds no {CONFIG_NAME}{below or '; name the folder that peft saved it in'}")
     if not weights.is_file():
-        pickled = (path / "adapter_model.bin").is_file()
-        hint = "; only safetensors are read, so save the adapter again with a current peft" if pickled else ""
+        others = sorted(file.name for file in path.glob("adapter_model*.*"))
+        hint = f", but {others[0]}; save it again with a current peft, in one file of safetensors" if others else ""
         raise AdapterError(f"{path}: holds no {WEIGHTS_NAME}{hint}")
     raw = config_path.read_bytes()
     content = _object(config_path, raw)
@@ -248,8 +277,11 @@ def read_adapter(path: Path) -> Adapter:
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
     for tensor in shard.tensors:
-        if tensor.dtype not in ITEM_BYTES:
-            raise AdapterError(f"{weights}: {tensor.name}: expected BF16, F16 or F32, found {tensor.dtype}")
+        if tensor.dtype not in _STORED:
+            raise AdapterError(
+                f"{weights}: {tensor.name}: expected BF16, F16, F32 or F64, found {tensor.dtype}; save the adapter in "
+                "one of them"
+            )
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     sort = _sort_mlx if mlx else _sort
@@ -267,7 +299,24 @@ def read_adapter(path: Path) -> Adapter:
         weights=weights.name,
         token_rows=token_rows,
         keeps_ties=mlx or config.ensure_weight_tying,
+        trained_class=_class_of(content),
+        trained_on=_origin_of(content),
     )
+
+
+def _class_of(config: Mapping[str, Any]) -> str | None:
+    """Returns the class that peft notes where the configuration names no task."""
+    mapping = config.get("auto_mapping")
+    if not isinstance(mapping, Mapping) or not str(mapping.get("parent_library")).startswith("transformers."):
+        return None
+    found = mapping.get("base_model_class")
+    return found if isinstance(found, str) and found else None
+
+
+def _origin_of(config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Returns the repository and the commit that a configuration names as the base; not folders or branches."""
+    name, revision = str(config.get("base_model_name_or_path")), str(config.get("revision"))
+    return name if is_hub_id(name) else None, revision if _COMMIT.fullmatch(revision) else None
 
 
 def _mlx_settings(config: Mapping[str, Any], path: Path) -> LoraSettings:
@@ -329,11 +378,14 @@ def _object(path: Path, raw: bytes) -> dict[str, Any]:
 def _checked(config: Mapping[str, Any], path: Path) -> LoraSettings:
     """Returns what decides the result, checked; refuses by name whatever is not plain LoRA."""
     kind = config.get("peft_type")
-    if kind != "LORA":
-        raise AdapterError(f"{path}: expected a LORA adapter, found {kind}; merge it with peft itself")
-    for key, what in _REFUSED.items():
+    if kind == "TRAINABLE_TOKENS":
+        config = {"peft_type": "LORA", "trainable_token_indices": config.get("token_indices")}
+    elif kind != "LORA":
+        way_out = _BESIDE if kind in _WITHOUT_WEIGHTS else "merge it with peft itself"
+        raise AdapterError(f"{path}: expected a LORA adapter, found {kind}; {way_out}")
+    for key, why in _REFUSED.items():
         if config.get(key):
-            raise AdapterError(f"{path}: {key}: {what} cannot be merged here; merge it with peft itself")
+            raise AdapterError(f"{path}: {key}: {why}")
     known = _USED | _IRRELEVANT | _TRAINING_ONLY | _REFUSED.keys()
     for key, value in config.items():
         if key not in known and value not in (None, False, "", [], {}):
@@ -341,16 +393,32 @@ def _checked(config: Mapping[str, Any], path: Path) -> LoraSettings:
                 f"{path}: {key} is set to {value!r}, which this version does not know; merge it with peft itself"
             )
     start = config.get("init_lora_weights")
-    if not isinstance(start, bool | str | None) or start not in _PLAIN_INITIALISATIONS:
-        raise AdapterError(
-            f"{path}: init_lora_weights is {start!r}, which subtracts its start from the base; save the adapter "
-            "again with path_initial_model_for_weight_conversion, which makes it a plain one"
-        )
+    if isinstance(start, str) and start not in _PLAIN_INITIALISATIONS and _taken_by(start) is None:
+        raise AdapterError(f"{path}: init_lora_weights is {start!r}, {_why_not_again(start)}")
 
     try:
         return checked({key: value for key, value in config.items() if value is not None}, LoraSettings)
     except ValueError as error:
         raise AdapterError(f"{path}: {error}") from error
+
+
+def _why_not_again(start: str) -> str:
+    """Returns why what an initialisation took out of the base is not found again, and the way out."""
+    if start == "loftq":
+        return (
+            "which puts codes in the base's place; save the base as it was trained, without the adapter, and merge "
+            "into that, with init_lora_weights true"
+        )
+    how = "by a random method" if start.startswith("pissa_niter_") else "by means that only the training had"
+    return (
+        f"which subtracts from the base what it starts with, found {how}; save the adapter again where it was trained, "
+        "with path_initial_model_for_weight_conversion, which makes it a plain one"
+    )
+
+
+def _taken_by(value: Any) -> Taken | None:
+    """Returns what an initialisation took out of the base; peft knows ``olora`` in any case, ``pissa`` in one."""
+    return _TAKEN.get(value.lower() if isinstance(value, str) and value.lower() == "olora" else value)
 
 
 def _inner(name: str) -> str:
@@ -371,6 +439,8 @@ def _sort(tensors: tuple[TensorInfo, ...], path: Path, config: LoraSettings) -> 
         if config.use_dora and (match := _MAGNITUDE.fullmatch(inner)):
             magnitudes[match["module"]] = tensor.name
             continue
+        if _OF_TRAINING.fullmatch(inner):
+            continue
         match = _FACTOR.fullmatch(inner)
         if match is None:
             rest.append((inner, tensor.name))
@@ -381,7 +451,8 @@ def _sort(tensors: tuple[TensorInfo, ...], path: Path, config: LoraSettings) -> 
             raise AdapterError(f"{path}: {tensor.name}: LoRA has no bias of A")
         if role != "bias" and (len(tensor.shape) < 2 or 0 in tensor.shape):
             raise AdapterError(
-                f"{path}: {tensor.name}: expected 2 dimensions, found {list(tensor.shape)}; it was saved in pieces"
+                f"{path}: {tensor.name}: expected 2 dimensions, found {list(tensor.shape)}; it was saved in pieces, "
+                "so save it again with all of them gathered, as stage3_gather_16bit_weights_on_model_save does"
             )
         key = (match["module"], match["nested"].count(".base_layer"), kind)
         if (other := factors.setdefault(key, {}).setdefault(role, tensor.name)) != tensor.name:
@@ -391,8 +462,18 @@ def _sort(tensors: tuple[TensorInfo, ...], path: Path, config: LoraSettings) -> 
     for key, found in factors.items():
         if missing := {"A", "B"} - found.keys():
             raise AdapterError(f"{path}: {key[0]}: expected both lora_A and lora_B, found no lora_{missing.pop()}")
+    taken = _taken_by(config.init_lora_weights)
     updates = tuple(
-        LowRank(module, found["A"], found["B"], found.get("bias"), kind, depth, magnitudes.get(module))  # type: ignore[arg-type]
+        LowRank(
+            module,
+            found["A"],
+            found["B"],
+            found.get("bias"),
+            kind,  # type: ignore[arg-type]
+            depth,
+            magnitudes.get(module),
+            taken if kind == "linear" else None,  # peft starts embeddings from nothing whatever it is told
+        )
         for (module, depth, kind), found in sorted(factors.items())
     )
     if config.use_dora and (odd := {update.module for update in updates} ^ magnitudes.keys()):
@@ -414,6 +495,11 @@ def _sort(tensors: tuple[TensorInfo, ...], path: Path, config: LoraSettings) -> 
         elif match := _BASE_COPY.fullmatch(inner):
             trained = match["what"] == "bias" and config.bias != "none"
             (replaced if trained else copies)[f"{match['module']}.{match['what']}"] = name
+        elif match := _KOHYA.search(inner):
+            raise AdapterError(
+                f"{path}: {name}: peft calls this factor lora_{_KOHYA_FACTORS[match['factor']]}; rename the tensors, "
+                "lora_down to lora_A and lora_up to lora_B"
+            )
         elif match := _NOT_PLAIN.search(inner):
             raise AdapterError(f"{path}: {name}: {match['what']} cannot be merged here; merge it with peft itself")
         else:

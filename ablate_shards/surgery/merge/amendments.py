@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ablate_shards.errors import AdapterError, ExecuteError, PlanError
+from ablate_shards.kernels.codecs.plain import STORED, decoded
 from ablate_shards.surgery.anatomy.architecture import Anatomy, head_of
 from ablate_shards.surgery.anatomy.tied import stored_head
 from ablate_shards.surgery.checkpoint.amended import CONFIG, Amendments, NewTensor
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, text_part
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES
 from ablate_shards.surgery.merge.adapter import Adapter, LowRank, TokenRows
 
@@ -25,6 +27,10 @@ __all__ = ["Found", "find_amendments", "read_files"]
 _T = TypeVar("_T")
 
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
+#: Embeddings and heads, of encoders and of encoders with a decoder too.
+_SHARED = re.compile(
+    r"(?:^|\.)(?:shared|embed_tokens|wte|word_embeddings|lm_head|embed_out|predictions\.decoder)\.weight$"
+)
 _POSITIONS = re.compile(r"(?:^|[._])(?:wpe|positions?|position_embeddings)\.weight$")
 _LM_HEAD = "lm_head.weight"
 #: Elements of a tensor that are compared at a time.
@@ -37,10 +43,16 @@ _TOKENIZER = (
     "vocab.json", "vocab.txt",
 )  # fmt: skip
 #: The end of a class's name by the task that peft knows it by.
-_TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+_TASKS = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
 #: Model types whose classifiers transformers calls after the text part, unlike the model itself.
 _OF_TEXT = frozenset({"cohere_compass_text", "gemma3_text", "qwen3_5_text"})
 _CLASS = re.compile(r"(?P<stem>\w+?)(?:For[A-Z]\w*|LMHeadModel|Model)")
+#: No head of its own lies in a layer of the model.
+_IN_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.\d+\.")
 #: Heads whose rows are the labels, as transformers calls them.
 _LABELS = re.compile(r"(?:^|\.)(?:score|classifier|classifier\.out_proj)\.(?:weight|bias)$")
 
@@ -54,6 +66,7 @@ class Found:
         same: Tensors of the adapter that say what others say already, so that they are left out.
         begins_as: Tensors of the adapter that weights begin as, because they hold the rows of new tokens, by weight.
         tied: The head that is stored although it is tied, and the embedding as which it is changed.
+        parted: Whether the head parts from the embedding.
         notes: What the user should know, a line each.
     """
 
@@ -61,6 +74,7 @@ class Found:
     same: frozenset[str] = frozenset()
     begins_as: Mapping[str, str] = field(default_factory=dict)
     tied: tuple[str, str] | None = None
+    parted: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -153,6 +167,7 @@ class _Finder:
             frozenset(self._same),
             self._begins_as,
             self._tied,
+            _TIE in self._config,
             tuple(self._notes),
         )
 
@@ -161,6 +176,9 @@ class _Finder:
     def look_at_embeddings(self) -> None:
         """Finds whether the head parts from the embedding, and whether either has rows for more or fewer tokens."""
         embedding = self._embedding()
+        several = bool((self._checkpoint.config or {}).get("is_encoder_decoder"))
+        if embedding is None or several:
+            self._check_shared(several=several)
         if embedding is None:
             return
         stored = head_of(self._checkpoint.tensors)
@@ -183,6 +201,45 @@ class _Finder:
             self._resize(parts, rows, height)
         if rows != height or one.rows or other.rows:
             self._take_tokenizer()
+
+    def _check_shared(self, *, several: bool) -> None:
+        """Refuses changes of what other weights are tied to, where not all of those are known.
+
+        peft trains one of them by itself, and loaders make the others the same. What was saved and never trained,
+        because the model does not use it under that name, changes nothing.
+
+        Args:
+            several: Whether the model has an encoder and a decoder, whose embeddings are one even if the head is not.
+        """
+        tied = (self._checkpoint.config or {}).get(_TIE, True) is not False
+        updates = {f"{update.module}.weight": update.up for update in self._adapter.updates}
+        rows = {f"{rows.module}.weight": rows.rows for rows in self._adapter.token_rows}
+        for path, source in {**updates, **self._adapter.replaced, **rows}.items():
+            name = self._find(path)
+            apart = name is not None or not tied if _HEAD.search(path) else not (tied or several)
+            if apart or not _SHARED.search(path) or self._is_classifier():
+                continue
+            if name is not None and path in self._adapter.replaced and self._is_still(source, name):
+                self._same.add(source)
+                continue
+            raise AdapterError(
+                f"{self._file}: {source} is of {path}, to which other weights of {self._checkpoint.name} are tied; "
+                "peft trained it apart from them, and no checkpoint that loaders tie holds that; load it with peft "
+                "beside the base instead"
+            )
+
+    def _is_still(self, source: str, name: str) -> bool:
+        """Returns whether a tensor of the adapter holds the numbers of a weight of the base."""
+        tensor, files = self._checkpoint.tensors[name], self._checkpoint.files
+        if tensor.dtype not in ITEM_BYTES or self._adapter.shape(source) != tensor.shape:
+            return False
+        never, count = threading.Event(), math.prod(tensor.shape)
+        for first in range(0, count, _PIECE):
+            stored = np.empty(min(_PIECE, count - first), STORED[tensor.dtype])
+            files.read_into(tensor.shard, stored.data.cast("B"), tensor.start + first * stored.itemsize, never)
+            if not np.array_equal(decoded(stored, np.float32), self._adapter.read(source, first, len(stored))):
+                return False
+        return True
 
     def _is_classifier(self) -> bool:
         """Returns whether the trained model has another head than that of a language model."""
@@ -210,7 +267,7 @@ class _Finder:
             name = path and ".".join(path.split(".")[-2:])
 
         def said(sources: Mapping[str, _T]) -> _T | None:
-            return next((source for path, source in sources.items() if means(path)), None)
+            return next((source for path, source in sources.items() if means(path) and source not in self._same), None)
 
         return _Part(name, said(updates), said(adapter.replaced), said(rows), said(adapter.copies))
 
@@ -225,7 +282,7 @@ class _Finder:
             return self._equal(one.replaced, other.replaced)
         if one.rows and other.rows:
             return one.rows.tokens == other.rows.tokens and self._equal(one.rows.rows, other.rows.rows)
-        if one.update and other.update and one.update.magnitude is other.update.magnitude is None:
+        if one.update and other.update and one.update.magnitude is other.update.magnitude is other.update.taken is None:
             # What is A of an embedding is B of a head, transposed.
             return self._equal(one.update.down, other.update.up, transposed=True) and self._equal(
                 one.update.up, other.update.down, transposed=True
@@ -266,10 +323,19 @@ class _Finder:
             )
             copy = one.copy or other.copy
             one, other = dataclasses.replace(one, copy=copy), dataclasses.replace(other, copy=copy, name=name)
+        if other.update is not None and other.update.taken is not None:
+            # peft takes it out of the one weight that both are until the head has an update.
+            if other.copy is None:
+                raise AdapterError(
+                    f"{self._file}: {other.update.up}: {other.update.taken} took a part out of the token embedding, "
+                    "to which the output head was tied, and what is left of it is not in the adapter; save it again "
+                    "with save_embedding_layers=True"
+                )
+            self._begins_as |= {part.name: other.copy for part in (one, other) if part.name}
         self._config[_TIE] = False
-        text = (self._checkpoint.config or {}).get("text_config")
-        if isinstance(text, Mapping) and _TIE in text:
-            self._config[f"text_config.{_TIE}"] = False
+        part = text_part(self._checkpoint.config or {})
+        if part is not None and _TIE in part[1]:
+            self._config[f"{part[0]}.{_TIE}"] = False
         return [one, other]
 
     def _rows_of(self, part: _Part, height: int) -> int:
@@ -299,10 +365,10 @@ class _Finder:
             if path.endswith("lm_head.bias") and self._adapter.shape(source) == (rows,) and (name := self._find(path)):
                 self._stretch(name, rows)
         config = self._checkpoint.config or {}
-        text = config.get("text_config")
-        inner = isinstance(text, Mapping) and ("vocab_size" in text or "vocab_size" not in config)
-        if inner:
-            self._config["text_config.vocab_size"] = rows
+        text = text_part(config)
+        inner = text is not None and ("vocab_size" in text[1] or "vocab_size" not in config)
+        if text is not None and inner:
+            self._config[f"{text[0]}.vocab_size"] = rows
         if "vocab_size" in config or not inner:
             self._config["vocab_size"] = rows
 
@@ -334,26 +400,21 @@ class _Finder:
             if self._named_otherwise(path, source):
                 continue
             name = self._find(path)
-            if name is None:
+            if name is None and not _IN_LAYER.search(path):
                 missing[path] = source
+            elif name is None:
+                continue
             elif self._adapter.shape(source) != self._checkpoint.tensors[name].shape and _LABELS.search(path):
                 tensor = self._checkpoint.tensors[name]
                 self._tensors[name] = NewTensor(name, tensor.shard, tensor.dtype, self._adapter.shape(source))
                 self._label(path, source)
         if not missing:
             return
-        task = _TASKS.get(self._adapter.config.task_type or "")
-        if task is None:
-            self._refuse_without_task(missing)
+        architecture = self._architecture(missing)
+        if architecture is None:
             return
-        config = self._checkpoint.config or {}
-        stem = _CLASS.fullmatch(str(next(iter(config.get("architectures") or ()), "")))
-        if stem is None:
-            raise PlanError(
-                f"{self._checkpoint.name}: {CONFIG} names no class of transformers under architectures, so what class "
-                f"{next(iter(missing))} makes of it is not known; write the base model's class there"
-            )
-        architecture = f"{stem['stem']}{'Text' if config.get('model_type') in _OF_TEXT else ''}{task}"
+        if architecture.endswith(_TASKS["QUESTION_ANS"]):
+            self._check_prefix(architecture)
         dtype = self._dtype()
         for path, source in missing.items():
             shard = self._checkpoint.shards[-1].name
@@ -362,17 +423,50 @@ class _Finder:
         self._config["architectures"] = [architecture]
         self._notes.append(f"{', '.join(missing)}: added, so the model becomes a {architecture}")
 
+    def _architecture(self, missing: Collection[str]) -> str | None:
+        """Returns the class of the trained model, None where what the base lacks is not its head."""
+        config = self._checkpoint.config or {}
+        own = str(next(iter(config.get("architectures") or ()), ""))
+        if (named := self._adapter.trained_class) not in (None, own):
+            return named
+        task = _TASKS.get(self._adapter.config.task_type or "")
+        if task is None:
+            self._refuse_without_task(missing)
+            return None
+        stem = _CLASS.fullmatch(own)
+        if stem is None:
+            raise PlanError(
+                f"{self._checkpoint.name}: {CONFIG} names no class of transformers under architectures, so what class "
+                f"{next(iter(missing))} makes of it is not known; write the base model's class there"
+            )
+        return f"{stem['stem']}{'Text' if config.get('model_type') in _OF_TEXT else ''}{task}"
+
     def _named_otherwise(self, path: str, source: str) -> bool:
         """Returns whether a parameter belongs to the embedding or the head, which are looked at before."""
         return source in self._same or path in self._tensors or self._find(path) in self._tensors
+
+    def _check_prefix(self, architecture: str) -> None:
+        """Refuses a class that calls the decoder by another name than the base does, and so loads nothing of it."""
+        for update in self._adapter.updates:
+            stored = self._find(f"{update.module}.weight")
+            trained, known = update.module.split("."), (stored or "").removesuffix(".weight").split(".")
+            while trained and known and trained[-1] == known[-1]:
+                trained.pop()
+                known.pop()
+            if stored and trained and known and trained[0] != known[0]:
+                raise AdapterError(
+                    f"{self._file}: {architecture} calls {stored.removesuffix('.weight')} {update.module}, so that it "
+                    f"loads no such weight of {self._checkpoint.name} and was trained on random ones; train the "
+                    f"adapter on a base that {architecture} has saved"
+                )
 
     def _refuse_without_task(self, missing: Collection[str]) -> None:
         labels = next((path for path in missing if _LABELS.search(path)), None)
         if labels is not None:
             raise AdapterError(
                 f"{self._file}: holds {labels}, which {self._checkpoint.name} has not, and task_type is "
-                f"{self._adapter.config.task_type!r}, so what kind of head it is is not known; write SEQ_CLS or "
-                f"TOKEN_CLS as task_type into {self._adapter.path / 'adapter_config.json'}"
+                f"{self._adapter.config.task_type!r}, so what kind of head it is is not known; write "
+                f"SEQ_CLS, TOKEN_CLS or QUESTION_ANS as task_type into {self._adapter.path / 'adapter_config.json'}"
             )
 
     def _label(self, path: str, source: str) -> None:

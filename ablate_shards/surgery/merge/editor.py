@@ -18,6 +18,7 @@ from ablate_shards.surgery.edit.blocks import BlockEditor
 from ablate_shards.surgery.edit.sections import Reader, Section
 from ablate_shards.surgery.machine.devices import torch_dtype
 from ablate_shards.surgery.merge.adapter import Adapter
+from ablate_shards.surgery.merge.beginning import Beginning, refuse
 from ablate_shards.surgery.merge.plan import PIECE_ELEMENTS, MergeEdit, MergePart
 from ablate_shards.validation import Finite
 
@@ -88,7 +89,8 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
             return [_WholeParameter(edit, self._adapter)]
         factors = _LowRankFactors(edit, self._adapter)
         if edit.magnitude is not None:
-            return [_Rescaled(edit, self._adapter, functools.partial(factors.of, 0))]
+            of = functools.partial(factors.of, 0)
+            return [(_RescaledColumns if edit.transposed else _RescaledRows)(edit, self._adapter, of)]
         height = edit.shape[-2]
         return [
             self._addition(edit, matrix * height, height, functools.partial(factors.of, matrix), edit.scale)
@@ -113,9 +115,9 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
         return up, down
 
     def _addition(self, edit: MergeEdit, first: int, rows: int, factors: _Factors, scale: float) -> "_Addition":
-        begun = None if edit.begins_as is None else functools.partial(_begin, edit, self._adapter)
+        begin = Beginning(edit, self._adapter)
         return _Addition(
-            edit, first, rows, factors, scale=scale, form=self._form, device=self._device, room=self._room, begin=begun
+            edit, first, rows, factors, scale=scale, form=self._form, device=self._device, room=self._room, begin=begin
         )
 
     def result(self, edit: MergeEdit, measured: Sequence[Any], digest: str) -> MergeResult:
@@ -152,7 +154,7 @@ class _LowRankFactors:
 class _Addition:
     """Rows of one matrix that a low-rank update is added to: see ``Section``."""
 
-    gathers, light = False, True
+    light = True
 
     def __init__(
         self,
@@ -165,7 +167,7 @@ class _Addition:
         form: "Form",
         device: str,
         room: int,
-        begin: Callable[[np.ndarray, int], None] | None,
+        begin: Beginning,
     ) -> None:
         self._edit, self._factors, self._scale = edit, factors, scale
         self._form, self._device, self._room, self._begin = form, device, room, begin
@@ -173,6 +175,7 @@ class _Addition:
         self.start = edit.start + first * self._row_bytes
         self.end = self.start + rows * self._row_bytes
         self.block = 0
+        self.gathers = begin.gathers
         self._squares = 0.0
         self._merger: Merger | NumpyMerger | None = None
 
@@ -180,14 +183,18 @@ class _Addition:
         """Reads the factors."""
         left, right = self._factors()
         self._merger = self._new_merger(left, right)
-        self._squares = (self._scale * update_norm(left, right)) ** 2
+        taken = self._begin.gather(read)
+        if taken is None:
+            self._squares = (self._scale * update_norm(left, right)) ** 2
+        else:
+            both = np.hstack([left, -taken[0]]), np.vstack([right, taken[1]])
+            self._squares = (self._scale * update_norm(*both)) ** 2
         chunk = self._merger.chunk_rows
         self.block = max(chunk, self._room // max(1, self._row_bytes) // chunk * chunk) * max(1, self._row_bytes)
 
     def edit(self, raw: np.ndarray, offset: int) -> None:
         """Adds the update to a block."""
-        if self._begin is not None:
-            self._begin(raw, offset)
+        self._begin.apply(raw, offset)
         merger, dtype = self._gathered(), self._edit.dtype
         shape, start = (-1, self._edit.shape[-1]), (offset - self.start) // self._row_bytes
         if isinstance(merger, NumpyMerger):
@@ -201,14 +208,15 @@ class _Addition:
             if block is not stored:
                 stored.copy_(block)
         if merger.overflows:
-            _refuse(self._edit, finite=math.isfinite(merger.norm))
+            refuse(self._edit, finite=math.isfinite(merger.norm))
 
     def measure(self, raw: np.ndarray, offset: int) -> None:
         """Does nothing: the norms are known before, and the digest is the caller's."""
 
     def measured(self) -> _Squares:
         """Returns the squared norms of the update and of what was there."""
-        return _Squares(self._squares, self._gathered().norm ** 2)
+        before = self._begin.norm
+        return _Squares(self._squares, (self._gathered().norm if before is None else before) ** 2)
 
     def _new_merger(self, left: np.ndarray, right: np.ndarray) -> "Merger | NumpyMerger":
         edit = self._edit
@@ -246,9 +254,9 @@ class _Counted:
 
 
 class _Rescaled(_Counted):
-    """A matrix that an update is added to, and whose rows are then given the norms of DoRA: see ``Section``.
+    """A matrix that an update is added to, and that is then given the norms of DoRA: what such sections share.
 
-    ``W'_i = m_i·U_i / ‖U_i‖`` with ``U = W + s·B·A``, in float64.
+    ``U = W + s·B·A`` is computed in float64.
     """
 
     def __init__(self, edit: MergeEdit, adapter: Adapter, factors: _Factors) -> None:
@@ -256,37 +264,79 @@ class _Rescaled(_Counted):
         self.start, self.end = edit.start, edit.end
         self._row_bytes = edit.shape[-1] * ITEM_BYTES[edit.dtype]
         self.block = max(1, PIECE_ELEMENTS // edit.shape[-1]) * self._row_bytes
-        self._left = self._right = self._norms = np.empty(0)
+        self._begin = Beginning(edit, adapter)
+        self.gathers = self._begin.gathers
+        self._left = self._right = self._magnitudes = np.empty(0)
 
     def gather(self, read: Reader) -> None:
         """Reads the factors and the norms."""
         super().gather(read)
         left, right = self._factors()
         self._left, self._right = left.astype(np.float64), self._edit.scale * right.astype(np.float64)
-        self._norms = self._adapter.read(str(self._edit.magnitude)).astype(np.float64)
+        self._magnitudes = self._adapter.read(str(self._edit.magnitude)).astype(np.float64)
+        self._begin.gather(read)
 
     def edit(self, raw: np.ndarray, offset: int) -> None:
         """Adds the update to a block of rows and rescales them."""
-        edit = self._edit
-        if edit.begins_as is not None:
-            _begin(edit, self._adapter, raw, offset)
-        stored = raw.view(STORED[edit.dtype]).reshape(-1, edit.shape[-1])
-        first = (offset - edit.start) // self._row_bytes
-        rows = slice(first, first + len(stored))
-        old = decoded(stored, np.float64)
-        wanted = old + self._left[rows] @ self._right
-        norms = np.linalg.norm(wanted, axis=1, keepdims=True)
-        if not norms.all():
-            raise ExecuteError(
-                f"{edit.name}: row {first + int(np.argmin(norms))} is zero with the adapter added, so it has no "
-                "direction that DoRA could give a norm; train the adapter on this base"
-            )
-        wanted *= self._norms[rows, None] / norms
-        if not (np.abs(wanted) <= GREATEST[edit.dtype]).all():
-            _refuse(edit, finite=bool(np.isfinite(old).all()))
+        old = decoded(self._numbers(raw), np.float64)
+        wanted = self._updated(raw, offset)
+        wanted *= self._factor(wanted, (offset - self.start) // self._row_bytes)
+        if not (np.abs(wanted) <= GREATEST[self._edit.dtype]).all():
+            refuse(self._edit, finite=bool(np.isfinite(old).all()))
         self._squares += float(np.square(wanted - old).sum())
         self._before += float(np.square(old).sum())
-        encode(wanted, stored)
+        encode(wanted, self._numbers(raw))
+
+    def _updated(self, raw: np.ndarray, offset: int) -> np.ndarray:
+        """Returns U of a block of rows, in float64; overwrites the block."""
+        self._begin.apply(raw, offset)
+        first, stored = (offset - self.start) // self._row_bytes, self._numbers(raw)
+        return decoded(stored, np.float64) + self._left[first : first + len(stored)] @ self._right
+
+    def _numbers(self, raw: np.ndarray) -> np.ndarray:
+        return raw.view(STORED[self._edit.dtype]).reshape(-1, self._edit.shape[-1])
+
+    def _factor(self, updated: np.ndarray, first: int) -> np.ndarray:
+        """Returns what rows, from the first on, are multiplied by."""
+        raise NotImplementedError
+
+    def _refuse_zero(self, what: str) -> NoReturn:
+        raise ExecuteError(
+            f"{self._edit.name}: {what} is zero with the adapter added, so it has no direction that DoRA could give a "
+            "norm; train the adapter on this base"
+        )
+
+
+class _RescaledRows(_Rescaled):
+    """A weight ``[out, in]``, ``W'_i = m_i·U_i / ‖U_i‖`` for each row: see ``Section``."""
+
+    def _factor(self, updated: np.ndarray, first: int) -> np.ndarray:
+        norms = np.linalg.norm(updated, axis=1)
+        if not norms.all():
+            self._refuse_zero(f"row {first + int(np.argmin(norms))}")
+        factor: np.ndarray = self._magnitudes[first : first + len(updated), None] / norms[:, None]
+        return factor
+
+
+class _RescaledColumns(_Rescaled):
+    """A weight ``[in, out]`` or an embedding, whose columns are given the norms: see ``Section``."""
+
+    def __init__(self, edit: MergeEdit, adapter: Adapter, factors: _Factors) -> None:
+        super().__init__(edit, adapter, factors)
+        self.gathers = True
+
+    def gather(self, read: Reader) -> None:
+        """Takes the norms of the columns."""
+        super().gather(read)
+        squares = np.zeros(self._edit.shape[-1])
+        for offset in range(self.start, self.end, self.block):
+            squares += np.square(self._updated(read(offset, min(self.block, self.end - offset)), offset)).sum(axis=0)
+        if not squares.all():
+            self._refuse_zero(f"column {int(np.argmin(squares))}")
+        self._magnitudes /= np.sqrt(squares)
+
+    def _factor(self, updated: np.ndarray, first: int) -> np.ndarray:
+        return self._magnitudes
 
 
 class _Kept(_Counted):
@@ -319,7 +369,7 @@ class _WholeParameter(_Counted):
         given = self._adapter.read(edit.source[0], first, len(stored)).astype(np.float64)
         wanted = old + edit.scale * given if edit.kind == "bias" else given
         if not (np.abs(wanted) <= GREATEST[edit.dtype]).all():
-            _refuse(edit, finite=bool(np.isfinite(old).all()))
+            refuse(edit, finite=bool(np.isfinite(old).all()))
         self._squares += float(np.square(wanted - old).sum())
         self._before += float(np.square(old).sum())
         encode(wanted, stored)
@@ -333,13 +383,13 @@ class _TokenRows(_Counted):
         self.start, self.end = edit.start, edit.end
         self._row_bytes = edit.shape[-1] * ITEM_BYTES[edit.dtype]
         self.block = max(1, PIECE_ELEMENTS // edit.shape[-1]) * self._row_bytes
+        self._begin = Beginning(edit, adapter)
         self._places = sorted((token, place) for place, token in enumerate(edit.tokens))
 
     def edit(self, raw: np.ndarray, offset: int) -> None:
         """Replaces the rows that lie in a block."""
         edit = self._edit
-        if edit.begins_as is not None:
-            _begin(edit, self._adapter, raw, offset)
+        self._begin.apply(raw, offset)
         width = edit.shape[-1]
         stored = raw.view(STORED[edit.dtype]).reshape(-1, width)
         self._before += float(np.square(decoded(stored, np.float64)).sum())
@@ -351,26 +401,6 @@ class _TokenRows(_Counted):
             row = stored[token - first]
             given = self._adapter.read(edit.source[0], place * width, width).astype(np.float64)
             if not (np.abs(given) <= GREATEST[edit.dtype]).all():
-                _refuse(edit, finite=True)
+                refuse(edit, finite=True)
             self._squares += float(np.square(given - decoded(row, np.float64)).sum())
             encode(given, row)
-
-
-def _begin(edit: MergeEdit, adapter: Adapter, raw: np.ndarray, offset: int) -> None:
-    """Fills a block with what the adapter says that the weight was before the training."""
-    stored = raw.view(STORED[edit.dtype])
-    given = adapter.read(str(edit.begins_as), (offset - edit.start) // stored.itemsize, len(stored)).astype(np.float64)
-    if not (np.abs(given) <= GREATEST[edit.dtype]).all():
-        _refuse(edit, finite=True)
-    encode(given, stored)
-
-
-def _refuse(edit: MergeEdit, *, finite: bool) -> NoReturn:
-    if not finite:
-        raise ExecuteError(
-            f"{edit.name}: holds NaN or infinite values, which nothing can be added to; fetch its shard again"
-        )
-    raise ExecuteError(
-        f"{edit.name}: with the adapter added, values lie beyond what {edit.dtype} can hold; "
-        "convert the checkpoint to BF16, or lower --scale"
-    )

@@ -13,13 +13,31 @@ __all__ = ["Names"]
 _MOST_CANDIDATES = 6
 
 #: Prefixes that differ between a model, its text part and its checkpoint.
-_OUTER = frozenset({"base_model", "language_model", "model", "text_model", "transformer"})
-#: What one module is called in a model and in its checkpoint, either way round.
+_OUTER = frozenset({"base_model", "language_model", "llm", "model", "text_model", "transformer"})
+#: What transformers calls an encoder in its classifiers, where that is not the type of the model.
+_BASE_PREFIXES = {"camembert": "roberta", "xlm-roberta": "roberta", "xlm-roberta-xl": "roberta"}
+#: What one module is called in the model that transformers builds, and in checkpoints; searched either way round.
 _SPELLINGS = (
     (".mlp.", ".block_sparse_moe."),
-    (".block_sparse_moe.", ".mlp."),
     (".experts.gate_up_proj", ".input_linear.weight"),
     (".experts.down_proj", ".output_linear.weight"),
+    (".experts.gate_up_proj", ".experts.fc1.weight"),
+    (".experts.down_proj", ".experts.fc2.weight"),
+    (".shared_experts.", ".shared_expert."),
+    (".shared_experts.", ".shared_mlp."),
+    (".mlp.shared_experts.", ".share_expert."),
+    (".mlp.gate.", ".mlp.router.gate."),
+    (".gate_proj.", ".linear_gate."),
+    (".mlp.", ".ffn."),
+    (".self_attn.o_proj.", ".attention.dense."),
+    (".self_attn.forget_gate.", ".attention."),
+    (".self_attn.forget_gate.", ".self_attn."),
+    (".self_attn.g_proj.", ".self_attn.gate_proj."),
+    (".self_attn.q_gate_proj.", ".self_attn.q_b_proj."),
+    (".self_attn.", ".attention."),
+    ("layernorm.mlp.fc1.", "layernorm.W_down."),
+    ("layernorm.mlp.fc2.", "layernorm.W_up."),
+    ("embed_tokens.", "word_embeddings."),
 )
 
 
@@ -35,9 +53,11 @@ class Names:
     def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy | None, file: Path) -> None:
         self._checkpoint, self._file = checkpoint, file
         self._roots = () if anatomy is None else _roots_of(anatomy)
+        kind = str((checkpoint.config or {}).get("model_type", ""))
+        self._outer = _OUTER | {_BASE_PREFIXES.get(kind, kind.replace("-", "_"))}
         self._by_core: defaultdict[str, list[str]] = defaultdict(list)
         for name in checkpoint.tensors:
-            self._by_core[_core(name)].append(name)
+            self._by_core[self._core(name)].append(name)
 
     def find(self, path: str) -> str | None:
         """Returns the tensor that a parameter of the trained model is stored as.
@@ -48,14 +68,15 @@ class Names:
         Raises:
             AdapterError: More than one tensor is meant.
         """
-        spellings = (path.replace(old, new) for old, new in _SPELLINGS if old in path)
+        pairs = (pair for one, other in _SPELLINGS for pair in ((one, other), (other, one)))
+        spellings = (path.replace(old, new) for old, new in pairs if old in path)
         found = (self._find_as_spelled(spelling) for spelling in (path, *spellings))
         return next((name for name in found if name is not None), None)
 
     def _find_as_spelled(self, path: str) -> str | None:
         if path in self._checkpoint.tensors:
             return path
-        core = _core(path)
+        core = self._core(path)
         found = self._by_core.get(core, [])
         if len(found) != 1:
             among = found or [name for name in self._checkpoint.tensors if name.endswith(f".{core}")]
@@ -69,6 +90,13 @@ class Names:
             )
         return found[0] if found else None
 
+    def _core(self, name: str) -> str:
+        """Returns a name without the prefixes that differ between a model, its text part and its checkpoint."""
+        parts = unwrapped(name).split(".")
+        while len(parts) > 1 and parts[0] in self._outer:
+            del parts[0]
+        return ".".join(parts)
+
 
 def _roots_of(anatomy: Anatomy) -> tuple[str, ...]:
     """Returns what the names of the decoder's tensors start with."""
@@ -78,11 +106,3 @@ def _roots_of(anatomy: Anatomy) -> tuple[str, ...]:
         if writer.layer is not None and not writer.mtp
     )
     return tuple(f"{mark}." if mark else "" for mark in dict.fromkeys(marks))
-
-
-def _core(name: str) -> str:
-    """Returns a name without the prefixes that differ between a model, its text part and its checkpoint."""
-    parts = unwrapped(name).split(".")
-    while len(parts) > 1 and parts[0] in _OUTER:
-        del parts[0]
-    return ".".join(parts)

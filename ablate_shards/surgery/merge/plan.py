@@ -16,6 +16,7 @@ import numpy as np
 
 from ablate_shards.errors import AdapterError, ArchitectureError, PlanError
 from ablate_shards.kernels.codecs.plain import STORED, decoded, encode
+from ablate_shards.kernels.merge.taken import Taken
 from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAMES
 from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect
 from ablate_shards.surgery.anatomy.scales import quantisation_of
@@ -87,7 +88,9 @@ class MergeEdit:
         parts: The parts that are changed, in the order of their rows.
         tokens: The rows that are replaced, in the order in which the adapter holds them.
         begins_as: The adapter's tensor that stands in the weight's place before, because it holds rows for new tokens.
-        magnitude: The adapter's norms that the rows are given after the update, as DoRA does.
+        magnitude: The adapter's norms that rows, or columns where it is transposed, are given after the update, as
+            DoRA does.
+        taken: What of the weight is taken out before the update, as the training did.
     """
 
     name: str
@@ -108,6 +111,7 @@ class MergeEdit:
     tokens: tuple[int, ...] = ()
     begins_as: str | None = None
     magnitude: str | None = None
+    taken: Taken | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +136,7 @@ class MergePlan:
         """Returns the plan as JSON types."""
         content = dataclasses.asdict(self)
         for edit in content["edits"]:
-            for key in ("parts", "tokens", "begins_as", "magnitude"):
+            for key in ("parts", "tokens", "begins_as", "magnitude", "taken"):
                 if not edit[key]:
                     del edit[key]
         return content
@@ -241,11 +245,20 @@ class _Planner:
                 yield dataclasses.replace(edits[embedding], **dataclasses.asdict(self._checkpoint.tensors[head]))
 
     def _check_base(self) -> None:
+        begun = {self._find(f"{update.module}.weight") for update in self._adapter.updates if update.taken}
+        if self.found.parted and begun & self.found.begins_as.keys():
+            begun |= self.found.begins_as.keys()  # peft takes it out of the weight that both were
         for path, source in self._adapter.copies.items():
             name = self._need(path, source)
             self._check_shape(source, self._adapter.shape(source), self._checkpoint.tensors[name])
-            if self._source.remote is None and not self._holds(source, self._checkpoint.tensors[name]):
+            # What the training left of the base after a part was taken out of it is not the base's.
+            if (
+                self._source.remote is None
+                and path not in begun
+                and not self._holds(source, self._checkpoint.tensors[name])
+            ):
                 raise AdapterError(self._other_base(f": its {source} is not {name}"))
+        self._note_origin()
         if self._adapter.base is None:
             return
         found = base_digest(self._source)
@@ -253,6 +266,17 @@ class _Planner:
             self.notes.append(f"whether {self._checkpoint.name} is the adapter's base was not checked: it is remote")
         elif found != self._adapter.base:
             raise AdapterError(self._other_base(""))
+
+    def _note_origin(self) -> None:
+        """Notes where the base is from another repository or commit than the adapter says; that may be meant."""
+        repo, commit = self._source.origin or (None, None)
+        said, revision = self._adapter.trained_on
+        if repo is None or said is None:
+            return
+        if repo.lower() != said.lower():
+            self.notes.append(f"the adapter says that it was trained on {said}, not on {repo}")
+        elif commit is not None and revision is not None and commit != revision:
+            self.notes.append(f"the adapter says that it was trained on commit {revision} of {repo}, not on {commit}")
 
     def _other_base(self, how: str) -> str:
         return (
@@ -265,7 +289,7 @@ class _Planner:
 
         Rows for new tokens are not the base's.
         """
-        theirs = STORED[self._adapter.tensors[source].dtype]
+        theirs = STORED.get(self._adapter.tensors[source].dtype, np.float32)  # F64 is read as float32
         new = {each.name: each.begins_as or "" for each in self.found.amendments.tensors}
         known = self._source.tensors.get(new.get(tensor.name, tensor.name), tensor)
         count, never = min(math.prod(known.shape), math.prod(tensor.shape)), threading.Event()
@@ -290,35 +314,56 @@ class _Planner:
             transposed = self._stored_as_conv1d(name, default=self._adapter.config.fan_in_fan_out)
         else:
             transposed = tensor.shape == (inner, outer)
+        if self._adapter.config.use_qalora and not transposed and inner < tensor.shape[-1]:
+            raise AdapterError(
+                f"{self._file}: {update.down}: is of groups of inputs, as QALoRA trains on GPTQ codes, which not even "
+                "peft merges; load it with peft beside the base instead"
+            )
         self._check_shape(update.up, (inner, outer) if transposed else (outer, inner), tensor)
         if update.magnitude is not None:
-            self._check_magnitude(update, update.magnitude, tensor, transposed=transposed)
+            self._check_magnitude(update.magnitude, tensor, transposed=transposed)
+        taken, begins_as = update.taken, {}
+        if taken is not None and (copy := self._adapter.copies.get(f"{update.module}.weight")):
+            # It is saved with what is left of the base.
+            taken, begins_as = None, {"begins_as": copy}
+        if taken is not None:
+            self._check_taken(tensor, rank)
         yield self._edit(
             name, "low-rank", update.down, update.up,
-            rank=rank, scale=scale, transposed=transposed, magnitude=update.magnitude,
+            rank=rank, scale=scale, transposed=transposed, magnitude=update.magnitude, taken=taken,
+            **begins_as,
         )  # fmt: skip
         if update.bias is not None:
             name = self._need(f"{update.module}.bias", update.bias)
             self._check_shape(update.bias, self._adapter.shape(update.bias), self._checkpoint.tensors[name])
             yield self._edit(name, "bias", update.bias, scale=scale)
 
-    def _check_magnitude(self, update: LowRank, magnitude: str, tensor: TensorInfo, *, transposed: bool) -> None:
-        """Refuses what of DoRA is not merged."""
-        if transposed or update.kind != "linear":
+    def _check_magnitude(self, magnitude: str, tensor: TensorInfo, *, transposed: bool) -> None:
+        """Refuses norms that do not fit."""
+        outputs = tensor.shape[-1 if transposed else 0]
+        if self._adapter.shape(magnitude) != (outputs,):
             raise AdapterError(
-                f"{self._file}: {magnitude}: DoRA is merged into linear weights stored as [out, in], and {tensor.name} "
-                f"is not one; {_WITH_PEFT}"
-            )
-        if self._adapter.shape(magnitude) != tensor.shape[:1]:
-            raise AdapterError(
-                f"{self._file}: {magnitude}: expected a norm for each row of {tensor.name} of shape "
-                f"{list(tensor.shape)}, found {list(self._adapter.shape(magnitude))}; merge the adapter into the model "
-                "that it was trained on"
+                f"{self._file}: {magnitude}: expected a norm for each of the {outputs} "
+                f"{'columns' if transposed else 'rows'} of {tensor.name} of shape {list(tensor.shape)}, found "
+                f"{list(self._adapter.shape(magnitude))}; merge the adapter into the model that it was trained on"
             )
         if self._scale != 1:
             raise PlanError(
                 f"scale: {tensor.name} is given the norms that DoRA has learned, which no scale applies to; leave "
                 "--scale out"
+            )
+
+    def _check_taken(self, tensor: TensorInfo, rank: int) -> None:
+        """Refuses what cannot be taken out of a weight."""
+        if rank > min(tensor.shape):
+            raise AdapterError(
+                f"{self._file}: rank {rank} is more than {tensor.name} of shape {list(tensor.shape)} has to take out; "
+                "merge the adapter into the model that it was trained on"
+            )
+        if self._scale != 1:
+            raise PlanError(
+                f"scale: the training took a part out of {tensor.name}, which the adapter at scale 1 gives back "
+                "changed; leave --scale out"
             )
 
     def _place_in_fused(self, update: LowRank) -> tuple[str, MergePart] | None:
@@ -461,7 +506,7 @@ class _Planner:
         if len(self._stored(module, leaf)) == 1 and len(self._checkpoint.tensors[name].shape) == 2:
             return False
         family = None if self._anatomy is None else self._anatomy.family
-        marked = None if family in (None, "gpt-oss") else False
+        marked = None if family in (None, "Aria", "gpt-oss") else False
         if (first := _takes_input_first(self._adapter.peft_version, marked=marked)) is None:
             version = self._adapter.peft_version
             raise AdapterError(
@@ -552,8 +597,9 @@ class _Planner:
     def _edit(self, name: str, kind: Kind, *source: str, **more: Any) -> MergeEdit:
         tensor = self._checkpoint.tensors[name]
         self._check_dtype(tensor)
-        begins_as = None if kind == "replaced" else self.found.begins_as.get(name)
-        return MergeEdit(**dataclasses.asdict(tensor), kind=kind, source=source, begins_as=begins_as, **more)
+        if kind != "replaced":
+            more.setdefault("begins_as", self.found.begins_as.get(name))
+        return MergeEdit(**dataclasses.asdict(tensor), kind=kind, source=source, **more)
 
     def _scaling(self, update: LowRank, key: str, experts: int) -> tuple[int, float]:
         rank, scale = self._adapter.scaling(key)
@@ -581,6 +627,8 @@ class _Planner:
             }
             if name in axes:
                 return axes[name] == -1
+            # As of its neighbours; peft does not take the adapter's word for it either.
+            return any(axis == -1 for name, axis in axes.items() if len(self._source.tensors[name].shape) == 2)
         return default
 
     def _check_dtype(self, tensor: TensorInfo) -> None:

@@ -134,6 +134,7 @@ def _record(edit: MergeEdit, result: MergeResult) -> dict[str, Any]:
         **({"tokens": list(edit.tokens)} if edit.tokens else {}),
         **({"begins_as": edit.begins_as} if edit.begins_as else {}),
         **({"magnitude": edit.magnitude} if edit.magnitude else {}),
+        **({"taken": edit.taken} if edit.taken else {}),
         **({"parts": [dataclasses.asdict(part) for part in edit.parts]} if edit.parts else {}),
         **dataclasses.asdict(result),
     }

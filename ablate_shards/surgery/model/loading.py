@@ -165,9 +165,11 @@ def read_tokenizer(folder: Path, error: type[AblateError], *, template: bool = T
 
 def _processors_template(folder: Path) -> str | None:
     """Returns the template that older multimodal models keep in a file of their processor, which tokenizers skip."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        found = json.loads((folder / "chat_template.json").read_text(encoding="utf-8")).get("chat_template")
-        return found if isinstance(found, str) else None
+    for name in ("chat_template.json", "processor_config.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            found = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
+            if isinstance(found, str):
+                return found
     return None
 
 
@@ -236,14 +238,17 @@ def _holds(
     # Templates leave out the thoughts of answers that are given.
     said = messages[number]["content"].rpartition("</think>")[2]
     spoken = any(map(str.isalnum, said))
-    wanted, found = ("".join(filter(str.isalnum, text) if spoken else text.split()) for text in (said, rendered))
+    wanted, found = (
+        "".join(filter(str.isalnum, text) if spoken else text.split())
+        for text in (said.casefold(), rendered.casefold())
+    )
     if wanted not in found:
         return False
     if not wanted or len(wanted) > _SHORT:
         return True
     changed = {**messages[number], "content": _STAND_IN}
     try:
-        return _STAND_IN in render([*messages[:number], changed, *messages[number + 1 :]])
+        return _STAND_IN.casefold() in render([*messages[:number], changed, *messages[number + 1 :]]).casefold()
     except Exception:  # noqa: BLE001 - a template raises whatever it likes
         return True
 

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from ablate_shards.errors import DirectionsError
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_vector
+from ablate_shards.surgery.anatomy.gains import is_centred, vector_of
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.directions.directions import Directions, apply_gain, biproject
 from ablate_shards.surgery.directions.vectors import NOTHING_LEFT, orthonormal
 from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit, neighbours
@@ -44,8 +45,8 @@ def resolve_bases(
                     f"layers {where}: {error}"
                 ) from error
         if key.gain is not None:
-            gain = read_vector(checkpoint, checkpoint.tensors[key.gain]) + key.gain_offset
-            basis = apply_gain(basis, gain)
+            gain = vector_of(checkpoint, key.gain, key.gain_offset)
+            basis = apply_gain(basis, gain, centred=is_centred(key.gain))
         bases[key] = basis
     return bases
 

@@ -69,6 +69,8 @@ class Plan:
                 continue
             if edit["scales"]["order"] == "rows":
                 del edit["scales"]["order"]
+            if not edit["scales"]["rows"]:
+                del edit["scales"]["rows"]
             if not edit["scales"]["parts"] and edit["scales"]["codes"] == "E4M3":
                 del edit["scales"]["parts"], edit["scales"]["codes"]
         return content
@@ -168,9 +170,8 @@ def _select_layers(existing: Sequence[int], directions: Directions, options: Abl
 def _why_skipped(writer: Writer | LeftOut, layers: frozenset[int], options: AblateOptions) -> str | None:
     if writer.mtp and options.mtp == "keep":
         return "multi-token prediction is kept; --mtp edit includes it"
-    if writer.component is None or not belongs_to(writer.name, writer.component, options.components):
-        part = None if writer.component is None else part_of(writer.name, writer.component)
-        return f"{part} is not among --components"
+    if not belongs_to(writer, options.components):
+        return f"{part_of(writer)} is not among --components"
     if writer.mtp:
         return None
     if writer.layer is not None and writer.layer not in layers:
@@ -191,7 +192,7 @@ def _edit(
     for override in options.overrides:
         if override.layers is not None and (writer.mtp or writer.layer not in override.layers):
             continue
-        if override.components is not None and not belongs_to(writer.name, writer.component, override.components):
+        if override.components is not None and not belongs_to(writer, override.components):
             continue
         coefficient = coefficient if override.coefficient is None else override.coefficient
         preserve = override.preserve or preserve
@@ -247,7 +248,7 @@ def _general_coefficient(writer: Writer, options: AblateOptions) -> float:
     coefficient = options.coefficient
     if writer.layer is not None and not writer.mtp:
         for profile in options.profiles:
-            if belongs_to(writer.name, writer.component, profile.components):
+            if belongs_to(writer, profile.components):
                 coefficient = profile.coefficient(writer.layer)
     return coefficient
 
@@ -278,7 +279,7 @@ def _check_coverage(
         (layer, component) for layer in sorted(layers) for component in PARTS if component in options.components
     ]
     if options.targets:
-        described = {target.component for target in options.targets}
+        described = {COMPONENT_OF[target.component] for target in options.targets}
         needed = [(layer, component) for layer, component in needed if component in described]
     if "embedding" in options.components:
         needed.append((None, "embedding"))
@@ -301,7 +302,7 @@ def _check_parts(
     checkpoint: Checkpoint, weights: Sequence[Writer], layers: frozenset[int], options: AblateOptions
 ) -> None:
     """Refuses a part of a component, such as mamba, that no selected layer has; a layer without it is none of its."""
-    there = [part_of(one.name, one.component) for one in weights if one.layer in layers]
+    there = [part_of(one) for one in weights if one.layer in layers]
     for part in options.components:
         if part not in COMPONENTS and part not in there:
             has = ", ".join(one for one in COMPONENT_OF if one in there) or "none"

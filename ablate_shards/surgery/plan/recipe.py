@@ -65,6 +65,7 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
         **dict.fromkeys(
             ("layers", "components", "coefficient", "preserve", "source-layer", "mtp", "dequantise", "rounding"), _Value
         ),
+        **{"adapter": _Switch, "adapter-rank": _Value},
         **dict.fromkeys(("device", "memory", "jobs"), _Value),
         **dict.fromkeys(
             ("biproject", "cache", "private", "link", "sync", "dry-run", "resume", "overwrite", "force"), _Switch
@@ -240,11 +241,16 @@ def parse_parts(text: str | Sequence[str]) -> tuple[Part, ...]:
 
 def _parse_parts(text: str | Sequence[str], known: Sequence[Part]) -> tuple[Part, ...]:
     names = [name.strip() for name in (text.split(",") if isinstance(text, str) else map(str, text))]
-    names = ["routed-experts" if name == "experts" else name for name in names]
+    names = [_plain_part(name) for name in names]
     for name in names:
         if name not in known:
             raise ValueError(f"expected some of {', '.join(known)}, found {name!r}")
     return tuple(part for part in known if part in names)
+
+
+def _plain_part(name: Any) -> Any:
+    """Returns a part by the name that the code has for it."""
+    return "routed-experts" if name == "experts" else name
 
 
 def parse_source_layer(text: str | int) -> SourceLayer:
@@ -361,7 +367,7 @@ _KINDS: Mapping[str, type[Any]] = {"override": Override, "profile": Profile, "ta
 _READERS: Mapping[type[Any], Mapping[str, Callable[[Any], Any]]] = {
     Override: {"layers": parse_layers, "components": parse_components, "source_layer": parse_source_layer},
     Profile: {"components": parse_parts},
-    Target: {},
+    Target: {"component": _plain_part},
 }
 
 

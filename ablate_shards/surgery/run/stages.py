@@ -26,6 +26,8 @@ _BOTH_WAYS = frozenset({"gradient-checkpointing", "perplexity", "divergence", "l
 _FILES = frozenset({"pairs", "without", "data", "keep", "questions", "report-questions", "text"})
 #: Settings of ``[directions]`` that are about computing them; the others are about capturing.
 _COMPUTED = frozenset({"estimator", "rank", "winsorize", "without"})
+#: Settings of ``[ablate]`` that make an adapter, which the recipe that a search writes does not have.
+_OF_ADAPTER = ("adapter", "adapter-rank")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,11 @@ class Stage:
     def name(self) -> str:
         """What it does, in a word or two; the name of no other stage of the run."""
         return f"{self.kind} {self.subject}".rstrip()
+
+    @property
+    def makes_checkpoint(self) -> bool:
+        """Whether its output is a checkpoint, not an adapter or a file."""
+        return self.kind == "merge" or (self.kind == "ablate" and not self.settings.get("adapter"))
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -106,7 +113,8 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
     ``[search]`` finds the edit, whose recipe then stands in for ``[ablate]``. ``[evaluate]`` measures the source, the
     ablated checkpoint and the result; ``[lora]`` trains an adapter on the ablated checkpoint and merges it. With
     ``[lora]`` and neither ``[directions]`` nor ``[ablate]``, nothing is ablated, and the adapter is trained on the
-    source.
+    source. With ``adapter`` in ``[ablate]``, the result is an adapter; ``[evaluate]`` then measures the checkpoint that
+    it makes of the source.
 
     Args:
         recipe: The recipe.
@@ -116,11 +124,16 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
         work: The folder for everything between.
 
     Raises:
-        RecipeError: The recipe names no directions and nothing to make them from, two files of pairs of one name, or
-            no data for ``[lora]``.
+        RecipeError: The recipe names no directions and nothing to make them from, two files of pairs of one name, no
+            data for ``[lora]``, or asks for both ``[lora]`` and an adapter of the edit.
     """
     given, lora, evaluate = (recipe.tables.get(name, {}) for name in ("directions", "lora", "evaluate"))
     trains, measures = "lora" in recipe.tables, "evaluate" in recipe.tables
+    as_adapter = {key: value for key, value in recipe.tables.get("ablate", {}).items() if key in _OF_ADAPTER}
+    if trains and as_adapter.get("adapter"):
+        raise RecipeError(
+            f"{path}: [lora] trains on the edited checkpoint, and adapter in [ablate] makes none; remove one of the two"
+        )
     ablates = not trains or bool(recipe.tables.keys() & {"directions", "ablate"})
 
     stages = [_evaluate("source", source, evaluate, work)]
@@ -134,7 +147,10 @@ def plan_stages(recipe: Recipe, path: Path, source: Path, out: Path, work: Path)
         else:
             stages += _directions_from(given, path, source, work)
             edit, directions = path, Path(given["directions"]) if "directions" in given else stages[-1].output
-        stages.append(_ablate(source, edit, directions, model))
+        stages.append(_ablate(source, edit, directions, model, as_adapter))
+        if measures and as_adapter.get("adapter"):
+            model = work / "ablated"
+            stages.append(_merge(source, out, {}, model))
         stages.append(_evaluate("ablated", model, evaluate, work, base=source, gated="ablate"))
     if trains:
         adapter = work / "adapter"
@@ -208,8 +224,8 @@ def _directions(dumps: Sequence[Path], table: Mapping[str, Any], output: Path) -
     return Stage("directions", output, activations=tuple(dumps), settings=settings)
 
 
-def _ablate(model: Path, recipe: Path, directions: Path, out: Path) -> Stage:
-    return Stage("ablate", out, model=model, recipe=recipe, directions=directions)
+def _ablate(model: Path, recipe: Path, directions: Path, out: Path, as_adapter: Mapping[str, Any]) -> Stage:
+    return Stage("ablate", out, model=model, recipe=recipe, directions=directions, settings=as_adapter)
 
 
 def _finetune(model: Path, table: Mapping[str, Any], recipe: Path, adapter: Path) -> Stage:
@@ -364,7 +380,7 @@ class _State:
             return None
         whole = hashlib.sha256()
         for file in files:
-            whole.update(f"{file.relative_to(path)}\0{self._file_digest(file)}\n".encode())
+            whole.update(f"{file.relative_to(path).as_posix()}\0{self._file_digest(file)}\n".encode())
         return whole.hexdigest()
 
     def _file_digest(self, file: Path) -> str:

@@ -17,6 +17,7 @@ from ablate_shards.surgery.edit.blocks import Channels
 from ablate_shards.surgery.edit.operation import RunOptions
 from ablate_shards.surgery.machine.devices import torch_dtype
 from ablate_shards.surgery.machine.files import pread_into
+from ablate_shards.surgery.machine.system import open_file
 from ablate_shards.surgery.plan.edits import TensorEdit
 from ablate_shards.surgery.plan.plan import Plan
 
@@ -39,13 +40,17 @@ class EditableModel:
         checkpoint: What the model was loaded from, on this machine.
         network: The model of transformers.
         run: What does the arithmetic, how much memory it takes, and how many tensors are edited at a time.
+        keep: Bytes of stored tensors that may stay on the host once they were read; those of a model on CUDA stay in
+            pinned memory, from which a device takes them back without waiting. What does not fit is read again.
     """
 
-    def __init__(self, checkpoint: Checkpoint, network: Any, run: RunOptions) -> None:
+    def __init__(self, checkpoint: Checkpoint, network: Any, run: RunOptions, *, keep: int = 0) -> None:
         self._checkpoint, self._run = checkpoint, run
         self._parameters: dict[str, torch.Tensor] = dict(network.named_parameters())
-        self._shards = {shard.name: os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC) for shard in checkpoint.shards}
+        self._shards = {shard.name: open_file(shard.path) for shard in checkpoint.shards}
         self._places: dict[str, torch.Tensor] = {}
+        self._kept: dict[str, torch.Tensor] = {}
+        self._keep = keep
         self._edited: dict[str, TensorEdit] = {}
 
     def __enter__(self) -> Self:
@@ -101,15 +106,38 @@ class EditableModel:
         def reread(data: memoryview, offset: int) -> None:
             data[:] = target[offset - edit.start : offset - edit.start + len(data)]
 
-        read = functools.partial(pread_into, self._shards[edit.shard])
-        result = editor.edit(edit, Channels(read=read, write=write, reread=reread))
+        result = editor.edit(edit, Channels(functools.partial(self._read, edit), write, reread))
         self._load(edit, raw)
         return result
 
     def _restore(self, edit: TensorEdit) -> None:
+        if (kept := self._kept.get(edit.name)) is not None:
+            self._place(edit).copy_(_values(edit, kept), non_blocking=True)  # nobody writes to what is kept
+            return
         raw = self._memory(edit)
         pread_into(self._shards[edit.shard], raw.data, edit.start)
         self._load(edit, raw)
+
+    def _read(self, edit: TensorEdit, data: memoryview, offset: int) -> None:
+        """Fills a buffer from an offset of the shard that holds a tensor, or from what is kept of that."""
+        if (kept := self._kept.get(edit.name)) is not None:
+            start = offset - edit.start
+            data[:] = kept.numpy().data[start : start + len(data)]
+            return
+        pread_into(self._shards[edit.shard], data, offset)
+
+    def _stored(self, edit: TensorEdit, device: str) -> "torch.Tensor":
+        """Returns a tensor's bytes as the shard has them, and keeps them where there is room."""
+        import torch
+
+        size = edit.end - edit.start
+        kept = size <= self._keep
+        stored = torch.empty(size, dtype=torch.uint8, pin_memory=kept and device == "cuda")
+        pread_into(self._shards[edit.shard], stored.numpy().data, edit.start)
+        if kept:
+            self._keep -= size
+            self._kept[edit.name] = stored
+        return stored
 
     def _memory(self, edit: TensorEdit) -> np.ndarray:
         """Returns memory for a tensor's bytes: the parameter's own where it holds them as they are stored."""
@@ -123,8 +151,10 @@ class EditableModel:
 
     def _load(self, edit: TensorEdit, raw: np.ndarray) -> None:
         """Brings bytes into the parameter, unless they are its own."""
+        import torch
+
         place = self._place(edit)
-        values = _values(edit, raw)
+        values = _values(edit, torch.from_numpy(raw))
         if values.data_ptr() != place.data_ptr():
             place.copy_(values)
 
@@ -135,9 +165,8 @@ class EditableModel:
             SearchError: Nowhere.
         """
         if edit.name not in self._places:
-            raw = np.empty(edit.end - edit.start, np.uint8)
-            pread_into(self._shards[edit.shard], raw.data, edit.start)
-            values = _values(edit, raw)
+            device = next((parameter.device.type for parameter in self._parameters.values()), "cpu")
+            values = _values(edit, self._stored(edit, device))
             found = next((view for view in self._candidates(edit) if _holds(view, values)), None)
             if found is None:
                 raise SearchError(
@@ -169,11 +198,9 @@ class EditableModel:
                     yield view.mT
 
 
-def _values(edit: TensorEdit, raw: np.ndarray) -> "torch.Tensor":
+def _values(edit: TensorEdit, stored: "torch.Tensor") -> "torch.Tensor":
     """Returns stored bytes as the tensor that they are."""
-    import torch
-
-    return torch.from_numpy(raw).view(torch_dtype(edit.dtype)).view(edit.shape)
+    return stored.view(torch_dtype(edit.dtype)).view(edit.shape)
 
 
 def _holds(view: "torch.Tensor", values: "torch.Tensor") -> bool:

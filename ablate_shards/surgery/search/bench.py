@@ -26,6 +26,9 @@ from ablate_shards.surgery.search.space import Setting, Space
 
 __all__ = ["Bench", "Tried", "excess", "opened_bench"]
 
+#: One part in so many of the free memory of the host keeps stored weights; pinned memory may take twice its size.
+_HOST_SHARE = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Tried:
@@ -58,14 +61,22 @@ class Bench:
         contrasts: The directions that there are.
         space: What may vary.
         run: What does the arithmetic of edits.
+        keep: Bytes of stored weights that may stay on the host: :class:`EditableModel`.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, speaker: Speaker, contrasts: Contrasts, space: Space, run: RunOptions
+        self,
+        checkpoint: Checkpoint,
+        speaker: Speaker,
+        contrasts: Contrasts,
+        space: Space,
+        run: RunOptions,
+        *,
+        keep: int = 0,
     ) -> None:
         self.checkpoint, self.speaker = checkpoint, speaker
         self._contrasts, self._space = contrasts, space
-        self._model = EditableModel(checkpoint, speaker.network, run)
+        self._model = EditableModel(checkpoint, speaker.network, run, keep=keep)
 
     def close(self) -> None:
         """Takes the edit back, and lets go of the shards."""
@@ -157,7 +168,9 @@ def opened_bench(
         )
     remedies = Remedies(instead="search on a machine with more memory")
     with speaking(folder, dtype=dtype, device=run.device, remedies=remedies) as speaker:
-        bench = Bench(checkpoint, speaker, contrasts, space, run)
+        # Elsewhere the page cache, which holds the shards, is as near to the model.
+        keep = free_memory(resolve_device("cpu")) // _HOST_SHARE if device.type in ("cuda", "xpu") else 0
+        bench = Bench(checkpoint, speaker, contrasts, space, run, keep=keep)
         try:
             yield bench
         finally:

@@ -215,9 +215,9 @@ def prepare_job(
     checkpoint = open_folder(folder, SearchError)
     anatomy = dissect(checkpoint.tensors, checkpoint.config, ())
     written_by = dict.fromkeys(
-        part_of(writer.name, writer.component)
+        part
         for writer in anatomy.writers
-        if not writer.mtp and writer.component != "embedding"
+        if not writer.mtp and (part := part_of(writer)) is not None and part != "embedding"
     )
     contrasts = Contrasts(read, without)
     space = make_space(

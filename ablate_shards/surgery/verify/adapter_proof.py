@@ -148,7 +148,7 @@ def _measure_again(
     adapter = read_adapter(folder)
     stop, local = threading.Event(), threading.local()
     source = Source(checkpoint, stop)
-    progress.begin(sum(change.tensor.end - change.tensor.start for each in plan.modules for change in each.changes))
+    progress.begin(sum(change.size for each in plan.modules for change in each.changes))
 
     def compare(module: Module) -> Difference | None:
         if not hasattr(local, "matrices"):
@@ -163,7 +163,7 @@ def _measure_again(
         except (AblateError, ValueError) as error:
             return Difference(module.path, str(error))
         finally:
-            progress.advance(sum(change.tensor.end - change.tensor.start for change in module.changes))
+            progress.advance(sum(change.size for change in module.changes))
         return _difference(module.path, recorded[module.path], found)
 
     try:

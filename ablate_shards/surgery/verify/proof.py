@@ -25,11 +25,13 @@ from ablate_shards.names import (
     RECEIPT_NAMES,
     is_report,
 )
-from ablate_shards.surgery.anatomy.scales import find_scales, is_codes, quantisation_of
+from ablate_shards.surgery.anatomy.gains import factors_of
+from ablate_shards.surgery.anatomy.scales import is_codes, quantisation_of
 from ablate_shards.surgery.checkpoint.amended import amend
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range
 from ablate_shards.surgery.checkpoint.files import Files, Folder
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, Shard
+from ablate_shards.surgery.dequantise.decoding import read_scales
 from ablate_shards.surgery.dequantise.dequantisation import plan_dequantisation
 from ablate_shards.surgery.dequantise.found import DequantisedRecord
 from ablate_shards.surgery.directions.directions import Directions
@@ -43,8 +45,8 @@ from ablate_shards.surgery.edit.dequantise import (
 from ablate_shards.surgery.edit.operation import RunOptions
 from ablate_shards.surgery.edit.parts import share_of
 from ablate_shards.surgery.edit.receipt import Receipt, read_receipt
-from ablate_shards.surgery.machine.devices import cores
 from ablate_shards.surgery.machine.progress import Progress
+from ablate_shards.surgery.machine.system import cores
 from ablate_shards.surgery.merge.adapter import read_adapter
 from ablate_shards.surgery.merge.editor import MergeEditor
 from ablate_shards.surgery.merge.plan import plan_merge
@@ -610,7 +612,7 @@ def _describes(edit: TensorEdit, checkpoint: Checkpoint, directions: Directions)
     ):
         return False
     hidden = directions.basis[neighbours(key.source_layer)[0]].shape[1:]
-    gain = None if key.gain is None else checkpoint.tensors.get(key.gain)
+    gains = [] if key.gain is None else [checkpoint.tensors.get(name) for name in factors_of(key.gain)]
     return (
         (tensor.shard, tensor.dtype, tensor.shape, tensor.start, tensor.end)
         == (edit.shard, edit.dtype, edit.shape, edit.start, edit.end)
@@ -618,7 +620,7 @@ def _describes(edit: TensorEdit, checkpoint: Checkpoint, directions: Directions)
         and shape[edit.axis] == hidden[0]
         and all(layer in directions.reference for layer in key.references)
         and all(directions.reference[layer].shape == hidden for layer in key.references)
-        and (key.gain is None or (gain is not None and gain.shape == hidden))
+        and all(gain is not None and gain.shape == hidden for gain in gains)
     )
 
 
@@ -626,10 +628,11 @@ def _stored_right(edit: TensorEdit, checkpoint: Checkpoint) -> bool:
     """Returns whether an edit's dtype is one that is edited, and its scales are the source's own."""
     if edit.scales is None:
         return edit.dtype in ITEM_BYTES
-    if (edit.kind, edit.axis) != ("weight", -2) or not is_codes(checkpoint.tensors[edit.name], ".weight"):
+    tensor, read = checkpoint.tensors[edit.name], functools.partial(read_range, checkpoint)
+    if (edit.kind, edit.axis) != ("weight", -2) or not is_codes(tensor, ".weight"):
         return False
     try:
-        found = find_scales(checkpoint.tensors[edit.name], checkpoint.tensors, quantisation_of(checkpoint.config))
+        found = read_scales(tensor, checkpoint.tensors, quantisation_of(checkpoint.config), read)
     except ArchitectureError:
         return False
     return found == edit.scales
