@@ -3,13 +3,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 COMPILED := hatch_build.py ablate_shards/kernels/native/native.c $(wildcard ablate_shards/kernels/native/*.h)
 
-.PHONY: demo test lint bench bench-gpu real real-test browser docs loaders clean
+.PHONY: demo test lint bench bench-gpu real real-test browser docs loaders ray clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m ablate_shards.data.demo
 
 test: $(VENV)/.dev
-	$(BIN)/pytest -m "not gpu and not loaders and not browser and not real" -n 2
+	$(BIN)/pytest -m "not gpu and not loaders and not browser and not real and not ray" -n 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -47,6 +47,10 @@ docs: $(VENV)/.dev
 loaders: $(VENV)/.loaders
 	$(BIN)/python -c 'import mlx_lm'
 	$(BIN)/pytest -m loaders
+
+# One process: it starts a cluster on this machine.
+ray: $(VENV)/.dev
+	$(BIN)/pytest -m ray tests/test_ray.py
 
 # Each set of packages is installed once per change of what it is made from. torch comes first, so that the
 # build chosen here (or installed before, such as one for the CPU alone) is the one the rest is resolved around.

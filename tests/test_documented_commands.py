@@ -23,6 +23,7 @@ GENERATED = ROOT / "docs" / "cli.md"
 PAGES = sorted({ROOT / "README.md", *(ROOT / "docs").rglob("*.md")} - {GENERATED, TUTORIAL})
 NETWORK = "needs a network"
 GPU = "needs a GPU"
+RAY = "needs Ray: tests/test_ray.py"
 
 _LINE = re.compile(r"^(?: {4,}|\t|\$ |)(?:\$ )?ablate-shards +(?P<words>.*)$")
 _INLINE = re.compile(
@@ -268,6 +269,8 @@ def translate(demo, fresh, line):
         reason = NETWORK
     if str(given.get("device", "")).startswith("cuda"):
         reason = GPU
+    if given.get("engine") == "ray":
+        reason = RAY
     shipped = name == "run" and not str(given["recipe"]).endswith(".toml") and str(given["recipe"]) != "RECIPE"
     places = inputs(demo, name, given)
     taken = []

@@ -13,6 +13,7 @@ from ablate_shards.commands.options import (
     as_json_flag,
     debug_flag,
     device_flag,
+    engine_flag,
     parse_memory,
     parsed,
     print_json,
@@ -21,6 +22,7 @@ from ablate_shards.commands.options import (
     rank_flags,
     rank_given,
     rank_record,
+    ray_workers_flag,
 )
 
 __all__ = ["capture"]
@@ -62,6 +64,8 @@ __all__ = ["capture"]
     help="Most that the weights may take before --offload auto streams them.  [default: most of what is free]",
 )
 @device_flag
+@engine_flag
+@ray_workers_flag
 @rank_flags
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @click.option("--overwrite", is_flag=True, help="Replace DUMP if it exists.")

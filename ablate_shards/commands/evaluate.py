@@ -6,7 +6,16 @@ from typing import Any
 
 import click
 
-from ablate_shards.commands.options import PATH, answering, as_json_flag, debug_flag, print_json, quiet_flag
+from ablate_shards.commands.options import (
+    PATH,
+    answering,
+    as_json_flag,
+    debug_flag,
+    engine_flag,
+    print_json,
+    quiet_flag,
+    ray_workers_flag,
+)
 from ablate_shards.terminal.evaluations import print_answers, print_evaluation
 
 __all__ = ["evaluate"]
@@ -22,6 +31,8 @@ __all__ = ["evaluate"]
     "-o", "--out", type=PATH, metavar="FILE", help="Where to write.  [default: MODEL.evaluation.json beside MODEL]"
 )
 @answering
+@engine_flag
+@ray_workers_flag
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Questions asked at a time.")
 @click.option("--endpoint", metavar="URL", help="Ask the model at this OpenAI-compatible endpoint, such as vLLM's.")
 @click.option("--endpoint-model", metavar="NAME", help="What the endpoint calls it.  [default: the one it serves]")

@@ -30,6 +30,7 @@ __all__ = [
     "debug_flag",
     "device_flag",
     "dtype_flag",
+    "engine_flag",
     "estimation",
     "making_adapter",
     "parse_memory",
@@ -41,6 +42,7 @@ __all__ = [
     "rank_flags",
     "rank_given",
     "rank_record",
+    "ray_workers_flag",
     "recipe_flag",
     "resources",
     "sync_flag",
@@ -229,6 +231,19 @@ rank_flags = _options(
         metavar="N",
         help="How many processes share the work; 1: this one does all of it, whatever a launcher says.",
     ),
+)
+#: Who runs the models of ``evaluate``, ``capture`` and the trials of ``search``.
+engine_flag = click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Run the model here, or on workers of Ray: of the cluster that RAY_ADDRESS names, else of this machine.",
+)
+ray_workers_flag = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Workers of Ray, each with the model in its memory.  [default: one per GPU, without GPUs one per machine]",
 )
 estimation = _options(
     click.option(

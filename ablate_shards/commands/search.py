@@ -11,6 +11,7 @@ from ablate_shards.commands.options import (
     as_json_flag,
     debug_flag,
     dtype_flag,
+    engine_flag,
     estimation,
     parsed,
     print_json,
@@ -110,8 +111,11 @@ def _space(text: str) -> dict[str, Any]:
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Questions asked at a time.")
 @dtype_flag
 @resources
+@engine_flag
 @click.option(
-    "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Models to try edits on at a time."
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Models to try edits on at a time.  [default: 1; with --engine ray one per GPU, without GPUs one per machine]",
 )
 @click.option(
     "--recipe",

@@ -1,32 +1,37 @@
 """Captures the residual stream after every decoder layer, one layer at a time with all prompts through it."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ablate_shards import __version__
-from ablate_shards.errors import CaptureError, Interrupted
+from ablate_shards.errors import CaptureError, Interrupted, UsageError
 from ablate_shards.surgery.capture.dump import DumpWriter, check_disk, check_dump
 from ablate_shards.surgery.capture.layer_stream import Network, load_whole, open_streamed, run_layers
 from ablate_shards.surgery.capture.prompts import EncodedTurn, Position, encode_pairs, make_batches
-from ablate_shards.surgery.capture.ranks import is_captured, metadata_of_part, part_of_dump, share_of_batches
+from ablate_shards.surgery.capture.ranks import is_captured, join_dump, metadata_of_part, part_of_dump, share_of_batches
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.directions.activations import ACTIVATIONS_FORMAT, LABELS
+from ablate_shards.surgery.machine.crew import Engine, RayCrew, Workers, hired
 from ablate_shards.surgery.machine.devices import resolve_device, torch_dtype
-from ablate_shards.surgery.machine.progress import Steps
+from ablate_shards.surgery.machine.progress import Silent, Steps
 from ablate_shards.surgery.machine.ranks import WorkerRank
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.sizes import size_text
-from ablate_shards.surgery.machine.staging import locked
+from ablate_shards.surgery.machine.staging import beside, locked
 from ablate_shards.surgery.model.loading import (
     Dtype,
     check_packages,
     free_memory,
+    headers_digest,
     open_folder,
+    open_same,
     quiet,
     read_config,
 )
@@ -63,6 +68,8 @@ class CaptureOptions:
         overwrite: Replace an existing dump.
         rank: Which of several processes that share the prompts this one is, None where it is the only one.
         command: The words of the command line, for those who have to run another rank.
+        engine: Whether the model runs here, or on workers of Ray.
+        workers: How many of those, one per GPU if None, or per machine where there are none.
     """
 
     position: Position | Literal["auto"] = "auto"
@@ -76,6 +83,8 @@ class CaptureOptions:
     overwrite: bool = False
     rank: WorkerRank | None = None
     command: tuple[str, ...] = ()
+    engine: Engine = "local"
+    workers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +136,7 @@ def capture(model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOpti
     Raises:
         CaptureError: The model, its tokenizer or the pairs cannot be used, or the dump cannot be written.
         CheckpointError: The checkpoint is malformed or holds no safetensors.
-        ExecuteError: Another run is writing the dump.
+        ExecuteError: Another run is writing the dump, or Ray does not answer.
         UsageError: The name of the dump or the device cannot be used.
         Interrupted: Ctrl-C or SIGTERM; the layers that are complete are kept for ``resume``.
     """
@@ -140,6 +149,8 @@ def capture(model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOpti
     check_dump(model, dump, overwrite=options.overwrite)
     if not pairs:
         raise CaptureError("there are no pairs to capture; expected at least one")
+    if options.engine == "ray":
+        return _capture_on_workers(model, dump, pairs, options, progress)
     checkpoint = open_folder(model, CaptureError)
     device = resolve_device(options.device)
     rank = options.rank
@@ -223,6 +234,59 @@ def capture(model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOpti
             if not writer.useful:
                 writer.discard()
     return dataclasses.replace(captured, resumed=resumed)
+
+
+def _capture_on_workers(
+    model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOptions, progress: Steps
+) -> Captured:
+    """Has each worker of Ray capture what a rank captures, and joins the parts."""
+    if options.rank is not None:
+        raise UsageError("--engine ray: deals the prompts out itself; leave out --worker-rank and --world-size")
+    workers = Workers(options.engine, options.workers, options.device)
+    workers.check()
+    checkpoint = open_folder(model, CaptureError)
+    place = beside(dump.absolute(), "ranks")
+    place.mkdir(exist_ok=True)
+    # What tells whether workers write where this process reads.
+    token = place / f"shared-{secrets.token_hex(8)}"
+    token.touch()
+    alone = dataclasses.replace(options, engine="local", workers=None)
+    try:
+        with hired(workers, contextlib.nullcontext) as crew:
+            count = crew.size if isinstance(crew, RayCrew) else 1
+            parts = {
+                index: dataclasses.replace(alone, rank=WorkerRank(index, count, "--engine ray") if count > 1 else None)
+                for index in range(count)
+            }
+            progress.note(f"{count} workers, each with its share of {2 * len(pairs)} prompts")
+            given = (model.resolve(), headers_digest(checkpoint), dump.absolute(), token, pairs)
+            for done, (_, part) in enumerate(crew.each(_part, {each: (*given, how) for each, how in parts.items()}), 1):
+                captured: Captured = part
+                progress.count(done, count)
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"{dump}: interrupted; the same command goes on after the layers that are complete"
+        ) from error
+    finally:
+        token.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where there are parts
+            place.rmdir()
+    if count > 1:
+        join_dump(dump, overwrite=options.overwrite)
+    return dataclasses.replace(captured, dump=dump)
+
+
+def _part(
+    _: None, model: Path, headers: str, dump: Path, token: Path, pairs: Sequence[Pair], options: CaptureOptions
+) -> Captured:
+    """Captures a rank's share on a worker of Ray."""
+    open_same(model, headers, CaptureError)
+    if not token.exists():
+        raise CaptureError(
+            f"{dump.parent}: is another folder on this machine than where the command runs; name a DUMP on a disk that "
+            "all machines share"
+        )
+    return capture(model, dump, pairs, options, Silent())
 
 
 def _position_of(pairs: Sequence[Pair], wanted: Position | Literal["auto"]) -> Position:

@@ -1,18 +1,20 @@
 """Asks a model the questions, judges every answer, and compares it with the model that it was made from."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ablate_shards.errors import AblateError, EvaluateError, Interrupted, UsageError
 from ablate_shards.surgery.evaluate.answers import (
     Dtype,
+    Prompt,
     Speaker,
     batches,
     library_versions,
@@ -42,11 +44,15 @@ from ablate_shards.surgery.evaluate.likelihood import (
 )
 from ablate_shards.surgery.evaluate.measures import forced_answers, is_control, judged, measure_leans
 from ablate_shards.surgery.evaluate.tasks import Tasks, TaskScore, open_tasks, run_tasks
-from ablate_shards.surgery.machine.devices import resolve_device
+from ablate_shards.surgery.machine.crew import Engine, RayCrew, Workers, hired
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.staging import locked
-from ablate_shards.surgery.model.loading import answering_dtype, open_folder, read_config
+from ablate_shards.surgery.model.loading import answering_dtype, headers_digest, open_folder, open_same, read_config
 from ablate_shards.surgery.model.samples import Question, Turn
+
+if TYPE_CHECKING:
+    import torch
+    from ray import ObjectRef
 
 __all__ = [
     "ENDPOINT_KEY",
@@ -93,6 +99,8 @@ class EvaluateOptions:
         tasks: Tasks of lm-evaluation-harness, see ``tasks.open_tasks``.
         task_limit: How many documents of each task are asked, all if None.
         task_chat: Lay the model's chat template around the tasks' prompts.
+        engine: Whether the model runs here, or on workers of Ray.
+        workers: How many of those, one per GPU if None, or per machine where there are none.
         overwrite: Replace an existing evaluation.
     """
 
@@ -114,6 +122,8 @@ class EvaluateOptions:
     tasks: tuple[str, ...] = ()
     task_limit: int | None = None
     task_chat: bool = False
+    engine: Engine = "local"
+    workers: int | None = None
     overwrite: bool = False
 
 
@@ -180,7 +190,7 @@ class _Recorded:
     """The responses of a base, and what it computes over them."""
 
     forced: Sequence[Forced]
-    recording: Recording
+    recording: "Recording | ObjectRef"
 
 
 class _Run:
@@ -252,46 +262,54 @@ class _Run:
         """Asks a model that runs here, and measures it while it is in memory."""
         options = self._options
         checkpoint = open_folder(folder, EvaluateError)
-        device = resolve_device(options.device)
-        versions = library_versions()
-        asked = {
-            **self._asked(),
-            "batch": options.batch,
-            "dtype": answering_dtype(options.dtype, read_config(folder, EvaluateError), device),
-            "device": device.type,
-        }
-        model = Model(folder.resolve().name, model_digest(checkpoint))
-        keys = [_key(model.sha256, versions, asked, question.turn.messages()) for question in self._questions]
-        known = self._known(model, versions, asked)
+        digest = model_digest(checkpoint)
+        place = folder if options.engine == "local" else folder.resolve()
+        opened = functools.partial(
+            _speaking, place, headers_digest(checkpoint), dtype=options.dtype, device=options.device
+        )
         leans: tuple[Lean, ...] = ()
         text, kept, moved = None, None, None
-        with speaking(folder, dtype=options.dtype, device=options.device) as speaker:
-            self._progress.note(f"{model.name}: {len(keys)} questions, on {device}")
-            prompts = [speaker.prompt(question, thinking=options.thinking) for question in self._questions]
+        with hired(Workers(options.engine, options.workers, options.device), opened) as crew:
+            device = crew.do(_device_of)
+            versions = library_versions()
+            asked = {
+                **self._asked(),
+                "batch": options.batch,
+                "dtype": answering_dtype(options.dtype, read_config(folder, EvaluateError), device),
+                "device": device.type,
+            }
+            model = Model(folder.resolve().name, digest)
+            keys = [_key(model.sha256, versions, asked, question.turn.messages()) for question in self._questions]
+            known = self._known(model, versions, asked)
+            on = f" and {crew.size - 1} others" if isinstance(crew, RayCrew) and crew.size > 1 else ""
+            self._progress.note(f"{model.name}: {len(keys)} questions, on {device}{on}")
+            prompts = crew.do(_prompts, self._questions, thinking=options.thinking)
+            open_ones = {}
             for rows in batches(self._questions, options.batch):
-                if not all(keys[row] in self._journal for row in rows):
-                    replies = speaker.replies(
-                        [prompts[row] for row in rows],
-                        tokens=options.length,
-                        thoughts=options.thoughts if options.thinking else 0,
-                    )
-                    self._journal.keep({keys[row]: reply for row, reply in zip(rows, replies, strict=True)})
-                self._advance(len(rows))
+                if all(keys[row] in self._journal for row in rows):
+                    self._advance(len(rows))
+                else:
+                    open_ones[tuple(rows)] = ([prompts[row] for row in rows],)
+            thoughts = options.thoughts if options.thinking else 0
+            for asked_at_once, said in crew.each(Speaker.replies, open_ones, tokens=options.length, thoughts=thoughts):
+                self._journal.keep({keys[row]: reply for row, reply in zip(asked_at_once, said, strict=True)})
+                self._advance(len(asked_at_once))
             replies = [self._journal[key] for key in keys]
             if self._referenced:
-                leans = known.leans if known else measure_leans(speaker, self._questions, prompts, batch=options.batch)
+                leans = known.leans if known else crew.do(measure_leans, self._questions, prompts, batch=options.batch)
                 self._advance(1)
             if self._text is not None:
-                name, digest, content = self._text
-                same = known.text if known and known.text and known.text.sha256 == digest else None
-                text = same or PredictedText(name, digest, perplexity(speaker, content))
+                name, text_digest, content = self._text
+                same = known.text if known and known.text and known.text.sha256 == text_digest else None
+                text = same or PredictedText(name, text_digest, crew.do(perplexity, content))
                 self._advance(1)
-            tasks = self._scores(speaker, known)
+            tasks = crew.do(self._scores, known) if self._tasks.asked else ()
             if recorded is not None:
-                moved = divergence(speaker, recorded.forced, recorded.recording)
+                moved = crew.do(divergence, recorded.forced, recorded.recording)
                 self._advance(1)
-            if recording and (forced := forced_answers(speaker, self._questions, replies, thinking=options.thinking)):
-                kept = _Recorded(forced, record(speaker, forced))
+            if recording and (forced := crew.do(forced_answers, self._questions, replies, thinking=options.thinking)):
+                # On a GPU it lies there, and it is not fetched from a worker.
+                kept = _Recorded(forced, crew.keep(record, forced))
                 self._advance(1)
         found = self._evaluation(model, {**asked, **self._tasked()}, versions, replies)
         return dataclasses.replace(found, leans=leans, text=text, tasks=tasks), kept, moved
@@ -314,8 +332,6 @@ class _Run:
 
     def _scores(self, speaker: Speaker, known: Evaluation | None) -> tuple[TaskScore, ...]:
         """Scores the model at the tasks, as far as an earlier evaluation has not."""
-        if not self._tasks.asked:
-            return ()
         limit, before = self._options.task_limit, self._done
         same = known is not None and known.options.get("tasks") == self._tasked()["tasks"]
         if known is not None and same and tuple(score.name for score in known.tasks) == self._tasks.names:
@@ -459,6 +475,22 @@ class _Run:
         self._progress.count(self._done, self._total)
 
 
+@contextmanager
+def _speaking(folder: Path, headers: str, *, dtype: Dtype, device: str) -> Iterator[Speaker]:
+    """Holds a model, which must be the one with these headers."""
+    open_same(folder, headers, EvaluateError)
+    with speaking(folder, dtype=dtype, device=device) as speaker:
+        yield speaker
+
+
+def _device_of(speaker: Speaker) -> "torch.device":
+    return speaker.device
+
+
+def _prompts(speaker: Speaker, questions: Sequence[Question], *, thinking: bool) -> list[Prompt]:
+    return [speaker.prompt(question, thinking=thinking) for question in questions]
+
+
 @dataclass(frozen=True, slots=True)
 class _Onwards:
     """Receives how far a part of an evaluation has come, and reports how far all of it has."""
@@ -513,6 +545,10 @@ def _check(
         raise UsageError(f"--task-limit: expected more than 0, found {options.task_limit}")
     if options.tasks and options.endpoint is not None:
         raise UsageError("--tasks: needs the model itself; evaluate it without --endpoint")
+    Workers(options.engine, options.workers, options.device).check()
+    for name, flag in (("tasks", "--tasks"), ("endpoint", "--endpoint")):
+        if options.engine == "ray" and getattr(options, name):
+            raise UsageError(f"{flag}: cannot be had with --engine ray; evaluate without one of them")
     for name in ("endpoint", "judge"):
         if getattr(options, name) is None and getattr(options, f"{name}_model") is not None:
             raise UsageError(f"--{name}-model: names a model of --{name}, which is not given")

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-__all__ = ["Progress", "Steps"]
+__all__ = ["Progress", "Silent", "Steps"]
 
 
 class Progress(Protocol):
@@ -26,3 +26,13 @@ class Steps(Protocol):
 
     def note(self, text: str) -> None:
         """Says something in one line."""
+
+
+class Silent:
+    """Steps that nobody sees."""
+
+    def count(self, done: int, total: int) -> None:
+        """Does nothing."""
+
+    def note(self, text: str) -> None:
+        """Does nothing."""

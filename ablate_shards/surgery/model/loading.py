@@ -1,6 +1,7 @@
 """Loads a model's folder with transformers: no code from it is run, and nothing is fetched."""
 
 import contextlib
+import hashlib
 import importlib
 import json
 import math
@@ -27,9 +28,11 @@ __all__ = [
     "end_tokens",
     "free_memory",
     "generating_class",
+    "headers_digest",
     "load_model",
     "most_tokens",
     "open_folder",
+    "open_same",
     "pad_left",
     "quiet",
     "read_config",
@@ -80,6 +83,34 @@ def open_folder(folder: Path, error: type[AblateError]) -> Checkpoint:
         found = f"found none{below}" if below else "name one as transformers saves"
         raise error(f"{folder}: expected a checkpoint folder with a config.json; {found}")
     return open_checkpoint(folder)
+
+
+def headers_digest(checkpoint: Checkpoint) -> str:
+    """Returns what tells a checkpoint's copies on other machines from another checkpoint: names, sizes, headers."""
+    shards = [[shard.name, shard.size, shard.header_sha256] for shard in checkpoint.shards]
+    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+
+
+def open_same(folder: Path, headers: str, error: type[AblateError]) -> Checkpoint:
+    """Reads the headers of a folder that a worker of another machine is to load.
+
+    Args:
+        folder: The checkpoint folder.
+        headers: The digest that it has there; see ``headers_digest``.
+        error: What to raise.
+
+    Raises:
+        AblateError: Of the type given: it is not here, or is another.
+        CheckpointError: It is malformed.
+    """
+    if not folder.is_dir():
+        raise error(
+            f"{folder}: there is no such folder on this machine; every machine needs the model at the same path, on a "
+            "shared disk or as a copy"
+        )
+    if headers_digest(checkpoint := open_folder(folder, error)) != headers:
+        raise error(f"{folder}: is another checkpoint on this machine than where the command runs; copy that one here")
+    return checkpoint
 
 
 def read_config(folder: Path, error: type[AblateError]) -> Any:

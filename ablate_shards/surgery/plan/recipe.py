@@ -47,7 +47,9 @@ _File = Annotated[str, Meta(description="a path")]
 _Files = Annotated[_File | Annotated[list[_File], Meta(min_length=1)], Meta(description="a path or a list of paths")]
 
 #: What of ``[directions]`` concerns ``capture`` alone.
-_CAPTURE = frozenset({"pairs", "position", "plain", "batch", "dtype", "offload", "device", "memory"})
+_CAPTURE = frozenset(
+    {"pairs", "position", "plain", "batch", "dtype", "offload", "device", "memory", "engine", "workers"}
+)
 
 #: The recipe's tables, and what their keys hold; each key is the long name of a flag or argument.
 TABLES: Mapping[str, Mapping[str, Any]] = {
@@ -56,7 +58,7 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
         **dict.fromkeys(("directions", "activations"), _File),
         **dict.fromkeys(("pairs", "without"), _Files),
         **dict.fromkeys(("estimator", "rank", "winsorize"), _Value),
-        **dict.fromkeys(("position", "batch", "dtype", "offload", "device", "memory"), _Value),
+        **dict.fromkeys(("position", "batch", "dtype", "offload", "device", "memory", "engine", "workers"), _Value),
         "plain": _Switch,
     },
     "ablate": {
@@ -81,12 +83,13 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
         "report-questions": _File,
         **dict.fromkeys(("trials", "timeout", "seed", "objective", "kl", "controls", "broken"), _Value),
         **dict.fromkeys(("subject", "limit"), _Value),
-        **dict.fromkeys(("choose", "front", "length", "batch", "dtype", "device", "memory", "jobs", "workers"), _Value),
+        **dict.fromkeys(("choose", "front", "length", "batch", "dtype", "device", "memory", "jobs"), _Value),
+        **dict.fromkeys(("engine", "workers"), _Value),
     },
     "evaluate": {
         **dict.fromkeys(("questions", "text"), _File),
         **dict.fromkeys(("batch", "device", "dtype", "length", "endpoint", "endpoint-model", "judge"), _Value),
-        **dict.fromkeys(("judge-model", "timeout", "thoughts", "tasks", "task-limit"), _Value),
+        **dict.fromkeys(("judge-model", "timeout", "thoughts", "tasks", "task-limit", "engine", "workers"), _Value),
         **dict.fromkeys(("thinking", "perplexity", "divergence", "lean", "task-chat"), _Switch),
     },
     "gate": {**dict.fromkeys(("broken", "controls", "kl", "distinct", "detached"), _Value), "gate": _Switch},

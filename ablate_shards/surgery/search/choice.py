@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,14 +12,25 @@ from ablate_shards.surgery.evaluate.evaluation import Answer
 from ablate_shards.surgery.evaluate.measures import judged
 from ablate_shards.surgery.model.samples import Question
 from ablate_shards.surgery.search.bench import Bench
-from ablate_shards.surgery.search.objectives import Asking, Measures, Objective, answer, loss, shares
+from ablate_shards.surgery.search.objectives import Asking, Goal, Measures, answer, loss, shares
 from ablate_shards.surgery.search.space import Setting
 from ablate_shards.surgery.search.study import Trial
 
 if TYPE_CHECKING:
     from optuna.study import Study
 
-__all__ = ["Budget", "Candidate", "Measured", "Rule", "choose", "is_within", "kept_measure", "measure_again", "spread"]
+__all__ = [
+    "Budget",
+    "Candidate",
+    "Measured",
+    "Rule",
+    "choose",
+    "is_within",
+    "keep_measure",
+    "kept_measure",
+    "measure_again",
+    "spread",
+]
 
 
 Rule = Literal["effect", "cost"]
@@ -118,21 +129,24 @@ def measure_again(
     return Measured(values, tuple((reply.text, reply.ended) for reply in replies))
 
 
-def kept_measure(study: "Study", key: str, asked: Any, measure: Callable[[], Measured]) -> Measured:
-    """Returns what a study has kept under a key, if it was asked the same way, or measures it and keeps it."""
-    asked = json.loads(json.dumps(asked))
+def kept_measure(study: "Study", key: str, asked: Any) -> Measured | None:
+    """Returns what a study has kept under a key, if it was asked the same way."""
     known = study.user_attrs.get(key)
-    if known is not None and known["asked"] == asked:
-        return Measured(known["values"], tuple((text, ended) for text, ended in known["replies"]))
-    measured = measure()
-    study.set_user_attr(key, {"asked": asked, "values": dict(measured.values), "replies": list(measured.replies)})
-    return measured
+    if known is None or known["asked"] != json.loads(json.dumps(asked)):
+        return None
+    return Measured(known["values"], tuple((text, ended) for text, ended in known["replies"]))
+
+
+def keep_measure(study: "Study", key: str, asked: Any, measured: Measured) -> None:
+    """Keeps it."""
+    kept = {"asked": asked, "values": dict(measured.values), "replies": list(measured.replies)}
+    study.set_user_attr(key, json.loads(json.dumps(kept)))
 
 
 def choose(
     candidates: Sequence[Candidate],
     base: Candidate,
-    objectives: Sequence[Objective],
+    objectives: Sequence[Goal],
     budget: Budget,
     where: str,
     *,

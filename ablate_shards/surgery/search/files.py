@@ -188,6 +188,7 @@ def record_of(found: Found, places: Places) -> dict[str, Any]:
                     "length",
                     "dtype",
                     "device",
+                    "engine",
                     "workers",
                 )
             },

@@ -22,6 +22,7 @@ from ablate_shards.surgery.model.samples import CONTESTED, Question, Verdict
 __all__ = [
     "OBJECTIVES",
     "Asking",
+    "Goal",
     "Measures",
     "Objective",
     "answer",
@@ -67,8 +68,9 @@ class Asking:
         return dataclasses.replace(self, references=None, beginning=None, questions=None, unrelated=None)
 
 
-class Objective(Protocol):
-    """One measure of a model, to be made small or large.
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What trials are judged by, without what measures it.
 
     Attributes:
         name: What it is called on the screen and in files.
@@ -80,11 +82,19 @@ class Objective(Protocol):
     direction: Direction
     base: float
 
+
+class Objective(Protocol):
+    """One measure of a model, to be made small or large; see ``Goal``."""
+
+    name: str
+    direction: Direction
+    base: float
+
     def measure(self, speaker: Speaker) -> float:
         """Measures a model; infinite or not a number where it gives none."""
 
 
-def loss(objective: Objective, value: float) -> float:
+def loss(objective: Objective | Goal, value: float) -> float:
     """Returns a measure so that less of it is better."""
     return value if objective.direction == "minimize" else -value
 
@@ -320,6 +330,11 @@ class Measures:
     def every(self) -> tuple[Objective, ...]:
         """All of them."""
         return (*self.objectives, *self.guards)
+
+    @property
+    def goals(self) -> tuple[Goal, ...]:
+        """The objectives, as data."""
+        return tuple(Goal(each.name, each.direction, each.base) for each in self.objectives)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -22,29 +22,34 @@ from ablate_shards.surgery.evaluate.answers import Dtype, library_versions
 from ablate_shards.surgery.evaluate.evaluation import Evaluation, Model, compare, questions_digest
 from ablate_shards.surgery.evaluate.likelihood import Divergence, divergence, record
 from ablate_shards.surgery.evaluate.measures import forced_answers, judged, measure_leans
+from ablate_shards.surgery.machine.crew import Crew, Engine, RayCrew, Workers, hired
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import locked
-from ablate_shards.surgery.model.loading import open_folder
-from ablate_shards.surgery.search.bench import Bench, opened_bench
+from ablate_shards.surgery.model.loading import headers_digest, open_folder, open_same
+from ablate_shards.surgery.search.bench import Bench, Tried, opened_bench
 from ablate_shards.surgery.search.choice import (
     Budget,
     Candidate,
+    Measured,
     Rule,
     choose,
     is_within,
+    keep_measure,
     kept_measure,
     measure_again,
     spread,
 )
 from ablate_shards.surgery.search.contrasts import Contrasts
-from ablate_shards.surgery.search.objectives import Asking, Measures, answer, find_objective
+from ablate_shards.surgery.search.objectives import Asking, Goal, Measures, answer, find_objective
 from ablate_shards.surgery.search.questions import Parts
 from ablate_shards.surgery.search.space import Setting, Space, make_space
 from ablate_shards.surgery.search.study import (
     Course,
     Trial,
+    ahead_of,
     best_of,
     check_optuna,
+    deal_trials,
     end_interrupted,
     importances,
     open_study,
@@ -81,7 +86,8 @@ class SearchOptions:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``xpu``.
         memory: Bytes that all buffers of an edit take together.
         jobs: Tensors edited at a time, one per core if None.
-        workers: Processes that try settings at a time, each with a model of its own.
+        engine: Whether the models are in processes of this machine, or with Ray.
+        workers: How many try settings at a time, each with a model of its own; if None one, with Ray one per GPU.
         overwrite: Throw away the trials of another search.
     """
 
@@ -99,7 +105,8 @@ class SearchOptions:
     device: str = "auto"
     memory: int = 256_000_000
     jobs: int | None = None
-    workers: int = 1
+    engine: Engine = "local"
+    workers: int | None = None
     overwrite: bool = False
 
     def run(self, device: str | None = None) -> RunOptions:
@@ -230,48 +237,118 @@ def search(job: Job, progress: SearchProgress) -> Found:
 
     Raises:
         EvaluateError: The model cannot be used.
+        ExecuteError: Ray does not answer, or its workers cannot do it.
         Interrupted: Ctrl-C; finished trials are kept.
         SearchError: The journal is of another search, or no trial is within the budget.
     """
-    deadline = time.monotonic() + (60 * job.options.timeout if job.options.timeout else float("inf"))
-    checkpoint = open_folder(job.folder, SearchError)
+    options = job.options
+    deadline = time.monotonic() + (60 * options.timeout if options.timeout else float("inf"))
+    headers = headers_digest(open_folder(job.folder, SearchError))
+    workers = Workers(options.engine, options.workers, options.device)
+    there = job if options.engine == "local" else dataclasses.replace(job, folder=job.folder.resolve())
+    opened = functools.partial(_subject, there, options.device, headers)
     try:
-        with sigterm_as_interrupt(), locked(job.journal), _bench(job, checkpoint, job.options.device) as bench:
-            progress.note(f"{job.folder.name}: {_counted(job)}, on {bench.speaker.device}")
-            measures = bench.measures(job.options.objectives, job.parts.trials, job.options.asking)
-            if "subject" not in measures.names:
+        with sigterm_as_interrupt(), locked(job.journal), hired(workers, opened) as crew:
+            first: _FirstLook = crew.do(_look)
+            on = f" and {crew.size - 1} others" if isinstance(crew, RayCrew) and crew.size > 1 else ""
+            progress.note(f"{job.folder.name}: {_counted(job)}, on {first.device}{on}")
+            if "subject" not in first.names:
                 progress.note(_unlimited("trials"))
-            objectives = measures.objectives
-            study = open_study(
-                job.journal, _identity(job, bench, measures), objectives, overwrite=job.options.overwrite
-            )
-            end_interrupted(study)
-            done = trials_of(study, job.options.limits)
+            engine = f"ray, up to {ahead_of(crew.size)} at a time" if isinstance(crew, RayCrew) else "local"
+            identity = {**first.identity, "the engine": engine}
+            study = open_study(job.journal, identity, first.goals, overwrite=options.overwrite)
+            done = trials_of(study, options.limits)
             if done:
                 progress.note(f"{len(done)} trials are finished already")
 
             def told(trial: Trial, finished: int) -> None:
                 done.append(trial)
-                progress.tried(trial, finished, best_of(done, objectives))
+                progress.tried(trial, finished, best_of(done, first.goals))
 
-            with _other_workers(job, deadline):
-                run_trials(study, job.space, bench, measures, _course(job, deadline), told)
-            return _conclude(job, bench, study, measures, progress)
+            course = _course(job, deadline)
+            if isinstance(crew, RayCrew):
+                deal_trials(study, job.space, crew, _try_out, first.goals, course, told)
+            else:
+                end_interrupted(study)
+                with _other_workers(job, deadline):
+                    run_trials(study, job.space, crew.held.bench, crew.held.measures("trials"), course, told)
+            return _conclude(job, crew, study, first.goals, progress)
     except KeyboardInterrupt as error:
         raise Interrupted(
             f"{job.journal}: interrupted; finished trials are kept there, and the same command goes on"
         ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """What whoever tries settings holds: the job, and the model that it is about."""
+
+    job: Job
+    bench: Bench
+    made: dict[str, Measures]
+
+    def asking(self, part: str) -> Asking:
+        """Returns how a part of the questions is asked."""
+        options = self.job.options
+        if part == "trials":
+            return options.asking
+        asking = Asking(tokens=options.length, forced=2 * options.asking.forced, batch=options.asking.batch)
+        return asking.thorough()
+
+    def measures(self, part: str) -> Measures:
+        """Returns what is measured on a part of the questions; made once."""
+        if part not in self.made:
+            options, questions = self.job.options, getattr(self.job.parts, part)
+            self.made[part] = self.bench.measures(options.objectives, questions, self.asking(part))
+        return self.made[part]
+
+
+@contextlib.contextmanager
+def _subject(job: Job, device: str, headers: str) -> Iterator[_Subject]:
+    """Holds the model of a job, which must be the one with these headers."""
+    with _bench(job, open_same(job.folder, headers, SearchError), device) as bench:
+        yield _Subject(job, bench, {})
+
+
+@dataclass(frozen=True, slots=True)
+class _FirstLook:
+    """What the unedited model says before any trial."""
+
+    device: str
+    names: tuple[str, ...]
+    goals: tuple[Goal, ...]
+    identity: Mapping[str, Any]
+
+
+def _look(subject: _Subject) -> _FirstLook:
+    measures = subject.measures("trials")
+    identity = _identity(subject.job, subject.bench, measures)
+    return _FirstLook(str(subject.bench.speaker.device), measures.names, measures.goals, identity)
+
+
+def _look_again(subject: _Subject) -> tuple[Asking, tuple[str, ...], tuple[Goal, ...]]:
+    again = subject.measures("choice")
+    return subject.asking("choice"), again.names, again.goals
+
+
+def _try_out(subject: _Subject, setting: Setting) -> Tried:
+    return subject.bench.try_out(setting, subject.measures("trials"), subject.job.options.limits)
+
+
+def _measure_again(subject: _Subject, setting: Setting | None) -> Measured:
+    part = "choice"
+    return measure_again(subject.bench, setting, subject.measures(part), subject.job.parts.choice, subject.asking(part))
+
+
 def _conclude(
     job: Job,
-    bench: Bench,
+    crew: Crew[_Subject],
     study: "Study",
-    measures: Measures,
+    objectives: Sequence[Goal],
     progress: SearchProgress,
 ) -> Found:
     """Chooses among the best trials and measures the choice, beside the plain edit."""
-    options, objectives = job.options, measures.objectives
+    options = job.options
     trials = trials_of(study, options.limits)
     front = best_of(trials, objectives)
     if not front:
@@ -289,41 +366,43 @@ def _conclude(
     spare = [trial for trial in spare if trial not in looked_at]
     total, steps = len(looked_at) + 1 + 3, itertools.count(1)
     progress.count(0, total)
-    asking = Asking(tokens=options.length, forced=2 * options.asking.forced, batch=options.asking.batch).thorough()
-    again = bench.measures(options.objectives, job.parts.choice, asking)
-    if "subject" not in again.names:
+    asking, names, goals = crew.do(_look_again)
+    if "subject" not in names:
         progress.note(_unlimited("choice"))
 
-    def measured(number: int | None, setting: Setting | None) -> Candidate:
+    def measured(settings: Mapping[int | None, Setting | None]) -> list[Candidate]:
         # Kept, so that another budget is a matter of seconds.
-        found = kept_measure(
-            study,
-            f"choice {number}",
-            [dataclasses.asdict(asking), list(again.names), questions_digest(job.parts.choice)],
-            functools.partial(measure_again, bench, setting, again, job.parts.choice, asking),
-        )
-        progress.count(next(steps), total)
-        return found.candidate(number, setting, job.parts.choice)
+        asked = [dataclasses.asdict(asking), list(names), questions_digest(job.parts.choice)]
+        found = {number: kept_measure(study, f"choice {number}", asked) for number in settings}
+        for each in found.values():
+            if each is not None:
+                progress.count(next(steps), total)
+        missing = {number: (settings[number],) for number, each in found.items() if each is None}
+        for number, each in crew.each(_measure_again, missing):
+            keep_measure(study, f"choice {number}", asked, each)
+            found[number] = each
+            progress.count(next(steps), total)
+        return [
+            each.candidate(number, settings[number], job.parts.choice)
+            for number, each in found.items()
+            if each is not None
+        ]
 
-    base = measured(None, None)
-    candidates = [measured(trial.number, trial.setting) for trial in looked_at]
+    base, *candidates = measured({None: None, **{trial.number: trial.setting for trial in looked_at}})
     if spare and not any(is_within(candidate, base, options.budget) for candidate in candidates):
         total += len(spare)
-        candidates += [measured(trial.number, trial.setting) for trial in spare]
+        candidates += measured({trial.number: trial.setting for trial in spare})
     chosen = choose(
         candidates,
         base,
-        again.objectives,
+        goals,
         options.budget,
         str(job.journal),
         rule=options.choose,
         plain=None if same is None else same.number,
     )
     settings = {"chosen": chosen.setting} | ({} if dict(chosen.setting) == plain else {"plain": plain})
-    reports = {}
-    for name, evaluation in _reported(job, bench, settings, asking):
-        reports[name] = evaluation
-        progress.count(next(steps), total)
+    reports = crew.do(_reported, settings)
     progress.count(total, total)
     return Found(
         job=job,
@@ -339,10 +418,9 @@ def _conclude(
     )
 
 
-def _reported(
-    job: Job, bench: Bench, settings: Mapping[str, Setting], asking: Asking
-) -> Iterator[tuple[str, Evaluation]]:
-    """Yields the evaluation of each setting on the questions of the report, compared with the unedited model."""
+def _reported(subject: _Subject, settings: Mapping[str, Setting]) -> dict[str, Evaluation]:
+    """Returns the evaluation of each setting on the questions of the report, compared with the unedited model."""
+    job, bench, asking = subject.job, subject.bench, subject.asking("report")
     questions, speaker = job.parts.report, bench.speaker
     prompts = [speaker.prompt(question, thinking=False) for question in questions]
 
@@ -367,11 +445,13 @@ def _reported(
     base = evaluated(job.folder.resolve().name, bench.model_sha256)
     forced = forced_answers(speaker, questions, [each.reply for each in base.answers], thinking=False)
     recording = record(speaker, forced, batch=asking.batch, copy_head=False)
+    reports = {}
     for name, setting in settings.items():
         bench.edit(setting)
         found = evaluated(f"{job.folder.resolve().name}, {name}", None)
         moved: Divergence | None = divergence(speaker, forced, recording, batch=asking.batch)
-        yield name, dataclasses.replace(found, base=base, comparison=compare(found, base, moved))
+        reports[name] = dataclasses.replace(found, base=base, comparison=compare(found, base, moved))
+    return reports
 
 
 def _bench(job: Job, checkpoint: Checkpoint, device: str) -> "contextlib.AbstractContextManager[Bench]":
@@ -382,7 +462,7 @@ def _bench(job: Job, checkpoint: Checkpoint, device: str) -> "contextlib.Abstrac
 @contextlib.contextmanager
 def _other_workers(job: Job, deadline: float) -> Iterator[None]:
     """Runs the workers beside this one while the context lasts; on GPUs, each on one of its own."""
-    if job.options.workers == 1:
+    if (job.options.workers or 1) == 1:
         yield
         return
     import multiprocessing
@@ -390,7 +470,8 @@ def _other_workers(job: Job, deadline: float) -> Iterator[None]:
     context = multiprocessing.get_context("spawn")
     left = deadline - time.monotonic()
     workers = [
-        context.Process(target=work, args=(job, number, left), daemon=True) for number in range(1, job.options.workers)
+        context.Process(target=work, args=(job, number, left), daemon=True)
+        for number in range(1, job.options.workers or 1)
     ]
     for worker in workers:
         worker.start()
@@ -420,7 +501,8 @@ def work(job: Job, number: int, seconds: float) -> None:
         device = f"cuda:{number}"
     with _bench(job, checkpoint, device) as bench:
         measures = bench.measures(job.options.objectives, job.parts.trials, job.options.asking)
-        study = open_study(job.journal, _identity(job, bench, measures), measures.objectives, overwrite=False)
+        identity = {**_identity(job, bench, measures), "the engine": "local"}
+        study = open_study(job.journal, identity, measures.goals, overwrite=False)
         run_trials(study, job.space, bench, measures, _course(job, deadline, number), lambda *_: None)
 
 
@@ -484,7 +566,10 @@ def _counted(job: Job) -> str:
 
 
 def _check_options(options: SearchOptions) -> None:
-    for name in ("trials", "front", "length", "workers", "limit"):
+    Workers(options.engine, options.workers, options.device).check()
+    if options.workers is not None and options.workers < 1:
+        raise UsageError(f"--workers: expected more than 0, found {options.workers}")
+    for name in ("trials", "front", "length", "limit"):
         if not getattr(options, name) > 0:
             raise UsageError(f"--{name}: expected more than 0, found {getattr(options, name)}")
     for name in ("kl", "controls", "broken", "subject"):

@@ -12,18 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 from ablate_shards.errors import SearchError
 from ablate_shards.surgery.search.bench import Bench, Tried, excess
-from ablate_shards.surgery.search.objectives import Measures, Objective, loss
+from ablate_shards.surgery.search.objectives import Goal, Measures, Objective, loss
 from ablate_shards.surgery.search.space import Setting, Space
 
 if TYPE_CHECKING:
-    from optuna.study import Study
+    from optuna.study import Study, StudyDirection
     from optuna.trial import FrozenTrial, TrialState
+    from optuna.trial import Trial as AskedTrial
+
+    from ablate_shards.surgery.machine.crew import RayCrew
 
 __all__ = [
     "Course",
     "Trial",
+    "ahead_of",
     "best_of",
     "check_optuna",
+    "deal_trials",
     "end_interrupted",
     "importances",
     "open_study",
@@ -33,6 +38,9 @@ __all__ = [
 
 _NAME = "ablate-shards search"
 _STARTUP = 16
+#: How many trials may run at a time without a change of what is tried; multiples of it where there are more workers.
+_AHEAD = 8
+_NUMBER = "number"
 #: What Optuna is told of a trial that gave something else than numbers: over its limits by more than any other.
 _NO_NUMBER = 1e9
 
@@ -68,7 +76,7 @@ def check_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
-def open_study(path: Path, identity: Mapping[str, Any], objectives: Sequence[Objective], *, overwrite: bool) -> "Study":
+def open_study(path: Path, identity: Mapping[str, Any], objectives: Sequence[Goal], *, overwrite: bool) -> "Study":
     """Opens the journal of a study, a new one if there is none.
 
     Args:
@@ -164,17 +172,103 @@ def run_trials(
         asked = study.ask()
         setting = space.suggest(asked)
         tried = bench.try_out(setting, measures, course.limits)
-        record = {
-            "setting": dict(setting),
-            "values": dict(tried.values),
-            "seconds": round(tried.seconds, 3),
-            "digest": tried.digest,
-        }
-        for name, value in record.items():
+        for name, value in _record(setting, tried).items():
             asked.set_user_attr(name, value)
-        asked.set_constraint("over", tried.over if all(map(math.isfinite, tried.values.values())) else _NO_NUMBER)
+        asked.set_constraint("over", _over(tried))
         study.tell(asked, [_told(objective, tried) for objective in measures.objectives])
         told(Trial(asked.number, setting, tried), count + 1)
+
+
+def deal_trials(
+    study: "Study",
+    space: Space,
+    crew: "RayCrew[Any]",
+    try_out: Callable[..., Tried],
+    goals: Sequence[Goal],
+    course: Course,
+    told: Callable[[Trial, int], None],
+) -> None:
+    """Runs trials on the workers of Ray until there are enough, or the time is over.
+
+    Trial n is proposed from the seed, the results of the trials that are ``ahead`` or more before it, and the settings
+    of those between, which count as failures (a constant liar). So neither which worker is faster nor how many there
+    are changes what is tried, and a search that was interrupted goes on as it would have.
+
+    Args:
+        study: Where they are kept, each when it has ended.
+        space: What may vary.
+        crew: Who tries them.
+        try_out: What each worker calls with a setting.
+        goals: What they are judged by, in the order of the study.
+        course: When they end, and what they depend on.
+        told: Is called with each finished trial, and how many there are.
+    """
+    from optuna.trial import TrialState, create_trial
+
+    finished = {_number(trial): trial for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
+    begun: dict[int, AskedTrial | FrozenTrial] = dict(finished)
+    todo = [number for number in range(course.trials) if number not in finished]
+    ahead = ahead_of(crew.size)
+    while True:
+        while crew.idle and todo and time.monotonic() < course.until:
+            number = todo[0]
+            before = range(max(0, number - ahead + 1))
+            if not all(earlier in finished for earlier in before):
+                break
+            copy = _so_far(
+                study.directions,
+                [finished[earlier] for earlier in before],
+                [begun[earlier] for earlier in range(len(before), number)],
+                course.seed + number,
+            )
+            if number < len(course.starts):
+                start = course.starts[number]
+                copy.enqueue_trial({name: start[name] for name in space.free if name in start})
+            asked = begun[number] = copy.ask()
+            setting = space.suggest(asked)
+            crew.submit((todo.pop(0), setting), try_out, setting)
+        if not crew.busy:
+            return
+        (number, setting), tried = crew.next()
+        finished[number] = create_trial(
+            values=[_told(goal, tried) for goal in goals],
+            params=begun[number].params,
+            distributions=begun[number].distributions,
+            user_attrs={_NUMBER: number, **_record(setting, tried)},
+            constraints={"over": _over(tried)},
+        )
+        study.add_trial(finished[number])
+        told(Trial(number, setting, tried), len(finished))
+
+
+def ahead_of(workers: int) -> int:
+    """Returns how many trials further on the results of one bear; the same for any number of workers up to it."""
+    return _AHEAD * -(-workers // _AHEAD)
+
+
+def _so_far(
+    ways: "Sequence[StudyDirection]",
+    known: "Sequence[FrozenTrial]",
+    open_ones: "Sequence[AskedTrial | FrozenTrial]",
+    seed: int,
+) -> "Study":
+    """Returns a study in memory that knows some results, and takes the trials without one for failures."""
+    import optuna
+    from optuna.trial import create_trial
+
+    copy = optuna.create_study(directions=ways, sampler=_sampler(seed))
+    copy.add_trials(known)
+    worst = [math.inf if way == optuna.study.StudyDirection.MINIMIZE else -math.inf for way in ways]
+    for trial in open_ones:
+        copy.add_trial(
+            create_trial(
+                values=worst,
+                params=trial.params,
+                distributions=trial.distributions,
+                constraints={"over": _NO_NUMBER},
+            )
+        )
+    return copy
 
 
 def end_interrupted(study: "Study") -> None:
@@ -189,10 +283,11 @@ def trials_of(study: "Study", limits: Mapping[str, float]) -> list[Trial]:
     """Returns the finished trials, in order, as they lie to the limits as they are now."""
     from optuna.trial import TrialState
 
-    return [_read(trial, limits) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+    found = [_read(trial, limits) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+    return sorted(found, key=lambda trial: trial.number)
 
 
-def best_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
+def best_of(trials: Sequence[Trial], objectives: Sequence[Goal]) -> list[Trial]:
     """Returns the trials that no other beats in every objective, the most effective first."""
     complete = [trial for trial in trials if trial.tried.complete]
 
@@ -210,7 +305,7 @@ def best_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Tr
     return sorted(front.values(), key=losses)
 
 
-def importances(study: "Study", objectives: Sequence[Objective]) -> dict[str, dict[str, float]]:
+def importances(study: "Study", objectives: Sequence[Goal]) -> dict[str, dict[str, float]]:
     """Returns how much of each objective's variation each parameter explains, by PED-ANOVA; empty with few trials."""
     import optuna
 
@@ -237,7 +332,7 @@ def _sampler(seed: int) -> Any:
         return optuna.samplers.TPESampler(n_startup_trials=_STARTUP, multivariate=True, group=True, seed=seed)
 
 
-def _loss(index: int, objective: Objective, trial: "FrozenTrial") -> float:
+def _loss(index: int, objective: Goal, trial: "FrozenTrial") -> float:
     return loss(objective, float(trial.values[index]))
 
 
@@ -245,7 +340,25 @@ def _count(study: "Study", *states: "TrialState") -> int:
     return len(study.get_trials(deepcopy=False, states=states))
 
 
-def _told(objective: Objective, tried: Tried) -> float:
+def _number(trial: "FrozenTrial") -> int:
+    """Returns which trial it is; Optuna counts those of several workers in the order in which they end."""
+    return int(trial.user_attrs.get(_NUMBER, trial.number))
+
+
+def _record(setting: Setting, tried: Tried) -> dict[str, Any]:
+    return {
+        "setting": dict(setting),
+        "values": dict(tried.values),
+        "seconds": round(tried.seconds, 3),
+        "digest": tried.digest,
+    }
+
+
+def _over(tried: Tried) -> float:
+    return tried.over if all(map(math.isfinite, tried.values.values())) else _NO_NUMBER
+
+
+def _told(objective: Objective | Goal, tried: Tried) -> float:
     """Returns a measure for Optuna: where it is not a number, or was not reached, what is worse than any number."""
     value = tried.values.get(objective.name, math.nan)
     if math.isfinite(value):
@@ -256,4 +369,4 @@ def _told(objective: Objective, tried: Tried) -> float:
 def _read(trial: "FrozenTrial", limits: Mapping[str, float]) -> Trial:
     kept = trial.user_attrs
     over = excess(kept["values"], limits)
-    return Trial(trial.number, kept["setting"], Tried(kept["values"], over, kept["seconds"], kept["digest"]))
+    return Trial(_number(trial), kept["setting"], Tried(kept["values"], over, kept["seconds"], kept["digest"]))
