@@ -220,7 +220,6 @@ def test_a_run_names_what_its_targets_leave_out(name: str, drop: str, named: str
         ("adapter.up.weight", (32, 8)),
         ("mlp.adapter.0.up_proj.weight", (32, 8)),
         ("side.mix.weight", (32, 32)),
-        ("self_attn.o_proj.lora_B.default.weight", (32, 4)),
         ("conv_mix.weight", (32, 16, 3)),
         ("memory.values", (128, 32, 4)),
         ("extra.bias", (32,)),
@@ -237,8 +236,8 @@ def test_a_branch_within_a_layer_is_named(inner: str, shape: tuple[int, ...], kn
     if known:
         shown = checked("inspect", source).output
         named = re.sub(r"\.weight$", "", re.sub(r"\.\d+\.", ".*.", inner))
-        assert (f"{named} (Mistral has none of this name" in shown) is ("lora" not in inner)
-        assert "could write to the stream" in shown or "merge the adapter" in shown
+        assert f"{named} (Mistral has none of this name" in shown
+        assert "could write to the stream" in shown
     else:
         said, recipe = advice_for(source, tmp_path)
         assert (

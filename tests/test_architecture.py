@@ -212,28 +212,39 @@ class TestLeftOut:
 
 class TestQuantised:
     @pytest.mark.parametrize(
-        ("chief", "dtype", "companions"),
+        ("dtype", "companions", "reason"),
         [
-            ("weight", "F8_E5M2", {"weight_scale_inv": "F32"}),
-            ("weight", "F8_E4M3", {"weight_scale_inv": "F32", "weight_zero_point": "F8_E4M3"}),
-            ("weight", "U8", {"weight.absmax": "F32", "weight.quant_state.bitsandbytes__nf4": "U8"}),
-            ("weight", "I8", {"SCB": "F32"}),
-            ("weight", "F64", {}),
+            ("F8_E5M2", {"weight_scale_inv": "F32"}, "found F8_E5M2; dequantise the checkpoint"),
+            (
+                "F8_E4M3",
+                {"weight_scale_inv": "F32", "weight_zero_point": "F8_E4M3"},
+                "expected no model.layers.1.mlp.down_proj.weight_zero_point beside FP8 codes; dequantise the",
+            ),
+            (
+                "U8",
+                {"weight.absmax": "F32", "weight.quant_state.bitsandbytes__nf4": "U8"},
+                "expected bitsandbytes as quant_method of codes of bitsandbytes, found None; restore the config.json",
+            ),
+            (
+                "I8",
+                {"SCB": "F32"},
+                "expected bitsandbytes as quant_method of codes of LLM.int8, found None; restore the config.json",
+            ),
+            ("F64", {}, "found F64; convert the checkpoint"),
         ],
     )
-    def test_quantised_writer_is_blocked_not_missed(self, chief: str, dtype: str, companions: dict[str, str]) -> None:
+    def test_quantised_writer_is_blocked_not_missed(self, dtype: str, companions: dict[str, str], reason: str) -> None:
         module = "model.layers.1.mlp.down_proj"
         tensors = {name: info for name, info in llama().items() if not name.startswith(module)}
         for name, kind in companions.items():
             tensors[f"{module}.{name}"] = tensor(f"{module}.{name}", (1,), kind)
-        tensors[f"{module}.{chief}"] = tensor(f"{module}.{chief}", (D, N), dtype)
+        tensors[f"{module}.weight"] = tensor(f"{module}.weight", (D, N), dtype)
         anatomy = dissect(tensors, LLAMA)
         assert not any(writer.name.startswith(module) for writer in anatomy.writers)
         (item,) = anatomy.left_out
-        assert (item.name, item.layer, item.component) == (f"{module}.{chief}", 1, "mlp")
+        assert (item.name, item.layer, item.component) == (f"{module}.weight", 1, "mlp")
         assert item.blocked
-        way = "convert" if dtype == "F64" else "dequantise"
-        assert f"found {dtype}; {way} the checkpoint" in item.reason
+        assert reason in item.reason
 
     def test_mxfp4_experts_are_blocked_and_their_bias_found(self) -> None:
         module = "model.layers.0.mlp.experts.down_proj"

@@ -263,7 +263,7 @@ def translate(demo, fresh, line):
     reason = None
     if name == "push" or {"endpoint", "judge", "cache"} & set(given):
         reason = NETWORK
-    if str(given.get("out", "")).startswith("hub:") or given.get("publish"):
+    if any(str(given.get(name, "")).startswith("hub:") for name in ("out", "adapter")) or given.get("publish"):
         reason = NETWORK
     if ".yaml" not in str(given.get("tasks") or ".yaml"):
         reason = NETWORK
