@@ -608,6 +608,13 @@ class TestChoice:
         assert choose(found, base, [slanted, former], Budget(), "j", rule="cost", plain=3).trial == 1
         trials = [Trial(each.trial, {}, Tried(each.values, 0.0, 1.0, "")) for each in found]
         assert [trial.number for trial in best_of(trials, [slanted, former])] == [2, 3]
+        # 92 % of the gain at a tenth of the cost; then 87 %, which is too little.
+        cheap = candidate(4, 0.0, 0.25, 0.002)
+        assert choose([*found, cheap], base, [slanted, former], Budget(), "j").trial == 4
+        assert choose([*found, candidate(5, 0.0, 0.22, 0.002)], base, [slanted, former], Budget(), "j").trial == 2
+        # Where nothing is gained, nothing is given up.
+        worse = [candidate(1, 0.0, -0.4, 0.02), candidate(2, 0.0, -0.41, 0.01)]
+        assert choose(worse, base, [slanted, former], Budget(), "j").trial == 1
 
     def test_the_front(self):
         objectives = [_Objective("lean", "maximize"), _Objective("kl", "minimize")]

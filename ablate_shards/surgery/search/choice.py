@@ -35,6 +35,10 @@ __all__ = [
 
 Rule = Literal["effect", "cost"]
 
+#: What share of the gain in a further objective an edit may keep and be as good; it takes much of the cost for the last
+#: of an effect.
+_KEPT = 0.9
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -158,7 +162,8 @@ def choose(
     Args:
         candidates: What there is to choose from.
         base: The unedited model on the same questions.
-        objectives: What counts: the first is the effect, and of what is equal in that the next ones decide, in turn.
+        objectives: What counts: the first is the effect. Of what is equal in that, what keeps nine tenths of the gain of
+            the best in each further one counts as equal as well, and of these the one that costs least is best.
         budget: What an edit may cost.
         where: The journal, for the error.
         rule: Which is best: that with the largest effect, or the one that moves unrelated answers least of those with
@@ -188,7 +193,17 @@ def choose(
         least = next(gain(each)[0] for each in candidates if each.trial == plain)
         if enough := [each for each in within if gain(each)[0] >= least]:
             return max(enough, key=lambda each: (-cost(each), gain(each)))
-    return max(within, key=lambda each: (gain(each), -cost(each)))
+    best = max(within, key=lambda each: (gain(each), -cost(each)))
+    before = gain(base)
+    further = [place for place, each in enumerate(objectives) if place and each.name != "kl"]
+
+    def is_alike(candidate: Candidate) -> bool:
+        if gain(candidate)[0] < gain(best)[0]:
+            return False
+        gained = [(gain(candidate)[place] - before[place], gain(best)[place] - before[place]) for place in further]
+        return all(own >= min(_KEPT * most, most) for own, most in gained)
+
+    return max(filter(is_alike, within), key=lambda each: (-cost(each), gain(each)), default=best)
 
 
 def is_within(candidate: Candidate, base: Candidate, budget: Budget) -> bool:
