@@ -162,8 +162,8 @@ def choose(
     Args:
         candidates: What there is to choose from.
         base: The unedited model on the same questions.
-        objectives: What counts: the first is the effect. Of what is equal in that, what keeps nine tenths of the gain of
-            the best in each further one counts as equal as well, and of these the one that costs least is best.
+        objectives: What counts: the first is the effect. Of what is equal in that, what keeps nine tenths of the best
+            one's gain in each further one counts as equal as well, and of these the one that costs least is best.
         budget: What an edit may cost.
         where: The journal, for the error.
         rule: Which is best: that with the largest effect, or the one that moves unrelated answers least of those with
