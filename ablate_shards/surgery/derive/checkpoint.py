@@ -16,8 +16,7 @@ from ablate_shards.surgery.anatomy.roles import split_stack
 from ablate_shards.surgery.anatomy.rules import read_gain
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.derive.derive import Derivation, derive, where
-from ablate_shards.surgery.derive.twin import Twin, build_twin
-from ablate_shards.surgery.derive.writers import kind_of
+from ablate_shards.surgery.derive.twin import Twin, build_twin, kind_of
 from ablate_shards.surgery.model.loading import UNUSABLE, check_packages, quiet
 
 __all__ = ["derive_checkpoint", "leaks_of", "recipe_lines"]

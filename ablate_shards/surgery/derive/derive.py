@@ -11,8 +11,8 @@ from ablate_shards.surgery.anatomy.gains import CENTRED, factors_of, is_centred,
 from ablate_shards.surgery.anatomy.parts import COMPONENT_OF, Part
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 from ablate_shards.surgery.derive.parts import find_parts
-from ablate_shards.surgery.derive.twin import State, Twin, find_unreached
-from ablate_shards.surgery.derive.writers import Kind, find_gain, find_mixing, find_writers, match_gain, numbers_of
+from ablate_shards.surgery.derive.twin import State, Twin, find_unreached, numbers_of
+from ablate_shards.surgery.derive.writers import Kind, find_gain, find_mixing, find_writers, match_gain
 
 if TYPE_CHECKING:
     import torch
