@@ -7,7 +7,9 @@ import pytest
 import torch
 from coded_checkpoints import (
     AFFINE,
+    BYTES,
     FORMS,
+    LLM_INT8,
     direction_of,
     inner_of,
     parts_of,
@@ -234,3 +236,18 @@ def test_the_blocks_of_gpt_oss_and_what_transformers_makes_of_them(tmp_path):
     write(tmp_path / "one", tensors)
     changed = [tensor for tensor in differences(source, tmp_path / "one")["tensors"] if tensor["kind"] != "retyped"]
     assert [(tensor["new_name"], tensor["changed"]) for tensor in changed] == [(name, 1)]
+
+
+def test_equal_numbers_beside_equal_bytes_are_other_scales_where_another_method_reads_them(tmp_path):
+    first = coded(plain(LLM_INT8), LLM_INT8)
+    second = {}
+    for name, tensor in first.items():
+        if name.endswith(".SCB"):
+            second[name.replace(".SCB", ".weight_scale")] = tensor[:, None].clone()
+        elif not name.endswith(".weight_format"):
+            second[name] = tensor
+    found = differences(write(tmp_path / "a", first, LLM_INT8), write(tmp_path / "b", second, BYTES))
+    changed = [tensor for tensor in found["tensors"] if "proj.weight" in tensor["name"]]
+    assert len(changed) == MODULES
+    for tensor in changed:
+        assert tensor["relative"] == pytest.approx(126, rel=1e-4)

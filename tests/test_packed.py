@@ -125,6 +125,7 @@ def test_jobs_memory_and_the_size_of_blocks_change_no_byte(case, monkeypatch):
     monkeypatch.setattr(coded, "_STRIPE", 1)
     monkeypatch.setattr(coded, "_TILE", 1024 * 7)
     monkeypatch.setattr("ablate_shards.surgery.edit.ablation_editor._CODES_AT_ONCE", 1)
+    monkeypatch.setattr("ablate_shards.surgery.dequantise.decoding.AT_ONCE", 1)
     checked(source, folder / "striped", *options(folder))
     assert snapshot(folder / "striped") == expected
 

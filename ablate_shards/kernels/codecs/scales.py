@@ -14,8 +14,6 @@ SCALE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 
 """Bytes of a scale by its dtype; U8 are the bits of E8M0, a power of two."""
 
 _POWERS = np.array([*(2.0 ** (exponent - 127) for exponent in range(255)), np.nan], np.float32)
-#: Columns of a block from which on blocks are multiplied one by one.
-_WIDE = 64
 
 
 def decode_scales(raw: bytes, dtype: str) -> np.ndarray:
@@ -85,18 +83,14 @@ class Spread(NamedTuple):
             codes: ``[rows, cols]`` uint8.
             first: The number of the first row.
         """
-        values: np.ndarray = self.grid.values[codes]
+        # It looks codes up in half the time that an index takes.
+        values: np.ndarray = self.grid.values.take(codes)
         rows, columns = slice(first, first + len(codes)), slice(0, codes.shape[1])
         zeros = None if self.zeros is None else spread(self.zeros, self.block, rows, columns, self.groups)
         if zeros is not None and self.grid.kind != "affine":
             values -= zeros
         with np.errstate(over="ignore", under="ignore"):
-            if self.block[1] < _WIDE or self.groups is not None:
-                values *= spread(self.scales, self.block, rows, columns, self.groups)
-            else:
-                down = self.scales[np.arange(rows.start, rows.stop) // self.block[0]]
-                for number in range(self.scales.shape[1]):
-                    values[:, number * self.block[1] : (number + 1) * self.block[1]] *= down[:, number, None]
+            values *= spread(self.scales, self.block, rows, columns, self.groups)
             if self.factor != 1:
                 values *= np.float32(self.factor)
             if zeros is not None and self.grid.kind == "affine":

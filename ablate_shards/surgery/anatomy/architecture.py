@@ -323,8 +323,8 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
     rules = _rules_of(layout)
     roots = "|".join(map(re.escape, layout.roots))
     in_layer = re.compile(rf"(?P<root>{roots}){layout.layers}\.{_LAYER}\.(?P<inner>.+)")
-    places = ((name, in_layer.fullmatch(name)) for name in tensors)
-    extra = {int(place["layer"]) for _, place in places if place and marks_prediction(place["inner"])}
+    places = {name: place for name in tensors if (place := in_layer.fullmatch(name))}
+    extra = {int(place["layer"]) for place in places.values() if marks_prediction(place["inner"])}
     depth = settings.depth
     hits: list[Hit] = []
     strays: list[LeftOut] = []
@@ -333,7 +333,7 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
             continue
         hit = _hit(name, rules, extra)
         if hit is None:
-            strays.append(_stray(name, family, in_layer.fullmatch(name), extra))
+            strays.append(_stray(name, family, places.get(name), extra))
         elif hit.layer is not None and not hit.mtp and depth is not None and hit.layer >= depth:
             why = f"config.json counts {depth} layers, so this one is never run"
             strays.append(LeftOut(name, hit.layer, hit.rule.component, why))
@@ -352,8 +352,7 @@ def _dissect_by_family(tensors: Mapping[str, TensorInfo], settings: _Settings, f
     hidden = settings.hidden_size or _length_of(f"{root}{layout.final}.weight", tensors)
     writers, left_out = sort_out(hits, tensors, hidden, quantisation_of(settings.whole))
     # A layer that holds tensors and none that writes is a layer too, so that it is not passed over.
-    found = {int(place["layer"]) for name in tensors if (place := in_layer.fullmatch(name)) and place["root"] == root}
-    found -= extra
+    found = {int(place["layer"]) for place in places.values() if place["root"] == root} - extra
     layers = tuple(range(depth)) if depth is not None else tuple(sorted(found))
     absent, missing = _parts_without_writers(tensors, settings, layers, writers, (*left_out, *strays))
     modules: Mapping[Component, tuple[Module, ...]] = {"attention": layout.attention, "mlp": layout.mlp}

@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ablate_shards.errors import ArchitectureError, reason
-from ablate_shards.surgery.anatomy.coded import WAY_OUT, Part, Scales, check_dtype, check_shape, scales_of
+from ablate_shards.surgery.anatomy.coded import (
+    WAY_OUT,
+    Part,
+    Scales,
+    check_dtype,
+    check_shape,
+    part_beside,
+    scales_of,
+)
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
 __all__ = ["NESTED", "State", "find_bytes", "find_line", "read_state", "state_of"]
@@ -91,15 +99,16 @@ def find_line(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: Any,
     if (said := config.get("bnb_4bit_quant_type", kind)) != kind:
         raise ArchitectureError(f"config.json says {said!r}, but its state is {state.name}; {restore}")
     check_dtype(state, ("U8",))
-    scales = _part(tensors, f"{stem}.absmax", what)
+    scales = part_beside(f"{stem}.absmax", tensors, what)
     check_dtype(scales, ("F32", "U8"))
-    table = _part(tensors, f"{stem}.quant_map", what)
+    table = part_beside(f"{stem}.quant_map", tensors, what)
     check_dtype(table, ("F32",))
     check_shape(table, (16,))
     parts = [Part.of("state", state), Part.of("table", table)]
     count, blocks = 2 * math.prod(codes.shape), math.prod(scales.shape)
     if scales.dtype == "U8":
-        nested, values = (_part(tensors, f"{stem}.{each}", what) for each in ("nested_absmax", "nested_quant_map"))
+        nested = part_beside(f"{stem}.nested_absmax", tensors, what)
+        values = part_beside(f"{stem}.nested_quant_map", tensors, what)
         check_dtype(nested, ("F32",))
         check_shape(nested, (-(-blocks // NESTED),))
         check_dtype(values, ("F32",))
@@ -131,7 +140,7 @@ def find_bytes(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: Any
     """
     what, stem = "codes of LLM.int8", codes.name.removesuffix("weight")
     _check_config(config, "load_in_8bit", what)
-    scales = _part(tensors, f"{stem}SCB", what)
+    scales = part_beside(f"{stem}SCB", tensors, what)
     check_dtype(scales, ("F32",))
     if len(codes.shape) != 2:
         raise ArchitectureError(f"expected {what} in two dimensions, found {list(codes.shape)}; {WAY_OUT}")
@@ -141,12 +150,6 @@ def find_bytes(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: Any
         check_dtype(layout, ("U8",))
         parts.append(Part.of("layout", layout))
     return scales_of(scales, (1, codes.shape[1]), "signed8", parts)
-
-
-def _part(tensors: Mapping[str, TensorInfo], name: str, what: str) -> TensorInfo:
-    if (part := tensors.get(name)) is None:
-        raise ArchitectureError(f"expected {name} beside {what}, found none; fetch the shards again")
-    return part
 
 
 def _check_config(config: Any, key: str, what: str) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "check_shape",
     "leading_of",
     "only_scales",
+    "part_beside",
     "scales_of",
 ]
 
@@ -186,6 +187,13 @@ def only_scales(names: Sequence[str], tensors: Mapping[str, TensorInfo], what: s
             f"expected the scales of {what} {one}, found {have}; fetch the shards that hold them, or {WAY_OUT}"
         )
     return found[0]
+
+
+def part_beside(name: str, tensors: Mapping[str, TensorInfo], what: str) -> TensorInfo:
+    """Returns the tensor that must lie beside codes; raises an error where there is none."""
+    if (part := tensors.get(name)) is None:
+        raise ArchitectureError(f"expected {name} beside {what}, found none; fetch the shards again")
+    return part
 
 
 def check_dtype(tensor: TensorInfo, expected: Sequence[str]) -> None:

@@ -4,7 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from ablate_shards.errors import ArchitectureError
-from ablate_shards.surgery.anatomy.coded import WAY_OUT, WORD, Part, Scales, check_dtype, check_shape, scales_of
+from ablate_shards.surgery.anatomy.coded import (
+    WAY_OUT,
+    WORD,
+    Part,
+    Scales,
+    check_dtype,
+    check_shape,
+    part_beside,
+    scales_of,
+)
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
 __all__ = ["find_mlx", "is_mlx"]
@@ -33,9 +42,7 @@ def find_mlx(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: Any) 
     module = codes.name.removesuffix(".weight")
     kind, bits, size = _settings(config, module)
     restore = f"restore the config.json that came with the shards, or {WAY_OUT}"
-    scales, offsets = tensors.get(f"{module}.scales"), tensors.get(f"{module}.biases")
-    if scales is None:
-        raise ArchitectureError(f"expected {module}.scales beside codes of MLX, found none; fetch the shards again")
+    scales = part_beside(f"{module}.scales", tensors, "codes of MLX")
     *batch, words = codes.shape
     columns, rest = divmod(words * WORD, bits)
     if rest or columns % size or scales.shape != (*batch, columns // size):
@@ -45,16 +52,13 @@ def find_mlx(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: Any) 
         )
     if kind.startswith("uint"):
         check_dtype(scales, ("F32", "BF16", "F16"))
-        if offsets is None:
-            raise ArchitectureError(
-                f"expected {module}.biases beside {scales.name}, found none; fetch the shards again"
-            )
+        offsets = part_beside(f"{module}.biases", tensors, scales.name)
         check_dtype(offsets, (scales.dtype,))
         check_shape(offsets, scales.shape)
         return scales_of(scales, (1, size), kind, [Part.of("offsets", offsets)])
     check_dtype(scales, ("U8",))
-    if offsets is not None:
-        raise ArchitectureError(f"config.json says {kind} without offsets, but {offsets.name} is there; {restore}")
+    if (strange := tensors.get(f"{module}.biases")) is not None:
+        raise ArchitectureError(f"config.json says {kind} without offsets, but {strange.name} is there; {restore}")
     return scales_of(scales, (1, size), kind)
 
 

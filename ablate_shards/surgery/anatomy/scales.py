@@ -17,6 +17,7 @@ from ablate_shards.surgery.anatomy.coded import (
     check_shape,
     leading_of,
     only_scales,
+    part_beside,
     scales_of,
 )
 from ablate_shards.surgery.anatomy.mlx import find_mlx, is_mlx
@@ -207,8 +208,7 @@ def _packed_integers(codes: TensorInfo, tensors: Mapping[str, TensorInfo], confi
             f"are, found {found or 'none that fits'}; restore the config.json that came with the shards, or {WAY_OUT}"
         )
     bits, size, symmetric = fitting.pop()
-    if (shape := tensors.get(f"{stem}_shape")) is None:
-        raise ArchitectureError(f"expected {stem}_shape beside {what}, found none; fetch the shards again")
+    shape = part_beside(f"{stem}_shape", tensors, what)
     check_dtype(shape, ("I64", "I32"))
     check_shape(shape, (len(codes.shape),))
     parts = [Part.of("shape", shape)]
@@ -279,8 +279,7 @@ def _transposed_integers(codes: TensorInfo, tensors: Mapping[str, TensorInfo], c
     check_dtype(scales, ("F16", "BF16", "F32"))
     size = inputs if size == -1 else size
     check_shape(scales, (-(-inputs // size), outputs))
-    if (zeros := tensors.get(f"{stem}qzeros")) is None:
-        raise ArchitectureError(f"expected {stem}qzeros beside {what}, found none; fetch the shards again")
+    zeros = part_beside(f"{stem}qzeros", tensors, what)
     check_dtype(zeros, ("I32",))
     check_shape(zeros, (scales.shape[0], -(-outputs * bits // WORD)))
     parts = [Part.of("zero points less one" if form == "gptq" else "zero points", zeros)]

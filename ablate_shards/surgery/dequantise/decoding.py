@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from ablate_shards.kernels.codecs.grid import Grid
     from ablate_shards.kernels.codecs.scales import Spread
 
-__all__ = ["CodedWeight", "Kept", "ReadRange", "pieces", "read_scales"]
+__all__ = ["AT_ONCE", "CodedWeight", "Kept", "ReadRange", "pieces", "read_scales"]
 
 ReadRange = Callable[[TensorInfo], bytes]
 """Returns the bytes of a tensor of the source, or of a part of one, from whichever shard it lies in."""
+
+AT_ONCE = 1 << 17
+"""Codes decoded at once: their numbers in float32 stay in a core's cache."""
 
 #: Stands in place of groups that follow each other.
 _UNORDERED = -1
@@ -209,7 +212,12 @@ class CodedWeight:
         """
         from ablate_shards.kernels.codecs.packing import unpack
 
-        return spread.decode_rows(unpack(raw, spread.grid.bits, columns), first)
+        values = np.empty((len(raw), columns), np.float32)
+        step = max(1, AT_ONCE // max(1, columns))
+        for start in range(0, len(raw), step):
+            codes = unpack(raw[start : start + step], spread.grid.bits, columns)
+            values[start : start + step] = spread.decode_rows(codes, first + start)
+        return values
 
     def check(self, number: int, raw: np.ndarray) -> None:
         """Looks for codes that stand for nothing.

@@ -6,14 +6,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range
-from ablate_shards.surgery.dequantise.decoding import CodedWeight, Kept, pieces
+from ablate_shards.surgery.dequantise.decoding import AT_ONCE, CodedWeight, Kept, pieces
 from ablate_shards.surgery.dequantise.found import QuantisedWeight
 
 __all__ = ["Values"]
 
 _BYTES = 2
-#: Codes decoded at once: their numbers in float32 stay in a core's cache.
-_AT_ONCE = 1 << 17
 _WAY_OUT = "fetch its shard again"
 
 
@@ -72,7 +70,7 @@ class Values:
         columns = self._height if self._weight.transposed else self._width
         spread = coded.kept_spread(number, self._kept)
         raw = coded.read_rows(number, rows)
-        step = max(1, _AT_ONCE // max(1, columns))
+        step = max(1, AT_ONCE // max(1, columns))
         for first in range(rows.start, rows.stop, step):
             span = slice(first, min(first + step, rows.stop))
             part = raw[span.start - rows.start : span.stop - rows.start]

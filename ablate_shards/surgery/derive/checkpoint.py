@@ -15,9 +15,8 @@ from ablate_shards.surgery.anatomy.gains import with_names
 from ablate_shards.surgery.anatomy.roles import split_stack
 from ablate_shards.surgery.anatomy.rules import read_gain
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
-from ablate_shards.surgery.derive.derive import Derivation, derive, where
-from ablate_shards.surgery.derive.twin import Twin, build_twin
-from ablate_shards.surgery.derive.writers import kind_of
+from ablate_shards.surgery.derive.derive import ABSENT, Derivation, derive, where
+from ablate_shards.surgery.derive.twin import Twin, build_twin, kind_of
 from ablate_shards.surgery.model.loading import UNUSABLE, check_packages, quiet
 
 __all__ = ["derive_checkpoint", "leaks_of", "recipe_lines"]
@@ -142,7 +141,7 @@ def _moved(gain: str, dropped: int, beginning: str) -> str:
 
 def leaks_of(found: Derivation) -> list[str]:
     """Says which states keep how much of a direction, and why as far as it is known."""
-    kept = [f"{where(state)} {share:.2%}" for state, share in enumerate(found.left) if share >= 1e-5]
+    kept = [f"{where(state)} {share:.2%}" for state, share in enumerate(found.left) if share >= ABSENT]
     leaks = [f"of a direction there is left on the tiny twin: {', '.join(kept)}"] if kept else []
     if found.unreached:
         leaks.append(f"no text reaches {', '.join(found.unreached)}, so that it is not known whether they write")

@@ -11,15 +11,17 @@ from ablate_shards.surgery.anatomy.gains import CENTRED, factors_of, is_centred,
 from ablate_shards.surgery.anatomy.parts import COMPONENT_OF, Part
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 from ablate_shards.surgery.derive.parts import find_parts
-from ablate_shards.surgery.derive.twin import State, Twin, find_unreached
-from ablate_shards.surgery.derive.writers import Kind, find_gain, find_mixing, find_writers, match_gain, numbers_of
+from ablate_shards.surgery.derive.twin import State, Twin, find_unreached, numbers_of
+from ablate_shards.surgery.derive.writers import Kind, find_gain, find_mixing, find_writers, match_gain
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Derivation", "derive", "headers_of", "left_after", "left_in", "where"]
+__all__ = ["ABSENT", "Derivation", "derive", "headers_of", "left_after", "left_in", "where"]
 
-_ABSENT = 1e-5
+ABSENT = 1e-5
+"""Share of a state along the direction that counts as none."""
+
 _PARAMETER = re.compile(r"\.(?:weight|bias)$")
 
 
@@ -43,7 +45,7 @@ class Derivation:
     @property
     def complete(self) -> bool:
         """Whether the direction is gone from every state, and everything was reached."""
-        return max(self.left) < _ABSENT and not self.unreached
+        return max(self.left) < ABSENT and not self.unreached
 
 
 def derive(twin: Twin) -> Derivation:
@@ -66,7 +68,7 @@ def derive(twin: Twin) -> Derivation:
         ]
     kinds = find_parts(twin, find_mixing(twin, [kind for kind in found.writers if not kind.centres]))
     left = left_after(twin, _described(twin, kinds))
-    if max(left) >= _ABSENT:
+    if max(left) >= ABSENT:
         kinds, gains = _with_gains(twin, kinds)
         problems += gains
         left = left_after(twin, _described(twin, kinds))

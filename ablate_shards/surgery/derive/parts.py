@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ablate_shards.surgery.anatomy.parts import Part
-from ablate_shards.surgery.derive.twin import Twin
-from ablate_shards.surgery.derive.writers import Kind, numbers_of, silence
+from ablate_shards.surgery.derive.twin import Twin, numbers_of
+from ablate_shards.surgery.derive.writers import Kind, silence
 
 if TYPE_CHECKING:
     import torch

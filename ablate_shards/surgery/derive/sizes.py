@@ -12,7 +12,7 @@ _HEADS = HIDDEN // HEAD
 #: Positions.
 _LENGTH = 256
 _MOST_LAYERS = 8
-_FEWEST_LAYERS = 3
+_FEWEST_LAYERS = 2
 
 _DEPTH = re.compile(
     r"(?:num_)?(?:hidden_|encoder_|decoder_|global_)?layers|n_layers?|depth|num_blocks|num_layers_per_stack"
@@ -175,8 +175,8 @@ def _kept_layers(values: Mapping[str, Any]) -> list[int]:
         for layer, kind in enumerate(zip(*lists, strict=True)):
             kinds.setdefault(tuple(map(str, kind)), layer)
         kept = sorted(kinds.values())[:_MOST_LAYERS]
-        return kept if len(kept) > 1 else list(range(min(depth, _FEWEST_LAYERS - 1)))
-    count = _FEWEST_LAYERS - 1
+        return kept if len(kept) > 1 else list(range(min(depth, _FEWEST_LAYERS)))
+    count = _FEWEST_LAYERS
     for key, value in values.items():
         if isinstance(value, bool):
             continue

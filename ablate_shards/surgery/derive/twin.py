@@ -19,7 +19,7 @@ from ablate_shards.surgery.model.loading import UNUSABLE, quiet
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SEQUENCES", "State", "Twin", "build_twin", "find_unreached"]
+__all__ = ["SEQUENCES", "State", "Twin", "build_twin", "find_unreached", "kind_of", "numbers_of"]
 
 #: Tensors by their name on disk.
 State = Mapping[str, "torch.Tensor"]
@@ -30,6 +30,7 @@ _SEEN = 7
 #: The second differs from the first in its first token, the third in what an encoder is given, if there is one.
 SEQUENCES = 3
 _MOST_PARAMETERS = 50_000_000
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,16 @@ class Twin:
                 f"{min(report['missing_keys'])} is missing"
             )
         return network.eval()
+
+
+def kind_of(name: str) -> str:
+    """Returns a tensor's name with its numbers as ``#``."""
+    return _NUMBER.sub("#", name)
+
+
+def numbers_of(name: str) -> list[str]:
+    """Returns the numbers in a tensor's name."""
+    return _NUMBER.findall(name)
 
 
 def build_twin(config: Any, *, original: bool = True, seed: int = 0, **changed: Any) -> Twin:
@@ -291,7 +302,7 @@ def find_unreached(twin: Twin) -> list[str]:
     kinds: dict[str, list[Any]] = {}
     for name, parameter in stack.named_parameters():
         if parameter.ndim > 1 and twin.hidden in parameter.shape:
-            kinds.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "#", name), []).append(parameter)
+            kinds.setdefault(kind_of(name), []).append(parameter)
     with quiet(), torch.enable_grad():
         total = torch.stack([state.square().sum() for state in _states(network, stack, attached=True)]).sum()
         torch.autograd.backward(total)

@@ -8,14 +8,13 @@ kind, so that one run decides about as many kinds as coordinates are knocked out
 """
 
 import itertools
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ablate_shards.surgery.anatomy.gains import TIMES
 from ablate_shards.surgery.anatomy.parts import Part
-from ablate_shards.surgery.derive.twin import SEQUENCES, State, Twin
+from ablate_shards.surgery.derive.twin import SEQUENCES, State, Twin, kind_of, numbers_of
 
 if TYPE_CHECKING:
     import torch
@@ -26,14 +25,11 @@ __all__ = [
     "find_gain",
     "find_mixing",
     "find_writers",
-    "kind_of",
     "match_gain",
-    "numbers_of",
     "shares_of",
     "silence",
 ]
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 #: Share of a state's length below which a coordinate counts as zero.
 _NOTHING = 1e-6
 #: Times its length up to which a tensor is taken for a vector: biases, gains, and taps of a convolution.
@@ -90,16 +86,6 @@ class Found:
 
     writers: tuple[Kind, ...]
     leaks: Mapping[int, float] = field(default_factory=dict)
-
-
-def kind_of(name: str) -> str:
-    """Returns a tensor's name with its numbers as ``#``."""
-    return _NUMBER.sub("#", name)
-
-
-def numbers_of(name: str) -> list[str]:
-    """Returns the numbers in a tensor's name."""
-    return _NUMBER.findall(name)
 
 
 def find_writers(twin: Twin) -> Found:

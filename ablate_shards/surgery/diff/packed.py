@@ -58,7 +58,9 @@ class PackedScales:
             return False
         for number in range(self._weight.matrices):
             ours, theirs = self._weight.spread(number), other._weight.spread(number)
-            if ours.block != theirs.block or not np.array_equal(ours.scales, theirs.scales):
+            if (ours.block, ours.factor) != (theirs.block, theirs.factor):
+                return False
+            if not np.array_equal(ours.scales, theirs.scales):
                 return False
             if not (_equal(ours.zeros, theirs.zeros) and _equal(ours.groups, theirs.groups)):
                 return False
