@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -83,15 +83,16 @@ def _left_behind(first: Checkpoint, second: Checkpoint) -> list[Skip]:
     """
     left: list[Skip] = []
     for one, other, which in ((first, second, "first"), (second, first, "second")):
-        alone = [name for name in one.tensors if name not in other.tensors]
-        anatomy = _anatomy_of(one) if alone else None
-        reasons = {name: _why_dispensable(one, name, anatomy) for name in alone}
-        if lacking := [name for name in alone if reasons[name] is None]:
+        reasons = _why_dispensable(one, [name for name in one.tensors if name not in other.tensors])
+        if lacking := [name for name, reason in reasons.items() if reason is None]:
             raise PlanError(
                 f"{other.name}: lacks {_names(lacking)}, which {one.name} holds, and an adapter neither adds nor "
                 "removes tensors; compare two checkpoints of the same model, in the same form"
             )
-        left += [Skip(name, None, None, f"only the {which} checkpoint holds it, {reasons[name]}") for name in alone]
+        left += [
+            Skip(name, None, None, f"only the {which} checkpoint holds it, {reason}")
+            for name, reason in reasons.items()
+        ]
     for name, tensor in first.tensors.items():
         if name in second.tensors and tensor.shape != second.tensors[name].shape:
             raise PlanError(
@@ -101,19 +102,20 @@ def _left_behind(first: Checkpoint, second: Checkpoint) -> list[Skip]:
     return left
 
 
-def _why_dispensable(one: Checkpoint, name: str, anatomy: Anatomy | None) -> str | None:
-    """Returns why a decoder does without a tensor, None where it does not."""
-    if name.endswith(_COMPUTED):
-        return "and loaders compute it"
+def _why_dispensable(one: Checkpoint, alone: Sequence[str]) -> dict[str, str | None]:
+    """Returns why a decoder does without each of some tensors, None where it does not."""
+    reasons = {name: "and loaders compute it" if name.endswith(_COMPUTED) else None for name in alone}
+    anatomy = _anatomy_of(one) if alone else None
     if anatomy is None:
-        return None
+        return reasons
+    names, head = ModuleNames(one.tensors, one.config, anatomy.family), head_of(one.tensors)
     predicting = {writer.layer for writer in anatomy.writers if writer.mtp}
-    outside = not ModuleNames(one.tensors, one.config, anatomy.family).holds(name)
-    if outside or split_layer(name)[0] in predicting:
-        return "and it is no part of the decoder"
-    head = stored_head(one, anatomy)
-    copied = head is not None and head.tensor.name == name and head.embedding is not None
-    return "a copy of the embedding that it is tied to" if copied else None
+    for name in (name for name, reason in reasons.items() if reason is None):
+        if not names.holds(name) or split_layer(name)[0] in predicting:
+            reasons[name] = "and it is no part of the decoder"
+        elif name == head and (stored := stored_head(one, anatomy)) is not None and stored.embedding is not None:
+            reasons[name] = "a copy of the embedding that it is tied to"
+    return reasons
 
 
 class _Differences:
