@@ -400,10 +400,9 @@ class _Finder:
             if self._named_otherwise(path, source):
                 continue
             name = self._find(path)
-            if name is None and not _IN_LAYER.search(path):
-                missing[path] = source
-            elif name is None:
-                continue
+            if name is None:
+                if not _IN_LAYER.search(path):
+                    missing[path] = source
             elif self._adapter.shape(source) != self._checkpoint.tensors[name].shape and _LABELS.search(path):
                 tensor = self._checkpoint.tensors[name]
                 self._tensors[name] = NewTensor(name, tensor.shard, tensor.dtype, self._adapter.shape(source))
