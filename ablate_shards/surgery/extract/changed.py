@@ -162,11 +162,11 @@ class _Differences:
         if (len(tensor.shape) > 2 and not stacked and not coded) or 0 in tensor.shape:
             return "is no matrix, nor a stack of those of experts"
         place = self._names.place(tensor)
-        alone = place is not None and place.form == "parameter" and place.expert is None and not stacked
-        if alone and place is not None and not place.path.endswith(".weight"):
-            return "is a parameter beside other weights of its module, which peft would wrap as one"
         if place is None:
             return "is a part of what transformers makes one parameter of"
+        alone = place.form == "parameter" and place.expert is None and not stacked
+        if alone and not place.path.endswith(".weight"):
+            return "is a parameter beside other weights of its module, which peft would wrap as one"
         axis = -1 if place.form == "embedding" else -2
         if not coded and self._family in (_MARKED if stacked else _CONV1D) and place.path != "lm_head":
             axis = -1
