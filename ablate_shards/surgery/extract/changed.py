@@ -11,7 +11,7 @@ from ablate_shards.errors import ArchitectureError, PlanError
 from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect, head_of, split_layer
 from ablate_shards.surgery.anatomy.scales import Scales, ending_of, is_codes, quantisation_of
 from ablate_shards.surgery.anatomy.tied import stored_head
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range, read_vector
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range, read_vector, same_tensor
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
 from ablate_shards.surgery.dequantise.decoding import read_scales
 from ablate_shards.surgery.edit.receipt import source_record
@@ -19,7 +19,6 @@ from ablate_shards.surgery.extract.matrices import ChangedMatrix, Pair, ReadInto
 from ablate_shards.surgery.extract.modules import ModuleNames
 from ablate_shards.surgery.extract.plan import AdapterPlan, Change, make_adapter_plan
 from ablate_shards.surgery.extract.receipt import Made, adapter_receipt_text
-from ablate_shards.surgery.machine.files import same_bytes
 from ablate_shards.surgery.plan.edits import Edit, Skip
 
 if TYPE_CHECKING:
@@ -197,7 +196,10 @@ class _Differences:
         parts = [tensor]
         if (scales := self._scales[0].get(tensor.name)) is not None:
             parts += [scales, *scales.parts]
-        return any(not _same_bytes(self._first, self._second, part.name) for part in parts)
+        first, second = self._first, self._second
+        return not all(
+            same_tensor(first, first.tensors[part.name], second, second.tensors[part.name]) for part in parts
+        )
 
 
 def _scales_of(checkpoint: Checkpoint) -> Mapping[str, Scales]:
@@ -210,19 +212,6 @@ def _scales_of(checkpoint: Checkpoint) -> Mapping[str, Scales]:
             except ArchitectureError:
                 continue
     return found
-
-
-def _same_bytes(first: Checkpoint, second: Checkpoint, name: str) -> bool:
-    one, other = first.tensors[name], second.tensors[name]
-    if one.dtype != other.dtype or one.end - one.start != other.end - other.start:
-        return False
-    never = threading.Event()
-
-    def fill(checkpoint: Checkpoint, tensor: TensorInfo, data: memoryview, offset: int) -> None:
-        checkpoint.files.read_into(tensor.shard, data, tensor.start + offset, never)
-
-    fills = (functools.partial(fill, first, one), functools.partial(fill, second, other))
-    return same_bytes(*fills, one.end - one.start)
 
 
 def _vectors(
