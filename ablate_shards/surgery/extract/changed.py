@@ -198,7 +198,9 @@ class _Differences:
             parts += [scales, *scales.parts]
         first, second = self._first, self._second
         return not all(
-            same_tensor(first, first.tensors[part.name], second, second.tensors[part.name]) for part in parts
+            part.name in second.tensors
+            and same_tensor(first, first.tensors[part.name], second, second.tensors[part.name])
+            for part in parts
         )
 
 
