@@ -10,7 +10,7 @@ import torch
 from command_line import checked, run
 from raw_checkpoints import flip, snapshot, tensor_bytes
 from safetensors.torch import load_file, save_file
-from tiny_models import HIDDEN, TINY_MODELS, VOCAB, save_tiny_model
+from tiny_models import HIDDEN, TINY_MODELS, VOCAB, save_tiny_model, train_at_random
 
 from ablate_shards.errors import CheckpointError
 from ablate_shards.surgery.checkpoint.amended import Amendments, NewTensor, amend
@@ -47,11 +47,7 @@ def train(name, folder, settings, *, rows=None, load=None, ids=IDS, base=None):
         if rows is not None:
             model.resize_token_embeddings(rows)
         model = peft.get_peft_model(model, peft.LoraConfig(**{**BODY, **settings}))
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        train_at_random(model, 0.1, added=True)
         model.save_pretrained(folder / "adapter")
         return logits_of(model, ids)
 

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import peft
 import pytest
+import safetensors.torch
 import torch
 from coded_checkpoints import FORMS, read_tensors, write_coded, write_fp8
 from command_line import checked
@@ -458,6 +459,24 @@ def test_what_the_decoder_does_without_may_be_in_one_of_two_checkpoints(tmp_path
     assert receipt["left_out"]
     assert all(reason in skip["reason"] for skip in receipt["left_out"])
     assert str(tmp_path) not in json.dumps(receipt)
+
+
+def test_codes_outside_of_the_decoder_may_have_their_scales_in_one_of_two_checkpoints(tmp_path):
+    base = save_tiny_model(TINY_MODELS["qwen3.5"], tmp_path / "base")
+    shutil.copytree(base, tmp_path / "other")
+    tensors = safetensors.torch.load_file(base / "model.safetensors")
+    coded = "model.visual.blocks.0.attn.proj.weight"
+    tensors[coded] = tensors[coded].to(torch.float8_e4m3fn)
+    changed = next(each for each in tensors if each.endswith("layers.1.mlp.down_proj.weight"))
+    for folder, more in ((base, {f"{coded}_scale_inv": torch.ones(1, 1)}), (tmp_path / "other", {})):
+        file, moved = folder / "model.safetensors", tensors[changed] + (0 if more else 1)
+        safetensors.torch.save_file(tensors | {changed: moved} | more, file, metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (base / "config.json").write_text(json.dumps(config))
+    checked("diff", base, tmp_path / "other", "--adapter", tmp_path / "adapter", "--quiet")
+    assert [record["tensors"][0]["name"] for record in receipt_of(tmp_path / "adapter")["modules"]] == [changed]
+    assert "are not both read" in left_out(tmp_path / "adapter")[coded]
 
 
 def test_extracting_undoes_a_merge(tmp_path):

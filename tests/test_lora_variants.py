@@ -11,7 +11,7 @@ from command_line import checked
 from raw_checkpoints import decode, snapshot, tensor_bytes
 from safetensors.torch import load_file, save_file
 from test_amendments import assert_computes, assert_the_rest_stays, checked_merge, logits_of
-from tiny_models import TINY_MODELS, VOCAB, save_tiny_model
+from tiny_models import TINY_MODELS, VOCAB, save_tiny_model, train_at_random
 
 IDS = torch.arange(24)[None] % VOCAB
 LINEAR = ["q_proj", "o_proj", "down_proj"]
@@ -41,11 +41,7 @@ def trained(tiny, folder, settings, *, rows=None, load=None, dtype=None):
         if rows is not None:
             model.resize_token_embeddings(rows)
         model = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "lora_alpha": 6, **settings}))
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        train_at_random(model, 0.1, added=True)
         model.save_pretrained(folder / "adapter")
 
 

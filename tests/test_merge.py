@@ -14,7 +14,7 @@ from blake3 import blake3
 from command_line import checked
 from raw_checkpoints import decode, snapshot, tensor_bytes, write_directions, write_llama
 from safetensors.torch import load_file, save_file
-from tiny_models import HIDDEN, TINY_MODELS, save_tiny_model
+from tiny_models import HIDDEN, TINY_MODELS, save_tiny_model, train_at_random
 
 from ablate_shards.kernels import reference
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
@@ -76,11 +76,7 @@ def merge_by_peft(name, folder, settings):
         warnings.simplefilter("ignore")
         save_tiny_model(tiny, model_folder)
         model = peft.get_peft_model(tiny.load(model_folder), peft.LoraConfig(**settings))
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        train_at_random(model, 0.2)
         model.save_pretrained(adapter_folder)
         merged = model.merge_and_unload()
         merged.save_pretrained(folder / "by_peft", save_original_format=tiny.native)

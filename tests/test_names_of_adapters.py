@@ -14,7 +14,7 @@ from raw_checkpoints import write_directions
 from safetensors.torch import load_file, save_file
 from test_expert_adapters import TOKENS, logits
 from test_registry import twins
-from tiny_models import TINY_MODELS, save_tiny_adapter, save_tiny_model
+from tiny_models import TINY_MODELS, save_tiny_adapter, save_tiny_model, train_at_random
 
 #: Without a head there are no logits, and llama4 returns a tuple from its experts, which peft does not take.
 LEFT_OUT = {"llama-bare", "gpt2-bare", "llama4"}
@@ -102,11 +102,7 @@ def test_modules_are_found_under_the_names_that_an_architecture_was_published_wi
         warnings.simplefilter("ignore")
         settings = peft.LoraConfig(r=2, lora_alpha=6, target_modules="all-linear", target_parameters=parameters or None)
         trained = peft.get_peft_model(model, settings).eval()
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for parameter in trained.parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+        train_at_random(trained, 0.05)
         trained.save_pretrained(tmp_path / "adapter")
     expected = run(trained)
     assert (expected - run(load(state))).abs().max() > 0.1 * expected.abs().max()

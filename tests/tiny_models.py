@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-__all__ = ["TINY_MODELS", "TinyModel", "capture_stream", "save_tiny_adapter", "save_tiny_model"]
+__all__ = ["TINY_MODELS", "TinyModel", "capture_stream", "save_tiny_adapter", "save_tiny_model", "train_at_random"]
 
 HIDDEN = 32
 VOCAB = 64
@@ -432,13 +432,19 @@ def save_tiny_adapter(tiny: TinyModel, folder: Path, adapter: Path, **settings: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(tiny.load(folder), peft.LoraConfig(**settings))
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        train_at_random(model, 0.2)
         model.save_pretrained(adapter)
     return adapter
+
+
+def train_at_random(model: torch.nn.Module, size: float, *, added: bool = False) -> None:
+    """Gives everything that is trained the same random values in each run, or adds them to what it begins with."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                values = size * torch.randn(parameter.shape, generator=generator)
+                (parameter.add_ if added else parameter.copy_)(values)
 
 
 def capture_stream(model: torch.nn.Module, *, tokens: int = 48) -> list[torch.Tensor]:

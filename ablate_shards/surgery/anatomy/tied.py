@@ -1,13 +1,10 @@
 """The output head of a model whose configuration ties it to the token embedding, where a checkpoint stores both."""
 
-import threading
 from dataclasses import dataclass
-from functools import partial
 
 from ablate_shards.surgery.anatomy.architecture import Anatomy, head_of
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, same_tensor
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
-from ablate_shards.surgery.machine.files import same_bytes
 
 __all__ = ["StoredHead", "stored_head"]
 
@@ -51,16 +48,5 @@ def stored_head(checkpoint: Checkpoint, anatomy: Anatomy) -> StoredHead | None:
         for writer in anatomy.writers
         if writer.component == "embedding" and writer.kind == "weight" and not writer.mtp
     )
-    equal = (embedding.name for embedding in embeddings if _equal(checkpoint, embedding, head))
+    equal = (embedding.name for embedding in embeddings if same_tensor(checkpoint, embedding, checkpoint, head))
     return StoredHead(head, next(equal, None))
-
-
-def _equal(checkpoint: Checkpoint, one: TensorInfo, other: TensorInfo) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    never = threading.Event()
-
-    def fill(tensor: TensorInfo, data: memoryview, offset: int) -> None:
-        checkpoint.files.read_into(tensor.shard, data, tensor.start + offset, never)
-
-    return same_bytes(partial(fill, one), partial(fill, other), one.end - one.start)

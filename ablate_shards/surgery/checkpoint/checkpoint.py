@@ -3,8 +3,10 @@
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,6 +16,7 @@ from ablate_shards.errors import CheckpointError, PlanError, reason
 from ablate_shards.names import CONFIG_NAME, RECEIPT_NAMES, WEIGHTS_NAME, is_report
 from ablate_shards.surgery.checkpoint.files import Files, Folder, Remote, leaves_folder, pointed_at
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, Shard, TensorInfo, read_header
+from ablate_shards.surgery.machine.files import same_bytes
 
 __all__ = [
     "Checkpoint",
@@ -25,6 +28,7 @@ __all__ = [
     "read_config",
     "read_range",
     "read_vector",
+    "same_tensor",
     "size_of",
     "text_part",
 ]
@@ -245,6 +249,18 @@ def read_range(checkpoint: Checkpoint, tensor: TensorInfo) -> bytes:
     with (checkpoint.root / tensor.shard).open("rb") as file:
         file.seek(tensor.start)
         return file.read(tensor.end - tensor.start)
+
+
+def same_tensor(first: Checkpoint, one: TensorInfo, second: Checkpoint, other: TensorInfo) -> bool:
+    """Tells whether a tensor of each of two checkpoints has the same dtype, shape and bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    never = threading.Event()
+
+    def fill(checkpoint: Checkpoint, tensor: TensorInfo, data: memoryview, offset: int) -> None:
+        checkpoint.files.read_into(tensor.shard, data, tensor.start + offset, never)
+
+    return same_bytes(partial(fill, first, one), partial(fill, second, other), one.end - one.start)
 
 
 def _checkpoint(

@@ -90,12 +90,11 @@ def read_directions(path: Path, layer: int | None = None) -> Directions:
 
 def _read_own(path: Path, layer: int | None) -> Directions:
     shard, metadata = read_header(path)
-    if "ablate-shards" not in metadata.get("format", "") and len(shard.tensors) == 1:
-        return _read_only_tensor(path, shard.tensors[0], layer)
-    if "ablate-shards" not in metadata.get("format", "") and not any(
-        _NAME.fullmatch(each.name) for each in shard.tensors
-    ):
-        raise no_layers(path, [f"{tensor.name} {list(tensor.shape)} of {tensor.dtype}" for tensor in shard.tensors])
+    if "ablate-shards" not in metadata.get("format", ""):
+        if len(shard.tensors) == 1:
+            return _read_only_tensor(path, shard.tensors[0], layer)
+        if not any(_NAME.fullmatch(tensor.name) for tensor in shard.tensors):
+            raise no_layers(path, [f"{tensor.name} {list(tensor.shape)} of {tensor.dtype}" for tensor in shard.tensors])
     if (found := metadata.get("format", "not given")) != DIRECTIONS_FORMAT:
         names = ", ".join(tensor.name for tensor in shard.tensors[:2]) or "no tensors"
         raise DirectionsError(

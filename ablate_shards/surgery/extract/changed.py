@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,7 @@ from ablate_shards.errors import ArchitectureError, PlanError
 from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect, head_of, split_layer
 from ablate_shards.surgery.anatomy.scales import Scales, ending_of, is_codes, quantisation_of
 from ablate_shards.surgery.anatomy.tied import stored_head
-from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range, read_vector
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range, read_vector, same_tensor
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
 from ablate_shards.surgery.dequantise.decoding import read_scales
 from ablate_shards.surgery.edit.receipt import source_record
@@ -19,7 +19,6 @@ from ablate_shards.surgery.extract.matrices import ChangedMatrix, Pair, ReadInto
 from ablate_shards.surgery.extract.modules import ModuleNames
 from ablate_shards.surgery.extract.plan import AdapterPlan, Change, make_adapter_plan
 from ablate_shards.surgery.extract.receipt import Made, adapter_receipt_text
-from ablate_shards.surgery.machine.files import same_bytes
 from ablate_shards.surgery.plan.edits import Edit, Skip
 
 if TYPE_CHECKING:
@@ -83,15 +82,16 @@ def _left_behind(first: Checkpoint, second: Checkpoint) -> list[Skip]:
     """
     left: list[Skip] = []
     for one, other, which in ((first, second, "first"), (second, first, "second")):
-        alone = [name for name in one.tensors if name not in other.tensors]
-        anatomy = _anatomy_of(one) if alone else None
-        reasons = {name: _why_dispensable(one, name, anatomy) for name in alone}
-        if lacking := [name for name in alone if reasons[name] is None]:
+        reasons = _why_dispensable(one, [name for name in one.tensors if name not in other.tensors])
+        if lacking := [name for name, reason in reasons.items() if reason is None]:
             raise PlanError(
                 f"{other.name}: lacks {_names(lacking)}, which {one.name} holds, and an adapter neither adds nor "
                 "removes tensors; compare two checkpoints of the same model, in the same form"
             )
-        left += [Skip(name, None, None, f"only the {which} checkpoint holds it, {reasons[name]}") for name in alone]
+        left += [
+            Skip(name, None, None, f"only the {which} checkpoint holds it, {reason}")
+            for name, reason in reasons.items()
+        ]
     for name, tensor in first.tensors.items():
         if name in second.tensors and tensor.shape != second.tensors[name].shape:
             raise PlanError(
@@ -101,19 +101,20 @@ def _left_behind(first: Checkpoint, second: Checkpoint) -> list[Skip]:
     return left
 
 
-def _why_dispensable(one: Checkpoint, name: str, anatomy: Anatomy | None) -> str | None:
-    """Returns why a decoder does without a tensor, None where it does not."""
-    if name.endswith(_COMPUTED):
-        return "and loaders compute it"
+def _why_dispensable(one: Checkpoint, alone: Sequence[str]) -> dict[str, str | None]:
+    """Returns why a decoder does without each of some tensors, None where it does not."""
+    reasons = {name: "and loaders compute it" if name.endswith(_COMPUTED) else None for name in alone}
+    anatomy = _anatomy_of(one) if alone else None
     if anatomy is None:
-        return None
+        return reasons
+    names, head = ModuleNames(one.tensors, one.config, anatomy.family), head_of(one.tensors)
     predicting = {writer.layer for writer in anatomy.writers if writer.mtp}
-    outside = not ModuleNames(one.tensors, one.config, anatomy.family).holds(name)
-    if outside or split_layer(name)[0] in predicting:
-        return "and it is no part of the decoder"
-    head = stored_head(one, anatomy)
-    copied = head is not None and head.tensor.name == name and head.embedding is not None
-    return "a copy of the embedding that it is tied to" if copied else None
+    for name in (name for name, reason in reasons.items() if reason is None):
+        if not names.holds(name) or split_layer(name)[0] in predicting:
+            reasons[name] = "and it is no part of the decoder"
+        elif name == head and (stored := stored_head(one, anatomy)) is not None and stored.embedding is not None:
+            reasons[name] = "a copy of the embedding that it is tied to"
+    return reasons
 
 
 class _Differences:
@@ -160,11 +161,11 @@ class _Differences:
         if (len(tensor.shape) > 2 and not stacked and not coded) or 0 in tensor.shape:
             return "is no matrix, nor a stack of those of experts"
         place = self._names.place(tensor)
-        alone = place is not None and place.form == "parameter" and place.expert is None and not stacked
-        if alone and place is not None and not place.path.endswith(".weight"):
-            return "is a parameter beside other weights of its module, which peft would wrap as one"
         if place is None:
             return "is a part of what transformers makes one parameter of"
+        alone = place.form == "parameter" and place.expert is None and not stacked
+        if alone and not place.path.endswith(".weight"):
+            return "is a parameter beside other weights of its module, which peft would wrap as one"
         axis = -1 if place.form == "embedding" else -2
         if not coded and self._family in (_MARKED if stacked else _CONV1D) and place.path != "lm_head":
             axis = -1
@@ -195,7 +196,12 @@ class _Differences:
         parts = [tensor]
         if (scales := self._scales[0].get(tensor.name)) is not None:
             parts += [scales, *scales.parts]
-        return any(not _same_bytes(self._first, self._second, part.name) for part in parts)
+        first, second = self._first, self._second
+        return not all(
+            part.name in second.tensors
+            and same_tensor(first, first.tensors[part.name], second, second.tensors[part.name])
+            for part in parts
+        )
 
 
 def _scales_of(checkpoint: Checkpoint) -> Mapping[str, Scales]:
@@ -208,19 +214,6 @@ def _scales_of(checkpoint: Checkpoint) -> Mapping[str, Scales]:
             except ArchitectureError:
                 continue
     return found
-
-
-def _same_bytes(first: Checkpoint, second: Checkpoint, name: str) -> bool:
-    one, other = first.tensors[name], second.tensors[name]
-    if one.dtype != other.dtype or one.end - one.start != other.end - other.start:
-        return False
-    never = threading.Event()
-
-    def fill(checkpoint: Checkpoint, tensor: TensorInfo, data: memoryview, offset: int) -> None:
-        checkpoint.files.read_into(tensor.shard, data, tensor.start + offset, never)
-
-    fills = (functools.partial(fill, first, one), functools.partial(fill, second, other))
-    return same_bytes(*fills, one.end - one.start)
 
 
 def _vectors(

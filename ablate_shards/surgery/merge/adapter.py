@@ -77,10 +77,8 @@ _REFUSED = {
 #: A backward pass of their own; their forward pass and merge are those of LoRA.
 _TRAINING_ONLY = {"velora_config", "monteclora_config"}
 #: Initialisations that leave the base as it is.
-_PLAIN_INITIALISATIONS = {True, False, None, "gaussian", "eva", "orthogonal", "mica"}
+_PLAIN_INITIALISATIONS = {"gaussian", "eva", "orthogonal", "mica"}
 _STORED: dict[str, type[np.generic]] = {**STORED, "F64": np.float64}
-#: Those that subtract from it what they start with, and that it tells again.
-_TAKEN: Mapping[Any, Taken] = {"pissa": "pissa", "olora": "olora"}
 
 #: The largest integer up to which a float holds every one.
 _EXACT = 2**53
@@ -416,9 +414,14 @@ def _why_not_again(start: str) -> str:
     )
 
 
-def _taken_by(value: Any) -> Taken | None:
-    """Returns what an initialisation took out of the base; peft knows ``olora`` in any case, ``pissa`` in one."""
-    return _TAKEN.get(value.lower() if isinstance(value, str) and value.lower() == "olora" else value)
+def _taken_by(start: object) -> Taken | None:
+    """Returns what an initialisation took out of the base, where the base tells that again.
+
+    peft knows ``olora`` in any case, ``pissa`` in one.
+    """
+    if start == "pissa":
+        return "pissa"
+    return "olora" if isinstance(start, str) and start.lower() == "olora" else None
 
 
 def _inner(name: str) -> str:

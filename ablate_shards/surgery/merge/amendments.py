@@ -7,7 +7,7 @@ import math
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,10 +19,10 @@ from ablate_shards.surgery.anatomy.architecture import Anatomy, head_of
 from ablate_shards.surgery.anatomy.tied import stored_head
 from ablate_shards.surgery.checkpoint.amended import CONFIG, Amendments, NewTensor
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, text_part
-from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES
+from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
 from ablate_shards.surgery.merge.adapter import Adapter, LowRank, TokenRows
 
-__all__ = ["Found", "find_amendments", "read_files"]
+__all__ = ["Found", "find_amendments", "read_files", "read_pieces"]
 
 _T = TypeVar("_T")
 
@@ -230,16 +230,13 @@ class _Finder:
 
     def _is_still(self, source: str, name: str) -> bool:
         """Returns whether a tensor of the adapter holds the numbers of a weight of the base."""
-        tensor, files = self._checkpoint.tensors[name], self._checkpoint.files
+        tensor = self._checkpoint.tensors[name]
         if tensor.dtype not in ITEM_BYTES or self._adapter.shape(source) != tensor.shape:
             return False
-        never, count = threading.Event(), math.prod(tensor.shape)
-        for first in range(0, count, _PIECE):
-            stored = np.empty(min(_PIECE, count - first), STORED[tensor.dtype])
-            files.read_into(tensor.shard, stored.data.cast("B"), tensor.start + first * stored.itemsize, never)
-            if not np.array_equal(decoded(stored, np.float32), self._adapter.read(source, first, len(stored))):
-                return False
-        return True
+        return all(
+            np.array_equal(decoded(stored, np.float32), self._adapter.read(source, first, len(stored)))
+            for first, stored in read_pieces(self._checkpoint, tensor, math.prod(tensor.shape))
+        )
 
     def _is_classifier(self) -> bool:
         """Returns whether the trained model has another head than that of a language model."""
@@ -400,10 +397,9 @@ class _Finder:
             if self._named_otherwise(path, source):
                 continue
             name = self._find(path)
-            if name is None and not _IN_LAYER.search(path):
-                missing[path] = source
-            elif name is None:
-                continue
+            if name is None:
+                if not _IN_LAYER.search(path):
+                    missing[path] = source
             elif self._adapter.shape(source) != self._checkpoint.tensors[name].shape and _LABELS.search(path):
                 tensor = self._checkpoint.tensors[name]
                 self._tensors[name] = NewTensor(name, tensor.shard, tensor.dtype, self._adapter.shape(source))
@@ -482,6 +478,21 @@ class _Finder:
     def _dtype(self) -> str:
         counts = Counter(tensor.dtype for tensor in self._checkpoint.tensors.values() if tensor.dtype in ITEM_BYTES)
         return counts.most_common(1)[0][0] if counts else "F32"
+
+
+def read_pieces(checkpoint: Checkpoint, tensor: TensorInfo, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the first elements of a tensor in pieces: the number of a piece's first, and the piece as stored, flat.
+
+    Args:
+        checkpoint: What holds it.
+        tensor: One of a dtype in ``STORED``.
+        count: How many elements.
+    """
+    never = threading.Event()
+    for first in range(0, count, _PIECE):
+        stored = np.empty(min(_PIECE, count - first), STORED[tensor.dtype])
+        checkpoint.files.read_into(tensor.shard, stored.data.cast("B"), tensor.start + first * stored.itemsize, never)
+        yield first, stored
 
 
 def _leaf(name: str | None) -> str:

@@ -1,6 +1,7 @@
 """Finds the tensors of a checkpoint by the names that parameters go by in the model that was trained."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 from ablate_shards.errors import AdapterError
@@ -58,6 +59,7 @@ class Names:
         self._by_core: defaultdict[str, list[str]] = defaultdict(list)
         for name in checkpoint.tensors:
             self._by_core[self._core(name)].append(name)
+        self._by_end: dict[int, Mapping[str, list[str]]] = {}
 
     def find(self, path: str) -> str | None:
         """Returns the tensor that a parameter of the trained model is stored as.
@@ -79,7 +81,7 @@ class Names:
         core = self._core(path)
         found = self._by_core.get(core, [])
         if len(found) != 1:
-            among = found or [name for name in self._checkpoint.tensors if name.endswith(f".{core}")]
+            among = found or self._ending_in(core)
             inside = [name for name in among if name.startswith(self._roots)]
             found = inside if inside or not found else found
         if len(found) > 1:
@@ -89,6 +91,18 @@ class Names:
                 "merge it with peft itself"
             )
         return found[0] if found else None
+
+    def _ending_in(self, core: str) -> list[str]:
+        """Returns the tensors whose names have more parts in front of a core."""
+        count = core.count(".") + 1
+        if count not in self._by_end:
+            ends: defaultdict[str, list[str]] = defaultdict(list)
+            for name in self._checkpoint.tensors:
+                _, *end = name.rsplit(".", count)
+                if len(end) == count:
+                    ends[".".join(end)].append(name)
+            self._by_end[count] = ends
+        return self._by_end[count].get(core, [])
 
     def _core(self, name: str) -> str:
         """Returns a name without the prefixes that differ between a model, its text part and its checkpoint."""

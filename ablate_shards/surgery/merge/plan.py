@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import re
-import threading
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.digest import base_digest
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, TensorInfo
 from ablate_shards.surgery.merge.adapter import Adapter, LowRank, TokenRows
-from ablate_shards.surgery.merge.amendments import find_amendments
+from ablate_shards.surgery.merge.amendments import find_amendments, read_pieces
 from ablate_shards.surgery.merge.names import Names
 
 __all__ = ["MergeEdit", "MergePart", "MergePlan", "plan_merge", "receipts_beside"]
@@ -292,11 +291,8 @@ class _Planner:
         theirs = STORED.get(self._adapter.tensors[source].dtype, np.float32)  # F64 is read as float32
         new = {each.name: each.begins_as or "" for each in self.found.amendments.tensors}
         known = self._source.tensors.get(new.get(tensor.name, tensor.name), tensor)
-        count, never = min(math.prod(known.shape), math.prod(tensor.shape)), threading.Event()
-        for first in range(0, count, PIECE_ELEMENTS):
-            stored = np.empty(min(PIECE_ELEMENTS, count - first), STORED[tensor.dtype])
-            start = tensor.start + first * stored.itemsize
-            self._checkpoint.files.read_into(tensor.shard, stored.data.cast("B"), start, never)
+        count = min(math.prod(known.shape), math.prod(tensor.shape))
+        for first, stored in read_pieces(self._checkpoint, tensor, count):
             rounded = np.empty(len(stored), theirs)
             with np.errstate(invalid="ignore"):
                 encode(decoded(stored, np.float64), rounded)
@@ -703,7 +699,7 @@ def _takes_input_first(version: str | None, *, marked: bool | None) -> bool | No
     return not marked if number == (0, 19, 0) else marked
 
 
-#: Elements of a parameter that is replaced or compared, read at a time.
+#: Elements of a parameter that is replaced, read at a time.
 PIECE_ELEMENTS = 1 << 18
 
 
