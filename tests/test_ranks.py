@@ -28,7 +28,7 @@ from raw_checkpoints import (
 
 from ablate_shards.errors import UsageError
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
-from ablate_shards.surgery.edit import folder as folder_room
+from ablate_shards.surgery.edit import parts as parts_room
 from ablate_shards.surgery.machine.ranks import WorkerRank, deal, find_rank
 from ablate_shards.surgery.machine.staging import Staging
 
@@ -326,7 +326,7 @@ def test_finish_goes_on_where_it_was_stopped(case, monkeypatch, moved):
 
     monkeypatch.setattr(Path, "replace", stopping)
     if moved == 8:
-        monkeypatch.setattr(folder_room, "write_whole", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(parts_room, "write_whole", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     stopped = run("finish", folder / "out")
     assert stopped.exit_code == 1
     assert "interrupted; finish again to go on" in stopped.stderr

@@ -14,9 +14,9 @@ from ablate_shards.surgery.capture.ranks import join_dump
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.files import Files, Folder
 from ablate_shards.surgery.checkpoint.stores import hub_repository, open_files
-from ablate_shards.surgery.edit.folder import join_in_folder, perform_in_folder
+from ablate_shards.surgery.edit.folder import perform_in_folder
 from ablate_shards.surgery.edit.operation import Operation, RunOptions
-from ablate_shards.surgery.edit.parts import Joined, agreed_on, join, part_of, read_part
+from ablate_shards.surgery.edit.parts import Joined, agreed_on, join, join_in_folder, part_of, read_part
 from ablate_shards.surgery.machine.parts import is_complete
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.ranks import WorkerRank
