@@ -111,9 +111,9 @@ def part_of(
     measured_elsewhere = dict.fromkeys((edit.name for edit in operation.edits), _MeasuredElsewhere())
 
     def receipt(source: Checkpoint, results: Mapping[str, Any], arithmetic: Mapping[str, str]) -> str:
-        whole = json.loads(operation.receipt(source, measured_elsewhere | dict(results), arithmetic))
-        del whole["sha256"]
-        tensors = enumerate(whole.get(_TENSORS, ()))
+        said = json.loads(operation.receipt(source, measured_elsewhere | dict(results), arithmetic))
+        del said["sha256"]
+        tensors = enumerate(said.get(_TENSORS, ()))
         return seal(
             {
                 "format": PART_FORMAT,
@@ -122,9 +122,9 @@ def part_of(
                 "identity": agreed_on(operation, source),
                 "files": sizes,
                 "command": without_rank(command),
-                "digests": {key: _digest(value) for key, value in whole.items() if key != _TENSORS},
+                "digests": {key: _digest(value) for key, value in said.items() if key != _TENSORS},
                 "measured": [(number, record) for number, record in tensors if record["name"] in results],
-                **({"receipt": whole} if rank.index == 0 else {}),
+                **({"receipt": said} if rank.index == 0 else {}),
             }
         )
 
