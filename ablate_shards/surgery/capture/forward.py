@@ -20,6 +20,7 @@ from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.directions.activations import ACTIVATIONS_FORMAT, LABELS
 from ablate_shards.surgery.machine.crew import Engine, RayCrew, Workers, hired
 from ablate_shards.surgery.machine.devices import resolve_device, torch_dtype
+from ablate_shards.surgery.machine.parts import PARTS
 from ablate_shards.surgery.machine.progress import Silent, Steps
 from ablate_shards.surgery.machine.ranks import WorkerRank
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
@@ -244,7 +245,7 @@ def _capture_on_workers(
     workers = Workers(options.engine, options.workers, options.device)
     workers.check()
     checkpoint = open_folder(model, CaptureError)
-    place = beside(dump.absolute(), "ranks")
+    place = beside(dump.absolute(), PARTS)
     place.mkdir(exist_ok=True)
     # What tells whether workers write where this process reads.
     token = place / f"shared-{secrets.token_hex(8)}"

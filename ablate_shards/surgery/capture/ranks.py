@@ -15,7 +15,7 @@ from ablate_shards.surgery.capture.dump import DumpWriter, check_free, shard_nam
 from ablate_shards.surgery.capture.prompts import PromptBatch
 from ablate_shards.surgery.checkpoint.headers import read_header
 from ablate_shards.surgery.edit.operation import ending_early
-from ablate_shards.surgery.machine.parts import Part, fitting, is_complete, without_rank
+from ablate_shards.surgery.machine.parts import PARTS, Part, fitting, is_complete, without_rank
 from ablate_shards.surgery.machine.ranks import WorkerRank, deal
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import beside, locked
@@ -50,7 +50,7 @@ def share_of_batches(batches: Sequence[PromptBatch], rank: WorkerRank) -> list[P
 
 def part_of_dump(dump: Path, rank: WorkerRank) -> Path:
     """Returns the folder for what a rank captures, in a hidden one beside the dump."""
-    place = beside(dump, "ranks")
+    place = beside(dump, PARTS)
     place.mkdir(exist_ok=True)
     return place / rank.folder
 
@@ -112,7 +112,7 @@ def join_dump(dump: Path, *, overwrite: bool) -> tuple[int, int] | None:
         Interrupted: Ctrl-C or SIGTERM.
     """
     dump = dump.resolve() if dump.is_symlink() else dump
-    place = beside(dump, "ranks")
+    place = beside(dump, PARTS)
     if not (found := list(_read_parts(place))):
         return None
     import torch
