@@ -349,6 +349,23 @@ def test_finish_that_had_only_to_tidy_up_tidies_up(case, monkeypatch):
     assert snapshot(folder / "out") == snapshot(folder / "whole")
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+def test_what_ranks_made_again_replaces_a_damaged_output_of_the_same_receipt(case, monkeypatch, stopped):
+    folder, arguments = case
+    all_parts(arguments, 2)
+    checked("finish", folder / "out")
+    flip(next((folder / "out").glob("*.safetensors")), -1)
+    all_parts(arguments, 2, "--overwrite")
+    assert "already exists; --overwrite replaces it" in run("finish", folder / "out").stderr
+    if stopped:
+        monkeypatch.setattr(parts_room, "write_whole", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert "interrupted" in run("finish", folder / "out", "--overwrite").stderr
+        monkeypatch.undo()
+    checked("finish", folder / "out", "--overwrite")
+    assert snapshot(folder / "out") == snapshot(folder / "whole")
+    assert hidden(folder) == []
+
+
 def test_what_is_in_the_way_stays(case):
     folder, arguments = case
     all_parts(arguments, 2)

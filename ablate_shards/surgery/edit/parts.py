@@ -23,7 +23,7 @@ from ablate_shards.surgery.machine.files import write_whole
 from ablate_shards.surgery.machine.parts import Part, differing, fitting, unfitting, without_rank
 from ablate_shards.surgery.machine.ranks import WorkerRank, deal
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt, uninterrupted
-from ablate_shards.surgery.machine.staging import OutFolder, Staging, check_free, locked
+from ablate_shards.surgery.machine.staging import OutFolder, Staging, check_free, is_staged, locked
 from ablate_shards.surgery.plan.edits import Edit
 from ablate_shards.validation import checked
 
@@ -210,7 +210,8 @@ def join_in_folder(joined: Joined, place: Path, out: OutFolder) -> None:
         ending_early(out.path, lambda: "finish again to go on", lambda: None),
     ):
         made = out.path / joined.receipt_name
-        if made.is_file() and made.read_bytes() == joined.receipt.encode():
+        left = any((place / folder / name).is_file() for name, (folder, _) in joined.files.items())
+        if not (left or is_staged(out.path)) and made.is_file() and made.read_bytes() == joined.receipt.encode():
             return
         check_free(out.path, overwrite=out.overwrite)
         staging = Staging.open(out.path, joined.identity, None, resume=True, overwrite=out.overwrite)
