@@ -28,7 +28,7 @@ from raw_checkpoints import (
 
 from ablate_shards.errors import UsageError
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
-from ablate_shards.surgery.edit import folder as folder_room
+from ablate_shards.surgery.edit import parts as parts_room
 from ablate_shards.surgery.machine.ranks import WorkerRank, deal, find_rank
 from ablate_shards.surgery.machine.staging import Staging
 
@@ -326,7 +326,7 @@ def test_finish_goes_on_where_it_was_stopped(case, monkeypatch, moved):
 
     monkeypatch.setattr(Path, "replace", stopping)
     if moved == 8:
-        monkeypatch.setattr(folder_room, "write_whole", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(parts_room, "write_whole", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     stopped = run("finish", folder / "out")
     assert stopped.exit_code == 1
     assert "interrupted; finish again to go on" in stopped.stderr
@@ -347,6 +347,23 @@ def test_finish_that_had_only_to_tidy_up_tidies_up(case, monkeypatch):
     checked("finish", folder / "out")
     assert hidden(folder) == []
     assert snapshot(folder / "out") == snapshot(folder / "whole")
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_what_ranks_made_again_replaces_a_damaged_output_of_the_same_receipt(case, monkeypatch, stopped):
+    folder, arguments = case
+    all_parts(arguments, 2)
+    checked("finish", folder / "out")
+    flip(next((folder / "out").glob("*.safetensors")), -1)
+    all_parts(arguments, 2, "--overwrite")
+    assert "already exists; --overwrite replaces it" in run("finish", folder / "out").stderr
+    if stopped:
+        monkeypatch.setattr(parts_room, "write_whole", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert "interrupted" in run("finish", folder / "out", "--overwrite").stderr
+        monkeypatch.undo()
+    checked("finish", folder / "out", "--overwrite")
+    assert snapshot(folder / "out") == snapshot(folder / "whole")
+    assert hidden(folder) == []
 
 
 def test_what_is_in_the_way_stays(case):

@@ -1,6 +1,5 @@
 """``ablate``: removes a direction from a checkpoint."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -254,12 +253,10 @@ def _make_adapter(
         return
     with progress:
         results, url = prepared.make_adapter(
-            adapter, lambda made: ablation_receipt(checkpoint, plan, options, directions, made), progress
+            adapter, lambda measured: ablation_receipt(checkpoint, plan, options, directions, measured), progress
         )
     if output.as_json:
-        print_json(
-            {"out": url or str(out), "modules": {path: dataclasses.asdict(found) for path, found in results.items()}}
-        )
+        print_json(made(out, url, results, kind="modules"))
     elif not output.quiet:
         source = "@".join(part for part in checkpoint.origin or (checkpoint.name,) if part)
         print_adapter(adapter, results, out, source, url)

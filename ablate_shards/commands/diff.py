@@ -19,6 +19,7 @@ from ablate_shards.commands.options import (
     private_flag,
     quiet_flag,
 )
+from ablate_shards.commands.output import made
 from ablate_shards.errors import UsageError
 from ablate_shards.terminal.differences import MOST_ROWS, print_differences
 
@@ -174,16 +175,14 @@ def _make_adapter(
         results, url = make_adapter(
             one,
             plan,
-            lambda made: difference_receipt(one, other, made),
+            lambda measured: difference_receipt(one, other, measured),
             place,
             RunOptions(memory=memory, jobs=jobs, overwrite=overwrite),
             progress,
             private=private,
         )
     if as_json:
-        print_json(
-            {"out": url or str(out), "modules": {path: dataclasses.asdict(found) for path, found in results.items()}}
-        )
+        print_json(made(out, url, results, kind="modules"))
     elif not quiet:
         print_adapter(plan, results, out, one.name, url, directed=False)
 

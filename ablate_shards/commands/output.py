@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -137,9 +137,11 @@ class OutputOptions:
             print_rank(rank, out)
 
 
-def made(out: Path | str, url: str | None, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what ``--json`` prints of an OUT and of what was measured of its tensors."""
-    return {"out": url or str(out), "tensors": {name: dataclasses.asdict(found) for name, found in results.items()}}
+def made(
+    out: Path | str, url: str | None, results: Mapping[str, Any], *, kind: Literal["tensors", "modules"] = "tensors"
+) -> dict[str, Any]:
+    """Returns what ``--json`` prints of an OUT and of what was measured of its tensors, or an adapter's modules."""
+    return {"out": url or str(out), kind: {name: dataclasses.asdict(found) for name, found in results.items()}}
 
 
 def output_options(command: Callable[..., None]) -> Callable[..., None]:

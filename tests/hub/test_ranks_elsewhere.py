@@ -129,6 +129,18 @@ def test_only_whole_and_fitting_parts_are_joined(in_store, made, monkeypatch):
     assert held(in_store, "/bucket/edited") == snapshot(made / "expected")
 
 
+def test_what_ranks_made_again_replaces_a_damaged_output_of_the_same_receipt(in_store, made):
+    for index in range(2):
+        assert part(made / "local", index, 2).exit_code == 0
+    assert run("finish", OUT).exit_code == 0
+    in_store.pipe("/bucket/edited/tokenizer.json", b"damaged")
+    for index in range(2):
+        assert part(made / "local", index, 2, "--overwrite").exit_code == 0
+    assert run("finish", OUT, "--overwrite").exit_code == 0
+    assert held(in_store, "/bucket/edited") == snapshot(made / "expected")
+    assert in_store.find("/bucket/.edited.ablate-ranks") == []
+
+
 def test_what_is_in_the_way_stays(in_store, made):
     in_store.pipe("/bucket/edited/thesis.txt", b"mine")
     refused = part(made / "local", 0, 2)

@@ -17,7 +17,7 @@ from ablate_shards.surgery.machine.staging import Staging
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DumpWriter", "check_disk", "check_dump", "check_free", "shard_name"]
+__all__ = ["DumpWriter", "check_disk", "check_dump", "check_free", "shard_name", "tensor_names"]
 
 _STREAM_FORMAT = "ablate-shards.stream/1"
 _STREAM = "stream.safetensors"
@@ -144,6 +144,11 @@ class DumpWriter:
 def shard_name(layer: int) -> str:
     """Returns the file that a layer has in a dump that is a folder."""
     return f"layer-{layer:05}.safetensors"
+
+
+def tensor_names(layer: int) -> tuple[str, ...]:
+    """Returns the names of a layer's tensors, in the order of the labels."""
+    return tuple(f"{label}.layers.{layer}" for label in LABELS)
 
 
 def _order(name: str) -> tuple[int, str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ablate_shards import __version__
 from ablate_shards.errors import CaptureError, Interrupted, UsageError
-from ablate_shards.surgery.capture.dump import DumpWriter, check_disk, check_dump
+from ablate_shards.surgery.capture.dump import DumpWriter, check_disk, check_dump, tensor_names
 from ablate_shards.surgery.capture.layer_stream import Network, load_whole, open_streamed, run_layers
 from ablate_shards.surgery.capture.prompts import EncodedTurn, Position, encode_pairs, make_batches
 from ablate_shards.surgery.capture.ranks import is_captured, join_dump, metadata_of_part, part_of_dump, share_of_batches
@@ -20,6 +20,7 @@ from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.directions.activations import ACTIVATIONS_FORMAT, LABELS
 from ablate_shards.surgery.machine.crew import Engine, RayCrew, Workers, hired
 from ablate_shards.surgery.machine.devices import resolve_device, torch_dtype
+from ablate_shards.surgery.machine.parts import PARTS
 from ablate_shards.surgery.machine.progress import Silent, Steps
 from ablate_shards.surgery.machine.ranks import WorkerRank
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
@@ -219,8 +220,7 @@ def capture(model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOpti
                 resumed = run_layers(network, batches, writer, position, progress)
             else:
                 for layer in range(captured.layers):
-                    nothing = torch.empty(0, text.hidden_size)
-                    writer.write(layer, {f"{label}.layers.{layer}": nothing for label in LABELS})
+                    writer.write(layer, dict.fromkeys(tensor_names(layer), torch.empty(0, text.hidden_size)))
             writer.publish()
         except KeyboardInterrupt as error:
             raise Interrupted(f"{dump}: interrupted; {writer.kept}") from error
@@ -245,7 +245,7 @@ def _capture_on_workers(
     workers = Workers(options.engine, options.workers, options.device)
     workers.check()
     checkpoint = open_folder(model, CaptureError)
-    place = beside(dump.absolute(), "ranks")
+    place = beside(dump.absolute(), PARTS)
     place.mkdir(exist_ok=True)
     # What tells whether workers write where this process reads.
     token = place / f"shared-{secrets.token_hex(8)}"

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ablate_shards.errors import CaptureError, reason
-from ablate_shards.surgery.capture.dump import DumpWriter
+from ablate_shards.surgery.capture.dump import DumpWriter, tensor_names
 from ablate_shards.surgery.capture.foreign import WeightLoader
 from ablate_shards.surgery.capture.prompts import Position, PromptBatch
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
-from ablate_shards.surgery.directions.activations import LABELS
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.model.loading import build, decoder_layers, load_model
 
@@ -408,4 +407,4 @@ class _Rows:
                 f"layer {layer} of {type(decoder).__name__}: its output is not finite; "
                 + ("use --dtype bfloat16 or float32" if rows.dtype == torch.float16 else "the weights are damaged")
             )
-        return {f"{label}.layers.{layer}": half for label, half in zip(LABELS, rows.tensor_split(2), strict=True)}
+        return dict(zip(tensor_names(layer), rows.tensor_split(2), strict=True))

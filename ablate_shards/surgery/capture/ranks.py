@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ablate_shards.errors import CheckpointError, ExecuteError
-from ablate_shards.surgery.capture.dump import DumpWriter, check_free, shard_name
+from ablate_shards.surgery.capture.dump import DumpWriter, check_free, shard_name, tensor_names
 from ablate_shards.surgery.capture.prompts import PromptBatch
 from ablate_shards.surgery.checkpoint.headers import read_header
-from ablate_shards.surgery.directions.activations import LABELS
 from ablate_shards.surgery.edit.operation import ending_early
-from ablate_shards.surgery.machine.parts import Part, fitting, is_complete, without_rank
+from ablate_shards.surgery.machine.parts import PARTS, Part, fitting, is_complete, without_rank
 from ablate_shards.surgery.machine.ranks import WorkerRank, deal
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import beside, locked
@@ -51,7 +50,7 @@ def share_of_batches(batches: Sequence[PromptBatch], rank: WorkerRank) -> list[P
 
 def part_of_dump(dump: Path, rank: WorkerRank) -> Path:
     """Returns the folder for what a rank captures, in a hidden one beside the dump."""
-    place = beside(dump, "ranks")
+    place = beside(dump, PARTS)
     place.mkdir(exist_ok=True)
     return place / rank.folder
 
@@ -113,7 +112,7 @@ def join_dump(dump: Path, *, overwrite: bool) -> tuple[int, int] | None:
         Interrupted: Ctrl-C or SIGTERM.
     """
     dump = dump.resolve() if dump.is_symlink() else dump
-    place = beside(dump, "ranks")
+    place = beside(dump, PARTS)
     if not (found := list(_read_parts(place))):
         return None
     import torch
@@ -132,15 +131,15 @@ def join_dump(dump: Path, *, overwrite: bool) -> tuple[int, int] | None:
                 path = place / part.folder / shard_name(layer)
                 try:
                     tensors = load_file(path)
-                    halves = [tensors[f"{label}.layers.{layer}"] for label in LABELS]
+                    halves = [tensors[name] for name in tensor_names(layer)]
                     rows |= zip(part.rows, torch.cat(halves), strict=True)
                 except (SafetensorError, OSError, KeyError, ValueError) as error:
                     raise ExecuteError(
                         f"{path}: is not what rank {part.rank} captured ({error}); remove {place / part.folder} and "
                         "run that rank again"
                     ) from error
-            positive, negative = torch.stack([rows[row] for row in range(total)]).chunk(2)
-            writer.write(layer, {f"{LABELS[0]}.layers.{layer}": positive, f"{LABELS[1]}.layers.{layer}": negative})
+            whole = torch.stack([rows[row] for row in range(total)])
+            writer.write(layer, dict(zip(tensor_names(layer), whole.chunk(2), strict=True)))
         writer.publish()
     shutil.rmtree(place)
     return total // 2, first.layers

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ablate_shards.errors import ExecuteError
@@ -14,20 +13,18 @@ from ablate_shards.surgery.edit.operation import (
     ending_early,
     what_is_kept,
 )
-from ablate_shards.surgery.edit.parts import Joined, lacking
 from ablate_shards.surgery.edit.shard_writer import ShardWriter
 from ablate_shards.surgery.machine.copying import clone
-from ablate_shards.surgery.machine.files import write_whole
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt, uninterrupted
 from ablate_shards.surgery.machine.sizes import size_text
-from ablate_shards.surgery.machine.staging import OutFolder, Staging, check_free, locked
+from ablate_shards.surgery.machine.staging import OutFolder, Staging, locked
 from ablate_shards.surgery.plan.edits import Edit
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["join_in_folder", "perform_in_folder"]
+__all__ = ["perform_in_folder"]
 
 _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R", bound="DataclassInstance")
@@ -75,44 +72,6 @@ def perform_in_folder(
         with uninterrupted():
             staging.publish()
     return results
-
-
-def join_in_folder(joined: Joined, place: Path, out: OutFolder) -> None:
-    """Makes the parts of all ranks one folder, which appears when it is complete; their files are moved, not copied.
-
-    What was interrupted goes on when it is done again.
-
-    Args:
-        joined: What the parts make.
-        place: The folder of the parts.
-        out: The folder to make.
-
-    Raises:
-        ExecuteError: A file of a part is gone or has another size, or something else is being made there.
-    """
-    with (
-        sigterm_as_interrupt(),
-        locked(out.path),
-        ending_early(out.path, lambda: "finish again to go on", lambda: None),
-    ):
-        made = out.path / joined.receipt_name
-        if made.is_file() and made.read_bytes() == joined.receipt.encode():
-            return
-        check_free(out.path, overwrite=out.overwrite)
-        staging = Staging.open(out.path, joined.identity, None, resume=True, overwrite=out.overwrite)
-        for name, (folder, size) in joined.files.items():
-            there, here = place / folder / name, staging.folder / name
-            found = next((path for path in (there, here) if path.is_file()), None)
-            if found is None or found.stat().st_size != size:
-                raise lacking(there, size, None if found is None else found.stat().st_size)
-        for name, (folder, _) in joined.files.items():
-            there, here = place / folder / name, staging.folder / name
-            here.parent.mkdir(parents=True, exist_ok=True)
-            if there.is_file():
-                there.replace(here)
-        write_whole(staging.folder / joined.receipt_name, [joined.receipt.encode()])
-        with uninterrupted():
-            staging.publish()
 
 
 def _bytes_to_write(checkpoint: Checkpoint, staging: Staging) -> int:

@@ -10,20 +10,24 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ablate_shards.errors import ExecuteError, VerifyError
 from ablate_shards.names import RECEIPT_NAMES
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, size_of
 from ablate_shards.surgery.checkpoint.files import Files, leaves_folder
-from ablate_shards.surgery.edit.operation import Operation
+from ablate_shards.surgery.edit.operation import Operation, ending_early
 from ablate_shards.surgery.edit.receipt import read_sealed, seal
+from ablate_shards.surgery.machine.files import write_whole
 from ablate_shards.surgery.machine.parts import Part, differing, fitting, unfitting, without_rank
 from ablate_shards.surgery.machine.ranks import WorkerRank, deal
+from ablate_shards.surgery.machine.signals import sigterm_as_interrupt, uninterrupted
+from ablate_shards.surgery.machine.staging import OutFolder, Staging, check_free, is_staged, locked
 from ablate_shards.surgery.plan.edits import Edit
 from ablate_shards.validation import checked
 
-__all__ = ["EditedPart", "Joined", "agreed_on", "join", "lacking", "part_of", "read_part", "share_of"]
+__all__ = ["EditedPart", "Joined", "agreed_on", "join", "join_in_folder", "lacking", "part_of", "read_part", "share_of"]
 
 _E = TypeVar("_E", bound=Edit)
 
@@ -107,9 +111,9 @@ def part_of(
     measured_elsewhere = dict.fromkeys((edit.name for edit in operation.edits), _MeasuredElsewhere())
 
     def receipt(source: Checkpoint, results: Mapping[str, Any], arithmetic: Mapping[str, str]) -> str:
-        whole = json.loads(operation.receipt(source, measured_elsewhere | dict(results), arithmetic))
-        del whole["sha256"]
-        tensors = enumerate(whole.get(_TENSORS, ()))
+        said = json.loads(operation.receipt(source, measured_elsewhere | dict(results), arithmetic))
+        del said["sha256"]
+        tensors = enumerate(said.get(_TENSORS, ()))
         return seal(
             {
                 "format": PART_FORMAT,
@@ -118,9 +122,9 @@ def part_of(
                 "identity": agreed_on(operation, source),
                 "files": sizes,
                 "command": without_rank(command),
-                "digests": {key: _digest(value) for key, value in whole.items() if key != _TENSORS},
+                "digests": {key: _digest(value) for key, value in said.items() if key != _TENSORS},
                 "measured": [(number, record) for number, record in tensors if record["name"] in results],
-                **({"receipt": whole} if rank.index == 0 else {}),
+                **({"receipt": said} if rank.index == 0 else {}),
             }
         )
 
@@ -185,6 +189,45 @@ def join(out: object, place: object, parts: Iterable[EditedPart]) -> Joined:
         receipt[_TENSORS] = [measured[number] for number in range(len(receipt[_TENSORS]))]
     files = {name: (part.folder, size) for part in found for name, size in part.files.items()}
     return Joined(first.identity, files, first.receipt_name, seal(receipt))
+
+
+def join_in_folder(joined: Joined, place: Path, out: OutFolder) -> None:
+    """Makes the parts of all ranks one folder, which appears when it is complete; their files are moved, not copied.
+
+    What was interrupted goes on when it is done again.
+
+    Args:
+        joined: What the parts make.
+        place: The folder of the parts.
+        out: The folder to make.
+
+    Raises:
+        ExecuteError: A file of a part is gone or has another size, or something else is being made there.
+    """
+    with (
+        sigterm_as_interrupt(),
+        locked(out.path),
+        ending_early(out.path, lambda: "finish again to go on", lambda: None),
+    ):
+        made = out.path / joined.receipt_name
+        left = any((place / folder / name).is_file() for name, (folder, _) in joined.files.items())
+        if not (left or is_staged(out.path)) and made.is_file() and made.read_bytes() == joined.receipt.encode():
+            return
+        check_free(out.path, overwrite=out.overwrite)
+        staging = Staging.open(out.path, joined.identity, None, resume=True, overwrite=out.overwrite)
+        for name, (folder, size) in joined.files.items():
+            there, here = place / folder / name, staging.folder / name
+            found = next((path for path in (there, here) if path.is_file()), None)
+            if found is None or found.stat().st_size != size:
+                raise lacking(there, size, None if found is None else found.stat().st_size)
+        for name, (folder, _) in joined.files.items():
+            there, here = place / folder / name, staging.folder / name
+            here.parent.mkdir(parents=True, exist_ok=True)
+            if there.is_file():
+                there.replace(here)
+        write_whole(staging.folder / joined.receipt_name, [joined.receipt.encode()])
+        with uninterrupted():
+            staging.publish()
 
 
 def lacking(path: object, size: int, found: int | None) -> ExecuteError:

@@ -165,10 +165,11 @@ def join_in_store(joined: Joined, place: str, url: str, *, overwrite: bool, prog
     """
     target, parts = _Target(url), _Target(place)
     with sigterm_as_interrupt(), ending_early(target.url, lambda: "finish again to go on", lambda: None):
-        if target.holds(joined.receipt_name, joined.receipt.encode()):
+        held = parts.entries()
+        left = all(f"{folder}/{name}" in held for name, (folder, _) in joined.files.items())
+        if not (left and overwrite) and target.holds(joined.receipt_name, joined.receipt.encode()):
             return
         journal = _open_journal(target, RunOptions(resume=True, overwrite=overwrite), joined.identity)
-        held = parts.entries()
         for name, (folder, size) in joined.files.items():
             path = f"{folder}/{name}"
             if (found := held[path].size if path in held else None) != size:

@@ -14,10 +14,10 @@ from ablate_shards.surgery.capture.ranks import join_dump
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.files import Files, Folder
 from ablate_shards.surgery.checkpoint.stores import hub_repository, open_files
-from ablate_shards.surgery.edit.folder import join_in_folder, perform_in_folder
+from ablate_shards.surgery.edit.folder import perform_in_folder
 from ablate_shards.surgery.edit.operation import Operation, RunOptions
-from ablate_shards.surgery.edit.parts import Joined, agreed_on, join, part_of, read_part
-from ablate_shards.surgery.machine.parts import is_complete
+from ablate_shards.surgery.edit.parts import Joined, agreed_on, join, join_in_folder, part_of, read_part
+from ablate_shards.surgery.machine.parts import PARTS, is_complete
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.ranks import WorkerRank
 from ablate_shards.surgery.machine.staging import OutFolder, beside
@@ -25,7 +25,6 @@ from ablate_shards.surgery.machine.staging import OutFolder, beside
 __all__ = ["Finished", "finish", "perform_part"]
 
 _PART = re.compile(r"\d+-of-\d+")
-_PARTS = "ranks"
 
 
 def perform_part(
@@ -138,7 +137,7 @@ class _PartsInFolder:
     def __init__(self, out: OutFolder) -> None:
         path = out.path.resolve() if out.path.is_symlink() else out.path
         self._out = OutFolder(path, out.overwrite)
-        self._place = beside(path, _PARTS)
+        self._place = beside(path, PARTS)
 
     @property
     def place(self) -> Path | str:
@@ -172,7 +171,7 @@ class _PartsInStore:
         above, _, name = self._out.rpartition("/")
         if not name or above.endswith("/"):
             raise UsageError(f"{url}: ranks make a folder in a bucket, with their parts beside it; name one in it")
-        self._place = f"{above}/.{name}.ablate-{_PARTS}"
+        self._place = f"{above}/.{name}.ablate-{PARTS}"
 
     @property
     def place(self) -> Path | str:

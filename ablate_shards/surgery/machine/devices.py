@@ -1,4 +1,4 @@
-"""Cores and devices that this process may use, found without importing torch where that is possible."""
+"""Devices that this process may use, found without importing torch where that is possible."""
 
 import sys
 from pathlib import Path

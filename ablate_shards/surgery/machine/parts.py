@@ -10,7 +10,10 @@ import msgspec
 from ablate_shards.errors import ExecuteError
 from ablate_shards.surgery.machine.ranks import MOST_RANKS, WorkerRank
 
-__all__ = ["Part", "differing", "fitting", "is_complete", "unfitting", "without_rank"]
+__all__ = ["PARTS", "Part", "differing", "fitting", "is_complete", "unfitting", "without_rank"]
+
+#: What the hidden folder of all parts is for, in its name beside the output.
+PARTS = "ranks"
 
 _RANK_OPTIONS = ("--worker-rank", "--world-size")
 

@@ -22,7 +22,7 @@ from ablate_shards.surgery.machine.system import (
     sync_folder,
 )
 
-__all__ = ["OutFolder", "Staging", "beside", "check_free", "check_out", "locked"]
+__all__ = ["OutFolder", "Staging", "beside", "check_free", "check_out", "is_staged", "locked"]
 
 _JOURNAL = ".journal.jsonl"
 #: The files by which a folder that an earlier run made is known.
@@ -256,6 +256,11 @@ class Staging:
 
 def _made_by_a_run(folder: Path) -> bool:
     return folder.is_dir() and any((folder / name).is_file() for name in _RECEIPTS)
+
+
+def is_staged(out: Path) -> bool:
+    """Returns whether a run left an output folder under its hidden name."""
+    return (beside(out, "staging") / _JOURNAL).is_file()
 
 
 def beside(out: Path, what: str) -> Path:

@@ -56,8 +56,8 @@ def _c_library() -> Any:
 
 
 _fcntl = _module("fcntl")
-#: Looked at where there is no fcntl: the one is what POSIX systems have, the other what Windows has.
-_msvcrt = _module("msvcrt")
+#: Windows has this one, POSIX systems have the one above.
+_msvcrt: Any = None if _fcntl is not None else _module("msvcrt")
 _libc = _c_library()
 _sync_file_range: Any = getattr(_libc, "sync_file_range", None)
 if _sync_file_range is not None:
