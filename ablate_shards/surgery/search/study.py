@@ -166,11 +166,7 @@ def run_trials(
         study.sampler = _sampler(course.seed + count)
         # A start that waits was put there by a run that ended before it could ask for it, or by another worker.
         begun = _count(study, TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
-        if begun < len(course.starts):
-            start = course.starts[begun]
-            study.enqueue_trial({name: start[name] for name in space.free if name in start})
-        asked = study.ask()
-        setting = space.suggest(asked)
+        asked, setting = _propose(study, space, course, begun)
         tried = bench.try_out(setting, measures, course.limits)
         for name, value in _record(setting, tried).items():
             asked.set_user_attr(name, value)
@@ -221,11 +217,7 @@ def deal_trials(
                 [begun[earlier] for earlier in range(len(before), number)],
                 course.seed + number,
             )
-            if number < len(course.starts):
-                start = course.starts[number]
-                copy.enqueue_trial({name: start[name] for name in space.free if name in start})
-            asked = begun[number] = copy.ask()
-            setting = space.suggest(asked)
+            begun[number], setting = _propose(copy, space, course, number)
             crew.submit((todo.pop(0), setting), try_out, setting)
         if not crew.busy:
             return
@@ -239,6 +231,15 @@ def deal_trials(
         )
         study.add_trial(finished[number])
         told(Trial(number, setting, tried), len(finished))
+
+
+def _propose(study: "Study", space: Space, course: Course, number: int) -> "tuple[AskedTrial, Setting]":
+    """Begins a trial: one of the course's starts, by its number, or what the study's sampler proposes after them."""
+    if number < len(course.starts):
+        start = course.starts[number]
+        study.enqueue_trial({name: start[name] for name in space.free if name in start})
+    asked = study.ask()
+    return asked, space.suggest(asked)
 
 
 def ahead_of(workers: int) -> int:
