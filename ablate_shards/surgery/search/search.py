@@ -255,8 +255,7 @@ def search(job: Job, progress: SearchProgress) -> Found:
             if "subject" not in first.names:
                 progress.note(_unlimited("trials"))
             engine = f"ray, up to {ahead_of(crew.size)} at a time" if isinstance(crew, RayCrew) else "local"
-            identity = {**first.identity, "the engine": engine}
-            study = open_study(job.journal, identity, first.goals, overwrite=options.overwrite)
+            study = first.study(job, engine, overwrite=options.overwrite)
             done = trials_of(study, options.limits)
             if done:
                 progress.note(f"{len(done)} trials are finished already")
@@ -271,7 +270,7 @@ def search(job: Job, progress: SearchProgress) -> Found:
             else:
                 end_interrupted(study)
                 with _other_workers(job, deadline):
-                    run_trials(study, job.space, crew.held.bench, crew.held.measures("trials"), course, told)
+                    run_trials(study, job.space, functools.partial(crew.do, _try_out), first.goals, course, told)
             return _conclude(job, crew, study, first.goals, progress)
     except KeyboardInterrupt as error:
         raise Interrupted(
@@ -318,6 +317,10 @@ class _FirstLook:
     names: tuple[str, ...]
     goals: tuple[Goal, ...]
     identity: Mapping[str, Any]
+
+    def study(self, job: Job, engine: str, *, overwrite: bool) -> "Study":
+        """Opens the journal for trials that begin with this, and that an engine runs."""
+        return open_study(job.journal, {**self.identity, "the engine": engine}, self.goals, overwrite=overwrite)
 
 
 def _look(subject: _Subject) -> _FirstLook:
@@ -500,10 +503,11 @@ def work(job: Job, number: int, seconds: float) -> None:
     if device in ("auto", "cuda") and torch.cuda.device_count() > number:
         device = f"cuda:{number}"
     with _bench(job, checkpoint, device) as bench:
-        measures = bench.measures(job.options.objectives, job.parts.trials, job.options.asking)
-        identity = {**_identity(job, bench, measures), "the engine": "local"}
-        study = open_study(job.journal, identity, measures.goals, overwrite=False)
-        run_trials(study, job.space, bench, measures, _course(job, deadline, number), lambda *_: None)
+        subject = _Subject(job, bench, {})
+        first = _look(subject)
+        study = first.study(job, "local", overwrite=False)
+        course = _course(job, deadline, number)
+        run_trials(study, job.space, functools.partial(_try_out, subject), first.goals, course, lambda *_: None)
 
 
 def _course(job: Job, deadline: float, worker: int = 0) -> Course:
@@ -511,7 +515,7 @@ def _course(job: Job, deadline: float, worker: int = 0) -> Course:
     options = job.options
     seed = options.seed + 1_000_003 * worker
     starts = job.space.starts(job.contrasts.sources())
-    return Course(trials=options.trials, until=deadline, seed=seed, limits=options.limits, starts=starts)
+    return Course(trials=options.trials, until=deadline, seed=seed, starts=starts)
 
 
 def _identity(job: Job, bench: Bench, measures: Measures) -> dict[str, Any]:
