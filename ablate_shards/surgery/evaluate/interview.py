@@ -44,7 +44,7 @@ from ablate_shards.surgery.evaluate.likelihood import (
 )
 from ablate_shards.surgery.evaluate.measures import forced_answers, is_control, judged, measure_leans
 from ablate_shards.surgery.evaluate.tasks import Tasks, TaskScore, open_tasks, run_tasks
-from ablate_shards.surgery.machine.crew import Engine, RayCrew, Workers, hired
+from ablate_shards.surgery.machine.crew import Engine, Workers, hired, others
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.staging import locked
 from ablate_shards.surgery.model.loading import answering_dtype, headers_digest, open_folder, open_same, read_config
@@ -281,8 +281,7 @@ class _Run:
             model = Model(folder.resolve().name, digest)
             keys = [_key(model.sha256, versions, asked, question.turn.messages()) for question in self._questions]
             known = self._known(model, versions, asked)
-            on = f" and {crew.size - 1} others" if isinstance(crew, RayCrew) and crew.size > 1 else ""
-            self._progress.note(f"{model.name}: {len(keys)} questions, on {device}{on}")
+            self._progress.note(f"{model.name}: {len(keys)} questions, on {device}{others(crew)}")
             prompts = crew.do(_prompts, self._questions, thinking=options.thinking)
             open_ones = {}
             for rows in batches(self._questions, options.batch):

@@ -22,7 +22,7 @@ from ablate_shards.surgery.evaluate.answers import Dtype, library_versions
 from ablate_shards.surgery.evaluate.evaluation import Evaluation, Model, compare, questions_digest
 from ablate_shards.surgery.evaluate.likelihood import Divergence, divergence, record
 from ablate_shards.surgery.evaluate.measures import forced_answers, judged, measure_leans
-from ablate_shards.surgery.machine.crew import Crew, Engine, RayCrew, Workers, hired
+from ablate_shards.surgery.machine.crew import Crew, Engine, RayCrew, Workers, hired, others
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import locked
 from ablate_shards.surgery.model.loading import headers_digest, open_folder, open_same
@@ -250,8 +250,7 @@ def search(job: Job, progress: SearchProgress) -> Found:
     try:
         with sigterm_as_interrupt(), locked(job.journal), hired(workers, opened) as crew:
             first: _FirstLook = crew.do(_look)
-            on = f" and {crew.size - 1} others" if isinstance(crew, RayCrew) and crew.size > 1 else ""
-            progress.note(f"{job.folder.name}: {_counted(job)}, on {first.device}{on}")
+            progress.note(f"{job.folder.name}: {_counted(job)}, on {first.device}{others(crew)}")
             if "subject" not in first.names:
                 progress.note(_unlimited("trials"))
             engine = f"ray, up to {ahead_of(crew.size)} at a time" if isinstance(crew, RayCrew) else "local"
