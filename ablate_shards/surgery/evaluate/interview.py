@@ -545,9 +545,9 @@ def _check(
     if options.tasks and options.endpoint is not None:
         raise UsageError("--tasks: needs the model itself; evaluate it without --endpoint")
     Workers(options.engine, options.workers, options.device).check()
-    for name, flag in (("tasks", "--tasks"), ("endpoint", "--endpoint")):
+    for name in ("tasks", "endpoint"):
         if options.engine == "ray" and getattr(options, name):
-            raise UsageError(f"{flag}: cannot be had with --engine ray; evaluate without one of them")
+            raise UsageError(f"--{name}: cannot be had with --engine ray; evaluate without one of them")
     for name in ("endpoint", "judge"):
         if getattr(options, name) is None and getattr(options, f"{name}_model") is not None:
             raise UsageError(f"--{name}-model: names a model of --{name}, which is not given")
