@@ -389,10 +389,7 @@ class TestEditableModel:
         assert all(torch.equal(parameter, before[name]) for name, parameter in loaded.named_parameters())
 
     @pytest.mark.parametrize("room", ["for all", "for some"])
-    @pytest.mark.parametrize(
-        "device",
-        ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif("not torch.cuda.is_available()")])],
-    )
+    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
     def test_what_is_kept_on_the_host_is_not_read_again(self, folder, loaded, tmp_path, device, room):
         shutil.copytree(folder / "model", tmp_path / "model")
         checkpoint = open_checkpoint(tmp_path / "model")
