@@ -375,20 +375,16 @@ def _conclude(
     def measured(settings: Mapping[int | None, Setting | None]) -> list[Candidate]:
         # Kept, so that another budget is a matter of seconds.
         asked = [dataclasses.asdict(asking), list(names), questions_digest(job.parts.choice)]
-        found = {number: kept_measure(study, f"choice {number}", asked) for number in settings}
-        for each in found.values():
-            if each is not None:
-                progress.count(next(steps), total)
-        missing = {number: (settings[number],) for number, each in found.items() if each is None}
+        kept = ((number, kept_measure(study, f"choice {number}", asked)) for number in settings)
+        found = {number: each for number, each in kept if each is not None}
+        for _ in found:
+            progress.count(next(steps), total)
+        missing = {number: (setting,) for number, setting in settings.items() if number not in found}
         for number, each in crew.each(_measure_again, missing):
             keep_measure(study, f"choice {number}", asked, each)
             found[number] = each
             progress.count(next(steps), total)
-        return [
-            each.candidate(number, settings[number], job.parts.choice)
-            for number, each in found.items()
-            if each is not None
-        ]
+        return [found[number].candidate(number, setting, job.parts.choice) for number, setting in settings.items()]
 
     base, *candidates = measured({None: None, **{trial.number: trial.setting for trial in looked_at}})
     if spare and not any(is_within(candidate, base, options.budget) for candidate in candidates):
