@@ -460,9 +460,6 @@ def _bench(job: Job, checkpoint: Checkpoint, device: str) -> "contextlib.Abstrac
 @contextlib.contextmanager
 def _other_workers(job: Job, deadline: float) -> Iterator[None]:
     """Runs the workers beside this one while the context lasts; on GPUs, each on one of its own."""
-    if (job.options.workers or 1) == 1:
-        yield
-        return
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")
