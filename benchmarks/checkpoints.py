@@ -110,7 +110,7 @@ def qwen(*, tiny: bool, experts_bytes: int = 0) -> Layout:
             }
     tensors[f"{root}norm.weight"] = (hidden,)
     if experts_bytes:
-        stacked = (experts_bytes // _bytes((hidden, intermediate)), hidden, intermediate)
+        stacked = (experts_bytes // (ITEM_BYTES["BF16"] * hidden * intermediate), hidden, intermediate)
         tensors[f"{root}layers.{layers - 1}.mlp.experts.down_proj"] = stacked
         del tensors[f"{root}layers.{layers - 1}.mlp.down_proj.weight"]
     kind = "qwen3_5_moe" if experts_bytes else "qwen3_5"
@@ -244,7 +244,3 @@ def read(folder: Path, names: list[str], *, entries: int = 2) -> "Iterator[tuple
         with safe_open(weight_map[name], "pt") as file:
             stored = file.get_slice(name)
             yield name, stored[:entries] if len(stored.get_shape()) == 3 else stored[:]
-
-
-def _bytes(shape: tuple[int, ...]) -> int:
-    return 2 * int(np.prod(shape))

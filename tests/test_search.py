@@ -6,7 +6,6 @@ import math
 import re
 import shutil
 import tomllib
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -241,11 +240,13 @@ class TestGoingOn:
     @pytest.mark.parametrize("at", [1, 2])
     def test_a_start_is_tried_once_where_a_kill_leaves_it_waiting(self, tmp_path, monkeypatch, at):
         measures, asked = Measures((_Objective("kl", "minimize"),)), iter(range(1, 9))
-        bench = SimpleNamespace(try_out=lambda *_: Tried({"kl": 0.1}, 0.0, 1.0, ""))
         starts = space().starts({"a": (3,), "b": (4,)})
-        course = study_module.Course(len(starts) + 1, math.inf, 0, {}, starts)
+        course = study_module.Course(len(starts) + 1, math.inf, 0, starts)
         study = study_module.open_study(tmp_path / "j", {}, measures.objectives, overwrite=False)
         ask = type(study).ask
+
+        def try_out(_):
+            return Tried({"kl": 0.1}, 0.0, 1.0, "")
 
         def killed(self):
             if next(asked) == at:
@@ -254,11 +255,11 @@ class TestGoingOn:
 
         monkeypatch.setattr(type(study), "ask", killed)
         with pytest.raises(KeyboardInterrupt):
-            study_module.run_trials(study, space(), bench, measures, course, lambda *_: None)
+            study_module.run_trials(study, space(), try_out, measures.goals, course, lambda *_: None)
         monkeypatch.undo()
         again = study_module.open_study(tmp_path / "j", {}, measures.objectives, overwrite=False)
         study_module.end_interrupted(again)
-        study_module.run_trials(again, space(), bench, measures, course, lambda *_: None)
+        study_module.run_trials(again, space(), try_out, measures.goals, course, lambda *_: None)
         tried = [trial.setting for trial in study_module.trials_of(again, {})]
         assert tried[: len(starts)] == list(starts)
         assert len(tried) == len(starts) + 1
@@ -269,10 +270,11 @@ class TestGoingOn:
         direction = "minimize" if name in ("kl", "subject") else "maximize"
         measures = Measures((_Objective(name, direction),), (_Objective("guard", "minimize"),))
         ends = iter([({name: 0.1}, 0.0), ({name: math.nan}, 0.0), ({name: 0.1, "guard": math.inf}, 0.0), ({}, 0.6)])
-        tried = SimpleNamespace(try_out=lambda *_: Tried(*next(ends), 1.0, ""))
         study = study_module.open_study(tmp_path / "j", {}, measures.objectives, overwrite=False)
-        course = study_module.Course(4, math.inf, 0, {}, ())
-        study_module.run_trials(study, space(), tried, measures, course, lambda *_: None)
+        course = study_module.Course(4, math.inf, 0, ())
+        study_module.run_trials(
+            study, space(), lambda _: Tried(*next(ends), 1.0, ""), measures.goals, course, lambda *_: None
+        )
         worst = math.inf if direction == "minimize" else -math.inf
         assert [trial.values for trial in study.trials] == [[0.1], [worst], [0.1], [worst]]
         over = [sum(trial.constraints.values()) > 0 for trial in study.trials]
@@ -387,10 +389,7 @@ class TestEditableModel:
         assert all(torch.equal(parameter, before[name]) for name, parameter in loaded.named_parameters())
 
     @pytest.mark.parametrize("room", ["for all", "for some"])
-    @pytest.mark.parametrize(
-        "device",
-        ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif("not torch.cuda.is_available()")])],
-    )
+    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
     def test_what_is_kept_on_the_host_is_not_read_again(self, folder, loaded, tmp_path, device, room):
         shutil.copytree(folder / "model", tmp_path / "model")
         checkpoint = open_checkpoint(tmp_path / "model")

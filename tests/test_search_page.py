@@ -199,6 +199,20 @@ def test_the_page_says_by_which_rule_was_chosen(tmp_path, rule, says):
     assert says in Page(shown(folder)).text
 
 
+def test_where_nothing_within_the_budget_does_what_the_plain_edit_does_the_page_does_not_say_so(tmp_path):
+    folder = make_search(tmp_path).parent
+
+    def weaker(record):
+        record["options"]["choose"] = "cost"
+        values = {each["trial"]: each["values"] for each in record["candidates"]}
+        values[record["plain"]]["lean"] = values[record["chosen"]]["lean"] + 0.1
+
+    altered(folder, weaker)
+    text = Page(shown(folder)).text
+    assert "The largest effect within the budget was chosen: at most" in text
+    assert "at least what the plain edit does" not in text
+
+
 def test_a_search_without_the_subject_is_shown_and_says_so(tmp_path):
     folder = make_search(tmp_path, repeats=False).parent
     page = shown(folder)

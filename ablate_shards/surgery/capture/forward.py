@@ -18,7 +18,7 @@ from ablate_shards.surgery.capture.prompts import EncodedTurn, Position, encode_
 from ablate_shards.surgery.capture.ranks import is_captured, join_dump, metadata_of_part, part_of_dump, share_of_batches
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.directions.activations import ACTIVATIONS_FORMAT, LABELS
-from ablate_shards.surgery.machine.crew import Engine, RayCrew, Workers, hired
+from ablate_shards.surgery.machine.crew import Engine, Workers, hired
 from ablate_shards.surgery.machine.devices import resolve_device, torch_dtype
 from ablate_shards.surgery.machine.parts import PARTS
 from ablate_shards.surgery.machine.progress import Silent, Steps
@@ -253,7 +253,7 @@ def _capture_on_workers(
     alone = dataclasses.replace(options, engine="local", workers=None)
     try:
         with hired(workers, contextlib.nullcontext) as crew:
-            count = crew.size if isinstance(crew, RayCrew) else 1
+            count = crew.size
             parts = {
                 index: dataclasses.replace(alone, rank=WorkerRank(index, count, "--engine ray") if count > 1 else None)
                 for index in range(count)

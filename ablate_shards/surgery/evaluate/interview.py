@@ -44,7 +44,7 @@ from ablate_shards.surgery.evaluate.likelihood import (
 )
 from ablate_shards.surgery.evaluate.measures import forced_answers, is_control, judged, measure_leans
 from ablate_shards.surgery.evaluate.tasks import Tasks, TaskScore, open_tasks, run_tasks
-from ablate_shards.surgery.machine.crew import Engine, RayCrew, Workers, hired
+from ablate_shards.surgery.machine.crew import Engine, Workers, hired, others
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.staging import locked
 from ablate_shards.surgery.model.loading import answering_dtype, headers_digest, open_folder, open_same, read_config
@@ -281,8 +281,7 @@ class _Run:
             model = Model(folder.resolve().name, digest)
             keys = [_key(model.sha256, versions, asked, question.turn.messages()) for question in self._questions]
             known = self._known(model, versions, asked)
-            on = f" and {crew.size - 1} others" if isinstance(crew, RayCrew) and crew.size > 1 else ""
-            self._progress.note(f"{model.name}: {len(keys)} questions, on {device}{on}")
+            self._progress.note(f"{model.name}: {len(keys)} questions, on {device}{others(crew)}")
             prompts = crew.do(_prompts, self._questions, thinking=options.thinking)
             open_ones = {}
             for rows in batches(self._questions, options.batch):
@@ -546,9 +545,9 @@ def _check(
     if options.tasks and options.endpoint is not None:
         raise UsageError("--tasks: needs the model itself; evaluate it without --endpoint")
     Workers(options.engine, options.workers, options.device).check()
-    for name, flag in (("tasks", "--tasks"), ("endpoint", "--endpoint")):
+    for name in ("tasks", "endpoint"):
         if options.engine == "ray" and getattr(options, name):
-            raise UsageError(f"{flag}: cannot be had with --engine ray; evaluate without one of them")
+            raise UsageError(f"--{name}: cannot be had with --engine ray; evaluate without one of them")
     for name in ("endpoint", "judge"):
         if getattr(options, name) is None and getattr(options, f"{name}_model") is not None:
             raise UsageError(f"--{name}-model: names a model of --{name}, which is not given")

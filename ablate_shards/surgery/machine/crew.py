@@ -17,7 +17,7 @@ from typing import Any, Generic, Literal, TypeVar
 from ablate_shards.errors import AblateError, ExecuteError, UsageError, reason
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 
-__all__ = ["Alone", "Crew", "Engine", "RayCrew", "Workers", "hired"]
+__all__ = ["Alone", "Crew", "Engine", "RayCrew", "Workers", "hired", "others"]
 
 Engine = Literal["local", "ray"]
 
@@ -68,6 +68,8 @@ class Alone(Generic[_H]):
     Args:
         held: What it holds.
     """
+
+    size = 1
 
     def __init__(self, held: _H) -> None:
         self.held = held
@@ -157,6 +159,11 @@ class RayCrew(Generic[_H]):
 
 #: One or several that hold the same thing; both can ``do``, ``keep`` and do ``each``.
 Crew = Alone[_H] | RayCrew[_H]
+
+
+def others(crew: Crew[Any]) -> str:
+    """Returns what a note on where one of them computes says of the rest."""
+    return f" and {crew.size - 1} others" if crew.size > 1 else ""
 
 
 @contextlib.contextmanager

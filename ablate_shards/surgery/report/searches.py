@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ablate_shards.surgery.report.frame import GAP, figure, percent
 from ablate_shards.surgery.report.search_record import Given, Record, Search, Trial
@@ -46,7 +46,20 @@ def chosen_by(record: Record) -> str:
         parts.append(f"{budget.subject:g} {nats} lost by the words that answers repeat from their questions")
     elif budget.subject is not None:
         missing = " No answer repeats a word of its question, so that none shows whether it keeps to what was asked."
-    return f"{_RULES[record.options.choose]}: {', '.join(parts[:-1])}, and {parts[-1]}.{missing}"
+    return f"{_RULES[_rule(record)]}: {', '.join(parts[:-1])}, and {parts[-1]}.{missing}"
+
+
+def _rule(record: Record) -> Literal["effect", "cost"] | None:
+    """Returns the rule that decided: the effect, where nothing within the budget does what the plain edit does."""
+    if record.options.choose != "cost":
+        return record.options.choose
+    effect = record.objectives[0]
+    found = {each.trial: each.values[effect.name] for each in record.candidates}
+    if record.plain not in found:
+        return "effect"
+    chosen, plain = found[record.chosen], found[record.plain]
+    enough = chosen <= plain if effect.direction == "minimize" else chosen >= plain
+    return "cost" if enough else "effect"
 
 
 def candidate_rows(record: Record) -> list[dict[str, Any]]:

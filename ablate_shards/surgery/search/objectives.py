@@ -94,7 +94,7 @@ class Objective(Protocol):
         """Measures a model; infinite or not a number where it gives none."""
 
 
-def loss(objective: Objective | Goal, value: float) -> float:
+def loss(objective: Goal, value: float) -> float:
     """Returns a measure so that less of it is better."""
     return value if objective.direction == "minimize" else -value
 

@@ -22,7 +22,7 @@ from ablate_shards.surgery.evaluate.answers import Dtype, library_versions
 from ablate_shards.surgery.evaluate.evaluation import Evaluation, Model, compare, questions_digest
 from ablate_shards.surgery.evaluate.likelihood import Divergence, divergence, record
 from ablate_shards.surgery.evaluate.measures import forced_answers, judged, measure_leans
-from ablate_shards.surgery.machine.crew import Crew, Engine, RayCrew, Workers, hired
+from ablate_shards.surgery.machine.crew import Crew, Engine, RayCrew, Workers, hired, others
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import locked
 from ablate_shards.surgery.model.loading import headers_digest, open_folder, open_same
@@ -250,13 +250,11 @@ def search(job: Job, progress: SearchProgress) -> Found:
     try:
         with sigterm_as_interrupt(), locked(job.journal), hired(workers, opened) as crew:
             first: _FirstLook = crew.do(_look)
-            on = f" and {crew.size - 1} others" if isinstance(crew, RayCrew) and crew.size > 1 else ""
-            progress.note(f"{job.folder.name}: {_counted(job)}, on {first.device}{on}")
+            progress.note(f"{job.folder.name}: {_counted(job)}, on {first.device}{others(crew)}")
             if "subject" not in first.names:
                 progress.note(_unlimited("trials"))
             engine = f"ray, up to {ahead_of(crew.size)} at a time" if isinstance(crew, RayCrew) else "local"
-            identity = {**first.identity, "the engine": engine}
-            study = open_study(job.journal, identity, first.goals, overwrite=options.overwrite)
+            study = first.study(job, engine, overwrite=options.overwrite)
             done = trials_of(study, options.limits)
             if done:
                 progress.note(f"{len(done)} trials are finished already")
@@ -271,7 +269,7 @@ def search(job: Job, progress: SearchProgress) -> Found:
             else:
                 end_interrupted(study)
                 with _other_workers(job, deadline):
-                    run_trials(study, job.space, crew.held.bench, crew.held.measures("trials"), course, told)
+                    run_trials(study, job.space, functools.partial(crew.do, _try_out), first.goals, course, told)
             return _conclude(job, crew, study, first.goals, progress)
     except KeyboardInterrupt as error:
         raise Interrupted(
@@ -318,6 +316,10 @@ class _FirstLook:
     names: tuple[str, ...]
     goals: tuple[Goal, ...]
     identity: Mapping[str, Any]
+
+    def study(self, job: Job, engine: str, *, overwrite: bool) -> "Study":
+        """Opens the journal for trials that begin with this, and that an engine runs."""
+        return open_study(job.journal, {**self.identity, "the engine": engine}, self.goals, overwrite=overwrite)
 
 
 def _look(subject: _Subject) -> _FirstLook:
@@ -373,20 +375,16 @@ def _conclude(
     def measured(settings: Mapping[int | None, Setting | None]) -> list[Candidate]:
         # Kept, so that another budget is a matter of seconds.
         asked = [dataclasses.asdict(asking), list(names), questions_digest(job.parts.choice)]
-        found = {number: kept_measure(study, f"choice {number}", asked) for number in settings}
-        for each in found.values():
-            if each is not None:
-                progress.count(next(steps), total)
-        missing = {number: (settings[number],) for number, each in found.items() if each is None}
+        kept = ((number, kept_measure(study, f"choice {number}", asked)) for number in settings)
+        found = {number: each for number, each in kept if each is not None}
+        for _ in found:
+            progress.count(next(steps), total)
+        missing = {number: (setting,) for number, setting in settings.items() if number not in found}
         for number, each in crew.each(_measure_again, missing):
             keep_measure(study, f"choice {number}", asked, each)
             found[number] = each
             progress.count(next(steps), total)
-        return [
-            each.candidate(number, settings[number], job.parts.choice)
-            for number, each in found.items()
-            if each is not None
-        ]
+        return [found[number].candidate(number, setting, job.parts.choice) for number, setting in settings.items()]
 
     base, *candidates = measured({None: None, **{trial.number: trial.setting for trial in looked_at}})
     if spare and not any(is_within(candidate, base, options.budget) for candidate in candidates):
@@ -462,9 +460,6 @@ def _bench(job: Job, checkpoint: Checkpoint, device: str) -> "contextlib.Abstrac
 @contextlib.contextmanager
 def _other_workers(job: Job, deadline: float) -> Iterator[None]:
     """Runs the workers beside this one while the context lasts; on GPUs, each on one of its own."""
-    if (job.options.workers or 1) == 1:
-        yield
-        return
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")
@@ -500,10 +495,11 @@ def work(job: Job, number: int, seconds: float) -> None:
     if device in ("auto", "cuda") and torch.cuda.device_count() > number:
         device = f"cuda:{number}"
     with _bench(job, checkpoint, device) as bench:
-        measures = bench.measures(job.options.objectives, job.parts.trials, job.options.asking)
-        identity = {**_identity(job, bench, measures), "the engine": "local"}
-        study = open_study(job.journal, identity, measures.goals, overwrite=False)
-        run_trials(study, job.space, bench, measures, _course(job, deadline, number), lambda *_: None)
+        subject = _Subject(job, bench, {})
+        first = _look(subject)
+        study = first.study(job, "local", overwrite=False)
+        course = _course(job, deadline, number)
+        run_trials(study, job.space, functools.partial(_try_out, subject), first.goals, course, lambda *_: None)
 
 
 def _course(job: Job, deadline: float, worker: int = 0) -> Course:
@@ -511,7 +507,7 @@ def _course(job: Job, deadline: float, worker: int = 0) -> Course:
     options = job.options
     seed = options.seed + 1_000_003 * worker
     starts = job.space.starts(job.contrasts.sources())
-    return Course(trials=options.trials, until=deadline, seed=seed, limits=options.limits, starts=starts)
+    return Course(trials=options.trials, until=deadline, seed=seed, starts=starts)
 
 
 def _identity(job: Job, bench: Bench, measures: Measures) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ablate_shards.errors import SearchError
-from ablate_shards.surgery.search.bench import Bench, Tried, excess
-from ablate_shards.surgery.search.objectives import Goal, Measures, Objective, loss
+from ablate_shards.surgery.search.bench import Tried, excess
+from ablate_shards.surgery.search.objectives import Goal, loss
 from ablate_shards.surgery.search.space import Setting, Space
 
 if TYPE_CHECKING:
@@ -128,22 +128,20 @@ class Course:
         trials: How many, those that are finished already among them.
         until: When no further one begins, as ``time.monotonic`` counts.
         seed: Of the proposals.
-        limits: The most that measures may be for a trial to be within its limits, by their names.
         starts: The settings that are tried first; the first of all is the plain edit.
     """
 
     trials: int
     until: float
     seed: int
-    limits: Mapping[str, float]
     starts: tuple[Setting, ...]
 
 
 def run_trials(
     study: "Study",
     space: Space,
-    bench: Bench,
-    measures: Measures,
+    try_out: Callable[[Setting], Tried],
+    goals: Sequence[Goal],
     course: Course,
     told: Callable[[Trial, int], None],
 ) -> None:
@@ -155,8 +153,8 @@ def run_trials(
     Args:
         study: Where they are kept.
         space: What may vary.
-        bench: What they are tried on.
-        measures: What is measured of them; the objectives are those of the study, in its order.
+        try_out: What measures a setting.
+        goals: What they are judged by, in the order of the study.
         course: When they end, and what they depend on.
         told: Is called with each finished trial, and how many there are.
     """
@@ -166,16 +164,12 @@ def run_trials(
         study.sampler = _sampler(course.seed + count)
         # A start that waits was put there by a run that ended before it could ask for it, or by another worker.
         begun = _count(study, TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
-        if begun < len(course.starts):
-            start = course.starts[begun]
-            study.enqueue_trial({name: start[name] for name in space.free if name in start})
-        asked = study.ask()
-        setting = space.suggest(asked)
-        tried = bench.try_out(setting, measures, course.limits)
+        asked, setting = _propose(study, space, course, begun)
+        tried = try_out(setting)
         for name, value in _record(setting, tried).items():
             asked.set_user_attr(name, value)
         asked.set_constraint("over", _over(tried))
-        study.tell(asked, [_told(objective, tried) for objective in measures.objectives])
+        study.tell(asked, [_told(goal, tried) for goal in goals])
         told(Trial(asked.number, setting, tried), count + 1)
 
 
@@ -221,11 +215,7 @@ def deal_trials(
                 [begun[earlier] for earlier in range(len(before), number)],
                 course.seed + number,
             )
-            if number < len(course.starts):
-                start = course.starts[number]
-                copy.enqueue_trial({name: start[name] for name in space.free if name in start})
-            asked = begun[number] = copy.ask()
-            setting = space.suggest(asked)
+            begun[number], setting = _propose(copy, space, course, number)
             crew.submit((todo.pop(0), setting), try_out, setting)
         if not crew.busy:
             return
@@ -239,6 +229,15 @@ def deal_trials(
         )
         study.add_trial(finished[number])
         told(Trial(number, setting, tried), len(finished))
+
+
+def _propose(study: "Study", space: Space, course: Course, number: int) -> "tuple[AskedTrial, Setting]":
+    """Begins a trial: one of the course's starts, by its number, or what the study's sampler proposes after them."""
+    if number < len(course.starts):
+        start = course.starts[number]
+        study.enqueue_trial({name: start[name] for name in space.free if name in start})
+    asked = study.ask()
+    return asked, space.suggest(asked)
 
 
 def ahead_of(workers: int) -> int:
@@ -358,7 +357,7 @@ def _over(tried: Tried) -> float:
     return tried.over if all(map(math.isfinite, tried.values.values())) else _NO_NUMBER
 
 
-def _told(objective: Objective | Goal, tried: Tried) -> float:
+def _told(objective: Goal, tried: Tried) -> float:
     """Returns a measure for Optuna: where it is not a number, or was not reached, what is worse than any number."""
     value = tried.values.get(objective.name, math.nan)
     if math.isfinite(value):
