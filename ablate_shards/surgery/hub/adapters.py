@@ -12,7 +12,6 @@ from ablate_shards.surgery.edit.operation import RunOptions
 from ablate_shards.surgery.extract.extraction import extract_adapter
 from ablate_shards.surgery.extract.plan import AdapterPlan
 from ablate_shards.surgery.extract.receipt import Describe, ModuleResult
-from ablate_shards.surgery.hub.push import PushOptions, check_place_of_adapter, push
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.staging import OutFolder
 
@@ -55,6 +54,9 @@ def make_adapter(
         return extract_adapter(checkpoint, plan, describe, out, run, progress), None
     if (repo := hub_repository(out)) is None:
         raise UsageError(f"{out}: expected a folder of this machine, or a repository such as hub:me/adapter")
+    # A folder needs nothing of what sends.
+    from ablate_shards.surgery.hub.push import PushOptions, check_place_of_adapter, push
+
     options = PushOptions(private=private)
     check_place_of_adapter(repo, options, overwrite=run.overwrite)
     holder = Path(tempfile.mkdtemp(prefix=f".hub-{repo.replace('/', '--')}-", dir=Path.cwd()))
