@@ -8,7 +8,7 @@ from hub.edits import write_model
 from raw_checkpoints import HIDDEN, hidden, snapshot
 
 from ablate_shards.errors import HubError
-from ablate_shards.surgery.hub import adapters
+from ablate_shards.surgery.hub import push as pushing
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_what_cannot_be_sent_is_kept(hub, source, tmp_path, monkeypatch):
     def refusing(*_, **__):
         raise HubError("me/adapter: the upload failed")
 
-    monkeypatch.setattr(adapters, "push", refusing)
+    monkeypatch.setattr(pushing, "push", refusing)
     result = run(*words(source, "hub:me/adapter"))
     assert result.exit_code == 1
     said = " ".join(result.stderr.split())
