@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import capture_stream
 
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint, read_range
-from ablate_shards.surgery.dequantise import values as values_module
+from ablate_shards.surgery.dequantise import decoding, values
 from ablate_shards.surgery.edit.receipt import seal
 from ablate_shards.surgery.machine.staging import Staging
 
@@ -102,7 +102,8 @@ def test_jobs_and_the_size_of_pieces_change_no_byte_and_an_interrupted_run_goes_
     folder, source, _ = case
     checked("dequantise", source, folder / "whole")
     expected = snapshot(folder / "whole")
-    monkeypatch.setattr(values_module, "_AT_ONCE", 1)
+    for module in (decoding, values):
+        monkeypatch.setattr(module, "AT_ONCE", 1)
     monkeypatch.setattr("ablate_shards.surgery.checkpoint.amended._COMPUTED_CHUNK", 1001)
     checked("dequantise", source, folder / "pieces", "--jobs", 3, "--memory", "8MB")
     assert snapshot(folder / "pieces") == expected
