@@ -5,12 +5,13 @@ of that file system; with ``--no-sync`` it is compared with ``cp -r`` alone. Eve
 time is shown, and the writers of the first and the last layer are compared with the definition in float64.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from ablate_shards.terminal.tables import counted
 from benchmarks import checks
 from benchmarks.checkpoints import Layout, fp8, llama, qwen, write, write_directions
 from benchmarks.harness import Bench, Contender, Race, amount, case, mebibytes
@@ -114,6 +115,17 @@ def command_of_four_gigabytes(bench: Bench) -> None:
     """Whole command, Llama layout of 4 GB: 53 layers, hidden 2048, intermediate 4096, five shards."""
     job = Job.prepared(llama(3 if bench.tiny else 53, tiny=bench.tiny), bench.work)
     bench.race(job.title, job.both(), size=job.size)
+
+
+@case("command-shards", long=True)
+def command_of_shards(bench: Bench) -> None:
+    """Whole command, 4 GB of that layout in many shards of 122 MB, and in one."""
+    layout = llama(3 if bench.tiny else 53, tiny=bench.tiny)
+    for shard_bytes in (100_000 if bench.tiny else 122_000_000, 1 << 62):
+        cut = replace(layout, shard_bytes=shard_bytes)
+        job = Job.prepared(cut, bench.work / "sharded")
+        bench.race(f"{job.title}, {counted(len(cut.shards()), 'shard')}", job.both(), size=job.size)
+        remove(job.work)
 
 
 @case("command-codes", runs=3)
