@@ -193,18 +193,66 @@ def test_an_edit_in_both_forms_of_transformers_gives_the_same_bytes(kind: str, t
         assert [name for name, tensor in one.items() if not torch.equal(other[name], tensor)] == []
 
 
-def test_codes_of_consolidated_files_are_refused_with_the_way_out(tmp_path: Path) -> None:
+def quantised(state: State, scale: str, activation: str) -> State:
+    """Returns a model with its linear layers in FP8 per tensor."""
+    result = {}
+    for name, tensor in state.items():
+        if not name.endswith("_proj.weight"):
+            result[name] = tensor
+            continue
+        step = tensor.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+        module = name.removesuffix("weight")
+        result[name] = (tensor / step).to(torch.float8_e4m3fn)
+        result |= {f"{module}{scale}": step, f"{module}{activation}": torch.ones(())}
+    return result
+
+
+def test_codes_of_consolidated_files_are_edited_and_dequantised_as_those_that_transformers_loads(
+    tmp_path: Path,
+) -> None:
     twin = twin_of("mistral", original=False)
-    published = {renamed(name, PUBLISHED["mistral"]): tensor for name, tensor in twin.state.items()}
-    for name in [name for name in published if name.endswith((".wo.weight", ".w2.weight"))]:
-        published[name] = published[name].to(torch.float8_e4m3fn)
-        published[name.replace(".weight", ".qscale_weight")] = torch.ones(())
-    source = write(tmp_path / "source", published, None, "consolidated.safetensors")
+    config = json.loads(twin.network.config.to_json_string(use_diff=False))
+    loads = quantised(twin.state, "weight_scale_inv", "activation_scale")
+    method = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+    one = write(tmp_path / "one", loads, {**config, "quantization_config": method})
+    published = quantised(twin.state, "qscale_weight", "qscale_act")
+    named = {renamed(name, PUBLISHED["mistral"]): tensor for name, tensor in published.items()}
+    other = write(tmp_path / "other", named, None, "consolidated.safetensors")
+    params = {"dim": twin.hidden, "quantization": {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}}
+    (other / "params.json").write_text(json.dumps(params))
     directions = write_directions(tmp_path / "d.safetensors", layers=twin.layers, hidden=twin.hidden)
-    said = checked(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1).stderr
-    assert "layers.0.attention.wo.weight: expected BF16, F16 or F32, found F8_E4M3; dequantise" in " ".join(
-        said.split()
-    )
+    for source in (one, other):
+        out, plain = (tmp_path / f"{source.name}-{what}" for what in ("out", "plain"))
+        checked(source, out, "-d", directions, "--source-layer", 1)
+        checked("verify", source, out)
+        checked("dequantise", source, plain)
+        checked("verify", source, plain)
+    for what in ("out", "plain"):
+        expected = load_file(tmp_path / f"one-{what}" / "model.safetensors")
+        found = load_file(tmp_path / f"other-{what}" / "consolidated.safetensors")
+        assert len(expected) == len(found)
+        for name, tensor in expected.items():
+            spelt = name.replace("weight_scale_inv", "qscale_weight").replace("activation_scale", "qscale_act")
+            same = found[renamed(spelt, PUBLISHED["mistral"])]
+            assert same.dtype == tensor.dtype
+            assert torch.equal(same.float(), tensor.float())
+    assert found["layers.0.attention.wo.weight"].dtype == torch.bfloat16
+    assert json.loads((tmp_path / "other-plain" / "params.json").read_text()) == {"dim": twin.hidden}
+    said = checked(other, tmp_path / "part", "-d", directions, "--dequantise", "writers", code=1).stderr
+    assert "its params.json cannot say that a part of its weights is quantised no longer" in " ".join(said.split())
+    assert not (tmp_path / "part").exists()
+
+
+def test_codes_of_consolidated_files_without_scales_are_refused(tmp_path: Path) -> None:
+    twin = twin_of("mistral", original=False)
+    published = quantised(twin.state, "qscale_weight", "qscale_act")
+    named = {renamed(name, PUBLISHED["mistral"]): tensor for name, tensor in published.items()}
+    del named["layers.0.attention.wo.qscale_weight"]
+    source = write(tmp_path / "source", named, None, "consolidated.safetensors")
+    directions = write_directions(tmp_path / "d.safetensors", layers=twin.layers, hidden=twin.hidden)
+    said = " ".join(checked(source, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1).stderr.split())
+    assert "layers.0.attention.wo.weight: expected the scales of FP8 codes in one of" in said
+    assert "found none" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -52,20 +52,22 @@ _CODES = {
 }
 #: What may stand beside codes that are called so, by what follows the module's name.
 _SCALES = ("weight_scale_inv", "weight_scale", "scale", "scale_inv")
+#: What Mistral publishes beside FP8 codes, one number; its params.json, which is no config.json, says that it does.
+_MISTRAL = "qscale_weight"
 _BITSANDBYTES = (
     *("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
     *("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4", "SCB", "weight_format"),
 )
 _MLX = ("scales", "biases")
 _BESIDE = {
-    ".weight": (*_SCALES, "weight_scale_2", "weight_zero_point", *_BITSANDBYTES),
+    ".weight": (*_SCALES, _MISTRAL, "weight_scale_2", "weight_zero_point", *_BITSANDBYTES),
     "": _SCALES,
     ".weight_packed": ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale"),
     ".qweight": ("scales", "qzeros", "g_idx"),
     "_blocks": ("scales",),
 }
 #: What activations are multiplied by at run time, which does not touch the weight.
-_ACTIVATIONS = frozenset({"input_scale", "activation_scale", "input_global_scale", "input_zero_point"})
+_ACTIVATIONS = frozenset({"input_scale", "activation_scale", "qscale_act", "input_global_scale", "input_zero_point"})
 _FEWEST_BITS, _MOST_BITS = 2, 8
 
 
@@ -133,6 +135,8 @@ def find_scales(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: An
         raise ArchitectureError(f"expected no {codes.name}_zero_point beside FP8 codes; {WAY_OUT}")
     scales = only_scales(names_of_scales(codes.name), tensors, "FP8 codes")
     check_dtype(scales, _DTYPES)
+    if config is None and scales.name.endswith(_MISTRAL):
+        return scales_of(scales, _block_of(scales.name, scales.shape, codes.shape, None))
     _check_method(config, "FP8 codes", ("fp8", "compressed-tensors", "modelopt", "quark"))
     return scales_of(scales, _block_of(scales.name, scales.shape, codes.shape, _said_block(config)))
 
@@ -146,7 +150,8 @@ def names_of_scales(codes: str) -> list[str]:
     if codes.endswith(".qweight"):
         return [f"{codes.removesuffix('qweight')}scales"]
     names = [codes + ending for ending in _ENDINGS]
-    return [*names, f"{codes.removesuffix('weight')}scale"] if codes.endswith(".weight") else names
+    module = codes.removesuffix("weight")
+    return [*names, f"{module}scale", f"{module}{_MISTRAL}"] if codes.endswith(".weight") else names
 
 
 def names_of_activations(module: str) -> list[str]:

@@ -12,6 +12,8 @@ from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, text_part
 __all__ = ["Changes", "exempting", "without_quantisation"]
 
 CONFIG, BESIDE = "config.json", "hf_quant_config.json"
+#: Mistral's own, beside shards without config.json.
+_PARAMS = "params.json"
 _KEY = "quantization_config"
 #: The last is that of MLX.
 _SAID = (_KEY, "quantization")
@@ -53,6 +55,10 @@ def without_quantisation(checkpoint: Checkpoint) -> Changes:
         PlanError: There is no configuration to change.
     """
     changes = Changes()
+    if checkpoint.config is None and _PARAMS in checkpoint.sidecars:
+        content = _object(checkpoint, _PARAMS)
+        changes.contents[_PARAMS] = _written({key: value for key, value in content.items() if key not in _KEYS})
+        return changes
     config = _config(checkpoint)
     changes.unset += [key for key in _KEYS if key in config]
     for outer, inner in config.items():
@@ -74,6 +80,11 @@ def exempting(checkpoint: Checkpoint, modules: Sequence[str], experts: Sequence[
         PlanError: There is no configuration to change.
     """
     changes = Changes()
+    if checkpoint.config is None and _PARAMS in checkpoint.sidecars:
+        raise PlanError(
+            f"{checkpoint.name}: its {_PARAMS} cannot say that a part of its weights is quantised no longer; "
+            "dequantise all of them"
+        )
     config = _config(checkpoint)
     part = text_part(config)
     for path, place in (("", config), *([(f"{part[0]}.", part[1])] if part else [])):
@@ -85,7 +96,7 @@ def exempting(checkpoint: Checkpoint, modules: Sequence[str], experts: Sequence[
         if not isinstance(said := content.get("quantization"), Mapping):
             raise PlanError(f"{checkpoint.files.shown(BESIDE)}: expected an object as quantization; restore the file")
         content["quantization"] = _exempt(said, "modelopt", modules, experts, "exclude_modules")
-        changes.contents[BESIDE] = f"{json.dumps(content, indent=4, ensure_ascii=False)}\n".encode()
+        changes.contents[BESIDE] = _written(content)
     return changes
 
 
@@ -119,6 +130,10 @@ def _exempt(
             name: how for name, how in layers.items() if name not in gone and not name.startswith(below)
         }
     return changed
+
+
+def _written(content: Mapping[str, Any]) -> bytes:
+    return f"{json.dumps(content, indent=4, ensure_ascii=False)}\n".encode()
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
