@@ -9,6 +9,7 @@ import pytest
 import torch
 from coded_checkpoints import (
     FORMS,
+    TRANSPOSED,
     decoded,
     inner_of,
     options,
@@ -349,6 +350,72 @@ def test_what_gptq_and_awq_are_told_is_what_their_loaders_read(tmp_path, form, m
     checked(source, tmp_path / "out", *options(tmp_path, *which))
     assert config_of(tmp_path / "out")["quantization_config"] == {**config["quantization_config"], **more}
     assert "1 to the bit" in said(checked("verify", source, tmp_path / "out"))
+
+
+GPTQ, GPTQ_V2, AWQ = (form for form in TRANSPOSED if form.startswith(("GPTQ int4", "AWQ")))
+
+
+CODED = [f"model.layers.{layer}.{module}" for layer in (0, 1) for module in ("self_attn.o_proj", "mlp.down_proj")]
+
+
+@pytest.mark.parametrize(
+    ("form", "stated"),
+    [
+        (GPTQ, {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "sym": False}),
+        (GPTQ_V2, {"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel"}),
+        (AWQ, {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}),
+        (
+            GPTQ,
+            {
+                "quant_method": "auto-round",
+                "bits": 8,
+                "group_size": 128,
+                "extra_config": dict.fromkeys(CODED, {"bits": 4, "group_size": 32}),
+            },
+        ),
+        ("MXFP8", {"quant_method": "mxfp8"}),
+        ("FP8", {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
+    ],
+)
+def test_the_same_codes_under_another_method_get_the_same_bytes(tmp_path, form, stated):
+    if form == "FP8":
+        usual = write_fp8(tmp_path / "usual", layout="channel", ending="weight_scale")
+    else:
+        usual = write_coded(tmp_path / "usual", form)
+    other = tmp_path / "other"
+    shutil.copytree(usual, other)
+    config = config_of(other)
+    kept = {key: value for key, value in config["quantization_config"].items() if key in ("bits", "group_size")}
+    config["quantization_config"] = {**kept, **stated}
+    (other / "config.json").write_text(json.dumps(config))
+    write_basis(tmp_path, config["hidden_size"])
+    for name, more in (("coded", ()), ("part", ("--dequantise", "writers")), ("all", ("--dequantise", "all"))):
+        for source in (usual, other):
+            checked(source, tmp_path / f"{source.name}-{name}", *options(tmp_path, *more))
+            checked("verify", source, tmp_path / f"{source.name}-{name}")
+        ours, theirs = (snapshot(tmp_path / f"{each}-{name}") for each in ("usual", "other"))
+        assert ours.keys() == theirs.keys()
+        shards = [file for file in ours if file.endswith(".safetensors")]
+        assert shards
+        assert [file for file in shards if ours[file] != theirs[file]] == []
+    assert "quantization_config" not in config_of(tmp_path / "other-all")
+
+
+def test_auto_round_is_told_which_modules_are_quantised_no_longer(tmp_path):
+    source = write_coded(tmp_path / "source", GPTQ)
+    config = config_of(source)
+    config["quantization_config"] |= {"quant_method": "auto-round", "extra_config": {"lm_head": {"bits": 16}}}
+    (source / "config.json").write_text(json.dumps(config))
+    write_basis(tmp_path, 256)
+    which = ("--layers", 0, "--components", "attention", "--dequantise", "writers")
+    checked(source, tmp_path / "out", *options(tmp_path, *which))
+    stated = config_of(tmp_path / "out")["quantization_config"]
+    assert stated["extra_config"] == {"lm_head": {"bits": 16}, O_PROJ: {"bits": 16}}
+    changed = dict(config["quantization_config"], packing_format="auto_round:fp8_static")
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": changed}))
+    output = said(checked(source, tmp_path / "refused", *options(tmp_path), code=1))
+    assert "expected auto_round:auto_gptq or auto_round:gptqmodel" in output
+    assert "as packing_format of integers of GPTQ or AWQ, found 'auto_round:fp8_static'" in output
 
 
 def test_lists_that_are_there_are_added_to(tmp_path):

@@ -11,7 +11,9 @@ from ablate_shards.surgery.anatomy.coded import (
     POWERS,
     WAY_OUT,
     WORD,
+    Order,
     Part,
+    Role,
     Scales,
     check_dtype,
     check_shape,
@@ -69,6 +71,25 @@ _BESIDE = {
 #: What activations are multiplied by at run time, which does not touch the weight.
 _ACTIVATIONS = frozenset({"input_scale", "activation_scale", "qscale_act", "input_global_scale", "input_zero_point"})
 _FEWEST_BITS, _MOST_BITS = 2, 8
+_FP8_METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "quark")
+#: By method, where the configuration says how exactly integers are stored, and how that is: the first is the usual.
+#: auto-round stores them in the forms of others.
+_GPTQ: tuple[Order, Role] = ("inputs", "zero points less one")
+_GPTQ_V2: tuple[Order, Role] = ("inputs", "zero points")
+_AWQ: tuple[Order, Role] = ("outputs", "zero points")
+_TRANSPOSED: Mapping[str, tuple[str, Mapping[str, tuple[Order, Role]]]] = {
+    "gptq": ("checkpoint_format", {"gptq": _GPTQ, "gptq_v2": _GPTQ_V2}),
+    "awq": ("version", {"gemm": _AWQ}),
+    "auto-round": (
+        "packing_format",
+        {
+            "auto_round:auto_gptq": _GPTQ,
+            "auto_round:gptqmodel": _GPTQ_V2,
+            "auto_round": _GPTQ_V2,
+            "auto_round:auto_awq": _AWQ,
+        },
+    ),
+}
 
 
 def ending_of(codes: str) -> str:
@@ -137,7 +158,7 @@ def find_scales(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: An
     check_dtype(scales, _DTYPES)
     if config is None and scales.name.endswith(_MISTRAL):
         return scales_of(scales, _block_of(scales.name, scales.shape, codes.shape, None))
-    _check_method(config, "FP8 codes", ("fp8", "compressed-tensors", "modelopt", "quark"))
+    _check_method(config, "FP8 codes", _FP8_METHODS)
     return scales_of(scales, _block_of(scales.name, scales.shape, codes.shape, _said_block(config)))
 
 
@@ -264,12 +285,15 @@ def _bytes_of_integers(codes: TensorInfo, tensors: Mapping[str, TensorInfo], con
 def _transposed_integers(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: Any) -> Scales:
     """Returns the scales of integers as GPTQ and AWQ store them: ``[inputs, outputs]``, several in a word."""
     what, stem = "integers of GPTQ or AWQ", codes.name.removesuffix("qweight")
-    _check_method(config, what, ("gptq", "awq"))
-    gptq = config["quant_method"] == "gptq"
-    key, known = ("checkpoint_format", ("gptq", "gptq_v2")) if gptq else ("version", ("gemm",))
-    form = str(config.get(key, known[0])).lower()
+    _check_method(config, what, tuple(_TRANSPOSED))
+    key, known = _TRANSPOSED[config["quant_method"]]
+    form = str(config.get(key, next(iter(known)))).lower()
     if form not in known:
         raise ArchitectureError(f"expected {' or '.join(known)} as {key} of {what}, found {form!r}; {WAY_OUT}")
+    order, role = known[form]
+    gptq = order == "inputs"
+    own = (config.get("extra_config") or {}).get(stem.removesuffix("."))
+    config = {**config, **own} if isinstance(own, Mapping) else config
     bits, size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
     if bits not in ((2, 3, 4, 8) if gptq else (4,)) or type(size) is not int or not (size > 0 or size == -1):
         raise ArchitectureError(
@@ -287,12 +311,12 @@ def _transposed_integers(codes: TensorInfo, tensors: Mapping[str, TensorInfo], c
     zeros = part_beside(f"{stem}qzeros", tensors, what)
     check_dtype(zeros, ("I32",))
     check_shape(zeros, (scales.shape[0], -(-outputs * bits // WORD)))
-    parts = [Part.of("zero points less one" if form == "gptq" else "zero points", zeros)]
+    parts = [Part.of(role, zeros)]
     if (groups := tensors.get(f"{stem}g_idx")) is not None:
         check_dtype(groups, ("I32", "I64"))
         check_shape(groups, (inputs,))
         parts.append(Part.of("groups", groups))
-    return scales_of(scales, (1, size), f"int{bits}", parts, "inputs" if gptq else "outputs")
+    return scales_of(scales, (1, size), f"int{bits}", parts, order)
 
 
 def _integer_schemes(config: Mapping[str, Any]) -> list[tuple[int, int | None, bool]]:
@@ -379,7 +403,7 @@ def _said_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
             raise ArchitectureError(
                 f"quantization_config: expected one size of blocks, two positive integers, found {stated}; restore it"
             )
-    if not stated and str(config.get("quant_algo")).upper() == "MXFP8":
+    if not stated and "MXFP8" in (str(config.get(key)).upper() for key in ("quant_algo", "quant_method")):
         return 1, 32
     return (stated[0][0], stated[0][1]) if stated else None
 

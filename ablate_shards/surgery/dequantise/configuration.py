@@ -113,6 +113,9 @@ def _exempt(
     changed = dict(said)
     if method == "mlx":
         return {**changed, **dict.fromkeys(names, False)}
+    if method == "auto-round":
+        changed["extra_config"] = {**(said.get("extra_config") or {}), **{name: {"bits": 16} for name in names}}
+        return changed
     if method == "gptq":
         patterns = [*(re.escape(name) for name in modules), *(f"{re.escape(name)}\\..*" for name in experts)]
         changed["dynamic"] = {**(said.get("dynamic") or {}), **{f"-:^{pattern}$": {} for pattern in patterns}}

@@ -104,7 +104,7 @@ def plan_dequantisation(checkpoint: Checkpoint, names: Collection[str] | None = 
     if whole:
         changes = without_quantisation(checkpoint)
     else:
-        together = method_of(quantisation_of(checkpoint.config)) != "mlx"
+        together = method_of(quantisation_of(checkpoint.config)) not in ("mlx", "auto-round")
         changes = exempting(checkpoint, *modules_and_experts(weights, together=together))
     amendments = Amendments(
         tensors=tuple(NewTensor(weight.name, weight.codes.shard, "BF16", weight.shape) for weight in weights),

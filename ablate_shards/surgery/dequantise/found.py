@@ -29,7 +29,10 @@ __all__ = [
     "with_their_experts",
 ]
 
-_METHODS = ("fp8", "compressed-tensors", "modelopt", "mxfp4", "quark", "gptq", "awq", "bitsandbytes", "mlx")
+_METHODS = (
+    *("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "mxfp4", "quark"),
+    *("gptq", "awq", "auto-round", "bitsandbytes", "mlx"),
+)
 #: Dimensions of a matrix; codes with more are those of a stack of experts.
 _MATRIX = 2
 _WAY_OUT = "dequantise it with the library that wrote it"
