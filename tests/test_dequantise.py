@@ -370,7 +370,7 @@ CODED = [f"model.layers.{layer}.{module}" for layer in (0, 1) for module in ("se
                 "quant_method": "auto-round",
                 "bits": 8,
                 "group_size": 128,
-                "extra_config": dict.fromkeys(CODED, {"bits": 4, "group_size": 32}),
+                "extra_config": {module: {"bits": 4, "group_size": 32} for module in CODED},
             },
         ),
         ("MXFP8", {"quant_method": "mxfp8"}),
