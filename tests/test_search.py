@@ -228,6 +228,9 @@ class TestGoingOn:
             r"none of \d candidates is within the budget; .* 100% above the -100% of --controls", refused.output
         )
         assert "finished trials are kept" in refused.output
+        title, *table = refused.stdout.splitlines()
+        assert title.strip() == "The best trials, on questions of the choice"
+        assert [line.split()[0] for line in table[1:4]] == ["before", "0", "1"]
 
         def never(*_):
             raise AssertionError("measured again")

@@ -169,13 +169,13 @@ def search(
     from ablate_shards.data.tw_civic import DEVELOPMENT, QUESTIONS
     from ablate_shards.surgery.directions.estimate import EstimatorOptions
     from ablate_shards.surgery.model.samples import load_questions
-    from ablate_shards.surgery.search.choice import Budget
+    from ablate_shards.surgery.search.choice import Budget, OverBudgetError
     from ablate_shards.surgery.search.files import places_of, record_of, write_found
     from ablate_shards.surgery.search.objectives import Asking
     from ablate_shards.surgery.search.questions import deal
     from ablate_shards.surgery.search.search import SearchOptions, prepare_job
     from ablate_shards.surgery.search.search import search as run_search
-    from ablate_shards.terminal.searches import SearchScreen, print_found, print_space
+    from ablate_shards.terminal.searches import SearchScreen, print_candidates, print_found, print_space
 
     if not directions and not activations:
         raise UsageError("no directions given; name directions with -d FILE, or activation dumps with -a DUMP")
@@ -207,7 +207,12 @@ def search(
         if dry_run:
             print_space([(name, json.dumps(values)) for name, values in job.space.as_dict().items()])
             return
-        found = run_search(job, progress)
+        try:
+            found = run_search(job, progress)
+        except OverBudgetError as error:
+            if not (quiet or as_json):
+                print_candidates(error.candidates, error.effect, "The best trials, on questions of the choice")
+            raise
     write_found(found, places, (reported,) if reported else files)
     if as_json:
         print_json(record_of(found, places))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ablate_shards.surgery.search.search import Found, SearchOptions
     from ablate_shards.surgery.search.study import Trial
 
-__all__ = ["SearchScreen", "print_found", "print_space"]
+__all__ = ["SearchScreen", "print_candidates", "print_found", "print_space"]
 
 _LINES_EVERY = 10
 
@@ -91,9 +91,29 @@ class SearchScreen:
 def print_found(found: "Found", places: "Places") -> None:
     """Prints the best trials measured again, which was chosen, and what it does beside the plain edit."""
     screen = output()
-    effect = found.objectives[0][0]
-    names = list(dict.fromkeys([*(name for name, _, _ in found.objectives), *found.base.values]))
-    most = max((abs(each.values[effect] - found.base.values[effect]) for each in found.candidates), default=0.0)
+    title = f"The best of {len(found.trials)} trials, on questions of the choice"
+    print_candidates((found.base, *found.candidates), found.objectives[0][0], title, chosen=found.chosen.trial)
+    for name, shares in found.importance.items():
+        told = ", ".join(f"{parameter} {share:.0%}" for parameter, share in list(shares.items())[:4])
+        say(screen, f"what {name} depended on most: {told}", "dim")
+    _print_report(screen, found)
+    say(screen, f"recipe: {places.recipe}; all trials: {places.record}")
+    command = ["ablate-shards", "ablate", str(found.job.folder), "OUT", "--recipe", str(places.recipe)]
+    say(screen, f"make the edit with: {shlex.join(command)}")
+
+
+def print_candidates(candidates: "Sequence[Candidate]", effect: str, title: str, *, chosen: int | None = None) -> None:
+    """Prints the best trials as they were measured again.
+
+    Args:
+        candidates: They, after the unedited model.
+        effect: The measure that their bars show.
+        title: What they are.
+        chosen: The trial that was chosen among them.
+    """
+    base, screen = candidates[0].values, output()
+    names = list(dict.fromkeys([effect, *base]))
+    most = max(abs(each.values[effect] - base[effect]) for each in candidates)
     columns = (
         Column("trial", right=True),
         *(Column(name, right=True) for name in names),
@@ -105,38 +125,29 @@ def print_found(found: "Found", places: "Places") -> None:
         Column("edit", wraps=True, rank=5),
     )
     rows = []
-    for candidate in (found.base, *found.candidates):
-        chosen = candidate.trial == found.chosen.trial and candidate.trial is not None
-        name = "before" if candidate.trial is None else f"{candidate.trial}{' *' if chosen else ''}"
+    for candidate in candidates:
+        is_chosen = chosen is not None and candidate.trial == chosen
+        name = "before" if candidate.trial is None else f"{candidate.trial}{' *' if is_chosen else ''}"
         cells = (
             name,
             *(f"{candidate.values[name]:.3g}" for name in names),
-            bar(abs(candidate.values[effect] - found.base.values[effect]), most),
+            bar(abs(candidate.values[effect] - base[effect]), most),
             *(f"{candidate.share(what):.0%}" for what in ("slanted", "neutral", "broken", "right")),
             _in_words(candidate),
         )
-        rows.append(Row(cells, "bold" if chosen else ""))
-    print_table(screen, columns, rows, title=f"The best of {len(found.trials)} trials, on questions of the choice")
+        rows.append(Row(cells, "bold" if is_chosen else ""))
+    print_table(screen, columns, rows, title=title)
+    subject = (
+        "subject: how much less likely the words are that answers repeat from their questions"
+        if "subject" in base
+        else "no subject: no answer repeats a word of its question, so that --subject limits nothing"
+    )
     say(
         screen,
-        "*: chosen; lean: how much likelier neutral answers are than slanted ones, in nats a token; kl: how far "
-        f"unrelated answers moved; {_subject(found)}; right: controls",
+        f"{'' if chosen is None else '*: chosen; '}lean: how much likelier neutral answers are than slanted ones, in "
+        f"nats a token; kl: how far unrelated answers moved; {subject}; right: controls",
         "dim",
     )
-    for name, shares in found.importance.items():
-        told = ", ".join(f"{parameter} {share:.0%}" for parameter, share in list(shares.items())[:4])
-        say(screen, f"what {name} depended on most: {told}", "dim")
-    _print_report(screen, found)
-    say(screen, f"recipe: {places.recipe}; all trials: {places.record}")
-    command = ["ablate-shards", "ablate", str(found.job.folder), "OUT", "--recipe", str(places.recipe)]
-    say(screen, f"make the edit with: {shlex.join(command)}")
-
-
-def _subject(found: "Found") -> str:
-    """Returns what ``subject`` is, or why there is none."""
-    if "subject" in found.base.values:
-        return "subject: how much less likely the words are that answers repeat from their questions"
-    return "no subject: no answer repeats a word of its question, so that --subject limits nothing"
 
 
 def _print_report(screen: Console, found: "Found") -> None:

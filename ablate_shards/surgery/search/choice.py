@@ -23,6 +23,7 @@ __all__ = [
     "Budget",
     "Candidate",
     "Measured",
+    "OverBudgetError",
     "Rule",
     "choose",
     "is_within",
@@ -89,6 +90,19 @@ class Candidate:
         """One of these as a share, 0 where there is no answer to count."""
         hits, count = self.shares[name]
         return hits / count if count else 0.0
+
+
+class OverBudgetError(SearchError):
+    """No candidate is within the budget.
+
+    Attributes:
+        candidates: What was measured of them, of the unedited model first.
+        effect: The measure that counts as the effect.
+    """
+
+    def __init__(self, text: str, candidates: Sequence[Candidate], effect: str) -> None:
+        super().__init__(text)
+        self.candidates, self.effect = candidates, effect
 
 
 def spread(front: Sequence[Trial], count: int) -> list[Trial]:
@@ -171,16 +185,18 @@ def choose(
         plain: The trial of the plain edit, if it is among the candidates.
 
     Raises:
-        SearchError: None is within the budget.
+        OverBudgetError: None is within the budget.
     """
     within = [each for each in candidates if is_within(each, base, budget)]
     if not within:
         nearest = min(candidates, key=lambda each: _distance(each, base, budget))
         ways = [f"--{cost.name}" for cost in _costs(nearest, base, budget) if cost.over]
         raised = f"Raise {' and '.join(ways)}, or search on" if ways else "Search on"
-        raise SearchError(
+        raise OverBudgetError(
             f"{where}: none of {len(candidates)} candidates is within the budget; the nearest, trial {nearest.trial}, "
-            f"{'; '.join(_excesses(nearest, base, budget))}. {raised}; finished trials are kept"
+            f"{'; '.join(_excesses(nearest, base, budget))}. {raised}; finished trials are kept",
+            (base, *candidates),
+            objectives[0].name,
         )
 
     def gain(candidate: Candidate) -> tuple[float, ...]:
