@@ -141,6 +141,42 @@ def test_what_ranks_made_again_replaces_a_damaged_output_of_the_same_receipt(in_
     assert in_store.find("/bucket/.edited.ablate-ranks") == []
 
 
+@pytest.mark.parametrize("removed", [0, 3, 9, 10, 11])
+def test_finish_that_had_only_to_tidy_up_tidies_up(in_store, made, monkeypatch, removed):
+    for index in range(3):
+        assert part(made / "local", index, 3).exit_code == 0
+    remove, left = type(in_store).rm_file, [removed]
+
+    def stopping(self, path):
+        if "ablate-ranks" in path:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        return remove(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(in_store), "rm_file", stopping)
+        assert run("finish", OUT).exit_code == 1
+    rest = [
+        path.removeprefix("/bucket/.edited.ablate-ranks/") for path in in_store.find("/bucket/.edited.ablate-ranks")
+    ]
+    assert rest
+    assert held(in_store, "/bucket/edited") == snapshot(made / "expected")
+    again = run("finish", OUT)
+    assert again.exit_code == 0, (rest, again.stderr)
+    assert in_store.find("/bucket/.edited.ablate-ranks") == []
+    assert held(in_store, "/bucket/edited") == snapshot(made / "expected")
+
+
+def test_ranks_that_are_missing_are_not_taken_for_removed(in_store, made):
+    for index in range(2):
+        assert part(made / "local", index, 2).exit_code == 0
+    assert run("finish", OUT).exit_code == 0
+    assert part(made / "local", 0, 2, "--overwrite").exit_code == 0
+    assert "rank 1 of 2 is not complete" in run("finish", OUT).stderr
+    assert in_store.find("/bucket/.edited.ablate-ranks") != []
+
+
 def test_what_is_in_the_way_stays(in_store, made):
     in_store.pipe("/bucket/edited/thesis.txt", b"mine")
     refused = part(made / "local", 0, 2)

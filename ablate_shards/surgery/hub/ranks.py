@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +16,8 @@ from ablate_shards.surgery.checkpoint.files import Files, Folder
 from ablate_shards.surgery.checkpoint.stores import hub_repository, open_files
 from ablate_shards.surgery.edit.folder import perform_in_folder
 from ablate_shards.surgery.edit.operation import Operation, RunOptions
-from ablate_shards.surgery.edit.parts import Joined, agreed_on, join, join_in_folder, part_of, read_part
-from ablate_shards.surgery.machine.parts import PARTS, is_complete
+from ablate_shards.surgery.edit.parts import EditedPart, Joined, agreed_on, join, join_in_folder, part_of, read_part
+from ablate_shards.surgery.machine.parts import PARTS, is_complete, remove_joined, removed_rest
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.ranks import WorkerRank
 from ablate_shards.surgery.machine.staging import OutFolder, beside
@@ -97,15 +97,25 @@ def finish(out: Path | str, *, overwrite: bool, progress: Progress) -> Finished:
     """
     if hub_repository(out) is not None:
         raise UsageError(f"{out}: ranks make a folder or a folder of an object store; name that one")
+    with_dump = ("directions", str(out), "directions.safetensors")
+    with_model = ("verify", "SOURCE", str(out))
+    before = "what was joined before"
+    if isinstance(out, Path) and removed_rest(out):
+        is_model = any((out / name).is_file() for name in RECEIPT_NAMES)
+        return Finished(before, with_model if is_model else with_dump)
     if isinstance(out, Path) and (captured := join_dump(out, overwrite=overwrite)) is not None:
         pairs, layers = captured
-        return Finished(f"{layers} layers of {pairs} pairs", ("directions", str(out), "directions.safetensors"))
+        return Finished(f"{layers} layers of {pairs} pairs", with_dump)
     parts = _parts_of(OutFolder(out, overwrite) if isinstance(out, Path) else out, overwrite=overwrite)
-    joined = join(out, parts.place, map(read_part, parts.complete()))
+    found = [read_part(files) for files in parts.complete()]
+    if parts.are_joined(found):
+        parts.remove("")
+        return Finished(before, with_model)
+    joined = join(out, parts.place, found)
     parts.join(joined, progress)
     parts.remove("")
     holds = f"{joined.receipt_name} and {len(joined.files)} other files"
-    return Finished(holds, ("verify", "SOURCE", str(out)))
+    return Finished(holds, with_model)
 
 
 class _Parts(Protocol):
@@ -125,6 +135,9 @@ class _Parts(Protocol):
         self, name: str, checkpoint: Checkpoint, part: Operation[Any, Any], run: RunOptions, progress: Progress
     ) -> dict[str, Any]:
         """Makes a part."""
+
+    def are_joined(self, parts: Sequence[EditedPart]) -> bool:
+        """Returns whether an interrupted run made the output of them, and began to remove them."""
 
     def join(self, joined: Joined, progress: Progress) -> None:
         """Makes the output."""
@@ -158,11 +171,18 @@ class _PartsInFolder:
         self._place.mkdir(exist_ok=True)
         return perform_in_folder(checkpoint, part, OutFolder(self._place / name, run.overwrite), run, progress)
 
+    def are_joined(self, parts: Sequence[EditedPart]) -> bool:
+        """Returns False: they have another name from then on."""
+        return False
+
     def join(self, joined: Joined, progress: Progress) -> None:
         join_in_folder(joined, self._place, self._out)
 
     def remove(self, name: str) -> None:
-        shutil.rmtree(self._place / name, ignore_errors=True)
+        if name:
+            shutil.rmtree(self._place / name, ignore_errors=True)
+        else:
+            remove_joined(self._out.path)
 
 
 class _PartsInStore:
@@ -193,6 +213,11 @@ class _PartsInStore:
         from ablate_shards.surgery.hub.objects import perform_in_store
 
         return perform_in_store(checkpoint, part, f"{self._place}/{name}", run, progress)
+
+    def are_joined(self, parts: Sequence[EditedPart]) -> bool:
+        from ablate_shards.surgery.hub.objects import is_joined_in_store
+
+        return is_joined_in_store(parts, self._place, self._out)
 
     def join(self, joined: Joined, progress: Progress) -> None:
         from ablate_shards.surgery.hub.objects import join_in_store

@@ -223,7 +223,7 @@ class Staging:
         taken = self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))
         if taken and not (self.overwrite and (replaceable or _made_by_a_run)(self.out)):
             raise FileExistsError(errno.EEXIST, "appeared during the run and is not replaced", str(self.out))
-        (self.folder / _JOURNAL).unlink()
+        (self.folder / _JOURNAL).unlink(missing_ok=True)
         if taken:
             exchange_folders(self.folder, self.out, beside(self.out, "replaced"))
             shutil.rmtree(self.folder)
