@@ -447,10 +447,6 @@ def test_what_one_process_must_do(case):
     alone = run(*arguments, "--adapter", "--worker-rank", "0", "--world-size", "2")
     assert alone.exit_code == 2
     assert "an adapter is made by one process, and this is rank 0 of 2" in alone.stderr
-    hub = run(*arguments[:2], "hub:me/model", *arguments[3:], "--worker-rank", "0", "--world-size", "2")
-    assert hub.exit_code == 2
-    assert "hub:me/model: a repository gets one commit by one process" in hub.stderr
-    assert "ranks make a folder or a folder of an object store" in run("finish", "hub:me/model").stderr
     assert "a folder in a bucket" in run("finish", "memory://bucket").stderr
     assert hidden(folder) == []
 
