@@ -31,6 +31,7 @@ from ablate_shards.surgery.hub.push import (
     warnings_noted,
 )
 from ablate_shards.surgery.hub.transfer import Ledger, deliver, not_arrived, weights_of
+from ablate_shards.surgery.machine.parts import is_part
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.ranks import WorkerRank
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
@@ -89,9 +90,11 @@ def complete_on_branch(repo: str) -> Iterator[RemoteFiles]:
     """
     require_token(repo)
     if (store := _branch(repo)) is not None:
-        found = {folder for folder, _, name in (path.partition("/") for path in store.entries) if name in RECEIPT_NAMES}
-        for folder in sorted(found):
-            yield RemoteFiles(store.below(folder))
+        # Beside them is what the main branch has.
+        for folder in sorted({path.partition("/")[0] for path in store.entries}):
+            files = RemoteFiles(store.below(folder))
+            if is_part(folder) and any(map(files.has, RECEIPT_NAMES)):
+                yield files
 
 
 def perform_part_on_hub(
@@ -259,8 +262,11 @@ class _PartOnBranch:
         written = {"identity": ledger.staging.identity, "sent": ledger.written()}
         journal = CommitOperationAdd(f"{self.folder}{UNFINISHED}", json.dumps(written).encode())
         try:
-            self._commit([*ledger.operations(), journal], lambda _: [])
+            with explained(self.repo):
+                self._commit([*ledger.operations(), journal], lambda _: [])
         except HubError as error:
+            if _is_busy(error):
+                return  # after the next shard then
             self._progress.note(f"{error}; so what has arrived will be committed later")
         self._committed = time.monotonic()
 
@@ -276,21 +282,21 @@ class _PartOnBranch:
         from huggingface_hub import CommitOperationDelete
 
         journal = f"{self.folder}{UNFINISHED}"
-        return self._commit(
-            operations, lambda store: [CommitOperationDelete(journal)] if journal in store.entries else []
-        )
+
+        def deletion(store: HubStore) -> list[Any]:
+            return [CommitOperationDelete(journal)] if journal in store.entries else []
+
+        return _in_turn(self.repo, lambda: self._commit(operations, deletion))
 
     def _commit(self, operations: list[Any], more: Callable[[HubStore], list[Any]]) -> tuple[str, str]:
-        def attempt() -> tuple[str, str]:
-            store = HubStore(self.repo, BRANCH)
-            lacks = [each for each in operations if not _is_there(each, store)]
-            with warnings_noted(self._progress):
-                info = self.api.create_commit(
-                    self.repo, [*lacks, *more(store)], commit_message=f"Part of {self._rank}", revision=BRANCH
-                )
-            return str(info.commit_url), str(info.oid)
-
-        return _in_turn(self.repo, attempt)
+        """Commits those additions that the branch lacks, and what else it needs as it is now."""
+        store = HubStore(self.repo, BRANCH)
+        lacks = [each for each in operations if not _is_there(each, store)]
+        with warnings_noted(self._progress):
+            info = self.api.create_commit(
+                self.repo, [*lacks, *more(store)], commit_message=f"Part of {self._rank}", revision=BRANCH
+            )
+        return str(info.commit_url), str(info.oid)
 
 
 def _is_there(operation: Any, store: HubStore) -> bool:
@@ -321,8 +327,6 @@ def _in_turn(repo: str, call: Callable[[], _T]) -> _T:
     Raises:
         HubError: The repository may not be written, or others do not cease to change it.
     """
-    from huggingface_hub.errors import HfHubHTTPError
-
     patience = Patience(HubFaults(repo, writing=True))
     last = time.monotonic() + _LONGEST_TURN
     while True:
@@ -330,10 +334,17 @@ def _in_turn(repo: str, call: Callable[[], _T]) -> _T:
             with explained(repo):
                 return call()
         except HubError as error:
-            cause = error.__cause__
-            if isinstance(cause, HfHubHTTPError) and cause.response.status_code in _BUSY and time.monotonic() < last:
+            if _is_busy(error) and time.monotonic() < last:
                 time.sleep(random.uniform(*_TURN))
-            elif isinstance(cause, Exception):
-                patience.wait(cause)
+            elif isinstance(error.__cause__, Exception):
+                patience.wait(error.__cause__)
             else:
                 raise
+
+
+def _is_busy(error: HubError) -> bool:
+    """Returns whether it was somebody else's commit that was in the way."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cause = error.__cause__
+    return isinstance(cause, HfHubHTTPError) and cause.response.status_code in _BUSY

@@ -1,7 +1,6 @@
 """An output that several ranks make: each its part, hidden beside the output, and the end that joins them."""
 
 import dataclasses
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,14 +16,12 @@ from ablate_shards.surgery.checkpoint.stores import hub_repository, open_files
 from ablate_shards.surgery.edit.folder import perform_in_folder
 from ablate_shards.surgery.edit.operation import Operation, RunOptions
 from ablate_shards.surgery.edit.parts import EditedPart, Joined, agreed_on, join, join_in_folder, part_of, read_part
-from ablate_shards.surgery.machine.parts import PARTS, is_complete, remove_joined, removed_rest
+from ablate_shards.surgery.machine.parts import PARTS, is_complete, is_part, remove_joined, removed_rest
 from ablate_shards.surgery.machine.progress import Progress
 from ablate_shards.surgery.machine.ranks import WorkerRank
 from ablate_shards.surgery.machine.staging import OutFolder, beside
 
 __all__ = ["Finished", "finish", "perform_part"]
-
-_PART = re.compile(r"\d+-of-\d+")
 
 
 def perform_part(
@@ -166,7 +163,7 @@ class _PartsInFolder:
     def complete(self) -> Iterator[Files]:
         found = sorted(self._place.iterdir()) if self._place.is_dir() else []
         for path in found:
-            if _PART.fullmatch(path.name) and any((path / name).is_file() for name in RECEIPT_NAMES):
+            if is_part(path.name) and any((path / name).is_file() for name in RECEIPT_NAMES):
                 yield Folder(path)
 
     def perform(

@@ -1,5 +1,6 @@
 """What a rank did of a job that several share, and whether what all of them did fits together."""
 
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ __all__ = [
     "differing",
     "fitting",
     "is_complete",
+    "is_part",
     "remove_joined",
     "removed_rest",
     "unfitting",
@@ -63,6 +65,11 @@ class Part:
 
 
 _P = TypeVar("_P", bound=Part)
+
+
+def is_part(folder: str) -> bool:
+    """Returns whether a folder has a name of those that ranks make."""
+    return re.fullmatch(r"\d+-of-\d+", folder) is not None
 
 
 def is_complete(
