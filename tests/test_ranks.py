@@ -281,6 +281,28 @@ def test_parts_that_do_not_fit_are_not_joined(case, monkeypatch):
     assert not (folder / "out").exists()
 
 
+@pytest.mark.parametrize("complete", [True, False])
+def test_what_another_arithmetic_computed_is_made_again_when_asked(case, monkeypatch, complete):
+    folder, arguments = case
+    with monkeypatch.context() as patch:
+        identity = "ablate_shards.surgery.edit.blocks.BlockEditor.identity"
+        patch.setattr(identity, lambda self: {"device": "cuda", "form": "triton"})
+        if not complete:
+            patch.setattr("ablate_shards.surgery.edit.folder.check_unchanged", lambda _: (_ for _ in ()).throw(OSError))
+        assert (part(arguments, 0, 2).exit_code == 0) == complete
+    assert part(arguments, 1, 2).exit_code == 0
+    again = part(arguments, 0, 2)
+    if complete:
+        assert 'they differ in "device" in the receipt;' in run("finish", folder / "out").stderr
+    else:
+        assert "cannot be resumed, because the device and the form changed" in again.stderr
+    assert "it was complete already" not in part(arguments, 0, 2, "--overwrite").stderr
+    assert "it was complete already" in part(arguments, 0, 2, "--overwrite").stderr
+    assert "it was complete already" in part(arguments, 1, 2, "--overwrite").stderr
+    checked("finish", folder / "out")
+    assert snapshot(folder / "out") == snapshot(folder / "whole")
+
+
 def test_what_is_wrong_with_a_part(case):
     folder, arguments = case
     all_parts(arguments, 2)

@@ -129,6 +129,19 @@ def test_only_whole_and_fitting_parts_are_joined(in_store, made, monkeypatch):
     assert held(in_store, "/bucket/edited") == snapshot(made / "expected")
 
 
+def test_what_another_arithmetic_computed_is_made_again_when_asked(in_store, made, monkeypatch):
+    with monkeypatch.context() as patch:
+        identity = "ablate_shards.surgery.edit.blocks.BlockEditor.identity"
+        patch.setattr(identity, lambda self: {"device": "cuda", "form": "triton"})
+        patch.setattr(objects, "check_unchanged", lambda _: (_ for _ in ()).throw(OSError))
+        assert part(made / "local", 0, 2).exit_code == 1
+    assert "because the device and the form changed" in part(made / "local", 0, 2).stderr
+    for index in range(2):
+        assert part(made / "local", index, 2, "--overwrite").exit_code == 0
+    assert run("finish", OUT).exit_code == 0
+    assert held(in_store, "/bucket/edited") == snapshot(made / "expected")
+
+
 def test_what_ranks_made_again_replaces_a_damaged_output_of_the_same_receipt(in_store, made):
     for index in range(2):
         assert part(made / "local", index, 2).exit_code == 0

@@ -236,6 +236,27 @@ def test_ranks_that_do_not_do_the_same(on_hub, monkeypatch, different, complete)
     assert_finished(hub)
 
 
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_what_another_arithmetic_computed_is_made_again_when_asked(on_hub, monkeypatch, elsewhere):
+    hub, folder = on_hub
+    plain("org/model")
+    rank, _, _ = with_two_edits(folder)
+    monkeypatch.setattr(branch, "_COMMITS_EVERY", 0.0)
+    with monkeypatch.context() as patch:
+        identity = "ablate_shards.surgery.edit.blocks.BlockEditor.identity"
+        patch.setattr(identity, lambda self: {"device": "cuda", "form": "triton"})
+        hub.fault("PUT ", times=1)
+        hub.fault("PUT ", times=1, status=403)
+        assert part("org/model", rank, 2).exit_code == 1
+    if elsewhere:
+        for path in folder.glob(".hub-*"):
+            shutil.rmtree(path, ignore_errors=True)
+    assert "because the device and the form changed" in part("org/model", rank, 2).stderr
+    all_parts("org/model", 2, "--overwrite")
+    assert run("finish", OUT).exit_code == 0
+    assert_finished(hub)
+
+
 def test_parts_that_do_not_fit_are_not_joined(on_hub, monkeypatch):
     hub, _ = on_hub
     assert part("org/model", 0, 2).exit_code == 0

@@ -66,6 +66,10 @@ class EditedPart(Part):
     measured: tuple[tuple[int, Any], ...]
     receipt: Mapping[str, Any] | None = None
 
+    def is_computed_by(self, arithmetic: Mapping[str, str]) -> bool:
+        """Returns whether the arithmetic is what it was computed by; another may give other bits."""
+        return self.digests.get("device") == _digest(dict(arithmetic))
+
 
 @dataclass(frozen=True, slots=True)
 class Joined:

@@ -233,6 +233,9 @@ class _PartOnBranch:
         store = HubStore(self.repo, BRANCH).below(self._rank.folder)
         if UNFINISHED not in store.entries:
             return
+        if not self._run.resume:
+            remove_from_branch(self.repo, self._rank.folder)
+            return
         files = RemoteFiles(store)
         try:
             try:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ablate_shards.errors import UsageError
+from ablate_shards.errors import ChangedError, UsageError
 from ablate_shards.names import RECEIPT_NAMES
 from ablate_shards.surgery.capture.ranks import join_dump
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
@@ -61,12 +62,25 @@ def perform_part(
     parts.check(checkpoint)
     progress.note(f"this is {rank}, as {rank.said_by} say")
     agreed = agreed_on(operation, checkpoint)
+    found = [read_part(files) for files in parts.complete()]
     remove = (lambda part: parts.remove(part.folder)) if run.overwrite else None
-    if is_complete(rank, agreed, map(read_part, parts.complete()), remove=remove):
+    if run.overwrite and found:
+        # Only now is the arithmetic looked for, which may have to import torch.
+        arithmetic = operation.editor(run, threading.Event()).identity()
+        for other in [part for part in found if not part.is_computed_by(arithmetic)]:
+            parts.remove(other.folder)
+            found.remove(other)
+    if is_complete(rank, agreed, found, remove=remove):
         progress.note("it was complete already")
         return {}
     part = part_of(operation, checkpoint, rank, run.command)
-    return parts.perform(rank, checkpoint, part, dataclasses.replace(run, resume=True), progress)
+    try:
+        return parts.perform(rank, checkpoint, part, dataclasses.replace(run, resume=True), progress)
+    except ChangedError:
+        if not run.overwrite:
+            raise
+        # The arithmetic changed since it was interrupted.
+        return parts.perform(rank, checkpoint, part, dataclasses.replace(run, resume=False), progress)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ablate_shards.errors import ExecuteError, UsageError
+from ablate_shards.errors import ChangedError, ExecuteError, UsageError
 from ablate_shards.names import ADAPTER_RECEIPT_NAME, RECEIPT_NAMES, TRAINING_NAME
 from ablate_shards.surgery.machine.files import append_lines
 from ablate_shards.surgery.machine.system import (
@@ -178,10 +178,10 @@ class Staging:
         """Checks what must be equal for a resumed run against what the journal says, or writes it down.
 
         Raises:
-            ExecuteError: Something changed since the interrupted run.
+            ChangedError: Something changed since the interrupted run.
         """
         if changed := self._changed(identity):
-            raise ExecuteError(
+            raise ChangedError(
                 f"{self.out}: cannot be resumed, because {' and '.join(changed)} changed since the interrupted "
                 "run; --overwrite starts again"
             )
