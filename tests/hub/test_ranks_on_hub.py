@@ -236,6 +236,23 @@ def test_ranks_that_do_not_do_the_same(on_hub, monkeypatch, different, complete)
     assert_finished(hub)
 
 
+@pytest.mark.parametrize(
+    "text", [b"{}", b"[]", b"{", b'{"identity": {}, "sent": {"x": 1}}', b'{"identity": 3, "sent": {}}']
+)
+def test_a_ledger_that_no_rank_wrote(on_hub, text):
+    hub, _ = on_hub
+    plain("org/model")
+    assert part("org/model", 1, 2).exit_code == 0
+    repo = hub.repos["me/edited"]
+    repo.commit(BRANCH, repo.files(BRANCH) | {f"0-of-2/{UNFINISHED}": small_blob(text), "0-of-2/x": small_blob(b"")})
+    refused = part("org/model", 0, 2)
+    assert refused.exit_code == 1
+    assert f"@{BRANCH}/0-of-2/{UNFINISHED}: is not what an interrupted rank wrote; --overwrite" in refused.stderr
+    assert part("org/model", 0, 2, "--overwrite").exit_code == 0
+    assert run("finish", OUT).exit_code == 0
+    assert_finished(hub)
+
+
 @pytest.mark.parametrize("elsewhere", [True, False])
 def test_what_another_arithmetic_computed_is_made_again_when_asked(on_hub, monkeypatch, elsewhere):
     hub, folder = on_hub
