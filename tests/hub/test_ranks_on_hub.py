@@ -393,6 +393,16 @@ def test_what_cannot_be_written(on_hub, monkeypatch):
     assert "a token is needed to write" in run("finish", OUT).stderr
 
 
+#: A rank that soon asks again where others commit.
+RANK = """
+import sys
+from ablate_shards.cli import main
+from ablate_shards.surgery.hub import branch
+
+branch._TURN = (0.05, 0.2)
+main(sys.argv[1:])
+"""
+
 #: A rank that tells when it has committed a shard, and then waits to be killed.
 HELD_UP = """
 import sys, time
@@ -401,7 +411,7 @@ from ablate_shards.cli import main
 from ablate_shards.surgery.checkpoint.hub_store import HubStore
 from ablate_shards.surgery.hub import branch
 
-branch._COMMITS_EVERY = 0.0
+branch._TURN, branch._COMMITS_EVERY = (0.05, 0.2), 0.0
 keep = branch._PartOnBranch.keep
 
 def holding(self, ledger):
@@ -440,7 +450,7 @@ def test_six_ranks_at_once_two_of_them_killed(on_hub):
 
     marks = {rank: folder / f"mark-{rank}" for rank in killed}
     ranks = {
-        rank: start(rank, "-c", HELD_UP, str(marks[rank])) if rank in killed else start(rank, "-m", "ablate_shards")
+        rank: start(rank, "-c", HELD_UP, str(marks[rank])) if rank in killed else start(rank, "-c", RANK)
         for rank in range(6)
     }
     deadline = time.monotonic() + 120
@@ -457,7 +467,7 @@ def test_six_ranks_at_once_two_of_them_killed(on_hub):
     assert is_empty(hub)
     assert "ranks 1, 4 of 6 are not complete; run `ablate-shards" in run("finish", OUT).stderr
     hub.seen.clear()
-    for process in [start(rank, "-m", "ablate_shards") for rank in killed]:
+    for process in [start(rank, "-c", RANK) for rank in killed]:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     # Three shards each, one of which had been committed.
