@@ -15,6 +15,7 @@
     ├── DirectionsError         directions that cannot be computed, read or applied
     ├── PlanError               an edit that cannot be planned (coverage, dtype, shape)
     ├── ExecuteError            a run that cannot start, go on or be resumed
+    │   ├── ChangedError        an interrupted run that was of something else
     │   └── Interrupted         stopped by Ctrl-C or SIGTERM; resumable
     ├── EvaluateError           a model, an endpoint or an evaluation that cannot be asked, read or compared
     ├── SearchError             a search that cannot start or go on, or that finds nothing within its budget
@@ -30,6 +31,7 @@ __all__ = [
     "AdapterError",
     "ArchitectureError",
     "CaptureError",
+    "ChangedError",
     "CheckpointError",
     "DirectionsError",
     "EvaluateError",
@@ -99,6 +101,10 @@ class PlanError(AblateError):
 
 class ExecuteError(AblateError):
     """A run cannot start, go on or be resumed."""
+
+
+class ChangedError(ExecuteError):
+    """An interrupted run was of something else, so that it cannot be resumed."""
 
 
 class Interrupted(ExecuteError):  # noqa: N818 - the user asked for it

@@ -1,5 +1,6 @@
 """Captures tiny models of many architectures, loaded and streamed, and shows where the stream is read."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,8 +9,9 @@ import command_line
 import pytest
 import torch
 from progress import Heard
-from raw_checkpoints import snapshot
+from raw_checkpoints import flip, snapshot
 from safetensors.torch import load_file, save_file
+from test_ranks import killed_tidying_up
 from tiny_models import TINY_MODELS, save_tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -19,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from ablate_shards.data import demo
 from ablate_shards.data.demo import behaviour
 from ablate_shards.errors import CaptureError, CheckpointError, ExecuteError, Interrupted, UsageError
+from ablate_shards.surgery.capture import forward as capturing
 from ablate_shards.surgery.capture import layer_stream as station
 from ablate_shards.surgery.capture.dump import DumpWriter
 from ablate_shards.surgery.capture.forward import CaptureOptions, capture
@@ -692,6 +695,36 @@ def test_a_finish_that_was_stopped_goes_on(llama, tmp_path, monkeypatch, name):
     assert {path.name for path in tmp_path.iterdir()} == {name, whole.name}
 
 
+@pytest.mark.parametrize("name", ["dump.safetensors", "dump"])
+@pytest.mark.parametrize("when", ["not begun", "half"])
+def test_a_finish_that_had_only_to_tidy_up_tidies_up(llama, tmp_path, name, when):
+    dump, whole = tmp_path / name, tmp_path / f"whole-{name}"
+    run(llama, whole)
+    for index in range(2):
+        capture_part(llama, dump, index, 2)
+    killed_tidying_up(when, dump)
+    assert read_all(dump) == read_all(whole)
+    assert "is complete" in command_line.checked("finish", dump).stdout
+    assert read_all(dump) == read_all(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {name, whole.name}
+
+
+@pytest.mark.parametrize("name", ["dump.safetensors", "dump"])
+def test_another_dump_in_the_way_of_finish_stays(llama, tmp_path, name):
+    """Of the same model and prompts, but with a number that differs."""
+    dump = tmp_path / name
+    run(llama, dump)
+    for index in range(2):
+        capture_part(llama, dump, index, 2, overwrite=True)
+    flip(max(dump.iterdir()) if dump.is_dir() else dump, -1)
+    before = read_all(dump)
+    assert "already exists; --overwrite replaces it" in command_line.run("finish", dump).stderr
+    assert read_all(dump) == before
+    command_line.checked("finish", dump, "--overwrite")
+    assert read_all(dump) != before
+    assert {path.name for path in tmp_path.iterdir()} == {name}
+
+
 def test_ranks_that_do_not_capture_the_same(llama, tmp_path):
     dump = tmp_path / "dump.safetensors"
     capture_part(llama, dump, 0, 2, batch=2)
@@ -717,6 +750,16 @@ def test_ranks_that_do_not_capture_the_same(llama, tmp_path):
     assert "already exists; --overwrite replaces it" in command_line.run("finish", dump).stderr
     command_line.checked("finish", dump, "--overwrite")
     assert len(load_file(dump)["positive.layers.0"]) == 2
+
+
+def test_what_is_said_of_parts_is_true_of_all(llama, tmp_path):
+    whole = run(llama, tmp_path / "dump")
+    parts = [
+        dataclasses.replace(whole, device=device, resumed=resumed, streamed=streamed)
+        for device, resumed, streamed in (("cuda:1", 1, True), ("cuda:0", 3, False), ("cuda:1", 2, True))
+    ]
+    found = capturing._of_all(parts, tmp_path / "d")
+    assert (found.dump, found.device, found.resumed, found.streamed) == (tmp_path / "d", "cuda:0, cuda:1", 1, False)
 
 
 def test_the_command_of_a_rank(llama, tmp_path, monkeypatch):

@@ -298,7 +298,7 @@ def translate(demo, fresh, line):
         taken += [*([] if "length" in given else ["--length", "8"]), *([] if "asked" in given else ["Is it?"])]
     if name == "ablate" and not {"directions", "activations", "recipe"} & set(given):
         taken += ["-d", demo / "directions.safetensors"]
-    if name == "finish":
+    if name == "finish" and not reason:
         made = ["ablate", demo / "source", taken[0], "-d", demo / "directions.safetensors"]
         if taken[0].suffix == ".safetensors":
             made = ["capture", demo / "source", taken[0], "--pairs", demo / "pairs.jsonl"]

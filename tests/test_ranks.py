@@ -281,6 +281,28 @@ def test_parts_that_do_not_fit_are_not_joined(case, monkeypatch):
     assert not (folder / "out").exists()
 
 
+@pytest.mark.parametrize("complete", [True, False])
+def test_what_another_arithmetic_computed_is_made_again_when_asked(case, monkeypatch, complete):
+    folder, arguments = case
+    with monkeypatch.context() as patch:
+        identity = "ablate_shards.surgery.edit.blocks.BlockEditor.identity"
+        patch.setattr(identity, lambda self: {"device": "cuda", "form": "triton"})
+        if not complete:
+            patch.setattr("ablate_shards.surgery.edit.folder.check_unchanged", lambda _: (_ for _ in ()).throw(OSError))
+        assert (part(arguments, 0, 2).exit_code == 0) == complete
+    assert part(arguments, 1, 2).exit_code == 0
+    again = part(arguments, 0, 2)
+    if complete:
+        assert 'they differ in "device" in the receipt;' in run("finish", folder / "out").stderr
+    else:
+        assert "cannot be resumed, because the device and the form changed" in again.stderr
+    assert "it was complete already" not in part(arguments, 0, 2, "--overwrite").stderr
+    assert "it was complete already" in part(arguments, 0, 2, "--overwrite").stderr
+    assert "it was complete already" in part(arguments, 1, 2, "--overwrite").stderr
+    checked("finish", folder / "out")
+    assert snapshot(folder / "out") == snapshot(folder / "whole")
+
+
 def test_what_is_wrong_with_a_part(case):
     folder, arguments = case
     all_parts(arguments, 2)
@@ -337,13 +359,68 @@ def test_finish_goes_on_where_it_was_stopped(case, monkeypatch, moved):
     assert hidden(folder) == []
 
 
-def test_finish_that_had_only_to_tidy_up_tidies_up(case, monkeypatch):
+#: A `finish` that is killed when it removes a folder: before it does anything, or when a file of it is gone.
+KILLED_TIDYING_UP = """
+import os, shutil, signal, sys
+from pathlib import Path
+from ablate_shards.cli import main
+from ablate_shards.surgery.machine import parts
+
+def killing(path, **_):
+    if not Path(path).is_dir():
+        return
+    if sys.argv[1] == "half":
+        # Its first file, by which a rank is known to be complete.
+        next(file for file in sorted(Path(path).rglob("*")) if file.is_file()).unlink()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[1] == "not begun":
+    from ablate_shards.surgery.hub import ranks
+    from ablate_shards.surgery.capture import ranks as captured
+    ranks.remove_joined = captured.remove_joined = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+else:
+    parts.shutil.rmtree = killing
+main(sys.argv[2:])
+"""
+
+
+def killed_tidying_up(when, out):
+    command = [sys.executable, "-c", KILLED_TIDYING_UP, when, "finish", str(out)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.parametrize("when", ["not begun", "begun", "half"])
+def test_finish_that_had_only_to_tidy_up_tidies_up(case, when):
     folder, arguments = case
     all_parts(arguments, 2)
-    monkeypatch.setattr("ablate_shards.surgery.hub.ranks._PartsInFolder.remove", lambda *_: None)
-    checked("finish", folder / "out")
-    monkeypatch.undo()
-    assert hidden(folder) == [".out.ablate-ranks"]
+    killed_tidying_up(when, folder / "out")
+    assert hidden(folder) == [".out.ablate-ranks" if when == "not begun" else ".out.ablate-joined"]
+    assert "is complete" in checked("finish", folder / "out").stdout
+    assert hidden(folder) == []
+    assert snapshot(folder / "out") == snapshot(folder / "whole")
+    assert "no rank is complete in" in run("finish", folder / "out").stderr
+
+
+def test_what_is_left_of_an_earlier_run_is_not_taken_for_the_end_of_this(case):
+    folder, arguments = case
+    all_parts(arguments, 2)
+    killed_tidying_up("half", folder / "out")
+    part([*arguments, "--overwrite"], 0, 2)
+    assert "rank 1 of 2 is not complete" in run("finish", folder / "out").stderr
+    part([*arguments, "--overwrite"], 1, 2)
+    checked("finish", folder / "out", "--overwrite")
+    assert hidden(folder) == []
+    assert snapshot(folder / "out") == snapshot(folder / "whole")
+
+
+def test_finish_that_had_only_to_give_the_name_gives_it(case, monkeypatch):
+    folder, arguments = case
+    all_parts(arguments, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("ablate_shards.surgery.machine.staging.name_folder", lambda *_: (_ for _ in ()).throw(OSError))
+        assert run("finish", folder / "out").exit_code == 1
+    assert not (folder / "out").exists()
     checked("finish", folder / "out")
     assert hidden(folder) == []
     assert snapshot(folder / "out") == snapshot(folder / "whole")
@@ -392,10 +469,6 @@ def test_what_one_process_must_do(case):
     alone = run(*arguments, "--adapter", "--worker-rank", "0", "--world-size", "2")
     assert alone.exit_code == 2
     assert "an adapter is made by one process, and this is rank 0 of 2" in alone.stderr
-    hub = run(*arguments[:2], "hub:me/model", *arguments[3:], "--worker-rank", "0", "--world-size", "2")
-    assert hub.exit_code == 2
-    assert "hub:me/model: a repository gets one commit by one process" in hub.stderr
-    assert "ranks make a folder or a folder of an object store" in run("finish", "hub:me/model").stderr
     assert "a folder in a bucket" in run("finish", "memory://bucket").stderr
     assert hidden(folder) == []
 

@@ -330,6 +330,14 @@ class TestCapture:
         assert "24 pairs" in said
         assert sorted(path.name for path in tmp_path.iterdir()) == ["dump.safetensors", "here.safetensors"]
 
+    def test_what_workers_need_not_do_again_is_said(self, folder, tmp_path):  # noqa: F811
+        words = (folder / "model", tmp_path / "d.safetensors", "--pairs", folder / "pairs.jsonl", "--dtype", "float32")
+        for rank in range(2):
+            checked("capture", *words, "--worker-rank", rank, "--world-size", 2)
+        found = json.loads(checked("capture", *words, "--engine", "ray", "--workers", 2, "--json").stdout)
+        assert found["resumed"] == found["layers"] > 0
+        assert found["device"] == "cpu"
+
     def test_parts_of_other_ranks_are_in_the_way_of_other_ranks_alone(self, folder, tmp_path):  # noqa: F811
         words = (folder / "model", tmp_path / "d.safetensors", "--pairs", folder / "pairs.jsonl", "--dtype", "float32")
         checked("capture", *words, "--worker-rank", 0, "--world-size", 3)

@@ -68,6 +68,7 @@ class Repo:
     refs: dict[str, str] = field(default_factory=dict)
     stored: dict[str, tuple[int, bytes | None]] = field(default_factory=dict)
     pull_requests: int = 0
+    committing: bool = False
 
     def commit(self, ref: str, files: dict[str, Blob], message: str = "") -> str:
         seed = f"{len(self.commits)} {ref} {message} {sorted((path, blob.oid) for path, blob in files.items())}"
@@ -76,6 +77,10 @@ class Repo:
         self.refs[ref] = oid
         self.messages.append(message)
         return oid
+
+    def large(self) -> dict[str, Blob]:
+        """Returns the large files of all commits, on whatever branch, by their digests."""
+        return {blob.sha256: blob for files in self.commits.values() for blob in files.values() if blob.sha256}
 
     def files(self, revision: str = "main") -> dict[str, Blob]:
         return self.commits[self.refs.get(revision, revision)]
@@ -128,6 +133,7 @@ class Hub:
         self.xet_store: Path | None = None
         self.watch: Callable[[str], None] = lambda line: None
         self.believes = False
+        self.commit_takes = 0.0
         self.parts: dict[str, dict[int, bytes]] = {}
         self.hub_port = self.store_port = 0
 
@@ -263,7 +269,10 @@ class Hub:
         if role != "write":
             raise Refused(403, None, "You don't have the rights to create a model under this namespace")
         if repo_id in self.repos:
-            raise Refused(409, None, "You already created this model repo")
+            # With its address, which the client returns where that is no error.
+            return JSONResponse(
+                {"error": "You already created this model repo", "url": f"{self.endpoint}/{repo_id}"}, 409
+            )
         repo = self.repos[repo_id] = Repo(private=body.get("visibility") == "private")
         repo.commit("main", {".gitattributes": small_blob(b"*.safetensors filter=lfs\n")}, "initial commit")
         return JSONResponse({"url": f"{self.endpoint}/{repo_id}"})
@@ -322,7 +331,16 @@ class Hub:
         found = self._repo(repo, role, write=True)
         if branch in found.refs:
             raise Refused(409, None, "Reference already exists")
-        found.refs[branch] = found.refs["main"]
+        start = (await request.json()).get("startingPoint", "main")
+        found.refs[branch], _ = self._files(found, start)
+        return JSONResponse({})
+
+    async def delete_branch(self, request, role, repo, branch) -> Response:
+        found = self._repo(repo, role, write=True)
+        if branch == "main":
+            raise Refused(403, None, "The default branch cannot be deleted")
+        self._files(found, branch)
+        del found.refs[branch]
         return JSONResponse({})
 
     async def preupload(self, request, role, repo, revision) -> Response:
@@ -397,7 +415,7 @@ class Hub:
         source = self._repo(repo, role)
         body = await request.json()
         target = self._repo(body["target"]["name"], role, write=True)
-        known = {blob.sha256: blob for files in source.commits.values() for blob in files.values() if blob.sha256}
+        known = source.large()
         failed = []
         for item in body["files"]:
             blob = known.get(item["sha256"])
@@ -425,6 +443,16 @@ class Hub:
         if role is None:
             raise Refused(401, None, "Invalid credentials in Authorization header")
         lines = [json.loads(line) for line in (await request.body()).splitlines() if line]
+        if found.committing:
+            raise Refused(409, None, "Another commit operation is in progress for this repository")
+        if self.commit_takes:
+            import anyio
+
+            found.committing = True
+            try:
+                await anyio.sleep(self.commit_takes)
+            finally:
+                found.committing = False
         parent, before = self._files(found, revision)
         header = lines[0]["value"]
         if header.get("parentCommit", parent) != parent:
@@ -436,8 +464,11 @@ class Hub:
                 case "file":
                     files[value["path"]] = small_blob(base64.b64decode(value["content"]))
                 case "lfsFile":
+                    known = found.large().get(value["oid"])
                     if value["oid"] in found.stored:
                         size, data = found.stored[value["oid"]]
+                    elif known is not None:
+                        size, data = known.size, known.data
                     elif self.xet_store is not None:
                         size, data = value["size"], None
                     else:
@@ -445,6 +476,11 @@ class Hub:
                     files[value["path"]] = large_blob(value["oid"], size, data)
                 case "deletedFile":
                     del files[value["path"]]
+                case "deletedFolder":
+                    kept = {path: blob for path, blob in files.items() if not path.startswith(value["path"])}
+                    if len(kept) == len(files):
+                        raise Refused(404, "EntryNotFound", "A folder with this name doesn't exist")
+                    files = kept
                 case key:
                     raise Refused(400, None, f"unknown key {key}")
         answer = {}
@@ -547,6 +583,7 @@ _ROUTES = [
     ("POST", f"/api/models/{_REPO}/paths-info/{_REVISION}", Hub.paths_info),
     ("GET", f"/api/models/{_REPO}/refs", Hub.refs),
     ("POST", f"/api/models/{_REPO}/branch/(?P<branch>[^/]+)", Hub.branch),
+    ("DELETE", f"/api/models/{_REPO}/branch/(?P<branch>[^/]+)", Hub.delete_branch),
     ("POST", f"/api/models/{_REPO}/preupload/{_REVISION}", Hub.preupload),
     ("POST", f"/api/models/{_REPO}/commit/{_REVISION}", Hub.commit),
     ("POST", f"/api/models/{_REPO}/lfs-files/duplicate", Hub.duplicate),

@@ -132,6 +132,22 @@ def test_kubernetes(desk, s3):
     assert held(s3, "bucket/model-edited") == held(s3, "bucket/plain")
 
 
+def test_the_hub(desk, hub, monkeypatch):
+    monkeypatch.chdir(desk)
+    hub.add("org/model", desk / "model")
+    environment = hub.environment | {"HF_TOKEN": "hf_writer"}
+    bash("ablate-shards org/model hub:you/model-edited -d directions.safetensors", **environment)
+    (script,) = blocks("A repository on the Hub")
+    assert "rank 3 of 4" in bash(script, **environment)
+    made, plain = (
+        {name: blob.data for name, blob in hub.repos[repo].files().items() if name != "README.md"}
+        for repo in ("me/model-edited", "you/model-edited")
+    )
+    assert made == plain
+    assert list(hub.repos["me/model-edited"].refs) == ["main"]
+    assert hidden(desk) == []
+
+
 def test_the_table_of_variables_is_the_code_s():
     (table,) = re.findall(r"^\| started by .*\n(?:\|.*\n)+", PAGE, flags=re.MULTILINE)
     rows = [re.findall(r"`([A-Z_]+)`", line) for line in table.splitlines()[2:]]

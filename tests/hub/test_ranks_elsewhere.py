@@ -129,6 +129,19 @@ def test_only_whole_and_fitting_parts_are_joined(in_store, made, monkeypatch):
     assert held(in_store, "/bucket/edited") == snapshot(made / "expected")
 
 
+def test_what_another_arithmetic_computed_is_made_again_when_asked(in_store, made, monkeypatch):
+    with monkeypatch.context() as patch:
+        identity = "ablate_shards.surgery.edit.blocks.BlockEditor.identity"
+        patch.setattr(identity, lambda self: {"device": "cuda", "form": "triton"})
+        patch.setattr(objects, "check_unchanged", lambda _: (_ for _ in ()).throw(OSError))
+        assert part(made / "local", 0, 2).exit_code == 1
+    assert "because the device and the form changed" in part(made / "local", 0, 2).stderr
+    for index in range(2):
+        assert part(made / "local", index, 2, "--overwrite").exit_code == 0
+    assert run("finish", OUT).exit_code == 0
+    assert held(in_store, "/bucket/edited") == snapshot(made / "expected")
+
+
 def test_what_ranks_made_again_replaces_a_damaged_output_of_the_same_receipt(in_store, made):
     for index in range(2):
         assert part(made / "local", index, 2).exit_code == 0
@@ -139,6 +152,42 @@ def test_what_ranks_made_again_replaces_a_damaged_output_of_the_same_receipt(in_
     assert run("finish", OUT, "--overwrite").exit_code == 0
     assert held(in_store, "/bucket/edited") == snapshot(made / "expected")
     assert in_store.find("/bucket/.edited.ablate-ranks") == []
+
+
+@pytest.mark.parametrize("removed", [0, 3, 9, 10, 11])
+def test_finish_that_had_only_to_tidy_up_tidies_up(in_store, made, monkeypatch, removed):
+    for index in range(3):
+        assert part(made / "local", index, 3).exit_code == 0
+    remove, left = type(in_store).rm_file, [removed]
+
+    def stopping(self, path):
+        if "ablate-ranks" in path:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        return remove(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(in_store), "rm_file", stopping)
+        assert run("finish", OUT).exit_code == 1
+    rest = [
+        path.removeprefix("/bucket/.edited.ablate-ranks/") for path in in_store.find("/bucket/.edited.ablate-ranks")
+    ]
+    assert rest
+    assert held(in_store, "/bucket/edited") == snapshot(made / "expected")
+    again = run("finish", OUT)
+    assert again.exit_code == 0, (rest, again.stderr)
+    assert in_store.find("/bucket/.edited.ablate-ranks") == []
+    assert held(in_store, "/bucket/edited") == snapshot(made / "expected")
+
+
+def test_ranks_that_are_missing_are_not_taken_for_removed(in_store, made):
+    for index in range(2):
+        assert part(made / "local", index, 2).exit_code == 0
+    assert run("finish", OUT).exit_code == 0
+    assert part(made / "local", 0, 2, "--overwrite").exit_code == 0
+    assert "rank 1 of 2 is not complete" in run("finish", OUT).stderr
+    assert in_store.find("/bucket/.edited.ablate-ranks") != []
 
 
 def test_what_is_in_the_way_stays(in_store, made):

@@ -146,13 +146,13 @@ def test_through_xet_one_shard_at_a_time_is_on_this_disk(on_hub, monkeypatch):
     hub.xet_store = folder / "xet"
     hub.xet_store.mkdir()
     present = []
-    send = transfer._Ledger.send
+    send = transfer.Ledger.send
 
     def measured(self, addition):
         present.append(len(list(self.staging.folder.glob("*.safetensors"))))
         send(self, addition)
 
-    monkeypatch.setattr(transfer._Ledger, "send", measured)
+    monkeypatch.setattr(transfer.Ledger, "send", measured)
     assert ablate("org/model", "hub:me/by-xet", "--quiet").exit_code == 0
     assert present == [1] * len(edited)
     assert len(edited) > 1

@@ -17,7 +17,7 @@ from ablate_shards.surgery.machine.staging import Staging
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DumpWriter", "check_disk", "check_dump", "check_free", "shard_name", "tensor_names"]
+__all__ = ["DumpWriter", "check_disk", "check_dump", "check_free", "holds", "shard_name", "tensor_names"]
 
 _STREAM_FORMAT = "ablate-shards.stream/1"
 _STREAM = "stream.safetensors"
@@ -208,6 +208,31 @@ def check_free(dump: Path, *, overwrite: bool) -> None:
         raise CaptureError(f"{dump}: already exists and is no activation dump, so it is not replaced; name another")
     if not overwrite:
         raise CaptureError(f"{dump}: already exists; --overwrite replaces it, or name another")
+
+
+def holds(dump: Path, metadata: Mapping[str, str], layers: Iterable[Mapping[str, "torch.Tensor"]]) -> bool:
+    """Returns whether a dump is there and says and holds exactly this.
+
+    Args:
+        dump: Its name.
+        metadata: What it should say of itself.
+        layers: The tensors of each layer in turn; asked for only where the dump says the same of itself.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        files = list(dump.iterdir()) if dump.is_dir() else [dump]
+        if not files or any(read_header(file)[1] != metadata for file in files):
+            return False
+        for layer, tensors in enumerate(layers):
+            with safe_open(dump / shard_name(layer) if dump.is_dir() else dump, "pt") as opened:
+                for name, tensor in tensors.items():
+                    found = opened.get_tensor(name)
+                    if found.dtype != tensor.dtype or _bytes_of(found) != _bytes_of(tensor):
+                        return False
+    except (CheckpointError, SafetensorError, OSError):
+        return False
+    return True
 
 
 def check_disk(dump: Path, rows: int, stream: int) -> None:

@@ -99,9 +99,9 @@ class Captured:
         hidden_size: Length of an activation.
         position: Where in each prompt.
         dtype: The safetensors dtype that the model computed in.
-        device: Where.
-        streamed: Whether the weights were streamed a layer at a time.
-        resumed: Layers taken over from an interrupted run.
+        device: Where; the devices of all workers of Ray, where they differ.
+        streamed: Whether the weights were streamed a layer at a time, by all workers of Ray where those captured.
+        resumed: Layers taken over from an interrupted run, by all workers of Ray where those captured.
         longest: Tokens of the longest prompt.
     """
 
@@ -202,7 +202,7 @@ def capture(model: Path, dump: Path, pairs: Sequence[Pair], options: CaptureOpti
             agreed = _identity(checkpoint, prompts, how, device.type)
             if is_captured(place, rank, agreed, overwrite=options.overwrite):
                 progress.note("it was complete already")
-                return captured
+                return dataclasses.replace(captured, resumed=captured.layers)
             batches = share_of_batches(batches, rank)
             metadata = metadata_of_part(metadata, agreed, batches, captured.layers, rank, options.command)
         resume = options.resume or rank is not None
@@ -260,9 +260,10 @@ def _capture_on_workers(
             }
             progress.note(f"{count} workers, each with its share of {2 * len(pairs)} prompts")
             given = (model.resolve(), headers_digest(checkpoint), dump.absolute(), token, pairs)
-            for done, (_, part) in enumerate(crew.each(_part, {each: (*given, how) for each, how in parts.items()}), 1):
-                captured: Captured = part
-                progress.count(done, count)
+            captured: list[Captured] = []
+            for _, part in crew.each(_part, {each: (*given, how) for each, how in parts.items()}):
+                captured.append(part)
+                progress.count(len(captured), count)
     except KeyboardInterrupt as error:
         raise Interrupted(
             f"{dump}: interrupted; the same command goes on after the layers that are complete"
@@ -273,7 +274,18 @@ def _capture_on_workers(
             place.rmdir()
     if count > 1:
         join_dump(dump, overwrite=options.overwrite)
-    return dataclasses.replace(captured, dump=dump)
+    return _of_all(captured, dump)
+
+
+def _of_all(parts: Sequence[Captured], dump: Path) -> Captured:
+    """Returns what is true of all that workers captured of a dump."""
+    return dataclasses.replace(
+        parts[0],
+        dump=dump,
+        device=", ".join(sorted({part.device for part in parts})),
+        streamed=all(part.streamed for part in parts),
+        resumed=min(part.resumed for part in parts),
+    )
 
 
 def _part(

@@ -9,17 +9,21 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ablate_shards.errors import CheckpointError, ExecuteError
-from ablate_shards.surgery.capture.dump import DumpWriter, check_free, shard_name, tensor_names
+from ablate_shards.surgery.capture.dump import DumpWriter, check_free, holds, shard_name, tensor_names
 from ablate_shards.surgery.capture.prompts import PromptBatch
 from ablate_shards.surgery.checkpoint.headers import read_header
 from ablate_shards.surgery.edit.operation import ending_early
-from ablate_shards.surgery.machine.parts import PARTS, Part, fitting, is_complete, without_rank
+from ablate_shards.surgery.machine.parts import PARTS, Part, fitting, is_complete, remove_joined, without_rank
 from ablate_shards.surgery.machine.ranks import WorkerRank, deal
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import beside, locked
 from ablate_shards.validation import checked
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["is_captured", "join_dump", "metadata_of_part", "part_of_dump", "share_of_batches"]
 
@@ -99,6 +103,8 @@ def metadata_of_part(
 def join_dump(dump: Path, *, overwrite: bool) -> tuple[int, int] | None:
     """Joins what all ranks captured, and gives it the name of the dump.
 
+    Where a dump of that name is what the parts make, an interrupted run has joined them, and only they are removed.
+
     Args:
         dump: A file ending in ``.safetensors``, or a folder of one shard per layer.
         overwrite: Whether a dump of that name is replaced.
@@ -115,34 +121,45 @@ def join_dump(dump: Path, *, overwrite: bool) -> tuple[int, int] | None:
     place = beside(dump, PARTS)
     if not (found := list(_read_parts(place))):
         return None
+    parts = fitting(dump, place, found)
+    first = parts[0]
+
+    def layers() -> "Iterator[Mapping[str, torch.Tensor]]":
+        return (_joined(place, parts, layer) for layer in range(first.layers))
+
+    with sigterm_as_interrupt(), locked(dump), ending_early(dump, lambda: "finish again to go on", lambda: None):
+        if not overwrite and holds(dump, first.dump, layers()):
+            shutil.rmtree(beside(dump, "staging"), ignore_errors=True)
+        else:
+            check_free(dump, overwrite=overwrite)
+            writer = DumpWriter(dump, first.dump, first.identity, resume=True, overwrite=overwrite)
+            for layer, tensors in enumerate(layers()):
+                writer.write(layer, tensors)
+            writer.publish()
+    remove_joined(dump)
+    return sum(len(part.rows) for part in parts) // 2, first.layers
+
+
+def _joined(place: Path, parts: Sequence[_CapturedPart], layer: int) -> "dict[str, torch.Tensor]":
+    """Returns a layer's tensors, ``[pairs, hidden size]``, of the rows that all ranks captured."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    parts = fitting(dump, place, found)
-    first = parts[0]
-    total = sum(len(part.rows) for part in parts)
-    with sigterm_as_interrupt(), locked(dump), ending_early(dump, lambda: "finish again to go on", lambda: None):
-        check_free(dump, overwrite=overwrite)
-        writer = DumpWriter(dump, first.dump, first.identity, resume=True, overwrite=overwrite)
-        for layer in range(first.layers):
-            rows: dict[int, torch.Tensor] = {}
-            for part in parts:
-                path = place / part.folder / shard_name(layer)
-                try:
-                    tensors = load_file(path)
-                    halves = [tensors[name] for name in tensor_names(layer)]
-                    rows |= zip(part.rows, torch.cat(halves), strict=True)
-                except (SafetensorError, OSError, KeyError, ValueError) as error:
-                    raise ExecuteError(
-                        f"{path}: is not what rank {part.rank} captured ({error}); remove {place / part.folder} and "
-                        "run that rank again"
-                    ) from error
-            whole = torch.stack([rows[row] for row in range(total)])
-            writer.write(layer, dict(zip(tensor_names(layer), whole.chunk(2), strict=True)))
-        writer.publish()
-    shutil.rmtree(place)
-    return total // 2, first.layers
+    rows: dict[int, torch.Tensor] = {}
+    for part in parts:
+        path = place / part.folder / shard_name(layer)
+        try:
+            tensors = load_file(path)
+            halves = [tensors[name] for name in tensor_names(layer)]
+            rows |= zip(part.rows, torch.cat(halves), strict=True)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise ExecuteError(
+                f"{path}: is not what rank {part.rank} captured ({error}); remove {place / part.folder} and run that "
+                "rank again"
+            ) from error
+    whole = torch.stack([rows[row] for row in range(len(rows))])
+    return dict(zip(tensor_names(layer), whole.chunk(2), strict=True))
 
 
 def _read_parts(place: Path) -> Iterator[_CapturedPart]:

@@ -1,5 +1,6 @@
 """Checkpoints in repositories on the Hub, read by byte ranges at one commit."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Self
@@ -58,7 +59,7 @@ class HubStore(HubFaults):
         from huggingface_hub.hf_api import RepoFile
 
         super().__init__(repo + (f"@{revision}" if revision else ""))
-        self._repo = repo
+        self._repo, self._folder = repo, ""
         self._entries: dict[str, Entry] = {}
         self._revision = ""
         api = HfApi()
@@ -98,7 +99,7 @@ class HubStore(HubFaults):
             hf_raise_for_status,
         )
 
-        url = hf_hub_url(self._repo, file, revision=self._revision)
+        url = hf_hub_url(self._repo, f"{self._folder}{file}", revision=self._revision)
         # The identity encoding, because a range of compressed bytes would be of no use.
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -112,6 +113,17 @@ class HubStore(HubFaults):
     def now(self) -> Self:
         """Returns itself: a commit does not change."""
         return self
+
+    def below(self, folder: str) -> Self:
+        """Returns a folder of it as a store of its own."""
+        found = copy.copy(self)
+        found._name, found._folder = f"{self._name}/{folder}", f"{self._folder}{folder}/"
+        found._entries = {
+            name.removeprefix(f"{folder}/"): entry
+            for name, entry in self._entries.items()
+            if name.startswith(f"{folder}/")
+        }
+        return found
 
 
 def hub_pause(error: Exception) -> float | None:

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,22 @@ from ablate_shards.surgery.machine.files import write_whole
 from ablate_shards.surgery.machine.parts import Part, differing, fitting, unfitting, without_rank
 from ablate_shards.surgery.machine.ranks import WorkerRank, deal
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt, uninterrupted
-from ablate_shards.surgery.machine.staging import OutFolder, Staging, check_free, is_staged, locked
+from ablate_shards.surgery.machine.staging import OutFolder, Staging, beside, check_free, is_staged, locked
 from ablate_shards.surgery.plan.edits import Edit
 from ablate_shards.validation import checked
 
-__all__ = ["EditedPart", "Joined", "agreed_on", "join", "join_in_folder", "lacking", "part_of", "read_part", "share_of"]
+__all__ = [
+    "EditedPart",
+    "Joined",
+    "agreed_on",
+    "are_told_of",
+    "join",
+    "join_in_folder",
+    "lacking",
+    "part_of",
+    "read_part",
+    "share_of",
+]
 
 _E = TypeVar("_E", bound=Edit)
 
@@ -53,6 +65,10 @@ class EditedPart(Part):
     digests: Mapping[str, str]
     measured: tuple[tuple[int, Any], ...]
     receipt: Mapping[str, Any] | None = None
+
+    def is_computed_by(self, arithmetic: Mapping[str, str]) -> bool:
+        """Returns whether the arithmetic is what it was computed by; another may give other bits."""
+        return self.digests.get("device") == _digest(dict(arithmetic))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +207,20 @@ def join(out: object, place: object, parts: Iterable[EditedPart]) -> Joined:
     return Joined(first.identity, files, first.receipt_name, seal(receipt))
 
 
+def are_told_of(receipt: bytes, parts: Iterable[EditedPart]) -> bool:
+    """Returns whether the receipt of an output tells of what some ranks did, however many there were."""
+    try:
+        said = dict(json.loads(receipt))
+        tensors = said.pop(_TENSORS, [])
+        digests = {key: _digest(value) for key, value in said.items() if key != "sha256"}
+        return all(
+            part.digests == digests and all(tensors[number] == record for number, record in part.measured)
+            for part in parts
+        )
+    except (ValueError, TypeError, LookupError):
+        return False
+
+
 def join_in_folder(joined: Joined, place: Path, out: OutFolder) -> None:
     """Makes the parts of all ranks one folder, which appears when it is complete; their files are moved, not copied.
 
@@ -209,10 +239,19 @@ def join_in_folder(joined: Joined, place: Path, out: OutFolder) -> None:
         locked(out.path),
         ending_early(out.path, lambda: "finish again to go on", lambda: None),
     ):
-        made = out.path / joined.receipt_name
-        left = any((place / folder / name).is_file() for name, (folder, _) in joined.files.items())
-        if not (left or is_staged(out.path)) and made.is_file() and made.read_bytes() == joined.receipt.encode():
-            return
+        receipt = joined.receipt.encode()
+        staged = beside(out.path, "staging")
+        if not is_staged(out.path) and not any(
+            (place / folder / name).is_file() for name, (folder, _) in joined.files.items()
+        ):
+            # A run that was killed moved all files. The journal went last before the name came.
+            if _says(out.path / joined.receipt_name, receipt):
+                shutil.rmtree(staged, ignore_errors=True)
+                return
+            if _says(staged / joined.receipt_name, receipt):
+                with uninterrupted():
+                    Staging(out.path, staged, out.overwrite).publish()
+                return
         check_free(out.path, overwrite=out.overwrite)
         staging = Staging.open(out.path, joined.identity, None, resume=True, overwrite=out.overwrite)
         for name, (folder, size) in joined.files.items():
@@ -225,9 +264,13 @@ def join_in_folder(joined: Joined, place: Path, out: OutFolder) -> None:
             here.parent.mkdir(parents=True, exist_ok=True)
             if there.is_file():
                 there.replace(here)
-        write_whole(staging.folder / joined.receipt_name, [joined.receipt.encode()])
+        write_whole(staging.folder / joined.receipt_name, [receipt])
         with uninterrupted():
             staging.publish()
+
+
+def _says(path: Path, receipt: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == receipt
 
 
 def lacking(path: object, size: int, found: int | None) -> ExecuteError:

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, size_of
 from ablate_shards.surgery.checkpoint.object_store import UNFINISHED, FsspecFaults, entry_of, listing, open_system
 from ablate_shards.surgery.checkpoint.remote import Entry, patiently
 from ablate_shards.surgery.edit.operation import Operation, RunOptions, check_unchanged, ending_early
-from ablate_shards.surgery.edit.parts import Joined, lacking
+from ablate_shards.surgery.edit.parts import EditedPart, Joined, are_told_of, lacking
 from ablate_shards.surgery.edit.queue import Work
 from ablate_shards.surgery.edit.shard_writer import ShardWriter
 from ablate_shards.surgery.machine.progress import Progress
@@ -28,7 +28,14 @@ from ablate_shards.surgery.machine.sizes import size_text
 from ablate_shards.surgery.machine.staging import Staging, locked
 from ablate_shards.surgery.plan.edits import Edit
 
-__all__ = ["check_in_store", "complete_in_store", "join_in_store", "perform_in_store", "remove_from_store"]
+__all__ = [
+    "check_in_store",
+    "complete_in_store",
+    "is_joined_in_store",
+    "join_in_store",
+    "perform_in_store",
+    "remove_from_store",
+]
 
 _INDEX = ".safetensors.index.json"
 _CONFIG = "config.json"
@@ -140,10 +147,28 @@ def complete_in_store(place: str) -> list[str]:
     return [f"{place}/{folder}" for folder in sorted(found) if f"{folder}/{UNFINISHED}" not in entries]
 
 
-def remove_from_store(url: str) -> None:
-    """Removes a folder, that by which a rank is known to be complete last."""
+def is_joined_in_store(parts: Sequence[EditedPart], place: str, url: str) -> bool:
+    """Returns whether parts were joined, and all that is left of them is what :func:`remove_from_store` removes last.
+
+    Args:
+        parts: Those of ranks that are complete, or were.
+        place: The folder of the parts.
+        url: The folder that they made.
+    """
+    held = _Target(place).entries()
+    kept = (f"{part.folder}/{name}" for part in parts for name in part.files if not _found_first(name))
+    if not parts or any(path in held for path in kept):
+        return False
     target = _Target(url)
-    target.remove(sorted(target.entries(), key=lambda name: (_found_first(name), name)))
+    entries = target.entries()
+    name = parts[0].receipt_name
+    return UNFINISHED not in entries and name in entries and are_told_of(target.read(name), parts)
+
+
+def remove_from_store(url: str) -> None:
+    """Removes the folder of a rank, or of all; that by which ranks are known to be complete last."""
+    target = _Target(url)
+    target.remove(sorted(target.entries(), key=lambda name: (_found_first(name.partition("/")[2] or name), name)))
 
 
 def join_in_store(joined: Joined, place: str, url: str, *, overwrite: bool, progress: Progress) -> None:

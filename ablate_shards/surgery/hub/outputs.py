@@ -64,7 +64,9 @@ class Prepared:
         if self.run.rank is not None:
             from ablate_shards.surgery.hub.ranks import perform_part
 
-            return perform_part(checkpoint, operation, self.out, self.run, self.run.rank, progress), None
+            return perform_part(
+                checkpoint, operation, self.out, self.run, self.run.rank, progress, private=self.private
+            ), None
         if isinstance(self.out, OutFolder):
             return perform_in_folder(checkpoint, operation, self.out, self.run, progress), None
         if (repo := hub_repository(self.out)) is not None:
@@ -115,11 +117,6 @@ def prepare(
     """
     checkpoint = open_source(source)
     _check_options(checkpoint, out, link=run.link, cache=cache, private=private)
-    if run.rank is not None and hub_repository(out) is not None:
-        raise UsageError(
-            f"{out}: a repository gets one commit by one process, and this is {run.rank} ({run.rank.said_by}); name a "
-            "folder that all ranks share and publish it with `ablate-shards push`, or add --world-size 1"
-        )
     # Looking for the best device may import torch, which can wait until the copying has begun.
     if run.device != "auto":
         find_device(run.device)

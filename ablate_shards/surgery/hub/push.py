@@ -33,6 +33,7 @@ __all__ = [
     "open_for_writing",
     "plan_push",
     "push",
+    "require_token",
     "warnings_noted",
 ]
 
@@ -176,7 +177,7 @@ def push(folder: Path, repo: str, options: PushOptions, run: RunOptions, progres
 
     published = look_at(folder, options.base_model)
     _spare_base(published, repo, options)
-    _require_token(repo)
+    require_token(repo)
     store = _repository(repo, options)
     deleted = _to_delete(published, repo, options, store)
     card = card_of(published, repo, options, store)
@@ -215,7 +216,7 @@ def open_for_writing(repo: str, options: PushOptions) -> tuple[HubStore, Any]:
     Raises:
         HubError: It may not be written.
     """
-    _require_token(repo)
+    require_token(repo)
     return _made(repo, options, _repository(repo, options))
 
 
@@ -263,7 +264,7 @@ def check_place_of_adapter(repo: str, options: PushOptions, *, overwrite: bool) 
     Raises:
         HubError: It may not be written, or holds an adapter, or the weights of a model.
     """
-    _require_token(repo)
+    require_token(repo)
     store = _repository(repo, options)
     _refuse_model(repo, store)
     if store is not None and WEIGHTS_NAME in store.entries and not overwrite:
@@ -293,7 +294,12 @@ def _spare_base(published: Published, repo: str, options: PushOptions) -> None:
         )
 
 
-def _require_token(repo: str) -> None:
+def require_token(repo: str) -> None:
+    """Refuses to write without a token.
+
+    Raises:
+        HubError: There is none.
+    """
     from huggingface_hub import get_token
 
     if get_token() is None:

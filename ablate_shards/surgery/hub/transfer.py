@@ -4,10 +4,10 @@ import dataclasses
 import json
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ablate_shards.errors import HubError
 from ablate_shards.names import DEQUANTISATION_RECEIPT_NAME, MERGE_RECEIPT_NAME
@@ -40,7 +40,7 @@ from ablate_shards.surgery.plan.edits import Edit, by_shard
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
-__all__ = ["perform_on_hub"]
+__all__ = ["Destination", "Ledger", "deliver", "not_arrived", "perform_on_hub", "weights_of"]
 
 _SENT = "sent.json"
 #: Bytes above which a file beside the shards is not sent from memory.
@@ -81,22 +81,125 @@ def perform_on_hub(
         HubError: The repository may not be written, or holds weights already.
         Interrupted: Ctrl-C or SIGTERM; what has been sent need not be sent again.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
     store, api = open_for_writing(repo, options)
+    theirs = weights_of(repo, store, overwrite=run.overwrite)
+    own = {shard.name for shard in operation.amend(checkpoint).shards}
+    deleted = [name for name in theirs if name not in own]
+    # Beside it, hidden, are the lock and the shard under way.
+    place = Path.cwd() / f"hub-{repo.replace('/', '--')}"
+    identity = {**operation.identity_on(checkpoint), "the repository": repo}
+    destination = _MainBranch(api, repo, store, options, deleted, progress)
+    return deliver(checkpoint, operation, destination, place, identity, run, progress)
+
+
+def weights_of(repo: str, store: HubStore, *, overwrite: bool) -> list[str]:
+    """Returns the weights that a repository has.
+
+    Raises:
+        HubError: It has some, and they may not be replaced.
+    """
+    theirs = [name for name in store.entries if "/" not in name and name.endswith(".safetensors")]
+    if theirs and not overwrite:
+        raise HubError(f"{repo}: holds weights already ({theirs[0]}); --overwrite replaces them, in one commit")
+    return theirs
+
+
+class Destination(Protocol):
+    """Where a repository gets what a run made.
+
+    Attributes:
+        api: What writes to it.
+        repo: The repository.
+        folder: What the path of each file begins with, empty or ending in a slash.
+    """
+
+    api: Any
+    repo: str
+    folder: str
+
+    def take_over(self, ledger: "Ledger") -> None:
+        """Tells the ledger of the shards that an earlier run committed."""
+
+    def keep(self, ledger: "Ledger") -> None:
+        """May commit the shards that have arrived, when one more has."""
+
+    def beside(self, folder: Path, receipt_name: str, checkpoint: Checkpoint) -> list[Any]:
+        """Returns what the commit does beside adding what the source has, with the folder that holds the receipt."""
+
+    def commit(self, operations: list[Any]) -> tuple[str, str]:
+        """Makes the commit that ends the run; returns its address and hash."""
+
+
+class _MainBranch:
+    """The main branch, which gets one commit of everything."""
+
+    folder = ""
+
+    def __init__(
+        self, api: Any, repo: str, store: HubStore, options: PushOptions, deleted: Sequence[str], progress: Progress
+    ) -> None:
+        self.api, self.repo = api, repo
+        self._store, self._options, self._deleted, self._progress = store, options, deleted, progress
+
+    def take_over(self, ledger: "Ledger") -> None:
+        """Does nothing: before the only commit there is none."""
+
+    def keep(self, ledger: "Ledger") -> None:
+        """Does nothing: there is one commit."""
+
+    def beside(self, folder: Path, receipt_name: str, checkpoint: Checkpoint) -> list[Any]:
+        """Adds the card and the receipt, and deletes weights that a loader would take for those of the output."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        published = _published(folder, checkpoint, receipt_name, self._options)
+        card = card_of(published, self.repo, self._options, self._store)
+        return [
+            CommitOperationAdd(CARD, card.encode()),
+            CommitOperationAdd(receipt_name, (folder / receipt_name).read_bytes()),
+            *(CommitOperationDelete(name) for name in self._deleted),
+        ]
+
+    def commit(self, operations: list[Any]) -> tuple[str, str]:
+        """Commits on top of what was there at the start."""
+        return commit(self.api, self.repo, operations, self._options, self._store, self._progress)
+
+
+def deliver(
+    checkpoint: Checkpoint,
+    operation: Operation[_E, Any],
+    destination: Destination,
+    place: Path,
+    identity: Mapping[str, str],
+    run: RunOptions,
+    progress: Progress,
+) -> tuple[dict[str, Any], str]:
+    """Carries out an operation, sends what it makes, and commits it.
+
+    Args:
+        checkpoint: The source.
+        operation: What to do.
+        destination: What is committed, and where.
+        place: A name beside which, hidden, is what the run keeps here.
+        identity: What must be equal for an interrupted run to be resumed.
+        run: How to run.
+        progress: Receives how far the run has come.
+
+    Returns:
+        The result of each edit, by tensor, and the commit's URL.
+
+    Raises:
+        ExecuteError: A tensor cannot be edited.
+        HubError: The repository may not be written.
+        Interrupted: Ctrl-C or SIGTERM; what has been sent need not be sent again.
+    """
+    repo = destination.repo
     amended = operation.amend(checkpoint)
     own = {shard.name for shard in amended.shards}
-    theirs = [name for name in store.entries if "/" not in name and name.endswith(".safetensors")]
-    if theirs and not run.overwrite:
-        raise HubError(f"{repo}: holds weights already ({theirs[0]}); --overwrite replaces them, in one commit")
     edited = {edit.shard for edit in operation.edits} | amended.amended
     on_hub = checkpoint.remote is not None and checkpoint.remote.revision is not None
     passing = checkpoint.remote is not None and not on_hub
     here = tuple(shard for shard in amended.shards if shard.name in edited or passing)
     here += _large(amended) if passing else ()
-    # Beside it, hidden, are the lock and the shard under way.
-    place = Path.cwd() / f"hub-{repo.replace('/', '--')}"
-    identity = {**operation.identity_on(checkpoint), "the repository": repo}
     staging: Staging | None = None
 
     def discard() -> None:
@@ -106,25 +209,21 @@ def perform_on_hub(
     with sigterm_as_interrupt(), locked(place), ending_early(repo, lambda: what_is_kept(staging), discard):
         sizes = {shard.name: shard.size for shard in here}
         staging = Staging.open(place, identity, sizes, resume=run.resume, overwrite=run.overwrite)
-        ledger = _Ledger(staging, api, repo, progress)
+        ledger = Ledger(staging, destination, progress)
+        destination.take_over(ledger)
         send = _way(staging, amended, progress)
         device = send(_part(amended, here), operation, run, ledger, progress)
         check_unchanged(checkpoint)
         results = ledger.results(operation)
         receipt = staging.folder / operation.receipt_name
         receipt.write_text(operation.receipt(checkpoint, results, device), encoding="utf-8", newline="\n")
-        card = card_of(_published(staging.folder, checkpoint, operation.receipt_name, options), repo, options, store)
-        made = [
-            CommitOperationAdd(CARD, card.encode()),
-            CommitOperationAdd(operation.receipt_name, receipt.read_bytes()),
-            *(CommitOperationDelete(name) for name in theirs if name not in own),
-        ]
+        made = destination.beside(staging.folder, operation.receipt_name, checkpoint)
         left = own - sizes.keys() - ledger.digests().keys()
-        copied = _copies(amended, left, ledger, by_hub=on_hub)
+        copied = _copies(amended, left, ledger, destination.folder, by_hub=on_hub)
 
         def publish(copied: list[Any]) -> tuple[str, str]:
             with explained(repo):
-                return commit(api, repo, [*ledger.operations(), *copied, *made], options, store, progress)
+                return destination.commit([*ledger.operations(), *copied, *made])
 
         try:
             url, oid = publish(copied)
@@ -135,11 +234,11 @@ def perform_on_hub(
             rest = (*(shard for shard in amended.shards if shard.name in left), *_large(amended))
             send(_part(amended, rest), operation, run, ledger, progress)
             on_hub = False
-            url, oid = publish(_copies(amended, set(), ledger, by_hub=False))
+            url, oid = publish(_copies(amended, set(), ledger, destination.folder, by_hub=False))
         expected = ledger.digests()
         if checkpoint.remote is not None and on_hub:
             expected |= {name: checkpoint.remote.stamp(name) for name in left}
-        _check_arrival(repo, oid, expected, amended)
+        _check_arrival(destination, oid, expected, amended)
         staging.discard()
     return results, url
 
@@ -161,15 +260,20 @@ class _Sent:
     arrived: bool
 
 
-class _Ledger:
-    """Sends shards and records what the commit needs to know of them, so that a later run need not send them again."""
+class Ledger:
+    """Sends shards and records what the commit needs to know of them, so that a later run need not send them again.
 
-    def __init__(self, staging: Staging, api: Any, repo: str, progress: Progress) -> None:
-        self.staging, self.repo = staging, repo
-        self._api, self._progress = api, progress
+    Args:
+        staging: Where it is kept.
+        destination: Where the commit goes.
+        progress: Receives what the client warns of.
+    """
+
+    def __init__(self, staging: Staging, destination: Destination, progress: Progress) -> None:
+        self.staging = staging
+        self._destination, self._progress = destination, progress
         self._path = staging.folder / _SENT
-        written = json.loads(self._path.read_bytes()) if self._path.is_file() else {}
-        self._shards = {name: _Sent(**values) for name, values in written.items()}
+        self._shards = _as_sent(json.loads(self._path.read_bytes())) if self._path.is_file() else {}
 
     def __getitem__(self, name: str) -> _Sent | None:
         return self._shards.get(name)
@@ -194,6 +298,17 @@ class _Ledger:
         """Writes down, durably, what is known of a shard."""
         self._shards[name] = sent
         self._write()
+        if sent.arrived:
+            self._destination.keep(self)
+
+    def take_over(self, written: Mapping[str, Any]) -> None:
+        """Adds what the ledger of another run says of the shards that arrived."""
+        self._shards |= {name: sent for name, sent in _as_sent(written).items() if sent.arrived}
+        self._write()
+
+    def written(self) -> dict[str, Any]:
+        """Returns all of it as JSON has it."""
+        return {name: dataclasses.asdict(sent) for name, sent in self._shards.items()}
 
     def forget(self, name: str) -> None:
         """Strikes a shard out."""
@@ -202,37 +317,38 @@ class _Ledger:
 
     def send(self, addition: "CommitOperationAdd") -> None:
         """Sends a shard, unless the Hub has its bytes already."""
-        name = addition.path_in_repo
-        with explained(self.repo), warnings_noted(self._progress):
-            faults = HubFaults(self.repo, writing=True)
-            patiently(faults, lambda: self._api.preupload_lfs_files(self.repo, [addition], free_memory=False))
+        name, repo, api = addition.path_in_repo, self._destination.repo, self._destination.api
+        with explained(repo), warnings_noted(self._progress):
+            faults = HubFaults(repo, writing=True)
+            patiently(faults, lambda: api.preupload_lfs_files(repo, [addition], free_memory=False))
         if is_stored_as_text(addition):
-            raise HubError(
-                f"{self.repo}: would store {name} as text; add `*.safetensors filter=lfs` to its .gitattributes"
-            )
+            raise HubError(f"{repo}: would store {name} as text; add `*.safetensors filter=lfs` to its .gitattributes")
 
     def operations(self) -> "list[CommitOperationAdd]":
         """Returns what the commit says of the shards that the Hub has, which need not be here."""
         operations = []
         for name, sent in sorted(self.arrived().items()):
-            addition = addition_of(name, sent.size, sent.sha256)
+            addition = addition_of(f"{self._destination.folder}{name}", sent.size, sent.sha256)
             mark_sent(addition)
             operations.append(addition)
         return operations
 
     def _write(self) -> None:
-        text = json.dumps({name: dataclasses.asdict(sent) for name, sent in self._shards.items()})
-        write_whole(self._path, [text.encode()])
+        write_whole(self._path, [json.dumps(self.written()).encode()])
 
 
-_Send = Callable[[Checkpoint, Operation[Any, Any], RunOptions, _Ledger, Progress], dict[str, str]]
+def _as_sent(written: Mapping[str, Any]) -> dict[str, _Sent]:
+    return {name: _Sent(**values) for name, values in written.items()}
+
+
+_Send = Callable[[Checkpoint, Operation[Any, Any], RunOptions, Ledger, Progress], dict[str, str]]
 
 
 def _way(staging: Staging, checkpoint: Checkpoint, progress: Progress) -> _Send:
     """Returns how shards are sent: through Xet where there is one and a shard has room here, else through LFS."""
     if not has_xet():
         return _stream
-    needed, free = max(shard.size for shard in checkpoint.shards), shutil.disk_usage(staging.folder).free
+    needed, free = max((shard.size for shard in checkpoint.shards), default=0), shutil.disk_usage(staging.folder).free
     if free < needed:
         progress.note(
             f"{staging.folder.parent} has {size_text(free, 5)} free, too little for a shard of {size_text(needed, 5)} "
@@ -243,7 +359,7 @@ def _way(staging: Staging, checkpoint: Checkpoint, progress: Progress) -> _Send:
 
 
 def _stream(
-    checkpoint: Checkpoint, operation: Operation[Any, Any], run: RunOptions, ledger: _Ledger, progress: Progress
+    checkpoint: Checkpoint, operation: Operation[Any, Any], run: RunOptions, ledger: Ledger, progress: Progress
 ) -> dict[str, str]:
     """Sends shards that are computed while they are sent; returns what did the arithmetic."""
     window = run.memory // 2
@@ -292,7 +408,7 @@ def _known(checkpoint: Checkpoint, shard: Shard, *, edited: bool) -> _Sent | Non
 
 
 def _stage(
-    checkpoint: Checkpoint, operation: Operation[Any, Any], run: RunOptions, ledger: _Ledger, progress: Progress
+    checkpoint: Checkpoint, operation: Operation[Any, Any], run: RunOptions, ledger: Ledger, progress: Progress
 ) -> dict[str, str]:
     """Sends shards that are made here one at a time and removed again; returns what did the arithmetic."""
     staging = ledger.staging
@@ -312,7 +428,7 @@ class _Stager(ShardWriter[_E, Any]):
     in_flight = 1
 
     def __init__(
-        self, checkpoint: Checkpoint, operation: Operation[_E, Any], ledger: _Ledger, progress: Progress
+        self, checkpoint: Checkpoint, operation: Operation[_E, Any], ledger: Ledger, progress: Progress
     ) -> None:
         super().__init__(checkpoint, operation, ledger.staging, progress, link=False)
         self._ledger = ledger
@@ -346,8 +462,8 @@ def _large(checkpoint: Checkpoint) -> tuple[Shard, ...]:
     return tuple(Shard(name, Path(name), size, "", ()) for name, size in sizes.items() if size > _LARGE)
 
 
-def _copies(checkpoint: Checkpoint, shards: set[str], ledger: _Ledger, *, by_hub: bool) -> list[Any]:
-    """Returns how to bring over what has not been sent: by the Hub itself, or from this disk."""
+def _copies(checkpoint: Checkpoint, shards: set[str], ledger: Ledger, folder: str, *, by_hub: bool) -> list[Any]:
+    """Returns how to bring over what has not been sent, into a folder: by the Hub itself, or from this disk."""
     from huggingface_hub import CommitOperationAdd, CommitOperationCopy
 
     sent = ledger.digests()
@@ -355,11 +471,12 @@ def _copies(checkpoint: Checkpoint, shards: set[str], ledger: _Ledger, *, by_hub
     repo, revision = checkpoint.origin or (None, None)
 
     def bring(name: str) -> Any:
+        path = f"{folder}{name}"
         if by_hub and repo is not None and name not in checkpoint.amended:
-            return CommitOperationCopy(name, name, src_revision=revision, src_repo_id=repo, src_repo_type="model")
+            return CommitOperationCopy(name, path, src_revision=revision, src_repo_id=repo, src_repo_type="model")
         if (remote := checkpoint.fetched(name)) is None:
-            return CommitOperationAdd(name, checkpoint.root / name)
-        return CommitOperationAdd(name, remote.read_range(name, 0, size_of(checkpoint, name)))
+            return CommitOperationAdd(path, checkpoint.root / name)
+        return CommitOperationAdd(path, remote.read_range(name, 0, size_of(checkpoint, name)))
 
     return [bring(name) for name in names]
 
@@ -385,11 +502,16 @@ def _published(folder: Path, checkpoint: Checkpoint, receipt_name: str, options:
     )
 
 
-def _check_arrival(repo: str, oid: str, expected: Mapping[str, str], checkpoint: Checkpoint) -> None:
+def _check_arrival(destination: Destination, oid: str, expected: Mapping[str, str], checkpoint: Checkpoint) -> None:
     """Compares the digests of the commit with what was sent and with the source's."""
-    entries = HubStore(repo, oid).entries
+    entries = HubStore(destination.repo, oid).entries
     for shard in checkpoint.shards:
         digest = expected.get(shard.name)
-        found = entries.get(shard.name)
+        found = entries.get(f"{destination.folder}{shard.name}")
         if found is None or found.size != shard.size or (digest is not None and found.digest != digest):
-            raise HubError(f"{repo}: {shard.name} did not arrive as it was sent; revert commit {oid} and run again")
+            raise not_arrived(destination.repo, shard.name, oid)
+
+
+def not_arrived(repo: str, name: str, oid: str) -> HubError:
+    """Returns the error of a file that a commit has otherwise than it was sent."""
+    return HubError(f"{repo}: {name} did not arrive as it was sent; revert commit {oid} and run again")

@@ -1,19 +1,36 @@
 """What a rank did of a job that several share, and whether what all of them did fits together."""
 
+import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import msgspec
 
 from ablate_shards.errors import ExecuteError
 from ablate_shards.surgery.machine.ranks import MOST_RANKS, WorkerRank
+from ablate_shards.surgery.machine.staging import beside
 
-__all__ = ["PARTS", "Part", "differing", "fitting", "is_complete", "unfitting", "without_rank"]
+__all__ = [
+    "PARTS",
+    "Part",
+    "differing",
+    "fitting",
+    "is_complete",
+    "is_part",
+    "remove_joined",
+    "removed_rest",
+    "unfitting",
+    "without_rank",
+]
 
 #: What the hidden folder of all parts is for, in its name beside the output.
 PARTS = "ranks"
+#: The same for parts that have been joined, while they are removed.
+_JOINED = "joined"
 
 _RANK_OPTIONS = ("--worker-rank", "--world-size")
 
@@ -48,6 +65,11 @@ class Part:
 
 
 _P = TypeVar("_P", bound=Part)
+
+
+def is_part(folder: str) -> bool:
+    """Returns whether a folder has a name of those that ranks make."""
+    return re.fullmatch(r"\d+-of-\d+", folder) is not None
 
 
 def is_complete(
@@ -118,6 +140,27 @@ def unfitting(out: object, first: Part, part: Part, wrong: Sequence[str]) -> Exe
         f"{' and '.join(wrong)}; run all ranks with the same source, options and number, and add --overwrite to those "
         "that are to be made again"
     )
+
+
+def remove_joined(out: Path) -> None:
+    """Removes the parts of an output that is complete.
+
+    They get another name first, so that what an interruption leaves is not taken for ranks of which some are missing.
+    """
+    place, rest = beside(out, PARTS), beside(out, _JOINED)
+    shutil.rmtree(rest, ignore_errors=True)
+    if place.is_dir():
+        place.replace(rest)
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def removed_rest(out: Path) -> bool:
+    """Removes what an interrupted :func:`remove_joined` left; returns whether nothing else was to be done."""
+    rest = beside(out, _JOINED)
+    if not (rest.is_dir() and out.exists()) or beside(out, PARTS).is_dir():
+        return False
+    shutil.rmtree(rest, ignore_errors=True)
+    return True
 
 
 def differing(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ablate_shards.errors import ExecuteError, UsageError
+from ablate_shards.errors import ChangedError, ExecuteError, UsageError
 from ablate_shards.names import ADAPTER_RECEIPT_NAME, RECEIPT_NAMES, TRAINING_NAME
 from ablate_shards.surgery.machine.files import append_lines
 from ablate_shards.surgery.machine.system import (
@@ -178,10 +178,10 @@ class Staging:
         """Checks what must be equal for a resumed run against what the journal says, or writes it down.
 
         Raises:
-            ExecuteError: Something changed since the interrupted run.
+            ChangedError: Something changed since the interrupted run.
         """
         if changed := self._changed(identity):
-            raise ExecuteError(
+            raise ChangedError(
                 f"{self.out}: cannot be resumed, because {' and '.join(changed)} changed since the interrupted "
                 "run; --overwrite starts again"
             )
@@ -223,7 +223,7 @@ class Staging:
         taken = self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))
         if taken and not (self.overwrite and (replaceable or _made_by_a_run)(self.out)):
             raise FileExistsError(errno.EEXIST, "appeared during the run and is not replaced", str(self.out))
-        (self.folder / _JOURNAL).unlink()
+        (self.folder / _JOURNAL).unlink(missing_ok=True)
         if taken:
             exchange_folders(self.folder, self.out, beside(self.out, "replaced"))
             shutil.rmtree(self.folder)
