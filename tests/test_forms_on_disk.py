@@ -202,6 +202,29 @@ def test_consolidated_weights_and_their_index_are_a_set_of_their_own(tmp_path, s
     checked("verify", base, tmp_path / "out")
 
 
+NUMBERED = {
+    "from 1": ("model-{:05d}-of-00012.safetensors", range(1, 13)),
+    "from 0": ("model-{:05d}-of-00012.safetensors", range(12)),
+    "without zeros in front": ("model-{}-of-12.safetensors", range(1, 13)),
+    "a count of six digits": ("model-{:05d}-of-000012.safetensors", range(1, 13)),
+    "after the ending": ("model.safetensors-{:05d}-of-00012.safetensors", range(1, 13)),
+}
+
+
+@pytest.mark.parametrize("missing", [None, 4, 11])
+@pytest.mark.parametrize("case", NUMBERED)
+def test_numbers_of_shards_tell_that_one_is_missing_where_there_is_no_index(tmp_path, case, missing):
+    pattern, numbers = NUMBERED[case]
+    tensors = llama_tensors()
+    for place, number in enumerate(numbers):
+        if place != missing:
+            write_shard(tmp_path / pattern.format(number), dict(list(tensors.items())[place::12]))
+    said = checked("inspect", tmp_path, code=0 if missing is None else 1).output
+    if missing is not None:
+        lacks = pattern.format(numbers[missing])
+        assert f"{lacks}: missing, although {pattern.format(numbers[0])} is here" in " ".join(said.split())
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_consolidated_weights_alone_are_the_weights(tmp_path, sharded):
     base = tmp_path / "base"

@@ -57,7 +57,7 @@ _TEXT_PARTS = ("text_config", "llm_config", "language_config")
 #: What peft puts into a model that it adapts.
 _ADAPTED = re.compile(r"\.(?:lora_[AB]|lora_embedding_[AB]|base_layer)(?:\.|$)")
 _MLX_ADAPTER = re.compile(r"(?:\d+_)?adapters\.safetensors")
-_NUMBERED = re.compile(r"^(?P<stem>.*?)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
+_NUMBERED = re.compile(r"^(?P<stem>.*?)-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})\.safetensors$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,12 +385,17 @@ def _check_index(index: str, weight_map: Mapping[str, str], shards: Iterable[Sha
 
 
 def _check_numbering(files: Files, names: list[str]) -> None:
+    sets: dict[tuple[str, str], dict[int, str]] = {}
     for name in names:
         if match := _NUMBERED.match(name):
-            for number in range(1, int(match["count"]) + 1):
-                wanted = f"{match['stem']}-{number:05d}-of-{match['count']}.safetensors"
-                if wanted not in names:
-                    raise CheckpointError(f"{files.shown(wanted)}: missing, although {name} is here; download it")
+            sets.setdefault((match["stem"], match["count"]), {})[int(match["number"])] = match["number"]
+    for (stem, count), numbers in sets.items():
+        digits, first = min(map(len, numbers.values())), 0 if 0 in numbers else 1  # most count from 1
+        for number in range(first, int(count) + first):
+            if number not in numbers:
+                wanted = f"{stem}-{number:0{digits}d}-of-{count}.safetensors"
+                here = f"{stem}-{next(iter(numbers.values()))}-of-{count}.safetensors"
+                raise CheckpointError(f"{files.shown(wanted)}: missing, although {here} is here; download it")
 
 
 def text_part(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
