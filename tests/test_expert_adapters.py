@@ -458,6 +458,117 @@ def test_of_an_unknown_architecture_nothing_is_guessed(tmp_path, stacks, leaf, s
     torch.testing.assert_close(after, before)
 
 
+# ------------------------------------------------------------------------------------------- all experts in one tensor
+
+MATRICES = {"w1": ("gate_proj", 0), "w3": ("up_proj", 1), "w2": ("down_proj", None)}
+#: Where the experts lie, whether a stack is ``[E, in, out]``, and whether its gate and up alternate.
+HOLDERS = {
+    "qwen3-moe": ("mlp", False, False),
+    "qwen3-moe-fused": ("mlp", False, False),
+    "mixtral": ("mlp", False, False),
+    "mixtral-fused": ("mlp", False, False),
+    "gpt-oss": ("mlp", True, True),
+    "llama4": ("feed_forward", True, False),
+}
+
+
+def added(tensors, stack, expert, leaf, change, *, input_first, alternating):
+    """Adds a change ``[out, in]`` to the matrix of an expert, however it is stored."""
+    called = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[leaf]
+    for name in (
+        f"{stack}.{expert}.{leaf}.weight",
+        f"{stack.replace('mlp', 'block_sparse_moe')}.{expert}.{called}.weight",
+    ):
+        if name in tensors:
+            tensors[name] += change
+            return
+    whole = tensors[f"{stack}.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}"][expert]
+    whole = whole.T if input_first else whole
+    part = MATRICES[called][1]
+    if part is not None:
+        whole = whole[part::2] if alternating else whole.chunk(2)[part]
+    whole += change
+
+
+@pytest.mark.parametrize("shared", [None, "lora_A", "lora_B"])
+@pytest.mark.parametrize("name", HOLDERS)
+def test_factors_of_all_experts_in_one_tensor_as_of_tinker(tmp_path, name, shared):
+    tiny, (parent, input_first, alternating) = TINY_MODELS[name], HOLDERS[name]
+    base = save_tiny_model(tiny, tmp_path / "base")
+    inner = tiny.settings.get("moe_intermediate_size", tiny.settings["intermediate_size"])
+    wanted = load_file(base / "model.safetensors")
+    stack = f"model.layers.1.{parent}.experts"
+    generator, tensors = torch.Generator().manual_seed(4), {}
+    for leaf, (long, _) in MATRICES.items():
+        outer, width = (32, inner) if leaf == "w2" else (inner, 32)
+        down = torch.randn(1 if shared == "lora_A" else 4, 2, width, generator=generator) * 0.2
+        up = torch.randn(1 if shared == "lora_B" else 4, outer, 2, generator=generator) * 0.2
+        stem = f"base_model.model.model.layers.1.{parent}.experts.{leaf}"
+        tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+        for expert, change in enumerate(3 * (up @ down)):
+            added(wanted, stack, expert, long, change, input_first=input_first, alternating=alternating)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(tensors, adapter / WEIGHTS)
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6}))
+    checked("merge", base, adapter, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert sum(not torch.equal(found[each], load_file(base / "model.safetensors")[each]) for each in found) >= 2
+    torch.testing.assert_close(found, wanted)
+    assert "to the bit" in checked("verify", base, tmp_path / "out", "--adapter", adapter).output
+
+
+def test_experts_without_a_gate_have_empty_factors_in_its_place(tmp_path):
+    shapes = {f"{UNTOLD}.{each}.{leaf}.weight": shape for each in range(2) for leaf, shape in
+              (("up_proj", (24, 32)), ("down_proj", (32, 24)))}  # fmt: skip
+    base = write_stacks(tmp_path / "base", shapes, model_type="of_my_own", hidden_size=32, num_hidden_layers=1)
+    stem, tensors = f"base_model.model.{UNTOLD}", {}
+    for leaf, down, up in (("w1", (2, 2, 32), (2, 24, 2)), ("w3", (0,), (0,))):
+        tensors |= {f"{stem}.{leaf}.lora_A.weight": torch.ones(down), f"{stem}.{leaf}.lora_B.weight": torch.ones(up)}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(tensors, adapter / WEIGHTS)
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    checked("merge", base, adapter, tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    for name, values in before.items():
+        torch.testing.assert_close(after[name], values + 2 if "up_proj" in name else values)
+
+
+@pytest.mark.parametrize("inner", [16, 24, 32])
+@pytest.mark.parametrize("name", ["qwen3-moe", "qwen3-moe-fused", "gpt-oss"])
+def test_stacks_of_factors_as_of_vllm_are_what_they_are_in_peft(tmp_path, name, inner):
+    size = "intermediate_size" if name == "gpt-oss" else "moe_intermediate_size"
+    tiny = changed(name, **{size: inner})
+    base = save_tiny_model(tiny, tmp_path / "base")
+    adapter = save_tiny_adapter(
+        tiny, base, tmp_path / "adapter", r=2, target_modules=["q_proj"], target_parameters=[GATE_UP, DOWN]
+    )
+    expected, tensors = logits(tiny, base, adapter), load_file(adapter / WEIGHTS)
+    if name == "gpt-oss":  # peft takes its first axis for the output
+        tensors |= the_other_way_round(adapter, 4)
+    for each, values in tensors.items():
+        if ".experts." in each:
+            rank = (4, 2, values.shape[1]) if "lora_A" in each else (len(values), 2, 4)
+            tensors[each] = values.reshape(rank)
+    rewritten(adapter, tensors, target_parameters=None, peft_version=None)
+    checked("merge", base, adapter, tmp_path / "out")
+    torch.testing.assert_close(logits(tiny, tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("base_form", ["mixtral", "qwen3-moe"])
+def test_matrices_of_an_expert_go_by_either_name(tmp_path, base_form):
+    tiny = TINY_MODELS[base_form]
+    base = save_tiny_model(tiny, tmp_path / "base")
+    names = EXPERTS["mixtral" if base_form == "qwen3-moe" else "qwen3-moe"]
+    adapter = write_split(tmp_path / "adapter", of_experts(tiny, names, layers=(1,)))
+    same = write_split(tmp_path / "same", of_experts(tiny, EXPERTS[base_form], layers=(1,)))
+    checked("merge", base, adapter, tmp_path / "out")
+    checked("merge", base, same, tmp_path / "expected")
+    found, expected = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "expected"))
+    assert all(torch.equal(found[each], expected[each]) for each in expected)
+
+
 def test_an_expert_that_does_not_fit_is_refused(tmp_path):
     tiny = TINY_MODELS["qwen3-moe-fused"]
     base = save_tiny_model(tiny, tmp_path / "base")

@@ -1,5 +1,6 @@
 """Reads a LoRA adapter as peft saves it: what it adds to which module, and what it replaces, as pure data."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -32,6 +33,11 @@ _FACTOR = re.compile(
     r"(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\."
     r"(?:lora_(?P<factor>[AB])(?:\.(?:[^.]+\.)?(?P<what>weight|bias))?|lora_embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
 )
+#: All experts in one tensor, A as ``[E, r, in]`` and B as ``[E, out, r]``.
+_OF_EXPERTS = re.compile(
+    r"(?P<stack>.+\.experts)\.(?P<leaf>w[123]|(?:gate|up|down)_proj)\.lora_(?P<factor>[AB])(?P<rest>(?:\.[^.]+){0,2})"
+)
+_STACKED = re.compile(r"\.experts\.(?:base_layer\.)*lora_(?P<factor>[AB])\.")
 _MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(?:\.[^.]+){0,2}")
 #: What training alone needs: the projection of VeLoRA's backward pass, the sampler of MonteCLoRA.
 _OF_TRAINING = re.compile(r".+\.lora_(?:velora|monteclora)_\w+(?:\..+)?")
@@ -206,8 +212,16 @@ class Adapter:
         return int(rank), alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of one of its tensors."""
-        return self.tensors[name].shape
+        """Returns the shape of one of its tensors: of A and B of stacked experts that of two dimensions."""
+        shape = self.tensors[name].shape
+        if (factor := self.stacked(name)) is None:
+            return shape
+        return (shape[0] * shape[1], shape[2]) if factor == "A" else (shape[0], shape[1] * shape[2])
+
+    def stacked(self, name: str) -> Literal["A", "B"] | None:
+        """Returns which factor of stacked experts a tensor is, ``[E, r, in]`` or ``[out, r, E]`` as vLLM reads them."""
+        found = _STACKED.search(name) if len(self.tensors[name].shape) == 3 else None
+        return None if found is None else found["factor"]  # type: ignore[return-value]
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
         """Reads one tensor, or some of its elements, flat; float32 holds whatever an adapter is stored in.
@@ -282,13 +296,14 @@ def read_adapter(path: Path) -> Adapter:
             )
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+    tensors = shard.tensors if mlx else _of_each_expert(shard.tensors, weights)
     sort = _sort_mlx if mlx else _sort
-    updates, replaced, copies, token_rows = sort(shard.tensors, weights, config)
+    updates, replaced, copies, token_rows = sort(tensors, weights, config)
     return Adapter(
         path=path,
         sha256=hashlib.sha256(hashlib.sha256(raw).digest() + bytes.fromhex(digest)).hexdigest(),
         config=config,
-        tensors={tensor.name: tensor for tensor in shard.tensors},
+        tensors={tensor.name: tensor for tensor in tensors},
         updates=updates,
         replaced=replaced,
         copies=copies,
@@ -429,7 +444,44 @@ def _inner(name: str) -> str:
     inner = unwrapped(name)
     while inner.startswith(_ROOT):
         inner = unwrapped(inner.removeprefix(_ROOT))
-    return inner
+    return inner.replace("model.unembed_tokens.", "lm_head.", 1)  # as Tinker calls it
+
+
+def _of_each_expert(tensors: tuple[TensorInfo, ...], path: Path) -> tuple[TensorInfo, ...]:
+    """Returns the tensors with those of SGLang and Tinker, which hold A or B of all experts, cut into one for each.
+
+    One of the two may be the same for all experts. Both are empty where experts have no such matrix, as those without a
+    gate, whose only one before the last is called w1.
+    """
+    found: dict[tuple[str, str], dict[str, tuple[TensorInfo, str]]] = {}
+    rest = []
+    for tensor in tensors:
+        match = _OF_EXPERTS.fullmatch(tensor.name)
+        if match is None or (len(tensor.shape) != 3 and 0 not in tensor.shape):
+            rest.append(tensor)
+        else:
+            found.setdefault((match["stack"], match["leaf"]), {})[match["factor"]] = tensor, match["rest"]
+    empty = {key for key, factors in found.items() if all(0 in tensor.shape for tensor, _ in factors.values())}
+    for (stack, leaf), factors in found.items():
+        if (stack, leaf) in empty:
+            continue
+        counts = {tensor.shape[0] for tensor, _ in factors.values()} - {1}
+        if len(counts) != 1 or any(len(tensor.shape) != 3 for tensor, _ in factors.values()):
+            shown = " and ".join(str(list(tensor.shape)) for tensor, _ in factors.values())
+            raise AdapterError(
+                f"{path}: {stack}.{leaf}: expected lora_A [experts, r, in] and lora_B [experts, out, r], one of which "
+                f"may be the same for all experts, found {shown}; save the adapter again"
+            )
+        for factor, (tensor, ending) in factors.items():
+            count, size = tensor.shape[0], (tensor.end - tensor.start) // tensor.shape[0]
+            for expert in range(max(counts)):
+                start = tensor.start + (expert if count > 1 else 0) * size
+                called = "up_proj" if leaf == "w1" and (stack, "w3") in empty else leaf
+                name = f"{stack}.{expert}.{called}.lora_{factor}{ending}"
+                rest.append(
+                    dataclasses.replace(tensor, name=name, shape=tensor.shape[1:], start=start, end=start + size)
+                )
+    return tuple(rest)
 
 
 def _sort(tensors: tuple[TensorInfo, ...], path: Path, config: LoraSettings) -> _Sorted:

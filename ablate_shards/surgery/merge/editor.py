@@ -143,7 +143,7 @@ class _LowRankFactors:
             if self._read is None:
                 down, up = (self._adapter.read(name) for name in edit.source)
                 # Experts lie one after the other along the rows of A, and interleaved along the columns of B.
-                self._read = down.reshape(edit.experts, -1, down.shape[1]), up.reshape(len(up), -1, edit.experts)
+                self._read = down.reshape(edit.experts, -1, down.shape[-1]), up.reshape(len(up), -1, edit.experts)
         downs, ups = self._read
         expert = matrix if edit.expert is None else edit.expert
         right, left = downs[expert], ups[:, :, expert]

@@ -517,6 +517,8 @@ class _Planner:
     def _of_parameters(self, module: str, updates: list[LowRank]) -> Iterator[MergeEdit]:
         """Plans the updates of a module whose parameters were wrapped one by one; shapes tell which is whose."""
         targets = sorted(self._adapter.config.target_parameters)
+        if not targets and self._adapter.stacked(updates[0].down):
+            targets = ["gate_up_proj" if self._stored(module, "gate_up_proj") else "up_proj", "down_proj"]
         named = dict.fromkeys(target.rpartition(".")[2] for target in targets)
         leaves = [
             leaf
@@ -561,6 +563,8 @@ class _Planner:
         name = self._stored(module, leaf)[0]
         if len(self._stored(module, leaf)) == 1 and len(self._checkpoint.tensors[name].shape) == 2:
             return False
+        if self._adapter.stacked(update.down):
+            return self._stores_input_first(update, name, module)
         family = None if self._anatomy is None else self._anatomy.family
         marked = None if family in (None, "Aria", "gpt-oss") else False
         if (first := _takes_input_first(self._adapter.peft_version, marked=marked)) is None:
