@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -39,6 +39,7 @@ _OF_EXPERTS = re.compile(
 )
 _STACKED = re.compile(r"\.experts\.(?:base_layer\.)*lora_(?P<factor>[AB])\.")
 _MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(?:\.[^.]+){0,2}")
+_LAYER = re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\.")
 #: What training alone needs: the projection of VeLoRA's backward pass, the sampler of MonteCLoRA.
 _OF_TRAINING = re.compile(r".+\.lora_(?:velora|monteclora)_\w+(?:\..+)?")
 _BASE_COPY = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<what>weight|bias)")
@@ -184,6 +185,7 @@ class Adapter:
         keeps_ties: Whether a head that is tied to the embedding changes with it, as in MLX and where peft was told so.
         trained_class: The class of transformers that was trained, None where the configuration does not name it.
         trained_on: The repository and commit of its base, each None where the configuration does not name one.
+        notes: Where its configuration and its weights differ, a line each.
     """
 
     path: Path
@@ -200,6 +202,7 @@ class Adapter:
     keeps_ties: bool = False
     trained_class: str | None = None
     trained_on: tuple[str | None, str | None] = (None, None)
+    notes: tuple[str, ...] = ()
 
     def scaling(self, key: str) -> tuple[int, float]:
         """Returns rank and scale of a module or parameter, by its path in the model that was trained.
@@ -314,6 +317,7 @@ def read_adapter(path: Path) -> Adapter:
         keeps_ties=mlx or config.ensure_weight_tying,
         trained_class=_class_of(content),
         trained_on=_origin_of(content),
+        notes=() if mlx else tuple(_differences(content, updates, replaced, weights)),
     )
 
 
@@ -330,6 +334,58 @@ def _origin_of(config: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """Returns the repository and the commit that a configuration names as the base; not folders or branches."""
     name, revision = str(config.get("base_model_name_or_path")), str(config.get("revision"))
     return name if is_hub_id(name) else None, revision if _COMMIT.fullmatch(revision) else None
+
+
+def _differences(
+    config: Mapping[str, Any], updates: Iterable[LowRank], replaced: Iterable[str], path: Path
+) -> Iterator[str]:
+    """Yields what the configuration says and the weights do not hold, and the other way round.
+
+    Raises:
+        AdapterError: The weights are whole ones, and the configuration does not say that any was trained whole.
+    """
+    saved = [name for name in config.get("modules_to_save") or () if isinstance(name, str)]
+    whole = [name for name in replaced if _LAYER.match(name) and not any(f".{each}." in f".{name}" for each in saved)]
+    if not updates and whole:
+        raise AdapterError(
+            f"{path}: holds no LoRA tensors but {len(whole)} whole weights of layers, such as {whole[0]}, of which "
+            "modules_to_save names none; if a trainer saved the model in the place of its adapter, use that as the "
+            "model, with the config.json of its base, and otherwise save the adapter again"
+        )
+    if lacking := [each for each in saved if not any(f".{each}." in f".{name}" for name in replaced)]:
+        yield f"modules_to_save names {', '.join(lacking)}, of which {path.name} holds nothing"
+    # Experts go by names of their own, which trainers do not list.
+    plain = [update.module for update in updates if ".experts" not in update.module]
+    try:
+        beside = [module for module in plain if not _targeted(config, module)]
+    except (re.error, TypeError):
+        beside = []
+    if beside:
+        yield (
+            f"{path.name} holds a LoRA of modules that {CONFIG_NAME} does not target ({len(beside)}, such as "
+            f"{beside[0]}); peft leaves them out, and here they are merged"
+        )
+
+
+def _targeted(config: Mapping[str, Any], module: str) -> bool:
+    """Tells whether peft, with this configuration, adapts a module; True where that depends on more than its name."""
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if targets is None or _names(config.get("exclude_modules"), module):
+        return targets is None
+    if isinstance(targets, str):
+        return targets.lower() == "all-linear" or re.search(targets, module) is not None
+    number = _LAYER.match(module)
+    if module not in targets and number and layers not in (None, []):
+        chosen = layers if isinstance(layers, list) else [layers]
+        return int(number["layer"]) in chosen and _names(targets, module)
+    return _names(targets, module)
+
+
+def _names(given: Any, module: str) -> bool:
+    """Tells whether an expression or a list of the ends of names says a module."""
+    if isinstance(given, str):
+        return re.fullmatch(given, module) is not None
+    return any(f".{module}".endswith(f".{each}") for each in given or ())
 
 
 def _mlx_settings(config: Mapping[str, Any], path: Path) -> LoraSettings:

@@ -207,7 +207,7 @@ class _Planner:
         self._source, self._scale = checkpoint, scale
         self._file = adapter.path / adapter.weights
         self._anatomy: Anatomy | None = None
-        self.notes: list[str] = []
+        self.notes = list(adapter.notes)
         try:
             self._anatomy = dissect(checkpoint.tensors, checkpoint.config)
         except ArchitectureError as error:
