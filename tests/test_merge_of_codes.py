@@ -147,6 +147,25 @@ def test_a_lora_per_expert_is_added_to_what_blocks_of_gpt_oss_stand_for(tmp_path
     assert all(torch.equal(new[other], old[other]) for other in new)
 
 
+def test_blocks_whose_names_were_doubled_are_no_weights(tmp_path):
+    source = save_gpt_oss(tmp_path / "source", hidden=64)
+    tensors = load_file(source / "model.safetensors")
+    doubled = {
+        name.replace("_blocks", "_blocks_blocks").replace("proj_scales", "proj_blocks_scales"): values
+        for name, values in tensors.items()
+    }
+    save_file(doubled, source / "model.safetensors", {"format": "pt"})
+    for words in (("inspect", source), ("dequantise", source, tmp_path / "out")):
+        told = said(checked(*words, code=1))
+        assert "down_proj_blocks_blocks: transformers 5.4 saves the blocks" in told
+        assert "rename them in model.safetensors" in told
+    renamed = {
+        name.replace("_blocks_blocks", "_blocks").replace("_blocks_scales", "_scales"): values
+        for name, values in doubled.items()
+    }
+    assert renamed.keys() == tensors.keys()
+
+
 @pytest.mark.parametrize("form", ["GPTQ int4 in groups of 32, with zero points", "int4 in groups of 32", "MXFP8"])
 def test_codes_are_named_as_the_reason_whatever_they_are_called(tmp_path, form):
     source = write_coded(tmp_path / "source", form, hidden=64)

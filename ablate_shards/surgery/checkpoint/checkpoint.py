@@ -56,6 +56,8 @@ _MODEL, _VARIANT = "model.safetensors", re.compile(r"model\.[\w-]+\.safetensors|
 _TEXT_PARTS = ("text_config", "llm_config", "language_config")
 #: What peft puts into a model that it adapts.
 _ADAPTED = re.compile(r"\.(?:lora_[AB]|lora_embedding_[AB]|base_layer)(?:\.|$)")
+#: Written by transformers 5.4, where a part of a name was taken for the whole of it.
+_DOUBLED = "_blocks_blocks"
 _MLX_ADAPTER = re.compile(r"(?:\d+_)?adapters\.safetensors")
 _NUMBERED = re.compile(r"^(?P<stem>.*?)-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})\.safetensors$")
 
@@ -284,6 +286,11 @@ def _checkpoint(
         raise CheckpointError(
             f"{adapted}: belongs to an adapter, so {tensors[adapted].shard} is of a model saved with it inside; load "
             "it as it was saved, and save it again after peft's merge_and_unload()"
+        )
+    if (doubled := next((name for name in tensors if name.endswith(_DOUBLED)), None)) is not None:
+        raise CheckpointError(
+            f"{doubled}: transformers 5.4 saves the blocks of gpt-oss under such names, which nothing loads; "
+            f"rename them in {tensors[doubled].shard}, *{_DOUBLED} to *_blocks and *_blocks_scales to *_scales"
         )
     return Checkpoint(
         path=path,
