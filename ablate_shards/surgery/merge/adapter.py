@@ -16,8 +16,9 @@ from msgspec import Meta
 from ablate_shards.errors import AdapterError, CheckpointError
 from ablate_shards.kernels.codecs.plain import STORED, decoded
 from ablate_shards.kernels.merge.taken import Taken
-from ablate_shards.names import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
+from ablate_shards.names import ADAPTER_RECEIPT_NAME, CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from ablate_shards.surgery.anatomy.wrappers import unwrapped
+from ablate_shards.surgery.checkpoint.digest import SOURCE_WEIGHTS
 from ablate_shards.surgery.checkpoint.files import pointed_at
 from ablate_shards.surgery.checkpoint.headers import TensorInfo, read_header
 from ablate_shards.surgery.checkpoint.stores import is_hub_id
@@ -185,6 +186,7 @@ class Adapter:
         keeps_ties: Whether a head that is tied to the embedding changes with it, as in MLX and where peft was told so.
         trained_class: The class of transformers that was trained, None where the configuration does not name it.
         trained_on: The repository and commit of its base, each None where the configuration does not name one.
+        made_of: Digest of the weights that it was extracted from, None where nobody wrote it down.
         notes: Where its configuration and its weights differ, a line each.
     """
 
@@ -202,6 +204,7 @@ class Adapter:
     keeps_ties: bool = False
     trained_class: str | None = None
     trained_on: tuple[str | None, str | None] = (None, None)
+    made_of: str | None = None
     notes: tuple[str, ...] = ()
 
     def scaling(self, key: str) -> tuple[int, float]:
@@ -300,6 +303,7 @@ def read_adapter(path: Path) -> Adapter:
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     tensors = shard.tensors if mlx else _of_each_expert(shard.tensors, weights)
+    made = _made(path / ADAPTER_RECEIPT_NAME)
     sort = _sort_mlx if mlx else _sort
     updates, replaced, copies, token_rows = sort(tensors, weights, config)
     return Adapter(
@@ -317,7 +321,8 @@ def read_adapter(path: Path) -> Adapter:
         keeps_ties=mlx or config.ensure_weight_tying,
         trained_class=_class_of(content),
         trained_on=_origin_of(content),
-        notes=() if mlx else tuple(_differences(content, updates, replaced, weights)),
+        made_of=made.get(SOURCE_WEIGHTS),
+        notes=() if mlx else (*_changed(made, digest, weights), *_differences(content, updates, replaced, weights)),
     )
 
 
@@ -432,6 +437,18 @@ def _base_of(path: Path) -> str | None:
     base = _object(path, path.read_bytes()).get("base")
     found = base.get("sha256") if isinstance(base, dict) else None
     return found if isinstance(found, str) and found else None
+
+
+def _made(path: Path) -> dict[str, Any]:
+    """Returns the receipt of an adapter that was extracted, empty where there is none."""
+    return _object(path, path.read_bytes()) if path.is_file() else {}
+
+
+def _changed(made: Mapping[str, Any], digest: str, path: Path) -> Iterator[str]:
+    """Yields that an adapter is not as its receipt says."""
+    files = made.get("files")
+    if isinstance(files, dict) and files.get(path.name) != digest:
+        yield f"{path} was changed after {ADAPTER_RECEIPT_NAME} was written, so the figures there are not its own"
 
 
 def _object(path: Path, raw: bytes) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from ablate_shards.errors import AdapterError, ArchitectureError, PlanError
 from ablate_shards.kernels.codecs.plain import STORED, decoded, encode
 from ablate_shards.kernels.merge.taken import Taken
-from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAMES
+from ablate_shards.names import ADAPTER_RECEIPT_NAME, MERGE_RECEIPT_NAME, RECEIPT_NAMES
 from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect
 from ablate_shards.surgery.anatomy.scales import ending_of, is_codes, plain_name_of, quantisation_of
 from ablate_shards.surgery.checkpoint.amended import Amendments, amend
@@ -283,7 +283,15 @@ class _Planner:
             ):
                 raise AdapterError(self._other_base(f": its {source} is not {name}"))
         self._note_origin()
-        if self._adapter.base is None:
+        made_of, base = self._adapter.made_of, self._adapter.base
+        # What is dequantised on the way has other bytes, and what it was made of may be the codes.
+        plain = self._source.view is None
+        if made_of is not None and plain and base_digest(self._source) not in (None, made_of):
+            self.notes.append(
+                f"{ADAPTER_RECEIPT_NAME} says that the adapter was made of other weights than those of "
+                f"{self._checkpoint.name}; what is measured there holds for those"
+            )
+        if base is None:
             return
         found = base_digest(self._source)
         if found is None:
