@@ -358,6 +358,17 @@ def test_an_adapter_that_was_changed_is_merged_with_a_note(tmp_path, base):
     assert "was changed after adapter.json was written" in told
 
 
+def test_values_that_cannot_be_measured_are_refused(tmp_path):
+    base = save_tiny_model(TINY_MODELS["llama"], tmp_path / "base")
+    tensors, name = load_file(base / "model.safetensors"), "model.layers.1.mlp.down_proj.weight"
+    tensors[name][3, 4] = 3e38
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    words = ["-d", tiny_directions(tmp_path, TINY_MODELS["llama"]), "--no-biproject", "--adapter"]
+    said = " ".join(checked("ablate", base, tmp_path / "adapter", *words, code=1).output.split())
+    assert "model.layers.1.mlp.down_proj: holds values so large" in said
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_what_is_about_models_says_what_an_adapter_is(tmp_path, base):
     out, prompts = tmp_path / "adapter", tmp_path / "prompts"
     prompts.write_text("hello")
