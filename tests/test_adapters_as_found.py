@@ -270,3 +270,22 @@ def test_a_head_that_tinker_calls_otherwise_is_the_head(tmp_path, tied):
     save_file(renamed_tensors, adapter / WEIGHTS)
     checked("merge", base, adapter, tmp_path / "out")
     assert tensor_bytes(tmp_path / "out") == tensor_bytes(tmp_path / "expected")
+
+
+def test_inspect_shows_what_an_adapter_would_change(made, tmp_path):
+    adapter = found(made, tmp_path, trainable_token_indices=None, rank_pattern={}, base_model_name_or_path="org/model")
+    said = " ".join(checked("inspect", adapter).output.split())
+    for expected in (
+        "0 mlp.down_proj, self_attn.q_proj linear 4 2",
+        "embed_tokens embedding 4 2",
+        "norm",
+        "of org/model",
+    ):
+        assert expected in said
+    assert "replaced as a whole: model.layers.0.input_layernorm.weight, model.layers.0" in said
+    shown = json.loads(checked("inspect", adapter, "--json").output)
+    assert "model.norm.weight" in shown["replaced"]
+    assert {(each["rank"], each["scale"]) for each in shown["modules"]} == {(4, 2.0)}
+    assert len(shown["modules"]) == 5
+    (adapter / "model.safetensors").write_bytes((made / "base" / "model.safetensors").read_bytes())
+    assert "transformers adds its adapter" in checked("inspect", adapter, code=1).output

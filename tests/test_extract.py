@@ -381,7 +381,9 @@ def test_what_is_about_models_says_what_an_adapter_is(tmp_path, base):
             "with `ablate-shards merge MODEL ADAPTER OUT`",
         ),
         (("report", out), 1, "holds an adapter, whose figures are in adapter.json"),
-        (("inspect", out), 1, "holds an adapter, not a model"),
+        (("inspect", out), 0, "an adapter: 6 updates, 12 tensors"),
+        (("inspect", out), 0, f"check it with: ablate-shards verify SOURCE {out}"),
+        (("inspect", out, "--derive"), 1, "holds an adapter, not a model"),
         (("diff", base, out), 1, "holds an adapter, not a model"),
     ):
         assert expected in " ".join(checked(*words, code=code).output.split()), words

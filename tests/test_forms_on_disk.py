@@ -64,9 +64,11 @@ def test_an_adapter_beside_the_weights_is_neither_overlooked_nor_added_twice(tmp
 def test_a_folder_of_an_adapter_is_not_a_checkpoint(tmp_path, adapted):
     for name in ("model.safetensors", "config.json"):
         (adapted / name).unlink()
-    assert "holds an adapter, not a model" in checked("inspect", adapted, code=1).output
+    words = ("dequantise", adapted, tmp_path / "out")
+    assert "holds an adapter, not a model" in checked(*words, code=1).output
+    assert "an adapter: 2 updates" in checked("inspect", adapted).output
     (adapted / "adapter_model.safetensors").rename(adapted / "adapters.safetensors")
-    assert "holds an adapter, not a model" in checked("inspect", adapted, code=1).output
+    assert "holds an adapter, not a model" in checked(*words, code=1).output
 
 
 # ------------------------------------------------------------------------------------------- tied heads

@@ -24,7 +24,7 @@ from ablate_shards.surgery.checkpoint.headers import TensorInfo, read_header
 from ablate_shards.surgery.checkpoint.stores import is_hub_id
 from ablate_shards.validation import Finite, checked
 
-__all__ = ["Adapter", "LoraSettings", "LowRank", "TokenRows", "read_adapter"]
+__all__ = ["Adapter", "LoraSettings", "LowRank", "TokenRows", "holds_adapter", "read_adapter"]
 
 _ROOT = "base_model.model."
 _MLX_WEIGHTS = "adapters.safetensors"
@@ -186,7 +186,8 @@ class Adapter:
         keeps_ties: Whether a head that is tied to the embedding changes with it, as in MLX and where peft was told so.
         trained_class: The class of transformers that was trained, None where the configuration does not name it.
         trained_on: The repository and commit of its base, each None where the configuration does not name one.
-        made_of: Digest of the weights that it was extracted from, None where nobody wrote it down.
+        extracted: Whether it was made of an edit or of two checkpoints here, and says so.
+        made_of: Digest of the weights that it was made of, None where nobody wrote it down.
         notes: Where its configuration and its weights differ, a line each.
     """
 
@@ -204,6 +205,7 @@ class Adapter:
     keeps_ties: bool = False
     trained_class: str | None = None
     trained_on: tuple[str | None, str | None] = (None, None)
+    extracted: bool = False
     made_of: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -265,6 +267,12 @@ class Adapter:
         return default
 
 
+def holds_adapter(path: Path) -> bool:
+    """Tells whether a folder holds an adapter, and no weights of a model beside it."""
+    weights = [file.name for file in path.glob("*.safetensors")]
+    return (path / CONFIG_NAME).is_file() and {*weights} <= {WEIGHTS_NAME, _MLX_WEIGHTS} and bool(weights)
+
+
 def read_adapter(path: Path) -> Adapter:
     """Reads an adapter's configuration and header; of the weights, only the digest is taken.
 
@@ -321,6 +329,7 @@ def read_adapter(path: Path) -> Adapter:
         keeps_ties=mlx or config.ensure_weight_tying,
         trained_class=_class_of(content),
         trained_on=_origin_of(content),
+        extracted=bool(made),
         made_of=made.get(SOURCE_WEIGHTS),
         notes=() if mlx else (*_changed(made, digest, weights), *_differences(content, updates, replaced, weights)),
     )
