@@ -556,6 +556,18 @@ def test_stacks_of_factors_as_of_vllm_are_what_they_are_in_peft(tmp_path, name, 
     torch.testing.assert_close(logits(tiny, tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_configuration_need_not_name_the_parameters_of_experts(tmp_path):
+    tiny = TINY_MODELS["qwen3-moe-fused"]
+    base = save_tiny_model(tiny, tmp_path / "base")
+    adapter = save_tiny_adapter(
+        tiny, base, tmp_path / "adapter", r=2, target_modules=["q_proj"], target_parameters=[GATE_UP, DOWN]
+    )
+    expected = logits(tiny, base, adapter)
+    rewritten(adapter, target_parameters=None, peft_version=None)
+    checked("merge", base, adapter, tmp_path / "out")
+    torch.testing.assert_close(logits(tiny, tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("base_form", ["mixtral", "qwen3-moe"])
 def test_matrices_of_an_expert_go_by_either_name(tmp_path, base_form):
     tiny = TINY_MODELS[base_form]
@@ -567,6 +579,15 @@ def test_matrices_of_an_expert_go_by_either_name(tmp_path, base_form):
     checked("merge", base, same, tmp_path / "expected")
     found, expected = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "expected"))
     assert all(torch.equal(found[each], expected[each]) for each in expected)
+
+
+def test_what_a_stack_does_not_take_has_a_way_out(tmp_path):
+    base = save_tiny_model(TINY_MODELS["gpt-oss"], tmp_path / "base")
+    module = "model.layers.0.mlp.experts.0.down_proj"
+    adapter = write_split(tmp_path / "adapter", {module: (32, 48)}, init_lora_weights="pissa")
+    said = " ".join(checked("merge", base, adapter, tmp_path / "out", code=1).output.split())
+    assert "only plain updates fit it" in said
+    assert "merge it into a checkpoint with a tensor per expert" in said
 
 
 def test_an_expert_that_does_not_fit_is_refused(tmp_path):

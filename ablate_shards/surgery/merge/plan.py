@@ -423,6 +423,11 @@ class _Planner:
 
     def _part_of_stack(self, update: LowRank, name: str, place: "_Place") -> MergePart:
         """Returns the part of a stack ``[E, out, in]`` or ``[E, in, out]`` that a matrix of one expert is."""
+        if not update.plain:
+            raise AdapterError(
+                f"{self._file}: {update.up}: {name} stacks all experts, and only plain updates fit it, without bias, "
+                "DoRA or a part that was taken out; merge it into a checkpoint with a tensor per expert"
+            )
         tensor = self._checkpoint.tensors[name]
         outer, inner = self._wanted(update)
         wanted = (outer * place.parts, inner)
@@ -525,7 +530,7 @@ class _Planner:
     def _of_parameters(self, module: str, updates: list[LowRank]) -> Iterator[MergeEdit]:
         """Plans the updates of a module whose parameters were wrapped one by one; shapes tell which is whose."""
         targets = sorted(self._adapter.config.target_parameters)
-        if not targets and self._adapter.stacked(updates[0].down):
+        if not targets and module.endswith(".experts"):
             targets = ["gate_up_proj" if self._stored(module, "gate_up_proj") else "up_proj", "down_proj"]
         named = dict.fromkeys(target.rpartition(".")[2] for target in targets)
         leaves = [
