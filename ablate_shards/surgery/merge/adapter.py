@@ -183,7 +183,7 @@ class Adapter:
         peft_version: The version of peft that saved it, None where it does not say.
         weights: The file that holds its tensors.
         token_rows: Rows of embeddings that replace those of the base.
-        keeps_ties: Whether a head that is tied to the embedding changes with it, as in MLX and where peft was told so.
+        keeps_ties: Whether a head that is tied to the embedding changes with it, as in MLX.
         trained_class: The class of transformers that was trained, None where the configuration does not name it.
         trained_on: The repository and commit of its base, each None where the configuration does not name one.
         extracted: Whether it was made of an edit or of two checkpoints here, and says so.
@@ -326,7 +326,7 @@ def read_adapter(path: Path) -> Adapter:
         peft_version=version if isinstance(version, str) else None,
         weights=weights.name,
         token_rows=token_rows,
-        keeps_ties=mlx or config.ensure_weight_tying,
+        keeps_ties=mlx,
         trained_class=_class_of(content),
         trained_on=_origin_of(content),
         extracted=bool(made),
