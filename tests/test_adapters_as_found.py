@@ -287,5 +287,7 @@ def test_inspect_shows_what_an_adapter_would_change(made, tmp_path):
     assert "model.norm.weight" in shown["replaced"]
     assert {(each["rank"], each["scale"]) for each in shown["modules"]} == {(4, 2.0)}
     assert len(shown["modules"]) == 5
+    said = " ".join(checked("inspect", adapter / WEIGHTS, code=1).output.split())
+    assert "holds the weights of an adapter, not a model; name its folder" in said
     (adapter / "model.safetensors").write_bytes((made / "base" / "model.safetensors").read_bytes())
     assert "transformers adds its adapter" in checked("inspect", adapter, code=1).output

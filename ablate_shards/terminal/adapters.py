@@ -101,7 +101,8 @@ def adapter_inspection(adapter: "Adapter") -> dict[str, Any]:
     modules = []
     for update in adapter.updates:
         rank, scale = adapter.scaling(update.module)
-        kind = "DoRA" if update.magnitude else update.taken or update.kind
+        form = "linear" if update.kind == "transposed" else update.kind
+        kind = "DoRA" if update.magnitude else update.taken or form
         shapes = [list(adapter.shape(name)) for name in (update.down, update.up)]
         modules.append({"module": update.module, "kind": kind, "rank": rank, "scale": scale, "shapes": shapes})
     return {

@@ -283,6 +283,11 @@ def _checkpoint(
                 )
             tensors[tensor.name] = tensor
     if (adapted := next((name for name in tensors if _ADAPTED.search(name)), None)) is not None:
+        if len(shards) == 1 and shards[0].name == WEIGHTS_NAME:
+            raise CheckpointError(
+                f"{files.shown(WEIGHTS_NAME)}: holds the weights of an adapter, not a model; name its folder, and add "
+                "it to its model with `ablate-shards merge MODEL ADAPTER OUT`"
+            )
         raise CheckpointError(
             f"{adapted}: belongs to an adapter, so {tensors[adapted].shard} is of a model saved with it inside; load "
             "it as it was saved, and save it again after peft's merge_and_unload()"
