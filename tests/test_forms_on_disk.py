@@ -427,13 +427,14 @@ def test_commands_that_are_printed_can_be_pasted(tmp_path):
     checked(*shlex.split(said.partition("check it with: ")[2])[1:])
 
 
-def test_plain_numbers_are_not_called_quantised(tmp_path):
+@pytest.mark.parametrize(("dtype", "called"), [(torch.float64, "F64"), (torch.float8_e5m2, "F8_E5M2")])
+def test_plain_numbers_are_not_called_quantised(tmp_path, dtype, called):
     base = save_tiny_model(TINY_MODELS["llama"], tmp_path / "base")
     file = base / "model.safetensors"
-    save_file({name: values.double() for name, values in load_file(file).items()}, file, {"format": "pt"})
+    save_file({name: values.to(dtype) for name, values in load_file(file).items()}, file, {"format": "pt"})
     directions = write_directions(tmp_path / "d.safetensors", layers=2)
     said = checked("ablate", base, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1).output
-    assert "found F64; convert the checkpoint to one of them first" in " ".join(said.split())
+    assert f"found {called}; convert the checkpoint to one of them first" in " ".join(said.split())
 
 
 @pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
