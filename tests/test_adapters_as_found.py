@@ -1,5 +1,6 @@
 """Adapters as they are found: spelled, stored and wrapped in other ways, they merge alike or say what they are."""
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -62,6 +63,7 @@ SPELLED = {
         lambda name: name.replace("lora_A.weight", "lora_A.mine.weight").replace("lora_B.weight", "lora_B.mine.weight")
     ),
     "as loralib": renamed(lambda name: name.removesuffix(".weight") if ".lora_" in name else name),
+    "as Tinker": renamed(lambda name: name.replace(".self_attn.", ".attn.")),
     "in float64": cast(torch.float64),
     "in bfloat16": cast(torch.bfloat16),
     **{
@@ -119,7 +121,16 @@ def as_kohya(name):
     return name.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
 
 
+def as_a_model(tensors):
+    return {f"{ROOT}model.norm.weight": torch.ones(32), f"{ROOT}model.layers.0.mlp.up_proj.weight": torch.ones(48, 32)}
+
+
 REFUSED = {
+    "a whole model": (
+        as_a_model,
+        {"modules_to_save": None},
+        "if a trainer saved the model in the place of its adapter",
+    ),
     "one factor": (without(f"{DOWN}.lora_B.weight"), {}, "expected both lora_A and lora_B, found no lora_B"),
     "in pieces": (empty, {}, "save it again with all of them gathered, as stage3_gather_16bit_weights_on_model_save"),
     "names of kohya": (renamed(as_kohya), {}, "rename the tensors, lora_down to lora_A and lora_up to lora_B"),
@@ -137,6 +148,28 @@ def test_what_is_wrong_with_an_adapter_is_said(made, tmp_path, case):
     said = " ".join(checked("merge", made / "base", adapter, tmp_path / "out", code=1).output.split())
     assert expected in said
     assert not (tmp_path / "out").exists()
+
+
+SAID = {
+    "fewer targets": ({"target_modules": ["q_proj", "embed_tokens"]}, "does not target (2, such as"),
+    "an expression": ({"target_modules": r"(.*\.)?(q_proj|embed_tokens)"}, "does not target (2, such as"),
+    "excluded": ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, "does not target (1, such as"),
+    "one layer": ({"layers_to_transform": [1]}, "does not target (2, such as"),
+    "not saved": ({"modules_to_save": ["norm", "lm_head"]}, "modules_to_save names lm_head, of which"),
+    "as it is": ({}, None),
+    "all of them": ({"target_modules": "all-linear"}, None),
+    "all by an expression": ({"target_modules": r".*(q_proj|down_proj|embed_tokens)"}, None),
+    "all by their layers": ({"layers_to_transform": [0, 1], "layers_pattern": "layers"}, None),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_where_a_configuration_and_its_weights_differ_it_is_said(made, tmp_path, case):
+    config, expected = SAID[case]
+    adapter = found(made, tmp_path, **config)
+    said = " ".join(checked("merge", made / "base", adapter, tmp_path / "out").output.split())
+    assert tensor_bytes(tmp_path / "out") == tensor_bytes(made / "merged")
+    assert expected in said if expected else "target" not in said and "modules_to_save" not in said
 
 
 def shard(folder):
@@ -221,3 +254,40 @@ def test_a_head_in_a_shard_of_its_own_is_merged(made, tmp_path):
     (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     checked("merge", base, adapter, tmp_path / "out")
     assert tensor_bytes(tmp_path / "out") == tensor_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_tinker_calls_otherwise_is_the_head(tmp_path, tied):
+    tiny = dataclasses.replace(
+        TINY_MODELS["llama"], settings=TINY_MODELS["llama"].settings | {"tie_word_embeddings": tied}
+    )
+    base = save_tiny_model(tiny, tmp_path / "base")
+    adapter = save_tiny_adapter(tiny, base, tmp_path / "adapter", r=4, target_modules=["lm_head"])
+    checked("merge", base, adapter, tmp_path / "expected")
+    tensors = load_file(adapter / WEIGHTS)
+    renamed_tensors = {name.replace("lm_head.", "model.unembed_tokens."): values for name, values in tensors.items()}
+    assert renamed_tensors.keys() != tensors.keys()
+    save_file(renamed_tensors, adapter / WEIGHTS)
+    checked("merge", base, adapter, tmp_path / "out")
+    assert tensor_bytes(tmp_path / "out") == tensor_bytes(tmp_path / "expected")
+
+
+def test_inspect_shows_what_an_adapter_would_change(made, tmp_path):
+    adapter = found(made, tmp_path, trainable_token_indices=None, rank_pattern={}, base_model_name_or_path="org/model")
+    said = " ".join(checked("inspect", adapter).output.split())
+    for expected in (
+        "0 mlp.down_proj, self_attn.q_proj linear 4 2",
+        "embed_tokens embedding 4 2",
+        "norm",
+        "of org/model",
+    ):
+        assert expected in said
+    assert "replaced as a whole: model.layers.0.input_layernorm.weight, model.layers.0" in said
+    shown = json.loads(checked("inspect", adapter, "--json").output)
+    assert "model.norm.weight" in shown["replaced"]
+    assert {(each["rank"], each["scale"]) for each in shown["modules"]} == {(4, 2.0)}
+    assert len(shown["modules"]) == 5
+    said = " ".join(checked("inspect", adapter / WEIGHTS, code=1).output.split())
+    assert "holds the weights of an adapter, not a model; name its folder" in said
+    (adapter / "model.safetensors").write_bytes((made / "base" / "model.safetensors").read_bytes())
+    assert "transformers adds its adapter" in checked("inspect", adapter, code=1).output

@@ -223,6 +223,19 @@ def test_a_tied_head_that_is_stored_too_parts_without_another_tensor(tmp_path, s
     assert receipt["amendments"] == {"tensors": [], "config": {"tie_word_embeddings": False}, "files": {}}
 
 
+@pytest.mark.parametrize("how", [{"modules_to_save": ["EMBEDDING"]}, {"target_modules": ["EMBEDDING"]}])
+@pytest.mark.parametrize(
+    ("name", "embedding"), [("gpt2", "wte"), ("falcon-7b", "word_embeddings"), ("opt", "embed_tokens")]
+)
+def test_ties_are_kept_where_peft_finds_them(tmp_path, name, embedding, how):
+    """Told to keep ties, it finds those of modules called ``embed_tokens``, and warns of the others only."""
+    attention = {"gpt2": ["c_attn"], "falcon-7b": ["query_key_value"]}.get(name, ["q_proj"])
+    settings = {"target_modules": attention} | {key: [embedding] for key in how}
+    expected = train(name, tmp_path, settings | {"ensure_weight_tying": True})
+    checked_merge(tmp_path)
+    assert_computes(tmp_path, expected)
+
+
 # ------------------------------------------------------------------------------------ vocabularies
 
 MORE = VOCAB + 3

@@ -531,6 +531,10 @@ def not_a_number(old):
     return torch.cat([old[:-1], torch.full_like(old[-1:], float("nan"))])
 
 
+def huge(old):
+    return torch.cat([old[:-1], torch.full_like(old[-1:], 3e38)])
+
+
 TINY = torch.full((48, 32), 1e-30)
 HOLLOW = torch.where(MATRIX.abs() < 0.1, 0.0, MATRIX)
 #: A pattern of rank one that is a unit in the last place everywhere.
@@ -578,6 +582,10 @@ def test_no_kind_is_left_out():
         pytest.param(MATRIX, not_a_number(ablated(MATRIX)), "non-finite", id="an ablation with a NaN"),
         pytest.param(MATRIX, not_a_number(MATRIX).double(), "non-finite", id="another dtype with a NaN"),
         pytest.param(VECTOR, not_a_number(VECTOR), "non-finite", id="one NaN in a vector"),
+        pytest.param(MATRIX, huge(MATRIX), "non-finite", id="values whose squares overflow"),
+        pytest.param(VECTOR, huge(VECTOR), "non-finite", id="such a value in a vector"),
+        pytest.param(huge(MATRIX), huge(ablated(MATRIX)), "ablation", id="such values on both sides, and an ablation"),
+        pytest.param(1e9 * MATRIX, 1e9 * ablated(MATRIX), "ablation", id="values whose squares are large"),
         pytest.param(HOLLOW, negative_zeros(HOLLOW), "rounding", id="zeros of the other sign"),
         pytest.param(HOLLOW, negative_zeros(HOLLOW).double(), "retyped", id="zeros of the other sign, another dtype"),
         pytest.param(TINY, 2 * TINY, "rounding", id="differences whose squares vanish"),

@@ -334,6 +334,61 @@ def test_verify_refuses_another_source_and_a_broken_receipt(tmp_path, base):
     assert "not a complete receipt" in checked("verify", base, out, code=1).output
 
 
+def test_a_fine_tune_with_the_same_headers_is_another_source(tmp_path):
+    out, base, other = tmp_path / "adapter", write_llama(tmp_path / "base"), write_llama(tmp_path / "other", seed=1)
+    checked("ablate", base, out, *edit_of(tmp_path), "--adapter")
+    checked("diff", base, other, "--adapter", tmp_path / "found")
+    for made in (out, tmp_path / "found"):
+        assert "is what its receipt says" in checked("verify", base, made).output
+        said = " ".join(checked("verify", other, made, code=1).output.split())
+        assert "other: is not the source that" in said
+        assert "name the checkpoint that the adapter was made of" in said
+        told = " ".join(checked("merge", other, made, tmp_path / f"{made.name}-other").output.split())
+        assert f"made of other weights than those of {other}" in told
+        told = " ".join(checked("merge", base, made, tmp_path / f"{made.name}-base").output.split())
+        assert "other weights" not in told
+
+
+def test_an_adapter_that_was_changed_is_merged_with_a_note(tmp_path, base):
+    out = tmp_path / "adapter"
+    checked("ablate", base, out, *edit_of(tmp_path), "--adapter")
+    tensors = load_file(out / "adapter_model.safetensors")
+    save_file({name: values * 2 for name, values in tensors.items()}, out / "adapter_model.safetensors")
+    told = " ".join(checked("merge", base, out, tmp_path / "merged").output.split())
+    assert "was changed after adapter.json was written" in told
+
+
+def test_values_that_cannot_be_measured_are_refused(tmp_path):
+    base = save_tiny_model(TINY_MODELS["llama"], tmp_path / "base")
+    tensors, name = load_file(base / "model.safetensors"), "model.layers.1.mlp.down_proj.weight"
+    tensors[name][3, 4] = 3e38
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    words = ["-d", tiny_directions(tmp_path, TINY_MODELS["llama"]), "--no-biproject", "--adapter"]
+    said = " ".join(checked("ablate", base, tmp_path / "adapter", *words, code=1).output.split())
+    assert "model.layers.1.mlp.down_proj: holds values so large" in said
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_what_is_about_models_says_what_an_adapter_is(tmp_path, base):
+    out, prompts = tmp_path / "adapter", tmp_path / "prompts"
+    prompts.write_text("hello")
+    checked("ablate", base, out, *edit_of(tmp_path), "--adapter")
+    for words, code, expected in (
+        (("verify", base, out, "--adapter", out), 2, "holds an adapter itself; leave it out"),
+        (
+            ("evaluate", out, "-o", tmp_path / "e.json", "--device", "cpu"),
+            1,
+            "with `ablate-shards merge MODEL ADAPTER OUT`",
+        ),
+        (("report", out), 1, "holds an adapter, whose figures are in adapter.json"),
+        (("inspect", out), 0, "an adapter: 6 updates, 12 tensors"),
+        (("inspect", out), 0, f"check it with: ablate-shards verify SOURCE {out}"),
+        (("inspect", out, "--derive"), 1, "holds an adapter, not a model"),
+        (("diff", base, out), 1, "holds an adapter, not a model"),
+    ):
+        assert expected in " ".join(checked(*words, code=code).output.split()), words
+
+
 # ------------------------------------------------------------------------------------------- of two checkpoints
 
 

@@ -64,9 +64,11 @@ def test_an_adapter_beside_the_weights_is_neither_overlooked_nor_added_twice(tmp
 def test_a_folder_of_an_adapter_is_not_a_checkpoint(tmp_path, adapted):
     for name in ("model.safetensors", "config.json"):
         (adapted / name).unlink()
-    assert "holds an adapter, not a model" in checked("inspect", adapted, code=1).output
+    words = ("dequantise", adapted, tmp_path / "out")
+    assert "holds an adapter, not a model" in checked(*words, code=1).output
+    assert "an adapter: 2 updates" in checked("inspect", adapted).output
     (adapted / "adapter_model.safetensors").rename(adapted / "adapters.safetensors")
-    assert "holds an adapter, not a model" in checked("inspect", adapted, code=1).output
+    assert "holds an adapter, not a model" in checked(*words, code=1).output
 
 
 # ------------------------------------------------------------------------------------------- tied heads
@@ -200,6 +202,29 @@ def test_consolidated_weights_and_their_index_are_a_set_of_their_own(tmp_path, s
     assert kept.keys() == alone.keys()
     assert kept[shard] == alone[shard]
     checked("verify", base, tmp_path / "out")
+
+
+NUMBERED = {
+    "from 1": ("model-{:05d}-of-00012.safetensors", range(1, 13)),
+    "from 0": ("model-{:05d}-of-00012.safetensors", range(12)),
+    "without zeros in front": ("model-{}-of-12.safetensors", range(1, 13)),
+    "a count of six digits": ("model-{:05d}-of-000012.safetensors", range(1, 13)),
+    "after the ending": ("model.safetensors-{:05d}-of-00012.safetensors", range(1, 13)),
+}
+
+
+@pytest.mark.parametrize("missing", [None, 4, 11])
+@pytest.mark.parametrize("case", NUMBERED)
+def test_numbers_of_shards_tell_that_one_is_missing_where_there_is_no_index(tmp_path, case, missing):
+    pattern, numbers = NUMBERED[case]
+    tensors = llama_tensors()
+    for place, number in enumerate(numbers):
+        if place != missing:
+            write_shard(tmp_path / pattern.format(number), dict(list(tensors.items())[place::12]))
+    said = checked("inspect", tmp_path, code=0 if missing is None else 1).output
+    if missing is not None:
+        lacks = pattern.format(numbers[missing])
+        assert f"{lacks}: missing, although {pattern.format(numbers[0])} is here" in " ".join(said.split())
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -402,13 +427,14 @@ def test_commands_that_are_printed_can_be_pasted(tmp_path):
     checked(*shlex.split(said.partition("check it with: ")[2])[1:])
 
 
-def test_plain_numbers_are_not_called_quantised(tmp_path):
+@pytest.mark.parametrize(("dtype", "called"), [(torch.float64, "F64"), (torch.float8_e5m2, "F8_E5M2")])
+def test_plain_numbers_are_not_called_quantised(tmp_path, dtype, called):
     base = save_tiny_model(TINY_MODELS["llama"], tmp_path / "base")
     file = base / "model.safetensors"
-    save_file({name: values.double() for name, values in load_file(file).items()}, file, {"format": "pt"})
+    save_file({name: values.to(dtype) for name, values in load_file(file).items()}, file, {"format": "pt"})
     directions = write_directions(tmp_path / "d.safetensors", layers=2)
     said = checked("ablate", base, tmp_path / "out", "-d", directions, "--source-layer", 1, code=1).output
-    assert "found F64; convert the checkpoint to one of them first" in " ".join(said.split())
+    assert f"found {called}; convert the checkpoint to one of them first" in " ".join(said.split())
 
 
 @pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])

@@ -241,7 +241,7 @@ def test_threads_that_share_a_fused_tensor_share_its_factors(tmp_path, monkeypat
 
 
 def test_a_scale_of_zero_and_an_untrained_adapter_change_nothing(tmp_path, base, adapter):
-    checked("merge", base, adapter, tmp_path / "out", "--scale", 0)
+    assert "adds nothing: --scale is 0" in checked("merge", base, adapter, tmp_path / "out", "--scale", 0).output
     assert tensor_bytes(tmp_path / "out") == tensor_bytes(base)
     untrained = load_file(adapter / "adapter_model.safetensors")
     untrained = {name: value * 0 if "lora_B" in name else value for name, value in untrained.items()}

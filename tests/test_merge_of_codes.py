@@ -128,6 +128,55 @@ def test_an_adapter_of_what_is_not_quantised_leaves_the_codes(tmp_path):
     assert {name for name in old if not torch.equal(old[name], new[name])} == {f"{O_PROJ}.weight"}
 
 
+@pytest.mark.parametrize("names", ["experts.{}.down_proj", "experts.down_projs.{}"])
+def test_a_lora_per_expert_is_added_to_what_blocks_of_gpt_oss_stand_for(tmp_path, names):
+    source = save_gpt_oss(tmp_path / "source", hidden=64)
+    module = f"model.layers.1.mlp.{names.format(2)}"
+    adapter = write_adapter(tmp_path / "adapter", {module: (64, 192)})
+    told = said(checked("merge", source, tmp_path / "adapter", tmp_path / "out", code=1))
+    assert f"is of {module}.weight, which {source} holds as codes" in told
+    assert "add --dequantise" in told
+    checked("dequantise", source, tmp_path / "plain")
+    checked("merge", source, tmp_path / "adapter", tmp_path / "out", "--dequantise")
+    old, new = (load_file(folder / "model.safetensors") for folder in (tmp_path / "plain", tmp_path / "out"))
+    name = "model.layers.1.mlp.experts.down_proj"
+    down, up = (adapter[f"base_model.model.{module}.lora_{part}.weight"].double() for part in "AB")
+    expected = old[name].double()
+    expected[2] += 2 * (up @ down).T
+    assert torch.equal(new.pop(name), expected.bfloat16())
+    assert all(torch.equal(new[other], old[other]) for other in new)
+
+
+def test_blocks_whose_names_were_doubled_are_no_weights(tmp_path):
+    source = save_gpt_oss(tmp_path / "source", hidden=64)
+    tensors = load_file(source / "model.safetensors")
+    doubled = {
+        name.replace("_blocks", "_blocks_blocks").replace("proj_scales", "proj_blocks_scales"): values
+        for name, values in tensors.items()
+    }
+    save_file(doubled, source / "model.safetensors", {"format": "pt"})
+    for words in (("inspect", source), ("dequantise", source, tmp_path / "out")):
+        told = said(checked(*words, code=1))
+        assert "down_proj_blocks_blocks: transformers 5.4 saves the blocks" in told
+        assert "rename them in model.safetensors" in told
+    renamed = {
+        name.replace("_blocks_blocks", "_blocks").replace("_blocks_scales", "_scales"): values
+        for name, values in doubled.items()
+    }
+    assert renamed.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("form", ["GPTQ int4 in groups of 32, with zero points", "int4 in groups of 32", "MXFP8"])
+def test_codes_are_named_as_the_reason_whatever_they_are_called(tmp_path, form):
+    source = write_coded(tmp_path / "source", form, hidden=64)
+    shapes = {module: tuple(value_of(parts, form).shape) for module, parts in parts_of(source).items()}
+    write_adapter(tmp_path / "adapter", shapes)
+    told = said(checked("merge", source, tmp_path / "adapter", tmp_path / "out", code=1))
+    assert "codes" in told
+    assert "add --dequantise" in told
+    assert "trained on" not in told
+
+
 def test_the_digest_of_a_base_is_that_of_what_it_is_dequantised_to(case):
     from ablate_shards.surgery.dequantise import plan_dequantisation
 

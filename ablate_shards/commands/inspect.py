@@ -27,7 +27,10 @@ __all__ = ["inspect"]
 @as_json_flag
 @debug_flag
 def inspect(source: Path | str, *, recipe: Any, derive: bool, save: Path | None, as_json: bool) -> None:
-    """Show the tensors of SOURCE, the writers found in it, and what is left out and why."""
+    """Show the tensors of SOURCE, the writers found in it, and what is left out and why.
+
+    Of a folder that holds an adapter it shows what that would change, by layer.
+    """
     from ablate_shards.errors import ArchitectureError, UsageError
     from ablate_shards.surgery.anatomy.architecture import dissect
     from ablate_shards.surgery.checkpoint.stores import open_source
@@ -35,6 +38,8 @@ def inspect(source: Path | str, *, recipe: Any, derive: bool, save: Path | None,
 
     if save is not None and not derive:
         raise UsageError("--save writes what --derive finds; give both")
+    if not derive and isinstance(source, Path) and _show_adapter(source, as_json=as_json):
+        return
     checkpoint = open_source(source)
     if derive:
         _derive(checkpoint, save, as_json=as_json)
@@ -51,6 +56,21 @@ def inspect(source: Path | str, *, recipe: Any, derive: bool, save: Path | None,
         screen.print_inspection(checkpoint, anatomy)
     if unknown is not None:
         raise unknown
+
+
+def _show_adapter(folder: Path, *, as_json: bool) -> bool:
+    """Shows an adapter, and tells whether the folder holds one."""
+    from ablate_shards.surgery.merge.adapter import holds_adapter, read_adapter
+    from ablate_shards.terminal.adapters import adapter_inspection, print_adapter_inspection
+
+    if not holds_adapter(folder):
+        return False
+    adapter = read_adapter(folder)
+    if as_json:
+        print_json(adapter_inspection(adapter))
+    else:
+        print_adapter_inspection(adapter)
+    return True
 
 
 def _derive(checkpoint: "Checkpoint", save: Path | None, *, as_json: bool) -> None:

@@ -2,9 +2,10 @@
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ablate_shards.names import ADAPTER_RECEIPT_NAME
 from ablate_shards.surgery.anatomy.architecture import split_layer
@@ -13,9 +14,18 @@ from ablate_shards.terminal.tables import Column, Row, by_layer, counted, output
 if TYPE_CHECKING:
     from ablate_shards.surgery.extract.plan import AdapterPlan, Module
     from ablate_shards.surgery.extract.receipt import ModuleResult
+    from ablate_shards.surgery.merge.adapter import Adapter
     from ablate_shards.surgery.verify.adapter_proof import AdapterVerification
 
-__all__ = ["print_adapter", "print_adapter_plan", "print_adapter_verification"]
+__all__ = [
+    "adapter_inspection",
+    "print_adapter",
+    "print_adapter_inspection",
+    "print_adapter_plan",
+    "print_adapter_verification",
+]
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 _PLACE = (Column("layer", right=True), Column("modules", wraps=True))
 _MEASURED = (
@@ -82,9 +92,59 @@ def print_adapter(
         screen.print(f"published at {url}, with its receipt in {ADAPTER_RECEIPT_NAME}", soft_wrap=True)
         return
     screen.print(f"written to {out}, receipt in {out}/{ADAPTER_RECEIPT_NAME}", soft_wrap=True)
-    if directed:
-        command = shlex.join(["ablate-shards", "verify", source, str(out)])
-        screen.print(f"check it with: {command}", soft_wrap=True)
+    command = shlex.join(["ablate-shards", "verify", source, str(out)])
+    screen.print(f"check it with: {command}", soft_wrap=True)
+
+
+def adapter_inspection(adapter: "Adapter") -> dict[str, Any]:
+    """Returns what ``inspect`` shows of an adapter, as JSON types."""
+    modules = []
+    for update in adapter.updates:
+        rank, scale = adapter.scaling(update.module)
+        form = "linear" if update.kind == "transposed" else update.kind
+        kind = "DoRA" if update.magnitude else update.taken or form
+        shapes = [list(adapter.shape(name)) for name in (update.down, update.up)]
+        modules.append({"module": update.module, "kind": kind, "rank": rank, "scale": scale, "shapes": shapes})
+    return {
+        "modules": modules,
+        "replaced": sorted(adapter.replaced),
+        "tokens": {rows.module: list(rows.tokens) for rows in adapter.token_rows},
+        "trained_on": adapter.trained_on[0],
+        "extracted": adapter.extracted,
+        "notes": list(adapter.notes),
+    }
+
+
+def print_adapter_inspection(adapter: "Adapter") -> None:
+    """Prints what an adapter adds to, a line per layer, and what it replaces."""
+    screen, found = output(), adapter_inspection(adapter)
+    rows = []
+    for layer, modules in by_layer(found["modules"], lambda each: (each["module"], each["kind"])):
+        ranks, scales = ({each[key] for each in modules} for key in ("rank", "scale"))
+        names = Counter(_NUMBER.sub("*", split_layer(each["module"])[1]) for each in modules)
+        shown = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in names.items())
+        cells = (
+            layer,
+            shown,
+            modules[0]["kind"],
+            *(", ".join(f"{each:g}" for each in sorted(of)) for of in (ranks, scales)),
+        )
+        rows.append(Row(cells))
+    print_table(screen, (*_PLACE, Column("kind"), Column("rank", right=True), Column("scale", right=True)), rows)
+    if found["replaced"]:
+        say(screen, f"replaced as a whole: {', '.join(found['replaced'])}")
+    for module, tokens in found["tokens"].items():
+        say(screen, f"rows of {module} replaced: {', '.join(map(str, tokens))}")
+    for note in found["notes"]:
+        say(screen, note)
+    if adapter.extracted:
+        command = shlex.join(["ablate-shards", "verify", "SOURCE", str(adapter.path)])
+        say(screen, f"made by ablate-shards, with its figures in {ADAPTER_RECEIPT_NAME}; check it with: {command}")
+    base = f" of {found['trained_on']}" if found["trained_on"] else ""
+    say(
+        screen,
+        f"an adapter{base}: {counted(len(adapter.updates), 'update')}, {counted(len(adapter.tensors), 'tensor')}",
+    )
 
 
 def print_adapter_verification(verification: "AdapterVerification", out: Path) -> None:

@@ -293,7 +293,10 @@ def print_merge(
     print_table(screen, (*_MERGED, Column("largest change", right=True)), rows)
     say(screen, "change: norm of what was added, relative to the norm of the weight", "dim")
     if not any(result.change is None or result.change for result in results.values()):
-        say(screen, f"{adapter} adds nothing: it was saved before it was trained")
+        why = (
+            "--scale is 0" if not plan.scale else "each update is zero, as of one that was saved before it was trained"
+        )
+        say(screen, f"{adapter} adds nothing: {why}")
     amended = ", ".join(plan.amendments.names())
     if dequantisation is not None:
         _print_dequantised(screen, dequantisation, planned=False)

@@ -46,6 +46,7 @@ _ABLATION_IN_CODES, _ABOVE_CHANCE = 0.4, 4.0
 _EXPONENT = 0x7F800000
 _NORM_NOISE = 16.0
 _NORM_FLOOR = 2e-6
+_HUGE = 1e12
 
 
 class Steps(Protocol):
@@ -149,8 +150,8 @@ class Change:
         beyond: How many differ by more steps than rounding may: one unit in the last place, of a dtype.
         units: The largest difference in steps.
         largest: The largest difference.
-        nonfinite: How many values are NaN or infinite on either side; they count as changed where they differ, and
-            for nothing else.
+        nonfinite: How many values are NaN or infinite on either side, or beyond 1e12 where squares overflow; they
+            count as changed where they differ, and for nothing else.
         before: Squared norm of the old values.
         energy: Squared norm of the difference.
         row_drift: Largest relative change of a row's norm; None of a vector.
@@ -193,6 +194,8 @@ def compare_vector(blocks: Blocks, unit: Steps) -> Change:
         old, added, _ = tally.add(first, old, added)
         before += float(old.square().sum(dtype=torch.float64))
         energy += float(added.square().sum(dtype=torch.float64))
+    if not math.isfinite(before + energy):
+        return compare_vector(partial(_within, blocks), unit)
     return tally.change(before, energy)
 
 
@@ -216,6 +219,8 @@ def compare_matrix(blocks: Blocks, shape: tuple[int, int], unit: Steps, rank: in
     for first, old, added in blocks():
         clean = sums.add(first, old, added)
         gram.addmm_(clean.T, clean @ start)
+    if not (sums.rows.isfinite().all() and sums.columns.isfinite().all() and gram.isfinite().all()):
+        return compare_matrix(partial(_within, blocks), shape, unit, rank)
     change = sums.tally.change(float(sums.rows[0].sum()), float(sums.rows[2].sum()))
     if not change.energy:
         return change
@@ -241,6 +246,14 @@ def _finite(blocks: Blocks) -> Iterator[tuple[int, Tensor, Tensor]]:
     for first, old, added in blocks():
         wrong = ~torch.isfinite(added)
         yield first, old.masked_fill(wrong, 0.0), added.masked_fill(wrong, 0.0)
+
+
+def _within(blocks: Blocks) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yields values with NaN where they changed and are too large for sums of squares in float32, zero where not."""
+    for first, old, added in blocks():
+        wrong = ~((old.abs() < _HUGE) & (added.abs() < _HUGE))
+        kept = torch.where(added == 0, 0.0, float("nan"))
+        yield first, old.masked_fill(wrong, 0.0), torch.where(wrong, kept, added)
 
 
 class _Tally:

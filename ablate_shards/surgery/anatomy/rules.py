@@ -122,7 +122,8 @@ def _blocked(parts: Sequence[Hit], tensors: Mapping[str, TensorInfo]) -> LeftOut
     chief = max(parts, key=lambda hit: tensors[hit.name].end - tensors[hit.name].start)
     odd = next((hit for hit in (chief, *parts) if hit.rest not in (".weight", "")), None)
     if (dtype := tensors[chief.name].dtype) not in _EDITABLE:
-        way = "convert" if dtype == "F64" else "dequantise"
+        plain = dtype == "F64" or (dtype == "F8_E5M2" and len(parts) == 1)  # numbers as they are, without scales
+        way = "convert" if plain else "dequantise"
         why = f"expected BF16, F16 or F32, found {dtype}; {way} the checkpoint to one of them first"
     elif odd is not None:
         what = odd.rest.lstrip("._")

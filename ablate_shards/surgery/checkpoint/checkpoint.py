@@ -56,8 +56,10 @@ _MODEL, _VARIANT = "model.safetensors", re.compile(r"model\.[\w-]+\.safetensors|
 _TEXT_PARTS = ("text_config", "llm_config", "language_config")
 #: What peft puts into a model that it adapts.
 _ADAPTED = re.compile(r"\.(?:lora_[AB]|lora_embedding_[AB]|base_layer)(?:\.|$)")
+#: Written by transformers 5.4, where a part of a name was taken for the whole of it.
+_DOUBLED = "_blocks_blocks"
 _MLX_ADAPTER = re.compile(r"(?:\d+_)?adapters\.safetensors")
-_NUMBERED = re.compile(r"^(?P<stem>.*?)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
+_NUMBERED = re.compile(r"^(?P<stem>.*?)-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})\.safetensors$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,9 +283,19 @@ def _checkpoint(
                 )
             tensors[tensor.name] = tensor
     if (adapted := next((name for name in tensors if _ADAPTED.search(name)), None)) is not None:
+        if len(shards) == 1 and shards[0].name == WEIGHTS_NAME:
+            raise CheckpointError(
+                f"{files.shown(WEIGHTS_NAME)}: holds the weights of an adapter, not a model; name its folder, and add "
+                "it to its model with `ablate-shards merge MODEL ADAPTER OUT`"
+            )
         raise CheckpointError(
             f"{adapted}: belongs to an adapter, so {tensors[adapted].shard} is of a model saved with it inside; load "
             "it as it was saved, and save it again after peft's merge_and_unload()"
+        )
+    if (doubled := next((name for name in tensors if name.endswith(_DOUBLED)), None)) is not None:
+        raise CheckpointError(
+            f"{doubled}: transformers 5.4 saves the blocks of gpt-oss under such names, which nothing loads; "
+            f"rename them in {tensors[doubled].shard}, *{_DOUBLED} to *_blocks and *_blocks_scales to *_scales"
         )
     return Checkpoint(
         path=path,
@@ -385,12 +397,17 @@ def _check_index(index: str, weight_map: Mapping[str, str], shards: Iterable[Sha
 
 
 def _check_numbering(files: Files, names: list[str]) -> None:
+    sets: dict[tuple[str, str], dict[int, str]] = {}
     for name in names:
         if match := _NUMBERED.match(name):
-            for number in range(1, int(match["count"]) + 1):
-                wanted = f"{match['stem']}-{number:05d}-of-{match['count']}.safetensors"
-                if wanted not in names:
-                    raise CheckpointError(f"{files.shown(wanted)}: missing, although {name} is here; download it")
+            sets.setdefault((match["stem"], match["count"]), {})[int(match["number"])] = match["number"]
+    for (stem, count), numbers in sets.items():
+        digits, first = min(map(len, numbers.values())), 0 if 0 in numbers else 1  # most count from 1
+        for number in range(first, int(count) + first):
+            if number not in numbers:
+                wanted = f"{stem}-{number:0{digits}d}-of-{count}.safetensors"
+                here = f"{stem}-{next(iter(numbers.values()))}-of-{count}.safetensors"
+                raise CheckpointError(f"{files.shown(wanted)}: missing, although {here} is here; download it")
 
 
 def text_part(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:

@@ -5,7 +5,10 @@ import threading
 
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 
-__all__ = ["base_digest"]
+__all__ = ["SOURCE_WEIGHTS", "base_digest"]
+
+#: What the receipt of an adapter calls the digest of its source, whose headers may be those of many models.
+SOURCE_WEIGHTS = "source_weights"
 
 _PIECES, _PIECE = 8, 4096
 

@@ -237,7 +237,9 @@ def _say_raw(tensors: Sequence[TensorDiff]) -> str:
 
 def _say_nonfinite(tensors: Sequence[TensorDiff]) -> str:
     count = sum(tensor.nonfinite for tensor in tensors)
-    return f"{_count(count, 'NaN or infinite value')} in {_count(len(tensors), 'changed tensor')}{_where(tensors)}"
+    return (
+        f"{_count(count, 'NaN, infinite or huge value')} in {_count(len(tensors), 'changed tensor')}{_where(tensors)}"
+    )
 
 
 _SENTENCES: Mapping[str, Callable[[Sequence[TensorDiff]], str]] = {

@@ -79,7 +79,7 @@ def ablation_receipt(
         "tied": made.plan.tied,
         "edits": [edit_record(edit) for edit in plan.edits],
     }
-    return adapter_receipt_text(made, origin)
+    return adapter_receipt_text(made, checkpoint, origin)
 
 
 def _changes(

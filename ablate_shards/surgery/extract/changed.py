@@ -64,7 +64,7 @@ def plan_difference_adapter(first: Checkpoint, second: Checkpoint, rank: int | N
 def difference_receipt(first: Checkpoint, second: Checkpoint, made: Made) -> str:
     """Returns the receipt of an adapter that makes of one checkpoint what another is."""
     origin = {"made_from": "difference", "source": source_record(first), "other": source_record(second)}
-    return adapter_receipt_text(made, origin)
+    return adapter_receipt_text(made, first, origin)
 
 
 def _anatomy_of(checkpoint: Checkpoint) -> Anatomy | None:

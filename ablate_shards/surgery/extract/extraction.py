@@ -8,7 +8,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -242,6 +242,11 @@ def _compute(module: Module, rank: int | None, matrices: "Matrices", *, biases: 
     ups = np.stack([_padded(each.up, width, 1) for each in found]).astype(np.float32)
     downs = np.stack([_padded(each.down, width, 0) for each in found]).astype(np.float32)
     result = measured_with(module, ups, downs, matrices)
+    if not all(math.isfinite(value) for value in astuple(result)):
+        raise ExecuteError(
+            f"{module.path}: holds values so large that what an adapter adds to them cannot be measured; fetch the "
+            "shard of its weight again"
+        )
     if module.swapped:
         ups, downs = downs.transpose(0, 2, 1), ups.transpose(0, 2, 1)
     tensors = _named(module, ups, downs)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ablate_shards import __version__
 from ablate_shards.names import CONFIG_NAME, WEIGHTS_NAME
+from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.checkpoint.digest import SOURCE_WEIGHTS, base_digest
 from ablate_shards.surgery.edit.receipt import seal
 from ablate_shards.surgery.extract.plan import AdapterPlan
 from ablate_shards.validation import Finite
@@ -90,18 +92,21 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def adapter_receipt_text(made: Made, origin: Mapping[str, Any]) -> str:
+def adapter_receipt_text(made: Made, source: Checkpoint, origin: Mapping[str, Any]) -> str:
     """Returns the receipt of an adapter as canonical JSON that ends in its own digest.
 
     Args:
         made: The adapter.
-        origin: What it does to what.
+        source: What it is an adapter of.
+        origin: What it does to that.
     """
+    weights = base_digest(source)
     return seal(
         {
             "format": ADAPTER_FORMAT,
             "tool": f"ablate-shards {__version__}",
             **origin,
+            **({} if weights is None else {SOURCE_WEIGHTS: weights}),
             "modules": [
                 {
                     "path": module.path,

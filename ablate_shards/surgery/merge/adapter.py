@@ -1,10 +1,11 @@
 """Reads a LoRA adapter as peft saves it: what it adds to which module, and what it replaces, as pure data."""
 
+import dataclasses
 import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -15,14 +16,15 @@ from msgspec import Meta
 from ablate_shards.errors import AdapterError, CheckpointError
 from ablate_shards.kernels.codecs.plain import STORED, decoded
 from ablate_shards.kernels.merge.taken import Taken
-from ablate_shards.names import CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
+from ablate_shards.names import ADAPTER_RECEIPT_NAME, CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from ablate_shards.surgery.anatomy.wrappers import unwrapped
+from ablate_shards.surgery.checkpoint.digest import SOURCE_WEIGHTS
 from ablate_shards.surgery.checkpoint.files import pointed_at
 from ablate_shards.surgery.checkpoint.headers import TensorInfo, read_header
 from ablate_shards.surgery.checkpoint.stores import is_hub_id
 from ablate_shards.validation import Finite, checked
 
-__all__ = ["Adapter", "LoraSettings", "LowRank", "TokenRows", "read_adapter"]
+__all__ = ["Adapter", "LoraSettings", "LowRank", "TokenRows", "holds_adapter", "read_adapter"]
 
 _ROOT = "base_model.model."
 _MLX_WEIGHTS = "adapters.safetensors"
@@ -32,7 +34,13 @@ _FACTOR = re.compile(
     r"(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\."
     r"(?:lora_(?P<factor>[AB])(?:\.(?:[^.]+\.)?(?P<what>weight|bias))?|lora_embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
 )
+#: All experts in one tensor, A as ``[E, r, in]`` and B as ``[E, out, r]``.
+_OF_EXPERTS = re.compile(
+    r"(?P<stack>.+\.experts)\.(?P<leaf>w[123]|(?:gate|up|down)_proj)\.lora_(?P<factor>[AB])(?P<rest>(?:\.[^.]+){0,2})"
+)
+_STACKED = re.compile(r"\.experts\.(?:base_layer\.)*lora_(?P<factor>[AB])\.")
 _MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(?:\.[^.]+){0,2}")
+_LAYER = re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\.")
 #: What training alone needs: the projection of VeLoRA's backward pass, the sampler of MonteCLoRA.
 _OF_TRAINING = re.compile(r".+\.lora_(?:velora|monteclora)_\w+(?:\..+)?")
 _BASE_COPY = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<what>weight|bias)")
@@ -175,9 +183,12 @@ class Adapter:
         peft_version: The version of peft that saved it, None where it does not say.
         weights: The file that holds its tensors.
         token_rows: Rows of embeddings that replace those of the base.
-        keeps_ties: Whether a head that is tied to the embedding changes with it, as in MLX and where peft was told so.
+        keeps_ties: Whether a head that is tied to the embedding changes with it, as in MLX.
         trained_class: The class of transformers that was trained, None where the configuration does not name it.
         trained_on: The repository and commit of its base, each None where the configuration does not name one.
+        extracted: Whether it was made of an edit or of two checkpoints here, and says so.
+        made_of: Digest of the weights that it was made of, None where nobody wrote it down.
+        notes: Where its configuration and its weights differ, a line each.
     """
 
     path: Path
@@ -194,6 +205,9 @@ class Adapter:
     keeps_ties: bool = False
     trained_class: str | None = None
     trained_on: tuple[str | None, str | None] = (None, None)
+    extracted: bool = False
+    made_of: str | None = None
+    notes: tuple[str, ...] = ()
 
     def scaling(self, key: str) -> tuple[int, float]:
         """Returns rank and scale of a module or parameter, by its path in the model that was trained.
@@ -206,8 +220,16 @@ class Adapter:
         return int(rank), alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of one of its tensors."""
-        return self.tensors[name].shape
+        """Returns the shape of one of its tensors: of A and B of stacked experts that of two dimensions."""
+        shape = self.tensors[name].shape
+        if (factor := self.stacked(name)) is None:
+            return shape
+        return (shape[0] * shape[1], shape[2]) if factor == "A" else (shape[0], shape[1] * shape[2])
+
+    def stacked(self, name: str) -> Literal["A", "B"] | None:
+        """Returns which factor of stacked experts a tensor is, ``[E, r, in]`` or ``[out, r, E]`` as vLLM reads them."""
+        found = _STACKED.search(name) if len(self.tensors[name].shape) == 3 else None
+        return None if found is None else found["factor"]  # type: ignore[return-value]
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
         """Reads one tensor, or some of its elements, flat; float32 holds whatever an adapter is stored in.
@@ -243,6 +265,12 @@ class Adapter:
                     f"{self.path / CONFIG_NAME}: {which} holds {pattern!r}, which is not a regular expression ({error})"
                 ) from error
         return default
+
+
+def holds_adapter(path: Path) -> bool:
+    """Tells whether a folder holds an adapter, and no weights of a model beside it."""
+    weights = [file.name for file in path.glob("*.safetensors")]
+    return (path / CONFIG_NAME).is_file() and {*weights} <= {WEIGHTS_NAME, _MLX_WEIGHTS} and bool(weights)
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -282,13 +310,15 @@ def read_adapter(path: Path) -> Adapter:
             )
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+    tensors = shard.tensors if mlx else _of_each_expert(shard.tensors, weights)
+    made = _made(path / ADAPTER_RECEIPT_NAME)
     sort = _sort_mlx if mlx else _sort
-    updates, replaced, copies, token_rows = sort(shard.tensors, weights, config)
+    updates, replaced, copies, token_rows = sort(tensors, weights, config)
     return Adapter(
         path=path,
         sha256=hashlib.sha256(hashlib.sha256(raw).digest() + bytes.fromhex(digest)).hexdigest(),
         config=config,
-        tensors={tensor.name: tensor for tensor in shard.tensors},
+        tensors={tensor.name: tensor for tensor in tensors},
         updates=updates,
         replaced=replaced,
         copies=copies,
@@ -296,9 +326,12 @@ def read_adapter(path: Path) -> Adapter:
         peft_version=version if isinstance(version, str) else None,
         weights=weights.name,
         token_rows=token_rows,
-        keeps_ties=mlx or config.ensure_weight_tying,
+        keeps_ties=mlx,
         trained_class=_class_of(content),
         trained_on=_origin_of(content),
+        extracted=bool(made),
+        made_of=made.get(SOURCE_WEIGHTS),
+        notes=() if mlx else (*_changed(made, digest, weights), *_differences(content, updates, replaced, weights)),
     )
 
 
@@ -315,6 +348,58 @@ def _origin_of(config: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """Returns the repository and the commit that a configuration names as the base; not folders or branches."""
     name, revision = str(config.get("base_model_name_or_path")), str(config.get("revision"))
     return name if is_hub_id(name) else None, revision if _COMMIT.fullmatch(revision) else None
+
+
+def _differences(
+    config: Mapping[str, Any], updates: Iterable[LowRank], replaced: Iterable[str], path: Path
+) -> Iterator[str]:
+    """Yields what the configuration says and the weights do not hold, and the other way round.
+
+    Raises:
+        AdapterError: The weights are whole ones, and the configuration does not say that any was trained whole.
+    """
+    saved = [name for name in config.get("modules_to_save") or () if isinstance(name, str)]
+    whole = [name for name in replaced if _LAYER.match(name) and not any(f".{each}." in f".{name}" for each in saved)]
+    if not updates and whole:
+        raise AdapterError(
+            f"{path}: holds no LoRA tensors but {len(whole)} whole weights of layers, such as {whole[0]}, of which "
+            "modules_to_save names none; if a trainer saved the model in the place of its adapter, use that as the "
+            "model, with the config.json of its base, and otherwise save the adapter again"
+        )
+    if lacking := [each for each in saved if not any(f".{each}." in f".{name}" for name in replaced)]:
+        yield f"modules_to_save names {', '.join(lacking)}, of which {path.name} holds nothing"
+    # Experts go by names of their own, which trainers do not list.
+    plain = [update.module for update in updates if ".experts" not in update.module]
+    try:
+        beside = [module for module in plain if not _targeted(config, module)]
+    except (re.error, TypeError):
+        beside = []
+    if beside:
+        yield (
+            f"{path.name} holds a LoRA of modules that {CONFIG_NAME} does not target ({len(beside)}, such as "
+            f"{beside[0]}); peft leaves them out, and here they are merged"
+        )
+
+
+def _targeted(config: Mapping[str, Any], module: str) -> bool:
+    """Tells whether peft, with this configuration, adapts a module; True where that depends on more than its name."""
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if targets is None or _names(config.get("exclude_modules"), module):
+        return targets is None
+    if isinstance(targets, str):
+        return targets.lower() == "all-linear" or re.search(targets, module) is not None
+    number = _LAYER.match(module)
+    if module not in targets and number and layers not in (None, []):
+        chosen = layers if isinstance(layers, list) else [layers]
+        return int(number["layer"]) in chosen and _names(targets, module)
+    return _names(targets, module)
+
+
+def _names(given: Any, module: str) -> bool:
+    """Tells whether an expression or a list of the ends of names says a module."""
+    if isinstance(given, str):
+        return re.fullmatch(given, module) is not None
+    return any(f".{module}".endswith(f".{each}") for each in given or ())
 
 
 def _mlx_settings(config: Mapping[str, Any], path: Path) -> LoraSettings:
@@ -361,6 +446,18 @@ def _base_of(path: Path) -> str | None:
     base = _object(path, path.read_bytes()).get("base")
     found = base.get("sha256") if isinstance(base, dict) else None
     return found if isinstance(found, str) and found else None
+
+
+def _made(path: Path) -> dict[str, Any]:
+    """Returns the receipt of an adapter that was extracted, empty where there is none."""
+    return _object(path, path.read_bytes()) if path.is_file() else {}
+
+
+def _changed(made: Mapping[str, Any], digest: str, path: Path) -> Iterator[str]:
+    """Yields that an adapter is not as its receipt says."""
+    files = made.get("files")
+    if isinstance(files, dict) and files.get(path.name) != digest:
+        yield f"{path} was changed after {ADAPTER_RECEIPT_NAME} was written, so the figures there are not its own"
 
 
 def _object(path: Path, raw: bytes) -> dict[str, Any]:
@@ -429,7 +526,44 @@ def _inner(name: str) -> str:
     inner = unwrapped(name)
     while inner.startswith(_ROOT):
         inner = unwrapped(inner.removeprefix(_ROOT))
-    return inner
+    return inner.replace("model.unembed_tokens.", "lm_head.", 1)  # as Tinker calls it
+
+
+def _of_each_expert(tensors: tuple[TensorInfo, ...], path: Path) -> tuple[TensorInfo, ...]:
+    """Returns the tensors with those of SGLang and Tinker, which hold A or B of all experts, cut into one for each.
+
+    One of the two may be the same for all experts. Both are empty where experts have no such matrix, as those without a
+    gate, whose only one before the last is called w1.
+    """
+    found: dict[tuple[str, str], dict[str, tuple[TensorInfo, str]]] = {}
+    rest = []
+    for tensor in tensors:
+        match = _OF_EXPERTS.fullmatch(tensor.name)
+        if match is None or (len(tensor.shape) != 3 and 0 not in tensor.shape):
+            rest.append(tensor)
+        else:
+            found.setdefault((match["stack"], match["leaf"]), {})[match["factor"]] = tensor, match["rest"]
+    empty = {key for key, factors in found.items() if all(0 in tensor.shape for tensor, _ in factors.values())}
+    for (stack, leaf), factors in found.items():
+        if (stack, leaf) in empty:
+            continue
+        counts = {tensor.shape[0] for tensor, _ in factors.values()} - {1}
+        if len(counts) != 1 or any(len(tensor.shape) != 3 for tensor, _ in factors.values()):
+            shown = " and ".join(str(list(tensor.shape)) for tensor, _ in factors.values())
+            raise AdapterError(
+                f"{path}: {stack}.{leaf}: expected lora_A [experts, r, in] and lora_B [experts, out, r], one of which "
+                f"may be the same for all experts, found {shown}; save the adapter again"
+            )
+        for factor, (tensor, ending) in factors.items():
+            count, size = tensor.shape[0], (tensor.end - tensor.start) // tensor.shape[0]
+            for expert in range(max(counts)):
+                start = tensor.start + (expert if count > 1 else 0) * size
+                called = "up_proj" if leaf == "w1" and (stack, "w3") in empty else leaf
+                name = f"{stack}.{expert}.{called}.lora_{factor}{ending}"
+                rest.append(
+                    dataclasses.replace(tensor, name=name, shape=tensor.shape[1:], start=start, end=start + size)
+                )
+    return tuple(rest)
 
 
 def _sort(tensors: tuple[TensorInfo, ...], path: Path, config: LoraSettings) -> _Sorted:

@@ -274,7 +274,9 @@ class _Finder:
     def _stays_tied(self, one: _Part, other: _Part) -> bool:
         """Returns whether embedding and head are one weight after the training too."""
         if not other.sources:
-            return one.rows is not None or self._adapter.keeps_ties
+            # peft, told to keep ties, finds those of modules of this name only.
+            told = self._adapter.config.ensure_weight_tying and str(one.name).endswith("embed_tokens.weight")
+            return one.rows is not None or self._adapter.keeps_ties or told
         if one.replaced and other.replaced:
             return self._equal(one.replaced, other.replaced)
         if one.rows and other.rows:

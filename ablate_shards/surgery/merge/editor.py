@@ -2,6 +2,7 @@
 
 import bisect
 import functools
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -93,32 +94,32 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
             return [(_RescaledColumns if edit.transposed else _RescaledRows)(edit, self._adapter, of)]
         height = edit.shape[-2]
         return [
-            self._addition(edit, matrix * height, height, functools.partial(factors.of, matrix), edit.scale)
+            self._addition(edit, matrix * height, height, _Update(functools.partial(factors.of, matrix), edit.scale))
             for matrix in range(edit.experts if edit.expert is None else 1)
         ]
 
     def _parts(self, edit: MergeEdit) -> Iterator[Section]:
-        """Yields a section per part, and one for the rows between two parts, which stay as they are."""
+        """Yields a section for the rows of each part, and one for the rows between two, which stay as they are."""
         done, rows = 0, math.prod(edit.shape[:-1])
-        for part in edit.parts:
-            first, last = part.rows
+        for (first, last), parts in itertools.groupby(edit.parts, lambda part: part.rows):
             if done < first:
                 yield _Kept(edit, done, first)
-            factors = functools.partial(self._factors, part)
-            yield self._addition(edit, first, last - first, factors, part.scale)
+            updates = (
+                _Update(functools.partial(self._factors, part), part.scale, slice(*part.columns or (None,)))
+                for part in parts
+            )
+            yield self._addition(edit, first, last - first, *updates)
             done = last
         if done < rows:
             yield _Kept(edit, done, rows)
 
     def _factors(self, part: MergePart) -> tuple[np.ndarray, np.ndarray]:
         down, up = (self._adapter.read(name) for name in part.source)
-        return up, down
+        return (down.T, up.T) if part.transposed else (up, down)
 
-    def _addition(self, edit: MergeEdit, first: int, rows: int, factors: _Factors, scale: float) -> "_Addition":
+    def _addition(self, edit: MergeEdit, first: int, rows: int, *updates: "_Update") -> "_Addition":
         begin = Beginning(edit, self._adapter)
-        return _Addition(
-            edit, first, rows, factors, scale=scale, form=self._form, device=self._device, room=self._room, begin=begin
-        )
+        return _Addition(edit, first, rows, updates, form=self._form, device=self._device, room=self._room, begin=begin)
 
     def result(self, edit: MergeEdit, measured: Sequence[Any], digest: str) -> MergeResult:
         """Returns what was measured of a tensor."""
@@ -142,7 +143,7 @@ class _LowRankFactors:
             if self._read is None:
                 down, up = (self._adapter.read(name) for name in edit.source)
                 # Experts lie one after the other along the rows of A, and interleaved along the columns of B.
-                self._read = down.reshape(edit.experts, -1, down.shape[1]), up.reshape(len(up), -1, edit.experts)
+                self._read = down.reshape(edit.experts, -1, down.shape[-1]), up.reshape(len(up), -1, edit.experts)
         downs, ups = self._read
         expert = matrix if edit.expert is None else edit.expert
         right, left = downs[expert], ups[:, :, expert]
@@ -151,8 +152,22 @@ class _LowRankFactors:
         return (left if edit.rows is None else left[slice(*edit.rows)]), right
 
 
+class _Update(NamedTuple):
+    """A low-rank update of some columns of the rows of a section.
+
+    Attributes:
+        factors: What it is made of.
+        scale: What their product is multiplied by.
+        columns: The columns; those of several updates do not overlap and are as many in each.
+    """
+
+    factors: _Factors
+    scale: float
+    columns: slice = slice(None)
+
+
 class _Addition:
-    """Rows of one matrix that a low-rank update is added to: see ``Section``."""
+    """Rows of one matrix that low-rank updates are added to: see ``Section``."""
 
     light = True
 
@@ -161,78 +176,92 @@ class _Addition:
         edit: MergeEdit,
         first: int,
         rows: int,
-        factors: _Factors,
+        updates: Sequence[_Update],
         *,
-        scale: float,
         form: "Form",
         device: str,
         room: int,
         begin: Beginning,
     ) -> None:
-        self._edit, self._factors, self._scale = edit, factors, scale
+        self._edit, self._updates = edit, updates
         self._form, self._device, self._room, self._begin = form, device, room, begin
         self._row_bytes = edit.shape[-1] * ITEM_BYTES[edit.dtype]
         self.start = edit.start + first * self._row_bytes
         self.end = self.start + rows * self._row_bytes
         self.block = 0
         self.gathers = begin.gathers
-        self._squares = 0.0
-        self._merger: Merger | NumpyMerger | None = None
+        self._squares = self._beside = 0.0
+        self._mergers: list[Merger | NumpyMerger] = []
+        self._kept = np.ones(edit.shape[-1], bool)
+        for update in updates:
+            self._kept[update.columns] = False
 
     def gather(self, read: Reader) -> None:
         """Reads the factors."""
-        left, right = self._factors()
-        self._merger = self._new_merger(left, right)
+        self._squares = self._beside = 0.0
+        self._mergers = []
         taken = self._begin.gather(read)
-        if taken is None:
-            self._squares = (self._scale * update_norm(left, right)) ** 2
-        else:
-            both = np.hstack([left, -taken[0]]), np.vstack([right, taken[1]])
-            self._squares = (self._scale * update_norm(*both)) ** 2
-        chunk = self._merger.chunk_rows
+        for update in self._updates:
+            left, right = update.factors()
+            self._mergers.append(self._new_merger(left, right, update.scale))
+            if taken is not None:
+                left, right = np.hstack([left, -taken[0]]), np.vstack([right, taken[1]])
+            self._squares += (update.scale * update_norm(left, right)) ** 2
+        chunk = self._mergers[0].chunk_rows
         self.block = max(chunk, self._room // max(1, self._row_bytes) // chunk * chunk) * max(1, self._row_bytes)
 
     def edit(self, raw: np.ndarray, offset: int) -> None:
-        """Adds the update to a block."""
+        """Adds the updates to a block."""
         self._begin.apply(raw, offset)
-        merger, dtype = self._gathered(), self._edit.dtype
-        shape, start = (-1, self._edit.shape[-1]), (offset - self.start) // self._row_bytes
-        if isinstance(merger, NumpyMerger):
-            merger.apply(raw.view(STORED[dtype]).reshape(shape), start)
+        stored = raw.view(STORED[self._edit.dtype]).reshape(-1, self._edit.shape[-1])
+        start = (offset - self.start) // self._row_bytes
+        if self._kept.any():
+            self._beside += float(np.square(decoded(stored[:, self._kept], np.float64)).sum())
+        if self._form == "numpy":
+            self._add(stored, start)
         else:
-            import torch
-
-            stored = torch.from_numpy(raw).view(torch_dtype(dtype)).view(shape)
-            block = stored.to(self._device)
-            merger.apply(block, start)
-            if block is not stored:
-                stored.copy_(block)
-        if merger.overflows:
-            refuse(self._edit, finite=math.isfinite(merger.norm))
+            self._add_on_device(raw, start)
+        if any(merger.overflows for merger in self._mergers):
+            refuse(self._edit, finite=all(math.isfinite(merger.norm) for merger in self._mergers))
 
     def measure(self, raw: np.ndarray, offset: int) -> None:
         """Does nothing: the norms are known before, and the digest is the caller's."""
 
     def measured(self) -> _Squares:
-        """Returns the squared norms of the update and of what was there."""
+        """Returns the squared norms of the updates and of what was there."""
         before = self._begin.norm
-        return _Squares(self._squares, (self._gathered().norm if before is None else before) ** 2)
+        there = self._beside + sum(merger.norm**2 for merger in self._mergers)
+        return _Squares(self._squares, there if before is None else before**2)
 
-    def _new_merger(self, left: np.ndarray, right: np.ndarray) -> "Merger | NumpyMerger":
+    def _add(self, stored: np.ndarray, start: int) -> None:
+        for update, merger in zip(self._updates, self._mergers, strict=True):
+            part = stored[:, update.columns]
+            # Compiled kernels take columns that lie side by side.
+            beside = part if update.columns.step in (None, 1) else np.ascontiguousarray(part)
+            merger.apply(beside, start)  # type: ignore[arg-type]
+            if beside is not part:
+                part[:] = beside
+
+    def _add_on_device(self, raw: np.ndarray, start: int) -> None:
+        import torch
+
+        stored = torch.from_numpy(raw).view(torch_dtype(self._edit.dtype)).view(-1, self._edit.shape[-1])
+        block = stored.to(self._device)
+        for update, merger in zip(self._updates, self._mergers, strict=True):
+            merger.apply(block[:, update.columns], start)  # type: ignore[arg-type]
+        if block is not stored:
+            stored.copy_(block)
+
+    def _new_merger(self, left: np.ndarray, right: np.ndarray, scale: float) -> "Merger | NumpyMerger":
         edit = self._edit
         if self._form == "numpy":
-            return NumpyMerger(left, right, self._scale, edit.dtype)
+            return NumpyMerger(left, right, scale, edit.dtype)
         import torch
 
         from ablate_shards.kernels.merge.merge_torch import Merger
 
         there = [torch.from_numpy(np.ascontiguousarray(factor)).to(self._device) for factor in (left, right)]
-        return Merger(there[0], there[1], self._scale, torch_dtype(edit.dtype), form=self._form)
-
-    def _gathered(self) -> "Merger | NumpyMerger":
-        if self._merger is None:
-            raise RuntimeError(f"{self._edit.name}: changed before its factors were read")
-        return self._merger
+        return Merger(there[0], there[1], scale, torch_dtype(edit.dtype), form=self._form)
 
 
 class _Counted:

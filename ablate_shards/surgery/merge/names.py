@@ -1,7 +1,7 @@
 """Finds the tensors of a checkpoint by the names that parameters go by in the model that was trained."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ablate_shards.errors import AdapterError
@@ -36,10 +36,12 @@ _SPELLINGS = (
     (".self_attn.g_proj.", ".self_attn.gate_proj."),
     (".self_attn.q_gate_proj.", ".self_attn.q_b_proj."),
     (".self_attn.", ".attention."),
+    (".self_attn.", ".attn."),
     ("layernorm.mlp.fc1.", "layernorm.W_down."),
     ("layernorm.mlp.fc2.", "layernorm.W_up."),
     ("embed_tokens.", "word_embeddings."),
 )
+_OF_EXPERT = ((".w1.", ".gate_proj."), (".w2.", ".down_proj."), (".w3.", ".up_proj."))
 
 
 class Names:
@@ -70,9 +72,9 @@ class Names:
         Raises:
             AdapterError: More than one tensor is meant.
         """
-        pairs = (pair for one, other in _SPELLINGS for pair in ((one, other), (other, one)))
-        spellings = (path.replace(old, new) for old, new in pairs if old in path)
-        found = (self._find_as_spelled(spelling) for spelling in (path, *spellings))
+        paths = [path, *(_spelled(path, _OF_EXPERT) if ".experts." in path else ())]
+        spellings = (spelling for each in paths for spelling in (each, *_spelled(each, _SPELLINGS)))
+        found = (self._find_as_spelled(spelling) for spelling in spellings)
         return next((name for name in found if name is not None), None)
 
     def _find_as_spelled(self, path: str) -> str | None:
@@ -110,6 +112,14 @@ class Names:
         while len(parts) > 1 and parts[0] in self._outer:
             del parts[0]
         return ".".join(parts)
+
+
+def _spelled(path: str, pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Yields what else a path may be spelled as, either way round."""
+    for pair in pairs:
+        for old, new in (pair, pair[::-1]):
+            if old in path:
+                yield path.replace(old, new)
 
 
 def _roots_of(anatomy: Anatomy) -> tuple[str, ...]:

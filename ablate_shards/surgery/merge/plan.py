@@ -9,16 +9,16 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from ablate_shards.errors import AdapterError, ArchitectureError, PlanError
 from ablate_shards.kernels.codecs.plain import STORED, decoded, encode
 from ablate_shards.kernels.merge.taken import Taken
-from ablate_shards.names import MERGE_RECEIPT_NAME, RECEIPT_NAMES
+from ablate_shards.names import ADAPTER_RECEIPT_NAME, MERGE_RECEIPT_NAME, RECEIPT_NAMES
 from ablate_shards.surgery.anatomy.architecture import Anatomy, dissect
-from ablate_shards.surgery.anatomy.scales import quantisation_of
+from ablate_shards.surgery.anatomy.scales import ending_of, is_codes, plain_name_of, quantisation_of
 from ablate_shards.surgery.checkpoint.amended import Amendments, amend
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.digest import base_digest
@@ -44,24 +44,33 @@ _UNFUSED = {
 }
 #: Modules that a checkpoint may store as the rows of one, in their order.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-_OF_EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<expert>\d{1,5})\.(?P<leaf>[^.]+)")
+#: A matrix of one expert: ``experts.3.down_proj``, or ``experts.down_projs.3``.
+_OF_EXPERT = re.compile(
+    r"(?P<stack>.+\.experts)\.(?:(?P<expert>\d{1,5})\.(?P<leaf>[^.]+)|(?P<listed>[^.]+_proj)s\.(?P<place>\d{1,5}))"
+)
+#: Rows of the table whose stacks hold gate and up in turns; in all others one follows the other.
+_INTERLEAVED = frozenset({"gpt-oss"})
 
 
 @dataclass(frozen=True, slots=True)
 class MergePart:
-    """Rows of a tensor that an update of its own is added to.
+    """A part of a tensor that an update of its own is added to.
 
     Attributes:
         rows: The rows, counted through all matrices of a stack.
         source: The adapter's A and B.
         rank: Columns of B.
         scale: The ``s`` of ``s·B·A``.
+        columns: The columns of these rows: the first, one past the last, and the step; None for all.
+        transposed: Whether the stored part is ``(B·A)ᵀ`` in shape.
     """
 
     rows: tuple[int, int]
     source: tuple[str, str]
     rank: int
     scale: float
+    columns: tuple[int, int, int] | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +184,22 @@ def plan_merge(checkpoint: Checkpoint, adapter: Adapter, scale: float) -> MergeP
     return MergePlan(adapter.sha256, scale, tuple(edits), tuple(planner.notes), planner.found.amendments)
 
 
+class _Place(NamedTuple):
+    """A matrix of one expert among those of all.
+
+    Attributes:
+        stack: The module that holds all of them.
+        expert: The expert.
+        part: Which of the matrices it is that lie beside each other in one parameter.
+        parts: How many these are.
+    """
+
+    stack: str
+    expert: int
+    part: int
+    parts: int
+
+
 class _Planner:
     """Finds weights by the names that modules go by in the model that was trained."""
 
@@ -182,7 +207,7 @@ class _Planner:
         self._source, self._scale = checkpoint, scale
         self._file = adapter.path / adapter.weights
         self._anatomy: Anatomy | None = None
-        self.notes: list[str] = []
+        self.notes = list(adapter.notes)
         try:
             self._anatomy = dissect(checkpoint.tensors, checkpoint.config)
         except ArchitectureError as error:
@@ -258,7 +283,15 @@ class _Planner:
             ):
                 raise AdapterError(self._other_base(f": its {source} is not {name}"))
         self._note_origin()
-        if self._adapter.base is None:
+        made_of, base = self._adapter.made_of, self._adapter.base
+        # What is dequantised on the way has other bytes, and what it was made of may be the codes.
+        plain = self._source.view is None
+        if made_of is not None and plain and base_digest(self._source) not in (None, made_of):
+            self.notes.append(
+                f"{ADAPTER_RECEIPT_NAME} says that the adapter was made of other weights than those of "
+                f"{self._checkpoint.name}; what is measured there holds for those"
+            )
+        if base is None:
             return
         found = base_digest(self._source)
         if found is None:
@@ -364,14 +397,14 @@ class _Planner:
 
     def _place_in_fused(self, update: LowRank) -> tuple[str, MergePart] | None:
         """Returns the tensor that holds a module's weight among others, and the part that it is of it."""
-        expert = _OF_EXPERT.fullmatch(update.module)
+        if found := _OF_EXPERT.fullmatch(update.module):
+            leaf, expert = found["leaf"] or found["listed"], int(found["expert"] or found["place"])
+            for fused, leaves in _UNFUSED.items():
+                order = next((names for names in (*leaves, (fused,)) if leaf in names), None)
+                if order and (name := self._find(f"{found['stack']}.{fused}")) is not None:
+                    place = _Place(found["stack"], expert, order.index(leaf), len(order))
+                    return name, self._part_of_stack(update, name, place)
         parent, _, leaf = update.module.rpartition(".")
-        for fused, leaves in _UNFUSED.items():
-            order = next((names for names in leaves if leaf in names), None)
-            if expert and order and (name := self._find(f"{expert['stack']}.{fused}")) is not None:
-                height = self._height_in_stack(update, name, len(order))
-                start = (int(expert["expert"]) * len(order) + order.index(leaf)) * height
-                return name, self._part(update, start, name)
         for fused, names in _FUSED.items():
             if leaf in names and (name := self._find(f"{parent}.{fused}.weight")) is not None:
                 height, rows = self._wanted(update)[0], self._checkpoint.tensors[name].shape[0]
@@ -388,25 +421,62 @@ class _Planner:
                 return name, self._part(update, starts[leaf], name)
         return None
 
-    def _height_in_stack(self, update: LowRank, name: str, parts: int) -> int:
-        """Returns the rows of a matrix of one expert in a stack ``[E, out, in]`` of all, after checks."""
+    def _part_of_stack(self, update: LowRank, name: str, place: "_Place") -> MergePart:
+        """Returns the part of a stack ``[E, out, in]`` or ``[E, in, out]`` that a matrix of one expert is."""
+        if not update.plain:
+            raise AdapterError(
+                f"{self._file}: {update.up}: {name} stacks all experts, and only plain updates fit it, without bias, "
+                "DoRA or a part that was taken out; merge it into a checkpoint with a tensor per expert"
+            )
         tensor = self._checkpoint.tensors[name]
         outer, inner = self._wanted(update)
-        wanted = (outer * parts, inner)
-        fits, reversed_fits = tensor.shape[1:] == wanted, tensor.shape[1:] == wanted[::-1]
-        if fits and reversed_fits:
-            down = f"{name.rpartition('.')[0]}.down_proj"
-            axes = {writer.name: writer.axis for writer in self._anatomy.writers} if self._anatomy else {}
-            fits, reversed_fits = axes.get(down) == -2, axes.get(down) != -2
-        if reversed_fits and not fits:
+        wanted = (outer * place.parts, inner)
+        transposed = tensor.shape[1:] == wanted[::-1]
+        if transposed and tensor.shape[1:] == wanted:
+            transposed = self._stores_input_first(update, name, place.stack)
+        self._check_shape(update.up, (tensor.shape[0], *(wanted[::-1] if transposed else wanted)), tensor)
+        if place.expert >= tensor.shape[0]:
             raise AdapterError(
-                f"{self._file}: {update.down} is of one expert, and {name} of shape {list(tensor.shape)} stacks all of "
-                "them as [E, in, out], or does not tell; merge it into a checkpoint with a tensor per expert"
+                f"{self._file}: {update.down} is of expert {place.expert}, and {name} of {list(tensor.shape)} has "
+                f"{tensor.shape[0]}; merge it into the checkpoint that it was trained on"
             )
-        self._check_shape(update.up, (tensor.shape[0], *wanted), tensor)
-        return outer
+        family = None if self._anatomy is None else self._anatomy.family
+        alternating = place.parts > 1 and family in _INTERLEAVED
+        if place.parts > 1 and (alternating if not transposed else family is None):
+            raise AdapterError(
+                f"{self._file}: {update.down} is of a part of {name}, and which rows or columns of its matrices are "
+                "those of gate_proj, and which of up_proj, is not known of this architecture; merge it into a "
+                "checkpoint with a tensor per expert"
+            )
+        if not transposed:
+            return self._part(update, (place.expert * place.parts + place.part) * outer, name)
+        part = self._part(update, place.expert * inner, name, transposed=True)
+        if place.parts == 1:
+            return part
+        columns = (place.part * outer, (place.part + 1) * outer, 1)
+        return dataclasses.replace(part, columns=(place.part, wanted[0], place.parts) if alternating else columns)
 
-    def _part(self, update: LowRank, start: int, name: str) -> MergePart:
+    def _stores_input_first(self, update: LowRank, name: str, stack: str) -> bool:
+        """Tells whether a stack of square matrices is ``[E, in, out]``, by the other one or by the architecture.
+
+        Where both gate and up lie in the experts' first matrix, it and the second one cannot both be square.
+        """
+        first, second = (self._find(f"{stack}.{each}") for each in ("gate_up_proj", "down_proj"))
+        if first is not None and second is not None and name in (first, second):
+            (*_, rows, columns), (*_, outer, inner) = (self._checkpoint.tensors[each].shape for each in (first, second))
+            ways = (rows, columns) == (2 * inner, outer), (columns, rows) == (2 * outer, inner)
+            if ways[0] != ways[1]:
+                return ways[1]
+        axes = {writer.name: writer.axis for writer in self._anatomy.writers} if self._anatomy else {}
+        if second not in axes:
+            raise AdapterError(
+                f"{self._file}: {update.down}: whether {name} of shape {list(self._checkpoint.tensors[name].shape)} is "
+                "[E, out, in] or [E, in, out] is told neither by shapes nor by what is known of this architecture; "
+                "merge it into a checkpoint with a tensor per expert"
+            )
+        return axes[second] == -1
+
+    def _part(self, update: LowRank, start: int, name: str, *, transposed: bool = False) -> MergePart:
         """Returns the part of a fused tensor that begins at a row."""
         if not update.plain:
             raise AdapterError(
@@ -415,20 +485,23 @@ class _Planner:
         rank, scale = self._scaling(update, update.module, 1)
         outer, inner = self._wanted(update)
         shape = self._checkpoint.tensors[name].shape
-        if start < 0 or start + outer > math.prod(shape[:-1]) or inner != shape[-1]:
+        height = inner if transposed else outer
+        if start < 0 or start + height > math.prod(shape[:-1]) or (inner != shape[-1] and not transposed):
             raise AdapterError(
                 f"{self._file}: {update.up}: expected rows of {name} of shape {list(shape)}, found [{outer}, {inner}] "
                 f"from row {start} on; merge it into the checkpoint that it was trained on"
             )
-        return MergePart((start, start + outer), (update.down, update.up), rank, scale)
+        return MergePart((start, start + height), (update.down, update.up), rank, scale, transposed=transposed)
 
     def _of_parts(self, name: str, parts: list[MergePart]) -> MergeEdit:
         """Plans the updates of a tensor's parts, none of which may overlap."""
-        parts.sort(key=lambda part: part.rows)
+        parts.sort(key=lambda part: (part.rows, part.columns or (0, 0, 1)))
+        width = self._checkpoint.tensors[name].shape[-1]
         for one, other in itertools.pairwise(parts):
-            if one.rows[1] > other.rows[0]:
+            same = one.rows == other.rows
+            if (_columns_of(one, width) & _columns_of(other, width)) if same else one.rows[1] > other.rows[0]:
                 raise AdapterError(
-                    f"{self._file}: {one.source[0]} and {other.source[0]} change the same rows of {name}; {_WITH_PEFT}"
+                    f"{self._file}: {one.source[0]} and {other.source[0]} change the same part of {name}; {_WITH_PEFT}"
                 )
         sources = (source for part in parts for source in part.source)
         return self._edit(name, "parts", *sources, parts=tuple(parts))
@@ -457,6 +530,8 @@ class _Planner:
     def _of_parameters(self, module: str, updates: list[LowRank]) -> Iterator[MergeEdit]:
         """Plans the updates of a module whose parameters were wrapped one by one; shapes tell which is whose."""
         targets = sorted(self._adapter.config.target_parameters)
+        if not targets and module.endswith(".experts"):
+            targets = ["gate_up_proj" if self._stored(module, "gate_up_proj") else "up_proj", "down_proj"]
         named = dict.fromkeys(target.rpartition(".")[2] for target in targets)
         leaves = [
             leaf
@@ -501,6 +576,8 @@ class _Planner:
         name = self._stored(module, leaf)[0]
         if len(self._stored(module, leaf)) == 1 and len(self._checkpoint.tensors[name].shape) == 2:
             return False
+        if self._adapter.stacked(update.down):
+            return self._stores_input_first(update, name, module)
         family = None if self._anatomy is None else self._anatomy.family
         marked = None if family in (None, "Aria", "gpt-oss") else False
         if (first := _takes_input_first(self._adapter.peft_version, marked=marked)) is None:
@@ -651,8 +728,7 @@ class _Planner:
         return name
 
     def _no_match(self, source: str, path: str) -> str:
-        packed = (f"{path}_packed", f"{path}_blocks", path.removesuffix(".weight") + "_blocks")
-        if any(self._find(name) is not None for name in packed):
+        if self._is_codes(path):
             return (
                 f"{self._file}: {source} is of {path}, which {self._checkpoint.name} holds as codes that cannot take "
                 "what an adapter adds; add --dequantise"
@@ -661,6 +737,23 @@ class _Planner:
             f"{self._file}: {source} matches no weight of {self._checkpoint.name} ({path}); merge it into the model "
             f"that it was trained on, or if that is this one, {_WITH_PEFT}"
         )
+
+    def _is_codes(self, path: str) -> bool:
+        """Tells whether a weight, or what holds it among others, would be there if nothing were quantised."""
+        plain = {
+            plain_name_of(name): tensor
+            for name, tensor in self._checkpoint.tensors.items()
+            if is_codes(tensor, ending_of(name))
+        }
+        find = Names(dataclasses.replace(self._checkpoint, tensors=plain), self._anatomy, self._file).find
+        module = path.removesuffix(".weight")
+        parent, _, leaf = module.rpartition(".")
+        names = [path, *(f"{parent}.{part}.weight" for part in _FUSED.get(leaf, ()))]
+        names += [f"{parent}.{fused}.weight" for fused, leaves in _FUSED.items() if leaf in leaves]
+        stack = found["stack"] if (found := _OF_EXPERT.fullmatch(module)) else module
+        for fused, parts in _UNFUSED.items():
+            names += [f"{stack}.{fused}", *(f"{stack}.0.{leaves[0]}.weight" for leaves in parts)]
+        return any(find(name) is not None for name in names)
 
 
 def _without(adapter: Adapter, sources: Collection[str]) -> Adapter:
@@ -672,6 +765,10 @@ def _without(adapter: Adapter, sources: Collection[str]) -> Adapter:
         copies={path: source for path, source in adapter.copies.items() if source not in sources},
         token_rows=tuple(rows for rows in adapter.token_rows if rows.rows not in sources),
     )
+
+
+def _columns_of(part: MergePart, width: int) -> set[int]:
+    return set(range(*(part.columns or (0, width, 1))))
 
 
 def _parts_of(leaf: str) -> int:

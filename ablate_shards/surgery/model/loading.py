@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ablate_shards.errors import AblateError, reason
+from ablate_shards.names import CONFIG_NAME
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ablate_shards.surgery.checkpoint.files import pointed_at
 from ablate_shards.surgery.machine.devices import computes_bfloat16
@@ -79,6 +80,11 @@ def open_folder(folder: Path, error: type[AblateError]) -> Checkpoint:
         CheckpointError: It is malformed or holds no safetensors.
     """
     if not (folder / "config.json").is_file():
+        if (folder / CONFIG_NAME).is_file():
+            raise error(
+                f"{folder}: holds an adapter, not a model; make a checkpoint of both with `ablate-shards merge MODEL "
+                "ADAPTER OUT` and name that"
+            )
         below = pointed_at(path.relative_to(folder).as_posix() for path in sorted(folder.glob("**/config.json")))
         found = f"found none{below}" if below else "name one as transformers saves"
         raise error(f"{folder}: expected a checkpoint folder with a config.json; {found}")

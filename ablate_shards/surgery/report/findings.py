@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar, get_args
 
 from ablate_shards.errors import AblateError, EvaluateError, ReportError
 from ablate_shards.names import (
+    ADAPTER_RECEIPT_NAME,
     MERGE_RECEIPT_NAME,
     RECEIPT_NAME,
     RECEIPT_NAMES,
@@ -164,6 +165,11 @@ def gather(out: Path, options: ReportOptions) -> Findings:
         EvaluateError: An evaluation that was named cannot be read.
     """
     edited = any((out / name).is_file() for name in _REPORTED)
+    if not edited and (out / ADAPTER_RECEIPT_NAME).is_file():
+        raise ReportError(
+            f"{out}: holds an adapter, whose figures are in {ADAPTER_RECEIPT_NAME}; a report is about a checkpoint, so "
+            "merge it with `ablate-shards merge SOURCE ADAPTER OUT` and name that"
+        )
     if not edited and not any(out.glob(f"*{SEARCH_SUFFIX}")):
         raise ReportError(
             f"{out}: holds no {' and no '.join(_REPORTED)}, nor what a search found (*{SEARCH_SUFFIX}), so there "

@@ -12,6 +12,7 @@ import numpy as np
 from ablate_shards.errors import AblateError, AdapterError, HubError, VerifyError
 from ablate_shards.names import ADAPTER_RECEIPT_NAME, CONFIG_NAME, WEIGHTS_NAME
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
+from ablate_shards.surgery.checkpoint.digest import SOURCE_WEIGHTS, base_digest
 from ablate_shards.surgery.checkpoint.files import Folder
 from ablate_shards.surgery.edit.operation import RunOptions
 from ablate_shards.surgery.edit.receipt import directions_of, edits_of, headers_of, incomplete, read_sealed
@@ -78,8 +79,12 @@ def verify_adapter(checkpoint: Checkpoint, folder: Path, run: RunOptions, progre
         plan = _plan(checkpoint, content) if content["made_from"] == "ablation" and _same(checkpoint, shards) else None
     except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise incomplete(Folder(folder), ADAPTER_RECEIPT_NAME, error) from error
-    if not _same(checkpoint, shards):
-        raise VerifyError(f"{checkpoint.name}: is not the source that {folder / ADAPTER_RECEIPT_NAME} names")
+    said = content.get(SOURCE_WEIGHTS)
+    if not _same(checkpoint, shards) or (said is not None and base_digest(checkpoint) not in (None, said)):
+        raise VerifyError(
+            f"{checkpoint.name}: is not the source that {folder / ADAPTER_RECEIPT_NAME} names; name the checkpoint "
+            "that the adapter was made of"
+        )
     differences = [Difference(name, what) for name, what in _changed(folder, altered=altered, files=files)]
     if plan is not None:
         if {module.path for module in plan.modules} != recorded.keys():

@@ -17,6 +17,7 @@ from blake3 import blake3
 
 from ablate_shards.errors import AblateError, ArchitectureError, CheckpointError, HubError, UsageError, VerifyError
 from ablate_shards.names import (
+    ADAPTER_RECEIPT_NAME,
     BEGIN,
     CARD,
     DEQUANTISATION_RECEIPT_NAME,
@@ -215,6 +216,13 @@ def _recorded(checkpoint: Checkpoint, out: Files, adapter: Path | None) -> _Reco
     found = [name for name in RECEIPT_NAMES if out.has(name)]
     if len(found) > 1:
         raise VerifyError(f"{out.name}: holds both {' and '.join(found)}; remove the one that is not of these weights")
+    if not found and out.has(ADAPTER_RECEIPT_NAME):
+        if adapter is not None:
+            raise UsageError(f"--adapter is about merges, and {out.name} holds an adapter itself; leave it out")
+        raise VerifyError(
+            f"{out.name}: holds an adapter, which is verified in a folder on this machine; fetch it with `hf download` "
+            "first"
+        )
     if found == [MERGE_RECEIPT_NAME]:
         return _recorded_merge(checkpoint, out, adapter)
     dequantised = found == [DEQUANTISATION_RECEIPT_NAME]
