@@ -194,9 +194,10 @@ def _is_called_as_usual(network: Any) -> bool:
     from transformers import GenerationMixin
 
     usual = type(network).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
-    # On an accelerator, generate has experts computed in another way.
-    experts = network.device.type != "cpu" and "grouped_mm" in network.get_experts_implementation().values()
-    return usual and not experts and "position_ids" in _parameters(network)
+    # On an accelerator, generate has experts computed in another way; older versions of transformers do not.
+    experts = getattr(network, "get_experts_implementation", dict[str, str])()
+    switched = network.device.type != "cpu" and "grouped_mm" in experts.values()
+    return usual and not switched and "position_ids" in _parameters(network)
 
 
 def _is_of_rows(cache: Any) -> bool:
@@ -204,7 +205,11 @@ def _is_of_rows(cache: Any) -> bool:
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
     kinds = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)
-    return type(cache) is DynamicCache and all(type(layer) in kinds for layer in cache.layers)
+    return type(cache) is DynamicCache and all(
+        # Older versions of transformers keep other states.
+        type(layer) in kinds and isinstance(getattr(layer, "conv_states", {}), dict)
+        for layer in cache.layers
+    )
 
 
 def _narrow(layer: Any, width: int) -> None:
