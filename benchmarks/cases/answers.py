@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ablate_shards.data import demo
 from ablate_shards.data.tw_civic import PAIRS, QUESTIONS
 from benchmarks import machine, real
-from benchmarks.harness import Bench, Contender, Sample, case
+from benchmarks.harness import Bench, BenchmarkError, Contender, Sample, case
 
 if TYPE_CHECKING:
     from ablate_shards.surgery.evaluate.evaluation import Evaluation
@@ -35,7 +35,7 @@ AS_TENSORS: Mapping[str, Any] = {"return_tensors": "pt", "padding": True, "add_s
 @case("evaluate", runs=3, long=True)
 def evaluate(bench: Bench) -> None:
     """Answers of a real model, against transformers' generate."""
-    model, every, length = (demo.MODEL, 20, 8) if bench.tiny else (real.build("qwen"), 3, 128)
+    model, every, length = (demo.MODEL, 20, 8) if bench.tiny else (chat_model(), 3, 128)
     questions = questions_of(every)
     said: dict[str, list[str]] = {}
 
@@ -61,7 +61,7 @@ def evaluate(bench: Bench) -> None:
 @case("evaluate-base", runs=3, long=True)
 def evaluate_base(bench: Bench) -> None:
     """Evaluation of an edit of a real model whose base was evaluated before, against one that asks the base again."""
-    model, every, length = (demo.MODEL, 40, 8) if bench.tiny else (real.build("qwen"), 12, 128)
+    model, every, length = (demo.MODEL, 40, 8) if bench.tiny else (chat_model(), 12, 128)
     questions = questions_of(every)
     base, edited = (bench.work / name for name in ("base", "edited"))
     for folder in (base, edited):
@@ -93,7 +93,7 @@ def capture_hooks(bench: Bench) -> None:
     from ablate_shards.surgery.machine.progress import Silent
     from ablate_shards.surgery.model.samples import load_pairs
 
-    model = demo.MODEL if bench.tiny else real.build("qwen")
+    model = demo.MODEL if bench.tiny else chat_model()
     pairs = load_pairs(PAIRS["answer"])[: 4 if bench.tiny else None]
     dump, plain = bench.work / "dump.safetensors", bench.work / "plain.safetensors"
     options = CaptureOptions(batch=BATCH, overwrite=True)
@@ -104,6 +104,18 @@ def capture_hooks(bench: Bench) -> None:
             timed(HOOKS, lambda: hooked(model, pairs, plain), against=CAPTURE, check=lambda: apart(dump, plain)),
         ],
     )
+
+
+def chat_model() -> Path:
+    """Returns the folder of the model, made unless it is there.
+
+    Raises:
+        BenchmarkError: It cannot be made.
+    """
+    try:
+        return real.build("qwen")
+    except real.NotHere as error:
+        raise BenchmarkError(error.message) from error
 
 
 def timed(
