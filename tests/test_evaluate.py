@@ -198,6 +198,16 @@ def test_answers_of_other_versions_are_asked_anew(files, questions, base, monkey
                 evaluate(files / "edited", few, options(files), Heard(), against=base)
 
 
+def test_a_part_with_a_question_that_is_new_is_answered_as_a_whole(files, questions, base):
+    evaluate(base, questions[:15], options(files), Heard(), out=default_out(base))
+    told = Heard()
+
+    found = evaluate(files / "edited", questions, options(files), told, against=base)
+
+    assert not told.about("taken over")
+    assert found == evaluate(files / "edited", questions, options(files, fresh=True), Heard(), against=base)
+
+
 def test_a_model_of_which_all_is_known_is_not_loaded(files, questions, base, tmp_path, monkeypatch):
     run, out = options(files, divergence=False), tmp_path / "e.json"
     evaluate(base, questions, run, Heard(), out=default_out(base))

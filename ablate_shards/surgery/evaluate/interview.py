@@ -5,7 +5,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -297,7 +297,7 @@ class _Run:
         if options.engine == "local" and not recording and recorded is None and not self._tasks.asked:
             subject = self._subject(folder, digest, resolve_device(options.device))
             if (measured := self._measured(subject)) is not None:
-                self._note(subject, "all known, so the model is not loaded")
+                self._note(subject, "all known, so the model is not loaded", set(subject.keys))
                 self._advance(len(subject.keys) + self._referenced + (self._text is not None))
                 return measured, None, None
         leans: tuple[Lean, ...] = ()
@@ -306,7 +306,6 @@ class _Run:
             device = crew.do(_device_of)
             subject = self._subject(folder, digest, device)
             keys, known = subject.keys, self._known(subject, self._earlier.values())
-            self._note(subject, f"on {device}{others(crew)}")
             prompts = crew.do(_prompts, self._questions, thinking=options.thinking)
             open_ones = {}
             for rows in batches(prompts, _FULL_BATCHES * options.batch):
@@ -314,6 +313,8 @@ class _Run:
                     self._advance(len(rows))
                 else:
                     open_ones[tuple(rows)] = ([prompts[row] for row in rows],)
+            asked_anew = {keys[row] for rows in open_ones for row in rows}
+            self._note(subject, f"on {device}{others(crew)}", set(keys) - asked_anew)
             room = {
                 "tokens": options.length,
                 "thoughts": options.thoughts if options.thinking else 0,
@@ -358,12 +359,12 @@ class _Run:
         keys = [_key(digest, versions, asked, question.turn.messages()) for question in self._questions]
         return _Subject(model, versions, asked, keys)
 
-    def _note(self, subject: _Subject, where: str) -> None:
-        """Says which model is asked, and what is known of it already."""
+    def _note(self, subject: _Subject, where: str, known: Set[str]) -> None:
+        """Says which model is asked, and what of it is not asked again."""
         name = subject.model.name
         self._progress.note(f"{name}: {len(subject.keys)} questions, {where}")
         for path, each in self._earlier.items():
-            if count := len(_keyed(each).keys() & set(subject.keys)):
+            if count := len(_keyed(each).keys() & known):
                 measures = " and what was measured" if self._known(subject, [each]) else ""
                 self._progress.note(f"{name}: {count} answers{measures} are taken over from {path}; --fresh asks anew")
 
