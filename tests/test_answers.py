@@ -12,7 +12,7 @@ from ablate_shards.data.demo import MODEL
 from ablate_shards.data.demo.behaviour import ask, draw_questions, load
 from ablate_shards.errors import EvaluateError, UsageError
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
-from ablate_shards.surgery.evaluate.answers import batches, model_digest, speaking
+from ablate_shards.surgery.evaluate.answers import Prompt, batches, model_digest, speaking
 from ablate_shards.surgery.model.loading import open_folder
 from ablate_shards.surgery.model.samples import Question
 
@@ -200,10 +200,8 @@ def test_the_digest_sees_what_bears_on_an_answer(copy):
     assert len(seen) == 5
 
 
-def test_batches_hold_every_question_once_and_like_lengths_together():
-    questions = [question("x" * length) for length in (5, 1, 9, 5, 2, 8, 7)]
+def test_parts_hold_every_prompt_once_and_like_lengths_together():
+    prompts = [Prompt((7,) * length, thinks=False) for length in (5, 1, 9, 5, 2, 8, 7)]
 
-    found = batches(questions, 3)
-
-    assert found == [[2, 5, 6], [0, 3, 4], [1]]
-    assert batches(questions, 99) == [[2, 5, 6, 0, 3, 4, 1]]
+    assert batches(prompts, 3) == [[2, 5], [6, 0], [3, 4, 1]]
+    assert batches(prompts, 99) == [[2, 5, 6, 0, 3, 4, 1]]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hub.hub_server import Server
 
-from benchmarks import checks, machine, processes, record
+from benchmarks import checks, machine, processes, real, record
 from benchmarks.__main__ import main
 from benchmarks.cases import command as command_cases
 from benchmarks.cases import diff as diff_cases
@@ -408,3 +408,13 @@ def test_the_chart_is_drawn_from_the_result_and_the_same_every_time(tmp_path):
 def test_a_result_that_was_never_measured_is_missed_by_name(tmp_path):
     with pytest.raises(BenchmarkError, match=r"no result of command; measure it with `python -m benchmarks command"):
         record.markdown("command", tmp_path)
+
+
+def test_a_model_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch, capsys):
+    def fails(key):
+        raise real.NotHere(f"{key}: cannot be downloaded")
+
+    monkeypatch.setattr(real, "build", fails)
+
+    assert main(["evaluate", "--work", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "benchmarks: qwen: cannot be downloaded\n"

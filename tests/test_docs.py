@@ -53,7 +53,20 @@ def test_the_tables_of_architectures_are_up_to_date():
 #: What only a recipe can say.
 LIMITS = {"broken", "controls", "kl", "distinct", "detached"}
 #: What a recipe cannot say: where a stage reads and writes, how its results are shown, and what [ablate] has said.
-STAGE = {"dequantise", "private", "model", "dump", "file", "adapter", "source", "out", "against", "reuse", "answers"}
+STAGE = {
+    "dequantise",
+    "private",
+    "model",
+    "dump",
+    "file",
+    "adapter",
+    "source",
+    "out",
+    "against",
+    "reuse",
+    "fresh",
+    "answers",
+}
 RUN = {"dry-run", "resume", "overwrite", "push", "link", "sync", "cache", "jobs", "memory", "device"}
 
 

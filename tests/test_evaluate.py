@@ -18,7 +18,7 @@ from ablate_shards.data.demo.behaviour import draw_questions
 from ablate_shards.data.demo.world import NEUTRAL, SLANTED
 from ablate_shards.errors import EvaluateError, Interrupted, SamplesError, UsageError
 from ablate_shards.surgery.evaluate import interview as station
-from ablate_shards.surgery.evaluate.answers import Speaker
+from ablate_shards.surgery.evaluate.answers import Speaker, library_versions
 from ablate_shards.surgery.evaluate.endpoint import Reply
 from ablate_shards.surgery.evaluate.interview import EvaluateOptions, default_out, evaluate, read_evaluation
 from ablate_shards.surgery.evaluate.measures import judged
@@ -148,6 +148,91 @@ def test_the_same_run_gives_the_same_bytes_and_may_take_answers_over(compared, f
         )
 
 
+@pytest.fixture
+def base(tmp_path):
+    """The demo's model in a folder of its own, which has no evaluation beside it yet."""
+    shutil.copytree(MODEL, tmp_path / "base")
+    return tmp_path / "base"
+
+
+def refusing(folder, real=Speaker.replies):
+    """Returns ``Speaker.replies`` for all models but one."""
+
+    def replies(self, *each, **some):
+        if self.folder == folder:
+            raise EvaluateError("asked again")
+        return real(self, *each, **some)
+
+    return replies
+
+
+def test_answers_of_a_base_that_was_evaluated_before_are_taken_over(files, questions, base, tmp_path, monkeypatch):
+    evaluate(base, questions, options(files), Heard(), out=default_out(base))
+    first = evaluate(files / "edited", questions, options(files, fresh=True), Heard(), against=base)
+    monkeypatch.setattr(Speaker, "replies", refusing(base))
+    told = Heard()
+
+    found = evaluate(files / "edited", questions, options(files), told, against=base, out=tmp_path / "e.json")
+
+    assert found == first
+    said = f"base: 16 answers and what was measured are taken over from {default_out(base)}; --fresh asks anew"
+    assert [note for note in told.notes if "taken over" in note] == [said]
+    for changed in ({"fresh": True}, {"length": 31}, {"batch": 3}, {"dtype": "bfloat16"}):
+        with pytest.raises(EvaluateError, match="asked again"):
+            evaluate(files / "edited", questions, options(files, **changed), Heard(), against=base)
+    weights = load_file(base / "model.safetensors")
+    next(iter(weights.values()))[0] += 1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EvaluateError, match="asked again"):
+        evaluate(files / "edited", questions, options(files), Heard(), against=base)
+
+
+def test_answers_of_other_versions_are_asked_anew(files, questions, base, monkeypatch):
+    few = questions[:2]
+    evaluate(base, few, options(files), Heard(), out=default_out(base))
+    for version in ("ablate-shards", "torch", "transformers"):
+        with monkeypatch.context() as patched:
+            patched.setattr(Speaker, "replies", refusing(base))
+            patched.setattr(station, "library_versions", lambda changed=version: {**library_versions(), changed: "0"})
+            with pytest.raises(EvaluateError, match="asked again"):
+                evaluate(files / "edited", few, options(files), Heard(), against=base)
+
+
+def test_a_part_with_a_question_that_is_new_is_answered_as_a_whole(files, questions, base):
+    evaluate(base, questions[:15], options(files), Heard(), out=default_out(base))
+    told = Heard()
+
+    found = evaluate(files / "edited", questions, options(files), told, against=base)
+
+    assert not told.about("taken over")
+    assert found == evaluate(files / "edited", questions, options(files, fresh=True), Heard(), against=base)
+
+
+def test_a_model_of_which_all_is_known_is_not_loaded(files, questions, base, tmp_path, monkeypatch):
+    run, out = options(files, divergence=False), tmp_path / "e.json"
+    evaluate(base, questions, run, Heard(), out=default_out(base))
+    first = evaluate(files / "edited", questions, run, Heard(), against=base, out=out)
+    content = out.read_bytes()
+    monkeypatch.setattr(station, "speaking", lambda *_, **__: pytest.fail("loaded"))
+    told = Heard()
+
+    again = dataclasses.replace(run, overwrite=True)
+    assert evaluate(files / "edited", questions, again, told, against=base, out=out) == first
+    assert out.read_bytes() == content
+    assert "base: 16 questions, all known, so the model is not loaded" in told.notes
+    assert told.counts[-1] == (2 * 17, 2 * 17)
+
+
+def test_an_evaluation_beside_the_base_that_cannot_be_read_is_said_and_left(files, questions, base):
+    default_out(base).write_text("{")
+    told = Heard()
+
+    evaluate(files / "edited", questions[:1], options(files, text=None), told, against=base)
+
+    (note,) = (note for note in told.notes if "taken over" in note)
+    assert note.startswith(f"nothing is taken over: {default_out(base)}: ")
+
+
 def test_the_base_may_be_an_earlier_evaluation(compared, files, questions):
     found, out, _ = compared
     earlier = read_evaluation(out).base
@@ -180,10 +265,12 @@ def test_without_unrelated_questions_there_is_no_divergence(files, questions):
     assert not any(answer.ended for answer in found.answers)
 
 
-def test_an_interrupted_run_asks_only_what_it_had_not_asked(compared, files, questions, tmp_path, monkeypatch):
-    _, out, _ = compared
+def test_an_interrupted_run_asks_only_what_it_had_not_asked(files, questions, tmp_path, monkeypatch):
     mine, asked = tmp_path / "e.json", []
-    real = Speaker.replies
+    real, run = Speaker.replies, options(files, batch=1)
+    out = tmp_path / "whole" / "e.json"
+    out.parent.mkdir()
+    evaluate(files / "edited", questions, run, Heard(), against=MODEL, out=out)
 
     def interrupted(self, prompts, **room):
         if len(asked) == 3:
@@ -192,7 +279,6 @@ def test_an_interrupted_run_asks_only_what_it_had_not_asked(compared, files, que
         return real(self, prompts, **room)
 
     monkeypatch.setattr(Speaker, "replies", interrupted)
-    run = options(files)
     with pytest.raises(Interrupted, match=r"e\.json: interrupted; 12 answers are kept, and the same command goes on"):
         evaluate(files / "edited", questions, run, Heard(), against=MODEL, out=mine)
     assert not mine.exists()
@@ -205,7 +291,7 @@ def test_an_interrupted_run_asks_only_what_it_had_not_asked(compared, files, que
 
     assert len(asked) == 9 + 1 + 4
     assert mine.read_bytes() == out.read_bytes()
-    assert [path.name for path in tmp_path.iterdir()] == ["e.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.json", "whole"]
 
 
 def test_kept_answers_of_another_model_are_not_taken(files, questions, tmp_path):

@@ -59,6 +59,7 @@ __all__ = ["evaluate"]
 @click.option(
     "--reuse", type=PATH, multiple=True, metavar="FILE", help="Take over answers from this evaluation; repeatable."
 )
+@click.option("--fresh", is_flag=True, help="Take nothing over from BASE.evaluation.json, or from what is replaced.")
 @click.option("--answers", is_flag=True, help="Print every answer.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier evaluation.")
 @as_json_flag

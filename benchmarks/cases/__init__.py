@@ -9,5 +9,6 @@ from benchmarks.cases import merge
 from benchmarks.cases import diff
 from benchmarks.cases import capture
 from benchmarks.cases import transfer
+from benchmarks.cases import answers
 
-__all__ = ["capture", "command", "diff", "directions", "kernels", "merge", "transfer"]
+__all__ = ["answers", "capture", "command", "diff", "directions", "kernels", "merge", "transfer"]

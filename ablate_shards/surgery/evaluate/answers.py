@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ablate_shards import __version__
 from ablate_shards.errors import EvaluateError, reason
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.evaluate.endpoint import Reply
 from ablate_shards.surgery.machine.devices import resolve_device
+from ablate_shards.surgery.model.generation import greedy, greedy_answers
 from ablate_shards.surgery.model.loading import (
     UNUSABLE,
     Dtype,
@@ -20,7 +22,6 @@ from ablate_shards.surgery.model.loading import (
     generating_class,
     load_model,
     most_tokens,
-    pad_left,
     quiet,
     read_config,
     read_tokenizer,
@@ -128,20 +129,37 @@ class Speaker:
         """Returns the tokens of a text, and no others."""
         return tokenize(self.tokenizer, text)
 
-    def replies(self, prompts: Sequence[Prompt], *, tokens: int, thoughts: int = 0) -> list[Reply]:
-        """Answers some prompts at once, each step with the likeliest token.
-
-        Padded on the left, with the attention mask that says so: a model that sees padding answers something else.
+    def replies(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        tokens: int,
+        thoughts: int = 0,
+        at_once: int | None = None,
+        ended: Callable[[], None] = lambda: None,
+    ) -> list[Reply]:
+        """Answers some prompts, each step with the likeliest token.
 
         Args:
             prompts: At least one.
             tokens: Most tokens of an answer; fewer where the model reads no more.
             thoughts: Most tokens of the thoughts before it, if it thinks.
+            at_once: How many are answered at a time, all if None.
+            ended: Is called for each answer that has ended.
 
         Raises:
             EvaluateError: The device's memory does not suffice, or the model fails.
         """
-        rows = self._generate(prompts, tokens + thoughts)
+        with self.computing():
+            rows = greedy_answers(
+                self.network,
+                [prompt.tokens for prompt in prompts],
+                [self._room(prompt, tokens + thoughts) for prompt in prompts],
+                at_once=at_once or len(prompts),
+                ends=self.ends,
+                pad=self.pad,
+                ended=ended,
+            )
         replies = [self._reply(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
         return [self._shortened(reply, tokens) for reply in replies] if thoughts else replies
 
@@ -157,29 +175,25 @@ class Speaker:
         Raises:
             EvaluateError: The device's memory does not suffice, or the model fails.
         """
+        import torch
 
         def tell(row: list[int]) -> None:
             reply = self._reply(row, prompt)
             heard(Reply(reply.text.rstrip(_INCOMPLETE), reply.ended))
 
-        (row,) = self._generate([prompt], tokens + thoughts, _Listener(tell))
-        reply = self._reply(row, prompt)
-        return self._shortened(reply, tokens) if thoughts else reply
-
-    def _generate(self, prompts: Sequence[Prompt], tokens: int, listener: "_Listener | None" = None) -> list[list[int]]:
-        """Returns the tokens that follow each prompt, as long as the longest answer."""
-        ids, mask = pad_left([prompt.tokens for prompt in prompts], self.pad)
-        width = ids.shape[1]
-        most = tokens if self.most is None else min(tokens, self.most - width)
         with self.computing():
             made = self.network.generate(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                max_new_tokens=most,
-                streamer=listener,
+                input_ids=torch.tensor([prompt.tokens], device=self.device),
+                attention_mask=torch.ones(1, len(prompt.tokens), dtype=torch.long, device=self.device),
+                max_new_tokens=self._room(prompt, tokens + thoughts),
+                streamer=_Listener(tell),
             )
-        answered: list[list[int]] = made[:, width:].tolist()
-        return answered
+        reply = self._reply(made[0, len(prompt.tokens) :].tolist(), prompt)
+        return self._shortened(reply, tokens) if thoughts else reply
+
+    def _room(self, prompt: Prompt, tokens: int) -> int:
+        """Returns the most tokens that an answer may have."""
+        return tokens if self.most is None else min(tokens, self.most - len(prompt.tokens))
 
     def _reply(self, row: list[int], prompt: Prompt) -> Reply:
         end = next((place for place, token in enumerate(row) if token in self.ends), None)
@@ -234,13 +248,15 @@ class _Listener:
         """Does nothing: what the answer is in full, the caller has."""
 
 
-def batches(questions: Sequence[Question], size: int) -> list[list[int]]:
-    """Returns which questions are asked at once: those of about one length, whatever was answered before.
+def batches(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
+    """Returns which prompts are answered together: as few parts of at most ``size`` as there can be, of like lengths.
 
-    Rounding depends on what else is in a batch, so the batches depend on the questions alone.
+    Rounding depends on what else is computed at a time, so the parts depend on the prompts alone, and not on what was
+    answered before.
     """
-    order = sorted(range(len(questions)), key=lambda number: (-len(questions[number].prompt), number))
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    order = sorted(range(len(prompts)), key=lambda number: (-len(prompts[number].tokens), number))
+    count = -(-len(order) // size)
+    return [order[len(order) * part // count : len(order) * (part + 1) // count] for part in range(count)]
 
 
 def model_digest(checkpoint: Checkpoint) -> str:
@@ -281,7 +297,7 @@ def library_versions() -> dict[str, str]:
     import torch
     import transformers
 
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"ablate-shards": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 @contextlib.contextmanager
@@ -314,7 +330,6 @@ def speaking(folder: Path, *, dtype: Dtype, device: str, remedies: Remedies = Re
 
 def _load(folder: Path, dtype: Dtype, device: "torch.device", remedies: Remedies) -> Speaker:
     import torch
-    from transformers import GenerationConfig
 
     tokenizer = read_tokenizer(folder, EvaluateError)
     config = read_config(folder, EvaluateError)
@@ -337,7 +352,5 @@ def _load(folder: Path, dtype: Dtype, device: "torch.device", remedies: Remedies
     ends = end_tokens(network.generation_config.eos_token_id, tokenizer.eos_token_id)
     pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
     # The checkpoint's own configuration may ask for sampling and penalties.
-    network.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=list(ends) or None, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id
-    )
+    network.generation_config = greedy(ends, pad, bos_token_id=tokenizer.bos_token_id)
     return Speaker(folder, network, tokenizer, device, ends, pad, most_tokens(config), remedies)

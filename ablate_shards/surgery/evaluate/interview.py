@@ -5,7 +5,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,8 @@ from ablate_shards.surgery.evaluate.likelihood import (
 )
 from ablate_shards.surgery.evaluate.measures import forced_answers, is_control, judged, measure_leans
 from ablate_shards.surgery.evaluate.tasks import Tasks, TaskScore, open_tasks, run_tasks
-from ablate_shards.surgery.machine.crew import Engine, Workers, hired, others
+from ablate_shards.surgery.machine.crew import Alone, Engine, Workers, hired, others
+from ablate_shards.surgery.machine.devices import resolve_device
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.staging import locked
 from ablate_shards.surgery.model.loading import answering_dtype, headers_digest, open_folder, open_same, read_config
@@ -73,6 +74,9 @@ ENDPOINT_KEY = "ABLATE_SHARDS_API_KEY"
 JUDGE_KEY = "ABLATE_SHARDS_JUDGE_API_KEY"
 
 _JUDGE_TOKENS = 1024
+#: Batches' worth of questions that are answered together, to be kept when all of them are: the more there are, the
+#: longer a batch stays full; the fewer, the less is asked again after an interruption.
+_FULL_BATCHES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,7 @@ class EvaluateOptions:
         lean: Whether to measure how likely the reference answers are, where questions have them.
         reuse: Earlier evaluations whose answers and measures are taken over where model, question, options and
             versions are the same; for models that run here.
+        fresh: Do not take over what an earlier evaluation beside the base, or the one that is replaced, has.
         text: Plain text whose perplexity is measured, none if None.
         tasks: Tasks of lm-evaluation-harness, see ``tasks.open_tasks``.
         task_limit: How many documents of each task are asked, all if None.
@@ -118,6 +123,7 @@ class EvaluateOptions:
     divergence: bool = True
     lean: bool = True
     reuse: tuple[Path, ...] = ()
+    fresh: bool = False
     text: Path | None = None
     tasks: tuple[str, ...] = ()
     task_limit: int | None = None
@@ -150,8 +156,9 @@ def evaluate(
         progress: Receives how far the run has come.
         against: The base: a checkpoint folder, the file of an earlier evaluation, or that evaluation. Only with a
             folder can the divergence be measured.
-        out: Where to write the evaluation. Answers are kept beside it while the run lasts, so that the next run with
-            the same model, options and questions goes on from there.
+        out: Where to write the evaluation. What the one that is replaced has, or one beside the base, is taken over as
+            from ``options.reuse``. Answers are kept beside it while the run lasts, so that the next run with the same
+            model, options and questions goes on from there.
 
     Raises:
         EvaluateError: A model, an endpoint or the base cannot be used, or ``out`` may not be replaced.
@@ -164,8 +171,10 @@ def evaluate(
         _check_out(out, overwrite=options.overwrite)
     with nullcontext() if out is None else locked(out):
         journal = Journal(None if out is None else out.with_name(f".{out.name}.answers"))
-        earlier = [read_evaluation(path) for path in options.reuse]
-        for each in earlier:
+        earlier = {path: read_evaluation(path) for path in options.reuse}
+        if not options.fresh:
+            earlier |= _found_by_itself([*_beside(against), *_replaced(out)], progress)
+        for each in earlier.values():
             journal.take_over(_keyed(each))
         try:
             found = _Run(questions, options, journal, earlier, progress).evaluate(model, against)
@@ -193,6 +202,23 @@ class _Recorded:
     recording: "Recording | ObjectRef"
 
 
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """A model that runs here, and how it is asked.
+
+    Attributes:
+        model: Its name and digest.
+        versions: Of what computes its answers.
+        asked: What bears on them.
+        keys: What each answer is kept by.
+    """
+
+    model: Model
+    versions: Mapping[str, str]
+    asked: Mapping[str, Any]
+    keys: Sequence[str]
+
+
 class _Run:
     """One evaluation: whom to ask, what is known already, and how far it has come."""
 
@@ -201,7 +227,7 @@ class _Run:
         questions: Sequence[Question],
         options: EvaluateOptions,
         journal: Journal,
-        earlier: Sequence[Evaluation],
+        earlier: Mapping[Path, Evaluation],
         progress: Steps,
     ) -> None:
         self._questions = questions
@@ -211,6 +237,7 @@ class _Run:
         self._progress = progress
         self._digest = questions_digest(questions)
         self._referenced = options.lean and any(question.references for question in questions)
+        self._diverges = options.divergence and any(question.group == "unrelated" for question in questions)
         self._done = self._total = 0
         self._text: tuple[str, str, str] | None = None
         self._tasks = Tasks(())
@@ -229,7 +256,7 @@ class _Run:
         self._plan(models=1 + (folder is not None), referee=referee is not None, evaluations=sides)
         base, recorded = None, None
         if folder is not None:
-            base, recorded, _ = self._interview(folder, recorded=None, recording=options.divergence)
+            base, recorded, _ = self._interview(folder, recorded=None, recording=self._diverges)
         elif against is not None:
             earlier = read_evaluation(against) if isinstance(against, Path) else against
             base = self._judged_anew(earlier)
@@ -262,45 +289,51 @@ class _Run:
         """Asks a model that runs here, and measures it while it is in memory."""
         options = self._options
         checkpoint = open_folder(folder, EvaluateError)
-        digest = model_digest(checkpoint)
         place = folder if options.engine == "local" else folder.resolve()
         opened = functools.partial(
             _speaking, place, headers_digest(checkpoint), dtype=options.dtype, device=options.device
         )
+        digest = model_digest(checkpoint)
+        if options.engine == "local" and not recording and recorded is None and not self._tasks.asked:
+            subject = self._subject(folder, digest, resolve_device(options.device))
+            if (measured := self._measured(subject)) is not None:
+                self._note(subject, "all known, so the model is not loaded", set(subject.keys))
+                self._advance(len(subject.keys) + self._referenced + (self._text is not None))
+                return measured, None, None
         leans: tuple[Lean, ...] = ()
         text, kept, moved = None, None, None
         with hired(Workers(options.engine, options.workers, options.device), opened) as crew:
             device = crew.do(_device_of)
-            versions = library_versions()
-            asked = {
-                **self._asked(),
-                "batch": options.batch,
-                "dtype": answering_dtype(options.dtype, read_config(folder, EvaluateError), device),
-                "device": device.type,
-            }
-            model = Model(folder.resolve().name, digest)
-            keys = [_key(model.sha256, versions, asked, question.turn.messages()) for question in self._questions]
-            known = self._known(model, versions, asked)
-            self._progress.note(f"{model.name}: {len(keys)} questions, on {device}{others(crew)}")
+            subject = self._subject(folder, digest, device)
+            keys, known = subject.keys, self._known(subject, self._earlier.values())
             prompts = crew.do(_prompts, self._questions, thinking=options.thinking)
             open_ones = {}
-            for rows in batches(self._questions, options.batch):
+            for rows in batches(prompts, _FULL_BATCHES * options.batch):
                 if all(keys[row] in self._journal for row in rows):
                     self._advance(len(rows))
                 else:
                     open_ones[tuple(rows)] = ([prompts[row] for row in rows],)
-            thoughts = options.thoughts if options.thinking else 0
-            for asked_at_once, said in crew.each(Speaker.replies, open_ones, tokens=options.length, thoughts=thoughts):
-                self._journal.keep({keys[row]: reply for row, reply in zip(asked_at_once, said, strict=True)})
-                self._advance(len(asked_at_once))
+            asked_anew = {keys[row] for rows in open_ones for row in rows}
+            self._note(subject, f"on {device}{others(crew)}", set(keys) - asked_anew)
+            room = {
+                "tokens": options.length,
+                "thoughts": options.thoughts if options.thinking else 0,
+                "at_once": options.batch,
+            }
+            # Each answer that ends is seen here alone.
+            here = isinstance(crew, Alone)
+            told = {"ended": lambda: self._advance(1)} if here else {}
+            for asked_together, said in crew.each(Speaker.replies, open_ones, **room, **told):
+                self._journal.keep({keys[row]: reply for row, reply in zip(asked_together, said, strict=True)})
+                if not here:
+                    self._advance(len(asked_together))
             replies = [self._journal[key] for key in keys]
             if self._referenced:
                 leans = known.leans if known else crew.do(measure_leans, self._questions, prompts, batch=options.batch)
                 self._advance(1)
             if self._text is not None:
                 name, text_digest, content = self._text
-                same = known.text if known and known.text and known.text.sha256 == text_digest else None
-                text = same or PredictedText(name, text_digest, crew.do(perplexity, content))
+                text = self._known_text(known) or PredictedText(name, text_digest, crew.do(perplexity, content))
                 self._advance(1)
             tasks = crew.do(self._scores, known) if self._tasks.asked else ()
             if recorded is not None:
@@ -310,20 +343,63 @@ class _Run:
                 # On a GPU it lies there, and it is not fetched from a worker.
                 kept = _Recorded(forced, crew.keep(record, forced))
                 self._advance(1)
-        found = self._evaluation(model, {**asked, **self._tasked()}, versions, replies)
+        found = self._evaluation(subject.model, {**subject.asked, **self._tasked()}, subject.versions, replies)
         return dataclasses.replace(found, leans=leans, text=text, tasks=tasks), kept, moved
 
-    def _known(self, model: Model, versions: Mapping[str, str], asked: Mapping[str, Any]) -> Evaluation | None:
+    def _subject(self, folder: Path, digest: str, device: "torch.device") -> _Subject:
+        options = self._options
+        model = Model(folder.resolve().name, digest)
+        versions = library_versions()
+        asked = {
+            **self._asked(),
+            "batch": options.batch,
+            "dtype": answering_dtype(options.dtype, read_config(folder, EvaluateError), device),
+            "device": device.type,
+        }
+        keys = [_key(digest, versions, asked, question.turn.messages()) for question in self._questions]
+        return _Subject(model, versions, asked, keys)
+
+    def _note(self, subject: _Subject, where: str, known: Set[str]) -> None:
+        """Says which model is asked, and what of it is not asked again."""
+        name = subject.model.name
+        self._progress.note(f"{name}: {len(subject.keys)} questions, {where}")
+        for path, each in self._earlier.items():
+            if count := len(_keyed(each).keys() & known):
+                measures = " and what was measured" if self._known(subject, [each]) else ""
+                self._progress.note(f"{name}: {count} answers{measures} are taken over from {path}; --fresh asks anew")
+
+    def _measured(self, subject: _Subject) -> Evaluation | None:
+        """Returns what is known of a model, None where an answer or a measure of it is not."""
+        known = self._known(subject, self._earlier.values())
+        text = self._known_text(known)
+        if (
+            not all(key in self._journal for key in subject.keys)
+            or (self._referenced and known is None)
+            or (self._text is not None and text is None)
+        ):
+            return None
+        replies = [self._journal[key] for key in subject.keys]
+        found = self._evaluation(subject.model, subject.asked, subject.versions, replies)
+        leans = known.leans if known is not None and self._referenced else ()
+        return dataclasses.replace(found, leans=leans, text=text)
+
+    def _known_text(self, known: Evaluation | None) -> PredictedText | None:
+        """Returns what an earlier evaluation measured of the same text."""
+        if self._text is None or known is None or known.text is None or known.text.sha256 != self._text[1]:
+            return None
+        return known.text
+
+    def _known(self, subject: _Subject, earlier: Iterable[Evaluation]) -> Evaluation | None:
         """Returns an earlier evaluation of the same model by the same questions, whose measures hold here too."""
-        sides = (side for each in self._earlier for side in (each, each.base) if side is not None)
+        sides = (side for each in earlier for side in (each, each.base) if side is not None)
         measured = ("dtype", "device", "thinking", "batch")
         return next(
             (
                 side
                 for side in sides
-                if side.model.sha256 == model.sha256
-                and (side.versions, side.questions) == (versions, self._digest)
-                and all(side.options.get(each) == asked.get(each) for each in measured)
+                if side.model.sha256 == subject.model.sha256
+                and (side.versions, side.questions) == (subject.versions, self._digest)
+                and all(side.options.get(each) == subject.asked.get(each) for each in measured)
                 and (bool(side.leans) or not self._referenced)
             ),
             None,
@@ -463,11 +539,10 @@ class _Run:
     def _plan(self, *, models: int, referee: bool, evaluations: int) -> None:
         """Counts the steps to come."""
         contested = sum(not is_control(question) for question in self._questions)
-        unrelated = any(question.group == "unrelated" for question in self._questions)
         steps = len(self._questions) + self._referenced + (self._text is not None)
         self._total = models * (steps + self._tasks.count(self._options.task_limit))
         self._total += evaluations * contested * referee
-        self._total += 2 * (models > 1 and unrelated and self._options.divergence)
+        self._total += 2 * (models > 1 and self._diverges)
 
     def _advance(self, count: int) -> None:
         self._done += count
@@ -504,6 +579,25 @@ class _Onwards:
 
     def note(self, text: str) -> None:
         self.progress.note(text)
+
+
+def _beside(against: Path | Evaluation | None) -> list[Path]:
+    return [default_out(against)] if isinstance(against, Path) and against.is_dir() else []
+
+
+def _replaced(out: Path | None) -> list[Path]:
+    return [] if out is None else [out]
+
+
+def _found_by_itself(places: Sequence[Path], progress: Steps) -> dict[Path, Evaluation]:
+    """Reads the evaluations that nobody named; one that cannot be read is said and left."""
+    found = {}
+    for path in filter(Path.is_file, places):
+        try:
+            found[path] = read_evaluation(path)
+        except AblateError as error:
+            progress.note(f"nothing is taken over: {error}")
+    return found
 
 
 def _keyed(evaluation: Evaluation) -> dict[str, Reply]:

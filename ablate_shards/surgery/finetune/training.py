@@ -20,7 +20,8 @@ from ablate_shards.surgery.machine.devices import computes_bfloat16
 from ablate_shards.surgery.machine.files import fsync_files
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.staging import Staging
-from ablate_shards.surgery.model.loading import end_tokens, load_model, pad_left
+from ablate_shards.surgery.model.generation import greedy_answers
+from ablate_shards.surgery.model.loading import end_tokens, load_model
 from ablate_shards.surgery.model.samples import Instruction, Question
 
 if TYPE_CHECKING:
@@ -312,32 +313,23 @@ def _features(run: TrainingRun, model: Any, progress: Steps) -> list[Any]:
 def _own_answers(run: TrainingRun, model: Any, progress: Steps) -> Iterator[EncodedSample]:
     """Yields the prompts that are kept, each with the answer that the model gives before it is trained."""
     import torch
-    from transformers import GenerationConfig
 
     if run.keep:
         progress.note(f"{len(run.keep)} prompts are answered by the model itself, to be kept")
-    ends = end_tokens(model.generation_config.eos_token_id, run.tokenizer.eos_token_id)
-    greedy = GenerationConfig(
-        do_sample=False, eos_token_id=list(ends), pad_token_id=run.tokenizer.pad_token_id, use_cache=True
-    )
     model.eval()
     prompts = [prompt_of(run.tokenizer, question) for question in run.keep]
     # Of one length, as far as possible.
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    answers: dict[int, list[int]] = {}
-    for at in range(0, len(order), _AT_ONCE):
-        rows = order[at : at + _AT_ONCE]
-        ids, mask = pad_left([prompts[row] for row in rows], run.tokenizer.pad_token_id)
-        with torch.no_grad(), model.disable_adapter():
-            made = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=greedy,
-                max_new_tokens=run.options.keep_length,
-            )
-        for row, tokens in zip(rows, made[:, ids.shape[1] :].tolist(), strict=True):
-            end = next((place + 1 for place, token in enumerate(tokens) if token in ends), None)
-            answers[row] = tokens[:end]
+    with torch.no_grad(), model.disable_adapter():
+        made = greedy_answers(
+            model.get_base_model(),
+            [prompts[number] for number in order],
+            [run.options.keep_length] * len(order),
+            at_once=_AT_ONCE,
+            ends=end_tokens(model.generation_config.eos_token_id, run.tokenizer.eos_token_id),
+            pad=run.tokenizer.pad_token_id,
+        )
+    answers = dict(zip(order, made, strict=True))
     for number, prompt in enumerate(prompts):
         yield EncodedSample([*prompt, *answers[number]], len(prompt), cut=False)
     model.train()

@@ -399,7 +399,7 @@ def answer(speaker: Speaker, questions: Sequence[Question], *, tokens: int, batc
     """Returns a model's greedy answers."""
     prompts = [speaker.prompt(question, thinking=False) for question in questions]
     replies: list[Reply | None] = [None] * len(questions)
-    for rows in batches(questions, batch):
+    for rows in batches(prompts, batch):
         for row, reply in zip(rows, speaker.replies([prompts[row] for row in rows], tokens=tokens), strict=True):
             replies[row] = reply
     return [reply for reply in replies if reply is not None]
