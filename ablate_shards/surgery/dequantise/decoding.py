@@ -24,6 +24,8 @@ ReadRange = Callable[[TensorInfo], bytes]
 AT_ONCE = 1 << 17
 """Codes decoded at once: their numbers in float32 stay in a core's cache."""
 
+#: The greatest code of NVFP4 times its greatest scale.
+_GREATEST_NVFP4 = 6 * 448
 #: Stands in place of groups that follow each other.
 _UNORDERED = -1
 
@@ -145,10 +147,12 @@ class CodedWeight:
         else:
             values = decode_scales(self._read_own(self._scales, number), self._scales.meant_as)
         self._check_table(grid)
-        if (part := self._scales.part("multiplier", "divisor")) is not None:
+        if (part := self._scales.part("multiplier", "divisor", "maximum")) is not None:
             factor = decode_scales(self._read_own(part, number), part.dtype)
             with np.errstate(all="ignore"):
-                values = values * factor if part.role == "multiplier" else values / factor
+                if part.role == "maximum":
+                    factor = factor / np.float32(_GREATEST_NVFP4)
+                values = values / factor if part.role == "divisor" else values * factor
         signed = grid.kind in ("affine", "table")
         if not (np.isfinite(values) & (signed | (values >= 0))).all():
             name = self._scales.name if part is None else f"{self._scales.name} and {part.name}"
