@@ -205,14 +205,15 @@ class CodedWeight:
             kept.spread = key, self.spread(number)
         return kept.spread[1]
 
-    def decode(self, raw: np.ndarray, spread: "Spread", first: int, columns: int) -> np.ndarray:
+    def decode(self, raw: np.ndarray, spread: "Spread", first: int, columns: int, column: int = 0) -> np.ndarray:
         """Returns what rows of codes stand for, float32.
 
         Args:
-            raw: ``[rows, bytes]`` uint8.
+            raw: ``[rows, bytes]`` uint8, from the byte on in which their first column begins.
             spread: The scales of their matrix.
             first: The number of the first row.
-            columns: How many columns the matrix has.
+            columns: How many columns they have.
+            column: The number of the first column.
         """
         from ablate_shards.kernels.codecs.packing import unpack
 
@@ -220,7 +221,7 @@ class CodedWeight:
         step = max(1, AT_ONCE // max(1, columns))
         for start in range(0, len(raw), step):
             codes = unpack(raw[start : start + step], spread.grid.bits, columns)
-            values[start : start + step] = spread.decode_rows(codes, first + start)
+            values[start : start + step] = spread.decode_rows(codes, first + start, column)
         return values
 
     def check(self, number: int, raw: np.ndarray) -> None:

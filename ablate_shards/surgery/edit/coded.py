@@ -227,8 +227,11 @@ class CodedMatrix:
         every_row = slice(0, self._rows)
         for first in range(0, self._cols, width):
             stripe = slice(first, min(first + width, self._cols))
-            target = self._edited(projector, codes, stripe)
-            # Every stripe is made by editing all rows anew, which counts them anew.
+            if projector.by_parts and (first > 0 or self._edit.preserve != "rows"):
+                target = self._edited_part(projector, codes, stripe)
+            else:
+                target = self._edited(projector, codes, stripe)
+            # Where every stripe is made by editing all rows anew, they are counted anew.
             self._degenerate = projector.degenerate if first == 0 else self._degenerate
             for start in range(stripe.start, stripe.stop, tile):
                 part = slice(start, min(start + tile, stripe.stop))
@@ -248,7 +251,7 @@ class CodedMatrix:
         self._rounded = RoundedMatrix(along, nearest, total, error, nearest_error, int(changed), asked, missed)
 
     def _edited(self, projector: "Projector", codes: np.ndarray, stripe: slice) -> np.ndarray:
-        """Returns some columns of the edited matrix, float32."""
+        """Returns some columns of the edited matrix, float32, for which all of it is decoded."""
         target = np.empty((self._rows, stripe.stop - stripe.start), np.float32)
         for rows in self._spans():
             values = self._decoded(codes[rows], rows)
@@ -256,6 +259,24 @@ class CodedMatrix:
             projector.apply(block, rows.start)
             self._workspace().arrays.store(block, bytes_of(values))
             target[rows] = values[:, stripe]
+        return target
+
+    def _edited_part(self, projector: "Projector", codes: np.ndarray, stripe: slice) -> np.ndarray:
+        """Returns some columns of the edited matrix, float32, for which only these are decoded."""
+        from ablate_shards.kernels.codecs.packing import packed_bytes
+
+        width, bits = stripe.stop - stripe.start, self._spread.grid.bits
+        target = np.empty((self._rows, width), np.float32)
+        raw = codes[:, packed_bytes(stripe.start, bits) : packed_bytes(stripe.stop, bits)]
+        # As many codes at a time as in whole rows.
+        step = self._step * max(1, self._cols // width)
+        for start in range(0, self._rows, step):
+            rows = slice(start, min(start + step, self._rows))
+            values = self._weight.decode(raw[rows], self._spread, start, width, stripe.start)
+            block = self._loaded(values)
+            projector.apply_part(block, start, stripe)
+            self._workspace().arrays.store(block, bytes_of(values))
+            target[rows] = values
         return target
 
     def _codes(self, read: Reader) -> np.ndarray:
