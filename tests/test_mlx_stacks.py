@@ -304,9 +304,13 @@ def test_an_adapter_is_merged_into_what_the_codes_stand_for(tmp_path):
     assert ((found - expected).abs() <= 2.0**-8 * expected.abs()).all()
 
 
-def test_an_adapter_names_stacks_as_transformers_does(tmp_path):
-    source = write_moe(tmp_path / "source", INT4)
+@pytest.mark.parametrize(
+    ("model_type", "stack"),
+    [("qwen3_moe", "mlp.switch_mlp"), ("mixtral", "block_sparse_moe.switch_mlp"), ("gpt_oss", "mlp.experts")],
+)
+def test_an_adapter_names_stacks_as_transformers_does(tmp_path, model_type, stack):
+    source = write_moe(tmp_path / "source", INT4, stack=stack, model_type=model_type)
     write_basis(tmp_path, HIDDEN)
-    checked(source, tmp_path / "adapter", *options(tmp_path, "--adapter"))
+    checked(source, tmp_path / "adapter", *options(tmp_path, "--adapter", "--components", "routed-experts"))
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["target_parameters"] == [f"model.layers.{layer}.mlp.experts.down_proj" for layer in range(2)]
