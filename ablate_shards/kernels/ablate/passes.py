@@ -201,10 +201,9 @@ class RowNorms(Passes):
         limits, basis = self.batch.limits, self.batch.basis.double[0]
         if limits.coefficient == 0:
             return 0
-        rest = limits, self._crosses, columns
         # In float32 whatever was gathered in float64: single chunks are done over again where they need it.
         return sum(
-            piece.form.move(piece, basis, self.squares, self._gram, self._q, *rest)
+            piece.form.move(piece, basis, self.squares, self._gram, self._q, limits, self._crosses, columns)
             for piece in self.batch.pieces(block, start, self.batch.matrices)
         )
 
