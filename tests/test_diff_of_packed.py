@@ -1,6 +1,7 @@
 """``diff`` of packed integers, GPTQ, AWQ, MXFP4, MXFP8 and NVFP4 compares what they stand for."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from ablate_shards.kernels.codecs.grids import grid_named
 from ablate_shards.kernels.codecs.packing import pack, unpack
 from ablate_shards.kernels.rounding.directed import round_directed
+from ablate_shards.surgery.diff.coded import EqualScales, OneCoded
 
 HIDDEN, LAYERS, MODULES = 256, 2, 4
 
@@ -251,3 +253,39 @@ def test_equal_numbers_beside_equal_bytes_are_other_scales_where_another_method_
     assert len(changed) == MODULES
     for tensor in changed:
         assert tensor["relative"] == pytest.approx(126, rel=1e-4)
+
+
+@pytest.mark.parametrize("grid", ["NF4", "FP4"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_steps_of_a_table_are_found_whatever_the_sign_of_its_scales(grid, sign):
+    table = torch.from_numpy(np.unique(grid_named(grid).values))
+    scale = torch.full((len(table) - 1,), 0.37 * sign)
+    stored = SimpleNamespace(grid=grid, of=lambda first, count: scale.numpy())
+    lower, upper = table[:-1] * scale, table[1:] * scale
+    for old, new in ((lower, upper), (upper, lower)):
+        steps = OneCoded(stored, 0, len(scale), new=False).of(0, old, 0.4 * (new - old))
+        torch.testing.assert_close(steps, (table[1:] - table[:-1]) * 0.37, rtol=1e-6, atol=0)
+        apart = EqualScales(stored, 0, len(scale)).of(0, old, new - old)
+        torch.testing.assert_close(apart, (table[1:] - table[:-1]) * 0.37, rtol=1e-6, atol=0)
+
+
+def test_codes_with_negative_nested_scales_are_as_far_apart_as_others(tmp_path):
+    form = "NF4 in blocks of 64, their scales quantised as well"
+    tensors = coded(plain(form), form)
+    for name, tensor in tensors.items():
+        if "quant_state" in name:
+            state = json.loads(tensor.numpy().tobytes())
+            state["nested_offset"] *= -1
+            tensors[name] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    first = write(tmp_path / "first", tensors, form)
+    module = "model.layers.1.mlp.down_proj"
+    checked("dequantise", first, tmp_path / "out", "-q")
+    for sides in ((first, tmp_path / "out"), (tmp_path / "out", first)):
+        found = differences(*sides)["tensors"]
+        assert len(found) == MODULES
+        assert {tensor["kind"] for tensor in found} <= {"rounding", "retyped"}
+        assert all(tensor["units"] < 0.1 for tensor in found)
+    tensors[f"{module}.weight"][3, 0] ^= 1 << 4
+    (tensor,) = differences(first, write(tmp_path / "one", tensors, form))["tensors"]
+    assert (tensor["kind"], tensor["changed"]) == ("sparse", 1)
+    assert tensor["units"] == pytest.approx(1)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import capture_stream
 
 from ablate_shards.kernels import reference
+from ablate_shards.kernels.codecs.scales import Spread
 from ablate_shards.kernels.native.native import NativeArrays
 from ablate_shards.surgery.edit import coded
 from ablate_shards.surgery.edit.ablation_editor import AblationEditor
@@ -148,6 +149,14 @@ def test_stacked_experts_are_edited_each_by_its_own_scales(tmp_path):
     assert "to the bit" in checked("verify", source, tmp_path / "out").output
 
 
+def in_stripes(monkeypatch, tile=256 * 7):
+    """Makes stripes, and all that is decoded at once, as small as they can be."""
+    monkeypatch.setattr(coded, "_STRIPE", 1)
+    monkeypatch.setattr(coded, "_TILE", tile)
+    monkeypatch.setattr("ablate_shards.surgery.edit.ablation_editor._CODES_AT_ONCE", 1)
+    monkeypatch.setattr("ablate_shards.surgery.dequantise.decoding.AT_ONCE", 1)
+
+
 def test_jobs_memory_and_the_size_of_blocks_change_no_byte(case, monkeypatch):
     folder, source, _ = case
     checked(source, folder / "out", *options(folder))
@@ -155,12 +164,50 @@ def test_jobs_memory_and_the_size_of_blocks_change_no_byte(case, monkeypatch):
     for number, more in enumerate((["--jobs", 1], ["--jobs", 3], ["--memory", "8MB", "--jobs", 2])):
         checked(source, folder / f"out-{number}", *options(folder, *more))
         assert snapshot(folder / f"out-{number}") == expected
-    monkeypatch.setattr(coded, "_STRIPE", 1)
-    monkeypatch.setattr(coded, "_TILE", 256 * 7)
-    monkeypatch.setattr("ablate_shards.surgery.edit.ablation_editor._CODES_AT_ONCE", 1)
-    monkeypatch.setattr("ablate_shards.surgery.dequantise.decoding.AT_ONCE", 1)
+    in_stripes(monkeypatch)
     checked(source, folder / "striped", *options(folder))
     assert snapshot(folder / "striped") == expected
+
+
+@pytest.mark.parametrize("form", ["native", "torch"])
+@pytest.mark.parametrize("preserve", ["rows", "columns", "none"])
+@pytest.mark.parametrize(("coefficient", "count"), [(1, 1), (2, 3)])
+def test_stripes_change_no_byte_whatever_is_kept(tmp_path, monkeypatch, preserve, coefficient, count, form):
+    source = write_fp8(tmp_path / "source")
+    basis = write_basis(tmp_path, 256, count)
+    # What float32 cannot carry: columns along the direction, rows that it moves far, a row and a column of zeros.
+    tensors = read_tensors(source)
+    codes = tensors[DOWN].clone()
+    codes[:, :3] = (basis[0][:, None] * 300).float().to(codes.dtype)
+    codes[7], codes[:, 9] = 0, 0
+    codes[11] = (torch.linspace(-1, 1, codes.shape[1]) * 400).to(codes.dtype)
+    shard = source / "model-00001-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes().replace(raw_of(tensors[DOWN]), raw_of(codes)))
+    if form == "torch":
+        monkeypatch.setattr("ablate_shards.kernels.native.native._library", lambda: None)
+    words = ["--preserve", preserve, "--coefficient", coefficient, "--jobs", 1]
+    checked(source, tmp_path / "out", *options(tmp_path), *words)
+    in_stripes(monkeypatch)
+    checked(source, tmp_path / "striped", *options(tmp_path), *words)
+    assert snapshot(tmp_path / "striped") == snapshot(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("preserve", "most"), [("rows", 4), ("columns", 3), ("none", 3)])
+def test_a_wide_matrix_is_decoded_no_more_often_than_a_narrow_one(case, monkeypatch, preserve, most):
+    folder, source, _ = case
+    decoded_codes = []
+    decode_rows = Spread.decode_rows
+
+    def counted(self, codes, *place):
+        decoded_codes.append(codes.size)
+        return decode_rows(self, codes, *place)
+
+    monkeypatch.setattr(Spread, "decode_rows", counted)
+    in_stripes(monkeypatch, tile=256 * 8)
+    checked(source, folder / "out", *options(folder), "--preserve", preserve, "--jobs", 1)
+    # For the sums, for the edit and, where row norms are kept, its other stripes, and once more as it was written.
+    every = sum(tensor.numel() for tensor in read_tensors(source).values() if tensor.dtype == torch.float8_e4m3fn)
+    assert most - 1 < sum(decoded_codes) / every <= most if preserve == "rows" else sum(decoded_codes) == most * every
 
 
 def test_without_a_compiler_torch_and_numpy_do_it(case, monkeypatch):

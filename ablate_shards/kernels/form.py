@@ -102,7 +102,15 @@ class Arithmetic(Protocol):
         """
 
     def move(
-        self, piece: "Piece", basis: Array, squares: Array, gram: Array, mixed: "BothPrecisions", limits: Float32Limits
+        self,
+        piece: "Piece",
+        basis: Array,
+        squares: Array,
+        gram: Array,
+        mixed: "BothPrecisions",
+        limits: Float32Limits,
+        crosses: Array,
+        columns: slice | None,
     ) -> int:
         """Ablate rows and keep their norms.
 
@@ -113,6 +121,8 @@ class Arithmetic(Protocol):
             gram: ``Q Qᵀ``, ``[matrices, k, k]`` float64.
             mixed: ``Q``, ``[matrices, k, cols]``.
             limits: The coefficient, and where float64 takes over.
+            crosses: ``[matrices, rows, 2]`` float64: what a form that updates by parts keeps of each row.
+            columns: The columns that the piece has, of rows that were ablated whole before; None where it has all.
 
         Returns:
             How many rows were too close to the directions to be rescaled.
@@ -125,10 +135,12 @@ class Arrays(Protocol):
     Attributes:
         xp: ``numpy`` or ``torch``.
         chunk_elements: Elements that a chunk has at most, unless one row has more.
+        by_parts: Whether some columns can be updated without the others, to the same bit.
     """
 
     xp: ModuleType
     chunk_elements: int
+    by_parts: bool
 
     def forms(self, chunk_rows: int, cols: int) -> tuple[Arithmetic, Arithmetic]:
         """Return the arithmetic for matrices cut into chunks: in float32, and in float64."""

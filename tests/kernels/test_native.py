@@ -15,6 +15,7 @@ from same_bytes import EXPECTED, digest_of_results
 from ablate_shards.kernels import reference
 from ablate_shards.kernels.ablate.memory import project
 from ablate_shards.kernels.ablate.options import ProjectOptions
+from ablate_shards.kernels.ablate.project import Projector, Workspace
 from ablate_shards.kernels.choose import choose_form
 from ablate_shards.kernels.codecs.plain import decoded, encode
 from ablate_shards.kernels.native import native
@@ -195,6 +196,33 @@ def test_a_library_of_another_version_is_not_used(compiled):
 def test_a_library_that_lacks_a_function_is_not_used(compiled):
     assert compiled("-O0 -Dablate_move=by_another_name") is None
     assert not is_built()
+
+
+@pytest.mark.parametrize("preserve", ["rows", "columns", "none"])
+@pytest.mark.parametrize("coefficient", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("count", [1, 2])
+def test_columns_updated_by_themselves_are_those_of_the_whole(preserve, coefficient, count):
+    rng = np.random.default_rng(count)
+    basis = np.linalg.qr(rng.standard_normal((24, count)))[0].T.copy()
+    weight = rng.standard_normal((24, 75)).astype(np.float32)
+    # Among them columns along the direction, and rows that one of them makes up: float64 has to take over there.
+    weight[:, :40] = basis[0][:, None] * rng.standard_normal(40) + 1e-3 * weight[:, :40]
+    weight[3], weight[:, 5], weight[4] = 0, 0, 1e20 * weight[4]
+    workspace = Workspace("cpu", "native")
+    projector = Projector(basis, (1, *weight.shape), "F32", ProjectOptions(coefficient, preserve, -2), workspace)
+    step = 0
+    while step < projector.passes:
+        projector.gather(step, weight[None].copy(), 0)
+        step += 1
+    whole = weight[None].copy()
+    projector.apply(whole, 0)
+    if preserve == "rows" and coefficient:
+        exact = projector._passes._crosses[0, :, 1]
+        assert 0 < exact.sum() < len(exact)
+    for columns in (slice(0, 1), slice(1, 39), slice(39, 75)):
+        part = weight[None, :, columns].copy()
+        projector.apply_part(part, 0, columns)
+        assert np.array_equal(part, whole[..., columns])
 
 
 def test_a_thread_count_does_not_show():

@@ -68,6 +68,10 @@ class Passes(ABC):
     def apply(self, block: Array, start: int) -> None:
         """Ablate the rows from ``start`` in place."""
 
+    def apply_part(self, block: Array, start: int, columns: slice) -> None:
+        """Ablate some columns of the rows from ``start`` in place: of ``[d, n]`` only, where the form does that."""
+        raise RuntimeError("expected whole rows: these are not updated by parts")
+
     def nonfinite(self) -> Array:
         """Return which preserved vectors hold a NaN or an infinity: ``[matrices, vectors]``."""
         return ~self.batch.xp.isfinite(self.squares)
@@ -119,17 +123,20 @@ class _StoredInColumns(Passes):
 
     def apply(self, block: Array, start: int) -> None:
         """Ablate the rows from ``start`` in place."""
+        self._apply(block, start, slice(None))
+
+    def _apply(self, block: Array, start: int, columns: slice) -> None:
         if self.batch.limits.coefficient == 0:
             return
         arrays = self.batch.arrays
         for piece in self.batch.pieces(block, start, self.batch.matrices, self.exact):
             entries, form, view, still = piece.entries, piece.form, piece.view, self._factors.still
             original = None if still is None else arrays.clone(view)
-            scale = None if self._scale is None else self._scale.entries(entries).of(form)
-            factor = self._factor.entries(entries).of(form)
+            scale = None if self._scale is None else self._scale.entries(entries).of(form)[..., columns]
+            factor = self._factor.entries(entries).of(form)[..., columns]
             form.update(view, view, scale, self._row_factor(piece).of(form), factor)
             if still is not None:
-                arrays.keep(view, original, still[entries, None])
+                arrays.keep(view, original, still[entries, None, columns])
 
 
 class ColumnNorms(_StoredInColumns):
@@ -147,6 +154,10 @@ class ColumnNorms(_StoredInColumns):
     def gathering(self) -> list[Pass]:
         """Return the pass that measures."""
         return [Pass(self.batch.matrices, self.measure, self._close)]
+
+    def apply_part(self, block: Array, start: int, columns: slice) -> None:
+        """Ablate some columns of the rows from ``start`` in place."""
+        self._apply(block, start, columns)
 
     def _close(self) -> list[Pass]:
         batch = self.batch
@@ -179,12 +190,22 @@ class RowNorms(Passes):
 
     def apply(self, block: Array, start: int) -> None:
         """Ablate the rows from ``start`` in place."""
+        self.degenerate += self._apply(block, start, None)
+
+    def apply_part(self, block: Array, start: int, columns: slice) -> None:
+        """Ablate some columns of the rows from ``start`` in place, which were ablated whole before."""
+        self._apply(block, start, columns)
+
+    def _apply(self, block: Array, start: int, columns: slice | None) -> int:
+        """Ablate rows, and return how many were not rescaled."""
         limits, basis = self.batch.limits, self.batch.basis.double[0]
         if limits.coefficient == 0:
-            return
+            return 0
         # In float32 whatever was gathered in float64: single chunks are done over again where they need it.
-        for piece in self.batch.pieces(block, start, self.batch.matrices):
-            self.degenerate += piece.form.move(piece, basis, self.squares, self._gram, self._q, limits)
+        return sum(
+            piece.form.move(piece, basis, self.squares, self._gram, self._q, limits, self._crosses, columns)
+            for piece in self.batch.pieces(block, start, self.batch.matrices)
+        )
 
     def _close(self) -> list[Pass]:
         """Probe the matrices that the bound ``|U_i| >= |1 - a|R_iᵀQ||`` does not show float32 to be enough for."""
@@ -208,7 +229,7 @@ class RowNorms(Passes):
 
     def _keep_q(self) -> list[Pass]:
         """Keep ``Q`` and ``Q Qᵀ`` for the apply pass; no other pass is needed."""
-        self._gram = _gram(self._sums_of_q, self.batch.arrays)
+        self._gram, self._crosses = _gram(self._sums_of_q, self.batch.arrays), self.batch.zeros(self.batch.rows, 2)
         self._q = self.batch.pair(self.batch.arrays.clone(self._sums_of_q))
         return []
 

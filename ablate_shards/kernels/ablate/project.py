@@ -139,6 +139,22 @@ class Projector(_Streamed):
         with self._batch.arrays.quiet():
             self._passes.apply(block, start)
 
+    @property
+    def by_parts(self) -> bool:
+        """Whether some columns of ``[d, n]`` can be ablated without the others, to the same bit."""
+        return self._batch.arrays.by_parts
+
+    def apply_part(self, block: Array, start: int, columns: slice) -> None:
+        """Ablate some columns of rows in place, as :meth:`apply` does; where row norms are kept, after it.
+
+        Args:
+            block: ``[matrices, rows, columns]`` in the storage dtype.
+            start: The first of its rows.
+            columns: Which columns it has, both ends given.
+        """
+        with self._batch.arrays.quiet():
+            self._passes.apply_part(block, start, columns)
+
     def before(self) -> Measure:
         """Return the measure of the matrices before the ablation; after the apply pass."""
         return self._passes.measured()

@@ -196,6 +196,7 @@ class TorchArrays:
     xp: ModuleType = torch
     #: Of a chunk: 1.8 MiB of float32 scratch, and twice that where float64 is needed.
     chunk_elements = 128 * 3584
+    by_parts = False
 
     def __init__(self, device: torch.device, chunks_at_once: int = 2) -> None:
         self.device = device

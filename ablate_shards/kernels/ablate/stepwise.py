@@ -24,15 +24,28 @@ class Stepwise:
         piece.add_columns(BothPrecisions.rounded(lines, piece.arrays), into[piece.entries], known=norms)
 
     def move(
-        self, piece: Piece, basis: Array, squares: Array, gram: Array, mixed: BothPrecisions, limits: Float32Limits
+        self,
+        piece: Piece,
+        basis: Array,
+        squares: Array,
+        gram: Array,
+        mixed: BothPrecisions,
+        limits: Float32Limits,
+        crosses: Array,
+        columns: slice | None,
     ) -> int:
-        """Ablate rows and keep their norms; return how many were too close to the directions to be rescaled."""
-        norms, columns = squares[piece.entries, piece.span], mixed.entries(piece.entries)
-        dots = piece.row_sums(columns, known=norms)
+        """Ablate whole rows and keep their norms; return how many were too close to the directions to be rescaled."""
+        if columns is not None:
+            raise RuntimeError("expected whole rows: this form does not update them by parts")
+        norms, lines_of_q = squares[piece.entries, piece.span], mixed.entries(piece.entries)
+        dots = piece.row_sums(lines_of_q, known=norms)
         lines = basis[None, :, piece.span]
         factors = row_factors(norms, lines, gram[piece.entries], dots, limits, piece.arrays.xp)
         return update_rows(
-            piece, factors, columns, lambda part: part.form.move(part, basis, squares, gram, mixed, limits)
+            piece,
+            factors,
+            lines_of_q,
+            lambda part: part.form.move(part, basis, squares, gram, mixed, limits, crosses, None),
         )
 
 

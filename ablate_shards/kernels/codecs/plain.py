@@ -60,15 +60,16 @@ INFINITE = 0x7F80
 """The bits of bfloat16 that infinity has; those of what is no number are greater."""
 
 
-def round_to_bfloat16(values: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def round_to_bfloat16(values: np.ndarray, out: np.ndarray | None = None, room: np.ndarray | None = None) -> np.ndarray:
     """Return the bits of the nearest bfloat16, uint16, of float32 values that are numbers; ties to even.
 
     Args:
         values: Any shape.
         out: Where to put them, a new array if None.
+        room: Memory for what is computed on the way, uint32 of the same shape; new memory if None.
     """
     bits = values.view(np.uint32)
-    rounded = bits >> 16
+    rounded = np.right_shift(bits, 16, out=room)
     rounded &= 1
     rounded += 0x7FFF
     rounded += bits

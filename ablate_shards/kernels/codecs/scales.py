@@ -76,16 +76,19 @@ class Spread(NamedTuple):
         scales = spread(self.scales, self.block, rows, columns, self.groups)
         return scales if self.factor == 1 else scales * np.float32(self.factor), zeros
 
-    def decode_rows(self, codes: np.ndarray, first: int) -> np.ndarray:
-        """Return what whole rows of the matrix stand for, float32.
+    def decode_rows(self, codes: np.ndarray, first: int, column: int = 0, out: np.ndarray | None = None) -> np.ndarray:
+        """Return what rows of the matrix stand for, float32.
 
         Args:
             codes: ``[rows, cols]`` uint8.
             first: The number of the first row.
+            column: That of the first column.
+            out: Where to put it, adjacent; a new array if None.
         """
-        # It looks codes up in half the time that an index takes.
-        values: np.ndarray = self.grid.values.take(codes)
-        rows, columns = slice(first, first + len(codes)), slice(0, codes.shape[1])
+        # It looks codes up in half the time that an index takes; no code is beyond the last, and only a mode that
+        # would clip it writes in place.
+        values: np.ndarray = self.grid.values.take(codes, out=out, mode="clip")
+        rows, columns = slice(first, first + len(codes)), slice(column, column + codes.shape[1])
         zeros = None if self.zeros is None else spread(self.zeros, self.block, rows, columns, self.groups)
         if zeros is not None and self.grid.kind != "affine":
             values -= zeros

@@ -98,7 +98,9 @@ typedef struct {
     const double *gram;            /* Q Qᵀ [matrices, count, count] */
     const float *mixed_single; /* Q [matrices, count, cols] */
     const double *mixed_double;
+    double *crosses; /* [matrices, rows, 2]: R_i Q W_i, and whether it took float64 */
     double *scratch; /* room for Q of one matrix in both precisions, with whole PAIRs of columns */
+    int64_t known;   /* whether crosses are read, so that some columns may stand for rows that were moved whole before */
 } Move;
 
 INLINE int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
@@ -267,7 +269,7 @@ PUBLIC void ablate_mix(int dtype, const void *block, const Shape *shape, int64_t
 }
 
 /* Removes from every row its share of Q, and gives it back its norm; returns how many were too close to the directions
-   for that. What float32 cannot carry is done in float64. */
+   for that. What float32 cannot carry is done in float64. Q has the columns of the block. */
 PUBLIC int64_t ablate_move(int dtype, void *block, const Shape *shape, int is_double, const Move *move) {
     int64_t parallel = 0;
 #define CALL(kind) parallel = move_of(kind, block, shape, is_double, move)
@@ -542,6 +544,6 @@ PUBLIC void ablate_unguard(int slot) { guards[slot].start = guards[slot].end = N
 
 /* Counts up when the arguments of a function change: a library that was built before is not used. */
 #ifndef VERSION
-#define VERSION 14
+#define VERSION 15
 #endif
 PUBLIC const int ablate_version = VERSION;

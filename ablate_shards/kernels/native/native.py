@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_VERSION = 14
+_VERSION = 15
 _DTYPES = {np.dtype(STORED[name]): number for number, name in enumerate(("BF16", "F16", "F32"))}
 _PRECISIONS: dict[type[np.floating], str] = {np.float32: "single", np.float64: "double"}
 _UNSCALED, _BY_ROW, _BY_COLUMN = range(3)
@@ -66,7 +66,9 @@ class _Move(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "count")),
         *((name, ctypes.c_double) for name in ("coefficient", "amplification", "largest_norm")),
-        *((name, ctypes.c_void_p) for name in ("basis", "squares", "gram", "mixed_single", "mixed_double", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("basis", "squares", "gram", "mixed_single", "mixed_double")),
+        *((name, ctypes.c_void_p) for name in ("crosses", "scratch")),
+        ("known", ctypes.c_int64),
     )
 
 
@@ -383,15 +385,21 @@ class NativeForm:
         gram: np.ndarray,
         mixed: BothPrecisions,
         limits: Float32Limits,
+        crosses: np.ndarray,
+        columns: slice | None,
     ) -> int:
         """Ablate rows and keep their norms; return how many were too close to the directions to be rescaled."""
         count, rows = basis.shape
         first, squares, gram = 8 * piece.span.start, squares[piece.entries], gram[piece.entries]
         single, double = mixed.entries(piece.entries)
+        if columns is not None:
+            single, double = (np.ascontiguousarray(each[..., columns]) for each in (single, double))
+        crosses = crosses[piece.entries]
         scratch = np.empty((2 * count, _whole_pairs(piece.view)))
         move = _Move(
             rows, count, *limits, basis.ctypes.data + first, squares.ctypes.data + first, gram.ctypes.data,
-            single.ctypes.data, double.ctypes.data, scratch.ctypes.data,
+            single.ctypes.data, double.ctypes.data, crosses.ctypes.data + 2 * first, scratch.ctypes.data,
+            columns is not None,
         )  # fmt: skip
         return int(self._move(*_described(piece.view), self.is_double, move))
 
@@ -415,6 +423,7 @@ class NativeArrays:
 
     xp: ModuleType = np
     chunk_elements = 1 << 19
+    by_parts = True
 
     def forms(self, chunk_rows: int, cols: int) -> tuple[NativeForm, NativeForm]:
         """Return the arithmetic in float32 and in float64."""

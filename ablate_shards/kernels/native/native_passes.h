@@ -266,7 +266,12 @@ PASS int NAME(move_row)(int dtype, void *block, const Shape *shape, int64_t entr
         along += height * basis[line * stride];
     }
     if (!(along > 0)) return 0;
-    for (int64_t low = 0; low < cols; low += STRIP) {
+    double *kept = move->crosses + 2 * (entry * move->rows + row);
+    if (move->known) {
+        if (is_single && kept[1]) return 1;
+        cross = kept[0];
+    }
+    for (int64_t low = 0; !move->known && low < cols; low += STRIP) {
         const void *stored = at(dtype, block, shape, entry, row, low);
         for (int64_t line = 0; line < count; line++)
             cross += basis[line * stride] *
@@ -276,6 +281,8 @@ PASS int NAME(move_row)(int dtype, void *block, const Shape *shape, int64_t entr
     const double ratio = 1 - 2 * coefficient * (cross / norm) + slope * slope;
     const double reach = 1 + fabs(slope);
     if (is_single && (reach * reach > most * most * ratio || norm > move->largest_norm)) return 1;
+    kept[0] = cross;
+    kept[1] = !is_single;
     const double scale = ratio < DEGENERATE ? 1 : 1 / sqrt(ratio);
     *parallel += ratio < DEGENERATE;
     REAL factors[count];

@@ -14,7 +14,7 @@ from ablate_shards.surgery.anatomy.gains import with_names
 from ablate_shards.surgery.anatomy.parts import COMPONENT_OF
 from ablate_shards.surgery.anatomy.roles import is_lone_bias, orientation, role_of, split_stack
 from ablate_shards.surgery.anatomy.rules import NONE, OR, Hit, Rule, read_gain, sort_out
-from ablate_shards.surgery.anatomy.scales import quantisation_of
+from ablate_shards.surgery.anatomy.scales import is_beside_codes, is_codes, quantisation_of
 from ablate_shards.surgery.anatomy.unsupported import reason_for
 from ablate_shards.surgery.anatomy.wrappers import unwrapped
 from ablate_shards.surgery.anatomy.writers import Anatomy, LeftOut, Target, Writer
@@ -43,6 +43,8 @@ _HIDDEN_KEYS = ("hidden_size", "n_embd", "n_embed", "d_model")
 _DEPTH_KEYS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer")
 _MOST_LAYERS = 99_999
 _LAYER = r"(?P<layer>[0-9]{1,5})"
+#: Modules of experts, or of all of them, whose stack mlx-lm calls otherwise; those of Gemma lie in the layer itself.
+_STACKED = re.compile(r"(?P<home>(?:.+\.)?)(?:experts\.(?:#\.)?(?:down_proj|w2)|(?<=block_sparse_moe\.)output_linear)")
 _MTP_ROOT = "mtp."
 _MTP_CHILDREN = frozenset({"eh_proj", "enorm", "hnorm", "shared_head", "embed_tokens"})
 _MTP_MARK = re.compile(r"(?:eh_proj|enorm|hnorm|shared_head)\.")
@@ -292,7 +294,7 @@ def _rules_of(layout: Layout) -> list[Rule]:
     layer = rf"(?P<root>{roots}){layout.layers}\.{_LAYER}\."
     parts: tuple[tuple[Component, str, tuple[Module, ...]], ...] = (
         ("attention", layer, layout.attention),
-        ("mlp", layer, layout.mlp),
+        ("mlp", layer, (*layout.mlp, *_stacked_by_mlx(layout.mlp))),
         ("embedding", root, layout.embedding),
         # Multi-token prediction starts a stream of its own, from the last state and the next token.
         ("embedding", rf"(?P<root>{re.escape(_MTP_ROOT)})", (Module("fc"),)),
@@ -311,6 +313,17 @@ def _rules_of(layout: Layout) -> list[Rule]:
             )
             rules.append(Rule(pattern, component, module.axis, gain, offset, module.fused, unless))
     return rules
+
+
+def _stacked_by_mlx(modules: Iterable[Module]) -> tuple[Module, ...]:
+    """Returns the stacks ``[E, d, n]`` that mlx-lm makes of experts among modules, each once."""
+    found = {}
+    for module in modules:
+        if (place := _STACKED.fullmatch(module.path)) is not None:
+            home = place["home"]
+            path = f"{home}switch_mlp.down_proj" if home else "experts.switch_glu.down_proj"
+            found[path] = module._replace(path=path, axis="out", fused=True)
+    return tuple(found.values())
 
 
 def _placed(gain: str, home: str) -> str:
@@ -521,8 +534,16 @@ def _could_write(tensors: Mapping[str, TensorInfo], hits: Mapping[str, Hit], hid
         name: place.layer
         for name, place in places.items()
         if name not in hits
+        and not _is_beside_codes(name, tensors)
         and (role_of(name, tensors[name].shape, hidden, stored)[0] != "none" or is_lone_bias(name, tensors, hidden))
     }
+
+
+def _is_beside_codes(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Tells whether a tensor says what the codes of a weight mean."""
+    module, _, rest = name.rpartition(".")
+    codes = tensors.get(f"{module}.weight")
+    return codes is not None and is_codes(codes, ".weight") and is_beside_codes(rest, codes)
 
 
 def _not_described(

@@ -1,5 +1,6 @@
 """What belongs to the codes of a quantised weight, its scales and other parts, and what is checked of them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -8,6 +9,7 @@ from ablate_shards.errors import ArchitectureError
 from ablate_shards.surgery.checkpoint.headers import TensorInfo
 
 __all__ = [
+    "BYTE",
     "POWERS",
     "WAY_OUT",
     "WORD",
@@ -28,8 +30,8 @@ POWERS = ("F8_E8M0", "U8")
 
 WAY_OUT = "dequantise the checkpoint with the library that wrote it first"
 
-WORD = 32
-"""Bits of a word that codes are packed into."""
+WORD, BYTE = 32, 8
+"""Bits of what codes are packed into."""
 
 #: Columns that a scale of NVFP4 is for.
 _NVFP4 = 16
@@ -39,6 +41,7 @@ _STACKED = 3
 Role = Literal[
     "multiplier",
     "divisor",
+    "maximum",
     "zero points",
     "zero points less one",
     "offsets",
@@ -61,10 +64,11 @@ class Part(TensorInfo):
     """A tensor beside the codes and the scales of a weight, perhaps in another shard than these.
 
     Attributes:
-        role: What it is: a number that all scales are multiplied or divided by, the zero points of the scales' blocks
-            or one less than these, what is added to products of theirs (MLX), the group of each column, or the rows and
-            columns of the weight. Of bitsandbytes: JSON with these and more, the values of codes, scales and values of
-            scales that are codes themselves, and a number that says how bytes lie.
+        role: What it is: a number that all scales are multiplied or divided by, or the largest value that there can be
+            with it (NVFP4 of MLX), the zero points of the scales' blocks or one less than these, what is added to
+            products of theirs (MLX), the group of each column, or the rows and columns of the weight. Of bitsandbytes:
+            JSON with these and more, the values of codes, scales and values of scales that are codes themselves, and a
+            number that says how bytes lie.
     """
 
     role: Role
@@ -105,6 +109,12 @@ class Scales(TensorInfo):
         if self.order == "line":
             return (self.rows,)
         return (shape[-1] * (1 if self.order == "inputs" else WORD // self.bits),)
+
+    def holds(self, codes: TensorInfo, columns: int) -> bool:
+        """Tells whether rows of codes have so many columns, up to what fills the last word of a row."""
+        word = WORD if codes.dtype in ("I32", "U32") else BYTE
+        row = 8 * (codes.end - codes.start) // max(1, math.prod(self.leading(codes.shape)))
+        return row == -(-columns * self.bits // word) * word
 
     @property
     def bits(self) -> int:

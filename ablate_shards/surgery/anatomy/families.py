@@ -257,6 +257,7 @@ _NEMOTRON_H = Layout(
         Module("mixer.down_proj"),
         Module("mixer.experts.#.down_proj", unless=_LATENT),
         Module("mixer.experts.down_proj", fused=True, unless=_LATENT),
+        Module("mixer.switch_mlp.fc2", fused=True, unless=_LATENT),
         Module("mixer.shared_experts.down_proj"),
         Module(_LATENT),
     ),

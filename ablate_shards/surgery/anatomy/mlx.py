@@ -55,11 +55,19 @@ def find_mlx(codes: TensorInfo, tensors: Mapping[str, TensorInfo], config: Any) 
         offsets = part_beside(f"{module}.biases", tensors, scales.name)
         check_dtype(offsets, (scales.dtype,))
         check_shape(offsets, scales.shape)
-        return scales_of(scales, (1, size), kind, [Part.of("offsets", offsets)])
-    check_dtype(scales, ("U8",))
-    if (strange := tensors.get(f"{module}.biases")) is not None:
-        raise ArchitectureError(f"config.json says {kind} without offsets, but {strange.name} is there; {restore}")
-    return scales_of(scales, (1, size), kind)
+        parts = [Part.of("offsets", offsets)]
+    else:
+        check_dtype(scales, ("U8",))
+        if (strange := tensors.get(f"{module}.biases")) is not None:
+            raise ArchitectureError(f"config.json says {kind} without offsets, but {strange.name} is there; {restore}")
+        parts = []
+    if (largest := tensors.get(f"{module}.global_scale")) is not None:
+        if (kind, bits, size) != _FLOATS["nvfp4"]:
+            raise ArchitectureError(f"config.json says {kind}, but {largest.name} is of nvfp4 alone; {restore}")
+        check_dtype(largest, ("F32",))
+        check_shape(largest, tuple(batch[:-1]))
+        parts.append(Part.of("maximum", largest))
+    return scales_of(scales, (1, size), kind, parts)
 
 
 def _settings(config: Any, module: str) -> tuple[str, int, int]:
@@ -77,8 +85,11 @@ def _settings(config: Any, module: str) -> tuple[str, int, int]:
             f"config.json says that {module} is not quantised, but it holds codes; restore the config.json that came "
             f"with the shards, or {WAY_OUT}"
         )
-    said = {**config, **own} if isinstance(own, Mapping) else config
-    mode, bits, size = said.get("mode", "affine"), said.get("bits"), said.get("group_size")
+    # What a module has of its own is all that MLX reads for it.
+    said = own if isinstance(own, Mapping) else config
+    mode = said.get("mode", "affine")
+    _, usual_bits, usual_size = _FLOATS.get(mode if isinstance(mode, str) else "", ("", 4, 64))
+    bits, size = said.get("bits", usual_bits), said.get("group_size", usual_size)
     known = _FLOATS.get(mode) if isinstance(mode, str) else None
     if known is not None and (bits, size) == known[1:]:
         return known

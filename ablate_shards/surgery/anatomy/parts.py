@@ -31,7 +31,7 @@ _INSTEAD: tuple[tuple[Part, re.Pattern[str]], ...] = (
     ("linear-attention", re.compile(r"(?:^|\.)(?:linear_attn|mlstm_layer|temporal_block\.linear_out)(?:\.|$)")),
 )
 _SHARED = re.compile(r"\.shared_?(?:experts?|mlp)\b|\.share_expert\b")
-_ROUTED = re.compile(r"\.experts\.|\.moe\.|(?:block_sparse_moe|(?<![a-z_])mlp)\.output_linear")
+_ROUTED = re.compile(r"\.experts\.|\.switch_mlp\.|\.moe\.|(?:block_sparse_moe|(?<![a-z_])mlp)\.output_linear")
 
 
 def part_of(writer: Writer | LeftOut) -> Part | None:

@@ -14,6 +14,8 @@ from ablate_shards.surgery.checkpoint.headers import TensorInfo
 __all__ = ["NONE", "OR", "Hit", "Rule", "read_gain", "sort_out"]
 
 _EDITABLE = frozenset({"BF16", "F16", "F32"})
+#: The residual axis of ``[..., n, d]``.
+_LAST = -1
 #: Between the names that a gain may have, and that of none.
 OR, NONE = " | ", "none"
 
@@ -104,15 +106,15 @@ def _weights_among(
     if codes is None or not all(hit is codes or is_beside_codes(hit.rest, tensors[codes.name]) for hit in parts):
         blocked = _blocked(parts, tensors)
         return ([] if blocked else parts), None, blocked
-    # Blocks are [experts, out, in] whatever the weight is, and what GPTQ and AWQ store is its transpose.
-    if codes.rule.axis != "out" and codes.rest not in ("_blocks", ".qweight"):
-        dtype = tensors[codes.name].dtype
-        why = f"{dtype} is edited as [..., hidden, inputs] only; dequantise the checkpoint to BF16, F16 or F32 first"
-        return [], None, _left_out(codes, why)
     try:
-        return [codes], find_scales(tensors[codes.name], tensors, quantisation, hidden), None
+        scales = find_scales(tensors[codes.name], tensors, quantisation, hidden)
+        axis = _axis_of_codes(codes, tensors, hidden)
     except ArchitectureError as error:
         return [], None, _left_out(codes, str(error))
+    if axis == _LAST and scales.order != "rows":
+        why = f"{scales.format} is edited as [..., hidden, inputs] only; add --dequantise all to edit it in bfloat16"
+        return [], None, _left_out(codes, why)
+    return [codes], scales, None
 
 
 def _blocked(parts: Sequence[Hit], tensors: Mapping[str, TensorInfo]) -> LeftOut | None:
@@ -140,8 +142,11 @@ def _left_out(hit: Hit, why: str) -> LeftOut:
 def _writer(hit: Hit, tensors: Mapping[str, TensorInfo], hidden: int, scales: Scales | None = None) -> Writer:
     tensor, rule = tensors[hit.name], _oriented(hit, tensors, hidden)
     bias = hit.rest in (".bias", "_bias")
-    shape = tensor.shape if scales is None else (*scales.leading(tensor.shape), 1)
-    axis = -2 if (rule.axis == "out" or scales is not None) and not bias else -1
+    axis = _LAST if rule.axis != "out" or bias else -2
+    shape = tensor.shape
+    if scales is not None:
+        axis = _axis_of_codes(hit, tensors, hidden)
+        shape = (*scales.leading(shape), hidden if axis == _LAST and scales.holds(tensor, hidden) else 1)
     stacked = (2, 3) if rule.fused is None else (3,) if rule.fused else (2,)
     ranks = tuple(rank - 1 if bias else rank for rank in stacked)
     if len(shape) not in ranks:
@@ -161,11 +166,22 @@ def _writer(hit: Hit, tensors: Mapping[str, TensorInfo], hidden: int, scales: Sc
     return Writer(hit.name, hit.layer, rule.component, axis, kind, gain, offset, hit.mtp, scales, rule.part)
 
 
+def _axis_of_codes(hit: Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> int:
+    """Returns the residual axis of a weight of codes."""
+    # Blocks are [experts, out, in] whatever the weight is, and what GPTQ and AWQ store is its transpose.
+    if hit.rest in ("_blocks", ".qweight") or _oriented(hit, tensors, hidden).axis == "out":
+        return -2
+    return _LAST
+
+
 def _oriented(hit: Hit, tensors: Mapping[str, TensorInfo], hidden: int) -> Rule:
     """Returns the rule with the axis along which experts are stored, where the architecture has them in either way.
 
-    ``[E, d, n]`` and ``[E, n, d]`` differ unless n is d, and then the experts' first matrix, which has 2 n, tells.
+    ``[E, d, n]`` and ``[E, n, d]`` differ unless n is d, and then the experts' first matrix, which has 2 n, tells. In
+    MLX a stack is a module of its own, whose weight is ``[E, d, n]``.
     """
+    if hit.rule.fused and hit.rest == ".weight" and hit.stem.endswith(".down_proj"):
+        return hit.rule._replace(axis="out")
     if hit.rule.axis != "either":
         return hit.rule
     shape = tensors[hit.name].shape[-2:]

@@ -60,7 +60,7 @@ _BITSANDBYTES = (
     *("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
     *("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4", "SCB", "weight_format"),
 )
-_MLX = ("scales", "biases")
+_MLX = ("scales", "biases", "global_scale")
 _BESIDE = {
     ".weight": (*_SCALES, _MISTRAL, "weight_scale_2", "weight_zero_point", *_BITSANDBYTES),
     "": _SCALES,

@@ -24,6 +24,8 @@ ReadRange = Callable[[TensorInfo], bytes]
 AT_ONCE = 1 << 17
 """Codes decoded at once: their numbers in float32 stay in a core's cache."""
 
+#: The greatest code of NVFP4 times its greatest scale.
+_GREATEST_NVFP4 = 6 * 448
 #: Stands in place of groups that follow each other.
 _UNORDERED = -1
 
@@ -31,11 +33,16 @@ _UNORDERED = -1
 class Kept(threading.local):
     """What a thread needs again for the next rows of the same matrix: its scales, or all of it transposed.
 
-    Each is kept with what it is of.
+    Each is kept with what it is of. Beside them memory to decode into, which would otherwise be given back to the
+    system and fetched again each time.
     """
 
     spread: "tuple[object, Spread] | None" = None
     matrix: tuple[object, np.ndarray] | None = None
+
+    def __init__(self) -> None:
+        self.room = np.empty(AT_ONCE, np.float32)
+        self.bits = np.empty(AT_ONCE, np.uint32)
 
 
 def pieces(height: int, first: int, last: int) -> Iterator[tuple[int, slice]]:
@@ -145,10 +152,12 @@ class CodedWeight:
         else:
             values = decode_scales(self._read_own(self._scales, number), self._scales.meant_as)
         self._check_table(grid)
-        if (part := self._scales.part("multiplier", "divisor")) is not None:
+        if (part := self._scales.part("multiplier", "divisor", "maximum")) is not None:
             factor = decode_scales(self._read_own(part, number), part.dtype)
             with np.errstate(all="ignore"):
-                values = values * factor if part.role == "multiplier" else values / factor
+                if part.role == "maximum":
+                    factor = factor / np.float32(_GREATEST_NVFP4)
+                values = values / factor if part.role == "divisor" else values * factor
         signed = grid.kind in ("affine", "table")
         if not (np.isfinite(values) & (signed | (values >= 0))).all():
             name = self._scales.name if part is None else f"{self._scales.name} and {part.name}"
@@ -201,22 +210,35 @@ class CodedWeight:
             kept.spread = key, self.spread(number)
         return kept.spread[1]
 
-    def decode(self, raw: np.ndarray, spread: "Spread", first: int, columns: int) -> np.ndarray:
+    def decode(
+        self,
+        raw: np.ndarray,
+        spread: "Spread",
+        first: int,
+        columns: int,
+        column: int = 0,
+        room: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Returns what rows of codes stand for, float32.
 
         Args:
-            raw: ``[rows, bytes]`` uint8.
+            raw: ``[rows, bytes]`` uint8, from the byte on in which their first column begins.
             spread: The scales of their matrix.
             first: The number of the first row.
-            columns: How many columns the matrix has.
+            columns: How many columns they have.
+            column: The number of the first column.
+            room: Memory to put it into, float32, where that is large enough; new memory if None.
         """
         from ablate_shards.kernels.codecs.packing import unpack
 
-        values = np.empty((len(raw), columns), np.float32)
+        count = len(raw) * columns
+        values = (np.empty(count, np.float32) if room is None or len(room) < count else room[:count]).reshape(
+            -1, columns
+        )
         step = max(1, AT_ONCE // max(1, columns))
         for start in range(0, len(raw), step):
             codes = unpack(raw[start : start + step], spread.grid.bits, columns)
-            values[start : start + step] = spread.decode_rows(codes, first + start)
+            spread.decode_rows(codes, first + start, column, values[start : start + step])
         return values
 
     def check(self, number: int, raw: np.ndarray) -> None:

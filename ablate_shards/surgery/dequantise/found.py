@@ -155,8 +155,11 @@ def _module_of(codes: str) -> str:
 def _experts_of(codes: TensorInfo) -> str | None:
     """Returns the module of all routed experts that a weight is of, None where it is of none.
 
-    Engines have one way of loading for all the experts of a layer.
+    Engines have one way of loading for all the experts of a layer. A stack of MLX is a module of its own, quantised or
+    not.
     """
+    if codes.dtype == "U32" and len(codes.shape) > _MATRIX:
+        return None
     if (match := _EXPERTS.match(codes.name)) is not None:
         return match["experts"]
     return _module_of(codes.name).rpartition(".")[0] if len(codes.shape) > _MATRIX else None

@@ -74,7 +74,10 @@ class Values:
         for first in range(rows.start, rows.stop, step):
             span = slice(first, min(first + step, rows.stop))
             part = raw[span.start - rows.start : span.stop - rows.start]
-            bits = round_to_bfloat16(coded.decode(part, spread, first, columns))
+            values = coded.decode(part, spread, first, columns, room=self._kept.room)
+            count = values.size
+            room = self._kept.bits[:count].reshape(values.shape) if count <= AT_ONCE else None
+            bits = round_to_bfloat16(values, room=room)
             if (bits & 0x7FFF).max(initial=0) >= INFINITE:
                 coded.check(number, part)
                 raise coded.refused(number, "codes times scales are too large for bfloat16")

@@ -115,10 +115,12 @@ AnyScales: TypeAlias = StoredScales | PackedScales
 
 
 def _scales(stored: AnyScales, first: int, like: "Tensor") -> "Tensor":
+    """Returns scales to divide by; only those of tables keep their sign, whose values are others turned round."""
     import torch
 
     found = torch.from_numpy(np.array(stored.of(first, like.numel())))
-    return found.abs_().nan_to_num_(nan=1.0, posinf=1.0).clamp_(min=_TINY).view_as(like)
+    sizes = found.abs().nan_to_num_(nan=1.0, posinf=1.0).clamp_(min=_TINY)
+    return (sizes if _table(stored.grid) is None else sizes.copysign_(found)).view_as(like)
 
 
 def _steps_at(values: "Tensor", others: "Tensor", scales: "Tensor", grid: str) -> "Tensor":
@@ -127,7 +129,7 @@ def _steps_at(values: "Tensor", others: "Tensor", scales: "Tensor", grid: str) -
     Args:
         values: Decoded codes.
         others: What they are compared with.
-        scales: Their scales, positive.
+        scales: Their scales, positive but for tables.
         grid: What the codes are.
     """
     import torch
@@ -140,9 +142,9 @@ def _steps_at(values: "Tensor", others: "Tensor", scales: "Tensor", grid: str) -
     found = torch.from_numpy(table)
     unscaled = values / scales
     levels = torch.bucketize(unscaled, (found[1:] + found[:-1]) / 2)
-    beside = (levels + torch.where(others < values, -1, 1)).clamp_(0, len(table) - 1)
+    beside = (levels + torch.where((others < values) != (scales < 0), -1, 1)).clamp_(0, len(table) - 1)
     beside = torch.where(beside == levels, (levels - 1).clamp_(min=1), beside)
-    return (found[beside] - found[levels]).abs_().mul_(scales)
+    return (found[beside] - found[levels]).mul_(scales).abs_()
 
 
 def _table(grid: str) -> np.ndarray | None:

@@ -15,6 +15,7 @@ from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES
 from ablate_shards.surgery.dequantise.decoding import ReadRange
 from ablate_shards.surgery.edit.blocks import BlockEditor
 from ablate_shards.surgery.edit.coded import CodedMatrix, Rounding
+from ablate_shards.surgery.edit.coded_rows import CodedRows
 from ablate_shards.surgery.edit.sections import Reader, Section
 from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit
 from ablate_shards.validation import Finite
@@ -305,7 +306,8 @@ class AblationEditor(BlockEditor[TensorEdit, TensorResult]):
             return [AblatedBias(edit, self._bases[edit.basis])]
         if edit.scales is not None:
             count = math.prod(edit.scales.leading(edit.shape)[:-1])
-            return [self._coded(edit, edit.scales, number) for number in range(count)]
+            section = CodedMatrix if edit.axis == -2 else CodedRows
+            return [self._coded(section, edit, edit.scales, number) for number in range(count)]
         batch, rows, cols = (1,) * (3 - len(edit.shape)) + edit.shape
         matrix_bytes = (edit.end - edit.start) // max(batch, 1)
         group = max(1, min(batch, self._room // max(matrix_bytes, 1)))
@@ -321,10 +323,12 @@ class AblationEditor(BlockEditor[TensorEdit, TensorResult]):
             for first in range(0, batch, group)
         ]
 
-    def _coded(self, edit: TensorEdit, scales: Scales, number: int) -> CodedMatrix:
+    def _coded(
+        self, section: type[CodedMatrix | CodedRows], edit: TensorEdit, scales: Scales, number: int
+    ) -> CodedMatrix | CodedRows:
         if self._read is None:
             raise RuntimeError(f"{edit.name}: its scales cannot be read")
-        return CodedMatrix(
+        return section(
             edit,
             scales,
             number,

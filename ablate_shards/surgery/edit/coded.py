@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from ablate_shards.kernels.ablate.project import Meter, Projector, Workspace
     from ablate_shards.kernels.codecs.scales import Spread
 
-__all__ = ["CodedMatrix", "CodesMeasured", "RoundedMatrix", "Rounding"]
+__all__ = ["WAY_OUT", "CodedMatrix", "CodesMeasured", "RoundedMatrix", "Rounding", "bytes_of", "options_of"]
 
 #: Bytes of the edited matrix in float32 that are there at a time, and elements that are rounded at once.
 _STRIPE, _TILE = 32 << 20, 1 << 20
-_WAY_OUT = "fetch its shard again, or leave it out with --layers or --components"
+WAY_OUT = "fetch its shard again, or leave it out with --layers or --components"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class CodedMatrix:
     ) -> None:
         self._edit, self._number = edit, number
         self._basis, self._workspace, self._room = basis, workspace, room
-        self._weight = CodedWeight(edit, scales, read, _WAY_OUT)
+        self._weight = CodedWeight(edit, scales, read, WAY_OUT)
         self._rows, self._row_bytes = self._weight.rows, self._weight.row_bytes
         self._cols = 0
         self.start = edit.start + number * self._weight.size
@@ -153,7 +153,7 @@ class CodedMatrix:
         self._spread = self._weight.spread(self._number)
         self._cols = self._weight.columns()
         shape = (1, self._rows, self._cols)
-        projector = Projector(self._basis, shape, "F32", self._options, self._workspace())
+        projector = Projector(self._basis, shape, "F32", options_of(self._edit), self._workspace())
         chunk = projector.chunk_rows
         self._step = max(chunk, self._room // max(1, self._cols) // chunk * chunk)
         self.block = max(1, self._step * self._row_bytes)
@@ -209,7 +209,7 @@ class CodedMatrix:
     def _new_meter(self) -> "Meter":
         from ablate_shards.kernels.ablate.project import Meter
 
-        return Meter(self._basis, (1, self._rows, self._cols), "F32", self._options, self._workspace())
+        return Meter(self._basis, (1, self._rows, self._cols), "F32", options_of(self._edit), self._workspace())
 
     def _round(self, projector: "Projector", codes: np.ndarray) -> None:
         """Chooses the codes of stripe after stripe of the edited matrix."""
@@ -227,8 +227,11 @@ class CodedMatrix:
         every_row = slice(0, self._rows)
         for first in range(0, self._cols, width):
             stripe = slice(first, min(first + width, self._cols))
-            target = self._edited(projector, codes, stripe)
-            # Every stripe is made by editing all rows anew, which counts them anew.
+            if projector.by_parts and (first > 0 or self._edit.preserve != "rows"):
+                target = self._edited_part(projector, codes, stripe)
+            else:
+                target = self._edited(projector, codes, stripe)
+            # Where every stripe is made by editing all rows anew, they are counted anew.
             self._degenerate = projector.degenerate if first == 0 else self._degenerate
             for start in range(stripe.start, stripe.stop, tile):
                 part = slice(start, min(start + tile, stripe.stop))
@@ -248,14 +251,32 @@ class CodedMatrix:
         self._rounded = RoundedMatrix(along, nearest, total, error, nearest_error, int(changed), asked, missed)
 
     def _edited(self, projector: "Projector", codes: np.ndarray, stripe: slice) -> np.ndarray:
-        """Returns some columns of the edited matrix, float32."""
+        """Returns some columns of the edited matrix, float32, for which all of it is decoded."""
         target = np.empty((self._rows, stripe.stop - stripe.start), np.float32)
         for rows in self._spans():
             values = self._decoded(codes[rows], rows)
             block = self._loaded(values)
             projector.apply(block, rows.start)
-            self._workspace().arrays.store(block, _bytes_of(values))
+            self._workspace().arrays.store(block, bytes_of(values))
             target[rows] = values[:, stripe]
+        return target
+
+    def _edited_part(self, projector: "Projector", codes: np.ndarray, stripe: slice) -> np.ndarray:
+        """Returns some columns of the edited matrix, float32, for which only these are decoded."""
+        from ablate_shards.kernels.codecs.packing import packed_bytes
+
+        width, bits = stripe.stop - stripe.start, self._spread.grid.bits
+        target = np.empty((self._rows, width), np.float32)
+        raw = codes[:, packed_bytes(stripe.start, bits) : packed_bytes(stripe.stop, bits)]
+        # As many codes at a time as in whole rows.
+        step = self._step * max(1, self._cols // width)
+        for start in range(0, self._rows, step):
+            rows = slice(start, min(start + step, self._rows))
+            values = self._weight.decode(raw[rows], self._spread, start, width, stripe.start)
+            block = self._loaded(values)
+            projector.apply_part(block, start, stripe)
+            self._workspace().arrays.store(block, bytes_of(values))
+            target[rows] = values
         return target
 
     def _codes(self, read: Reader) -> np.ndarray:
@@ -273,18 +294,11 @@ class CodedMatrix:
         return self._weight.decode(raw, self._spread, rows.start, self._cols)
 
     def _loaded(self, values: np.ndarray) -> "object":
-        return self._workspace().arrays.load(_bytes_of(values), "F32", (1, *values.shape))
+        return self._workspace().arrays.load(bytes_of(values), "F32", (1, *values.shape))
 
     def _spans(self) -> Iterator[slice]:
         for start in range(0, self._rows if self._cols else 0, self._step):
             yield slice(start, min(start + self._step, self._rows))
-
-    @property
-    def _options(self) -> "ProjectOptions":
-        from ablate_shards.kernels.ablate.options import ProjectOptions
-
-        edit = self._edit
-        return ProjectOptions(coefficient=edit.coefficient, preserve=edit.preserve, axis=edit.axis)
 
 
 def _sums(tiles: Sequence[Sequence[np.ndarray]], measures: int) -> list[float]:
@@ -292,5 +306,13 @@ def _sums(tiles: Sequence[Sequence[np.ndarray]], measures: int) -> list[float]:
     return [math.fsum(itertools.chain.from_iterable(each[measure] for each in tiles)) for measure in range(measures)]
 
 
-def _bytes_of(values: np.ndarray) -> np.ndarray:
+def options_of(edit: TensorEdit) -> "ProjectOptions":
+    """Returns how a tensor is ablated."""
+    from ablate_shards.kernels.ablate.options import ProjectOptions
+
+    return ProjectOptions(coefficient=edit.coefficient, preserve=edit.preserve, axis=edit.axis)
+
+
+def bytes_of(values: np.ndarray) -> np.ndarray:
+    """Returns the bytes of adjacent values."""
     return values.view(np.uint8).reshape(-1)

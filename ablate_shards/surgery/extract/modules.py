@@ -32,6 +32,11 @@ _RENAMED = (
     (re.compile(r"\.block_sparse_moe\.(?=experts\.\d|shared_experts\.|(?:gate|\w+_proj)\.weight$)"), ".mlp."),
     (re.compile(r"\.block_sparse_moe\.input_linear\.weight$"), ".block_sparse_moe.experts.gate_up_proj"),
     (re.compile(r"\.block_sparse_moe\.output_linear\.weight$"), ".block_sparse_moe.experts.down_proj"),
+    (
+        re.compile(r"\.(?:(?:block_sparse_moe|mlp)\.switch_mlp|mlp\.experts)\.down_proj\.weight$"),
+        ".mlp.experts.down_proj",
+    ),
+    (re.compile(r"\.switch_mlp\.down_proj\.weight$"), ".experts.down_proj"),
     (re.compile(r"\.router\.layer\.weight$"), ".router.weight"),
     (re.compile(r"\.experts\.fc1\.weight$"), ".experts.gate_up_proj"),
     (re.compile(r"\.experts\.fc2\.weight$"), ".experts.down_proj"),

@@ -31,7 +31,7 @@ from ablate_shards.surgery.anatomy.scales import is_codes, quantisation_of
 from ablate_shards.surgery.checkpoint.amended import amend
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint, read_range
 from ablate_shards.surgery.checkpoint.files import Files, Folder
-from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, Shard
+from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES, Shard, TensorInfo
 from ablate_shards.surgery.dequantise.decoding import read_scales
 from ablate_shards.surgery.dequantise.dequantisation import plan_dequantisation
 from ablate_shards.surgery.dequantise.found import DequantisedRecord
@@ -625,11 +625,20 @@ def _describes(edit: TensorEdit, checkpoint: Checkpoint, directions: Directions)
         (tensor.shard, tensor.dtype, tensor.shape, tensor.start, tensor.end)
         == (edit.shard, edit.dtype, edit.shape, edit.start, edit.end)
         and _stored_right(edit, checkpoint)
-        and shape[edit.axis] == hidden[0]
+        and _has_length(edit, tensor, hidden[0])
         and all(layer in directions.reference for layer in key.references)
         and all(directions.reference[layer].shape == hidden for layer in key.references)
         and all(gain is not None and gain.shape == hidden for gain in gains)
     )
+
+
+def _has_length(edit: TensorEdit, tensor: TensorInfo, hidden: int) -> bool:
+    """Returns whether the residual axis of an edit's tensor has a length."""
+    if edit.scales is None:
+        return edit.shape[edit.axis] == hidden
+    if edit.axis == -1:
+        return edit.scales.holds(tensor, hidden)
+    return edit.scales.leading(edit.shape)[-1] == hidden
 
 
 def _stored_right(edit: TensorEdit, checkpoint: Checkpoint) -> bool:
@@ -637,7 +646,7 @@ def _stored_right(edit: TensorEdit, checkpoint: Checkpoint) -> bool:
     if edit.scales is None:
         return edit.dtype in ITEM_BYTES
     tensor, read = checkpoint.tensors[edit.name], functools.partial(read_range, checkpoint)
-    if (edit.kind, edit.axis) != ("weight", -2) or not is_codes(tensor, ".weight"):
+    if edit.kind != "weight" or not is_codes(tensor, ".weight"):
         return False
     try:
         found = read_scales(tensor, checkpoint.tensors, quantisation_of(checkpoint.config), read)
