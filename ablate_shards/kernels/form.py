@@ -18,6 +18,7 @@ __all__ = [
     "BothPrecisions",
     "Float32Limits",
     "Piece",
+    "Turn",
     "extremes",
     "in_range",
 ]
@@ -38,6 +39,16 @@ class Float32Limits(NamedTuple):
     coefficient: float
     amplification: float
     largest_norm: float
+
+
+class Turn(Protocol):
+    """When a block may add to sums that go on from block to block: after all blocks before it."""
+
+    def has_come(self) -> bool:
+        """Whether it may add by now."""
+
+    def wait(self) -> None:
+        """Return when it may."""
 
 
 class Arithmetic(Protocol):
@@ -68,6 +79,7 @@ class Arithmetic(Protocol):
         squares: bool,
         unsafe: Container[tuple[int, int]] | None,
         repair: Callable[[int, int], Array],
+        turn: Turn | None,
     ) -> None:
         """Reduce along each column of each chunk, and add the chunks in order.
 
@@ -78,6 +90,7 @@ class Arithmetic(Protocol):
             squares: Whether the squared norms of the columns are wanted.
             unsafe: Matrix and chunk where this precision fails; None to judge by the squares.
             repair: Returns the sums of such a chunk, ``[k (+ 1), cols]`` float64.
+            turn: When to add; None for at once.
         """
 
     def update(self, block: Array, source: Array, scale: Array | None, row_factor: Array, column_factor: Array) -> None:
@@ -202,6 +215,7 @@ class Piece:
         span: Which of their rows; they begin at a chunk.
         view: Where to write, ``[matrices, rows, cols]``.
         source: What to read: the view, or a copy of it.
+        turn: When its sums may be added to those of the rows before it; None for at once.
     """
 
     form: Arithmetic
@@ -213,6 +227,7 @@ class Piece:
     span: slice
     view: Array
     source: Array
+    turn: Turn | None = None
 
     def row_sums(self, weights: BothPrecisions | None, *, squares: bool = False, known: Array | None = None) -> Array:
         """Reduce along each row, as :meth:`Arithmetic.rows` does.
@@ -260,7 +275,7 @@ class Piece:
         elif self.guarded and known is not None:
             unsafe = self._unsafe(known)
         chosen = weights and weights.of(self.form)
-        self.form.add_columns(self.source, chosen, into, squares=squares, unsafe=unsafe, repair=repair)
+        self.form.add_columns(self.source, chosen, into, squares=squares, unsafe=unsafe, repair=repair, turn=self.turn)
 
     def chunks_with(self, mask: Array) -> list[tuple[int, int]]:
         """Return matrix and chunk of the rows that a mask ``[matrices, rows]`` marks."""
@@ -279,6 +294,7 @@ class Piece:
             span=slice(start, start + view.shape[1]),
             view=view,
             source=source,
+            turn=None,
         )
 
     def _unsafe(self, squares: Array) -> list[tuple[int, int]]:

@@ -8,7 +8,7 @@ from ablate_shards.errors import PlanError
 from ablate_shards.kernels.ablate.options import AMPLIFICATION, ProjectOptions, check_fit, checked_basis
 from ablate_shards.kernels.ablate.workspace import Workspace
 from ablate_shards.kernels.codecs.plain import GREATEST
-from ablate_shards.kernels.form import GROUP_ROWS, Array, BothPrecisions, Float32Limits, Piece
+from ablate_shards.kernels.form import GROUP_ROWS, Array, BothPrecisions, Float32Limits, Piece, Turn
 
 __all__ = ["Batch"]
 
@@ -60,7 +60,14 @@ class Batch:
         """Return float64 factors in both precisions."""
         return BothPrecisions.rounded(double, self.arrays)
 
-    def pieces(self, block: Array, start: int, entries: Sequence[int], exact: Container[int] = ()) -> Iterator[Piece]:
+    def pieces(
+        self,
+        block: Array,
+        start: int,
+        entries: Sequence[int],
+        exact: Container[int] = (),
+        turn: Turn | None = None,
+    ) -> Iterator[Piece]:
         """Split the rows of a block into what each precision computes at once.
 
         Args:
@@ -68,6 +75,7 @@ class Batch:
             start: The first of its rows.
             entries: The matrices to take.
             exact: Those of them that need float64.
+            turn: When the sums of the block may be added to those before it; None for at once.
         """
         if 0 in block.shape:
             return
@@ -87,6 +95,7 @@ class Batch:
                 span=slice(start, start + block.shape[1]),
                 view=block[part],
                 source=block[part],
+                turn=turn,
             )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from ablate_shards.kernels.codecs.grid import Grid, Kind
 from ablate_shards.kernels.codecs.plain import STORED
-from ablate_shards.kernels.form import BothPrecisions, Float32Limits, Piece, in_range
+from ablate_shards.kernels.form import BothPrecisions, Float32Limits, Piece, Turn, in_range
 
 __all__ = [
     "LIBRARY",
@@ -44,6 +44,8 @@ _UNSCALED, _BY_ROW, _BY_COLUMN = range(3)
 
 _VARIANTS = {8: "avx2", 16: "avx512"}
 _PAIR = 32
+#: Rows that the library adds up in float32 before it adds to the sums of a block.
+_GROUP = 32
 #: Bytes a row: of 16 columns four values in float32, a level, a bucket and a zero point.
 _ROUNDING_SCRATCH = 16 * (5 * 4 + 3)
 _SIGN = np.uint8(0x80)
@@ -325,6 +327,7 @@ class NativeForm:
         squares: bool,
         unsafe: Container[tuple[int, int]] | None,
         repair: Callable[[int, int], np.ndarray],
+        turn: Turn | None,
     ) -> None:
         """Reduce along each column of each chunk, and add the chunks in order."""
         sums = np.empty((1, *into.shape[1:]))
@@ -332,14 +335,17 @@ class NativeForm:
             lines = None if weights is None else weights[min(entry, len(weights) - 1)][None]
             for chunk, low in enumerate(range(0, block.shape[1], self._chunk_rows)):
                 if unsafe is not None and (entry, chunk) in unsafe:
-                    total += repair(entry, chunk)
-                    continue
-                part = slice(low, low + self._chunk_rows)
-                factors = _Adjacent(None if lines is None else lines[..., part])
-                sums.fill(0)
-                described = _described(block[entry : entry + 1, part])
-                self._columns(*described, *factors.described(), factors.count, squares, sums.ctypes.data)
-                total += repair(entry, chunk) if unsafe is None and not in_range(sums[0, -1]) else sums[0]
+                    found = repair(entry, chunk)
+                else:
+                    part = slice(low, low + self._chunk_rows)
+                    factors = _Adjacent(None if lines is None else lines[..., part])
+                    sums.fill(0)
+                    described = _described(block[entry : entry + 1, part])
+                    self._columns(*described, *factors.described(), factors.count, squares, sums.ctypes.data)
+                    found = repair(entry, chunk) if unsafe is None and not in_range(sums[0, -1]) else sums[0]
+                if turn is not None:
+                    turn.wait()
+                total += found
 
     def update(
         self,
@@ -368,11 +374,29 @@ class NativeForm:
 
     def mix(self, piece: Piece, basis: np.ndarray, squares: np.ndarray, into: np.ndarray) -> None:
         """Take the squared norms of rows, and with them what is added up along the directions."""
+        squares, into, turn, height = squares[piece.entries], into[piece.entries], piece.turn, piece.source.shape[1]
+        if turn is None or turn.has_come():
+            self._mix_rows(piece, slice(0, height), basis, squares, into)
+            return
+        groups = [
+            slice(low, min(low + _GROUP, start + self._chunk_rows, height))
+            for start in range(0, height, self._chunk_rows)
+            for low in range(start, min(start + self._chunk_rows, height), _GROUP)
+        ]
+        apart = np.zeros((len(groups), *into.shape))
+        for group, sums in zip(groups, apart, strict=True):
+            self._mix_rows(piece, group, basis, squares, sums)
+        turn.wait()
+        for sums in apart:
+            into += sums
+
+    def _mix_rows(self, piece: Piece, part: slice, basis: np.ndarray, squares: np.ndarray, into: np.ndarray) -> None:
+        """Do what :meth:`mix` does of some rows of a piece; norms and sums are those of the piece's matrices."""
         count, rows = basis.shape
-        first, squares, into = 8 * piece.span.start, squares[piece.entries], into[piece.entries]
+        first = 8 * (piece.span.start + part.start)
         self._mix(
-            *_described(piece.source), self._chunk_rows, self.is_double, basis.ctypes.data + first, rows, count,
-            into.shape[1] > count, squares.ctypes.data + first, into.ctypes.data,
+            *_described(piece.source[:, part]), self._chunk_rows, self.is_double, basis.ctypes.data + first, rows,
+            count, into.shape[1] > count, squares.ctypes.data + first, into.ctypes.data,
         )  # fmt: skip
 
     def move(

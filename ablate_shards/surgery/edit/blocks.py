@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import numpy as np
 from blake3 import blake3
 
+from ablate_shards.surgery.edit.loops import Each, SharedLoops, Stopped, in_order
 from ablate_shards.surgery.edit.sections import Section
 from ablate_shards.surgery.machine.devices import find_device
 from ablate_shards.surgery.machine.system import cores
@@ -21,8 +22,9 @@ from ablate_shards.surgery.plan.edits import Edit
 if TYPE_CHECKING:
     from ablate_shards.kernels.ablate.project import Workspace
     from ablate_shards.kernels.choose import Form, OnCpu
+    from ablate_shards.kernels.form import Turn
 
-__all__ = ["BlockEditor", "Channels", "Portion", "Stopped"]
+__all__ = ["BlockEditor", "Channels", "Portion"]
 
 _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R")
@@ -36,10 +38,6 @@ _LEAST_MEMORY_PER_JOB = 8 << 20
 _SCRATCH = 6 << 20
 _ROOM_FOR_TWO_CHUNKS = 16 << 20
 _DEVICE_JOBS = 2
-
-
-class Stopped(Exception):  # noqa: N818 - not an error: it ends a worker whose run has ended elsewhere
-    """Ends a worker whose run has failed or been interrupted elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +101,8 @@ class BlockEditor(ABC, Generic[_E, _R]):
         self._room = min(room, _CPU_BLOCK) if on_cpu else room // 2
         self._stop = stop
         self._kept = threading.local()
+        #: Goes over the blocks of a large matrix.
+        self._each: Each = in_order
 
     def identity(self) -> dict[str, str]:
         """Returns what decides the last bit of a result, for the receipt and for resuming."""
@@ -112,6 +112,16 @@ class BlockEditor(ABC, Generic[_E, _R]):
         import torch
 
         return identity | {"version of torch": torch.__version__.split("+")[0]}
+
+    def share(self, submit: Callable[[Callable[[], None]], object]) -> None:
+        """Divides a large matrix among the threads that have nothing else to do.
+
+        Args:
+            submit: Gives a task to the pool of :attr:`jobs` threads that this is called in. Channels are then used by
+                several threads at once.
+        """
+        if self.jobs > 1:
+            self._each = SharedLoops(self.jobs, submit).each
 
     def one_thread_each(self) -> contextlib.AbstractContextManager[None]:
         """Keeps torch to one thread per job: no oversubscription, and sums in one order; other forms have one."""
@@ -184,20 +194,25 @@ class BlockEditor(ABC, Generic[_E, _R]):
             channels.read(raw.data, offset)
             return raw
 
+        def take(section: Section, offset: int, turn: "Turn | None") -> None:
+            raw = read(offset, min(section.block, section.end - offset))
+            section.edit(raw, offset)
+            channels.write(raw.data, offset)
+            # Read again at once, while a core's cache still holds it.
+            channels.reread(raw.data, offset)
+            section.measure(raw, offset, turn)
+            if digest is not None:
+                if turn is not None:
+                    turn.wait()
+                digest.update(raw.data)
+
         measured = []
         with self._stream():
             while sections:
                 section = sections.popleft()
                 section.gather(read)
-                for offset in range(section.start, section.end, section.block):
-                    raw = read(offset, min(section.block, section.end - offset))
-                    section.edit(raw, offset)
-                    channels.write(raw.data, offset)
-                    # Read again at once, while a core's cache still holds it.
-                    channels.reread(raw.data, offset)
-                    if digest is not None:
-                        digest.update(raw.data)
-                    section.measure(raw, offset)
+                each = self._each if section.divisible else in_order
+                each(range(section.start, section.end, section.block), functools.partial(take, section))
                 measured.append(section.measured())
         return measured
 

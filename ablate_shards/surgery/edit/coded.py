@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ablate_shards.kernels.ablate.options import Measure, ProjectOptions
     from ablate_shards.kernels.ablate.project import Meter, Projector, Workspace
     from ablate_shards.kernels.codecs.scales import Spread
+    from ablate_shards.kernels.form import Turn
 
 __all__ = ["CodedMatrix", "CodesMeasured", "RoundedMatrix", "Rounding"]
 
@@ -115,7 +116,7 @@ class CodedMatrix:
         room: Codes that a block may have.
     """
 
-    gathers, light = True, False
+    gathers, light, divisible = True, False, False
     _meter: "Meter | None" = None
 
     def __init__(
@@ -174,7 +175,7 @@ class CodedMatrix:
         """Puts the chosen codes in place of a block."""
         raw[:] = self._stored[offset - self.start :][: len(raw)]
 
-    def measure(self, raw: np.ndarray, offset: int) -> None:
+    def measure(self, raw: np.ndarray, offset: int, turn: "Turn | None" = None) -> None:
         """Takes a block as it was written."""
         if self._weight.by_rows:
             self._meter_rows(self._weight.turned(raw), (offset - self.start) // self._row_bytes)

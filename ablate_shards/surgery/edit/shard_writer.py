@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import Shard
-from ablate_shards.surgery.edit.blocks import BlockEditor, Channels, Portion, Stopped
+from ablate_shards.surgery.edit.blocks import BlockEditor, Channels, Portion
+from ablate_shards.surgery.edit.loops import Stopped
 from ablate_shards.surgery.edit.operation import Operation, RunOptions
 from ablate_shards.surgery.edit.queue import Task, UnderWay, Work
 from ablate_shards.surgery.machine.copying import allocate, clone, copy_range, link
@@ -94,6 +95,7 @@ class ShardWriter(Generic[_E, _R]):
         identity = editor.identity()
         self._staging.agree({f"the {what}": value for what, value in identity.items()})
         editors = self._pool(editor.jobs)
+        editor.share(editors.submit)
         with editor.one_thread_each():
             for work in under_way:
                 self._start_edits(work, editor, editors)

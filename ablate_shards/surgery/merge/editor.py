@@ -24,6 +24,7 @@ from ablate_shards.validation import Finite
 
 if TYPE_CHECKING:
     from ablate_shards.kernels.choose import Form
+    from ablate_shards.kernels.form import Turn
     from ablate_shards.kernels.merge.merge_torch import Merger
 
 __all__ = ["MergeEditor", "MergeResult"]
@@ -154,7 +155,7 @@ class _LowRankFactors:
 class _Addition:
     """Rows of one matrix that a low-rank update is added to: see ``Section``."""
 
-    light = True
+    light, divisible = True, False
 
     def __init__(
         self,
@@ -210,7 +211,7 @@ class _Addition:
         if merger.overflows:
             refuse(self._edit, finite=math.isfinite(merger.norm))
 
-    def measure(self, raw: np.ndarray, offset: int) -> None:
+    def measure(self, raw: np.ndarray, offset: int, turn: "Turn | None" = None) -> None:
         """Does nothing: the norms are known before, and the digest is the caller's."""
 
     def measured(self) -> _Squares:
@@ -238,14 +239,14 @@ class _Addition:
 class _Counted:
     """Measured while it is changed, as the norms are known before a block is written: what such sections share."""
 
-    gathers, light = False, True
+    gathers, light, divisible = False, True, False
     _squares = _before = 0.0
 
     def gather(self, read: Reader) -> None:
         """Begins anew."""
         self._squares = self._before = 0.0
 
-    def measure(self, raw: np.ndarray, offset: int) -> None:
+    def measure(self, raw: np.ndarray, offset: int, turn: "Turn | None" = None) -> None:
         """Does nothing: the digest is the caller's."""
 
     def measured(self) -> _Squares:
