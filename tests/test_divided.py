@@ -8,12 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from blake3 import blake3
+from coded_checkpoints import FORMS, inner_of, options, write_basis, write_coded, write_fp8
 from command_line import checked
 from raw_checkpoints import encode, snapshot, write_directions, write_shard
 
 from ablate_shards.errors import ExecuteError
 from ablate_shards.kernels.native.native import NativeArrays
-from ablate_shards.surgery.edit import ablation_editor, blocks
+from ablate_shards.kernels.rounding import directed
+from ablate_shards.surgery.edit import ablation_editor, blocks, coded
 from ablate_shards.surgery.edit.ablation_editor import AblatedMatrices, AblationEditor
 from ablate_shards.surgery.edit.blocks import Channels
 from ablate_shards.surgery.edit.loops import SharedLoops, Stopped
@@ -198,6 +200,57 @@ def test_a_run_that_has_ended_elsewhere_ends_all_of_them(small):
     tensor.stop.set()
     with pytest.raises(Stopped):
         tensor.divided()
+
+
+class TestCodes:
+    """Matrices of codes, whose columns are rounded by several threads."""
+
+    @pytest.fixture(autouse=True)
+    def small_stripes(self, small, monkeypatch):
+        monkeypatch.setattr(ablation_editor, "_UNDIVIDED_CODES", 0)
+        monkeypatch.setattr(ablation_editor, "_CODES_AT_ONCE", 4000)
+        monkeypatch.setattr(coded, "_STRIPE", 4 * 256 * 64)
+        monkeypatch.setattr(coded, "_TILE", 256 * 8)
+
+    def same_for_any_number(self, source, folder, monkeypatch, *more):
+        threads, met = set(), threading.Barrier(3)
+        rounded = directed.round_directed
+
+        def meet(*arguments):
+            if threading.get_ident() not in threads and len(threads) < 3:
+                threads.add(threading.get_ident())
+                met.wait(SECONDS)
+            return rounded(*arguments)
+
+        checked(source, folder / "one", *options(folder, *more, "--jobs", 1))
+        monkeypatch.setattr(directed, "round_directed", meet)
+        checked(source, folder / "three", *options(folder, *more, "--jobs", 3))
+        monkeypatch.setattr(directed, "round_directed", rounded)
+        checked(source, folder / "eight", *options(folder, *more, "--jobs", 8))
+        assert len(threads) == 3
+        assert snapshot(folder / "one") == snapshot(folder / "three") == snapshot(folder / "eight")
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_any_form_is_the_same(self, tmp_path, monkeypatch, form):
+        source = write_coded(tmp_path / "source", form, inner=inner_of(form), layers=1)
+        write_basis(tmp_path, 256)
+        self.same_for_any_number(source, tmp_path, monkeypatch, "--layers", 0)
+
+    @pytest.mark.parametrize("experts", [0, 3])
+    @pytest.mark.parametrize("preserve", PRESERVED)
+    def test_any_norms_are_kept_the_same(self, tmp_path, monkeypatch, preserve, experts):
+        kind = "mixtral" if experts else "llama"
+        source = write_fp8(tmp_path / "source", experts=experts, model_type=kind)
+        write_basis(tmp_path, 256, 2)
+        self.same_for_any_number(source, tmp_path, monkeypatch, "--preserve", preserve)
+
+    def test_the_nearest_codes_are_the_same(self, tmp_path):
+        source = write_fp8(tmp_path / "source")
+        write_basis(tmp_path, 256)
+        for jobs in (1, 4):
+            more = ("--rounding", "nearest", "--force", "--jobs", jobs)
+            checked(source, tmp_path / str(jobs), *options(tmp_path, *more))
+        assert snapshot(tmp_path / "1") == snapshot(tmp_path / "4")
 
 
 class TestLoops:

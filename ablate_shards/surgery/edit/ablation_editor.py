@@ -37,8 +37,8 @@ __all__ = [
     "nonfinite",
 ]
 
-#: Bytes of a matrix that one thread edits.
-_UNDIVIDED = 32 << 20
+#: Bytes of a matrix that one thread edits, and of one of codes, which take longer.
+_UNDIVIDED, _UNDIVIDED_CODES = 32 << 20, 4 << 20
 #: Codes decoded at once: in float32 they are four times their bytes.
 _CODES_AT_ONCE = 1 << 18
 
@@ -317,7 +317,9 @@ class AblationEditor(BlockEditor[TensorEdit, TensorResult]):
             return [AblatedBias(edit, self._bases[edit.basis])]
         if edit.scales is not None:
             count = math.prod(edit.scales.leading(edit.shape)[:-1])
-            return [self._coded(edit, edit.scales, number) for number in range(count)]
+            large = edit.end - edit.start > count * _UNDIVIDED_CODES
+            each = self._each if large and self._form_on_cpu() == "native" else None
+            return [self._coded(edit, edit.scales, number, each) for number in range(count)]
         batch, rows, cols = (1,) * (3 - len(edit.shape)) + edit.shape
         matrix_bytes = (edit.end - edit.start) // max(batch, 1)
         group = max(1, min(batch, self._room // max(matrix_bytes, 1)))
@@ -335,7 +337,7 @@ class AblationEditor(BlockEditor[TensorEdit, TensorResult]):
             for first in range(0, batch, group)
         ]
 
-    def _coded(self, edit: TensorEdit, scales: Scales, number: int) -> CodedMatrix:
+    def _coded(self, edit: TensorEdit, scales: Scales, number: int, each: Each | None) -> CodedMatrix:
         if self._read is None:
             raise RuntimeError(f"{edit.name}: its scales cannot be read")
         return CodedMatrix(
@@ -346,6 +348,7 @@ class AblationEditor(BlockEditor[TensorEdit, TensorResult]):
             workspace=self._workspace_on_cpu,
             read=self._read,
             room=_CODES_AT_ONCE,
+            each=each,
         )
 
     def result(self, edit: TensorEdit, measured: Sequence[Any], digest: str) -> TensorResult:

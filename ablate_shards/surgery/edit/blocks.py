@@ -243,15 +243,19 @@ class BlockEditor(ABC, Generic[_E, _R]):
         kept: Workspace = self._kept.workspace
         return kept
 
+    def _form_on_cpu(self) -> "Form":
+        from ablate_shards.kernels.choose import choose_form
+
+        return choose_form("cpu", on_cpu=self.on_cpu)[0]
+
     def _workspace_on_cpu(self) -> "Workspace":
         """Returns this thread's scratch memory for what is computed on the CPU whatever the device."""
         from ablate_shards.kernels.ablate.project import Workspace
-        from ablate_shards.kernels.choose import choose_form
 
         if self._device == "cpu":
             return self._workspace()
         if not hasattr(self._kept, "on_cpu"):
-            self._kept.on_cpu = Workspace("cpu", choose_form("cpu", on_cpu=self.on_cpu)[0], chunks_at_once=1)
+            self._kept.on_cpu = Workspace("cpu", self._form_on_cpu(), chunks_at_once=1)
         kept: Workspace = self._kept.on_cpu
         return kept
 
