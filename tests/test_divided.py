@@ -17,8 +17,8 @@ from ablate_shards.kernels.native.native import NativeArrays
 from ablate_shards.kernels.rounding import directed
 from ablate_shards.surgery.edit import ablation_editor, blocks, coded
 from ablate_shards.surgery.edit.ablation_editor import AblatedMatrices, AblationEditor
-from ablate_shards.surgery.edit.blocks import Channels
-from ablate_shards.surgery.edit.loops import SharedLoops, Stopped
+from ablate_shards.surgery.edit.blocks import Channels, Stopped
+from ablate_shards.surgery.edit.loops import SharedLoops
 from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit
 
 SECONDS = 30
@@ -262,8 +262,10 @@ class TestLoops:
         def do(offset, turn):
             taken.append(offset)
             time.sleep(random.choice((0, 0.002)))
-            turn.wait()
-            turns.append(offset)
+            if turn.has_come():
+                turns.append(offset)
+            else:
+                turn.do(lambda: turns.append(offset))
 
         with ThreadPoolExecutor(4) as pool:
             SharedLoops(4, pool.submit).each(range(10, 200, 5), do)
@@ -304,15 +306,44 @@ class TestLoops:
         SharedLoops(2, pool.submit).each(range(3), lambda offset, turn: done.append(offset))
         assert done == [0, 1, 2]
 
-    def test_the_first_error_is_raised_and_waiting_ends(self):
+    @pytest.mark.parametrize("in_turn", [False, True])
+    def test_the_first_error_is_raised_and_ends_the_loop(self, in_turn):
+        done = []
+
+        def fail():
+            raise ValueError("three")
+
         def do(offset, turn):
+            done.append(offset)
             if offset == 3:
-                time.sleep(0.01)
-                raise ValueError("three")
-            turn.wait()
+                turn.do(fail) if in_turn else fail()
+            turn.do(lambda: None)
+            time.sleep(0.001)
 
         with ThreadPoolExecutor(4) as pool, pytest.raises(ValueError, match="three"):
             SharedLoops(4, pool.submit).each(range(1000), do)
+        assert len(done) < 20
+
+    def test_what_waits_for_its_turn_is_bounded(self):
+        late = threading.Event()
+        taken = []
+
+        def do(offset, turn):
+            taken.append(offset)
+            if offset == 0:
+                assert late.wait(SECONDS)
+            turn.do(lambda: None)
+
+        with ThreadPoolExecutor(3) as pool:
+            loops = SharedLoops(2, pool.submit)
+            running = pool.submit(loops.each, range(50), do)
+            while len(taken) < 4:
+                time.sleep(0.001)
+            time.sleep(0.05)
+            assert len(taken) == 4
+            late.set()
+            running.result()
+        assert len(taken) == 50
 
     def test_nothing_to_do(self):
         with ThreadPoolExecutor(2) as pool:

@@ -12,8 +12,7 @@ from raw_checkpoints import encode
 from ablate_shards.errors import ExecuteError
 from ablate_shards.surgery.edit import blocks as module
 from ablate_shards.surgery.edit.ablation_editor import AblationEditor
-from ablate_shards.surgery.edit.blocks import Channels
-from ablate_shards.surgery.edit.loops import Stopped
+from ablate_shards.surgery.edit.blocks import Channels, Stopped
 from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit
 
 SHAPE = (7, 48, 32)

@@ -1,8 +1,9 @@
 """What a form of the ablation's arithmetic must do, and how float64 stands in where its float32 sums fail."""
 
+import math
 from collections.abc import Callable, Container
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -47,8 +48,8 @@ class Turn(Protocol):
     def has_come(self) -> bool:
         """Whether it may add by now."""
 
-    def wait(self) -> None:
-        """Return when it may."""
+    def do(self, add: Callable[[], None]) -> None:
+        """Add now, or later and perhaps in another thread: what is added must still be there then."""
 
 
 class Arithmetic(Protocol):
@@ -79,7 +80,6 @@ class Arithmetic(Protocol):
         squares: bool,
         unsafe: Container[tuple[int, int]] | None,
         repair: Callable[[int, int], Array],
-        turn: Turn | None,
     ) -> None:
         """Reduce along each column of each chunk, and add the chunks in order.
 
@@ -90,7 +90,6 @@ class Arithmetic(Protocol):
             squares: Whether the squared norms of the columns are wanted.
             unsafe: Matrix and chunk where this precision fails; None to judge by the squares.
             repair: Returns the sums of such a chunk, ``[k (+ 1), cols]`` float64.
-            turn: When to add; None for at once.
         """
 
     def update(self, block: Array, source: Array, scale: Array | None, row_factor: Array, column_factor: Array) -> None:
@@ -215,7 +214,8 @@ class Piece:
         span: Which of their rows; they begin at a chunk.
         view: Where to write, ``[matrices, rows, cols]``.
         source: What to read: the view, or a copy of it.
-        turn: When its sums may be added to those of the rows before it; None for at once.
+        turn: When its sums may be added to those of the rows before it; None for now.
+        spare: Memory for sums that wait for their turn, by shape; used again, as the system takes long to lend it.
     """
 
     form: Arithmetic
@@ -228,6 +228,7 @@ class Piece:
     view: Array
     source: Array
     turn: Turn | None = None
+    spare: dict[tuple[int, ...], list[Array]] = field(default_factory=dict)
 
     def row_sums(self, weights: BothPrecisions | None, *, squares: bool = False, known: Array | None = None) -> Array:
         """Reduce along each row, as :meth:`Arithmetic.rows` does.
@@ -262,6 +263,15 @@ class Piece:
             squares: Whether the squared norms of the columns are wanted.
             known: Squared norms of the rows ``[matrices, rows]``; without either, float32 is trusted.
         """
+        if self.turn is not None and not self.turn.has_come():
+            parts = [self._rows_of(chunk) for chunk in range(math.ceil(self.source.shape[1] / self.chunk_rows))]
+            apart = self.apart(into, len(parts))
+            for part, sums in zip(parts, apart, strict=True):
+                chosen = weights and weights.part(part)
+                norms = None if known is None else known[:, part]
+                self._some_rows(part).add_columns(chosen, sums, squares=squares, known=norms)
+            self.add_in_turn(into, apart)
+            return
 
         def repair(entry: int, chunk: int) -> Array:
             chosen = weights and weights.entries(slice(entry, entry + 1)).part(self._rows_of(chunk))
@@ -275,7 +285,35 @@ class Piece:
         elif self.guarded and known is not None:
             unsafe = self._unsafe(known)
         chosen = weights and weights.of(self.form)
-        self.form.add_columns(self.source, chosen, into, squares=squares, unsafe=unsafe, repair=repair, turn=self.turn)
+        self.form.add_columns(self.source, chosen, into, squares=squares, unsafe=unsafe, repair=repair)
+
+    def apart(self, into: Array, count: int) -> list[Array]:
+        """Return as many zeros to add to as sums that have an order need, for :meth:`add_in_turn`."""
+        spare = self.spare.setdefault(tuple(into.shape), [])
+        parts = []
+        for _ in range(count):
+            try:
+                part = spare.pop()
+            except IndexError:
+                parts.append(self.arrays.zeros(*into.shape))
+            else:
+                part[...] = 0
+                parts.append(part)
+        return parts
+
+    def add_in_turn(self, into: Array, parts: list[Array]) -> None:
+        """Add to sums, part after part, once what comes before has been added."""
+
+        def add() -> None:
+            with self.arrays.quiet():
+                for part in parts:
+                    self.arrays.xp.add(into, part, out=into)
+            self.spare[tuple(into.shape)].extend(parts)
+
+        if self.turn is None:
+            add()
+        else:
+            self.turn.do(add)
 
     def chunks_with(self, mask: Array) -> list[tuple[int, int]]:
         """Return matrix and chunk of the rows that a mask ``[matrices, rows]`` marks."""
@@ -285,17 +323,13 @@ class Piece:
         """Return one chunk, for float64."""
         rows, first = self._rows_of(chunk), self.entries.start + entry
         view, source = (block[entry : entry + 1, rows] for block in (self.view, self.source))
-        start = self.span.start + rows.start
-        return replace(
-            self,
-            form=self.exact,
-            guarded=False,
-            entries=slice(first, first + 1),
-            span=slice(start, start + view.shape[1]),
-            view=view,
-            source=source,
-            turn=None,
-        )
+        whole = self._some_rows(rows)
+        return replace(whole, form=self.exact, guarded=False, entries=slice(first, first + 1), view=view, source=source)
+
+    def _some_rows(self, rows: slice) -> "Piece":
+        """Return some rows of it, whose sums are added to what they are given at once."""
+        view, source, start = self.view[:, rows], self.source[:, rows], self.span.start + rows.start
+        return replace(self, span=slice(start, start + view.shape[1]), view=view, source=source, turn=None)
 
     def _unsafe(self, squares: Array) -> list[tuple[int, int]]:
         """Matrix and chunk of the rows ``[matrices, rows]`` whose squares are out of float32's range."""

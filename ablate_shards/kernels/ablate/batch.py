@@ -47,6 +47,7 @@ class Batch:
         self.matrices, self.rows, self.cols = range(shape[0]), *shape[1:]
         self._workspace, self.arrays, self.xp = workspace, workspace.arrays, workspace.arrays.xp
         self.chunk_rows = _chunk_rows(self.cols, self.arrays.chunk_elements)
+        self._spare: dict[tuple[int, ...], list[Array]] = {}
         self.count = len(basis)
         self.basis = self.pair(self.arrays.state(checked_basis(basis)[None]))
         largest_norm = GREATEST[dtype] / (2 * (1 + abs(options.coefficient)))
@@ -75,7 +76,7 @@ class Batch:
             start: The first of its rows.
             entries: The matrices to take.
             exact: Those of them that need float64.
-            turn: When the sums of the block may be added to those before it; None for at once.
+            turn: When the sums of the block may be added to those before it; None for now.
         """
         if 0 in block.shape:
             return
@@ -96,6 +97,7 @@ class Batch:
                 view=block[part],
                 source=block[part],
                 turn=turn,
+                spare=self._spare,
             )
 
 

@@ -12,6 +12,8 @@ from the shape alone, hence the result does not depend on block sizes, batching 
 float32 is not accurate enough (strong cancellation, squares out of range), float64 is used.
 """
 
+import functools
+
 import numpy as np
 
 from ablate_shards.kernels.ablate.batch import Batch
@@ -135,10 +137,16 @@ class Projector(_Streamed):
         with self._batch.arrays.quiet():
             for piece in self._batch.pieces(block, start, now.entries, self._passes.exact, turn):
                 now.take(piece)
-            if start + block.shape[1] == self._batch.rows:
-                if turn is not None:
-                    turn.wait()
-                self._plan[step + 1 : step + 1] = now.close()
+        if start + block.shape[1] < self._batch.rows:
+            return
+        if turn is None:
+            self._close(step)
+        else:
+            turn.do(functools.partial(self._close, step))
+
+    def _close(self, step: int) -> None:
+        with self._batch.arrays.quiet():
+            self._plan[step + 1 : step + 1] = self._plan[step].close()
 
     def apply(self, block: Array, start: int) -> None:
         """Ablate rows in place: ``[matrices, rows, cols]`` in the storage dtype, on the device."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ablate_shards.kernels.ablate.stepwise import Stepwise
-from ablate_shards.kernels.form import GROUP_ROWS, Arithmetic, Turn, in_range
+from ablate_shards.kernels.form import GROUP_ROWS, Arithmetic, in_range
 
 __all__ = ["DTYPES", "TorchArrays", "TorchForm"]
 
@@ -91,7 +91,6 @@ class TorchForm(Stepwise):
         squares: bool,
         unsafe: Container[tuple[int, int]] | None,
         repair: Callable[[int, int], Tensor],
-        turn: Turn | None,
     ) -> None:
         """Reduce along each column of each chunk, and add the chunks in order."""
         count = 0 if weights is None else weights.shape[1]
@@ -124,8 +123,6 @@ class TorchForm(Stepwise):
             failed: Container[tuple[int, int]] = unsafe or ()
             if unsafe is None and not in_range(exact[count]):
                 failed = {(entry, chunk) for chunk, found in enumerate(exact[count]) if not in_range(found)}
-            if turn is not None:
-                turn.wait()
             for chunk, part in enumerate(exact.unbind(1)):
                 total.add_(repair(entry, chunk) if (entry, chunk) in failed else part)
 

@@ -21,7 +21,7 @@ from triton import knobs
 
 from ablate_shards.kernels.ablate.project_torch import TorchArrays
 from ablate_shards.kernels.ablate.stepwise import Stepwise
-from ablate_shards.kernels.form import HIGH, LOW, Arithmetic, Turn, in_range
+from ablate_shards.kernels.form import HIGH, LOW, Arithmetic, in_range
 
 __all__ = ["TritonArrays", "TritonForm"]
 
@@ -239,7 +239,6 @@ class TritonForm(Stepwise):
         squares: bool,
         unsafe: Container[tuple[int, int]] | None,
         repair: Callable[[int, int], Tensor],
-        turn: Turn | None,
     ) -> None:
         """Reduce along each column of each chunk in float32, and add the chunks in order in float64."""
         batch, rows, cols = block.shape
@@ -257,8 +256,6 @@ class TritonForm(Stepwise):
             sums = partial[:, :, -1]
             failed = [] if in_range(sums) else (~((sums > LOW) & (sums < HIGH))).any(dim=2).nonzero().tolist()
             unsafe = {(entry, chunk) for entry, chunk in failed}
-        if turn is not None:
-            turn.wait()
         if not unsafe and into.device == block.device:
             length = lines * cols
             blocks = triton.cdiv(length, COMBINE_BLOCK)

@@ -18,7 +18,7 @@ import numpy as np
 
 from ablate_shards.kernels.codecs.grid import Grid, Kind
 from ablate_shards.kernels.codecs.plain import STORED
-from ablate_shards.kernels.form import BothPrecisions, Float32Limits, Piece, Turn, in_range
+from ablate_shards.kernels.form import BothPrecisions, Float32Limits, Piece, in_range
 
 __all__ = [
     "LIBRARY",
@@ -327,7 +327,6 @@ class NativeForm:
         squares: bool,
         unsafe: Container[tuple[int, int]] | None,
         repair: Callable[[int, int], np.ndarray],
-        turn: Turn | None,
     ) -> None:
         """Reduce along each column of each chunk, and add the chunks in order."""
         sums = np.empty((1, *into.shape[1:]))
@@ -335,17 +334,14 @@ class NativeForm:
             lines = None if weights is None else weights[min(entry, len(weights) - 1)][None]
             for chunk, low in enumerate(range(0, block.shape[1], self._chunk_rows)):
                 if unsafe is not None and (entry, chunk) in unsafe:
-                    found = repair(entry, chunk)
-                else:
-                    part = slice(low, low + self._chunk_rows)
-                    factors = _Adjacent(None if lines is None else lines[..., part])
-                    sums.fill(0)
-                    described = _described(block[entry : entry + 1, part])
-                    self._columns(*described, *factors.described(), factors.count, squares, sums.ctypes.data)
-                    found = repair(entry, chunk) if unsafe is None and not in_range(sums[0, -1]) else sums[0]
-                if turn is not None:
-                    turn.wait()
-                total += found
+                    total += repair(entry, chunk)
+                    continue
+                part = slice(low, low + self._chunk_rows)
+                factors = _Adjacent(None if lines is None else lines[..., part])
+                sums.fill(0)
+                described = _described(block[entry : entry + 1, part])
+                self._columns(*described, *factors.described(), factors.count, squares, sums.ctypes.data)
+                total += repair(entry, chunk) if unsafe is None and not in_range(sums[0, -1]) else sums[0]
 
     def update(
         self,
@@ -383,12 +379,10 @@ class NativeForm:
             for start in range(0, height, self._chunk_rows)
             for low in range(start, min(start + self._chunk_rows, height), _GROUP)
         ]
-        apart = np.zeros((len(groups), *into.shape))
+        apart = piece.apart(into, len(groups))
         for group, sums in zip(groups, apart, strict=True):
             self._mix_rows(piece, group, basis, squares, sums)
-        turn.wait()
-        for sums in apart:
-            into += sums
+        piece.add_in_turn(into, apart)
 
     def _mix_rows(self, piece: Piece, part: slice, basis: np.ndarray, squares: np.ndarray, into: np.ndarray) -> None:
         """Do what :meth:`mix` does of some rows of a piece; norms and sums are those of the piece's matrices."""

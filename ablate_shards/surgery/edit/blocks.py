@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import numpy as np
 from blake3 import blake3
 
-from ablate_shards.surgery.edit.loops import Each, SharedLoops, Stopped, in_order
+from ablate_shards.surgery.edit.loops import Each, SharedLoops, in_order
 from ablate_shards.surgery.edit.sections import Section
 from ablate_shards.surgery.machine.devices import find_device
 from ablate_shards.surgery.machine.system import cores
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ablate_shards.kernels.choose import Form, OnCpu
     from ablate_shards.kernels.form import Turn
 
-__all__ = ["BlockEditor", "Channels", "Portion"]
+__all__ = ["BlockEditor", "Channels", "Portion", "Stopped"]
 
 _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R")
@@ -38,6 +38,10 @@ _LEAST_MEMORY_PER_JOB = 8 << 20
 _SCRATCH = 6 << 20
 _ROOM_FOR_TWO_CHUNKS = 16 << 20
 _DEVICE_JOBS = 2
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: it ends a worker whose run has ended elsewhere
+    """Ends a worker whose run has failed or been interrupted elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +198,11 @@ class BlockEditor(ABC, Generic[_E, _R]):
             channels.read(raw.data, offset)
             return raw
 
+        def reread(offset: int, count: int, digest: blake3) -> None:
+            raw = self._raw(count)
+            channels.reread(raw.data, offset)
+            digest.update(raw.data)
+
         def take(section: Section, offset: int, turn: "Turn | None") -> None:
             raw = read(offset, min(section.block, section.end - offset))
             section.edit(raw, offset)
@@ -201,10 +210,12 @@ class BlockEditor(ABC, Generic[_E, _R]):
             # Read again at once, while a core's cache still holds it.
             channels.reread(raw.data, offset)
             section.measure(raw, offset, turn)
-            if digest is not None:
-                if turn is not None:
-                    turn.wait()
+            if digest is None:
+                return
+            if turn is None or turn.has_come():
                 digest.update(raw.data)
+            else:
+                turn.do(functools.partial(reread, offset, len(raw), digest))
 
         measured = []
         with self._stream():

@@ -8,17 +8,13 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from ablate_shards.kernels.form import Turn
 
-__all__ = ["Each", "SharedLoops", "Stopped", "in_order"]
+__all__ = ["Each", "SharedLoops", "in_order"]
 
 Do: TypeAlias = "Callable[[int, Turn | None], None]"
 """Does what there is to do at an offset; what has an order is done in its turn, and at once where that is None."""
 
 Each: TypeAlias = Callable[[range, Do], None]
 """Does something at every offset of a range, and returns when all of it is done."""
-
-
-class Stopped(Exception):  # noqa: N818 - not an error: it ends a worker whose run has ended elsewhere
-    """Ends a worker whose run has failed or been interrupted elsewhere."""
 
 
 def in_order(offsets: range, do: Do) -> None:
@@ -50,7 +46,7 @@ class SharedLoops:
         Raises:
             Exception: The first that was raised at an offset; no more offsets are taken after it.
         """
-        loop = _Loop(offsets, do)
+        loop = _Loop(offsets, do, 2 * self._threads)
         with self._choosing:
             self._open.append(loop)
             wanted = max(0, min(self._threads - 1 - self._asked, len(offsets) - 1))
@@ -79,16 +75,27 @@ class SharedLoops:
 
 
 class _Loop:
-    """Offsets, and what to do at each of them."""
+    """Offsets, and what to do at each of them.
 
-    def __init__(self, offsets: range, do: Do) -> None:
-        self._offsets, self._do = offsets, do
-        self._taken, self._late = 0, set[int]()
+    What has an order is done at once where everything before it is done, and otherwise by the thread that makes it so.
+
+    Args:
+        offsets: Where something is done.
+        do: What.
+        ahead: How many may be taken before the first of them is done; what they have left to do is kept in memory.
+
+    Attributes:
+        threads: How many work on it.
+        done: Everything before this number is done.
+    """
+
+    def __init__(self, offsets: range, do: Do, ahead: int) -> None:
+        self._offsets, self._do, self._ahead = offsets, do, ahead
+        self._taken = 0
+        self._ended: dict[int, _Turn] = {}
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        #: Everything before this number is done.
-        self.done = 0
-        self.threads = 1
+        self.threads, self.done = 1, 0
 
     @property
     def has_work(self) -> bool:
@@ -97,18 +104,13 @@ class _Loop:
 
     def work(self) -> None:
         """Takes one offset after the other, until none is left."""
-        while True:
-            with self._changed:
-                if not self.has_work:
-                    return
-                number = self._taken
-                self._taken += 1
+        while (number := self._take()) is not None:
+            turn = _Turn(self, number)
             try:
-                self._do(self._offsets[number], _Turn(self, number))
+                self._do(self._offsets[number], turn)
             except BaseException as error:  # noqa: BLE001 - raised again by the thread that began the loop
-                self._end(number, error)
-            else:
-                self._end(number, None)
+                self._fail(error)
+            self._end(turn)
 
     def finish(self) -> None:
         """Waits for what others have taken.
@@ -121,42 +123,59 @@ class _Loop:
             if self._error is not None:
                 raise self._error
 
-    def wait(self, number: int) -> None:
-        """Waits until everything before a number is done.
-
-        Raises:
-            Stopped: It never will be.
-        """
+    def _take(self) -> int | None:
+        """Returns the number of an offset that is then this thread's, once it is near enough; None if none is left."""
         with self._changed:
-            self._changed.wait_for(lambda: self.done == number or self._error is not None)
-            if self._error is not None:
-                raise Stopped
+            self._changed.wait_for(lambda: not self.has_work or self._taken - self.done < self._ahead)
+            if not self.has_work:
+                return None
+            self._taken += 1
+            return self._taken - 1
 
-    def _end(self, number: int, error: BaseException | None) -> None:
+    def _end(self, turn: "_Turn") -> None:
+        """Does what was left to do at an offset and those after it, if everything before is done."""
+        with self._changed:
+            self._ended[turn.number] = turn
+            if self.done != turn.number:
+                return
+        while True:
+            try:
+                if self._error is None:
+                    turn.do_all()
+            except BaseException as error:  # noqa: BLE001 - as above
+                self._fail(error)
+            with self._changed:
+                del self._ended[self.done]
+                self.done += 1
+                self._changed.notify_all()
+                if self.done not in self._ended:
+                    return
+                turn = self._ended[self.done]
+
+    def _fail(self, error: BaseException) -> None:
         with self._changed:
             self._error = self._error or error
-            self._late.add(number)
-            while self.done in self._late:
-                self._late.remove(self.done)
-                self.done += 1
-            self._changed.notify_all()
 
 
 class _Turn:
-    """When what has an order may be done at an offset: see ``Turn``."""
+    """When what has an order is done at an offset: see ``Turn``."""
 
     def __init__(self, loop: _Loop, number: int) -> None:
-        self._loop, self._number = loop, number
+        self.number = number
+        self._loop, self._left = loop, list[Callable[[], None]]()
 
     def has_come(self) -> bool:
         """Whether everything before it is done."""
-        return self._loop.done == self._number
+        return self._loop.done == self.number and not self._left
 
-    def wait(self) -> None:
-        """Returns when everything before it is done.
+    def do(self, add: Callable[[], None]) -> None:
+        """Does something now, if everything before it is done, or else when it is."""
+        self._left.append(add)
+        if self._loop.done == self.number:
+            self.do_all()
 
-        Raises:
-            Stopped: It never will be, as something before it failed.
-        """
-        if not self.has_come():
-            self._loop.wait(self._number)
+    def do_all(self) -> None:
+        """Does what was left to do."""
+        left, self._left = self._left, []
+        for add in left:
+            add()

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
 from ablate_shards.surgery.checkpoint.headers import Shard
-from ablate_shards.surgery.edit.blocks import BlockEditor, Channels, Portion
-from ablate_shards.surgery.edit.loops import Stopped
+from ablate_shards.surgery.edit.blocks import BlockEditor, Channels, Portion, Stopped
 from ablate_shards.surgery.edit.operation import Operation, RunOptions
 from ablate_shards.surgery.edit.queue import Task, UnderWay, Work
 from ablate_shards.surgery.machine.copying import allocate, clone, copy_range, link
