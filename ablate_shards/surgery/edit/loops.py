@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Each", "SharedLoops", "in_order"]
 
+#: Offsets taken before the first is done, beyond one a thread: who lags behind does not stop the others at once.
+_AHEAD = 2
+
 Do: TypeAlias = "Callable[[int, Turn | None], None]"
 """Does what there is to do at an offset; what has an order is done in its turn, and at once where that is None."""
 
@@ -46,7 +49,7 @@ class SharedLoops:
         Raises:
             Exception: The first that was raised at an offset; no more offsets are taken after it.
         """
-        loop = _Loop(offsets, do, 2 * self._threads)
+        loop = _Loop(offsets, do, self._threads + _AHEAD)
         with self._choosing:
             self._open.append(loop)
             wanted = max(0, min(self._threads - 1 - self._asked, len(offsets) - 1))
@@ -82,7 +85,7 @@ class _Loop:
     Args:
         offsets: Where something is done.
         do: What.
-        ahead: How many may be taken before the first of them is done; what they have left to do is kept in memory.
+        ahead: How many may be taken before the first of them is done; what waits for its turn is in memory.
 
     Attributes:
         threads: How many work on it.
