@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -47,9 +48,13 @@ class Tensor:
         values: Other values than random ones.
         jobs: Threads of the editor.
         meet: Threads that have to read at the same time before any goes on.
+        directions: How many are removed.
+        memory: The budget.
     """
 
-    def __init__(self, shape, dtype="BF16", preserve="rows", axis=-2, values=None, jobs=1, meet=0, directions=1):
+    def __init__(
+        self, shape, dtype="BF16", preserve="rows", axis=-2, values=None, jobs=1, meet=0, directions=1, memory=1 << 28
+    ):
         values = np.random.default_rng(0).standard_normal(shape) if values is None else values
         self.source = bytearray(encode(values.astype(np.float32), dtype))
         self.written = bytearray(len(self.source))
@@ -57,7 +62,7 @@ class Tensor:
         self.barrier = threading.Barrier(max(meet, 1))
         self.readers = set()
         basis = basis_of(shape[axis], directions)
-        self.editor = AblationEditor("cpu", 256_000_000, jobs, self.stop, {BASIS: basis})
+        self.editor = AblationEditor("cpu", memory, jobs, self.stop, {BASIS: basis})
         self.edit = TensorEdit(
             name="down_proj",
             shard="model.safetensors",
@@ -163,6 +168,18 @@ def test_vectors_that_nothing_is_left_of_are_counted_once(small, axis):
     expected = one.whole()
     assert expected.degenerate == 43
     assert several.divided() == expected
+
+
+@pytest.mark.parametrize("preserve", PRESERVED)
+def test_memory_stays_within_the_budget(preserve):
+    values = np.resize(np.random.default_rng(0).standard_normal(1_000_003).astype(np.float32), (512, 36_000))
+    tensor = Tensor(values.shape, preserve=preserve, values=values, jobs=3, meet=3, memory=3 << 23)
+    tracemalloc.start()
+    tensor.divided()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(tensor.readers) == 3
+    assert peak < 3 << 23
 
 
 def test_a_small_matrix_is_not_divided():
