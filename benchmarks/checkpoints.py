@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Layout", "fp8", "llama", "qwen", "read", "scales_of", "shards", "write", "write_directions"]
+__all__ = ["Layout", "fp8", "llama", "qwen", "read", "scales_of", "shards", "wide", "write", "write_directions"]
 
 INDEX = "model.safetensors.index.json"
 FULL_ATTENTION_EVERY = 4
@@ -158,6 +158,28 @@ def llama(layers: int, *, tiny: bool) -> Layout:
     }
     limit = 500_000 if tiny else 1_000_000_000
     return Layout(hidden, layers, tensors, config, "model-{:05d}-of-{:05d}.safetensors", limit)
+
+
+def wide(*, tiny: bool, width: int = 65_536) -> Layout:
+    """Returns the layout of one layer in one shard, nearly all of which is one matrix: of 1.07 GB by default.
+
+    Hidden 8192, no projections but those that write to the residual stream, vocabulary 1,024.
+
+    Args:
+        tiny: A few hundred kilobytes of the same.
+        width: Columns of the matrix.
+    """
+    hidden, width = (128, 1024) if tiny else (8192, width)
+    tensors: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (1024, hidden),
+        "model.layers.0.mlp.down_proj.weight": (hidden, width),
+        "model.layers.0.self_attn.o_proj.weight": (hidden, hidden // 8),
+        "model.norm.weight": (hidden,),
+    }
+    return replace(
+        llama(1, tiny=tiny), hidden=hidden, tensors=tensors, shard_bytes=1 << 62,
+        config={"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": 1, "vocab_size": 1024},
+    )  # fmt: skip
 
 
 def fp8(layout: Layout) -> Layout:

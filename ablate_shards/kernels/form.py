@@ -1,8 +1,9 @@
 """What a form of the ablation's arithmetic must do, and how float64 stands in where its float32 sums fail."""
 
+import math
 from collections.abc import Callable, Container
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -18,6 +19,7 @@ __all__ = [
     "BothPrecisions",
     "Float32Limits",
     "Piece",
+    "Turn",
     "extremes",
     "in_range",
 ]
@@ -38,6 +40,16 @@ class Float32Limits(NamedTuple):
     coefficient: float
     amplification: float
     largest_norm: float
+
+
+class Turn(Protocol):
+    """When a block may add to sums that go on from block to block: after all blocks before it."""
+
+    def has_come(self) -> bool:
+        """Whether it may add by now."""
+
+    def do(self, add: Callable[[], None]) -> None:
+        """Add now, or later and perhaps in another thread: what is added must still be there then."""
 
 
 class Arithmetic(Protocol):
@@ -214,6 +226,8 @@ class Piece:
         span: Which of their rows; they begin at a chunk.
         view: Where to write, ``[matrices, rows, cols]``.
         source: What to read: the view, or a copy of it.
+        turn: When its sums may be added to those of the rows before it; None for now.
+        spare: Memory for sums that wait for their turn, by shape; used again, as the system takes long to lend it.
     """
 
     form: Arithmetic
@@ -225,6 +239,8 @@ class Piece:
     span: slice
     view: Array
     source: Array
+    turn: Turn | None = None
+    spare: dict[tuple[int, ...], list[Array]] = field(default_factory=dict)
 
     def row_sums(self, weights: BothPrecisions | None, *, squares: bool = False, known: Array | None = None) -> Array:
         """Reduce along each row, as :meth:`Arithmetic.rows` does.
@@ -259,6 +275,15 @@ class Piece:
             squares: Whether the squared norms of the columns are wanted.
             known: Squared norms of the rows ``[matrices, rows]``; without either, float32 is trusted.
         """
+        if self.turn is not None and not self.turn.has_come():
+            parts = [self._rows_of(chunk) for chunk in range(math.ceil(self.source.shape[1] / self.chunk_rows))]
+            apart = self.apart(into, len(parts))
+            for part, sums in zip(parts, apart, strict=True):
+                chosen = weights and weights.part(part)
+                norms = None if known is None else known[:, part]
+                self._some_rows(part).add_columns(chosen, sums, squares=squares, known=norms)
+            self.add_in_turn(into, apart)
+            return
 
         def repair(entry: int, chunk: int) -> Array:
             chosen = weights and weights.entries(slice(entry, entry + 1)).part(self._rows_of(chunk))
@@ -274,6 +299,34 @@ class Piece:
         chosen = weights and weights.of(self.form)
         self.form.add_columns(self.source, chosen, into, squares=squares, unsafe=unsafe, repair=repair)
 
+    def apart(self, into: Array, count: int) -> list[Array]:
+        """Return as many zeros to add to as sums that have an order need, for :meth:`add_in_turn`."""
+        spare = self.spare.setdefault(tuple(into.shape), [])
+        parts = []
+        for _ in range(count):
+            try:
+                part = spare.pop()
+            except IndexError:
+                parts.append(self.arrays.zeros(*into.shape))
+            else:
+                part[...] = 0
+                parts.append(part)
+        return parts
+
+    def add_in_turn(self, into: Array, parts: list[Array]) -> None:
+        """Add to sums, part after part, once what comes before has been added."""
+
+        def add() -> None:
+            with self.arrays.quiet():
+                for part in parts:
+                    self.arrays.xp.add(into, part, out=into)
+            self.spare[tuple(into.shape)].extend(parts)
+
+        if self.turn is None:
+            add()
+        else:
+            self.turn.do(add)
+
     def chunks_with(self, mask: Array) -> list[tuple[int, int]]:
         """Return matrix and chunk of the rows that a mask ``[matrices, rows]`` marks."""
         return sorted({(entry, row // self.chunk_rows) for entry, row in self.arrays.xp.argwhere(mask).tolist()})
@@ -282,16 +335,13 @@ class Piece:
         """Return one chunk, for float64."""
         rows, first = self._rows_of(chunk), self.entries.start + entry
         view, source = (block[entry : entry + 1, rows] for block in (self.view, self.source))
-        start = self.span.start + rows.start
-        return replace(
-            self,
-            form=self.exact,
-            guarded=False,
-            entries=slice(first, first + 1),
-            span=slice(start, start + view.shape[1]),
-            view=view,
-            source=source,
-        )
+        whole = self._some_rows(rows)
+        return replace(whole, form=self.exact, guarded=False, entries=slice(first, first + 1), view=view, source=source)
+
+    def _some_rows(self, rows: slice) -> "Piece":
+        """Return some rows of it, whose sums are added to what they are given at once."""
+        view, source, start = self.view[:, rows], self.source[:, rows], self.span.start + rows.start
+        return replace(self, span=slice(start, start + view.shape[1]), view=view, source=source, turn=None)
 
     def _unsafe(self, squares: Array) -> list[tuple[int, int]]:
         """Matrix and chunk of the rows ``[matrices, rows]`` whose squares are out of float32's range."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from ablate_shards.terminal.tables import counted
 from benchmarks import checks
-from benchmarks.checkpoints import Layout, fp8, llama, qwen, write, write_directions
+from benchmarks.checkpoints import Layout, fp8, llama, qwen, wide, write, write_directions
 from benchmarks.harness import Bench, Contender, Race, amount, case, mebibytes
 from benchmarks.processes import EAGER, TOOL, copying, remove, unsynced, writing
 
@@ -32,11 +32,13 @@ class Job:
         layout: What the checkpoint consists of.
         work: Where it lies.
         size: Bytes of its tensors.
+        exact: Whether memory is enough to compare weights with the definition in float64, of a whole matrix.
     """
 
     layout: Layout
     work: Path
     size: int
+    exact: bool = True
 
     @classmethod
     def prepared(cls, layout: Layout, work: Path) -> "Job":
@@ -73,6 +75,8 @@ class Job:
 
     def fault(self) -> str | None:
         """Says what is wrong with the edited weights of the first and the last layer."""
+        if not self.exact:
+            return None
         return checks.edit(self.layout, self.source, self.directions, self.source_layer, self.out)
 
     def edit(self, name: str, *flags: str) -> Contender:
@@ -133,6 +137,21 @@ def command_of_codes(bench: Bench) -> None:
     """Whole command, 4 GB in FP8 blocks: the Llama layout with 106 layers, whose codes are chosen."""
     job = Job.prepared(fp8(llama(3 if bench.tiny else 106, tiny=bench.tiny)), bench.work)
     bench.race(job.title, job.both(), size=job.size)
+
+
+@case("large-matrix", runs=5, long=True)
+def large_matrix(bench: Bench) -> None:
+    """Whole command, one shard that is nearly all one matrix, in bf16 and in FP8: in one job and in one per core."""
+    for kind, layout in (("plain", wide(tiny=bench.tiny)), ("codes", fp8(wide(tiny=bench.tiny, width=16_384)))):
+        work = bench.work / kind
+        # Its edit is recomputed by one thread, byte for byte, when it is verified.
+        job = replace(Job.prepared(layout, work), exact=False)
+        title = f"{job.title}, one of {list(layout.tensors[layout.writers(0)[0]])}"
+        edits = [job.edit("--jobs 1", "--jobs", "1"), job.edit("a job per core")]
+        bench.race(
+            title, [*edits, copying(job.source, work / "copied", against="a job per core", sync=True)], size=job.size
+        )
+        remove(work)
 
 
 @case("memory-codes", runs=1, long=True)

@@ -8,7 +8,7 @@ from ablate_shards.errors import PlanError
 from ablate_shards.kernels.ablate.options import AMPLIFICATION, ProjectOptions, check_fit, checked_basis
 from ablate_shards.kernels.ablate.workspace import Workspace
 from ablate_shards.kernels.codecs.plain import GREATEST
-from ablate_shards.kernels.form import GROUP_ROWS, Array, BothPrecisions, Float32Limits, Piece
+from ablate_shards.kernels.form import GROUP_ROWS, Array, BothPrecisions, Float32Limits, Piece, Turn
 
 __all__ = ["Batch"]
 
@@ -47,6 +47,7 @@ class Batch:
         self.matrices, self.rows, self.cols = range(shape[0]), *shape[1:]
         self._workspace, self.arrays, self.xp = workspace, workspace.arrays, workspace.arrays.xp
         self.chunk_rows = _chunk_rows(self.cols, self.arrays.chunk_elements)
+        self._spare: dict[tuple[int, ...], list[Array]] = {}
         self.count = len(basis)
         self.basis = self.pair(self.arrays.state(checked_basis(basis)[None]))
         largest_norm = GREATEST[dtype] / (2 * (1 + abs(options.coefficient)))
@@ -60,7 +61,14 @@ class Batch:
         """Return float64 factors in both precisions."""
         return BothPrecisions.rounded(double, self.arrays)
 
-    def pieces(self, block: Array, start: int, entries: Sequence[int], exact: Container[int] = ()) -> Iterator[Piece]:
+    def pieces(
+        self,
+        block: Array,
+        start: int,
+        entries: Sequence[int],
+        exact: Container[int] = (),
+        turn: Turn | None = None,
+    ) -> Iterator[Piece]:
         """Split the rows of a block into what each precision computes at once.
 
         Args:
@@ -68,6 +76,7 @@ class Batch:
             start: The first of its rows.
             entries: The matrices to take.
             exact: Those of them that need float64.
+            turn: When the sums of the block may be added to those before it; None for now.
         """
         if 0 in block.shape:
             return
@@ -87,6 +96,8 @@ class Batch:
                 span=slice(start, start + block.shape[1]),
                 view=block[part],
                 source=block[part],
+                turn=turn,
+                spare=self._spare,
             )
 
 

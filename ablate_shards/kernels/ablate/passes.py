@@ -4,6 +4,7 @@ Each class at the end is a row of the table. A pass in which float32 turns out n
 matrices asks for another one, in float64.
 """
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
@@ -55,6 +56,7 @@ class Passes(ABC):
         self.batch = batch
         self.exact: set[int] = set()
         self.degenerate = 0
+        self._counting = threading.Lock()
 
     @abstractmethod
     def measure(self, piece: Piece) -> None:
@@ -85,6 +87,11 @@ class Passes(ABC):
             total=tuple(float(np.sum(matrix)) for matrix in squares),
             largest=tuple(float(np.sum(matrix * matrix, axis=0).max(initial=0)) for matrix in dots),
         )
+
+    def _count(self, degenerate: int) -> None:
+        """Count vectors that were not rescaled, in whichever thread."""
+        with self._counting:
+            self.degenerate += degenerate
 
     def _again(self, doubtful: Iterable[int], added: Sequence[Array], *steps: tuple[_Take, _Close]) -> list[Pass]:
         """Return passes that gather matrices over again in float64, unless they were.
@@ -190,7 +197,7 @@ class RowNorms(Passes):
 
     def apply(self, block: Array, start: int) -> None:
         """Ablate the rows from ``start`` in place."""
-        self.degenerate += self._apply(block, start, None)
+        self._count(self._apply(block, start, None))
 
     def apply_part(self, block: Array, start: int, columns: slice) -> None:
         """Ablate some columns of the rows from ``start`` in place, which were ablated whole before."""
@@ -250,7 +257,7 @@ class TransposedColumnNorms(Passes):
     def apply(self, block: Array, start: int) -> None:
         """Ablate the rows from ``start`` in place."""
         for piece in self.batch.pieces(block, start, self.batch.matrices):
-            self.degenerate += self._apply(piece)
+            self._count(self._apply(piece))
 
     def _apply(self, piece: Piece) -> int:
         """Measure and update a piece, and return how many of its rows were not rescaled."""

@@ -12,13 +12,15 @@ from the shape alone, hence the result does not depend on block sizes, batching 
 float32 is not accurate enough (strong cancellation, squares out of range), float64 is used.
 """
 
+import functools
+
 import numpy as np
 
 from ablate_shards.kernels.ablate.batch import Batch
 from ablate_shards.kernels.ablate.options import Measure, ProjectOptions
 from ablate_shards.kernels.ablate.passes import marked, passes_of
 from ablate_shards.kernels.ablate.workspace import Workspace
-from ablate_shards.kernels.form import Array
+from ablate_shards.kernels.form import Array, Turn
 from ablate_shards.kernels.reference import Preserve
 
 __all__ = ["Meter", "Preserve", "Projector", "Workspace"]
@@ -69,10 +71,10 @@ class Meter(_Streamed):
         PlanError: The dtype is not one of the three.
     """
 
-    def add(self, block: Array, start: int) -> None:
-        """Take the rows from ``start``: ``[matrices, rows, cols]`` in the storage dtype, in order."""
+    def add(self, block: Array, start: int, turn: Turn | None = None) -> None:
+        """Take the rows from ``start``: ``[matrices, rows, cols]`` in the storage dtype; in order, unless in turn."""
         with self._batch.arrays.quiet():
-            for piece in self._batch.pieces(block, start, self._batch.matrices):
+            for piece in self._batch.pieces(block, start, self._batch.matrices, turn=turn):
                 self._passes.measure(piece)
 
     def result(self) -> Measure:
@@ -85,6 +87,9 @@ class Projector(_Streamed):
 
     Every pass goes over all rows, in order. ``passes`` may grow when a pass ends: matrices that
     turn out to need float64 are gathered once more.
+
+    In the native form, which has no scratch memory, several threads may take the blocks of a pass, each block with its
+    turn; the result does not depend on them.
 
     Args:
         basis: ``[k, d]`` float64, orthonormal rows.
@@ -119,20 +124,29 @@ class Projector(_Streamed):
         """Vectors whose component was removed without rescaling; true after the apply pass."""
         return self._passes.degenerate
 
-    def gather(self, step: int, block: Array, start: int) -> None:
+    def gather(self, step: int, block: Array, start: int, turn: Turn | None = None) -> None:
         """Take rows in one of the gather passes.
 
         Args:
             step: The pass, from 0.
             block: ``[matrices, rows, cols]`` in the storage dtype, on the device.
             start: The first of its rows.
+            turn: When what it adds to the sums may be added; None where the blocks before it have been.
         """
         now = self._plan[step]
         with self._batch.arrays.quiet():
-            for piece in self._batch.pieces(block, start, now.entries, self._passes.exact):
+            for piece in self._batch.pieces(block, start, now.entries, self._passes.exact, turn):
                 now.take(piece)
-            if start + block.shape[1] == self._batch.rows:
-                self._plan[step + 1 : step + 1] = now.close()
+        if start + block.shape[1] < self._batch.rows:
+            return
+        if turn is None:
+            self._close(step)
+        else:
+            turn.do(functools.partial(self._close, step))
+
+    def _close(self, step: int) -> None:
+        with self._batch.arrays.quiet():
+            self._plan[step + 1 : step + 1] = self._plan[step].close()
 
     def apply(self, block: Array, start: int) -> None:
         """Ablate rows in place: ``[matrices, rows, cols]`` in the storage dtype, on the device."""

@@ -17,6 +17,8 @@ __all__ = ["Workspace"]
 class Workspace:
     """Where and how to compute, with scratch memory that is kept from one matrix to the next; one per thread.
 
+    In the native form nothing of it but :meth:`raw` is a thread's own.
+
     Args:
         device: Where the blocks are: ``cpu``, ``cuda:0`` or any other that torch knows.
         form: ``native``, ``torch`` or ``triton``.
@@ -34,10 +36,11 @@ class Workspace:
 
     def forms(self, chunk_rows: int, cols: int) -> tuple[Arithmetic, Arithmetic]:
         """Return the arithmetic for matrices cut into chunks: in float32, and in float64."""
-        if self._kept is None or self._kept[0] != (chunk_rows, cols):
-            self._kept = None
-            self._kept = ((chunk_rows, cols), self.arrays.forms(chunk_rows, cols))
-        return self._kept[1]
+        kept = self._kept
+        if kept is None or kept[0] != (chunk_rows, cols):
+            self._kept = kept = None  # frees the scratch memory before there is more of it
+            self._kept = kept = ((chunk_rows, cols), self.arrays.forms(chunk_rows, cols))
+        return kept[1]
 
     def raw(self, count: int) -> np.ndarray:
         """Return memory ``[count]`` uint8 for bytes read from and written to a file; the next call returns it again."""

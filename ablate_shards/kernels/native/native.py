@@ -44,6 +44,8 @@ _UNSCALED, _BY_ROW, _BY_COLUMN = range(3)
 
 _VARIANTS = {8: "avx2", 16: "avx512"}
 _PAIR = 32
+#: Rows that the library adds up in float32 before it adds to the sums of a block.
+_GROUP = 32
 #: Bytes a row: of 16 columns four values in float32, a level, a bucket and a zero point.
 _ROUNDING_SCRATCH = 16 * (5 * 4 + 3)
 _SIGN = np.uint8(0x80)
@@ -370,11 +372,27 @@ class NativeForm:
 
     def mix(self, piece: Piece, basis: np.ndarray, squares: np.ndarray, into: np.ndarray) -> None:
         """Take the squared norms of rows, and with them what is added up along the directions."""
+        squares, into, turn, height = squares[piece.entries], into[piece.entries], piece.turn, piece.source.shape[1]
+        if turn is None or turn.has_come():
+            self._mix_rows(piece, slice(0, height), basis, squares, into)
+            return
+        groups = [
+            slice(low, min(low + _GROUP, start + self._chunk_rows, height))
+            for start in range(0, height, self._chunk_rows)
+            for low in range(start, min(start + self._chunk_rows, height), _GROUP)
+        ]
+        apart = piece.apart(into, len(groups))
+        for group, sums in zip(groups, apart, strict=True):
+            self._mix_rows(piece, group, basis, squares, sums)
+        piece.add_in_turn(into, apart)
+
+    def _mix_rows(self, piece: Piece, part: slice, basis: np.ndarray, squares: np.ndarray, into: np.ndarray) -> None:
+        """Do what :meth:`mix` does of some rows of a piece; norms and sums are those of the piece's matrices."""
         count, rows = basis.shape
-        first, squares, into = 8 * piece.span.start, squares[piece.entries], into[piece.entries]
+        first = 8 * (piece.span.start + part.start)
         self._mix(
-            *_described(piece.source), self._chunk_rows, self.is_double, basis.ctypes.data + first, rows, count,
-            into.shape[1] > count, squares.ctypes.data + first, into.ctypes.data,
+            *_described(piece.source[:, part]), self._chunk_rows, self.is_double, basis.ctypes.data + first, rows,
+            count, into.shape[1] > count, squares.ctypes.data + first, into.ctypes.data,
         )  # fmt: skip
 
     def move(

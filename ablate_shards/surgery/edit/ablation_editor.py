@@ -1,6 +1,7 @@
 """Removes directions from the tensors of a plan: what is edited of each at a time, and what is measured of it."""
 
 import dataclasses
+import functools
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from ablate_shards.surgery.dequantise.decoding import ReadRange
 from ablate_shards.surgery.edit.blocks import BlockEditor
 from ablate_shards.surgery.edit.coded import CodedMatrix, Rounding
 from ablate_shards.surgery.edit.coded_rows import CodedRows
+from ablate_shards.surgery.edit.loops import Each, in_order
 from ablate_shards.surgery.edit.sections import Reader, Section
 from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit
 from ablate_shards.validation import Finite
@@ -23,7 +25,7 @@ from ablate_shards.validation import Finite
 if TYPE_CHECKING:
     from ablate_shards.kernels.ablate.options import Measure, ProjectOptions
     from ablate_shards.kernels.ablate.project import Meter, Projector, Workspace
-    from ablate_shards.kernels.form import Array
+    from ablate_shards.kernels.form import Array, Turn
 
 __all__ = [
     "AblatedBias",
@@ -36,6 +38,8 @@ __all__ = [
     "nonfinite",
 ]
 
+#: Bytes of a matrix that one thread edits, and of one of codes, which take longer.
+_UNDIVIDED, _UNDIVIDED_CODES = 32 << 20, 4 << 20
 #: Codes decoded at once: in float32 they are four times their bytes.
 _CODES_AT_ONCE = 1 << 18
 
@@ -118,6 +122,7 @@ class AblatedMatrices:
         basis: The basis to remove, ``[k, d]`` float64, orthonormal rows.
         workspace: Returns where to compute, which is the calling thread's own.
         room: Bytes that a block may have.
+        each: Goes over the blocks in several threads; None if one thread has to take all of them.
     """
 
     gathers, light = True, True
@@ -132,9 +137,12 @@ class AblatedMatrices:
         basis: np.ndarray,
         workspace: "Callable[[], Workspace]",
         room: int,
+        each: Each | None,
     ) -> None:
         self._edit, self._first, self._shape = edit, first, shape
         self._basis, self._workspace, self._room = basis, workspace, room
+        self._each, self.divisible = each or in_order, each is not None
+        self._beginning = threading.Lock()
         self._row_bytes = shape[2] * ITEM_BYTES[edit.dtype]
         self.start = edit.start + first * shape[1] * self._row_bytes
         self.end = self.start + shape[0] * shape[1] * self._row_bytes
@@ -154,11 +162,14 @@ class AblatedMatrices:
         resident = self.end - self.start <= self._room
         block = self.end - self.start if resident else max(chunk, self._room // self._row_bytes // chunk * chunk)
         self.block = max(1, block if resident else block * self._row_bytes)
+
+        def take(step: int, offset: int, turn: "Turn | None") -> None:
+            data = read(offset, min(self.block, self.end - offset))
+            projector.gather(step, self._load(data), self._row(offset), turn)
+
         step = 0
         while step < projector.passes:
-            for offset in range(self.start, self.end, self.block):
-                data = read(offset, min(self.block, self.end - offset))
-                projector.gather(step, self._load(data), self._row(offset))
+            self._each(range(self.start, self.end, self.block), functools.partial(take, step))
             step += 1
         self._projector = projector
         self._check_finite(projector)
@@ -169,10 +180,11 @@ class AblatedMatrices:
         self._gathered().apply(block, self._row(offset))
         self._workspace().arrays.store(block, raw)
 
-    def measure(self, raw: np.ndarray, offset: int) -> None:
+    def measure(self, raw: np.ndarray, offset: int, turn: "Turn | None" = None) -> None:
         """Takes a block as it was written."""
-        self._meter = self._meter or self._new_meter()
-        self._meter.add(self._load(raw), self._row(offset))
+        with self._beginning:
+            self._meter = self._meter or self._new_meter()
+        self._meter.add(self._load(raw), self._row(offset), turn)
 
     def measured(self) -> MatricesMeasured:
         """Returns what was measured; measuring begins anew after it.
@@ -218,7 +230,7 @@ class AblatedMatrices:
 class AblatedBias:
     """A bias to ablate, in one block: see ``Section``."""
 
-    gathers, light = False, True
+    gathers, light, divisible = False, True, False
 
     def __init__(self, edit: TensorEdit, basis: np.ndarray) -> None:
         self._edit, self._basis = edit, basis
@@ -243,7 +255,7 @@ class AblatedBias:
         bias = self._stored(raw)
         bias[...] = project_vector(bias, self._basis, self._edit.coefficient)
 
-    def measure(self, raw: np.ndarray, offset: int) -> None:
+    def measure(self, raw: np.ndarray, offset: int, turn: "Turn | None" = None) -> None:
         """Takes a block as it was written."""
         self._after = self._component(raw)
 
@@ -306,11 +318,13 @@ class AblationEditor(BlockEditor[TensorEdit, TensorResult]):
             return [AblatedBias(edit, self._bases[edit.basis])]
         if edit.scales is not None:
             count = math.prod(edit.scales.leading(edit.shape)[:-1])
-            section = CodedMatrix if edit.axis == -2 else CodedRows
-            return [self._coded(section, edit, edit.scales, number) for number in range(count)]
+            large = edit.end - edit.start > count * _UNDIVIDED_CODES
+            each = self._each if large and self._form_on_cpu() == "native" else None
+            return [self._coded(edit, edit.scales, number, each) for number in range(count)]
         batch, rows, cols = (1,) * (3 - len(edit.shape)) + edit.shape
         matrix_bytes = (edit.end - edit.start) // max(batch, 1)
         group = max(1, min(batch, self._room // max(matrix_bytes, 1)))
+        each = self._each if self._form == "native" else None
         return [
             AblatedMatrices(
                 edit,
@@ -319,15 +333,15 @@ class AblationEditor(BlockEditor[TensorEdit, TensorResult]):
                 basis=self._bases[edit.basis],
                 workspace=self._workspace,
                 room=self._room,
+                each=each if group * matrix_bytes > _UNDIVIDED else None,
             )
             for first in range(0, batch, group)
         ]
 
-    def _coded(
-        self, section: type[CodedMatrix | CodedRows], edit: TensorEdit, scales: Scales, number: int
-    ) -> CodedMatrix | CodedRows:
+    def _coded(self, edit: TensorEdit, scales: Scales, number: int, each: Each | None) -> CodedMatrix | CodedRows:
         if self._read is None:
             raise RuntimeError(f"{edit.name}: its scales cannot be read")
+        section = CodedMatrix if edit.axis == -2 else CodedRows
         return section(
             edit,
             scales,
@@ -336,6 +350,7 @@ class AblationEditor(BlockEditor[TensorEdit, TensorResult]):
             workspace=self._workspace_on_cpu,
             read=self._read,
             room=_CODES_AT_ONCE,
+            each=each,
         )
 
     def result(self, edit: TensorEdit, measured: Sequence[Any], digest: str) -> TensorResult:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import numpy as np
 from blake3 import blake3
 
+from ablate_shards.surgery.edit.loops import Each, SharedLoops, in_order
 from ablate_shards.surgery.edit.sections import Section
 from ablate_shards.surgery.machine.devices import find_device
 from ablate_shards.surgery.machine.system import cores
@@ -21,6 +22,7 @@ from ablate_shards.surgery.plan.edits import Edit
 if TYPE_CHECKING:
     from ablate_shards.kernels.ablate.project import Workspace
     from ablate_shards.kernels.choose import Form, OnCpu
+    from ablate_shards.kernels.form import Turn
 
 __all__ = ["BlockEditor", "Channels", "Portion", "Stopped"]
 
@@ -103,6 +105,8 @@ class BlockEditor(ABC, Generic[_E, _R]):
         self._room = min(room, _CPU_BLOCK) if on_cpu else room // 2
         self._stop = stop
         self._kept = threading.local()
+        #: Goes over the blocks of a large matrix.
+        self._each: Each = in_order
 
     def identity(self) -> dict[str, str]:
         """Returns what decides the last bit of a result, for the receipt and for resuming."""
@@ -112,6 +116,16 @@ class BlockEditor(ABC, Generic[_E, _R]):
         import torch
 
         return identity | {"version of torch": torch.__version__.split("+")[0]}
+
+    def share(self, submit: Callable[[Callable[[], None]], object]) -> None:
+        """Divides a large matrix among the threads that have nothing else to do.
+
+        Args:
+            submit: Gives a task to the pool of :attr:`jobs` threads that this is called in. Channels are then used by
+                several threads at once.
+        """
+        if self.jobs > 1:
+            self._each = SharedLoops(self.jobs, submit).each
 
     def one_thread_each(self) -> contextlib.AbstractContextManager[None]:
         """Keeps torch to one thread per job: no oversubscription, and sums in one order; other forms have one."""
@@ -184,20 +198,32 @@ class BlockEditor(ABC, Generic[_E, _R]):
             channels.read(raw.data, offset)
             return raw
 
+        def reread(offset: int, count: int, digest: blake3) -> None:
+            raw = self._raw(count)
+            channels.reread(raw.data, offset)
+            digest.update(raw.data)
+
+        def take(section: Section, offset: int, turn: "Turn | None") -> None:
+            raw = read(offset, min(section.block, section.end - offset))
+            section.edit(raw, offset)
+            channels.write(raw.data, offset)
+            # Read again at once, while a core's cache still holds it.
+            channels.reread(raw.data, offset)
+            section.measure(raw, offset, turn)
+            if digest is None:
+                return
+            if turn is None or turn.has_come():
+                digest.update(raw.data)
+            else:
+                turn.do(functools.partial(reread, offset, len(raw), digest))
+
         measured = []
         with self._stream():
             while sections:
                 section = sections.popleft()
                 section.gather(read)
-                for offset in range(section.start, section.end, section.block):
-                    raw = read(offset, min(section.block, section.end - offset))
-                    section.edit(raw, offset)
-                    channels.write(raw.data, offset)
-                    # Read again at once, while a core's cache still holds it.
-                    channels.reread(raw.data, offset)
-                    if digest is not None:
-                        digest.update(raw.data)
-                    section.measure(raw, offset)
+                each = self._each if section.divisible else in_order
+                each(range(section.start, section.end, section.block), functools.partial(take, section))
                 measured.append(section.measured())
         return measured
 
@@ -228,15 +254,19 @@ class BlockEditor(ABC, Generic[_E, _R]):
         kept: Workspace = self._kept.workspace
         return kept
 
+    def _form_on_cpu(self) -> "Form":
+        from ablate_shards.kernels.choose import choose_form
+
+        return choose_form("cpu", on_cpu=self.on_cpu)[0]
+
     def _workspace_on_cpu(self) -> "Workspace":
         """Returns this thread's scratch memory for what is computed on the CPU whatever the device."""
         from ablate_shards.kernels.ablate.project import Workspace
-        from ablate_shards.kernels.choose import choose_form
 
         if self._device == "cpu":
             return self._workspace()
         if not hasattr(self._kept, "on_cpu"):
-            self._kept.on_cpu = Workspace("cpu", choose_form("cpu", on_cpu=self.on_cpu)[0], chunks_at_once=1)
+            self._kept.on_cpu = Workspace("cpu", self._form_on_cpu(), chunks_at_once=1)
         kept: Workspace = self._kept.on_cpu
         return kept
 

@@ -1,8 +1,10 @@
 """Ablates a matrix of codes: the scales stay, and codes are chosen so that rounding does not undo the edit."""
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,6 +12,7 @@ import numpy as np
 
 from ablate_shards.surgery.anatomy.scales import Scales
 from ablate_shards.surgery.dequantise.decoding import CodedWeight, ReadRange
+from ablate_shards.surgery.edit.loops import Each, in_order
 from ablate_shards.surgery.edit.sections import Reader
 from ablate_shards.surgery.plan.edits import TensorEdit
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from ablate_shards.kernels.ablate.options import Measure, ProjectOptions
     from ablate_shards.kernels.ablate.project import Meter, Projector, Workspace
     from ablate_shards.kernels.codecs.scales import Spread
+    from ablate_shards.kernels.form import Turn
 
 __all__ = ["WAY_OUT", "CodedMatrix", "CodesMeasured", "RoundedMatrix", "Rounding", "bytes_of", "options_of"]
 
@@ -113,6 +117,7 @@ class CodedMatrix:
         workspace: Returns where to compute, which is the calling thread's own and on the CPU.
         read: Reads the scales.
         room: Codes that a block may have.
+        each: Goes over blocks and stripes in several threads; None if one thread has to take all of them.
     """
 
     gathers, light = True, False
@@ -128,9 +133,12 @@ class CodedMatrix:
         workspace: "Callable[[], Workspace]",
         read: ReadRange,
         room: int,
+        each: Each | None,
     ) -> None:
         self._edit, self._number = edit, number
         self._basis, self._workspace, self._room = basis, workspace, room
+        self._each, self.divisible = each or in_order, each is not None
+        self._beginning = threading.Lock()
         self._weight = CodedWeight(edit, scales, read, WAY_OUT)
         self._rows, self._row_bytes = self._weight.rows, self._weight.row_bytes
         self._cols = 0
@@ -158,10 +166,14 @@ class CodedMatrix:
         self._step = max(chunk, self._room // max(1, self._cols) // chunk * chunk)
         self.block = max(1, self._step * self._row_bytes)
         codes = self._codes(read)
+
+        def take(step: int, first: int, turn: "Turn | None") -> None:
+            rows = self._span(first)
+            projector.gather(step, self._loaded(self._decoded(codes[rows], rows)), first, turn)
+
         step = 0
         while step < projector.passes:
-            for rows in self._spans():
-                projector.gather(step, self._loaded(self._decoded(codes[rows], rows)), rows.start)
+            self._each(self._spans(), functools.partial(take, step))
             step += 1
         if projector.nonfinite:
             raise self._weight.refused(self._number, "codes times scales are too large for float32")
@@ -174,21 +186,21 @@ class CodedMatrix:
         """Puts the chosen codes in place of a block."""
         raw[:] = self._stored[offset - self.start :][: len(raw)]
 
-    def measure(self, raw: np.ndarray, offset: int) -> None:
+    def measure(self, raw: np.ndarray, offset: int, turn: "Turn | None" = None) -> None:
         """Takes a block as it was written."""
         if self._weight.by_rows:
-            self._meter_rows(self._weight.turned(raw), (offset - self.start) // self._row_bytes)
+            self._meter_rows(self._weight.turned(raw), (offset - self.start) // self._row_bytes, turn)
             return
-        if not len(self._written):
-            self._written = np.empty(self._weight.size, np.uint8)
+        with self._beginning:
+            if not len(self._written):
+                self._written = np.empty(self._weight.size, np.uint8)
         self._written[offset - self.start :][: len(raw)] = raw
 
     def measured(self) -> CodesMeasured:
         """Returns what was measured; measuring begins anew after it."""
         if len(self._written):
             codes = self._weight.turned(self._written)
-            for rows in self._spans():
-                self._meter_rows(codes[rows], rows.start)
+            self._each(self._spans(), lambda first, turn: self._meter_rows(codes[self._span(first)], first, turn))
             self._written = np.empty(0, np.uint8)
         meter = self._meter or self._new_meter()
         self._meter = None
@@ -199,12 +211,12 @@ class CodedMatrix:
         worst = math.sqrt(largest * self._cols / total) if total else 0.0
         return CodesMeasured(self._before, after, self._degenerate, worst, self._rounded)
 
-    def _meter_rows(self, codes: np.ndarray, first: int) -> None:
+    def _meter_rows(self, codes: np.ndarray, first: int, turn: "Turn | None") -> None:
         """Measures rows of codes from a row on."""
-        if self._meter is None:
-            self._meter = self._new_meter()
+        with self._beginning:
+            self._meter = self._meter or self._new_meter()
         self._weight.check(self._number, codes)
-        self._meter.add(self._loaded(self._decoded(codes, slice(first, first + len(codes)))), first)
+        self._meter.add(self._loaded(self._decoded(codes, slice(first, first + len(codes)))), first, turn)
 
     def _new_meter(self) -> "Meter":
         from ablate_shards.kernels.ablate.project import Meter
@@ -221,10 +233,23 @@ class CodedMatrix:
         tile = tile if grid.bits == ALIGNED else -(-tile // ALIGNED) * ALIGNED
         width = max(tile, _STRIPE // (4 * max(1, self._rows)) // tile * tile)
         self._degenerate = 0
-        tiles: list[Rounded] = []
-        undone: list[Undone] = []
+        tiles: dict[int, Rounded] = {}
+        undone: dict[int, Undone] = {}
         nearest_ones = self._edit.rounding == "nearest"
         every_row = slice(0, self._rows)
+
+        def take(target: np.ndarray, stripe: slice, start: int, turn: "Turn | None") -> None:
+            part = slice(start, min(start + tile, stripe.stop))
+            scales, zeros = self._spread.part(every_row, part)
+            wanted = target[:, part.start - stripe.start : part.stop - stripe.start]
+            raw = self._chosen[:, packed_bytes(start, grid.bits) : packed_bytes(part.stop, grid.bits)]
+            chosen = unpack(raw, grid.bits, part.stop - start)
+            if nearest_ones:
+                tiles[start], undone[start] = round_nearest(grid, wanted, chosen, scales, self._basis, zeros)
+            else:
+                tiles[start] = round_directed(grid, wanted, chosen, scales, self._basis, zeros)
+            pack(chosen, grid.bits, raw)
+
         for first in range(0, self._cols, width):
             stripe = slice(first, min(first + width, self._cols))
             if projector.by_parts and (first > 0 or self._edit.preserve != "rows"):
@@ -233,32 +258,25 @@ class CodedMatrix:
                 target = self._edited(projector, codes, stripe)
             # Where every stripe is made by editing all rows anew, they are counted anew.
             self._degenerate = projector.degenerate if first == 0 else self._degenerate
-            for start in range(stripe.start, stripe.stop, tile):
-                part = slice(start, min(start + tile, stripe.stop))
-                scales, zeros = self._spread.part(every_row, part)
-                wanted = target[:, part.start - first : part.stop - first]
-                raw = self._chosen[:, packed_bytes(start, grid.bits) : packed_bytes(part.stop, grid.bits)]
-                chosen = unpack(raw, grid.bits, part.stop - start)
-                if nearest_ones:
-                    rounded, found = round_nearest(grid, wanted, chosen, scales, self._basis, zeros)
-                    undone.append(found)
-                else:
-                    rounded = round_directed(grid, wanted, chosen, scales, self._basis, zeros)
-                tiles.append(rounded)
-                pack(chosen, grid.bits, raw)
-        along, nearest, total, error, nearest_error, changed = _sums(tiles, len(Rounded._fields))
-        asked, missed = _sums(undone, len(Undone._fields)) if nearest_ones else (None, None)
+            self._each(range(stripe.start, stripe.stop, tile), functools.partial(take, target, stripe))
+        # In whichever order: the sums are rounded once, from all of them.
+        along, nearest, total, error, nearest_error, changed = _sums(tiles.values(), len(Rounded._fields))
+        asked, missed = _sums(undone.values(), len(Undone._fields)) if nearest_ones else (None, None)
         self._rounded = RoundedMatrix(along, nearest, total, error, nearest_error, int(changed), asked, missed)
 
     def _edited(self, projector: "Projector", codes: np.ndarray, stripe: slice) -> np.ndarray:
         """Returns some columns of the edited matrix, float32, for which all of it is decoded."""
         target = np.empty((self._rows, stripe.stop - stripe.start), np.float32)
-        for rows in self._spans():
+
+        def take(first: int, turn: "Turn | None") -> None:
+            rows = self._span(first)
             values = self._decoded(codes[rows], rows)
             block = self._loaded(values)
-            projector.apply(block, rows.start)
+            projector.apply(block, first)
             self._workspace().arrays.store(block, bytes_of(values))
             target[rows] = values[:, stripe]
+
+        self._each(self._spans(), take)
         return target
 
     def _edited_part(self, projector: "Projector", codes: np.ndarray, stripe: slice) -> np.ndarray:
@@ -270,13 +288,16 @@ class CodedMatrix:
         raw = codes[:, packed_bytes(stripe.start, bits) : packed_bytes(stripe.stop, bits)]
         # As many codes at a time as in whole rows.
         step = self._step * max(1, self._cols // width)
-        for start in range(0, self._rows, step):
-            rows = slice(start, min(start + step, self._rows))
-            values = self._weight.decode(raw[rows], self._spread, start, width, stripe.start)
+
+        def take(first: int, turn: "Turn | None") -> None:
+            rows = slice(first, min(first + step, self._rows))
+            values = self._weight.decode(raw[rows], self._spread, first, width, stripe.start)
             block = self._loaded(values)
-            projector.apply_part(block, start, stripe)
+            projector.apply_part(block, first, stripe)
             self._workspace().arrays.store(block, bytes_of(values))
             target[rows] = values
+
+        self._each(range(0, self._rows, step), take)
         return target
 
     def _codes(self, read: Reader) -> np.ndarray:
@@ -285,8 +306,8 @@ class CodedMatrix:
             data = read(offset, min(self.block, self.end - offset))
             flat[offset - self.start :][: len(data)] = data
         codes = self._weight.turned(flat)
-        for rows in self._spans():
-            self._weight.check(self._number, codes[rows])
+        for first in self._spans():
+            self._weight.check(self._number, codes[self._span(first)])
         return codes
 
     def _decoded(self, raw: np.ndarray, rows: slice) -> np.ndarray:
@@ -296,12 +317,15 @@ class CodedMatrix:
     def _loaded(self, values: np.ndarray) -> "object":
         return self._workspace().arrays.load(bytes_of(values), "F32", (1, *values.shape))
 
-    def _spans(self) -> Iterator[slice]:
-        for start in range(0, self._rows if self._cols else 0, self._step):
-            yield slice(start, min(start + self._step, self._rows))
+    def _spans(self) -> range:
+        """Returns the first rows of what is decoded at once."""
+        return range(0, self._rows if self._cols else 0, self._step)
+
+    def _span(self, first: int) -> slice:
+        return slice(first, min(first + self._step, self._rows))
 
 
-def _sums(tiles: Sequence[Sequence[np.ndarray]], measures: int) -> list[float]:
+def _sums(tiles: Collection[Sequence[np.ndarray]], measures: int) -> list[float]:
     """Returns the sums of what was measured of the columns of tiles."""
     return [math.fsum(itertools.chain.from_iterable(each[measure] for each in tiles)) for measure in range(measures)]
 

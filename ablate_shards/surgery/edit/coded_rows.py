@@ -1,6 +1,7 @@
 """Ablates a matrix of codes whose rows lie along the residual stream, such as an embedding: a few rows at a time."""
 
 import math
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -9,12 +10,14 @@ import numpy as np
 from ablate_shards.surgery.anatomy.scales import Scales
 from ablate_shards.surgery.dequantise.decoding import CodedWeight, ReadRange
 from ablate_shards.surgery.edit.coded import WAY_OUT, CodesMeasured, RoundedMatrix, bytes_of, options_of
+from ablate_shards.surgery.edit.loops import Each
 from ablate_shards.surgery.edit.sections import Reader
 from ablate_shards.surgery.plan.edits import TensorEdit
 
 if TYPE_CHECKING:
     from ablate_shards.kernels.ablate.project import Meter, Projector, Workspace
     from ablate_shards.kernels.codecs.scales import Spread
+    from ablate_shards.kernels.form import Turn
 
 __all__ = ["CodedRows"]
 
@@ -33,6 +36,7 @@ class CodedRows:
         workspace: Returns where to compute, which is the calling thread's own and on the CPU.
         read: Reads the scales.
         room: Codes that a block may have.
+        each: Goes over blocks in several threads; None if one thread has to take all of them.
     """
 
     gathers, light = True, True
@@ -48,9 +52,12 @@ class CodedRows:
         workspace: "Callable[[], Workspace]",
         read: ReadRange,
         room: int,
+        each: Each | None,
     ) -> None:
         self._edit, self._number = edit, number
         self._basis, self._workspace, self._room = basis, workspace, room
+        self.divisible = each is not None
+        self._beginning = threading.Lock()
         self._weight = CodedWeight(edit, scales, read, WAY_OUT)
         self._rows, self._row_bytes = self._weight.rows, self._weight.row_bytes
         self.start = edit.start + number * self._weight.size
@@ -114,11 +121,12 @@ class CodedRows:
         self._rounded[:, rows] = rounded
         pack(np.ascontiguousarray(chosen.T), grid.bits, stored)
 
-    def measure(self, raw: np.ndarray, offset: int) -> None:
+    def measure(self, raw: np.ndarray, offset: int, turn: "Turn | None" = None) -> None:
         """Takes a block as it was written."""
-        self._meter = self._meter or self._new_meter()
+        with self._beginning:
+            self._meter = self._meter or self._new_meter()
         first = self._row(offset)
-        self._meter.add(self._loaded(self._decoded(self._codes(raw), first)), first)
+        self._meter.add(self._loaded(self._decoded(self._codes(raw), first)), first, turn)
 
     def measured(self) -> CodesMeasured:
         """Returns what was measured; measuring begins anew after it.

@@ -1,9 +1,12 @@
 """What a part of a tensor must offer so that its blocks can be edited one at a time."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from ablate_shards.kernels.form import Turn
 
 __all__ = ["Reader", "Section"]
 
@@ -20,6 +23,7 @@ class Section(Protocol):
         block: Bytes of a block, known once it has been gathered; the last one may be shorter.
         gathers: Whether all of it must be read before its first block can be edited.
         light: Whether what it keeps of that is little beside its bytes.
+        divisible: Whether several threads may edit and measure its blocks at once.
     """
 
     start: int
@@ -27,6 +31,7 @@ class Section(Protocol):
     block: int
     gathers: bool
     light: bool
+    divisible: bool
 
     def gather(self, read: Reader) -> None:
         """Reads all of it and takes the sums that editing a block needs.
@@ -42,8 +47,8 @@ class Section(Protocol):
             AblateError: The tensor cannot be edited.
         """
 
-    def measure(self, raw: np.ndarray, offset: int) -> None:
-        """Measures a block as it was written; called once for each block, in order."""
+    def measure(self, raw: np.ndarray, offset: int, turn: "Turn | None" = None) -> None:
+        """Measures a block as it was written; called once for each block, in order or, by several threads, in turn."""
 
     def measured(self) -> Any:
         """Returns what was measured, for the editor's ``result``; each editor has a type of its own for it.

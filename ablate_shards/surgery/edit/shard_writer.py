@@ -94,6 +94,7 @@ class ShardWriter(Generic[_E, _R]):
         identity = editor.identity()
         self._staging.agree({f"the {what}": value for what, value in identity.items()})
         editors = self._pool(editor.jobs)
+        editor.share(editors.submit)
         with editor.one_thread_each():
             for work in under_way:
                 self._start_edits(work, editor, editors)

@@ -25,6 +25,7 @@ from ablate_shards.validation import Finite
 
 if TYPE_CHECKING:
     from ablate_shards.kernels.choose import Form
+    from ablate_shards.kernels.form import Turn
     from ablate_shards.kernels.merge.merge_torch import Merger
 
 __all__ = ["MergeEditor", "MergeResult"]
@@ -169,7 +170,7 @@ class _Update(NamedTuple):
 class _Addition:
     """Rows of one matrix that low-rank updates are added to: see ``Section``."""
 
-    light = True
+    light, divisible = True, False
 
     def __init__(
         self,
@@ -224,7 +225,7 @@ class _Addition:
         if any(merger.overflows for merger in self._mergers):
             refuse(self._edit, finite=all(math.isfinite(merger.norm) for merger in self._mergers))
 
-    def measure(self, raw: np.ndarray, offset: int) -> None:
+    def measure(self, raw: np.ndarray, offset: int, turn: "Turn | None" = None) -> None:
         """Does nothing: the norms are known before, and the digest is the caller's."""
 
     def measured(self) -> _Squares:
@@ -267,14 +268,14 @@ class _Addition:
 class _Counted:
     """Measured while it is changed, as the norms are known before a block is written: what such sections share."""
 
-    gathers, light = False, True
+    gathers, light, divisible = False, True, False
     _squares = _before = 0.0
 
     def gather(self, read: Reader) -> None:
         """Begins anew."""
         self._squares = self._before = 0.0
 
-    def measure(self, raw: np.ndarray, offset: int) -> None:
+    def measure(self, raw: np.ndarray, offset: int, turn: "Turn | None" = None) -> None:
         """Does nothing: the digest is the caller's."""
 
     def measured(self) -> _Squares:
