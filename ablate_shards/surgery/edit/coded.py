@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from ablate_shards.kernels.codecs.scales import Spread
     from ablate_shards.kernels.form import Turn
 
-__all__ = ["WAY_OUT", "CodedMatrix", "CodesMeasured", "RoundedMatrix", "Rounding", "bytes_of", "options_of"]
+__all__ = ["CodedMatrix", "CodedSection", "CodesMeasured", "RoundedMatrix", "Rounding"]
 
 #: Bytes of the edited matrix in float32 that are there at a time, and elements that are rounded at once.
 _STRIPE, _TILE = 32 << 20, 1 << 20
-WAY_OUT = "fetch its shard again, or leave it out with --layers or --components"
+_WAY_OUT = "fetch its shard again, or leave it out with --layers or --components"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +102,8 @@ class CodesMeasured(NamedTuple):
     rounding: RoundedMatrix
 
 
-class CodedMatrix:
-    """A matrix of codes to ablate: see ``Section``.
-
-    Its codes before and after are in memory from gathering to the last block, as they are stored. The edited matrix is
-    there in stripes of columns: it is what an ablation of the decoded matrix in float32 gives. Codes that are stored
-    transposed are turned when they were read, and back when they were chosen; they are measured when all were written.
+class CodedSection:
+    """What every matrix of codes to ablate has, whichever way its codes are chosen: see ``Section``.
 
     Args:
         edit: The tensor.
@@ -120,7 +116,7 @@ class CodedMatrix:
         each: Goes over blocks and stripes in several threads; None if one thread has to take all of them.
     """
 
-    gathers, light = True, False
+    gathers = True
     _meter: "Meter | None" = None
 
     def __init__(
@@ -139,16 +135,86 @@ class CodedMatrix:
         self._basis, self._workspace, self._room = basis, workspace, room
         self._each, self.divisible = each or in_order, each is not None
         self._beginning = threading.Lock()
-        self._weight = CodedWeight(edit, scales, read, WAY_OUT)
+        self._weight = CodedWeight(edit, scales, read, _WAY_OUT)
         self._rows, self._row_bytes = self._weight.rows, self._weight.row_bytes
-        self._cols = 0
+        self._cols = self._step = self.block = 0
         self.start = edit.start + number * self._weight.size
         self.end = self.start + self._weight.size
-        self.block = 0
-        self._chosen = np.empty((0, 0), np.uint8)
-        self._stored = self._written = np.empty(0, np.uint8)
         self._spread: Spread
-        self._before: Measure | None = None
+
+    def _begin(self) -> "Projector":
+        """Reads the scales, decides on the size of blocks, and returns what ablates."""
+        from ablate_shards.kernels.ablate.project import Projector
+
+        self._spread = self._weight.spread(self._number)
+        self._cols = self._weight.columns()
+        projector = Projector(self._basis, self._shape, "F32", self._options, self._workspace())
+        chunk = projector.chunk_rows
+        self._step = max(chunk, self._room // max(1, self._cols) // chunk * chunk)
+        self.block = max(1, self._step * self._row_bytes)
+        return projector
+
+    def _check_size(self, projector: "Projector") -> None:
+        if projector.nonfinite:
+            raise self._weight.refused(self._number, "codes times scales are too large for float32")
+
+    def _decoded(self, raw: np.ndarray, first: int) -> np.ndarray:
+        """Returns what the codes of rows from a row on stand for, float32."""
+        return self._weight.decode(raw, self._spread, first, self._cols)
+
+    def _loaded(self, values: np.ndarray) -> "object":
+        return self._workspace().arrays.load(_bytes_of(values), "F32", (1, *values.shape))
+
+    def _ablated(self, values: np.ndarray, ablate: "Callable[[Any], None]") -> np.ndarray:
+        """Returns decoded values after an ablation in place."""
+        block = self._loaded(values)
+        ablate(block)
+        self._workspace().arrays.store(block, _bytes_of(values))
+        return values
+
+    def _meter_rows(self, codes: np.ndarray, first: int, turn: "Turn | None") -> None:
+        """Measures rows of codes from a row on."""
+        with self._beginning:
+            self._meter = self._meter or self._new_meter()
+        self._weight.check(self._number, codes)
+        self._meter.add(self._loaded(self._decoded(codes, first)), first, turn)
+
+    def _metered(self, vectors: int) -> "tuple[Measure, float]":
+        """Returns what was measured, and the worst of so many vectors; measuring begins anew after it."""
+        meter, self._meter = self._meter or self._new_meter(), None
+        after = meter.result()
+        (total,), (largest,) = after.total, after.largest
+        return after, math.sqrt(largest * vectors / total) if total else 0.0
+
+    def _new_meter(self) -> "Meter":
+        from ablate_shards.kernels.ablate.project import Meter
+
+        return Meter(self._basis, self._shape, "F32", self._options, self._workspace())
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return 1, self._rows, self._cols
+
+    @property
+    def _options(self) -> "ProjectOptions":
+        from ablate_shards.kernels.ablate.options import ProjectOptions
+
+        edit = self._edit
+        return ProjectOptions(coefficient=edit.coefficient, preserve=edit.preserve, axis=edit.axis)
+
+
+class CodedMatrix(CodedSection):
+    """A matrix of codes ``[d, n]`` to ablate.
+
+    Its codes before and after are in memory from gathering to the last block, as they are stored. The edited matrix is
+    there in stripes of columns: it is what an ablation of the decoded matrix in float32 gives. Codes that are stored
+    transposed are turned when they were read, and back when they were chosen; they are measured when all were written.
+    """
+
+    light = False
+    _before: "Measure | None" = None
+    _chosen = np.empty((0, 0), np.uint8)
+    _stored = _written = np.empty(0, np.uint8)
 
     def gather(self, read: Reader) -> None:
         """Reads all of it and chooses the codes.
@@ -156,27 +222,17 @@ class CodedMatrix:
         Raises:
             ExecuteError: A code or a scale is NaN, or what they stand for is too large for float32.
         """
-        from ablate_shards.kernels.ablate.project import Projector
-
-        self._spread = self._weight.spread(self._number)
-        self._cols = self._weight.columns()
-        shape = (1, self._rows, self._cols)
-        projector = Projector(self._basis, shape, "F32", options_of(self._edit), self._workspace())
-        chunk = projector.chunk_rows
-        self._step = max(chunk, self._room // max(1, self._cols) // chunk * chunk)
-        self.block = max(1, self._step * self._row_bytes)
+        projector = self._begin()
         codes = self._codes(read)
 
         def take(step: int, first: int, turn: "Turn | None") -> None:
-            rows = self._span(first)
-            projector.gather(step, self._loaded(self._decoded(codes[rows], rows)), first, turn)
+            projector.gather(step, self._loaded(self._decoded(codes[self._span(first)], first)), first, turn)
 
         step = 0
         while step < projector.passes:
             self._each(self._spans(), functools.partial(take, step))
             step += 1
-        if projector.nonfinite:
-            raise self._weight.refused(self._number, "codes times scales are too large for float32")
+        self._check_size(projector)
         self._chosen = codes.copy()
         self._before = projector.before()
         self._round(projector, codes)
@@ -202,26 +258,10 @@ class CodedMatrix:
             codes = self._weight.turned(self._written)
             self._each(self._spans(), lambda first, turn: self._meter_rows(codes[self._span(first)], first, turn))
             self._written = np.empty(0, np.uint8)
-        meter = self._meter or self._new_meter()
-        self._meter = None
         if self._before is None:
             raise RuntimeError(f"{self._edit.name}: measured before it was gathered")
-        after = meter.result()
-        (total,), (largest,) = after.total, after.largest
-        worst = math.sqrt(largest * self._cols / total) if total else 0.0
+        after, worst = self._metered(self._cols)
         return CodesMeasured(self._before, after, self._degenerate, worst, self._rounded)
-
-    def _meter_rows(self, codes: np.ndarray, first: int, turn: "Turn | None") -> None:
-        """Measures rows of codes from a row on."""
-        with self._beginning:
-            self._meter = self._meter or self._new_meter()
-        self._weight.check(self._number, codes)
-        self._meter.add(self._loaded(self._decoded(codes, slice(first, first + len(codes)))), first, turn)
-
-    def _new_meter(self) -> "Meter":
-        from ablate_shards.kernels.ablate.project import Meter
-
-        return Meter(self._basis, (1, self._rows, self._cols), "F32", options_of(self._edit), self._workspace())
 
     def _round(self, projector: "Projector", codes: np.ndarray) -> None:
         """Chooses the codes of stripe after stripe of the edited matrix."""
@@ -270,11 +310,8 @@ class CodedMatrix:
 
         def take(first: int, turn: "Turn | None") -> None:
             rows = self._span(first)
-            values = self._decoded(codes[rows], rows)
-            block = self._loaded(values)
-            projector.apply(block, first)
-            self._workspace().arrays.store(block, bytes_of(values))
-            target[rows] = values[:, stripe]
+            values = self._decoded(codes[rows], first)
+            target[rows] = self._ablated(values, lambda block: projector.apply(block, first))[:, stripe]
 
         self._each(self._spans(), take)
         return target
@@ -292,10 +329,7 @@ class CodedMatrix:
         def take(first: int, turn: "Turn | None") -> None:
             rows = slice(first, min(first + step, self._rows))
             values = self._weight.decode(raw[rows], self._spread, first, width, stripe.start)
-            block = self._loaded(values)
-            projector.apply_part(block, first, stripe)
-            self._workspace().arrays.store(block, bytes_of(values))
-            target[rows] = values
+            target[rows] = self._ablated(values, lambda block: projector.apply_part(block, first, stripe))
 
         self._each(range(0, self._rows, step), take)
         return target
@@ -310,13 +344,6 @@ class CodedMatrix:
             self._weight.check(self._number, codes[self._span(first)])
         return codes
 
-    def _decoded(self, raw: np.ndarray, rows: slice) -> np.ndarray:
-        """Returns what the codes of some rows stand for, float32."""
-        return self._weight.decode(raw, self._spread, rows.start, self._cols)
-
-    def _loaded(self, values: np.ndarray) -> "object":
-        return self._workspace().arrays.load(bytes_of(values), "F32", (1, *values.shape))
-
     def _spans(self) -> range:
         """Returns the first rows of what is decoded at once."""
         return range(0, self._rows if self._cols else 0, self._step)
@@ -330,13 +357,5 @@ def _sums(tiles: Collection[Sequence[np.ndarray]], measures: int) -> list[float]
     return [math.fsum(itertools.chain.from_iterable(each[measure] for each in tiles)) for measure in range(measures)]
 
 
-def options_of(edit: TensorEdit) -> "ProjectOptions":
-    """Returns how a tensor is ablated."""
-    from ablate_shards.kernels.ablate.options import ProjectOptions
-
-    return ProjectOptions(coefficient=edit.coefficient, preserve=edit.preserve, axis=edit.axis)
-
-
-def bytes_of(values: np.ndarray) -> np.ndarray:
-    """Returns the bytes of adjacent values."""
+def _bytes_of(values: np.ndarray) -> np.ndarray:
     return values.view(np.uint8).reshape(-1)
