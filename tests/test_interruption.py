@@ -7,14 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
 
 import pytest
 from command_line import run
 from raw_checkpoints import hidden, snapshot, write_directions, write_llama
 
 from ablate_shards.surgery.edit.shard_writer import ShardWriter
-from ablate_shards.surgery.machine.signals import end_if_asked, sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import Staging, locked
 
 
@@ -289,25 +287,3 @@ def test_any_failure_leaves_nothing_behind(case, monkeypatch):
     assert run(*arguments).exit_code == 1
     assert hidden(folder) == []
     assert not (folder / "out").exists()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_what_was_lost_in_a_callback_ends_the_run_at_the_next_look():
-    class Thing:
-        pass
-
-    thing, seen = Thing(), []
-
-    def gone(_: object) -> None:
-        seen.append(True)
-        signal.raise_signal(signal.SIGTERM)
-
-    with sigterm_as_interrupt():
-        end_if_asked()
-        kept = weakref.ref(thing, gone)
-        del thing
-        assert seen
-        assert kept() is None
-        with pytest.raises(KeyboardInterrupt):
-            end_if_asked()
-    end_if_asked()

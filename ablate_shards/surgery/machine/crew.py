@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from ablate_shards.errors import AblateError, ExecuteError, UsageError, reason
-from ablate_shards.surgery.machine.signals import end_if_asked, sigterm_as_interrupt
+from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 
 __all__ = ["Alone", "Crew", "Engine", "RayCrew", "Workers", "hired", "others"]
 
@@ -129,7 +129,6 @@ class RayCrew(Generic[_H]):
         """
         with _said_plainly():
             found: tuple[Any, Any] = self._pool.get_next_unordered()
-        end_if_asked()
         return found
 
     def do(self, function: Callable[..., Any], *given: Any, **options: Any) -> Any:

@@ -4,12 +4,8 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from types import FrameType
 
-__all__ = ["end_if_asked", "sigterm_as_interrupt"]
-
-#: That somebody asked the run to end: what is raised for it in a callback of a library may get lost there.
-_asked = threading.Event()
+__all__ = ["sigterm_as_interrupt"]
 
 
 @contextlib.contextmanager
@@ -32,29 +28,8 @@ def sigterm_as_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # Not where it is ignored, as in what a shell runs in the background.
-    numbers = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, _interrupt):
-        numbers.append(signal.SIGINT)
-    before = [(number, signal.signal(number, _interrupt)) for number in numbers]
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        _asked.clear()
-        for number, handler in before:
-            signal.signal(number, handler)
-
-
-def end_if_asked() -> None:
-    """Ends a run that was asked to end, wherever that was lost; for loops that wait on a library.
-
-    Raises:
-        KeyboardInterrupt: It was.
-    """
-    if _asked.is_set():
-        raise KeyboardInterrupt
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    _asked.set()
-    signal.default_int_handler(number, frame)
+        signal.signal(signal.SIGTERM, previous)
