@@ -137,6 +137,11 @@ REFUSED = {
     "integers": (lambda tensors: tensors | {f"{DOWN}.lora_A.weight": torch.ones(4, 72).int()}, {}, "found I32; save"),
     "newer than this": (dict, {"new_key": {"a": 1}}, "new_key is set to {'a': 1}, which this version does not know"),
     "another method": (dict, {"peft_type": "IA3"}, "expected a LORA adapter, found IA3; merge it with peft itself"),
+    "a value head": (
+        lambda tensors: tensors | {f"{ROOT}v_head.summary.weight": torch.ones(1, 32)},
+        {"modules_to_save": ["norm", "v_head"]},
+        "v_head.summary.weight is of a value head, which scores answers while a model is trained",
+    ),
     "no rank": (dict, {"r": 0}, "r: expected a positive integer, found 0"),
 }
 

@@ -597,3 +597,15 @@ def test_an_expert_that_does_not_fit_is_refused(tmp_path):
     assert "merge it into the checkpoint that it was trained on" in " ".join(
         checked("merge", base, adapter, tmp_path / "out", code=1).output.split()
     )
+
+
+def test_a_bias_of_one_expert_is_no_part_of_a_stack(tmp_path):
+    tiny = TINY_MODELS["qwen3-moe-fused"]
+    base = save_tiny_model(tiny, tmp_path / "base")
+    adapter = save_tiny_adapter(tiny, base, tmp_path / "adapter", target_modules=["q_proj"])
+    bias = "base_model.model.model.layers.0.mlp.experts.3.down_proj.bias"
+    rewritten(adapter, load_file(adapter / WEIGHTS) | {bias: torch.ones(32)}, bias="all")
+    said = " ".join(checked("merge", base, adapter, tmp_path / "out", code=1).output.split())
+    assert f"{bias} is saved whole for one expert, and" in said
+    assert "merge it with peft itself" in said
+    assert not (tmp_path / "out").exists()

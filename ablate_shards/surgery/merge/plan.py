@@ -733,6 +733,17 @@ class _Planner:
                 f"{self._file}: {source} is of {path}, which {self._checkpoint.name} holds as codes that cannot take "
                 "what an adapter adds; add --dequantise"
             )
+        if path.startswith("v_head."):
+            return (
+                f"{self._file}: {source} is of a value head, which scores answers while a model is trained and is no "
+                "part of a checkpoint; take it out of the adapter"
+            )
+        expert = _OF_EXPERT.fullmatch(path.rpartition(".")[0])
+        if expert and any(self._find(f"{expert['stack']}.{fused}") for fused in _UNFUSED):
+            return (
+                f"{self._file}: {source} is saved whole for one expert, and {self._checkpoint.name} holds its experts "
+                f"in stacks, of which only what a LoRA adds is merged expert by expert; {_WITH_PEFT}"
+            )
         return (
             f"{self._file}: {source} matches no weight of {self._checkpoint.name} ({path}); merge it into the model "
             f"that it was trained on, or if that is this one, {_WITH_PEFT}"
