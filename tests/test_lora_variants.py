@@ -39,6 +39,7 @@ def trained(tiny, folder, settings, *, rows=None, load=None, dtype=None):
         model = (load or tiny.load)(folder / "base")
         model = model if dtype is None else model.to(dtype)
         if rows is not None:
+            torch.manual_seed(0)
             model.resize_token_embeddings(rows)
         model = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "lora_alpha": 6, **settings}))
         train_at_random(model, 0.1, added=True)
@@ -51,6 +52,7 @@ def loaded(tiny, folder, *, rows=None, load=None):
         warnings.simplefilter("ignore")
         model = (load or tiny.load)(folder / "base")
         if rows is not None:
+            torch.manual_seed(0)
             model.resize_token_embeddings(rows)
         model = peft.PeftModel.from_pretrained(model, folder / "adapter")
     return logits_of(model, IDS)

@@ -273,8 +273,10 @@ class TestSearch:
         out = tmp_path / "stopped.toml"
         words = [str(word) for word in arguments(folder, out, "--engine", "ray", "--workers", 2, trials=20)]
         address = ray.get_runtime_context().gcs_address
+        hear = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
         with subprocess.Popen(
-            [sys.executable, "-m", "ablate_shards", *words],
+            # A shell that starts the tests in the background has them ignore it.
+            [sys.executable, "-c", f"{hear}; from ablate_shards.cli import main; main()", *words],
             env={**os.environ, "RAY_ADDRESS": address},
             stderr=subprocess.PIPE,
             text=True,
