@@ -12,6 +12,7 @@ from blake3 import blake3
 from coded_checkpoints import FORMS, inner_of, options, write_basis, write_coded, write_fp8
 from command_line import checked
 from raw_checkpoints import encode, snapshot, write_directions, write_shard
+from test_editor import BASIS, edit_of
 from test_mlx_stacks import HIDDEN, INT4, write_moe
 
 from ablate_shards.errors import ExecuteError
@@ -21,10 +22,8 @@ from ablate_shards.surgery.edit import ablation_editor, blocks, coded
 from ablate_shards.surgery.edit.ablation_editor import AblatedMatrices, AblationEditor
 from ablate_shards.surgery.edit.blocks import Channels, Stopped
 from ablate_shards.surgery.edit.loops import SharedLoops
-from ablate_shards.surgery.plan.edits import BasisKey, TensorEdit
 
 SECONDS = 30
-BASIS = BasisKey(source_layer=0, references=(), gain=None, gain_offset=0.0)
 PRESERVED = ("rows", "columns", "none")
 
 
@@ -64,22 +63,7 @@ class Tensor:
         self.readers = set()
         basis = basis_of(shape[axis], directions)
         self.editor = AblationEditor("cpu", memory, jobs, self.stop, {BASIS: basis})
-        self.edit = TensorEdit(
-            name="down_proj",
-            shard="model.safetensors",
-            dtype=dtype,
-            shape=shape,
-            start=0,
-            end=len(self.source),
-            axis=axis,
-            kind="weight",
-            layer=0,
-            component="mlp",
-            mtp=False,
-            coefficient=1.0,
-            preserve=preserve,
-            basis=BASIS,
-        )
+        self.edit = edit_of("down_proj", self.source, dtype, shape, axis, preserve)
 
     def read(self, data, offset):
         if self.barrier.parties > 1 and threading.get_ident() not in self.readers:

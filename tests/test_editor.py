@@ -28,6 +28,26 @@ def small(monkeypatch):
     monkeypatch.setattr(module, "_REREAD", 1000)
 
 
+def edit_of(name, source, dtype, shape, axis, preserve):
+    """The edit of a tensor that is all of a shard, by :data:`BASIS` alone."""
+    return TensorEdit(
+        name=name,
+        shard="model.safetensors",
+        dtype=dtype,
+        shape=shape,
+        start=0,
+        end=len(source),
+        axis=axis,
+        kind="weight",
+        layer=0,
+        component="mlp",
+        mtp=False,
+        coefficient=1.0,
+        preserve=preserve,
+        basis=BASIS,
+    )
+
+
 class Tensor:
     """A fused-expert tensor and an editor of it, in memory."""
 
@@ -38,22 +58,7 @@ class Tensor:
         self.stop = threading.Event()
         vector = np.random.default_rng(1).standard_normal((1, SHAPE[1]))
         self.editor = AblationEditor("cpu", 256_000_000, jobs, self.stop, {BASIS: vector / np.linalg.norm(vector)})
-        self.edit = TensorEdit(
-            name="experts.down_proj",
-            shard="model.safetensors",
-            dtype="BF16",
-            shape=SHAPE,
-            start=0,
-            end=len(self.source),
-            axis=-2,
-            kind="weight",
-            layer=0,
-            component="mlp",
-            mtp=False,
-            coefficient=1.0,
-            preserve=preserve,
-            basis=BASIS,
-        )
+        self.edit = edit_of("experts.down_proj", self.source, "BF16", SHAPE, -2, preserve)
 
     @property
     def channels(self):

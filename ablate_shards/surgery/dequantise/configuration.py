@@ -55,7 +55,7 @@ def without_quantisation(checkpoint: Checkpoint) -> Changes:
         PlanError: There is no configuration to change.
     """
     changes = Changes()
-    if checkpoint.config is None and _PARAMS in checkpoint.sidecars:
+    if _is_in_params(checkpoint):
         content = _object(checkpoint, _PARAMS)
         changes.contents[_PARAMS] = _written({key: value for key, value in content.items() if key not in _KEYS})
         return changes
@@ -80,7 +80,7 @@ def exempting(checkpoint: Checkpoint, modules: Sequence[str], experts: Sequence[
         PlanError: There is no configuration to change.
     """
     changes = Changes()
-    if checkpoint.config is None and _PARAMS in checkpoint.sidecars:
+    if _is_in_params(checkpoint):
         raise PlanError(
             f"{checkpoint.name}: its {_PARAMS} cannot say that a part of its weights is quantised no longer; "
             "dequantise all of them"
@@ -133,6 +133,11 @@ def _exempt(
             name: how for name, how in layers.items() if name not in gone and not name.startswith(below)
         }
     return changed
+
+
+def _is_in_params(checkpoint: Checkpoint) -> bool:
+    """Tells whether Mistral's own file is all that says how weights are stored."""
+    return checkpoint.config is None and _PARAMS in checkpoint.sidecars
 
 
 def _written(content: Mapping[str, Any]) -> bytes:

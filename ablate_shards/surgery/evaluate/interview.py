@@ -173,7 +173,8 @@ def evaluate(
         journal = Journal(None if out is None else out.with_name(f".{out.name}.answers"))
         earlier = {path: read_evaluation(path) for path in options.reuse}
         if not options.fresh:
-            earlier |= _found_by_itself([*_beside(against), *_replaced(out)], progress)
+            beside = default_out(against) if isinstance(against, Path) and against.is_dir() else None
+            earlier |= _found_by_itself([place for place in (beside, out) if place is not None], progress)
         for each in earlier.values():
             journal.take_over(_keyed(each))
         try:
@@ -579,14 +580,6 @@ class _Onwards:
 
     def note(self, text: str) -> None:
         self.progress.note(text)
-
-
-def _beside(against: Path | Evaluation | None) -> list[Path]:
-    return [default_out(against)] if isinstance(against, Path) and against.is_dir() else []
-
-
-def _replaced(out: Path | None) -> list[Path]:
-    return [] if out is None else [out]
 
 
 def _found_by_itself(places: Sequence[Path], progress: Steps) -> dict[Path, Evaluation]:
