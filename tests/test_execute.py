@@ -77,6 +77,25 @@ def test_a_shard_with_nothing_to_do_is_passed_over(desk):
     assert desk.log == ["edit first", "edit first"]
 
 
+def test_who_has_nothing_to_edit_copies_where_nobody_writes(desk):
+    desk.under_way.add(desk.shards[0], copies=[desk.task(f"copy first {number}") for number in range(2)])
+    desk.under_way.add(desk.shards[1], copies=[desk.task("copy second")], edits=[desk.task("edit second")])
+    desk.start("edit_next")
+    desk.start("copy_next")
+    desk.under_way.edit_next()  # each shard has a writer, so this returns at once
+    desk.under_way.remove(desk.shards[0])
+    assert desk.log == ["edit second", "copy first 0"]
+    desk.under_way.add(desk.shards[2], copies=[desk.task("copy third")])
+    desk.start("edit_next")
+    assert desk.log[2:] == ["copy third"]
+
+
+def test_nothing_is_done_where_nothing_is_left(desk):
+    desk.under_way.edit_next()
+    desk.under_way.copy_next()
+    assert not desk.log
+
+
 def test_an_error_goes_to_who_waits_for_the_result_and_frees_the_shard(desk):
     def fail() -> None:
         raise OSError("no space")

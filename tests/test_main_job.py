@@ -1,6 +1,7 @@
 """The main job through the command line: bytes, accuracy, receipt, refusals."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -345,6 +346,27 @@ def test_help_needs_no_torch():
     code = "import sys; from ablate_shards.cli import main\ntry:\n main(['--help'])\nexcept SystemExit:\n pass\n"
     code += "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(("words", "threads"), [(("-d", "x"), "1"), (("-a", "x"), None)])
+def test_blas_has_one_thread_before_numpy_is_imported(tmp_path, words, threads):
+    code = """
+import os, sys
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "numpy":
+            print(os.environ.get("OPENBLAS_NUM_THREADS"))
+
+sys.meta_path.insert(0, Finder())
+from ablate_shards.cli import main
+main(["ablate", "--source-layer", "3", "none", "out", *sys.argv[1:]])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    found = subprocess.run(
+        [sys.executable, "-c", code, *words], check=False, capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert found.stdout.split() == [str(threads)], found.stderr
 
 
 def test_rank_two_directions(tmp_path, source):

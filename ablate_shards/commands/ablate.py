@@ -40,11 +40,24 @@ def _parse_source_layer(text: str) -> Any:
     return parse_source_layer(text)
 
 
+def _before_numpy(_ctx: click.Context, _param: click.Parameter, activations: Path | None) -> Path | None:
+    if activations is None:
+        one_blas_thread()
+    return activations
+
+
 @click.command()
 @click.argument("source", type=SOURCE)
 @click.argument("out", type=SOURCE)
 @click.option("-d", "--directions", type=PATH, help="Directions file.")
-@click.option("-a", "--activations", type=PATH, help="Activation dump to compute the directions from.")
+@click.option(
+    "-a",
+    "--activations",
+    type=PATH,
+    is_eager=True,  # other options import NumPy to be parsed
+    callback=_before_numpy,
+    help="Activation dump to compute the directions from.",
+)
 @estimation
 @click.option(
     "--layers",
@@ -144,8 +157,6 @@ def ablate(
 
     With --adapter, OUT is a folder or a repository that peft loads as an adapter of SOURCE, and no weight is written.
     """
-    if activations is None:
-        one_blas_thread()
     from ablate_shards.surgery.directions.estimate import EstimatorOptions
     from ablate_shards.surgery.edit.ablation import ablation
     from ablate_shards.surgery.plan.plan import make_plan

@@ -89,18 +89,24 @@ class UnderWay(Generic[_R]):
                 self._works.remove(work)
 
     def copy_next(self) -> None:
-        """Runs the next task that copies; there must be one."""
-        self._run_next(lambda work: work.to_copy, -1)
+        """Runs the next task that copies, if any is left."""
+        self._run_next(lambda work: work.to_copy, order=-1)
 
     def edit_next(self) -> None:
-        """Runs the next task that edits; there must be one."""
-        self._run_next(lambda work: work.to_edit, 1)
+        """Runs the next task that edits or, if none is left, one that copies to a shard that nobody writes to."""
+        if not self._run_next(lambda work: work.to_edit):
+            self._run_next(lambda work: work.to_copy if not work.writers else deque(), order=-1)
 
-    def _run_next(self, queue: Callable[[Work[_R]], deque[Any]], order: int) -> None:
+    def _run_next(self, queue: Callable[[Work[_R]], deque[Any]], order: int = 1) -> bool:
+        """Runs a task of the queue of a shard, if there is one; returns whether it did."""
         with self._choosing:
-            work = min((work for work in self._works[::order] if queue(work)), key=lambda work: work.writers)
+            waiting = [work for work in self._works[::order] if queue(work)]
+            if not waiting:
+                return False
+            work = min(waiting, key=lambda work: work.writers)
             task = queue(work).popleft()
             work.writers += 1
         task.run()
         with self._choosing:
             work.writers -= 1
+        return True

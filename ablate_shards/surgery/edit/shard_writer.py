@@ -181,7 +181,7 @@ class ShardWriter(Generic[_E, _R]):
         ]
         work.edits += [task.future for task in tasks]
         self._under_way.add(work, edits=tasks)
-        for _ in tasks:
+        for _ in (*tasks, *work.copies):
             editors.submit(self._under_way.edit_next)
 
     def finish(self, work: Work[_R]) -> dict[str, _R]:
