@@ -47,7 +47,8 @@ class SharedLoops:
         """Does something at every offset, in several threads if there are any; they take the offsets in order.
 
         Raises:
-            Exception: The first that was raised at an offset; no more offsets are taken after it.
+            Exception: What was raised at the first of the offsets where something was, as in one thread; no offsets are
+                taken after it.
         """
         loop = _Loop(offsets, do, self._threads + _AHEAD)
         with self._choosing:
@@ -96,7 +97,7 @@ class _Loop:
         self._offsets, self._do, self._ahead = offsets, do, ahead
         self._taken = 0
         self._ended: dict[int, _Turn] = {}
-        self._error: BaseException | None = None
+        self._error: tuple[int, BaseException] | None = None
         self._changed = threading.Condition()
         self.threads, self.done = 1, 0
 
@@ -112,19 +113,19 @@ class _Loop:
             try:
                 self._do(self._offsets[number], turn)
             except BaseException as error:  # noqa: BLE001 - raised again by the thread that began the loop
-                self._fail(error)
+                self._fail(number, error)
             self._end(turn)
 
     def finish(self) -> None:
         """Waits for what others have taken.
 
         Raises:
-            Exception: The first that was raised at an offset.
+            Exception: What was raised at the first of the offsets where something was.
         """
         with self._changed:
             self._changed.wait_for(lambda: self.done == self._taken)
             if self._error is not None:
-                raise self._error
+                raise self._error[1]
 
     def _take(self) -> int | None:
         """Returns the number of an offset that is then this thread's, once it is near enough; None if none is left."""
@@ -146,7 +147,7 @@ class _Loop:
                 if self._error is None:
                     turn.do_all()
             except BaseException as error:  # noqa: BLE001 - as above
-                self._fail(error)
+                self._fail(turn.number, error)
             with self._changed:
                 del self._ended[self.done]
                 self.done += 1
@@ -155,9 +156,10 @@ class _Loop:
                     return
                 turn = self._ended[self.done]
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, number: int, error: BaseException) -> None:
         with self._changed:
-            self._error = self._error or error
+            if self._error is None or number < self._error[0]:
+                self._error = number, error
 
 
 class _Turn:
