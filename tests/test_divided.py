@@ -18,7 +18,7 @@ from test_mlx_stacks import HIDDEN, INT4, write_moe
 from ablate_shards.errors import ExecuteError
 from ablate_shards.kernels.native.native import NativeArrays
 from ablate_shards.kernels.rounding import directed
-from ablate_shards.surgery.edit import ablation_editor, blocks, coded
+from ablate_shards.surgery.edit import ablation_editor, blocks, coded, loops
 from ablate_shards.surgery.edit.ablation_editor import AblatedMatrices, AblationEditor
 from ablate_shards.surgery.edit.blocks import Channels, Stopped
 from ablate_shards.surgery.edit.loops import SharedLoops, in_order
@@ -332,6 +332,26 @@ class TestLoops:
         with ThreadPoolExecutor(4) as pool, pytest.raises(ValueError, match="three"):
             SharedLoops(4, pool.submit).each(range(1000), do)
         assert len(done) < 20
+
+    @pytest.mark.parametrize("place", ["_take", "_end"])
+    def test_an_interruption_between_offsets_ends_the_loop_in_every_thread(self, monkeypatch, place):
+        """As Ctrl-C is raised wherever the main thread is."""
+        main, inner, calls = threading.get_ident(), getattr(loops._Loop, place), []
+
+        def interrupted(self, *given):
+            if threading.get_ident() == main and len(calls) > 3:
+                raise KeyboardInterrupt
+            return inner(self, *given)
+
+        def do(offset, turn):
+            calls.append(offset)
+            time.sleep(0.001)
+            turn.do(lambda: None)
+
+        monkeypatch.setattr(loops._Loop, place, interrupted)
+        with ThreadPoolExecutor(3) as pool, pytest.raises(KeyboardInterrupt):
+            SharedLoops(3, pool.submit).each(range(1000), do)
+        assert len(calls) < 20
 
     def test_what_waits_for_its_turn_is_bounded(self):
         late = threading.Event()

@@ -60,6 +60,9 @@ class SharedLoops:
                 self._submit(self._join)
         try:
             loop.work()
+        except BaseException as error:  # an interruption
+            loop.fail(-1, error)
+            raise
         finally:
             with self._choosing:
                 self._open.remove(loop)
@@ -113,7 +116,7 @@ class _Loop:
             try:
                 self._do(self._offsets[number], turn)
             except BaseException as error:  # noqa: BLE001 - raised again by the thread that began the loop
-                self._fail(number, error)
+                self.fail(number, error)
             self._end(turn)
 
     def finish(self) -> None:
@@ -126,6 +129,13 @@ class _Loop:
             self._changed.wait_for(lambda: self.done == self._taken)
             if self._error is not None:
                 raise self._error[1]
+
+    def fail(self, number: int, error: BaseException) -> None:
+        """Takes what was raised at an offset; no offsets are taken after it."""
+        with self._changed:
+            if self._error is None or number < self._error[0]:
+                self._error = number, error
+            self._changed.notify_all()
 
     def _take(self) -> int | None:
         """Returns the number of an offset that is then this thread's, once it is near enough; None if none is left."""
@@ -147,7 +157,7 @@ class _Loop:
                 if self._error is None:
                     turn.do_all()
             except BaseException as error:  # noqa: BLE001 - as above
-                self._fail(turn.number, error)
+                self.fail(turn.number, error)
             with self._changed:
                 del self._ended[self.done]
                 self.done += 1
@@ -155,11 +165,6 @@ class _Loop:
                 if self.done not in self._ended:
                     return
                 turn = self._ended[self.done]
-
-    def _fail(self, number: int, error: BaseException) -> None:
-        with self._changed:
-            if self._error is None or number < self._error[0]:
-                self._error = number, error
 
 
 class _Turn:
