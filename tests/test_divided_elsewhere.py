@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -121,6 +122,24 @@ def test_the_error_of_a_merge_is_that_of_the_first_block(tmp_path, first, joined
     assert said[0] == said[1]
     assert ("NaN" in said[0]) == (first == "no number")
     assert joined() > 0
+
+
+def test_a_divided_merge_takes_no_more_memory_than_as_many_matrices(tmp_path, monkeypatch, joined):
+    monkeypatch.setattr(blocks, "_CPU_BLOCK", 1 << 20)
+    monkeypatch.setattr(merge_numpy, "TILE_ELEMENTS", 1 << 18)
+    values = np.random.default_rng(0).standard_normal((1024, 2056)).astype(np.float32)
+    one_matrix(tmp_path, values, dtype="BF16")
+    checkpoint, adapter = open_checkpoint(tmp_path / "base"), read_adapter(tmp_path / "adapter")
+    operation = merging(adapter, plan_merge(checkpoint, adapter, 1.0))
+    peaks = {}
+    for jobs in (1, 3):
+        out = OutFolder(tmp_path / str(jobs), overwrite=False)
+        tracemalloc.start()
+        perform_in_folder(checkpoint, operation, out, RunOptions(jobs=jobs), Heard())
+        peaks[jobs] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert joined() > 0
+    assert peaks[3] < 3.2 * peaks[1]
 
 
 @pytest.fixture
