@@ -123,8 +123,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
         """Divides a large matrix among the threads that have nothing else to do.
 
         Args:
-            submit: Gives a task to the pool of :attr:`jobs` threads that this is called in. Channels are then used by
-                several threads at once.
+            submit: Gives a task to a pool of :attr:`jobs` threads. Channels are then used by several threads at once.
         """
         if self.jobs > 1:
             self._each = SharedLoops(self.jobs, submit).each

@@ -487,7 +487,7 @@ class _Examiner:
         return functools.partial(self._ended, edit, check, [self._editors.submit(task) for task in tasks])
 
     def _ended(
-        self, edit: Edit, check: "_CodesCheck | _RoundingCheck", tasks: "Sequence[Future[Any]]"
+        self, edit: Edit, check: "_CodesCheck | _RoundingCheck", tasks: Sequence[Future[Any]]
     ) -> tuple[str | None, bool]:
         try:
             (result,) = filter(None, [task.result() for task in tasks])
