@@ -116,7 +116,8 @@ def test_the_error_of_a_merge_is_that_of_the_first_block(tmp_path, first, joined
     # Rows 3 and 100 are in the first and in a later block; the update is added to both.
     said = []
     for jobs in (1, 3):
-        done = checked("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out", "--jobs", jobs, code=1)
+        words = ("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out", "--quiet")
+        done = checked(*words, "--jobs", jobs, code=1)
         said.append(done.output)
         assert not (tmp_path / "out").exists()
     assert said[0] == said[1]

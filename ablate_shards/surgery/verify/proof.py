@@ -62,8 +62,8 @@ _READERS = 2
 #: What is elsewhere is asked for in larger pieces, more of them at a time, because every request takes its time.
 _REMOTE_CHUNK = 8 << 20
 _REMOTE_READERS = 6
-#: Of the edits, kept beyond one a job: of a matrix that several threads edit, some are read again for its digest.
-_PIECES_MORE = 2
+#: Pieces of an output kept beyond one a job: of a matrix that several threads edit, some are read again for its digest.
+_READ_AGAIN = 2
 #: Elements that may be rounded the other way when another device or library version recomputes an edit.
 _ROUNDING_SHARE = 1e-3
 _ROUNDING_LEAST = 2
@@ -384,8 +384,8 @@ class _Examiner:
         if self._editor:
             self._editor.share(self._editors.submit)
         self._pieces, self._written = (
-            _Pieces(functools.partial(files.read_into, stop=self._stop), self._chunk, jobs + _PIECES_MORE)
-            for files in (self._source, out)
+            _Pieces(functools.partial(files.read_into, stop=self._stop), self._chunk, most)
+            for files, most in ((self._source, jobs), (out, jobs + _READ_AGAIN))
         )
         self._readers = ThreadPoolExecutor(_READERS if here else _REMOTE_READERS)
         self.edits = by_shard(recorded.edits)
