@@ -63,7 +63,7 @@ _READERS = 2
 _REMOTE_CHUNK = 8 << 20
 _REMOTE_READERS = 6
 #: Pieces of an output kept beyond one a job: of a matrix that several threads edit, some are read again for its digest.
-_READ_AGAIN = 2
+_READ_AGAIN = 3
 #: Elements that may be rounded the other way when another device or library version recomputes an edit.
 _ROUNDING_SHARE = 1e-3
 _ROUNDING_LEAST = 2
