@@ -18,10 +18,10 @@ from test_mlx_stacks import HIDDEN, INT4, write_moe
 from ablate_shards.errors import ExecuteError
 from ablate_shards.kernels.native.native import NativeArrays
 from ablate_shards.kernels.rounding import directed
-from ablate_shards.surgery.edit import ablation_editor, blocks, coded
+from ablate_shards.surgery.edit import ablation_editor, blocks, coded, loops
 from ablate_shards.surgery.edit.ablation_editor import AblatedMatrices, AblationEditor
 from ablate_shards.surgery.edit.blocks import Channels, Stopped
-from ablate_shards.surgery.edit.loops import SharedLoops
+from ablate_shards.surgery.edit.loops import SharedLoops, in_order
 
 SECONDS = 30
 PRESERVED = ("rows", "columns", "none")
@@ -30,7 +30,7 @@ PRESERVED = ("rows", "columns", "none")
 @pytest.fixture
 def small(monkeypatch):
     """Divides every matrix, in blocks of a few rows."""
-    monkeypatch.setattr(ablation_editor, "_UNDIVIDED", 0)
+    monkeypatch.setattr(blocks, "_UNDIVIDED", 0)
     monkeypatch.setattr(NativeArrays, "chunk_elements", 4000)
     monkeypatch.setattr(blocks, "_CPU_BLOCK", 4000)
 
@@ -171,7 +171,7 @@ def test_a_small_matrix_is_not_divided():
     tensor = Tensor((64, 64), jobs=4)
     with ThreadPoolExecutor(4) as pool:
         tensor.editor.share(pool.submit)
-        assert [section.divisible for section in tensor.editor.sections(tensor.edit)] == [False]
+        assert [section.each for section in tensor.editor.sections(tensor.edit)] == [in_order]
 
 
 @pytest.mark.parametrize("preserve", PRESERVED)
@@ -209,7 +209,7 @@ class TestCodes:
 
     @pytest.fixture(autouse=True)
     def small_stripes(self, small, monkeypatch):
-        monkeypatch.setattr(ablation_editor, "_UNDIVIDED_CODES", 0)
+        monkeypatch.setattr(blocks, "_UNDIVIDED_CODES", 0)
         monkeypatch.setattr(ablation_editor, "_CODES_AT_ONCE", 4000)
         monkeypatch.setattr(coded, "_STRIPE", 4 * 256 * 64)
         monkeypatch.setattr(coded, "_TILE", 256 * 8)
@@ -333,6 +333,26 @@ class TestLoops:
             SharedLoops(4, pool.submit).each(range(1000), do)
         assert len(done) < 20
 
+    @pytest.mark.parametrize("place", ["_take", "_end"])
+    def test_an_interruption_between_offsets_ends_the_loop_in_every_thread(self, monkeypatch, place):
+        """As Ctrl-C is raised wherever the main thread is."""
+        main, inner, calls = threading.get_ident(), getattr(loops._Loop, place), []
+
+        def interrupted(self, *given):
+            if threading.get_ident() == main and len(calls) > 3:
+                raise KeyboardInterrupt
+            return inner(self, *given)
+
+        def do(offset, turn):
+            calls.append(offset)
+            time.sleep(0.001)
+            turn.do(lambda: None)
+
+        monkeypatch.setattr(loops._Loop, place, interrupted)
+        with ThreadPoolExecutor(3) as pool, pytest.raises(KeyboardInterrupt):
+            SharedLoops(3, pool.submit).each(range(1000), do)
+        assert len(calls) < 20
+
     def test_what_waits_for_its_turn_is_bounded(self):
         late = threading.Event()
         taken = []
@@ -387,7 +407,7 @@ def test_a_large_matrix_of_a_checkpoint_is_divided_among_the_jobs(one_large_matr
     edit = AblatedMatrices.edit
 
     def meet(self, raw, offset):
-        if self.divisible and met is not None and threading.get_ident() not in threads:
+        if self.each is not in_order and met is not None and threading.get_ident() not in threads:
             threads.add(threading.get_ident())
             met.wait(SECONDS)
         edit(self, raw, offset)

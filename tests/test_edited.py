@@ -4,7 +4,9 @@ import dataclasses
 import hashlib
 import os
 import threading
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -20,14 +22,20 @@ from raw_checkpoints import (
     write_shard,
 )
 from safetensors.numpy import load_file, save_file
+from test_mlx_stacks import HIDDEN, INT4, write_moe
 
 from ablate_shards.errors import ExecuteError
+from ablate_shards.kernels.merge import merge_numpy
+from ablate_shards.kernels.native.native import NativeArrays
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.directions.formats import read_directions
+from ablate_shards.surgery.edit import ablation_editor, blocks
 from ablate_shards.surgery.edit import edited_file as edited
 from ablate_shards.surgery.edit.ablation import ablation
+from ablate_shards.surgery.edit.ablation_editor import AblatedMatrices
 from ablate_shards.surgery.edit.edited_file import EditedFile
 from ablate_shards.surgery.edit.folder import perform_in_folder
+from ablate_shards.surgery.edit.loops import SharedLoops
 from ablate_shards.surgery.edit.operation import RunOptions
 from ablate_shards.surgery.machine.staging import OutFolder
 from ablate_shards.surgery.merge.adapter import read_adapter
@@ -75,11 +83,13 @@ def performed(checkpoint, operation, out):
     return perform_in_folder(checkpoint, operation, OutFolder(out, overwrite=False), RunOptions(), Heard())
 
 
-def opened(checkpoint, operation, *, window, progress=None, room=None):
-    editor = operation.editor(RunOptions(jobs=1), threading.Event())
+def opened(checkpoint, operation, *, window, progress=None, room=None, pool=None):
+    editor = operation.editor(RunOptions(jobs=3 if pool else 1), threading.Event())
+    if pool is not None:
+        editor.share(pool.submit)
     if room is not None:
         editor._room = room
-    (shard,) = checkpoint.shards
+    shard = checkpoint.shards[0]
     edits = by_shard(operation.edits)[shard.name]
     return EditedFile(checkpoint, shard, edits, editor, window=window, advance=(progress or Heard()).advance)
 
@@ -136,6 +146,81 @@ def test_codes_as_in_a_file(tmp_path, window):
         assert not file._kept
         file.seek(len(expected) // 2)
         assert file.read(50_000) == expected[len(expected) // 2 :][:50_000]
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    """Threads among which every matrix is divided, in blocks of a few rows."""
+    monkeypatch.setattr(blocks, "_UNDIVIDED", 0)
+    monkeypatch.setattr(blocks, "_UNDIVIDED_CODES", 0)
+    monkeypatch.setattr(ablation_editor, "_CODES_AT_ONCE", 4000)
+    monkeypatch.setattr(NativeArrays, "chunk_elements", 4000)
+    monkeypatch.setattr(merge_numpy, "TILE_ELEMENTS", 1)
+    with ThreadPoolExecutor(3) as threads:
+        yield threads
+
+
+@pytest.mark.parametrize("what", ["rows", "columns", "merge", "codes", "codes along the stream"])
+@pytest.mark.parametrize("window", [0, 1 << 30])
+def test_several_threads_give_the_same_and_ask_the_same_of_the_source(tmp_path, pool, monkeypatch, what, window):
+    monkeypatch.setattr(edited, "_CHUNK", 100_000)
+    if what == "merge":
+        checkpoint, operation = prepared_merge(tmp_path)
+    elif "codes" in what:
+        if what == "codes":
+            write_fp8(tmp_path / "model", hidden=300, inner=300)
+        else:
+            write_moe(tmp_path / "model", INT4, vocabulary=1100)
+        write_directions(tmp_path / "d.safetensors", layers=2, hidden=300 if what == "codes" else HIDDEN)
+        parts = ("embedding",) if what != "codes" else ("attention", "mlp")
+        checkpoint, operation = prepared(tmp_path, components=parts)
+    else:
+        write_llama(tmp_path / "model", hidden=200, shards=1)
+        write_directions(tmp_path / "d.safetensors", hidden=200)
+        checkpoint, operation = prepared(tmp_path, preserve=what)
+    results = perform_in_folder(
+        checkpoint, operation, OutFolder(tmp_path / "out", overwrite=False), RunOptions(jobs=1), Heard()
+    )
+    shard = checkpoint.shards[0]
+    expected = snapshot(tmp_path / "out")[shard.name]
+    assert expected != shard.path.read_bytes()
+    asked, threads = [], set()
+    each = SharedLoops.each
+
+    def noticed(self, offsets, do):
+        def slowly(offset, turn):
+            threads.add(threading.get_ident())
+            time.sleep(0.0005)
+            do(offset, turn)
+
+        each(self, offsets, slowly)
+
+    monkeypatch.setattr(SharedLoops, "each", noticed)
+    for shared in (None, pool):
+        store = Store(shard.path.parent)
+        remote = dataclasses.replace(checkpoint, remote=store)
+        with opened(remote, operation, window=window, room=4000, pool=shared) as file:
+            assert file.survey().results == results
+            assert file.read() == expected
+            file.seek(len(expected) // 3)
+            assert file.read(90_000) == expected[len(expected) // 3 :][:90_000]
+        asked.append(store.asked)
+    assert asked[0] == asked[1]
+    assert len(threads) > 1
+
+
+def test_an_interruption_of_a_divided_edit_waits_for_nobody(folder, pool, monkeypatch):
+    checkpoint, operation = prepared(folder)
+    move, main = AblatedMatrices.edit, threading.get_ident()
+
+    def interrupted(self, raw, offset):
+        if threading.get_ident() == main:
+            raise KeyboardInterrupt
+        move(self, raw, offset)
+
+    monkeypatch.setattr(AblatedMatrices, "edit", interrupted)
+    with opened(checkpoint, operation, window=0, room=4000, pool=pool) as file, pytest.raises(KeyboardInterrupt):
+        file.survey()
 
 
 @pytest.mark.parametrize("prepare", [prepared, prepared_merge])

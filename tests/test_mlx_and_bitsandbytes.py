@@ -20,6 +20,8 @@ from coded_checkpoints import (
 from command_line import checked
 from raw_checkpoints import snapshot
 
+from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint, read_range
+
 INDEX = "model.safetensors.index.json"
 DOWN = "model.layers.1.mlp.down_proj"
 SIZES = {"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 2}
@@ -184,3 +186,29 @@ def test_rows_that_end_within_a_block_are_refused_by_name(tmp_path):
     write_basis(tmp_path, 256)
     output = said(source, tmp_path / "out", *options(tmp_path), code=1)
     assert "its rows, 256 of 24576 codes, end within a block of 64" in output
+
+
+@pytest.mark.parametrize("form", [NF4, NESTED])
+@pytest.mark.parametrize("vocabulary", [1024, 1100])
+def test_embeddings_in_four_bits_are_refused_and_the_way_out_works(tmp_path, form, vocabulary):
+    source = write_coded(tmp_path / "source", form)
+    values = torch.randn((vocabulary, 256), generator=torch.Generator().manual_seed(9)) * 0.05
+    parts = store(values, form)
+    for rest, (dtype, tensor) in parts.items():
+        put(source, f"model.embed_tokens.{rest}", dtype, tensor)
+    basis = write_basis(tmp_path, 256)
+    chosen = options(tmp_path, "--components", "embedding,attention,mlp")
+    output = said(source, tmp_path / "out", *chosen, code=1)
+    assert "model.embed_tokens.weight: four bits of bitsandbytes are edited as [..., hidden, inputs] only" in output
+    assert "add --dequantise all to edit it in bfloat16" in output
+    assert not (tmp_path / "out").exists()
+    assert "5 of 10 tensors" in said(source, tmp_path / "out", *chosen, "--dequantise", "all")
+    checkpoint = open_checkpoint(tmp_path / "out")
+    info = checkpoint.tensors["model.embed_tokens.weight"]
+    assert (info.dtype, info.shape) == ("BF16", (vocabulary, 256))
+    edited = torch.frombuffer(bytearray(read_range(checkpoint, info)), dtype=torch.bfloat16).reshape(info.shape)
+    before = value_of({rest: tensor for rest, (_, tensor) in parts.items()}, form)
+    assert left(edited.T, basis) < 5e-3 * left(before.T, basis)
+    assert (edited.double() - before).norm() < 0.2 * before.norm()
+    assert "5 to the bit" in said("verify", source, tmp_path / "out")
+    assert config_of(tmp_path / "out") == SIZES

@@ -21,6 +21,8 @@ from ablate_shards.data.demo.world import NEUTRAL, SLANTED
 from ablate_shards.errors import SearchError, UsageError
 from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.directions.formats import read_directions
+from ablate_shards.surgery.edit import blocks
+from ablate_shards.surgery.edit.loops import SharedLoops
 from ablate_shards.surgery.edit.operation import RunOptions
 from ablate_shards.surgery.evaluate.answers import speaking
 from ablate_shards.surgery.model.samples import Question, load_questions
@@ -373,15 +375,22 @@ class TestEditableModel:
 
         return AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto")
 
-    def test_it_makes_what_ablate_writes_and_takes_it_back(self, folder, loaded, tmp_path):
+    @pytest.mark.parametrize("divided", [False, True])
+    def test_it_makes_what_ablate_writes_and_takes_it_back(self, folder, loaded, tmp_path, monkeypatch, divided):
         from transformers import AutoModelForCausalLM
 
+        loops = []
+        each = SharedLoops.each
+        monkeypatch.setattr(SharedLoops, "each", lambda self, *given: loops.append(given) or each(self, *given))
         checkpoint = open_checkpoint(folder / "model")
         directions = read_directions(folder / "cue.directions.safetensors")
         before = {name: parameter.clone() for name, parameter in loaded.named_parameters()}
         checked("ablate", folder / "model", tmp_path / "out", "-d", folder / "cue.directions.safetensors", "-q")
         expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-        with EditableModel(checkpoint, loaded, RunOptions()) as model:
+        if divided:
+            monkeypatch.setattr(blocks, "_UNDIVIDED", 0)
+            monkeypatch.setattr(blocks, "_CPU_BLOCK", 2000)
+        with EditableModel(checkpoint, loaded, RunOptions(jobs=3)) as model:
             model.apply(make_plan(checkpoint, directions, AblateOptions(coefficient=2, layers=frozenset({1}))))
             model.apply(make_plan(checkpoint, directions, AblateOptions()))
             changed = 0
@@ -389,6 +398,7 @@ class TestEditableModel:
                 assert torch.equal(found, wanted)
                 changed += not torch.equal(found, before[name])
             assert changed == 16
+        assert bool(loops) == divided
         assert all(torch.equal(parameter, before[name]) for name, parameter in loaded.named_parameters())
 
     @pytest.mark.parametrize("room", ["for all", "for some"])

@@ -51,7 +51,7 @@ class Job:
     def title(self) -> str:
         """How much is edited of how much."""
         edited = sum(len(self.layout.writers(layer)) for layer in range(self.layout.layers))
-        return f"{amount(self.size)}, {self.layout.layers} layers, {edited} tensors edited"
+        return f"{amount(self.size)}, {counted(self.layout.layers, 'layer')}, {counted(edited, 'tensor')} edited"
 
     @property
     def source(self) -> Path:

@@ -5,21 +5,22 @@ and the last layer are compared with ``W + s·B·A`` in float64, and ``verify`` 
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from benchmarks import checks
-from benchmarks.checkpoints import Layout, qwen, read, write
-from benchmarks.harness import Bench, amount, case
-from benchmarks.processes import EAGER, TOOL, copying, unsynced, writing
+from benchmarks.checkpoints import Layout, qwen, read, shards, wide, write
+from benchmarks.harness import Bench, Contender, amount, case
+from benchmarks.processes import EAGER, TOOL, copying, reading, run, unsynced, writing
 
 __all__ = ["RANK", "fault", "write_adapter"]
 
 TARGETS = tuple(f"{name}_proj.weight" for name in ("gate", "up", "mlp.down", "q", "k", "v", "self_attn.o"))
 RANK, ALPHA = 16, 32
-SYNCED, UNSYNCED = "ablate-shards merge", "ablate-shards merge --no-sync"
+SYNCED, UNSYNCED, PER_CORE = "ablate-shards merge", "ablate-shards merge --no-sync", "a job per core"
 
 
 @case("merge")
@@ -55,6 +56,37 @@ def merge(bench: Bench) -> None:
             ),
         ],
         size=size,
+    )
+
+
+@case("large-merge", runs=5, long=True)
+def large_merge(bench: Bench) -> None:
+    """Merge into one shard that is nearly all one matrix, and verifying it: in one job and in one per core."""
+    layout = wide(tiny=bench.tiny)
+    source, adapter, out, copied = (bench.work / name for name in ("source", "adapter", "out", "copied"))
+    size = write(layout, source)
+    write_adapter(layout, adapter)
+    title = f"{amount(size)}, a matrix of {list(layout.tensors[layout.writers(0)[0]])} in it"
+    merges: list[str | Path] = [*TOOL, "merge", source, adapter, out, "--quiet"]
+    check = partial(checks.verified, source, out, "--adapter", str(adapter))
+    ways = {"--jobs 1": ["--jobs", "1"], PER_CORE: []}
+    bench.race(
+        f"merge, rank {RANK}, {title}",
+        [
+            *(writing(name, [*merges, *flags], out, check=check) for name, flags in ways.items()),
+            copying(source, copied, against=PER_CORE, sync=True),
+        ],
+        size=size,
+    )
+    run(merges)
+    verifies: list[str | Path] = [*TOOL, "verify", source, out, "--adapter", adapter, "--quiet"]
+    bench.race(
+        f"verify, {title}",
+        [
+            *(Contender(name, partial(run, [*verifies, *flags])) for name, flags in ways.items()),
+            reading([*shards(source), *shards(out)], against=PER_CORE),
+        ],
+        size=2 * size,
     )
 
 

@@ -8,6 +8,7 @@ and float32 leave too little room for it, and are computed in float64 throughout
 """
 
 import math
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from ablate_shards.kernels.codecs.plain import GREATEST, decode, decoded, encode
 from ablate_shards.kernels.native.native import PIECE, add_exactly, add_rounded, greatest_bits
 
-__all__ = ["NumpyMerger", "update_norm"]
+__all__ = ["Added", "NumpyMerger", "update_norm"]
 
 TILE_ELEMENTS, TILE_COLS = 1 << 18, 4096
 """Smaller tiles would stay in a core's own cache, but threads would then wait for the interpreter at every step."""
@@ -37,8 +38,22 @@ LEAST_SINGLE, MOST_SINGLE = 1e-15, 1e15
 """Greatest weights between which float32 sums of squares neither underflow nor overflow."""
 
 
+class Added(NamedTuple):
+    """What was found while an update was added to a block.
+
+    Attributes:
+        squares: Sums of squares of what was there, of one tile after the other; not finite where a value was not.
+        overflows: Whether a result lies beyond what the storage dtype can hold, or a value was not finite.
+    """
+
+    squares: list[float]
+    overflows: bool
+
+
 class NumpyMerger:
     """Adds one low-rank update to one matrix, in one pass over row blocks, as :class:`Merger` does.
+
+    Several threads may add it to blocks at once.
 
     Args:
         left: ``[rows, r]`` float32, any strides.
@@ -49,60 +64,51 @@ class NumpyMerger:
 
     def __init__(self, left: np.ndarray, right: np.ndarray, scale: float, dtype: str) -> None:
         self._left = np.multiply(left, scale, dtype=np.float64, order="C")
-        self._right = right
         self._dtype = dtype
         self._rank, cols = right.shape
         self._width = max(1, min(cols, TILE_COLS))
         self._tile_rows: int = max(1, TILE_ELEMENTS // self._width // STRIP_ROWS) * STRIP_ROWS
         most = max(16, PRODUCT // STRIP_ROWS // max(1, self._rank) // 16 * 16)
         self._panel = math.ceil(self._width / math.ceil(self._width / most) / 16) * 16
-        self._columns: dict[int, _Columns] = {}
-        self._kept: dict[tuple[str, np.dtype[Any]], np.ndarray] = {}
-        self._squares = 0.0
-        self._overflows = False
+        self._columns = [_Columns(right[:, first : first + self._width], self._panel) for first in self._firsts(cols)]
+        self._scratch = _Scratch()
 
     @property
     def chunk_rows(self) -> int:
         """Blocks start at a multiple of this, and all but the last are a multiple of it long."""
         return self._tile_rows
 
-    @property
-    def norm(self) -> float:
-        """Frobenius norm of what was there before, of all blocks so far; not finite where a value was not."""
-        return math.sqrt(self._squares)
-
-    @property
-    def overflows(self) -> bool:
-        """Whether a result lies beyond what the storage dtype can hold, or a value was not finite."""
-        return self._overflows
-
-    def apply(self, block: np.ndarray, start: int) -> None:
+    def apply(self, block: np.ndarray, start: int) -> Added:
         """Adds the update to rows in place.
 
         Args:
             block: ``[rows, cols]`` as stored, bfloat16 as its bits.
             start: The first of its rows.
         """
+        tiles = []
         with np.errstate(all="ignore"):
             for low in range(0, len(block), self._tile_rows):
                 strip = block[low : low + self._tile_rows]
                 left = self._left[start + low : start + low + len(strip)]
-                for first in range(0, block.shape[1], self._width):
-                    self._add(strip[:, first : first + self._width], left, self._columns_from(first))
+                for first, columns in zip(self._firsts(block.shape[1]), self._columns, strict=True):
+                    tiles.append(self._add(strip[:, first : first + self._width], left, columns))
+        return Added([squares for squares, _ in tiles], any(overflows for _, overflows in tiles))
 
-    def _add(self, part: np.ndarray, left: np.ndarray, columns: "_Columns") -> None:
-        """Adds the update to one tile."""
+    def _firsts(self, cols: int) -> range:
+        """Returns the first columns of tiles."""
+        return range(0, cols, self._width)
+
+    def _add(self, part: np.ndarray, left: np.ndarray, columns: "_Columns") -> tuple[float, bool]:
+        """Adds the update to one tile; returns the sum of squares of what was there, and whether a result overflows."""
         weight = _greatest(part)
         if not math.isfinite(weight):
-            self._squares, self._overflows = math.inf, True
-            return
+            return math.inf, True
         # Neither an element of the product nor the sum of the sizes of its terms is greater (Cauchy and Schwarz).
         norms = np.sqrt(np.vecdot(left, left))
         product = float(norms.max()) * columns.greatest
         reach = weight + product
         if self._dtype != "BF16" or not LEAST_SINGLE < weight < MOST_SINGLE or not reach < GREATEST["BF16"] / 2:
-            self._add_exactly(part, left, columns)
-            return
+            return self._add_exactly(part, left, columns)
         margin = _Margin(
             rows=_up(UNIT * (1.01 * (self._rank + 1) + 2.02) * norms),
             columns=columns.norms,
@@ -112,11 +118,10 @@ class NumpyMerger:
         result = self._room(part.shape, "result", np.uint16)
         again, squares = self._add_single(part, self._product(left, columns, np.float32), margin, weight, result)
         if len(again) > MOST_AGAIN * part.size:
-            self._add_exactly(part, left, columns)
-            return
+            return self._add_exactly(part, left, columns)
         self._again(part, left, columns, again, result)
         np.copyto(part, result)
-        self._squares += squares
+        return squares, False
 
     def _add_single(
         self, part: np.ndarray, added: np.ndarray, margin: "_Margin", weight: float, out: np.ndarray
@@ -165,14 +170,15 @@ class NumpyMerger:
             encode(exact, rounded)
             out[row, column] = rounded
 
-    def _add_exactly(self, part: np.ndarray, left: np.ndarray, columns: "_Columns") -> None:
-        """Adds the update to one tile in float64."""
+    def _add_exactly(self, part: np.ndarray, left: np.ndarray, columns: "_Columns") -> tuple[float, bool]:
+        """Adds the update to one tile in float64; returns what :meth:`_add` does."""
         old, total = self._room(part.shape, "old", np.float64), self._product(left, columns, np.float64)
         decode(part, old)
-        self._squares += float(np.vecdot(old, old).sum())
+        squares = float(np.vecdot(old, old).sum())
         np.add(old, total, out=total)
-        self._overflows |= max(float(total.max()), -float(total.min())) > GREATEST[self._dtype]
+        overflows = max(float(total.max()), -float(total.min())) > GREATEST[self._dtype]
         encode(total, part)
+        return squares, overflows
 
     def _product(self, left: np.ndarray, columns: "_Columns", precision: type[np.floating]) -> np.ndarray:
         """Returns the product of the factors of one tile, in scratch memory, strip by strip and panel by panel."""
@@ -184,18 +190,20 @@ class NumpyMerger:
         np.matmul(rows.reshape(strips, 1, STRIP_ROWS, self._rank), panels, out=tiles)
         return whole[: len(left), : len(columns.right)]
 
-    def _columns_from(self, first: int) -> "_Columns":
-        if first not in self._columns:
-            self._columns[first] = _Columns(self._right[:, first : first + self._width], self._panel)
-        return self._columns[first]
-
     def _room(self, shape: tuple[int, ...], name: str, dtype: Any) -> np.ndarray:
-        """Returns scratch memory that is kept from tile to tile."""
-        size = math.prod(shape)
+        """Returns scratch memory of this thread, which is kept from tile to tile."""
+        size, kept = math.prod(shape), self._scratch.kept
         key = name, np.dtype(dtype)
-        if key not in self._kept or len(self._kept[key]) < size:
-            self._kept[key] = np.empty(size, dtype)
-        return self._kept[key][:size].reshape(shape)
+        if key not in kept or len(kept[key]) < size:
+            kept[key] = np.empty(size, dtype)
+        return kept[key][:size].reshape(shape)
+
+
+class _Scratch(threading.local):
+    """Memory of each thread, by what it is for and in which type."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, np.dtype[Any]], np.ndarray] = {}
 
 
 class _Margin(NamedTuple):

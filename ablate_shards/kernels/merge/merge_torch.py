@@ -18,6 +18,7 @@ from torch import Tensor
 from ablate_shards.errors import PlanError
 from ablate_shards.kernels import reference
 from ablate_shards.kernels.choose import Form, choose_form
+from ablate_shards.kernels.merge.merge_numpy import Added
 
 __all__ = ["Merger", "merge", "update_norm"]
 
@@ -54,25 +55,13 @@ class Merger:
         self._form = form
         self._limit = torch.finfo(dtype).max
         self._scratch: Tensor | None = None
-        self._squares = torch.zeros((), dtype=torch.float64, device=left.device)
-        self._largest = torch.zeros((), dtype=torch.float64, device=left.device)
 
     @property
     def chunk_rows(self) -> int:
         """Blocks start at a multiple of this, and all but the last are a multiple of it long."""
         return TILE_ROWS
 
-    @property
-    def norm(self) -> float:
-        """Frobenius norm of what was there before, of all blocks so far; not finite where a value was not."""
-        return float(self._squares.sqrt())
-
-    @property
-    def overflows(self) -> bool:
-        """Whether a result lies beyond what the storage dtype can hold."""
-        return not float(self._largest) <= self._limit
-
-    def apply(self, block: Tensor, start: int) -> None:
+    def apply(self, block: Tensor, start: int) -> Added:
         """Adds the update to rows in place.
 
         Args:
@@ -80,17 +69,18 @@ class Merger:
             start: The first of its rows.
         """
         if block.numel() == 0:
-            return
+            return Added([], overflows=False)
         rows, cols = block.shape
         if self._form == "triton":
             # Triton is imported only where it runs.
             from ablate_shards.kernels.merge.merge_triton import add_product
 
-            self._note(*add_product(block, self._rows_of_left(start, rows), self._right))
-            return
+            squares, largest = add_product(block, self._rows_of_left(start, rows), self._right)
+            return self._found([squares], [largest])
         if self._scratch is None:
             count = min(TILE_ROWS, self._left.shape[0]) * min(TILE_COLS, cols)
             self._scratch = torch.empty(count, dtype=torch.float64, device=block.device)
+        before, after = [], []
         for low in range(0, rows, TILE_ROWS):
             strip = block[low : low + TILE_ROWS]
             left = self._rows_of_left(start + low, len(strip))
@@ -99,18 +89,20 @@ class Merger:
                 flat = self._scratch[: part.numel()]
                 tile = flat.view(part.shape)
                 tile.copy_(part)
-                squares = torch.dot(flat, flat)
+                before.append(torch.dot(flat, flat))
                 tile.addmm_(left, self._right[:, first : first + TILE_COLS])
                 least, most = torch.aminmax(tile)
-                self._note(squares, torch.maximum(-least, most))
+                after.append(torch.maximum(-least, most))
                 part.copy_(tile)
+        return self._found(before, after)
 
     def _rows_of_left(self, start: int, count: int) -> Tensor:
         return self._left[start : start + count].double().mul(self._scale).contiguous()
 
-    def _note(self, squares: Tensor, largest: Tensor) -> None:
-        self._squares += squares
-        self._largest = torch.maximum(self._largest, largest)
+    def _found(self, squares: list[Tensor], largest: list[Tensor]) -> Added:
+        """Returns what tiles gave, fetched from their device at once."""
+        before, after = torch.stack([torch.stack(squares), torch.stack(largest)]).tolist()
+        return Added(before, any(not most <= self._limit for most in after))
 
 
 def merge(

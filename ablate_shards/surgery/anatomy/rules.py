@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from ablate_shards.errors import ArchitectureError
+from ablate_shards.surgery.anatomy.bitsandbytes import state_of
 from ablate_shards.surgery.anatomy.families import Axis, Component, Part
 from ablate_shards.surgery.anatomy.gains import factors_of
 from ablate_shards.surgery.anatomy.scales import Scales, find_scales, is_beside_codes, is_codes
@@ -107,14 +108,16 @@ def _weights_among(
         blocked = _blocked(parts, tensors)
         return ([] if blocked else parts), None, blocked
     try:
-        scales = find_scales(tensors[codes.name], tensors, quantisation, hidden)
-        axis = _axis_of_codes(codes, tensors, hidden)
+        # The shape of codes in one line does not say how many rows such a weight has.
+        if _axis_of_codes(codes, tensors, hidden) == _LAST and state_of(tensors[codes.name], tensors) is not None:
+            why = (
+                "four bits of bitsandbytes are edited as [..., hidden, inputs] only; "
+                "add --dequantise all to edit it in bfloat16"
+            )
+            return [], None, _left_out(codes, why)
+        return [codes], find_scales(tensors[codes.name], tensors, quantisation, hidden), None
     except ArchitectureError as error:
         return [], None, _left_out(codes, str(error))
-    if axis == _LAST and scales.order != "rows":
-        why = f"{scales.format} is edited as [..., hidden, inputs] only; add --dequantise all to edit it in bfloat16"
-        return [], None, _left_out(codes, why)
-    return [codes], scales, None
 
 
 def _blocked(parts: Sequence[Hit], tensors: Mapping[str, TensorInfo]) -> LeftOut | None:

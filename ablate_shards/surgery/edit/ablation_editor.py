@@ -38,8 +38,6 @@ __all__ = [
     "nonfinite",
 ]
 
-#: Bytes of a matrix that one thread edits, and of one of codes, which take longer.
-_UNDIVIDED, _UNDIVIDED_CODES = 32 << 20, 4 << 20
 #: Codes decoded at once: in float32 they are four times their bytes.
 _CODES_AT_ONCE = 1 << 18
 
@@ -122,7 +120,7 @@ class AblatedMatrices:
         basis: The basis to remove, ``[k, d]`` float64, orthonormal rows.
         workspace: Returns where to compute, which is the calling thread's own.
         room: Bytes that a block may have.
-        each: Goes over the blocks in several threads; None if one thread has to take all of them.
+        each: Goes over the blocks.
     """
 
     gathers, light = True, True
@@ -137,11 +135,11 @@ class AblatedMatrices:
         basis: np.ndarray,
         workspace: "Callable[[], Workspace]",
         room: int,
-        each: Each | None,
+        each: Each,
     ) -> None:
         self._edit, self._first, self._shape = edit, first, shape
         self._basis, self._workspace, self._room = basis, workspace, room
-        self._each, self.divisible = each or in_order, each is not None
+        self.each = each
         self._beginning = threading.Lock()
         self._row_bytes = shape[2] * ITEM_BYTES[edit.dtype]
         self.start = edit.start + first * shape[1] * self._row_bytes
@@ -169,7 +167,7 @@ class AblatedMatrices:
 
         step = 0
         while step < projector.passes:
-            self._each(range(self.start, self.end, self.block), functools.partial(take, step))
+            self.each(range(self.start, self.end, self.block), functools.partial(take, step))
             step += 1
         self._projector = projector
         self._check_finite(projector)
@@ -230,10 +228,11 @@ class AblatedMatrices:
 class AblatedBias:
     """A bias to ablate, in one block: see ``Section``."""
 
-    gathers, light, divisible = False, True, False
+    gathers, light = False, True
 
     def __init__(self, edit: TensorEdit, basis: np.ndarray) -> None:
         self._edit, self._basis = edit, basis
+        self.each: Each = in_order
         self.start, self.end = edit.start, edit.end
         self.block = max(1, edit.end - edit.start)
         self._before = self._after = 0.0
@@ -316,15 +315,17 @@ class AblationEditor(BlockEditor[TensorEdit, TensorResult]):
         """Returns a section per matrix, or per as many as fit into a block, and one for a bias."""
         if edit.kind == "bias":
             return [AblatedBias(edit, self._bases[edit.basis])]
+        each: Each = in_order
         if edit.scales is not None:
             count = math.prod(edit.scales.leading(edit.shape)[:-1])
-            large = edit.end - edit.start > count * _UNDIVIDED_CODES
-            each = self._each if large and self._form_on_cpu() == "native" else None
+            if self._form_on_cpu() == "native":
+                each = self._each_of((edit.end - edit.start) // max(count, 1), codes=True)
             return [self._coded(edit, edit.scales, number, each) for number in range(count)]
         batch, rows, cols = (1,) * (3 - len(edit.shape)) + edit.shape
         matrix_bytes = (edit.end - edit.start) // max(batch, 1)
         group = max(1, min(batch, self._room // max(matrix_bytes, 1)))
-        each = self._each if self._form == "native" else None
+        if self._form == "native":
+            each = self._each_of(group * matrix_bytes)
         return [
             AblatedMatrices(
                 edit,
@@ -333,12 +334,12 @@ class AblationEditor(BlockEditor[TensorEdit, TensorResult]):
                 basis=self._bases[edit.basis],
                 workspace=self._workspace,
                 room=self._room,
-                each=each if group * matrix_bytes > _UNDIVIDED else None,
+                each=each,
             )
             for first in range(0, batch, group)
         ]
 
-    def _coded(self, edit: TensorEdit, scales: Scales, number: int, each: Each | None) -> CodedMatrix | CodedRows:
+    def _coded(self, edit: TensorEdit, scales: Scales, number: int, each: Each) -> CodedMatrix | CodedRows:
         if self._read is None:
             raise RuntimeError(f"{edit.name}: its scales cannot be read")
         section = CodedMatrix if edit.axis == -2 else CodedRows

@@ -34,6 +34,8 @@ _WITHOUT_TORCH = ("native", "numpy")
 _CPU_BLOCK = 1 << 20
 #: Bytes of a tensor that one thread edits before another may continue, and bytes read again at a time for its digest.
 _PORTION, _REREAD = 32 << 20, 1 << 20
+#: Bytes of a matrix that one thread edits, and of one of codes, which take longer.
+_UNDIVIDED, _UNDIVIDED_CODES = 32 << 20, 4 << 20
 _LEAST_MEMORY_PER_JOB = 8 << 20
 _SCRATCH = 6 << 20
 _ROOM_FOR_TWO_CHUNKS = 16 << 20
@@ -121,8 +123,7 @@ class BlockEditor(ABC, Generic[_E, _R]):
         """Divides a large matrix among the threads that have nothing else to do.
 
         Args:
-            submit: Gives a task to the pool of :attr:`jobs` threads that this is called in. Channels are then used by
-                several threads at once.
+            submit: Gives a task to a pool of :attr:`jobs` threads. Channels are then used by several threads at once.
         """
         if self.jobs > 1:
             self._each = SharedLoops(self.jobs, submit).each
@@ -222,10 +223,13 @@ class BlockEditor(ABC, Generic[_E, _R]):
             while sections:
                 section = sections.popleft()
                 section.gather(read)
-                each = self._each if section.divisible else in_order
-                each(range(section.start, section.end, section.block), functools.partial(take, section))
+                section.each(range(section.start, section.end, section.block), functools.partial(take, section))
                 measured.append(section.measured())
         return measured
+
+    def _each_of(self, size: int, *, codes: bool = False) -> Each:
+        """Returns what goes over the blocks of a matrix of so many bytes: several threads if it is large."""
+        return self._each if size > (_UNDIVIDED_CODES if codes else _UNDIVIDED) else in_order
 
     def _raw(self, count: int) -> np.ndarray:
         """Returns memory of this thread, which the next call overwrites.

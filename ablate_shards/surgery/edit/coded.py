@@ -12,7 +12,7 @@ import numpy as np
 
 from ablate_shards.surgery.anatomy.scales import Scales
 from ablate_shards.surgery.dequantise.decoding import CodedWeight, ReadRange
-from ablate_shards.surgery.edit.loops import Each, in_order
+from ablate_shards.surgery.edit.loops import Each
 from ablate_shards.surgery.edit.sections import Reader
 from ablate_shards.surgery.plan.edits import TensorEdit
 
@@ -113,7 +113,7 @@ class CodedSection:
         workspace: Returns where to compute, which is the calling thread's own and on the CPU.
         read: Reads the scales.
         room: Codes that a block may have.
-        each: Goes over blocks and stripes in several threads; None if one thread has to take all of them.
+        each: Goes over blocks and stripes.
     """
 
     gathers = True
@@ -129,11 +129,11 @@ class CodedSection:
         workspace: "Callable[[], Workspace]",
         read: ReadRange,
         room: int,
-        each: Each | None,
+        each: Each,
     ) -> None:
         self._edit, self._number = edit, number
         self._basis, self._workspace, self._room = basis, workspace, room
-        self._each, self.divisible = each or in_order, each is not None
+        self.each = each
         self._beginning = threading.Lock()
         self._weight = CodedWeight(edit, scales, read, _WAY_OUT)
         self._rows, self._row_bytes = self._weight.rows, self._weight.row_bytes
@@ -230,7 +230,7 @@ class CodedMatrix(CodedSection):
 
         step = 0
         while step < projector.passes:
-            self._each(self._spans(), functools.partial(take, step))
+            self.each(self._spans(), functools.partial(take, step))
             step += 1
         self._check_size(projector)
         self._chosen = codes.copy()
@@ -256,7 +256,7 @@ class CodedMatrix(CodedSection):
         """Returns what was measured; measuring begins anew after it."""
         if len(self._written):
             codes = self._weight.turned(self._written)
-            self._each(self._spans(), lambda first, turn: self._meter_rows(codes[self._span(first)], first, turn))
+            self.each(self._spans(), lambda first, turn: self._meter_rows(codes[self._span(first)], first, turn))
             self._written = np.empty(0, np.uint8)
         if self._before is None:
             raise RuntimeError(f"{self._edit.name}: measured before it was gathered")
@@ -298,7 +298,7 @@ class CodedMatrix(CodedSection):
                 target = self._edited(projector, codes, stripe)
             # Where every stripe is made by editing all rows anew, they are counted anew.
             self._degenerate = projector.degenerate if first == 0 else self._degenerate
-            self._each(range(stripe.start, stripe.stop, tile), functools.partial(take, target, stripe))
+            self.each(range(stripe.start, stripe.stop, tile), functools.partial(take, target, stripe))
         # In whichever order: the sums are rounded once, from all of them.
         along, nearest, total, error, nearest_error, changed = _sums(tiles.values(), len(Rounded._fields))
         asked, missed = _sums(undone.values(), len(Undone._fields)) if nearest_ones else (None, None)
@@ -313,7 +313,7 @@ class CodedMatrix(CodedSection):
             values = self._decoded(codes[rows], first)
             target[rows] = self._ablated(values, lambda block: projector.apply(block, first))[:, stripe]
 
-        self._each(self._spans(), take)
+        self.each(self._spans(), take)
         return target
 
     def _edited_part(self, projector: "Projector", codes: np.ndarray, stripe: slice) -> np.ndarray:
@@ -331,7 +331,7 @@ class CodedMatrix(CodedSection):
             values = self._weight.decode(raw[rows], self._spread, first, width, stripe.start)
             target[rows] = self._ablated(values, lambda block: projector.apply_part(block, first, stripe))
 
-        self._each(range(0, self._rows, step), take)
+        self.each(range(0, self._rows, step), take)
         return target
 
     def _codes(self, read: Reader) -> np.ndarray:

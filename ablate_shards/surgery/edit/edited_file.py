@@ -28,11 +28,14 @@ from ablate_shards.surgery.plan.edits import Edit, untouched
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance, WriteableBuffer
 
+    from ablate_shards.kernels.form import Turn
+
 __all__ = ["EditedFile", "Survey"]
 
 _E = TypeVar("_E", bound=Edit)
 _R = TypeVar("_R", bound="DataclassInstance")
 
+#: Bytes that are read at a time, and edited where no section begins among them.
 _CHUNK = 4 << 20
 #: Sections whose sums stay for the passes after the first: they are a thousandth of the weights that they are of.
 _MOST_KEPT = 128
@@ -70,7 +73,7 @@ class _Stretch(NamedTuple):
 
 
 class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
-    """A seekable file of a shard's bytes, edited; for one thread at a time.
+    """A seekable file of a shard's bytes, edited; for one thread at a time, which its editor may help with others.
 
     Args:
         checkpoint: The source.
@@ -203,8 +206,8 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
         if section is None:
             return stretch.start, self._whole(stretch, self._section(stretch)).data
         start = position - (position - stretch.start) % section.block
-        raw = self._fill(start, min(start + section.block, stretch.end))
-        section.edit(raw, start)
+        raw = self._fill(start, min(start + _together(section), stretch.end))
+        _edit(section, raw, start)
         return start, raw.data
 
     def _gathered(self, stretch: _Stretch) -> Section | None:
@@ -217,7 +220,7 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
         return known
 
     def _gather(self, stretch: _Stretch, section: Section) -> None:
-        section.gather(lambda offset, count: self._fill(offset, offset + count, stretch.end))
+        section.gather(_Forward(lambda data, offset: self._source.fill(data, offset, stretch.end), stretch.start))
         self._keep(stretch, section)
 
     def _whole(self, stretch: _Stretch, section: Section, digest: "hashlib._Hash | None" = None) -> np.ndarray:
@@ -228,8 +231,7 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
 
         section.gather(lambda offset, count: raw[offset - stretch.start :][:count])
         self._keep(stretch, section)
-        for offset in range(0, len(raw), section.block):
-            section.edit(raw[offset : offset + section.block], stretch.start + offset)
+        _edit(section, raw, stretch.start)
         return raw
 
     def _keep(self, stretch: _Stretch, section: Section) -> None:
@@ -311,11 +313,65 @@ class EditedFile(io.BufferedIOBase, Generic[_E, _R]):
                 yield stretch.start + offset, whole[offset : offset + section.block]
             return
         self._gather(stretch, section)
-        for start in range(stretch.start, stretch.end, section.block):
-            raw = self._fill(start, min(start + section.block, stretch.end))
+        for start in range(stretch.start, stretch.end, _together(section)):
+            raw = self._fill(start, min(start + _together(section), stretch.end))
             source.update(raw.data)
-            section.edit(raw, start)
-            yield start, raw
+            _edit(section, raw, start)
+            for offset in range(0, len(raw), section.block):
+                yield start + offset, raw[offset : offset + section.block]
+
+
+def _together(section: Section) -> int:
+    """Returns how many bytes of a section are edited together: whole blocks."""
+    return max(section.block, _CHUNK // section.block * section.block)
+
+
+def _edit(section: Section, raw: np.ndarray, start: int) -> None:
+    """Edits some blocks of a section in place, ``[bytes]`` uint8 as read from an offset of the shard."""
+
+    def edit(offset: int, turn: "Turn | None") -> None:
+        section.edit(raw[offset - start :][: section.block], offset)
+
+    section.each(range(start, start + len(raw), section.block), edit)
+
+
+class _Forward:
+    """Reads a range of the source in order for several threads, which ask for its parts nearly in order.
+
+    Where they go over it again, it is read again from its start.
+
+    Args:
+        fill: Fills a buffer from an offset.
+        start: Where the range starts.
+    """
+
+    def __init__(self, fill: Callable[[memoryview, int], None], start: int) -> None:
+        self._fill, self._start, self._next = fill, start, start
+        #: What was read before what another thread asked for first, and how much of it nobody has asked for yet.
+        self._passed: list[tuple[int, np.ndarray]] = []
+        self._reading = threading.Lock()
+
+    def __call__(self, offset: int, count: int) -> np.ndarray:
+        """Returns the bytes of a part, ``[count]`` uint8; each is asked for once."""
+        with self._reading:
+            for place, (start, raw) in enumerate(self._passed):
+                if start <= offset < start + len(raw):
+                    low, high = offset - start, offset - start + count
+                    self._passed[place : place + 1] = [
+                        (first, left) for first, left in ((start, raw[:low]), (start + high, raw[high:])) if len(left)
+                    ]
+                    return raw[low:high]
+            if offset < self._next:
+                self._next, self._passed = self._start, []
+            if offset > self._next:
+                self._passed.append((self._next, self._read(offset - self._next)))
+            return self._read(count)
+
+    def _read(self, count: int) -> np.ndarray:
+        raw = np.empty(count, np.uint8)
+        self._fill(raw.data, self._next)
+        self._next += count
+        return raw
 
 
 def _stretches(shard: Shard, edits: Sequence[_E], editor: BlockEditor[_E, Any]) -> Iterator[_Stretch]:

@@ -47,7 +47,8 @@ class SharedLoops:
         """Does something at every offset, in several threads if there are any; they take the offsets in order.
 
         Raises:
-            Exception: The first that was raised at an offset; no more offsets are taken after it.
+            Exception: What was raised at the first of the offsets where something was, as in one thread; no offsets are
+                taken after it.
         """
         loop = _Loop(offsets, do, self._threads + _AHEAD)
         with self._choosing:
@@ -59,6 +60,9 @@ class SharedLoops:
                 self._submit(self._join)
         try:
             loop.work()
+        except BaseException as error:  # an interruption
+            loop.fail(-1, error)
+            raise
         finally:
             with self._choosing:
                 self._open.remove(loop)
@@ -96,7 +100,7 @@ class _Loop:
         self._offsets, self._do, self._ahead = offsets, do, ahead
         self._taken = 0
         self._ended: dict[int, _Turn] = {}
-        self._error: BaseException | None = None
+        self._error: tuple[int, BaseException] | None = None
         self._changed = threading.Condition()
         self.threads, self.done = 1, 0
 
@@ -112,19 +116,26 @@ class _Loop:
             try:
                 self._do(self._offsets[number], turn)
             except BaseException as error:  # noqa: BLE001 - raised again by the thread that began the loop
-                self._fail(error)
+                self.fail(number, error)
             self._end(turn)
 
     def finish(self) -> None:
         """Waits for what others have taken.
 
         Raises:
-            Exception: The first that was raised at an offset.
+            Exception: What was raised at the first of the offsets where something was.
         """
         with self._changed:
             self._changed.wait_for(lambda: self.done == self._taken)
             if self._error is not None:
-                raise self._error
+                raise self._error[1]
+
+    def fail(self, number: int, error: BaseException) -> None:
+        """Takes what was raised at an offset; no offsets are taken after it."""
+        with self._changed:
+            if self._error is None or number < self._error[0]:
+                self._error = number, error
+            self._changed.notify_all()
 
     def _take(self) -> int | None:
         """Returns the number of an offset that is then this thread's, once it is near enough; None if none is left."""
@@ -146,7 +157,7 @@ class _Loop:
                 if self._error is None:
                     turn.do_all()
             except BaseException as error:  # noqa: BLE001 - as above
-                self._fail(error)
+                self.fail(turn.number, error)
             with self._changed:
                 del self._ended[self.done]
                 self.done += 1
@@ -154,10 +165,6 @@ class _Loop:
                 if self.done not in self._ended:
                     return
                 turn = self._ended[self.done]
-
-    def _fail(self, error: BaseException) -> None:
-        with self._changed:
-            self._error = self._error or error
 
 
 class _Turn:

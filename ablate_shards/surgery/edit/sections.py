@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
+from ablate_shards.surgery.edit.loops import Each
+
 if TYPE_CHECKING:
     from ablate_shards.kernels.form import Turn
 
@@ -23,7 +25,7 @@ class Section(Protocol):
         block: Bytes of a block, known once it has been gathered; the last one may be shorter.
         gathers: Whether all of it must be read before its first block can be edited.
         light: Whether what it keeps of that is little beside its bytes.
-        divisible: Whether several threads may edit and measure its blocks at once.
+        each: Goes over its blocks, in several threads if it is large and they may edit and measure them at once.
     """
 
     start: int
@@ -31,7 +33,7 @@ class Section(Protocol):
     block: int
     gathers: bool
     light: bool
-    divisible: bool
+    each: Each
 
     def gather(self, read: Reader) -> None:
         """Reads all of it and takes the sums that editing a block needs.

@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -363,14 +364,15 @@ def _stream(
 ) -> dict[str, str]:
     """Sends shards that are computed while they are sent; returns what did the arithmetic."""
     window = run.memory // 2
-    editor = operation.editor(dataclasses.replace(run, memory=run.memory - window, jobs=1), threading.Event())
+    editor = operation.editor(dataclasses.replace(run, memory=run.memory - window), threading.Event())
     progress.note(editor.reason)
     identity = editor.identity()
     ledger.staging.agree({f"the {what}": value for what, value in identity.items()})
     todo = [shard for shard in checkpoint.shards if shard.name not in ledger.arrived()]
     progress.begin(sum(shard.size * (1 if ledger[shard.name] else 2) for shard in todo))
     edits = by_shard(operation.edits)
-    with editor.one_thread_each():
+    with editor.one_thread_each(), ThreadPoolExecutor(editor.jobs) as pool:
+        editor.share(pool.submit)
         for shard in todo:
             with EditedFile(
                 checkpoint, shard, edits.get(shard.name, ()), editor, window=window, advance=progress.advance

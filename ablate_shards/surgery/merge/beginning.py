@@ -32,11 +32,6 @@ class Beginning:
         self.gathers = edit.taken is not None
         self._taker: NumpyMerger | None = None
 
-    @property
-    def norm(self) -> float | None:
-        """Frobenius norm of what the base holds, of all blocks so far; None where nothing is taken out of it."""
-        return None if self._taker is None else self._taker.norm
-
     def gather(self, read: Reader) -> tuple[np.ndarray, np.ndarray] | None:
         """Returns what is taken out of the weight over the scale, as ``[m, r]`` and ``[r, n]``; None where nothing is.
 
@@ -62,20 +57,24 @@ class Beginning:
         self._taker = NumpyMerger(left, right, -edit.scale, edit.dtype)
         return left, right
 
-    def apply(self, raw: np.ndarray, offset: int) -> None:
+    def apply(self, raw: np.ndarray, offset: int) -> list[float] | None:
         """Changes a block, ``[bytes]`` uint8 as read from an offset of the shard, in place.
+
+        Returns:
+            Sums of squares of what the base holds; None where nothing is taken out of it.
 
         Raises:
             ExecuteError: A value is not finite, or lies beyond what the dtype can hold.
         """
         self._put_rows(raw, offset)
         if self._taker is None:
-            return
-        edit, taker = self._edit, self._taker
+            return None
+        edit = self._edit
         first = (offset - edit.start) // (edit.shape[-1] * ITEM_BYTES[edit.dtype])
-        taker.apply(raw.view(STORED[edit.dtype]).reshape(-1, edit.shape[-1]), first)
-        if taker.overflows:
-            refuse(edit, finite=np.isfinite(taker.norm))
+        found = self._taker.apply(raw.view(STORED[edit.dtype]).reshape(-1, edit.shape[-1]), first)
+        if found.overflows:
+            refuse(edit, finite=bool(np.isfinite(found.squares).all()))
+        return found.squares
 
     def _put_rows(self, raw: np.ndarray, offset: int) -> None:
         """Fills a block with what the adapter says that the weight was before the training."""

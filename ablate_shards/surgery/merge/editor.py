@@ -13,9 +13,10 @@ import numpy as np
 
 from ablate_shards.errors import ExecuteError
 from ablate_shards.kernels.codecs.plain import GREATEST, STORED, decoded, encode
-from ablate_shards.kernels.merge.merge_numpy import NumpyMerger, update_norm
+from ablate_shards.kernels.merge.merge_numpy import Added, NumpyMerger, update_norm
 from ablate_shards.surgery.checkpoint.headers import ITEM_BYTES
 from ablate_shards.surgery.edit.blocks import BlockEditor
+from ablate_shards.surgery.edit.loops import Each, in_order
 from ablate_shards.surgery.edit.sections import Reader, Section
 from ablate_shards.surgery.machine.devices import torch_dtype
 from ablate_shards.surgery.merge.adapter import Adapter
@@ -83,16 +84,17 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
 
     def sections(self, edit: MergeEdit) -> Sequence[Section]:
         """Returns a section per matrix, and one for a parameter that is added to or replaced."""
+        each = self._each_of(edit.end - edit.start)
         if edit.kind == "parts":
             return list(self._parts(edit))
         if edit.kind == "rows":
-            return [_TokenRows(edit, self._adapter)]
+            return [_TokenRows(edit, self._adapter, each)]
         if edit.kind != "low-rank":
-            return [_WholeParameter(edit, self._adapter)]
+            return [_WholeParameter(edit, self._adapter, each)]
         factors = _LowRankFactors(edit, self._adapter)
         if edit.magnitude is not None:
             of = functools.partial(factors.of, 0)
-            return [(_RescaledColumns if edit.transposed else _RescaledRows)(edit, self._adapter, of)]
+            return [(_RescaledColumns if edit.transposed else _RescaledRows)(edit, self._adapter, of, each)]
         height = edit.shape[-2]
         return [
             self._addition(edit, matrix * height, height, _Update(functools.partial(factors.of, matrix), edit.scale))
@@ -104,7 +106,7 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
         done, rows = 0, math.prod(edit.shape[:-1])
         for (first, last), parts in itertools.groupby(edit.parts, lambda part: part.rows):
             if done < first:
-                yield _Kept(edit, done, first)
+                yield self._between(edit, done, first)
             updates = (
                 _Update(functools.partial(self._factors, part), part.scale, slice(*part.columns or (None,)))
                 for part in parts
@@ -112,19 +114,31 @@ class MergeEditor(BlockEditor[MergeEdit, MergeResult]):
             yield self._addition(edit, first, last - first, *updates)
             done = last
         if done < rows:
-            yield _Kept(edit, done, rows)
+            yield self._between(edit, done, rows)
+
+    def _between(self, edit: MergeEdit, first: int, last: int) -> "_Kept":
+        return _Kept(edit, first, last, self._each_of((last - first) * _row_bytes(edit)))
 
     def _factors(self, part: MergePart) -> tuple[np.ndarray, np.ndarray]:
         down, up = (self._adapter.read(name) for name in part.source)
         return (down.T, up.T) if part.transposed else (up, down)
 
     def _addition(self, edit: MergeEdit, first: int, rows: int, *updates: "_Update") -> "_Addition":
-        begin = Beginning(edit, self._adapter)
-        return _Addition(edit, first, rows, updates, form=self._form, device=self._device, room=self._room, begin=begin)
+        return _Addition(
+            edit,
+            first,
+            rows,
+            updates,
+            form=self._form,
+            device=self._device,
+            room=self._room,
+            begin=Beginning(edit, self._adapter),
+            each=self._each_of(rows * _row_bytes(edit)) if self._form == "numpy" else in_order,
+        )
 
     def result(self, edit: MergeEdit, measured: Sequence[Any], digest: str) -> MergeResult:
         """Returns what was measured of a tensor."""
-        squares, before = sum(each.change for each in measured), sum(each.before for each in measured)
+        squares, before = (math.fsum(each[which] for each in measured) for which in range(2))
         change = math.sqrt(squares / before) if before else None if squares else 0.0
         return MergeResult(change=change, blake3=digest)
 
@@ -170,7 +184,7 @@ class _Update(NamedTuple):
 class _Addition:
     """Rows of one matrix that low-rank updates are added to: see ``Section``."""
 
-    light, divisible = True, False
+    light = True
 
     def __init__(
         self,
@@ -183,15 +197,18 @@ class _Addition:
         device: str,
         room: int,
         begin: Beginning,
+        each: Each,
     ) -> None:
-        self._edit, self._updates = edit, updates
+        self._edit, self._updates, self.each = edit, updates, each
         self._form, self._device, self._room, self._begin = form, device, room, begin
-        self._row_bytes = edit.shape[-1] * ITEM_BYTES[edit.dtype]
+        self._row_bytes = _row_bytes(edit)
         self.start = edit.start + first * self._row_bytes
         self.end = self.start + rows * self._row_bytes
         self.block = 0
         self.gathers = begin.gathers
-        self._squares = self._beside = 0.0
+        self._squares = 0.0
+        #: Sums of squares of what was there, by the offset of a block.
+        self._before: dict[int, list[float]] = {}
         self._mergers: list[Merger | NumpyMerger] = []
         self._kept = np.ones(edit.shape[-1], bool)
         for update in updates:
@@ -199,8 +216,7 @@ class _Addition:
 
     def gather(self, read: Reader) -> None:
         """Reads the factors."""
-        self._squares = self._beside = 0.0
-        self._mergers = []
+        self._squares, self._before, self._mergers = 0.0, {}, []
         taken = self._begin.gather(read)
         for update in self._updates:
             left, right = update.factors()
@@ -213,45 +229,48 @@ class _Addition:
 
     def edit(self, raw: np.ndarray, offset: int) -> None:
         """Adds the updates to a block."""
-        self._begin.apply(raw, offset)
+        taken = self._begin.apply(raw, offset)
         stored = raw.view(STORED[self._edit.dtype]).reshape(-1, self._edit.shape[-1])
         start = (offset - self.start) // self._row_bytes
+        beside: list[float] = []
         if self._kept.any():
-            self._beside += float(np.square(decoded(stored[:, self._kept], np.float64)).sum())
-        if self._form == "numpy":
-            self._add(stored, start)
-        else:
-            self._add_on_device(raw, start)
-        if any(merger.overflows for merger in self._mergers):
-            refuse(self._edit, finite=all(math.isfinite(merger.norm) for merger in self._mergers))
+            beside = np.square(decoded(stored[:, self._kept], np.float64)).sum(axis=1).tolist()
+        found = self._add(stored, start) if self._form == "numpy" else self._add_on_device(raw, start)
+        there = [square for each in found for square in each.squares]
+        if any(each.overflows for each in found):
+            refuse(self._edit, finite=all(map(math.isfinite, there)))
+        self._before[offset] = [*beside, *there] if taken is None else taken
 
     def measure(self, raw: np.ndarray, offset: int, turn: "Turn | None" = None) -> None:
         """Does nothing: the norms are known before, and the digest is the caller's."""
 
     def measured(self) -> _Squares:
         """Returns the squared norms of the updates and of what was there."""
-        before = self._begin.norm
-        there = self._beside + sum(merger.norm**2 for merger in self._mergers)
-        return _Squares(self._squares, there if before is None else before**2)
+        return _Squares(self._squares, math.fsum(itertools.chain.from_iterable(self._before.values())))
 
-    def _add(self, stored: np.ndarray, start: int) -> None:
+    def _add(self, stored: np.ndarray, start: int) -> list[Added]:
+        found = []
         for update, merger in zip(self._updates, self._mergers, strict=True):
             part = stored[:, update.columns]
             # Compiled kernels take columns that lie side by side.
             beside = part if update.columns.step in (None, 1) else np.ascontiguousarray(part)
-            merger.apply(beside, start)  # type: ignore[arg-type]
+            found.append(merger.apply(beside, start))  # type: ignore[arg-type]
             if beside is not part:
                 part[:] = beside
+        return found
 
-    def _add_on_device(self, raw: np.ndarray, start: int) -> None:
+    def _add_on_device(self, raw: np.ndarray, start: int) -> list[Added]:
         import torch
 
         stored = torch.from_numpy(raw).view(torch_dtype(self._edit.dtype)).view(-1, self._edit.shape[-1])
         block = stored.to(self._device)
-        for update, merger in zip(self._updates, self._mergers, strict=True):
+        found = [
             merger.apply(block[:, update.columns], start)  # type: ignore[arg-type]
+            for update, merger in zip(self._updates, self._mergers, strict=True)
+        ]
         if block is not stored:
             stored.copy_(block)
+        return found
 
     def _new_merger(self, left: np.ndarray, right: np.ndarray, scale: float) -> "Merger | NumpyMerger":
         edit = self._edit
@@ -268,19 +287,25 @@ class _Addition:
 class _Counted:
     """Measured while it is changed, as the norms are known before a block is written: what such sections share."""
 
-    gathers, light, divisible = False, True, False
-    _squares = _before = 0.0
+    gathers, light = False, True
+
+    def __init__(self, edit: MergeEdit, each: Each) -> None:
+        self._edit, self.each = edit, each
+        self.start, self.end = edit.start, edit.end
+        #: By the offset of a block.
+        self._squares: dict[int, _Squares] = {}
 
     def gather(self, read: Reader) -> None:
         """Begins anew."""
-        self._squares = self._before = 0.0
+        self._squares = {}
 
     def measure(self, raw: np.ndarray, offset: int, turn: "Turn | None" = None) -> None:
         """Does nothing: the digest is the caller's."""
 
     def measured(self) -> _Squares:
         """Returns the squared norms of the change and of what was there."""
-        return _Squares(self._squares, self._before)
+        found = self._squares.values()
+        return _Squares(math.fsum(each.change for each in found), math.fsum(each.before for each in found))
 
 
 class _Rescaled(_Counted):
@@ -289,10 +314,10 @@ class _Rescaled(_Counted):
     ``U = W + s·B·A`` is computed in float64.
     """
 
-    def __init__(self, edit: MergeEdit, adapter: Adapter, factors: _Factors) -> None:
-        self._edit, self._adapter, self._factors = edit, adapter, factors
-        self.start, self.end = edit.start, edit.end
-        self._row_bytes = edit.shape[-1] * ITEM_BYTES[edit.dtype]
+    def __init__(self, edit: MergeEdit, adapter: Adapter, factors: _Factors, each: Each) -> None:
+        super().__init__(edit, each)
+        self._adapter, self._factors = adapter, factors
+        self._row_bytes = _row_bytes(edit)
         self.block = max(1, PIECE_ELEMENTS // edit.shape[-1]) * self._row_bytes
         self._begin = Beginning(edit, adapter)
         self.gathers = self._begin.gathers
@@ -313,8 +338,7 @@ class _Rescaled(_Counted):
         wanted *= self._factor(wanted, (offset - self.start) // self._row_bytes)
         if not (np.abs(wanted) <= GREATEST[self._edit.dtype]).all():
             refuse(self._edit, finite=bool(np.isfinite(old).all()))
-        self._squares += float(np.square(wanted - old).sum())
-        self._before += float(np.square(old).sum())
+        self._squares[offset] = _Squares(float(np.square(wanted - old).sum()), float(np.square(old).sum()))
         encode(wanted, self._numbers(raw))
 
     def _updated(self, raw: np.ndarray, offset: int) -> np.ndarray:
@@ -351,16 +375,21 @@ class _RescaledRows(_Rescaled):
 class _RescaledColumns(_Rescaled):
     """A weight ``[in, out]`` or an embedding, whose columns are given the norms: see ``Section``."""
 
-    def __init__(self, edit: MergeEdit, adapter: Adapter, factors: _Factors) -> None:
-        super().__init__(edit, adapter, factors)
+    def __init__(self, edit: MergeEdit, adapter: Adapter, factors: _Factors, each: Each) -> None:
+        super().__init__(edit, adapter, factors, each)
         self.gathers = True
 
     def gather(self, read: Reader) -> None:
         """Takes the norms of the columns."""
         super().gather(read)
         squares = np.zeros(self._edit.shape[-1])
-        for offset in range(self.start, self.end, self.block):
-            squares += np.square(self._updated(read(offset, min(self.block, self.end - offset)), offset)).sum(axis=0)
+
+        def take(offset: int, turn: "Turn | None") -> None:
+            raw = read(offset, min(self.block, self.end - offset))
+            add = functools.partial(np.add, squares, np.square(self._updated(raw, offset)).sum(axis=0), squares)
+            turn.do(add) if turn else add()
+
+        self.each(range(self.start, self.end, self.block), take)
         if not squares.all():
             self._refuse_zero(f"column {int(np.argmin(squares))}")
         self._magnitudes /= np.sqrt(squares)
@@ -372,23 +401,23 @@ class _RescaledColumns(_Rescaled):
 class _Kept(_Counted):
     """Rows of a tensor that stay as they are: see ``Section``."""
 
-    def __init__(self, edit: MergeEdit, first: int, last: int) -> None:
-        row_bytes = edit.shape[-1] * ITEM_BYTES[edit.dtype]
-        self._dtype = edit.dtype
-        self.start, self.end = edit.start + first * row_bytes, edit.start + last * row_bytes
+    def __init__(self, edit: MergeEdit, first: int, last: int, each: Each) -> None:
+        super().__init__(edit, each)
+        self.start, self.end = (edit.start + row * _row_bytes(edit) for row in (first, last))
         self.block = PIECE_ELEMENTS * ITEM_BYTES[edit.dtype]
 
     def edit(self, raw: np.ndarray, offset: int) -> None:
         """Changes nothing."""
-        self._before += float(np.square(decoded(raw.view(STORED[self._dtype]), np.float64)).sum())
+        old = decoded(raw.view(STORED[self._edit.dtype]), np.float64)
+        self._squares[offset] = _Squares(0.0, float(np.square(old).sum()))
 
 
 class _WholeParameter(_Counted):
     """A parameter that is added to or replaced, piece by piece: see ``Section``."""
 
-    def __init__(self, edit: MergeEdit, adapter: Adapter) -> None:
-        self._edit, self._adapter = edit, adapter
-        self.start, self.end = edit.start, edit.end
+    def __init__(self, edit: MergeEdit, adapter: Adapter, each: Each) -> None:
+        super().__init__(edit, each)
+        self._adapter = adapter
         self.block = PIECE_ELEMENTS * ITEM_BYTES[edit.dtype]
 
     def edit(self, raw: np.ndarray, offset: int) -> None:
@@ -400,18 +429,17 @@ class _WholeParameter(_Counted):
         wanted = old + edit.scale * given if edit.kind == "bias" else given
         if not (np.abs(wanted) <= GREATEST[edit.dtype]).all():
             refuse(edit, finite=bool(np.isfinite(old).all()))
-        self._squares += float(np.square(wanted - old).sum())
-        self._before += float(np.square(old).sum())
+        self._squares[offset] = _Squares(float(np.square(wanted - old).sum()), float(np.square(old).sum()))
         encode(wanted, stored)
 
 
 class _TokenRows(_Counted):
     """A parameter of which some rows are replaced, the rows of trained tokens: see ``Section``."""
 
-    def __init__(self, edit: MergeEdit, adapter: Adapter) -> None:
-        self._edit, self._adapter = edit, adapter
-        self.start, self.end = edit.start, edit.end
-        self._row_bytes = edit.shape[-1] * ITEM_BYTES[edit.dtype]
+    def __init__(self, edit: MergeEdit, adapter: Adapter, each: Each) -> None:
+        super().__init__(edit, each)
+        self._adapter = adapter
+        self._row_bytes = _row_bytes(edit)
         self.block = max(1, PIECE_ELEMENTS // edit.shape[-1]) * self._row_bytes
         self._begin = Beginning(edit, adapter)
         self._places = sorted((token, place) for place, token in enumerate(edit.tokens))
@@ -422,7 +450,7 @@ class _TokenRows(_Counted):
         self._begin.apply(raw, offset)
         width = edit.shape[-1]
         stored = raw.view(STORED[edit.dtype]).reshape(-1, width)
-        self._before += float(np.square(decoded(stored, np.float64)).sum())
+        change, before = 0.0, float(np.square(decoded(stored, np.float64)).sum())
         first = (offset - edit.start) // self._row_bytes
         for at in range(bisect.bisect_left(self._places, (first, 0)), len(self._places)):
             token, place = self._places[at]
@@ -432,5 +460,10 @@ class _TokenRows(_Counted):
             given = self._adapter.read(edit.source[0], place * width, width).astype(np.float64)
             if not (np.abs(given) <= GREATEST[edit.dtype]).all():
                 refuse(edit, finite=True)
-            self._squares += float(np.square(given - decoded(row, np.float64)).sum())
+            change += float(np.square(given - decoded(row, np.float64)).sum())
             encode(given, row)
+        self._squares[offset] = _Squares(change, before)
+
+
+def _row_bytes(edit: MergeEdit) -> int:
+    return edit.shape[-1] * ITEM_BYTES[edit.dtype]

@@ -85,6 +85,7 @@ class EditableModel:
         stale = [edit for name, edit in self._edited.items() if name not in wanted]
         self._edited |= wanted
         with editor.one_thread_each(), ThreadPoolExecutor(editor.jobs) as pool:
+            editor.share(pool.submit)
             list(pool.map(self._restore, stale))
             results = dict(zip(wanted, pool.map(functools.partial(self._edit, editor), plan.edits), strict=True))
         self._edited = wanted

@@ -6,7 +6,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +62,8 @@ _READERS = 2
 #: What is elsewhere is asked for in larger pieces, more of them at a time, because every request takes its time.
 _REMOTE_CHUNK = 8 << 20
 _REMOTE_READERS = 6
+#: Pieces of an output kept beyond one a job: of a matrix that several threads edit, some are read again for its digest.
+_READ_AGAIN = 3
 #: Elements that may be rounded the other way when another device or library version recomputes an edit.
 _ROUNDING_SHARE = 1e-3
 _ROUNDING_LEAST = 2
@@ -376,8 +378,15 @@ class _Examiner:
         self._stop = threading.Event()
         self._editor = recorded.editor and recorded.editor(run, self._stop)
         here = all(isinstance(files, Folder) for files in (self._source, out))
-        self._chunk = _CHUNK if here else _REMOTE_CHUNK
-        self._editors = ThreadPoolExecutor(self._editor.jobs if self._editor else run.jobs or cores())
+        self._here, self._chunk = here, _CHUNK if here else _REMOTE_CHUNK
+        jobs = self._editor.jobs if self._editor else run.jobs or cores()
+        self._editors = ThreadPoolExecutor(jobs)
+        if self._editor:
+            self._editor.share(self._editors.submit)
+        self._pieces, self._written = (
+            _Pieces(functools.partial(files.read_into, stop=self._stop), self._chunk, most)
+            for files, most in ((self._source, jobs), (out, jobs + _READ_AGAIN))
+        )
         self._readers = ThreadPoolExecutor(_READERS if here else _REMOTE_READERS)
         self.edits = by_shard(recorded.edits)
         self.identical = 0
@@ -427,10 +436,10 @@ class _Examiner:
             for first, end in untouched(shard, self.edits.get(shard.name, ()))
             for start in range(first, end, self._chunk)
         ]
-        edits = {edit.name: self._editors.submit(self._compare_edit, edit) for edit in self.edits.get(shard.name, ())}
+        edits = {edit.name: self._start(edit) for edit in self.edits.get(shard.name, ())}
         differences = [difference for future in ranges for difference in future.result()]
-        for name, future in edits.items():
-            problem, identical = future.result()
+        for name, found in edits.items():
+            problem, identical = found()
             if problem is not None:
                 differences.append(Difference(name, problem))
             self.identical += identical
@@ -455,15 +464,15 @@ class _Examiner:
             return None
         return start + int(np.flatnonzero(np.frombuffer(ours, np.uint8) != np.frombuffer(theirs, np.uint8))[0])
 
-    def _compare_edit(self, edit: Edit) -> tuple[str | None, bool]:
-        """Returns what is wrong with an edited tensor, or whether it is right to the bit."""
-        source, written = (
-            _Ahead(functools.partial(files.read_into, edit.shard, stop=self._stop), edit.end, self._chunk)
-            for files in (self._source, self._out)
-        )
+    def _start(self, edit: Edit) -> Callable[[], tuple[str | None, bool]]:
+        """Begins to compare an edited tensor.
+
+        Returns:
+            What waits for the end of that, and returns what is wrong, or whether it is right to the bit.
+        """
+        read, written = (functools.partial(pieces, edit) for pieces in (self._pieces, self._written))
         if self._editor is None:
-            digest = self._digest(edit, written)
-            return (None, True) if digest == self._recorded.digests[edit.name] else (_OTHER_DIGEST, False)
+            return self._editors.submit(self._compare_digest, edit, written).result
         coded = isinstance(edit, TensorEdit) and edit.scales is not None
         check = (_CodesCheck if coded else _RoundingCheck)(edit, written, self._chunk)
 
@@ -471,13 +480,17 @@ class _Examiner:
             check.add(data, offset)
             self._progress.advance(len(data))
 
-        channels = Channels(
-            read=source,
-            write=compare,
-            reread=written,
-        )
+        channels = Channels(read=read, write=compare, reread=written)
+        whole = [functools.partial(self._editor.edit, edit, channels)]
+        # Portions are read once more for the digest.
+        tasks = [portion.do for portion in self._editor.portions(edit, channels)] if self._here else whole
+        return functools.partial(self._ended, edit, check, [self._editors.submit(task) for task in tasks])
+
+    def _ended(
+        self, edit: Edit, check: "_CodesCheck | _RoundingCheck", tasks: Sequence[Future[Any]]
+    ) -> tuple[str | None, bool]:
         try:
-            result = self._editor.edit(edit, channels)
+            (result,) = filter(None, [task.result() for task in tasks])
         except HubError:
             raise
         except AblateError as error:
@@ -487,6 +500,10 @@ class _Examiner:
             problem = _OTHER_DIGEST
         problem = problem or self._recorded.differ(edit.name, result)
         return problem, problem is None and check.differing == 0
+
+    def _compare_digest(self, edit: Edit, written: Callable[[memoryview, int], None]) -> tuple[str | None, bool]:
+        same = self._digest(edit, written) == self._recorded.digests[edit.name]
+        return (None, True) if same else (_OTHER_DIGEST, False)
 
     def _digest(self, edit: Edit, written: Callable[[memoryview, int], None]) -> str:
         digest = blake3()
@@ -509,30 +526,70 @@ class _Examiner:
         return None if same else "differs from the source"
 
 
-class _Ahead:
-    """Reads a range in large pieces and returns parts of the last one, as often as they are asked for."""
+class _Pieces:
+    """Reads edited tensors in large pieces for several threads, and returns parts of the last ones as often as asked.
 
-    def __init__(self, read: Callable[[memoryview, int], None], end: int, piece: int) -> None:
-        self._read, self._end, self._piece = read, end, piece
-        self._kept, self._start = memoryview(b""), 0
+    Args:
+        read: Fills a buffer from an offset of a file.
+        size: Bytes of a piece.
+        most: How many are kept.
+    """
 
-    def __call__(self, data: memoryview, offset: int) -> None:
-        low = offset - self._start
-        if not 0 <= low <= low + len(data) <= len(self._kept):
-            self._kept = memoryview(bytearray(max(len(data), min(self._piece, self._end - offset))))
-            self._read(self._kept, offset)
-            self._start, low = offset, 0
-        data[:] = self._kept[low : low + len(data)]
+    def __init__(self, read: Callable[[str, memoryview, int], None], size: int, most: int) -> None:
+        self._read, self._size, self._most = read, size, most
+        self._kept: list[_Piece] = []
+        self._choosing = threading.Lock()
+
+    def __call__(self, edit: Edit, data: memoryview, offset: int) -> None:
+        """Fills a buffer from an offset of the file that a tensor is in."""
+        place = edit.shard, offset, offset + len(data)
+        with self._choosing:
+            piece = next((piece for piece in self._kept if piece.holds(*place)), None)
+            if piece is None:
+                piece = _Piece(edit.shard, offset, max(place[2], min(offset + self._size, edit.end)))
+            else:
+                self._kept.remove(piece)
+            self._kept.append(piece)
+            del self._kept[: -self._most]
+        # NumPy copies without the interpreter's lock, which other threads need meanwhile.
+        np.copyto(np.frombuffer(data, np.uint8), piece.bytes(self._read)[offset - piece.start :][: len(data)])
+
+
+class _Piece:
+    """A range of a file, which is read when it is first needed."""
+
+    def __init__(self, file: str, start: int, end: int) -> None:
+        self._file, self.start, self._end = file, start, end
+        self._reading = threading.Lock()
+        self._data: np.ndarray | None = None
+
+    def holds(self, file: str, start: int, end: int) -> bool:
+        """Returns whether a range of a file lies in it."""
+        return file == self._file and self.start <= start <= end <= self._end
+
+    def bytes(self, read: Callable[[str, memoryview, int], None]) -> np.ndarray:
+        """Returns all of it, ``[bytes]`` uint8; only the first of several threads reads it."""
+        with self._reading:
+            if self._data is None:
+                data = np.empty(self._end - self.start, np.uint8)
+                read(self._file, data.data, self.start)
+                self._data = data
+            return self._data
 
 
 class _RoundingCheck:
-    """Counts where a written tensor differs from its recomputation by rounding, and by more."""
+    """Counts where a written tensor differs from its recomputation by rounding, and by more; for several threads."""
 
     def __init__(self, edit: Edit, written: Callable[[memoryview, int], None], chunk: int) -> None:
         self._edit, self._written, self._chunk = edit, written, chunk
-        self.differing = 0
-        self._total = 0
-        self._wrong: str | None = None
+        self._differing: list[int] = []
+        #: Elements that differ by more than rounding, and how.
+        self._wrong: list[tuple[int, str]] = []
+
+    @property
+    def differing(self) -> int:
+        """How many elements differ."""
+        return sum(self._differing)
 
     def add(self, data: memoryview, offset: int) -> None:
         """Compares recomputed bytes with those written at an offset."""
@@ -544,10 +601,9 @@ class _RoundingCheck:
         step, rows = (max(1, size // row) for size in (self._chunk, _CHUNK))
         for first in range(0, len(data), step * row):
             piece = data[first : first + step * row]
-            written = bytearray(len(piece))
-            self._written(memoryview(written), offset + first)
-            self._total += len(piece) // dtype.itemsize
-            if written != piece:
+            written = np.empty(len(piece), np.uint8)
+            self._written(written.data, offset + first)
+            if not np.array_equal(written, piece):
                 found, expected = (np.frombuffer(raw, dtype).reshape(-1, width) for raw in (written, piece))
                 # A few rows at a time, because decoded they take four times the memory.
                 for start in range(0, len(found), rows):
@@ -560,36 +616,44 @@ class _RoundingCheck:
 
         size, width = found.itemsize, found.shape[1]
         bits = np.uint16 if size == 2 else np.uint32
-        self.differing += int(np.count_nonzero(found.view(bits) != expected.view(bits)))
+        self._differing.append(int(np.count_nonzero(found.view(bits) != expected.view(bits))))
         found, expected = (decoded(stored, np.float64) for stored in (found, expected))
         allowed = _ROW_TOLERANCE * np.linalg.norm(expected, axis=1, keepdims=True)
         if self._edit.dtype in _SPACING:
             allowed = allowed + _SPACING[self._edit.dtype] * np.maximum(np.abs(found), np.abs(expected))
         with np.errstate(invalid="ignore"):
             beyond = np.argwhere(~(np.abs(found - expected) <= allowed))
-        if len(beyond) and self._wrong is None:
+        if len(beyond):
             row, column = (int(index) for index in beyond[0])
             element = (offset - self._edit.start) // size + row * width + column
             where = ", ".join(str(int(index)) for index in np.unravel_index(element, self._edit.shape))
-            self._wrong = (
-                f"element [{where}] is {found[row, column]:.6g}, but the edit gives {expected[row, column]:.6g}"
-            )
+            said = f"element [{where}] is {found[row, column]:.6g}, but the edit gives {expected[row, column]:.6g}"
+            self._wrong.append((element, said))
 
     def problem(self) -> str | None:
         """Returns what is wrong beyond rounding."""
-        if self._wrong is None and self._edit.dtype != "F32":
-            allowed = max(_ROUNDING_LEAST, _ROUNDING_SHARE * self._total)
-            if self.differing > allowed:
-                return f"{self.differing} of {self._total} elements are rounded otherwise than the edit rounds them"
-        return self._wrong
+        if self._wrong:
+            return min(self._wrong)[1]
+        total = math.prod(self._edit.shape)
+        if self._edit.dtype == "F32" or self.differing <= max(_ROUNDING_LEAST, _ROUNDING_SHARE * total):
+            return None
+        return f"{self.differing} of {total} elements are rounded otherwise than the edit rounds them"
 
 
 class _CodesCheck:
-    """Counts where the codes of a written tensor are not those of its recomputation; none may differ."""
+    """Counts where the codes of a written tensor are not those of its recomputation; none may differ.
+
+    Several threads may add to it.
+    """
 
     def __init__(self, edit: Edit, written: Callable[[memoryview, int], None], chunk: int) -> None:
         self._edit, self._written, self._chunk = edit, written, chunk
-        self.differing = 0
+        self._differing: list[int] = []
+
+    @property
+    def differing(self) -> int:
+        """How many bytes differ."""
+        return sum(self._differing)
 
     def add(self, data: memoryview, offset: int) -> None:
         """Compares recomputed bytes with those written at an offset."""
@@ -598,7 +662,7 @@ class _CodesCheck:
             written = bytearray(len(piece))
             self._written(memoryview(written), offset + first)
             found, expected = np.frombuffer(written, np.uint8), np.frombuffer(piece, np.uint8)
-            self.differing += int(np.count_nonzero(found != expected))
+            self._differing.append(int(np.count_nonzero(found != expected)))
 
     def problem(self) -> str | None:
         """Returns what is wrong."""
