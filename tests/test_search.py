@@ -5,7 +5,13 @@ import json
 import math
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import textwrap
 import tomllib
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +20,7 @@ from command_line import checked, run
 from raw_checkpoints import snapshot
 from safetensors.numpy import load_file
 
+import ablate_shards.surgery.search.search as search_module
 import ablate_shards.surgery.search.study as study_module
 from ablate_shards.data.demo import MODEL
 from ablate_shards.data.demo.behaviour import draw_pairs, draw_questions
@@ -155,10 +162,66 @@ class TestFound:
     def test_it_is_not_replaced_unasked(self, folder, found):
         assert "--overwrite" in checked(*arguments(folder, folder / "found.toml"), code=1).output
 
+    def test_optuna_opens_its_study(self, folder, found):
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        storage = JournalStorage(JournalFileBackend(str(folder / "found.study.journal")))
+        (summary,) = optuna.get_all_study_summaries(storage)
+        study = optuna.load_study(study_name=summary.study_name, storage=storage)
+        assert study.metric_names == ["lean", "kl"]
+        _, record = found
+        assert [trial.values for trial in study.trials] == [
+            [trial["values"]["lean"], trial["values"]["kl"]] for trial in record["trials"]
+        ]
+        assert {trial.number for trial in study.best_trials} == set(record["front"])
+
+    def test_measures_are_explained_that_are_shown(self, found):
+        output, _ = found
+        assert "*: chosen; lean: how much likelier neutral answers are" in output
+        assert "former: how likely" not in output
+
 
 @dataclasses.dataclass
 class _Digest:
     blake3: str
+
+
+#: A search that is killed while it writes to its journal, as Optuna does, for the n-th time.
+KILLED = """
+import os, signal, sys
+from optuna.storages.journal import JournalFileBackend
+from ablate_shards.cli import main
+
+append, left = JournalFileBackend.append_logs, [int(sys.argv[1])]
+
+def killing(self, logs):
+    left[0] -= 1
+    if left[0]:
+        return append(self, logs)
+    self._lock.acquire()
+    with open(self._file_path, "ab") as file:
+        file.write(b'{"op_code":')
+    os.kill(os.getpid(), signal.SIGKILL)
+
+JournalFileBackend.append_logs = killing
+main(sys.argv[2:])
+"""
+
+#: A process that starts another one, which ends with it.
+PARENT = """
+import multiprocessing, time
+from ablate_shards.surgery.machine.signals import end_with_parent
+
+def work():
+    end_with_parent()
+    print("works", flush=True)
+    time.sleep(60)
+
+multiprocessing.get_context("fork").Process(target=work).start()
+time.sleep(60)
+"""
 
 
 class TestGoingOn:
@@ -202,13 +265,39 @@ class TestGoingOn:
         checked(*arguments(folder, out))
         assert [each[1:] for each in self.trials(out)] == [each[1:] for each in self.trials(folder / "found.toml")]
 
+    @pytest.mark.parametrize("writes", [2, 70])
+    def test_one_that_is_killed_goes_on_as_it_would_have(self, folder, found, tmp_path, writes):
+        out, lock = tmp_path / "killed.toml", tmp_path / "killed.study.journal.lock"
+        words = [str(word) for word in arguments(folder, out, "-q")]
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(writes), *words], check=False)
+        assert killed.returncode == -signal.SIGKILL
+        assert lock.is_symlink()
+        assert not (tmp_path / "killed.study.journal").read_bytes().endswith(b"\n")
+        went_on = checked(*arguments(folder, out))
+        kept = re.search(r"^([1-4]) trials? (is|are) finished already$", went_on.output, re.MULTILINE)
+        assert bool(kept) == (writes == 70)
+        assert [each[1:] for each in self.trials(out)] == [each[1:] for each in self.trials(folder / "found.toml")]
+        assert not lock.is_symlink()
+
+    def test_a_worker_ends_with_the_search_that_started_it(self):
+        with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
+            assert parent.stdout.readline()
+            parent.kill()
+            parent.communicate(timeout=30)  # until the worker, too, has let go of the pipe
+
+    def test_a_worker_that_cannot_work_says_why(self, tmp_path):
+        job = SimpleNamespace(options=SimpleNamespace(device="cpu", workers=2, run=RunOptions), folder=tmp_path / "no")
+        with pytest.raises(SystemExit, match=r"worker 2 of 2: .*no: .*; the others go on"):
+            search_module.work(job, 1, 60)
+
     def test_trials_of_another_search_are_in_the_way(self, folder, found, tmp_path):
         out = tmp_path / "other.toml"
         shutil.copy(folder / "found.study.journal", tmp_path / "other.study.journal")
         refused = checked(*arguments(folder, out, "--seed", 5), code=1)
         assert "the seed changed" in refused.output
-        (tmp_path / "other.study.journal").write_text("no journal")
+        (tmp_path / "other.study.journal").write_text("no\njournal")
         assert "is not the journal of a search" in checked(*arguments(folder, out), code=1).output
+        assert (tmp_path / "other.study.journal").read_text() == "no\njournal"
 
     def test_a_time_limit_ends_the_trials(self, folder, tmp_path):
         out = tmp_path / "short.toml"
@@ -819,13 +908,18 @@ class TestCommand:
             "        weight = speaker.network.get_parameter('model.layers.5.mlp.down_proj.weight')\n"
             "        return float(weight.detach().float().norm())\n"
         )
+        page = (Path(__file__).parents[1] / "docs" / "search.md").read_text(encoding="utf-8")
+        (documented,) = re.findall(r"^    class Refusals:\n(?:    .*\n|\n)+", page, flags=re.MULTILINE)
+        # The demo refuses nothing, but it can be slanted.
+        (tmp_path / "refusals.py").write_text(textwrap.dedent(documented).replace('"cannot"', '"belongs to"'))
         monkeypatch.chdir(tmp_path)
         assert find_objective("mine:Size").name == "size"
         out = tmp_path / "o.toml"
-        checked(*arguments(folder, out, "--objective", "mine:Size,kl", trials=3))
+        checked(*arguments(folder, out, "--objective", "refusals:Refusals,mine:Size,kl", trials=3))
         record = json.loads((tmp_path / "o.search.json").read_text())
-        assert [objective["name"] for objective in record["objectives"]] == ["size", "kl"]
+        assert [objective["name"] for objective in record["objectives"]] == ["refusals", "size", "kl"]
         assert all(trial["values"]["size"] > 0 for trial in record["trials"])
+        assert {trial["values"]["refusals"] for trial in record["trials"]} <= {n / 60 for n in range(61)}
 
 
 def test_a_search_is_a_stage_of_a_run(folder, tmp_path):

@@ -123,7 +123,8 @@ class LeanObjective:
         self._questions = [_shortened(question, asking.references) for question in referenced[: asking.questions]]
         if not self._questions:
             raise UsageError(
-                "--objective lean: no question of this part has reference answers; add some, or leave it out"
+                "--objective lean: no question of this part has reference answers; add some, or name objectives that "
+                "need none, such as --objective slanted,former,kl"
             )
         self._prompts = [speaker.prompt(question, thinking=False) for question in self._questions]
         self._asking = asking
