@@ -49,8 +49,8 @@ ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), r
 
 
 def space(table=None, **given):
-    made = {"contrasts": ("a", "b", "a+b"), "without": ("t",), "rank": 1, "layers": 8, "parts": PARTS}
-    return make_space(table or {}, "[search.space]", **{**made, **given})
+    made = {"contrasts": ("a", "b", "a+b"), "without": ("t",), "rank": 1, "layers": 8, "sources": range(8)}
+    return make_space(table or {}, "[search.space]", **{**made, "parts": PARTS, **given})
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +289,13 @@ class TestGoingOn:
         job = SimpleNamespace(options=SimpleNamespace(device="cpu", workers=2, run=RunOptions), folder=tmp_path / "no")
         with pytest.raises(SystemExit, match=r"worker 2 of 2: .*no: .*; the others go on"):
             search_module.work(job, 1, 60)
+
+    def test_a_search_without_a_trial_is_in_nobodys_way(self, folder, tmp_path):
+        out = tmp_path / "o.toml"
+        checked(*arguments(folder, out, "--timeout", 1e-6), code=1)
+        assert (tmp_path / "o.study.journal").exists()
+        refused = checked(*arguments(folder, out, "--timeout", 1e-6, "--seed", 5), code=1)
+        assert "no trial was finished in time" in refused.output
 
     def test_trials_of_another_search_are_in_the_way(self, folder, found, tmp_path):
         out = tmp_path / "other.toml"
@@ -562,6 +569,11 @@ class TestSpace:
             assert {each.coefficient(layer) for each in profiles for layer in range(8)} == {coefficient}
         assert space({"source": "one", "source-layer": 3.5}).starts({})[0]["source-layer"] == 3.5
 
+    @pytest.mark.parametrize(("sources", "low", "high"), [(range(8), 2.1, 7), (range(4, 7), 4, 6), ((0, 1), 1, 1)])
+    def test_one_layer_is_one_that_has_a_direction(self, sources, low, high):
+        found = space(sources=sources).parameters["source-layer"]
+        assert (found.low, found.high) == (low, high)
+
     def test_what_a_recipe_fixes_is_fixed(self):
         made = space({"contrast": "a", "mlp": {"peak": 1.5, "floor": [0.2, 0.4]}})
         assert made.parameters["contrast"] == Choice(("a",))
@@ -581,6 +593,8 @@ class TestSpace:
             ({"contrast": "c"}, r"contrast: expected some of a, b, a\+b, found \"c\""),
             ({"rank": 2}, r"rank: the directions have 1 per layer, found 2"),
             ({"layers": "7-3"}, r"layers: expected numbers and ranges such as 1-23,30"),
+            ({"layers": ["all", "3-8"]}, r"layers: the model has layers from 0 to 7, found \"3-8\""),
+            ({"source-layer": [5, 9]}, r"source-layer: the directions have layers from 0 to 7, found \[5, 9\]"),
             (dict.fromkeys(PARTS, False), r"leaves out every part of the model"),
             ({"contrast": []}, r"contrast: expected values to choose from, each once, found \[\]"),
             (

@@ -229,6 +229,7 @@ def prepare_job(
         without=tuple(without),
         rank=contrasts.rank,
         layers=len(anatomy.layers),
+        sources=contrasts.layers,
         parts=tuple(written_by),
     )
     return Job(folder, contrasts, space, parts, options, journal)

@@ -99,7 +99,7 @@ def mend_journal(path: Path) -> None:
 
 
 def open_study(path: Path, identity: Mapping[str, Any], objectives: Sequence[Goal], *, overwrite: bool) -> "Study":
-    """Opens the journal of a study, a new one if there is none.
+    """Opens the journal of a study, a new one if there is none, or if no trial of another search was finished in it.
 
     Args:
         path: The journal.
@@ -135,7 +135,7 @@ def open_study(path: Path, identity: Mapping[str, Any], objectives: Sequence[Goa
             study.set_metric_names([objective.name for objective in objectives])  # as a dashboard shows them
     known = study.user_attrs.get("identity", {})
     if changed := [what for what, value in json.loads(json.dumps(identity)).items() if known.get(what) != value]:
-        if overwrite:
+        if overwrite or not _count(study, optuna.trial.TrialState.COMPLETE):
             path.unlink()
             return open_study(path, identity, objectives, overwrite=False)
         raise SearchError(
