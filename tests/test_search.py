@@ -927,13 +927,43 @@ class TestCommand:
         # The demo refuses nothing, but it can be slanted.
         (tmp_path / "refusals.py").write_text(textwrap.dedent(documented).replace('"cannot"', '"belongs to"'))
         monkeypatch.chdir(tmp_path)
-        assert find_objective("mine:Size").name == "size"
         out = tmp_path / "o.toml"
         checked(*arguments(folder, out, "--objective", "refusals:Refusals,mine:Size,kl", trials=3))
         record = json.loads((tmp_path / "o.search.json").read_text())
         assert [objective["name"] for objective in record["objectives"]] == ["refusals", "size", "kl"]
         assert all(trial["values"]["size"] > 0 for trial in record["trials"])
         assert {trial["values"]["refusals"] for trial in record["trials"]} <= {n / 60 for n in range(61)}
+
+    @pytest.mark.parametrize(
+        ("objective", "says"),
+        [
+            ("raise ValueError('nothing to see')", "--objective own:It: ValueError: nothing to see; correct it"),
+            ("return 'much'", "--objective own:It: ValueError: could not convert string to float: 'much'; correct it"),
+            ("return 1.0", None),
+            (
+                "return 1.0\n    direction = 'up'",
+                "--objective own:It: expected the direction minimize or maximize, found",
+            ),
+            ("return 1.0\n    del name", "--objective own:It: AttributeError: 'It' object has no attribute 'name'"),
+            ("return 1.0)", "--objective own:It: cannot be imported (unmatched ')'"),
+        ],
+    )
+    def test_what_is_wrong_with_ones_own(self, tmp_path, monkeypatch, objective, says):
+        (tmp_path / "own.py").write_text(
+            "class It:\n    name, direction, base = 'it', 'minimize', 0\n    def __init__(self, *_): pass\n"
+            f"    def measure(self, speaker): {objective}\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delitem(sys.modules, "own", raising=False)
+
+        def measured():
+            return find_objective("own:It")(None, (), Asking()).measure(None)
+
+        if says is None:
+            assert measured() == 1.0
+        else:
+            with pytest.raises((SearchError, UsageError), match=re.escape(says)):
+                measured()
 
 
 def test_a_search_is_a_stage_of_a_run(folder, tmp_path):
