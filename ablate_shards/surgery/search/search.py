@@ -494,6 +494,7 @@ def work(job: Job, number: int, seconds: float) -> None:
     import torch
 
     end_with_parent()
+    check_optuna()
     deadline = time.monotonic() + seconds
     device = job.options.device
     if device in ("auto", "cuda") and torch.cuda.device_count() > number:

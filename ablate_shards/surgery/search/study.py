@@ -65,7 +65,7 @@ class Trial:
 
 
 def check_optuna() -> None:
-    """Checks that Optuna is installed.
+    """Checks that Optuna is installed, and has it say errors only.
 
     Raises:
         SearchError: It is not.
