@@ -243,11 +243,18 @@ def _connected(ray: Any) -> Iterator[None]:
             f"RAY_ADDRESS={address}: expected HOST:PORT, such as 10.0.0.1:6379; to run the command in a cluster from "
             "outside, `ray job submit --address ADDRESS -- ablate-shards …`"
         )
+    answers = False
     try:
-        _check_answer(address)
+        answers = _answers(address)
         ray.init(address=address, include_dashboard=False if address == "local" else None, **_QUIET)
     except (OSError, ValueError, OverflowError, RuntimeError, SystemExit) as error:
         why = "it is no cluster" if isinstance(error, SystemExit) else " ".join(str(error).split())
+        if answers:
+            raise ExecuteError(
+                f"RAY_ADDRESS={address}: a cluster of Ray answers there, but cannot be used ({why}); if it asks for a "
+                "token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN where ~/.ray/auth_token is not the cluster's; else "
+                "install the cluster's version of Ray"
+            ) from error
         raise ExecuteError(
             f"RAY_ADDRESS={address}: no cluster of Ray answers there ({why}); start one with `ray start "
             "--head`, correct the address, or unset it to use this machine alone"
@@ -258,8 +265,10 @@ def _connected(ray: Any) -> Iterator[None]:
         ray.shutdown()
 
 
-def _check_answer(address: str) -> None:
-    """Checks that a server as Ray's is at an address; Ray itself tries for two minutes, and ends the process then.
+def _answers(address: str) -> bool:
+    """Returns whether a server as Ray's is at an address; Ray itself tries for two minutes, and ends the process then.
+
+    False where it does not say where to look.
 
     Raises:
         OSError: There is none.
@@ -267,12 +276,13 @@ def _check_answer(address: str) -> None:
     """
     host, colon, port = address.rpartition(":")
     if not colon:
-        return
+        return False
     with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER) as connection:
         if os.environ.get("RAY_USE_TLS", "0") in ("0", ""):
             connection.sendall(_GREETING)
             if connection.recv(4)[3:] != _SETTINGS:
                 raise OSError("something else does")
+    return True
 
 
 def _shares(nodes: Sequence[Mapping[str, Any]], workers: Workers) -> tuple[int, dict[str, float]]:
