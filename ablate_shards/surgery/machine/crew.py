@@ -17,7 +17,7 @@ from typing import Any, Generic, Literal, TypeVar
 from ablate_shards.errors import AblateError, ExecuteError, UsageError, reason
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 
-__all__ = ["Alone", "Crew", "Engine", "RayCrew", "Workers", "hired", "others"]
+__all__ = ["Alone", "Crew", "Engine", "RayCrew", "Workers", "connected", "hired", "others"]
 
 Engine = Literal["local", "ray"]
 
@@ -229,6 +229,18 @@ def _import_ray() -> Any:
             "cluster"
         ) from error
     return ray
+
+
+@contextlib.contextmanager
+def connected(engine: Engine) -> Iterator[None]:
+    """Stays connected with Ray while the context lasts: what one crew keeps is lost to the next without.
+
+    Raises:
+        ExecuteError: Ray is not installed or does not answer.
+        UsageError: ``RAY_ADDRESS`` is not an address of a cluster.
+    """
+    with contextlib.nullcontext() if engine == "local" else _connected(_import_ray()):
+        yield
 
 
 @contextlib.contextmanager
