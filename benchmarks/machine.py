@@ -26,7 +26,7 @@ def describe(work: Path, *, device: str | None) -> dict[str, Any]:
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": _memory(),
         "kernel": f"{platform.system()} {platform.release()}",
         "file_system": _file_system(work),
         "device": device,
@@ -53,6 +53,13 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _memory() -> int:
+    """Returns the bytes of memory, 0 where the system does not say."""
+    if sys.platform == "win32":
+        return 0
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _cpu() -> str:

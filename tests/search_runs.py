@@ -55,7 +55,14 @@ def make_search(
     }
     known = Contrasts(read, {})
     space = make_space(
-        {}, "[search.space]", contrasts=known.names, without=(), rank=known.rank, layers=LAYERS, parts=PARTS
+        {},
+        "[search.space]",
+        contrasts=known.names,
+        without=(),
+        rank=known.rank,
+        layers=LAYERS,
+        sources=known.layers,
+        parts=PARTS,
     )
     objectives = [SimpleNamespace(name=each, direction=OBJECTIVES[each][0]) for each in OBJECTIVES]
     trials = tuple(_trials(space))

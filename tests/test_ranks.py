@@ -150,6 +150,16 @@ def test_a_launchers_variables_make_a_part(case, monkeypatch, launcher):
     assert snapshot(folder / "out") == snapshot(folder / "whole")
 
 
+def test_a_pod_of_unknown_many_does_all_and_says_so(case, monkeypatch):
+    folder, arguments = case
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "3")
+    said = checked(*arguments).stderr
+    assert "JOB_COMPLETION_INDEX=3, but nothing says of how many, so that this pod does all of the work" in said
+    assert snapshot(folder / "out") == snapshot(folder / "whole")
+    for more in (["-q"], ["--world-size", "1"], ["--world-size", "4"]):
+        assert "of how many" not in checked(*arguments, "--overwrite", *more).stderr
+
+
 @pytest.mark.parametrize("what", ["dequantise", "merge", "ablate codes", "ablate dequantised"])
 def test_merging_and_dequantising_are_shared_too(tmp_path, what):
     if what == "merge":

@@ -214,6 +214,23 @@ class TestAddress:
         assert f"no cluster of Ray answers there ({why})" in message
         assert seconds < 10
 
+    def test_one_that_asks_for_a_token(self, monkeypatch):
+        def refuse(**_):
+            raise ConnectionError("Failed to connect to Ray cluster")
+
+        monkeypatch.setattr(ray, "init", refuse)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def serve():
+                with server.accept()[0] as connection:
+                    connection.sendall(b"\0\0\0\4\0\0\0\0\0")
+                    connection.recv(4096)
+
+            threading.Thread(target=serve, daemon=True).start()
+            message, _ = self.refused(monkeypatch, f"127.0.0.1:{server.getsockname()[1]}")
+        assert "a cluster of Ray answers there, but cannot be used (Failed to connect" in message
+        assert "if it asks for a token, set RAY_AUTH_MODE=token" in message
+
     @pytest.mark.parametrize("address", ["nonsense:port", "no.such.host.invalid:6379"])
     def test_one_that_is_none(self, monkeypatch, address):
         message, _ = self.refused(monkeypatch, address)
@@ -306,7 +323,16 @@ class TestEvaluate:
         words = (folder / "model", "--against", base, "--questions", folder / "q.jsonl", "--dtype", "float32")
         short = ("--length", 8, "--batch", 4, "-q")
         checked("evaluate", *words, *short, "-o", tmp_path / "here.json")
-        checked("evaluate", *words, *short, "-o", tmp_path / "ray.json", "--engine", "ray", "--workers", 2)
+        # By a process of its own, which connects with the cluster as a user's does.
+        command = [sys.executable, "-m", "ablate_shards", "evaluate", *words, *short, "-o", tmp_path / "ray.json"]
+        done = subprocess.run(
+            [*map(str, command), "--engine", "ray", "--workers", "2"],
+            env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
         assert (tmp_path / "ray.json").read_bytes() == (tmp_path / "here.json").read_bytes()
         assert json.loads((tmp_path / "ray.json").read_text())["comparison"]["divergence"]
         assert not list(tmp_path.glob(".*.answers"))

@@ -5,7 +5,13 @@ import json
 import math
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import textwrap
 import tomllib
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +20,7 @@ from command_line import checked, run
 from raw_checkpoints import snapshot
 from safetensors.numpy import load_file
 
+import ablate_shards.surgery.search.search as search_module
 import ablate_shards.surgery.search.study as study_module
 from ablate_shards.data.demo import MODEL
 from ablate_shards.data.demo.behaviour import draw_pairs, draw_questions
@@ -44,8 +51,8 @@ ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), r
 
 
 def space(table=None, **given):
-    made = {"contrasts": ("a", "b", "a+b"), "without": ("t",), "rank": 1, "layers": 8, "parts": PARTS}
-    return make_space(table or {}, "[search.space]", **{**made, **given})
+    made = {"contrasts": ("a", "b", "a+b"), "without": ("t",), "rank": 1, "layers": 8, "sources": range(8)}
+    return make_space(table or {}, "[search.space]", **{**made, "parts": PARTS, **given})
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +164,66 @@ class TestFound:
     def test_it_is_not_replaced_unasked(self, folder, found):
         assert "--overwrite" in checked(*arguments(folder, folder / "found.toml"), code=1).output
 
+    def test_optuna_opens_its_study(self, folder, found):
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        storage = JournalStorage(JournalFileBackend(str(folder / "found.study.journal")))
+        (summary,) = optuna.get_all_study_summaries(storage)
+        study = optuna.load_study(study_name=summary.study_name, storage=storage)
+        assert study.metric_names == ["lean", "kl"]
+        _, record = found
+        assert [trial.values for trial in study.trials] == [
+            [trial["values"]["lean"], trial["values"]["kl"]] for trial in record["trials"]
+        ]
+        assert {trial.number for trial in study.best_trials} == set(record["front"])
+
+    def test_measures_are_explained_that_are_shown(self, found):
+        output, _ = found
+        assert "*: chosen; lean: how much likelier neutral answers are" in output
+        assert "former: how likely" not in output
+
 
 @dataclasses.dataclass
 class _Digest:
     blake3: str
+
+
+#: A search that is killed while it writes to its journal, as Optuna does, for the n-th time.
+KILLED = """
+import os, signal, sys
+from optuna.storages.journal import JournalFileBackend
+from ablate_shards.cli import main
+
+append, left = JournalFileBackend.append_logs, [int(sys.argv[1])]
+
+def killing(self, logs):
+    left[0] -= 1
+    if left[0]:
+        return append(self, logs)
+    self._lock.acquire()
+    with open(self._file_path, "ab") as file:
+        file.write(b'{"op_code":')
+    os.kill(os.getpid(), signal.SIGKILL)
+
+JournalFileBackend.append_logs = killing
+main(sys.argv[2:])
+"""
+
+#: A process that starts another one, which ends with it.
+PARENT = """
+import multiprocessing, time
+from ablate_shards.surgery.machine.signals import end_with_parent
+
+def work():
+    end_with_parent()
+    print("works", flush=True)
+    time.sleep(60)
+
+multiprocessing.get_context("fork").Process(target=work).start()
+time.sleep(60)
+"""
 
 
 class TestGoingOn:
@@ -204,22 +267,56 @@ class TestGoingOn:
         checked(*arguments(folder, out))
         assert [each[1:] for each in self.trials(out)] == [each[1:] for each in self.trials(folder / "found.toml")]
 
+    @pytest.mark.parametrize("writes", [2, 70])
+    def test_one_that_is_killed_goes_on_as_it_would_have(self, folder, found, tmp_path, writes):
+        out, lock = tmp_path / "killed.toml", tmp_path / "killed.study.journal.lock"
+        words = [str(word) for word in arguments(folder, out, "-q")]
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(writes), *words], check=False)
+        assert killed.returncode == -signal.SIGKILL
+        assert lock.is_symlink()
+        assert not (tmp_path / "killed.study.journal").read_bytes().endswith(b"\n")
+        went_on = checked(*arguments(folder, out))
+        kept = re.search(r"^([1-4]) trials? (is|are) finished already$", went_on.output, re.MULTILINE)
+        assert bool(kept) == (writes == 70)
+        assert [each[1:] for each in self.trials(out)] == [each[1:] for each in self.trials(folder / "found.toml")]
+        assert not lock.is_symlink()
+
+    def test_a_worker_ends_with_the_search_that_started_it(self):
+        with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
+            assert parent.stdout.readline()
+            parent.kill()
+            parent.communicate(timeout=30)  # until the worker, too, has let go of the pipe
+
+    def test_a_worker_that_cannot_work_says_why(self, tmp_path):
+        job = SimpleNamespace(options=SimpleNamespace(device="cpu", workers=2, run=RunOptions), folder=tmp_path / "no")
+        with pytest.raises(SystemExit, match=r"worker 2 of 2: .*no: .*; the others go on"):
+            search_module.work(job, 1, 60)
+
+    def test_a_search_without_a_trial_is_in_nobodys_way(self, folder, tmp_path):
+        out = tmp_path / "o.toml"
+        checked(*arguments(folder, out, "--timeout", 1e-6), code=1)
+        assert (tmp_path / "o.study.journal").exists()
+        refused = checked(*arguments(folder, out, "--timeout", 1e-6, "--seed", 5), code=1)
+        assert "no trial was finished in time" in refused.output
+
     def test_trials_of_another_search_are_in_the_way(self, folder, found, tmp_path):
         out = tmp_path / "other.toml"
         shutil.copy(folder / "found.study.journal", tmp_path / "other.study.journal")
         refused = checked(*arguments(folder, out, "--seed", 5), code=1)
         assert "the seed changed" in refused.output
-        (tmp_path / "other.study.journal").write_text("no journal")
+        (tmp_path / "other.study.journal").write_text("no\njournal")
         assert "is not the journal of a search" in checked(*arguments(folder, out), code=1).output
+        assert (tmp_path / "other.study.journal").read_text() == "no\njournal"
 
     def test_a_time_limit_ends_the_trials(self, folder, tmp_path):
         out = tmp_path / "short.toml"
         checked(*arguments(folder, out, "--timeout", 0.1, trials=1000))
         assert 1 <= len(self.trials(out)) < 1000
 
-    def test_workers_share_the_trials(self, folder, tmp_path):
+    def test_workers_share_the_trials(self, folder, tmp_path, capfd):
         out = tmp_path / "two.toml"
         checked(*arguments(folder, out, "--workers", 2, trials=6))
+        assert "existing study" not in capfd.readouterr().err  # what Optuna says in a worker, unless it is told not to
         numbers = [number for number, *_ in self.trials(out)]
         assert len(numbers) == len(set(numbers)) >= 6
 
@@ -483,6 +580,11 @@ class TestSpace:
             assert {each.coefficient(layer) for each in profiles for layer in range(8)} == {coefficient}
         assert space({"source": "one", "source-layer": 3.5}).starts({})[0]["source-layer"] == 3.5
 
+    @pytest.mark.parametrize(("sources", "low", "high"), [(range(8), 2.1, 7), (range(4, 7), 4, 6), ((0, 1), 1, 1)])
+    def test_one_layer_is_one_that_has_a_direction(self, sources, low, high):
+        found = space(sources=sources).parameters["source-layer"]
+        assert (found.low, found.high) == (low, high)
+
     def test_what_a_recipe_fixes_is_fixed(self):
         made = space({"contrast": "a", "mlp": {"peak": 1.5, "floor": [0.2, 0.4]}})
         assert made.parameters["contrast"] == Choice(("a",))
@@ -502,6 +604,8 @@ class TestSpace:
             ({"contrast": "c"}, r"contrast: expected some of a, b, a\+b, found \"c\""),
             ({"rank": 2}, r"rank: the directions have 1 per layer, found 2"),
             ({"layers": "7-3"}, r"layers: expected numbers and ranges such as 1-23,30"),
+            ({"layers": ["all", "3-8"]}, r"layers: the model has layers from 0 to 7, found \"3-8\""),
+            ({"source-layer": [5, 9]}, r"source-layer: the directions have layers from 0 to 7, found \[5, 9\]"),
             (dict.fromkeys(PARTS, False), r"leaves out every part of the model"),
             ({"contrast": []}, r"contrast: expected values to choose from, each once, found \[\]"),
             (
@@ -829,13 +933,48 @@ class TestCommand:
             "        weight = speaker.network.get_parameter('model.layers.5.mlp.down_proj.weight')\n"
             "        return float(weight.detach().float().norm())\n"
         )
+        page = (Path(__file__).parents[1] / "docs" / "search.md").read_text(encoding="utf-8")
+        (documented,) = re.findall(r"^    class Refusals:\n(?:    .*\n|\n)+", page, flags=re.MULTILINE)
+        # The demo refuses nothing, but it can be slanted.
+        (tmp_path / "refusals.py").write_text(textwrap.dedent(documented).replace('"cannot"', '"belongs to"'))
         monkeypatch.chdir(tmp_path)
-        assert find_objective("mine:Size").name == "size"
         out = tmp_path / "o.toml"
-        checked(*arguments(folder, out, "--objective", "mine:Size,kl", trials=3))
+        checked(*arguments(folder, out, "--objective", "refusals:Refusals,mine:Size,kl", trials=3))
         record = json.loads((tmp_path / "o.search.json").read_text())
-        assert [objective["name"] for objective in record["objectives"]] == ["size", "kl"]
+        assert [objective["name"] for objective in record["objectives"]] == ["refusals", "size", "kl"]
         assert all(trial["values"]["size"] > 0 for trial in record["trials"])
+        assert {trial["values"]["refusals"] for trial in record["trials"]} <= {n / 60 for n in range(61)}
+
+    @pytest.mark.parametrize(
+        ("objective", "says"),
+        [
+            ("raise ValueError('nothing to see')", "--objective own:It: ValueError: nothing to see; correct it"),
+            ("return 'much'", "--objective own:It: ValueError: could not convert string to float: 'much'; correct it"),
+            ("return 1.0", None),
+            (
+                "return 1.0\n    direction = 'up'",
+                "--objective own:It: expected the direction minimize or maximize, found",
+            ),
+            ("return 1.0\n    del name", "--objective own:It: AttributeError: 'It' object has no attribute 'name'"),
+            ("return 1.0)", "--objective own:It: cannot be imported (unmatched ')'"),
+        ],
+    )
+    def test_what_is_wrong_with_ones_own(self, tmp_path, monkeypatch, objective, says):
+        (tmp_path / "own.py").write_text(
+            "class It:\n    name, direction, base = 'it', 'minimize', 0\n    def __init__(self, *_): pass\n"
+            f"    def measure(self, speaker): {objective}\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delitem(sys.modules, "own", raising=False)
+
+        def measured():
+            return find_objective("own:It")(None, (), Asking()).measure(None)
+
+        if says is None:
+            assert measured() == 1.0
+        else:
+            with pytest.raises((SearchError, UsageError), match=re.escape(says)):
+                measured()
 
 
 def test_a_search_is_a_stage_of_a_run(folder, tmp_path):

@@ -283,9 +283,17 @@ def rank_given(worker_rank: int | None, world_size: int | None) -> "WorkerRank |
     Raises:
         UsageError: The options and variables do not say which.
     """
-    from ablate_shards.surgery.machine.ranks import find_rank
+    from ablate_shards.surgery.machine.ranks import INDEXED_JOB, find_rank
 
-    return find_rank(worker_rank, world_size, os.environ)
+    rank = find_rank(worker_rank, world_size, os.environ)
+    unsaid = rank is None and world_size is None and "WORLD_SIZE" not in os.environ
+    if unsaid and INDEXED_JOB in os.environ and not click.get_current_context().params.get("quiet"):
+        click.echo(
+            f"{INDEXED_JOB}={os.environ[INDEXED_JOB]}, but nothing says of how many, so that this pod does all of the "
+            "work; to share it, set WORLD_SIZE or add --world-size N",
+            err=True,
+        )
+    return rank
 
 
 def rank_record(rank: "WorkerRank | None") -> dict[str, int]:

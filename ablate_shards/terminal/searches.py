@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["SearchScreen", "print_candidates", "print_found", "print_space"]
 
 _LINES_EVERY = 10
+#: What the columns of measures say.
+_MEANINGS = {
+    "lean": "how much likelier neutral answers are than slanted ones, in nats a token",
+    "kl": "how far unrelated answers moved, in nats a token",
+    "subject": "how much less likely the words are that answers repeat from their questions",
+    "former": "how likely neutral answers begin as before, less how likely slanted ones do",
+}
 
 
 class SearchScreen:
@@ -137,17 +144,10 @@ def print_candidates(candidates: "Sequence[Candidate]", effect: str, title: str,
         )
         rows.append(Row(cells, "bold" if is_chosen else ""))
     print_table(screen, columns, rows, title=title)
-    subject = (
-        "subject: how much less likely the words are that answers repeat from their questions"
-        if "subject" in base
-        else "no subject: no answer repeats a word of its question, so that --subject limits nothing"
-    )
-    say(
-        screen,
-        f"{'' if chosen is None else '*: chosen; '}lean: how much likelier neutral answers are than slanted ones, in "
-        f"nats a token; kl: how far unrelated answers moved; {subject}; right: controls",
-        "dim",
-    )
+    told = [f"{name}: {_MEANINGS[name]}" for name in names if name in _MEANINGS]
+    if "subject" not in base:
+        told.append("no subject: no answer repeats a word of its question, so that --subject limits nothing")
+    say(screen, "; ".join([*([] if chosen is None else ["*: chosen"]), *told, "right: controls"]), "dim")
 
 
 def _print_report(screen: Console, found: "Found") -> None:

@@ -8,6 +8,7 @@ float64; the repository must have the digest of that folder's shard.
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -170,5 +171,9 @@ def on_disk(folder: Path) -> int:
     for parent, _, names in os.walk(folder):
         for name in names:
             with suppress(FileNotFoundError):
-                size += (Path(parent) / name).stat().st_blocks * 512
+                found = (Path(parent) / name).stat()
+                if sys.platform == "win32":
+                    size += found.st_size
+                else:
+                    size += found.st_blocks * 512
     return size

@@ -258,7 +258,7 @@ def _capture_on_workers(
                 index: dataclasses.replace(alone, rank=WorkerRank(index, count, "--engine ray") if count > 1 else None)
                 for index in range(count)
             }
-            progress.note(f"{count} workers, each with its share of {2 * len(pairs)} prompts")
+            progress.note(f"workers: {count}, each with its share of {2 * len(pairs)} prompts")
             given = (model.resolve(), headers_digest(checkpoint), dump.absolute(), token, pairs)
             captured: list[Captured] = []
             for _, part in crew.each(_part, {each: (*given, how) for each, how in parts.items()}):

@@ -44,7 +44,7 @@ from ablate_shards.surgery.evaluate.likelihood import (
 )
 from ablate_shards.surgery.evaluate.measures import forced_answers, is_control, judged, measure_leans
 from ablate_shards.surgery.evaluate.tasks import Tasks, TaskScore, open_tasks, run_tasks
-from ablate_shards.surgery.machine.crew import Alone, Engine, Workers, hired, others
+from ablate_shards.surgery.machine.crew import Alone, Engine, Workers, connected, hired, others
 from ablate_shards.surgery.machine.devices import resolve_device
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.staging import locked
@@ -178,7 +178,8 @@ def evaluate(
         for each in earlier.values():
             journal.take_over(_keyed(each))
         try:
-            found = _Run(questions, options, journal, earlier, progress).evaluate(model, against)
+            with connected(options.engine):
+                found = _Run(questions, options, journal, earlier, progress).evaluate(model, against)
             if out is not None:
                 write_evaluation(found, out)
         except KeyboardInterrupt as error:

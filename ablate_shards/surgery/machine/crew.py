@@ -17,7 +17,7 @@ from typing import Any, Generic, Literal, TypeVar
 from ablate_shards.errors import AblateError, ExecuteError, UsageError, reason
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
 
-__all__ = ["Alone", "Crew", "Engine", "RayCrew", "Workers", "hired", "others"]
+__all__ = ["Alone", "Crew", "Engine", "RayCrew", "Workers", "connected", "hired", "others"]
 
 Engine = Literal["local", "ray"]
 
@@ -232,6 +232,18 @@ def _import_ray() -> Any:
 
 
 @contextlib.contextmanager
+def connected(engine: Engine) -> Iterator[None]:
+    """Stays connected with Ray while the context lasts: what one crew keeps is lost to the next without.
+
+    Raises:
+        ExecuteError: Ray is not installed or does not answer.
+        UsageError: ``RAY_ADDRESS`` is not an address of a cluster.
+    """
+    with contextlib.nullcontext() if engine == "local" else _connected(_import_ray()):
+        yield
+
+
+@contextlib.contextmanager
 def _connected(ray: Any) -> Iterator[None]:
     """Connects with the cluster that ``RAY_ADDRESS`` names, or starts one of this machine; leaves it again."""
     if ray.is_initialized():
@@ -243,11 +255,18 @@ def _connected(ray: Any) -> Iterator[None]:
             f"RAY_ADDRESS={address}: expected HOST:PORT, such as 10.0.0.1:6379; to run the command in a cluster from "
             "outside, `ray job submit --address ADDRESS -- ablate-shards …`"
         )
+    answers = False
     try:
-        _check_answer(address)
+        answers = _answers(address)
         ray.init(address=address, include_dashboard=False if address == "local" else None, **_QUIET)
     except (OSError, ValueError, OverflowError, RuntimeError, SystemExit) as error:
         why = "it is no cluster" if isinstance(error, SystemExit) else " ".join(str(error).split())
+        if answers:
+            raise ExecuteError(
+                f"RAY_ADDRESS={address}: a cluster of Ray answers there, but cannot be used ({why}); if it asks for a "
+                "token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN where ~/.ray/auth_token is not the cluster's; else "
+                "install the cluster's version of Ray"
+            ) from error
         raise ExecuteError(
             f"RAY_ADDRESS={address}: no cluster of Ray answers there ({why}); start one with `ray start "
             "--head`, correct the address, or unset it to use this machine alone"
@@ -258,8 +277,10 @@ def _connected(ray: Any) -> Iterator[None]:
         ray.shutdown()
 
 
-def _check_answer(address: str) -> None:
-    """Checks that a server as Ray's is at an address; Ray itself tries for two minutes, and ends the process then.
+def _answers(address: str) -> bool:
+    """Returns whether a server as Ray's is at an address; Ray itself tries for two minutes, and ends the process then.
+
+    False where it does not say where to look.
 
     Raises:
         OSError: There is none.
@@ -267,12 +288,13 @@ def _check_answer(address: str) -> None:
     """
     host, colon, port = address.rpartition(":")
     if not colon:
-        return
+        return False
     with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER) as connection:
         if os.environ.get("RAY_USE_TLS", "0") in ("0", ""):
             connection.sendall(_GREETING)
             if connection.recv(4)[3:] != _SETTINGS:
                 raise OSError("something else does")
+    return True
 
 
 def _shares(nodes: Sequence[Mapping[str, Any]], workers: Workers) -> tuple[int, dict[str, float]]:

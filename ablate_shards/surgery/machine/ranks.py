@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from ablate_shards.errors import UsageError
 
-__all__ = ["MOST_RANKS", "WorkerRank", "deal", "find_rank"]
+__all__ = ["INDEXED_JOB", "MOST_RANKS", "WorkerRank", "deal", "find_rank"]
 
 _K = TypeVar("_K", str, int)
 
@@ -21,7 +21,9 @@ _LAUNCHERS = (
     ("SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"),
     ("JOB_COMPLETION_INDEX", "WORLD_SIZE"),
 )
-_ARRAY, _INDEXED_JOB = "SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX"
+_ARRAY = "SLURM_ARRAY_TASK_ID"
+#: Kubernetes says the number of a pod, and not of how many.
+INDEXED_JOB = "JOB_COMPLETION_INDEX"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ def find_rank(index: int | None, count: int | None, environment: Mapping[str, st
     if count == 1:
         return None
     for name, size in _LAUNCHERS:
-        if name not in environment or (size not in environment and name != _INDEXED_JOB):
+        if name not in environment or (size not in environment and name != INDEXED_JOB):
             continue
         said = _whole(environment, size, count or 1)
         if said == (count or said) and said > 1:

@@ -1,11 +1,26 @@
 """Signals: SIGTERM ends a run as Ctrl-C does, and neither interrupts a step that cannot be undone."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
 
-__all__ = ["sigterm_as_interrupt"]
+__all__ = ["end_with_parent", "sigterm_as_interrupt", "uninterrupted"]
+
+
+def end_with_parent() -> None:
+    """Ends this process once the one that started it by ``multiprocessing`` is gone, which was killed perhaps."""
+    import multiprocessing
+
+    if (parent := multiprocessing.parent_process()) is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -53,6 +53,11 @@ class Contrasts:
         self._made: dict[tuple[str, int | None, str | None], Directions] = {}
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that all of them have."""
+        return tuple(next(iter(self._read.values())).layers)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Each file's, then each two of them."""
         single = tuple(self._read)

@@ -1,16 +1,17 @@
 """What a trial is judged by: named measures of a model in memory, each of one interface."""
 
+import contextlib
 import dataclasses
 import importlib
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
-from ablate_shards.errors import UsageError
+from ablate_shards.errors import AblateError, SearchError, UsageError
 from ablate_shards.surgery.evaluate.answers import Speaker, batches
 from ablate_shards.surgery.evaluate.endpoint import Reply
 from ablate_shards.surgery.evaluate.evaluation import Answer, Lean
@@ -123,7 +124,8 @@ class LeanObjective:
         self._questions = [_shortened(question, asking.references) for question in referenced[: asking.questions]]
         if not self._questions:
             raise UsageError(
-                "--objective lean: no question of this part has reference answers; add some, or leave it out"
+                "--objective lean: no question of this part has reference answers; add some, or name objectives that "
+                "need none, such as --objective slanted,former,kl"
             )
         self._prompts = [speaker.prompt(question, thinking=False) for question in self._questions]
         self._asking = asking
@@ -304,6 +306,51 @@ class VerdictObjective:
         return verdicts.count(self._verdict) / len(verdicts)
 
 
+class _OwnObjective:
+    """An objective of the user's own, whose errors are said to be its own.
+
+    Args:
+        given: What ``--objective`` calls it.
+        make: What makes it.
+        speaker: The unedited model.
+        questions: The questions.
+        asking: How to ask.
+
+    Raises:
+        SearchError: It raises something, or is not what an objective is.
+    """
+
+    def __init__(
+        self, given: str, make: Maker, speaker: Speaker, questions: Sequence[Question], asking: Asking
+    ) -> None:
+        self._given = given
+        with self._said():
+            self._objective = make(speaker, questions, asking)
+            self.name, self.direction = self._objective.name, self._objective.direction
+            self.base = float(self._objective.base)
+        if self.direction not in get_args(Direction):
+            raise SearchError(
+                f"--objective {given}: expected the direction minimize or maximize, found {self.direction}"
+            )
+
+    def measure(self, speaker: Speaker) -> float:
+        """Returns what it measures."""
+        with self._said():
+            return float(self._objective.measure(speaker))
+
+    @contextlib.contextmanager
+    def _said(self) -> Iterator[None]:
+        try:
+            yield
+        except AblateError:
+            raise
+        except Exception as error:
+            raise SearchError(
+                f"--objective {self._given}: {type(error).__name__}: {error}; correct it (--debug adds where it is) "
+                "and go on with the same command"
+            ) from error
+
+
 _VERDICTS: tuple[Verdict, ...] = ("slanted", "neutral", "deflecting", "wrong", "broken")
 OBJECTIVES: Mapping[str, Maker] = {
     "lean": LeanObjective,
@@ -375,11 +422,11 @@ def find_objective(name: str) -> Maker:
     sys.path.insert(0, str(Path.cwd()))
     try:
         found: Maker = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         raise UsageError(f"--objective {name}: cannot be imported ({error})") from error
     finally:
         sys.path.pop(0)
-    return found
+    return partial(_OwnObjective, name, found)
 
 
 def _word(speaker: Speaker, token: int) -> str:

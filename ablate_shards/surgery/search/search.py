@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ablate_shards import __version__
-from ablate_shards.errors import Interrupted, SearchError, UsageError
+from ablate_shards.errors import AblateError, Interrupted, SearchError, UsageError
 from ablate_shards.surgery.anatomy.architecture import dissect
 from ablate_shards.surgery.anatomy.parts import part_of
 from ablate_shards.surgery.checkpoint.checkpoint import Checkpoint
@@ -23,7 +24,7 @@ from ablate_shards.surgery.evaluate.evaluation import Evaluation, Model, compare
 from ablate_shards.surgery.evaluate.likelihood import Divergence, divergence, record
 from ablate_shards.surgery.evaluate.measures import forced_answers, judged, measure_leans
 from ablate_shards.surgery.machine.crew import Crew, Engine, RayCrew, Workers, hired, others
-from ablate_shards.surgery.machine.signals import sigterm_as_interrupt
+from ablate_shards.surgery.machine.signals import end_with_parent, sigterm_as_interrupt
 from ablate_shards.surgery.machine.staging import locked
 from ablate_shards.surgery.model.loading import headers_digest, open_folder, open_same
 from ablate_shards.surgery.search.bench import Bench, Tried, opened_bench
@@ -52,6 +53,7 @@ from ablate_shards.surgery.search.study import (
     deal_trials,
     end_interrupted,
     importances,
+    mend_journal,
     open_study,
     run_trials,
     trials_of,
@@ -227,6 +229,7 @@ def prepare_job(
         without=tuple(without),
         rank=contrasts.rank,
         layers=len(anatomy.layers),
+        sources=contrasts.layers,
         parts=tuple(written_by),
     )
     return Job(folder, contrasts, space, parts, options, journal)
@@ -253,11 +256,12 @@ def search(job: Job, progress: SearchProgress) -> Found:
             progress.note(f"{job.folder.name}: {_counted(job)}, on {first.device}{others(crew)}")
             if "subject" not in first.names:
                 progress.note(_unlimited("trials"))
+            mend_journal(job.journal)
             engine = f"ray, up to {ahead_of(crew.size)} at a time" if isinstance(crew, RayCrew) else "local"
             study = first.study(job, engine, overwrite=options.overwrite)
             done = trials_of(study, options.limits)
             if done:
-                progress.note(f"{len(done)} trials are finished already")
+                progress.note(f"{'1 trial is' if len(done) == 1 else f'{len(done)} trials are'} finished already")
 
             def told(trial: Trial, finished: int) -> None:
                 done.append(trial)
@@ -489,17 +493,23 @@ def work(job: Job, number: int, seconds: float) -> None:
     """
     import torch
 
+    end_with_parent()
+    check_optuna()
     deadline = time.monotonic() + seconds
-    checkpoint = open_folder(job.folder, SearchError)
     device = job.options.device
     if device in ("auto", "cuda") and torch.cuda.device_count() > number:
         device = f"cuda:{number}"
-    with _bench(job, checkpoint, device) as bench:
-        subject = _Subject(job, bench, {})
-        first = _look(subject)
-        study = first.study(job, "local", overwrite=False)
-        course = _course(job, deadline, number)
-        run_trials(study, job.space, functools.partial(_try_out, subject), first.goals, course, lambda *_: None)
+    try:
+        with _bench(job, open_folder(job.folder, SearchError), device) as bench:
+            subject = _Subject(job, bench, {})
+            first = _look(subject)
+            study = first.study(job, "local", overwrite=False)
+            course = _course(job, deadline, number)
+            run_trials(study, job.space, functools.partial(_try_out, subject), first.goals, course, lambda *_: None)
+    except AblateError as error:
+        sys.exit(f"worker {number + 1} of {job.options.workers}: {error}; the others go on")
+    except KeyboardInterrupt:
+        sys.exit(1)  # the search itself says so
 
 
 def _course(job: Job, deadline: float, worker: int = 0) -> Course:

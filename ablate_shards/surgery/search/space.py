@@ -195,6 +195,7 @@ def make_space(
     without: Sequence[str],
     rank: int,
     layers: int,
+    sources: Sequence[int],
     parts: Sequence[Part],
 ) -> Space:
     """Makes the space of a model, with what a recipe says of it.
@@ -207,16 +208,21 @@ def make_space(
         without: The names of those that can be taken out.
         rank: How many directions there are per layer, at most.
         layers: How many layers the model has.
+        sources: The layers that there are directions of.
         parts: The parts that write to its residual stream.
 
     Raises:
         UsageError: A parameter is unknown, a range is upside down, or there is nothing to choose from.
     """
-    last = layers - 1
+    last, first_source, last_source = layers - 1, min(sources), min(max(sources), layers - 1)
     usual: dict[str, Number | Choice] = {
         "contrast": Choice(tuple(contrasts)),
         "source": Choice(("own", "one")),
-        "source-layer": Number(round(_FIRST_SOURCE * last, 1), float(last), _STEPS["source-layer"]),
+        "source-layer": Number(
+            float(min(max(round(_FIRST_SOURCE * last, 1), first_source), last_source)),
+            float(last_source),
+            _STEPS["source-layer"],
+        ),
         "preserve": Choice(("rows",)),
         "rank": Choice((rank,)),
         "without": Choice(("none", *without)),
@@ -263,12 +269,19 @@ def make_space(
     for value in _values(parameters["rank"]):
         if not isinstance(value, int) or not 1 <= value <= rank:
             raise UsageError(f"{where}: rank: the directions have {rank} per layer, found {shown(value)}")
+    if not all(first_source <= value <= last_source for value in _values(parameters["source-layer"])):
+        raise UsageError(
+            f"{where}: source-layer: the directions have layers from {first_source} to {last_source}, found "
+            f"{shown(table['source-layer'])}"
+        )
     for value in _values(parameters["layers"]):
         if value != "all":
             try:
-                parse_layers(value)
+                beyond = max(parse_layers(value)) > last
             except (ValueError, TypeError) as error:
                 raise UsageError(f"{where}: layers: {error}, or all") from error
+            if beyond:
+                raise UsageError(f"{where}: layers: the model has layers from 0 to {last}, found {shown(value)}")
     space = Space(parameters, tuple(kept))
     if not space.free:
         raise UsageError(f"{where}: fixes every parameter, so there is nothing to search; edit with `ablate --recipe`")

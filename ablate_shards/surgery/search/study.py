@@ -1,5 +1,6 @@
 """The trials of a search, kept by Optuna in a journal that can be gone on with."""
 
+import contextlib
 import functools
 import json
 import math
@@ -31,6 +32,7 @@ __all__ = [
     "deal_trials",
     "end_interrupted",
     "importances",
+    "mend_journal",
     "open_study",
     "run_trials",
     "trials_of",
@@ -41,6 +43,8 @@ _STARTUP = 16
 #: How many trials may run at a time without a change of what is tried; multiples of it where there are more workers.
 _AHEAD = 8
 _NUMBER = "number"
+#: How a journal of Optuna begins.
+_BEGINNING = b'{"op_code":'
 #: What Optuna is told of a trial that gave something else than numbers: over its limits by more than any other.
 _NO_NUMBER = 1e9
 
@@ -61,7 +65,7 @@ class Trial:
 
 
 def check_optuna() -> None:
-    """Checks that Optuna is installed.
+    """Checks that Optuna is installed, and has it say errors only.
 
     Raises:
         SearchError: It is not.
@@ -76,8 +80,26 @@ def check_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
+def mend_journal(path: Path) -> None:
+    """Removes what a killed process left of a journal: its lock, and a line that it had not finished.
+
+    Optuna would wait half a minute for the lock, and write the next line behind the unfinished one, so that neither
+    could be read. Only when no worker runs.
+    """
+    from optuna.storages.journal import JournalFileSymlinkLock
+
+    with contextlib.suppress(RuntimeError):  # nobody holds it
+        JournalFileSymlinkLock(str(path)).release()
+    if path.is_file():
+        with path.open("r+b") as file:
+            content = file.read()
+            finished = content[: content.rfind(b"\n") + 1]
+            if finished.startswith(_BEGINNING) and len(finished) < len(content):
+                file.truncate(len(finished))
+
+
 def open_study(path: Path, identity: Mapping[str, Any], objectives: Sequence[Goal], *, overwrite: bool) -> "Study":
-    """Opens the journal of a study, a new one if there is none.
+    """Opens the journal of a study, a new one if there is none, or if no trial of another search was finished in it.
 
     Args:
         path: The journal.
@@ -92,7 +114,7 @@ def open_study(path: Path, identity: Mapping[str, Any], objectives: Sequence[Goa
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    fresh = not path.exists()
+    there = path.exists()
     try:
         storage = JournalStorage(JournalFileBackend(str(path)))
         study = optuna.create_study(
@@ -102,15 +124,18 @@ def open_study(path: Path, identity: Mapping[str, Any], objectives: Sequence[Goa
             load_if_exists=True,
         )
     except (ValueError, KeyError, AssertionError, OSError) as error:
-        if overwrite and not fresh:
+        if overwrite and there:
             path.unlink()
             return open_study(path, identity, objectives, overwrite=False)
         raise SearchError(f"{path}: is not the journal of a search ({error}); --overwrite starts again") from error
-    if fresh:
+    if "identity" not in study.user_attrs and not study.get_trials(deepcopy=False):
         study.set_user_attr("identity", json.loads(json.dumps(identity)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([objective.name for objective in objectives])  # as a dashboard shows them
     known = study.user_attrs.get("identity", {})
     if changed := [what for what, value in json.loads(json.dumps(identity)).items() if known.get(what) != value]:
-        if overwrite:
+        if overwrite or not _count(study, optuna.trial.TrialState.COMPLETE):
             path.unlink()
             return open_study(path, identity, objectives, overwrite=False)
         raise SearchError(
