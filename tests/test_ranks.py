@@ -226,6 +226,23 @@ def test_a_rank_that_is_killed_goes_on_with_the_same_command(case, monkeypatch):
     assert snapshot(folder / "out") == snapshot(folder / "whole")
 
 
+def test_a_rank_that_is_run_twice_at_once_is_done_once(case, monkeypatch):
+    folder, arguments = case
+    refused, record = [], Staging.record
+
+    def record_and_run_again(staging, *what):
+        if not refused:
+            refused.append(part(arguments, 0, 2))
+        record(staging, *what)
+
+    monkeypatch.setattr(Staging, "record", record_and_run_again)
+    all_parts(arguments, 2)
+    assert refused[0].exit_code == 1
+    assert "another run is writing it; wait for that run to end" in refused[0].stderr
+    checked("finish", folder / "out")
+    assert snapshot(folder / "out") == snapshot(folder / "whole")
+
+
 def test_what_is_missing_is_named(case):
     folder, arguments = case
     nothing = run("finish", folder / "out")
