@@ -207,7 +207,10 @@ def test_what_is_elsewhere_is_asked_for_once_whatever_the_jobs(ablated, monkeypa
 
 
 @pytest.mark.parametrize("what", ["merge", "verify"])
-def test_ctrl_c_ends_every_thread_of_a_divided_matrix(tmp_path, monkeypatch, what):
+def test_ctrl_c_ends_every_thread_of_a_divided_matrix(tmp_path, monkeypatch, request, what):
+    # A shell that runs tests in the background has it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     one_matrix(tmp_path, np.random.default_rng(0).standard_normal((480, 968)), dtype="BF16")
     checkpoint, adapter = open_checkpoint(tmp_path / "base"), read_adapter(tmp_path / "adapter")
     operation = merging(adapter, plan_merge(checkpoint, adapter, 1.0))

@@ -10,7 +10,7 @@ __all__ = ["end_with_parent", "sigterm_as_interrupt", "uninterrupted"]
 
 
 def end_with_parent() -> None:
-    """Ends this process once the one that started it by ``multiprocessing`` is gone, which was killed perhaps."""
+    """Ends this process by SIGTERM once the one that started it by ``multiprocessing`` is gone, perhaps killed."""
     import multiprocessing
 
     if (parent := multiprocessing.parent_process()) is None:
@@ -18,7 +18,7 @@ def end_with_parent() -> None:
 
     def wait() -> None:
         parent.join()
-        os._exit(1)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
 
