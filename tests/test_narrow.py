@@ -11,18 +11,21 @@ from command_line import checked, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from progress import Heard
-from raw_checkpoints import flip
+from raw_checkpoints import flip, write_directions
 from safetensors.numpy import load_file
+from tiny_models import TINY_MODELS, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ablate_shards.data.demo import MODEL
 from ablate_shards.data.demo.samples import write_samples
-from ablate_shards.errors import ExecuteError, Interrupted
+from ablate_shards.errors import ExecuteError, Interrupted, PlanError
+from ablate_shards.surgery.checkpoint.checkpoint import open_checkpoint
 from ablate_shards.surgery.directions.formats import read_directions
 from ablate_shards.surgery.model.samples import load_pairs, load_questions
 from ablate_shards.surgery.narrow import narrowing as narrowing_module
 from ablate_shards.surgery.narrow.narrowing import NarrowOptions, narrow
 from ablate_shards.surgery.narrow.rows import Inputs, narrow_rows
+from ablate_shards.surgery.plan.plan import make_plan
 from ablate_shards.surgery.plan.recipe import AblateOptions
 
 OPTIONS = NarrowOptions(length=8, dtype="float32")
@@ -194,6 +197,36 @@ def test_a_merge_knows_the_checkpoint_that_it_was_made_for(made, world, tmp_path
 
 
 # ---------------------------------------------------------------------------------------- what is refused
+
+
+def planned(folder, components):
+    checkpoint = open_checkpoint(folder)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    write_directions(folder / "d", layers=network.config.num_hidden_layers, hidden=network.config.hidden_size)
+    options = AblateOptions(preserve="none", components=components)
+    return checkpoint, make_plan(checkpoint, read_directions(folder / "d"), options), network
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3-moe", "qwen3-moe-fused"])
+def test_writers_are_modules_whatever_they_are_called(tmp_path, name):
+    components = ("attention",) if "moe" in name else ("attention", "mlp")
+    checkpoint, plan, network = planned(save_tiny_model(TINY_MODELS[name], tmp_path / name), components)
+    writers = narrowing_module._writers(checkpoint, plan, network)
+    assert {writer.edit.name for writer in writers} == {edit.name for edit in plan.edits if edit.kind == "weight"}
+    for writer in writers:
+        assert writer.weight.shape[0] == network.config.hidden_size
+        rows = writer.basis @ writer.weight.double().numpy()
+        x = torch.randn(3, writer.width)
+        bias = writer.linear.bias if writer.linear.bias is not None else 0
+        made = (writer.linear(x) - bias).detach().double().numpy()
+        np.testing.assert_allclose(made @ writer.basis.T, x.double().numpy() @ rows.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "qwen3-moe-fused"])
+def test_routed_experts_are_refused(tmp_path, name):
+    checkpoint, plan, network = planned(save_tiny_model(TINY_MODELS[name], tmp_path / name), ("mlp",))
+    with pytest.raises(PlanError, match=r"experts\..*down_proj.*: is no linear module.*leave it out with --components"):
+        narrowing_module._writers(checkpoint, plan, network)
 
 
 @pytest.mark.parametrize(
