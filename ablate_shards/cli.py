@@ -19,6 +19,7 @@ from ablate_shards.commands.finetune import finetune
 from ablate_shards.commands.finish import finish
 from ablate_shards.commands.inspect import inspect
 from ablate_shards.commands.merge import merge
+from ablate_shards.commands.narrow import narrow
 from ablate_shards.commands.options import COMMAND, debug_flag
 from ablate_shards.commands.push import push
 from ablate_shards.commands.report import report
@@ -104,6 +105,7 @@ for command in (
     finish,
     inspect,
     merge,
+    narrow,
     push,
     report,
     run,

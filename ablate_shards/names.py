@@ -8,6 +8,7 @@ __all__ = [
     "DEQUANTISATION_RECEIPT_NAME",
     "END",
     "MERGE_RECEIPT_NAME",
+    "NARROWING_NAME",
     "PLOTS_NAME",
     "RECEIPT_NAME",
     "RECEIPT_NAMES",
@@ -34,11 +35,13 @@ def is_report(name: str) -> bool:
     return name == REPORT_NAME or name.startswith(f"{PLOTS_NAME}/")
 
 
-#: An adapter folder's files: the receipt of one that was extracted from an edit, and the record of a training.
+#: An adapter folder's files: the receipt of one that was extracted from an edit, the record of a training, and that of
+#: how an edit was narrowed.
 ADAPTER_RECEIPT_NAME = "adapter.json"
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 TRAINING_NAME = "training.json"
+NARROWING_NAME = "narrowing.json"
 
 #: What the name of a search's record ends in.
 SEARCH_SUFFIX = ".search.json"

@@ -122,6 +122,8 @@ def write_search_questions(demo):
         for line in [line for line in lines.values() if line["group"] == group][:6]
     ]
     (demo / "to-search-by.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+    asked = "".join(f"{json.dumps(line)}\n" for line in kept if line["group"] == "unrelated")
+    (demo / "keep.jsonl").write_text(asked)
 
 
 def searched(demo, words):
@@ -202,6 +204,7 @@ def inputs(demo, name, given):
         **({"directions": [demo / "directions.safetensors"]} if name == "search" else {}),
         **({"activations": [demo / "dump.safetensors"]} if name == "search" else {}),
         **({"questions": [demo / "to-search-by.jsonl"]} if name == "search" else {}),
+        **({"keep": demo / "keep.jsonl"} if name == "narrow" else {}),
         **({"dump": dumps(demo, given["dump"])} if name == "directions" else {}),
         "without": demo / "style.safetensors",
         **({"out": edited} if name in ("verify", "push", "report") else {}),
@@ -240,6 +243,7 @@ OUTPUTS = {
     "dequantise": {"out"},
     "directions": {"file"},
     "finetune": {"adapter"},
+    "narrow": {"adapter"},
     "merge": {"out"},
     "finish": {"out"},
     "evaluate": {"out"},
@@ -392,7 +396,9 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path, monkeypatch):
     for line in commands:
         done = run(*shlex.split(line))
         assert done.exit_code == 0, f"ablate-shards {line}\n{done.output}"
-    assert {words_of(line)[0] for line in commands} == set(cli.commands) - {"dequantise", "finish", "push", "search"}
+    assert {words_of(line)[0] for line in commands} == set(cli.commands) - {
+        *("dequantise", "finish", "narrow", "push", "search")
+    }
     assert (demo / "result" / "merge.json").is_file()
 
 

@@ -9,35 +9,21 @@ from ablate_shards.commands.options import (
     PATH,
     SOURCE,
     adapter_rank,
+    biproject_flag,
+    coefficient_flag,
+    components_flag,
     estimation,
+    layers_flag,
     making_adapter,
-    parsed,
     print_json,
     recipe_flag,
+    source_layer_flag,
 )
 from ablate_shards.commands.output import OutputOptions, made, output_options
 from ablate_shards.commands.startup import one_blas_thread
 from ablate_shards.errors import UsageError
 
 __all__ = ["ablate"]
-
-
-def _parse_layers(text: str) -> Any:
-    from ablate_shards.surgery.plan.recipe import parse_layers
-
-    return parse_layers(text)
-
-
-def _parse_components(text: str) -> Any:
-    from ablate_shards.surgery.plan.recipe import parse_components
-
-    return parse_components(text)
-
-
-def _parse_source_layer(text: str) -> Any:
-    from ablate_shards.surgery.plan.recipe import parse_source_layer
-
-    return parse_source_layer(text)
 
 
 def _before_numpy(_ctx: click.Context, _param: click.Parameter, activations: Path | None) -> Path | None:
@@ -59,29 +45,9 @@ def _before_numpy(_ctx: click.Context, _param: click.Parameter, activations: Pat
     help="Activation dump to compute the directions from.",
 )
 @estimation
-@click.option(
-    "--layers",
-    metavar="LAYERS",
-    callback=parsed(_parse_layers),
-    help="Decoder layers to edit, such as 1-23,30.  [default: every layer with a direction, or "
-    "all where --source-layer names the only one]",
-)
-@click.option(
-    "--components",
-    metavar="NAMES",
-    callback=parsed(_parse_components),
-    default="attention,mlp",
-    show_default=True,
-    help="What to edit: attention (all that mixes tokens), mlp (all that does not), embedding; or of these only "
-    "linear-attention, mamba, convolution, cross-attention, shared-experts, experts.",
-)
-@click.option(
-    "--coefficient",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="How much of the component to subtract: 1 removes it, 2 reflects it.",
-)
+@layers_flag
+@components_flag
+@coefficient_flag
 @click.option(
     "--preserve",
     type=click.Choice(["rows", "columns", "none"]),
@@ -89,20 +55,8 @@ def _before_numpy(_ctx: click.Context, _param: click.Parameter, activations: Pat
     show_default=True,
     help="The norms to keep.",
 )
-@click.option(
-    "--biproject/--no-biproject",
-    default=True,
-    show_default=True,
-    help="Make the direction orthogonal to the reference means of both layers first.",
-)
-@click.option(
-    "--source-layer",
-    metavar="LAYER",
-    callback=parsed(_parse_source_layer),
-    default="own",
-    show_default=True,
-    help="Layer whose direction is removed: own (each layer's), best (by the scores) or a number.",
-)
+@biproject_flag
+@source_layer_flag
 @click.option(
     "--mtp",
     type=click.Choice(["keep", "edit"]),

@@ -26,12 +26,16 @@ __all__ = [
     "adapter_rank",
     "answering",
     "as_json_flag",
+    "biproject_flag",
     "cache_flag",
+    "coefficient_flag",
+    "components_flag",
     "debug_flag",
     "device_flag",
     "dtype_flag",
     "engine_flag",
     "estimation",
+    "layers_flag",
     "making_adapter",
     "parse_memory",
     "parsed",
@@ -45,6 +49,7 @@ __all__ = [
     "ray_workers_flag",
     "recipe_flag",
     "resources",
+    "source_layer_flag",
     "sync_flag",
 ]
 
@@ -64,6 +69,24 @@ def parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parame
             raise click.BadParameter(str(error)) from error
 
     return callback
+
+
+def _parse_layers(text: str) -> Any:
+    from ablate_shards.surgery.plan.recipe import parse_layers
+
+    return parse_layers(text)
+
+
+def _parse_components(text: str) -> Any:
+    from ablate_shards.surgery.plan.recipe import parse_components
+
+    return parse_components(text)
+
+
+def _parse_source_layer(text: str) -> Any:
+    from ablate_shards.surgery.plan.recipe import parse_source_layer
+
+    return parse_source_layer(text)
 
 
 def parse_memory(text: str) -> int:
@@ -244,6 +267,43 @@ ray_workers_flag = click.option(
     "--workers",
     type=click.IntRange(min=1),
     help="Workers of Ray, each with the model in its memory.  [default: one per GPU, without GPUs one per machine]",
+)
+layers_flag = click.option(
+    "--layers",
+    metavar="LAYERS",
+    callback=parsed(_parse_layers),
+    help="Decoder layers to edit, such as 1-23,30.  [default: every layer with a direction, or "
+    "all where --source-layer names the only one]",
+)
+components_flag = click.option(
+    "--components",
+    metavar="NAMES",
+    callback=parsed(_parse_components),
+    default="attention,mlp",
+    show_default=True,
+    help="What to edit: attention (all that mixes tokens), mlp (all that does not), embedding; or of these only "
+    "linear-attention, mamba, convolution, cross-attention, shared-experts, experts.",
+)
+coefficient_flag = click.option(
+    "--coefficient",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="How much of the component to subtract: 1 removes it, 2 reflects it.",
+)
+biproject_flag = click.option(
+    "--biproject/--no-biproject",
+    default=True,
+    show_default=True,
+    help="Make the direction orthogonal to the reference means of both layers first.",
+)
+source_layer_flag = click.option(
+    "--source-layer",
+    metavar="LAYER",
+    callback=parsed(_parse_source_layer),
+    default="own",
+    show_default=True,
+    help="Layer whose direction is removed: own (each layer's), best (by the scores) or a number.",
 )
 estimation = _options(
     click.option(

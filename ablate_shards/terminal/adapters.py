@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ablate_shards.surgery.extract.plan import AdapterPlan, Module
     from ablate_shards.surgery.extract.receipt import ModuleResult
     from ablate_shards.surgery.merge.adapter import Adapter
+    from ablate_shards.surgery.narrow.narrowing import Narrowing
     from ablate_shards.surgery.verify.adapter_proof import AdapterVerification
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "print_adapter_inspection",
     "print_adapter_plan",
     "print_adapter_verification",
+    "print_narrowing",
 ]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -166,3 +168,25 @@ def _place_of(module: "Module") -> tuple[str, str]:
 
 def _names(modules: "Sequence[Module]") -> str:
     return ", ".join(re.sub(r"\.weight$", "", split_layer(module.path)[1]) for module in modules)
+
+
+def print_narrowing(done: "Narrowing", model: Path) -> None:
+    """Prints what a narrowed edit does to the texts that it was made from, a line per module, and what to do next."""
+    screen = output()
+    columns = (*_PLACE, Column("coefficient", right=True), Column("contested", right=True), Column("kept", right=True))
+    rows = [
+        Row((layer, split_layer(each.path)[1], f"{each.coefficient:g}", f"{each.contested:.0%}", f"{each.kept:.0%}"))
+        for layer, modules in by_layer(done.modules, lambda module: (module.path, ""))
+        for each in modules
+    ]
+    print_table(screen, columns, rows)
+    say(
+        screen,
+        "contested, kept: of what the whole edit changes, how much this one does where contested prompts are answered "
+        f"({counted(done.contested, 'token')}) and those to be kept ({counted(done.kept, 'token')}); it was made from "
+        "these, so ask other questions with `evaluate`",
+        "dim",
+    )
+    say(screen, f"{counted(len(done.modules), 'module')} of rank {done.rank}, written to {done.adapter}")
+    merge = shlex.join(["ablate-shards", "merge", str(model), str(done.adapter), "OUT"])
+    say(screen, f"write it into the weights with: {merge} (--scale 2 goes twice as far)")

@@ -20,6 +20,7 @@ __all__ = [
     "Recording",
     "divergence",
     "log_likelihoods",
+    "padded",
     "perplexity",
     "record",
     "token_log_likelihoods",
@@ -287,7 +288,7 @@ def _predictions(
     shared = _Shared.of(speaker, forced)
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
-        ids, mask, chosen = _padded(speaker, [forced[row] for row in rows])
+        ids, mask, chosen = padded(speaker, [forced[row] for row in rows])
         yield rows, _logits(speaker, ids, mask, chosen, shared)[0]
 
 
@@ -336,7 +337,7 @@ class _Shared:
         return cache
 
 
-def _padded(speaker: Speaker, forced: Sequence[Forced]) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
+def padded(speaker: Speaker, forced: Sequence[Forced]) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
     """Returns prompts with their responses, ``[rows, tokens]``, ones where there is a token, and which predict."""
     import torch
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ablate_shards.errors import ChangedError, ExecuteError, UsageError
-from ablate_shards.names import ADAPTER_RECEIPT_NAME, RECEIPT_NAMES, TRAINING_NAME
+from ablate_shards.names import ADAPTER_RECEIPT_NAME, NARROWING_NAME, RECEIPT_NAMES, TRAINING_NAME
 from ablate_shards.surgery.machine.files import append_lines
 from ablate_shards.surgery.machine.system import (
     exchange_folders,
@@ -26,7 +26,7 @@ __all__ = ["OutFolder", "Staging", "beside", "check_free", "check_out", "is_stag
 
 _JOURNAL = ".journal.jsonl"
 #: The files by which a folder that an earlier run made is known.
-_RECEIPTS = (*RECEIPT_NAMES, ADAPTER_RECEIPT_NAME, TRAINING_NAME)
+_RECEIPTS = (*RECEIPT_NAMES, ADAPTER_RECEIPT_NAME, TRAINING_NAME, NARROWING_NAME)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from msgspec import Meta
 from ablate_shards.errors import AdapterError, CheckpointError
 from ablate_shards.kernels.codecs.plain import STORED, decoded
 from ablate_shards.kernels.merge.taken import Taken
-from ablate_shards.names import ADAPTER_RECEIPT_NAME, CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
+from ablate_shards.names import ADAPTER_RECEIPT_NAME, CONFIG_NAME, NARROWING_NAME, TRAINING_NAME, WEIGHTS_NAME
 from ablate_shards.surgery.anatomy.wrappers import unwrapped
 from ablate_shards.surgery.checkpoint.digest import SOURCE_WEIGHTS
 from ablate_shards.surgery.checkpoint.files import pointed_at
@@ -322,7 +322,7 @@ def read_adapter(path: Path) -> Adapter:
         updates=updates,
         replaced=replaced,
         copies=copies,
-        base=_base_of(path / TRAINING_NAME),
+        base=_base_of(path / TRAINING_NAME) or _base_of(path / NARROWING_NAME),
         peft_version=version if isinstance(version, str) else None,
         weights=weights.name,
         token_rows=token_rows,

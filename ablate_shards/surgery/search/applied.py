@@ -79,7 +79,7 @@ class EditableModel:
                     f"{edit.name}: holds codes ({edit.dtype}), and a search edits BF16, F16 or F32; search on the "
                     "checkpoint dequantised (`ablate-shards dequantise`), and use the recipe that it finds on this one"
                 )
-            self._place(edit)
+            self.place(edit)
         editor = AblationEditor(self._run.device, self._run.memory, self._run.jobs, threading.Event(), plan.bases)
         wanted = {edit.name: edit for edit in plan.edits}
         stale = [edit for name, edit in self._edited.items() if name not in wanted]
@@ -113,7 +113,7 @@ class EditableModel:
 
     def _restore(self, edit: TensorEdit) -> None:
         if (kept := self._kept.get(edit.name)) is not None:
-            self._place(edit).copy_(_values(edit, kept), non_blocking=True)  # nobody writes to what is kept
+            self.place(edit).copy_(_values(edit, kept), non_blocking=True)  # nobody writes to what is kept
             return
         raw = self._memory(edit)
         pread_into(self._shards[edit.shard], raw.data, edit.start)
@@ -142,7 +142,7 @@ class EditableModel:
 
     def _memory(self, edit: TensorEdit) -> np.ndarray:
         """Returns memory for a tensor's bytes: the parameter's own where it holds them as they are stored."""
-        place = self._place(edit)
+        place = self.place(edit)
         if place.device.type == "cpu" and place.is_contiguous() and place.dtype == torch_dtype(edit.dtype):
             import torch
 
@@ -154,12 +154,12 @@ class EditableModel:
         """Brings bytes into the parameter, unless they are its own."""
         import torch
 
-        place = self._place(edit)
+        place = self.place(edit)
         values = _values(edit, torch.from_numpy(raw))
         if values.data_ptr() != place.data_ptr():
             place.copy_(values)
 
-    def _place(self, edit: TensorEdit) -> "torch.Tensor":
+    def place(self, edit: TensorEdit) -> "torch.Tensor":
         """Returns where the model holds a tensor: a parameter, or a part of one.
 
         Raises:
@@ -172,7 +172,7 @@ class EditableModel:
             if found is None:
                 raise SearchError(
                     f"{edit.name}: no parameter of the loaded model holds it as the checkpoint does, so it cannot be "
-                    "edited in memory; leave its component or layer out of the space"
+                    "edited in memory; leave its component or layer out"
                 )
             self._places[edit.name] = found
         return self._places[edit.name]
