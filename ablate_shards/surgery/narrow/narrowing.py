@@ -163,7 +163,8 @@ def narrow(
     _check(options, pairs, keep)
     checkpoint = open_folder(model, EvaluateError)
     out = check_out(checkpoint.path, files_of(checkpoint), adapter, overwrite=options.overwrite)
-    plan = make_plan(checkpoint, directions, dataclasses.replace(how, preserve="none"))
+    how = dataclasses.replace(how, preserve="none")
+    plan = make_plan(checkpoint, directions, how)
     for note in plan.notes:
         progress.note(note)
     with (
@@ -324,19 +325,19 @@ def _gather(
     import torch
 
     inputs: dict[str, list[torch.Tensor]] = {writer.path: [] for writer in writers}
-    moments = {writer.path: torch.zeros(writer.width, writer.width) for writer in writers}
+    moments = {writer.path: writer.weight.new_zeros(2 * (writer.width,), dtype=torch.float32) for writer in writers}
 
     def take(path: str, found: "torch.Tensor") -> None:
-        inputs[path].append(found)
+        inputs[path].append(found.cpu())
 
     def add(path: str, found: "torch.Tensor") -> None:
-        moments[path] += found.T @ found
+        moments[path].addmm_(found.T, found)
 
     _read(speaker, writers, contested, batch, take)
     _read(speaker, writers, kept, batch, add)
     count = sum(each.count for each in kept)
     return {
-        path: Inputs(_spread(torch.cat(parts), _MOST_CONTESTED).numpy(), (moments[path] / count).numpy())
+        path: Inputs(_spread(torch.cat(parts), _MOST_CONTESTED).numpy(), (moments[path] / count).cpu().numpy())
         for path, parts in inputs.items()
     }
 
@@ -353,7 +354,7 @@ def _read(speaker: Speaker, writers: Sequence[_Writer], forced: Sequence[Forced]
     chosen = torch.zeros(0)
 
     def hook(path: str) -> Any:
-        return lambda _module, given: take(path, given[0][chosen.to(given[0].device)].float().cpu())
+        return lambda _module, given: take(path, given[0][chosen.to(given[0].device)].float())
 
     hooks = [writer.linear.register_forward_pre_hook(hook(writer.path)) for writer in writers]
     order = sorted(range(len(forced)), key=lambda row: -len(forced[row].prompt + forced[row].response))
@@ -361,11 +362,9 @@ def _read(speaker: Speaker, writers: Sequence[_Writer], forced: Sequence[Forced]
         for start in range(0, len(order), batch):
             ids, mask, chosen = padded(speaker, [forced[row] for row in order[start : start + batch]])
             with speaker.computing():
-                speaker.network(
-                    input_ids=ids.to(speaker.device),
-                    attention_mask=mask.to(speaker.device),
-                    use_cache=False,
-                    logits_to_keep=1,
+                # Without its output head, which nothing is read from.
+                speaker.network.base_model(
+                    input_ids=ids.to(speaker.device), attention_mask=mask.to(speaker.device), use_cache=False
                 )
     finally:
         for each in hooks:

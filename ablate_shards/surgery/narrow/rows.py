@@ -56,7 +56,10 @@ def narrow_rows(rows: np.ndarray, inputs: Inputs, rank: int) -> Narrowed:
     rows, kept = rows.astype(np.float64), inputs.kept.astype(np.float64)
     contested = inputs.contested.astype(np.float64) / math.sqrt(max(1, len(inputs.contested)))
     damping = _DAMPING * float(np.trace(kept)) / len(kept) or 1.0
-    solved = np.linalg.solve(kept + damping * np.eye(len(kept)), contested.T)
+    diagonal = np.diagonal(kept).copy()
+    np.fill_diagonal(kept, diagonal + damping)
+    solved = np.linalg.solve(kept, contested.T)
+    np.fill_diagonal(kept, diagonal)
     ratios, vectors = np.linalg.eigh(contested @ solved)
     ratios, vectors = ratios[-rank:], vectors[:, -rank:]
     found = ratios > max(_LEAST_RATIO * ratios[-1], 0)
