@@ -1,7 +1,6 @@
 """Narrowing: what rows are left, that the adapter does it and no more, and what is refused."""
 
 import json
-import os
 import signal
 
 import numpy as np
@@ -272,22 +271,26 @@ def test_what_is_in_the_way_stays(made, world):
     assert (adapter / "narrowing.json").read_bytes() != before
 
 
-def test_ctrl_c_leaves_nothing(world, tmp_path, monkeypatch):
+def made_by(world, adapter, heard):
+    return narrow(
+        MODEL,
+        adapter,
+        read_directions(world / "d.safetensors"),
+        load_pairs(world / "pairs.jsonl"),
+        load_questions(world / "keep.jsonl"),
+        AblateOptions(),
+        OPTIONS,
+        heard,
+    )
+
+
+def test_sigterm_leaves_nothing(world, tmp_path):
     class Ending(Heard):
         def count(self, done, total):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="nothing was written"):
-        narrow(
-            MODEL,
-            tmp_path / "adapter",
-            read_directions(world / "d.safetensors"),
-            load_pairs(world / "pairs.jsonl"),
-            load_questions(world / "keep.jsonl"),
-            AblateOptions(),
-            OPTIONS,
-            Ending(),
-        )
+        made_by(world, tmp_path / "adapter", Ending())
     assert not (tmp_path / "adapter").exists()
 
 
@@ -297,14 +300,5 @@ def test_a_full_disk_leaves_nothing(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(narrowing_module, "write_whole", full)
     with pytest.raises(ExecuteError, match="No space left on device; nothing was written"):
-        narrow(
-            MODEL,
-            tmp_path / "adapter",
-            read_directions(world / "d.safetensors"),
-            load_pairs(world / "pairs.jsonl"),
-            load_questions(world / "keep.jsonl"),
-            AblateOptions(),
-            OPTIONS,
-            Heard(),
-        )
-    assert not (tmp_path / "adapter").exists()
+        made_by(world, tmp_path / "adapter", Heard())
+    assert not any(tmp_path.iterdir())
