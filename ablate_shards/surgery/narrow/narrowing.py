@@ -19,10 +19,10 @@ from ablate_shards.surgery.checkpoint.digest import base_digest
 from ablate_shards.surgery.directions.directions import Directions
 from ablate_shards.surgery.edit.operation import RunOptions, check_unchanged
 from ablate_shards.surgery.edit.receipt import ablation_record
-from ablate_shards.surgery.evaluate.answers import Dtype, Speaker, batches, speaking
+from ablate_shards.surgery.evaluate.answers import Dtype, Speaker, speaking
 from ablate_shards.surgery.evaluate.endpoint import Reply
 from ablate_shards.surgery.evaluate.likelihood import Forced, padded
-from ablate_shards.surgery.evaluate.measures import forced_answer
+from ablate_shards.surgery.evaluate.measures import forced_answers
 from ablate_shards.surgery.machine.files import write_whole
 from ablate_shards.surgery.machine.progress import Steps
 from ablate_shards.surgery.machine.signals import sigterm_as_interrupt, uninterrupted
@@ -34,6 +34,7 @@ from ablate_shards.surgery.plan.edits import TensorEdit
 from ablate_shards.surgery.plan.plan import Plan, make_plan
 from ablate_shards.surgery.plan.recipe import AblateOptions
 from ablate_shards.surgery.search.applied import EditableModel
+from ablate_shards.surgery.search.objectives import answer
 
 if TYPE_CHECKING:
     import torch
@@ -270,19 +271,10 @@ def _answered(speaker: Speaker, turns: Sequence[Any], options: NarrowOptions) ->
         Question(id=str(number), language="und", group="unrelated", prompt=turn.prompt, system=turn.system)
         for number, turn in enumerate(turns, 1)
     ]
-    prompts = [speaker.prompt(question, thinking=False) for question in questions]
-    replies = [None if turn.response is None else Reply(turn.response, ended=True) for turn in turns]
-    asked = [number for number, reply in enumerate(replies) if reply is None]
-    for part in batches([prompts[number] for number in asked], options.batch):
-        numbers = [asked[row] for row in part]
-        given = speaker.replies([prompts[number] for number in numbers], tokens=options.length)
-        for number, reply in zip(numbers, given, strict=True):
-            replies[number] = reply
-    return [
-        forced_answer(speaker, question, reply, thinking=False)
-        for question, reply in zip(questions, replies, strict=True)
-        if reply is not None
-    ]
+    asked = [question for question, turn in zip(questions, turns, strict=True) if turn.response is None]
+    given = iter(answer(speaker, asked, tokens=options.length, batch=options.batch))
+    replies = [next(given) if turn.response is None else Reply(turn.response, ended=True) for turn in turns]
+    return forced_answers(speaker, questions, replies, thinking=False)
 
 
 def _narrowed(
